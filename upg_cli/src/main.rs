@@ -1,0 +1,3 @@
+//! The `upg` command.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! Makes UPG files: reads models, rounds their weights and writes them as one file.

@@ -1,0 +1,182 @@
+//! The one error type of UPG: an opaque value with a small kind, made to be printed in one line.
+#![forbid(unsafe_code)]
+
+use std::error::Error as StdError;
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+/// Result of every fallible operation in UPG.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What went wrong, coarse enough to act on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// The operating system refused (missing file, full disk, no permission).
+    Io,
+    /// Not a safetensors, JSON, GGUF or tokenizer file at all, or cut short.
+    Malformed,
+    /// Well-formed, but of a version, encoding, type or family that this build does not know.
+    Unsupported,
+    /// Something that has to be there is not: a tensor, a metadata key, a file of a directory.
+    Missing,
+    /// A tensor has another shape, dtype or length than its place asks for.
+    Shape,
+    /// A stored value breaks a rule of the format (index out of range, sums, counts).
+    Invalid,
+    /// The bytes differ from their recorded checksum.
+    Checksum,
+    /// A declared size is above a cap, or does not fit into memory arithmetic.
+    TooLarge,
+    /// The caller passed something that cannot be used (wrong length, unknown name, bad option).
+    Argument,
+}
+
+/// An error with its kind, the file and tensor it concerns, and how to mend it.
+///
+/// `Display` is one line: `FILE: tensor 'NAME': MESSAGE (format rule N); HINT`.
+pub struct Error(Box<Inner>);
+
+struct Inner {
+    kind: ErrorKind,
+    rule: Option<u8>,
+    path: Option<PathBuf>,
+    tensor: Option<String>,
+    message: String,
+    hint: Option<String>,
+    source: Option<Box<dyn StdError + Send + Sync>>,
+}
+
+impl Error {
+    /// A new error; `message` says what was found and what was expected.
+    pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
+        Self(Box::new(Inner {
+            kind,
+            rule: None,
+            path: None,
+            tensor: None,
+            message: message.into(),
+            hint: None,
+            source: None,
+        }))
+    }
+
+    /// An operating system error while doing `what` (for example `"cannot open"`) to `path`.
+    pub fn io(what: &str, path: impl AsRef<Path>, source: std::io::Error) -> Self {
+        Self::new(ErrorKind::Io, format!("{what}: {source}"))
+            .at(path)
+            .with_source(source)
+    }
+
+    /// Names the rule of `upg_format_v2.md` that is broken.
+    pub fn rule(mut self, rule: u8) -> Self {
+        self.0.rule = Some(rule);
+        self
+    }
+
+    /// Names the file, unless an inner call already did.
+    pub fn at(mut self, path: impl AsRef<Path>) -> Self {
+        self.0
+            .path
+            .get_or_insert_with(|| path.as_ref().to_path_buf());
+        self
+    }
+
+    /// Names the tensor, unless an inner call already did.
+    pub fn tensor(mut self, name: impl Into<String>) -> Self {
+        self.0.tensor.get_or_insert_with(|| name.into());
+        self
+    }
+
+    /// Says how to mend it.
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.0.hint = Some(hint.into());
+        self
+    }
+
+    /// Keeps the error that caused this one.
+    pub fn with_source(mut self, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
+        self.0.source = Some(source.into());
+        self
+    }
+
+    /// The kind, for programs that react to it.
+    pub fn kind(&self) -> ErrorKind {
+        self.0.kind
+    }
+
+    /// The number of the broken rule in `upg_format_v2.md`, if it is one of those.
+    pub fn broken_rule(&self) -> Option<u8> {
+        self.0.rule
+    }
+
+    /// The tensor concerned, if one is.
+    pub fn tensor_name(&self) -> Option<&str> {
+        self.0.tensor.as_deref()
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let e = &self.0;
+        if let Some(path) = &e.path {
+            write!(f, "{}: ", path.display())?;
+        }
+        if let Some(tensor) = &e.tensor {
+            write!(f, "tensor '{}': ", tensor.escape_debug())?;
+        }
+        f.write_str(&e.message.replace(['\n', '\r'], " "))?;
+        if let Some(rule) = e.rule {
+            write!(f, " (format rule {rule})")?;
+        }
+        if let Some(hint) = &e.hint {
+            write!(f, "; {hint}")?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}: {self}", self.0.kind)
+    }
+}
+
+impl StdError for Error {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        self.0.source.as_deref().map(|e| e as _)
+    }
+}
+
+impl From<candle_core::Error> for Error {
+    fn from(e: candle_core::Error) -> Self {
+        Self::new(ErrorKind::Invalid, e.to_string()).with_source(e)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_line_with_every_part() {
+        let e = Error::new(ErrorKind::Invalid, "found 3,\nexpected 2")
+            .rule(7)
+            .tensor("a\nb")
+            .at("x.safetensors")
+            .hint("compress it again");
+        assert_eq!(
+            e.to_string(),
+            "x.safetensors: tensor 'a\\nb': found 3, expected 2 (format rule 7); compress it again"
+        );
+        assert_eq!((e.kind(), e.broken_rule()), (ErrorKind::Invalid, Some(7)));
+    }
+
+    #[test]
+    fn the_innermost_place_wins() {
+        let e = Error::new(ErrorKind::Missing, "gone")
+            .tensor("inner")
+            .tensor("outer");
+        assert_eq!(e.tensor_name(), Some("inner"));
+    }
+}

@@ -1,0 +1,16 @@
+//! UPG: compressed language models, read in place from one memory-mapped `.safetensors` file.
+
+#[cfg(target_endian = "big")]
+compile_error!("UPG maps little-endian files in place: big-endian targets are not supported");
+
+mod array;
+mod error;
+pub mod kernels;
+mod mapped;
+pub mod matrix;
+pub mod prime_lut;
+pub mod rotation;
+
+pub use array::Array;
+pub use error::{Error, ErrorKind, Result};
+pub use mapped::MappedFile;

@@ -1,0 +1,181 @@
+//! Weight matrices in every encoding behind the same few methods.
+//!
+//! A `Matrix` was validated when it was made: nothing it holds can make a method read out of bounds,
+//! so the methods check only what the caller passes.
+#![forbid(unsafe_code)]
+
+mod dense;
+
+pub use dense::{DenseMatrix, DenseValues};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::kernels::{gemm, scalar};
+use crate::rotation::Rotation;
+use rayon::prelude::*;
+
+/// How many rows are decoded into one scratch tile: a strip of the trellis encodings.
+pub(crate) const TILE_ROWS: usize = 64;
+
+/// From this many vectors on, the blocked product beats one dot product after the other.
+const BLOCKED_VECTORS: usize = 4;
+
+/// What an encoding has to offer; everything else is built on it, once.
+pub(crate) trait StoredMatrix: Send + Sync {
+    fn rows(&self) -> usize;
+    fn cols(&self) -> usize;
+    /// Decodes whole rows from `first` on into `out` (`[n, cols]`), in the stored basis.
+    /// The caller keeps `first + n <= rows` and `out.len() == n * cols`.
+    fn decode_rows(&self, first: usize, out: &mut [f32]);
+    /// The rotation of the input that the stored basis asks for.
+    fn rotation(&self) -> Option<&Rotation> {
+        None
+    }
+}
+
+/// A weight matrix `[rows, cols]` in one of the encodings; multiplies from the right: `W x`.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub enum Matrix {
+    /// Not compressed: BF16, F16 or F32 values.
+    Dense(DenseMatrix),
+}
+
+impl Matrix {
+    fn stored(&self) -> &dyn StoredMatrix {
+        match self {
+            Self::Dense(m) => m,
+        }
+    }
+
+    /// Number of rows (outputs).
+    pub fn rows(&self) -> usize {
+        self.stored().rows()
+    }
+
+    /// Number of columns (inputs).
+    pub fn cols(&self) -> usize {
+        self.stored().cols()
+    }
+
+    /// Decodes `n` whole rows from `first` on into `out` (`[n, cols]`, f32, original basis).
+    ///
+    /// Every element of `out` is overwritten. Errors (`Argument`): `out` is not a whole number of
+    /// rows, or they reach past the last row.
+    pub fn rows_into(&self, first: usize, out: &mut [f32]) -> Result<()> {
+        let (rows, cols) = (self.rows(), self.cols());
+        let n = out.len() / cols.max(1);
+        if n * cols != out.len() || first.checked_add(n).is_none_or(|end| end > rows) {
+            return Err(Error::new(
+                ErrorKind::Argument,
+                format!(
+                    "{} values from row {first} on are not whole rows of [{rows}, {cols}]",
+                    out.len()
+                ),
+            ));
+        }
+        let stored = self.stored();
+        stored.decode_rows(first, out);
+        if let Some(rotation) = stored.rotation() {
+            out.chunks_exact_mut(cols)
+                .for_each(|row| rotation.invert(row));
+        }
+        Ok(())
+    }
+
+    /// The whole matrix `[rows, cols]` in f32, original basis. Allocates 4 bytes per weight.
+    pub fn to_dense(&self) -> Vec<f32> {
+        let (rows, cols) = (self.rows(), self.cols());
+        let mut out = vec![0.0; rows * cols];
+        if cols > 0 {
+            out.par_chunks_mut(TILE_ROWS * cols)
+                .enumerate()
+                .for_each(|(tile, out)| {
+                    self.rows_into(tile * TILE_ROWS, out)
+                        .expect("a tile of whole rows inside the matrix");
+                });
+        }
+        out
+    }
+
+    /// `W x` for one vector `x [cols]`; returns `[rows]`, accumulated in f32.
+    ///
+    /// Errors (`Argument`): `x` has another length.
+    pub fn spmv(&self, x: &[f32]) -> Result<Vec<f32>> {
+        self.spmm(x, 1)
+    }
+
+    /// `W X` for `n` vectors, `x [n, cols]` row by row; returns `[n, rows]`, accumulated in f32.
+    ///
+    /// Errors (`Argument`): `x` has another length.
+    pub fn spmm(&self, x: &[f32], n: usize) -> Result<Vec<f32>> {
+        let len = n.checked_mul(self.rows()).ok_or_else(|| {
+            Error::new(
+                ErrorKind::TooLarge,
+                format!("{n} outputs of {} rows", self.rows()),
+            )
+        })?;
+        let mut out = vec![0.0; len];
+        self.spmm_into(x, n, &mut out)?;
+        Ok(out)
+    }
+
+    /// [`Matrix::spmm`] into the caller's `out [n, rows]`; every element is overwritten.
+    ///
+    /// Rows are decoded 64 at a time, once for all `n` vectors, tiles in parallel; the result does
+    /// not depend on the number of threads. Scratch: 256 bytes per column and thread, and for
+    /// `n > 1` a second copy of the output.
+    ///
+    /// Errors (`Argument`): `x` or `out` has another length.
+    pub fn spmm_into(&self, x: &[f32], n: usize, out: &mut [f32]) -> Result<()> {
+        let stored = self.stored();
+        let (rows, cols) = (stored.rows(), stored.cols());
+        if Some(x.len()) != n.checked_mul(cols) || Some(out.len()) != n.checked_mul(rows) {
+            return Err(Error::new(
+                ErrorKind::Argument,
+                format!(
+                    "input of {} and output of {} values do not fit {n} products with [{rows}, {cols}]",
+                    x.len(),
+                    out.len()
+                ),
+            ));
+        }
+        if n == 0 || rows == 0 {
+            return Ok(());
+        }
+        if cols == 0 {
+            out.fill(0.0);
+            return Ok(());
+        }
+        let rotated = stored.rotation().map(|rotation| {
+            let mut x = x.to_vec();
+            x.par_chunks_mut(cols).for_each(|x| rotation.apply(x));
+            x
+        });
+        let x = rotated.as_deref().unwrap_or(x);
+        if n == 1 {
+            multiply_tiles(stored, x, n, out);
+        } else {
+            let mut by_row = vec![0.0; out.len()];
+            multiply_tiles(stored, x, n, &mut by_row);
+            scalar::transpose(&by_row, rows, n, out);
+        }
+        Ok(())
+    }
+}
+
+/// `out [rows, n] = W X^T`, tile by tile.
+fn multiply_tiles(stored: &dyn StoredMatrix, x: &[f32], n: usize, out: &mut [f32]) {
+    let cols = stored.cols();
+    out.par_chunks_mut(TILE_ROWS * n).enumerate().for_each_init(
+        || vec![0.0; TILE_ROWS * cols],
+        |weights, (tile, out)| {
+            let weights = &mut weights[..out.len() / n * cols];
+            stored.decode_rows(tile * TILE_ROWS, weights);
+            let multiply = match n < BLOCKED_VECTORS {
+                true => scalar::multiply,
+                false => gemm::multiply,
+            };
+            multiply(weights, x, cols, out);
+        },
+    );
+}

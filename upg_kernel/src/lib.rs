@@ -5,12 +5,17 @@ compile_error!("UPG maps little-endian files in place: big-endian targets are no
 
 mod array;
 mod error;
+pub mod format;
 pub mod kernels;
 mod mapped;
 pub mod matrix;
 pub mod prime_lut;
 pub mod rotation;
+pub mod sparse;
+mod upg_decompress;
 
 pub use array::Array;
 pub use error::{Error, ErrorKind, Result};
 pub use mapped::MappedFile;
+pub use matrix::Matrix;
+pub use upg_decompress::{LayerId, UPGDecompressor, WeightFloat, reconstruct_weight};

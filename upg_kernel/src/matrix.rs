@@ -4,13 +4,20 @@
 //! so the methods check only what the caller passes.
 #![forbid(unsafe_code)]
 
+mod bitmap;
 mod dense;
+mod grouped;
 
+pub use bitmap::{BITMAP_GROUP, BitmapArrays, BitmapMatrix};
 pub use dense::{DenseMatrix, DenseValues};
+pub use grouped::GroupedMatrix;
 
+use crate::array::Array;
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::rules;
 use crate::kernels::{gemm, scalar};
 use crate::rotation::Rotation;
+use crate::sparse::MdCSRMatrix;
 use rayon::prelude::*;
 
 /// How many rows are decoded into one scratch tile: a strip of the trellis encodings.
@@ -18,6 +25,37 @@ pub(crate) const TILE_ROWS: usize = 64;
 
 /// From this many vectors on, the blocked product beats one dot product after the other.
 const BLOCKED_VECTORS: usize = 4;
+
+/// The largest magnitude of a scale: no weight made of it can overflow an f32.
+const LARGEST_SCALE: f32 = (1u128 << 100) as f32;
+
+/// The one formula: `scale * prime * value`. The integer product is below 2^24 and so exact in f32:
+/// there is one rounding.
+pub(crate) fn weight(scale: f32, prime: u32, value: i8) -> f32 {
+    scale * (prime as i32 * i32::from(value)) as f32
+}
+
+/// Checks that there is one scale for each row and that none can make a weight overflow.
+pub(crate) fn checked_scales(scales: &[f32], rows: usize) -> Result<()> {
+    if scales.len() != rows {
+        return Err(rules::shape(format!(
+            "{} scales for {rows} rows",
+            scales.len()
+        )));
+    }
+    // NaN compares false.
+    match scales.iter().position(|s| !(s.abs() <= LARGEST_SCALE)) {
+        None => Ok(()),
+        Some(row) => Err(Error::new(
+            ErrorKind::Invalid,
+            format!(
+                "the scale of row {row} is {}, not a number of magnitude up to 2^100",
+                scales[row]
+            ),
+        )
+        .rule(rules::SCALES)),
+    }
+}
 
 /// What an encoding has to offer; everything else is built on it, once.
 pub(crate) trait StoredMatrix: Send + Sync {
@@ -32,18 +70,41 @@ pub(crate) trait StoredMatrix: Send + Sync {
     }
 }
 
+/// The levels of a packed matrix: int8 values, or 4-bit codes into a table of them.
+#[derive(Debug, Clone)]
+pub enum Levels {
+    /// One int8 level a weight.
+    Bytes(Array<i8>),
+    /// Two weights a byte.
+    Nibbles {
+        /// Packed codes.
+        codes: Array<u8>,
+        /// The 16 levels.
+        codebook: Array<i8>,
+    },
+}
+
 /// A weight matrix `[rows, cols]` in one of the encodings; multiplies from the right: `W x`.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum Matrix {
     /// Not compressed: BF16, F16 or F32 values.
     Dense(DenseMatrix),
+    /// `mdcsr`.
+    MdCsr(MdCSRMatrix),
+    /// `q8` and `q4`.
+    Grouped(GroupedMatrix),
+    /// `s8` and `s4`.
+    Bitmap(BitmapMatrix),
 }
 
 impl Matrix {
     fn stored(&self) -> &dyn StoredMatrix {
         match self {
             Self::Dense(m) => m,
+            Self::MdCsr(m) => m,
+            Self::Grouped(m) => m,
+            Self::Bitmap(m) => m,
         }
     }
 

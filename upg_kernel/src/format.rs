@@ -1,0 +1,13 @@
+//! The UPG file, version 2: `upg_format_v2.md` in code.
+#![forbid(unsafe_code)]
+
+mod checksum;
+mod header;
+mod index;
+mod layout;
+pub(crate) mod rules;
+mod writer;
+
+pub use header::{TOKENIZER, UpgFile};
+pub use index::{Encoding, LayerInfo};
+pub use writer::{FileWriter, header_capacity};

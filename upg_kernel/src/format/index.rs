@@ -1,0 +1,195 @@
+//! The list of compressed matrices in the metadata of a file.
+#![forbid(unsafe_code)]
+
+use super::rules;
+use crate::error::{Error, ErrorKind, Result};
+use serde::{Deserialize, Serialize};
+use std::collections::HashSet;
+use std::fmt;
+use std::str::FromStr;
+
+/// How the weights of a matrix are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum Encoding {
+    /// Delta-compressed sparse rows with a prime for every weight; 32 bits a weight, nearly lossless.
+    MdCsr,
+    /// int8 levels, a prime for every 64 columns; 8.13 bits a weight.
+    Q8,
+    /// 4-bit codes into a codebook, a prime for every 32 columns; 4.25 bits a weight.
+    Q4,
+    /// Trellis codes of 2 bits in a rotated basis.
+    T2,
+    /// Trellis codes of 3 bits in a rotated basis.
+    T3,
+    /// Trellis codes of 4 bits in a rotated basis.
+    T4,
+    /// `q8` under a bitmap of kept weights.
+    S8,
+    /// `q4` under a bitmap of kept weights.
+    S4,
+}
+
+impl Encoding {
+    /// Every encoding, in the order of the specification.
+    pub const ALL: [Self; 8] = [
+        Self::MdCsr,
+        Self::Q8,
+        Self::Q4,
+        Self::T2,
+        Self::T3,
+        Self::T4,
+        Self::S8,
+        Self::S4,
+    ];
+
+    /// The name in files and on the command line.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::MdCsr => "mdcsr",
+            Self::Q8 => "q8",
+            Self::Q4 => "q4",
+            Self::T2 => "t2",
+            Self::T3 => "t3",
+            Self::T4 => "t4",
+            Self::S8 => "s8",
+            Self::S4 => "s4",
+        }
+    }
+
+    /// Bits of a trellis code, if it is one of the trellis encodings.
+    pub const fn trellis_bits(self) -> Option<usize> {
+        match self {
+            Self::T2 => Some(2),
+            Self::T3 => Some(3),
+            Self::T4 => Some(4),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for Encoding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Encoding {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        Self::ALL
+            .into_iter()
+            .find(|e| e.name() == name)
+            .ok_or_else(|| {
+                let known = Self::ALL.map(Self::name).join(" ");
+                Error::new(ErrorKind::Unsupported, format!("unknown encoding '{name}'"))
+                    .rule(rules::ENCODING)
+                    .hint(format!("known encodings: {known}"))
+            })
+    }
+}
+
+/// One compressed matrix: what it is called in the source model, and how it is stored.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LayerInfo {
+    /// Hugging Face name of the source tensor.
+    pub name: String,
+    /// Outputs.
+    pub rows: usize,
+    /// Inputs.
+    pub cols: usize,
+    /// Name of the encoding; [`LayerInfo::encoding`] gives the value.
+    #[serde(rename = "encoding")]
+    encoding_name: String,
+    /// `q8`, `q4`, `s8`, `s4`: how many columns share a prime index.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<usize>,
+    /// `t2`, `t3`, `t4`: the block of the Hadamard transform.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hadamard: Option<usize>,
+    /// Relative Frobenius error against the source, if it was measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<f64>,
+}
+
+impl LayerInfo {
+    /// A description without parameters or error.
+    pub fn new(name: impl Into<String>, rows: usize, cols: usize, encoding: Encoding) -> Self {
+        Self {
+            name: name.into(),
+            rows,
+            cols,
+            encoding_name: encoding.name().to_owned(),
+            group: None,
+            hadamard: None,
+            error: None,
+        }
+    }
+
+    /// The name of the encoding.
+    pub fn encoding_name(&self) -> &str {
+        &self.encoding_name
+    }
+
+    /// The encoding; a layer of an open file always has a known one.
+    pub fn encoding(&self) -> Result<Encoding> {
+        self.encoding_name.parse()
+    }
+}
+
+/// Parses and checks the `layers` and `num_layers` metadata (rules 5 and 6).
+pub(super) fn parse(layers: &str, num_layers: &str) -> Result<Vec<LayerInfo>> {
+    let bad = |message: String| Error::new(ErrorKind::Invalid, message).rule(rules::LAYERS);
+    let layers: Vec<LayerInfo> = serde_json::from_str(layers)
+        .map_err(|e| bad(format!("metadata 'layers': {e}")).with_source(e))?;
+    if num_layers != layers.len().to_string() || layers.len() > rules::MOST_LAYERS {
+        return Err(bad(format!(
+            "metadata 'num_layers' is '{num_layers}', 'layers' lists {} (at most {})",
+            layers.len(),
+            rules::MOST_LAYERS
+        )));
+    }
+    let mut names = HashSet::new();
+    for layer in &layers {
+        check(layer).map_err(|e| e.tensor(&layer.name))?;
+        if !names.insert(layer.name.as_str()) {
+            return Err(bad("listed twice in metadata 'layers'".into()).tensor(&layer.name));
+        }
+    }
+    Ok(layers)
+}
+
+fn check(layer: &LayerInfo) -> Result<()> {
+    let encoding = layer.encoding()?;
+    let (rows, cols) = (layer.rows, layer.cols);
+    let fits = |n| (1..=rules::LARGEST_DIMENSION).contains(&n);
+    let weights = rows.checked_mul(cols);
+    if !fits(rows) || !fits(cols) || weights.is_none_or(|n| n > rules::LARGEST_MATRIX) {
+        let message = format!("a matrix [{rows}, {cols}] is outside the limits");
+        return Err(Error::new(ErrorKind::TooLarge, message).rule(rules::LAYERS));
+    }
+    let parameter = |message| Err(Error::new(ErrorKind::Invalid, message).rule(rules::ENCODING));
+    match encoding {
+        Encoding::Q8 | Encoding::Q4 => match layer.group {
+            Some(group) => rules::group(group)?,
+            None => return parameter(format!("{encoding} without 'group'")),
+        },
+        Encoding::S8 | Encoding::S4 if layer.group != Some(64) => {
+            return parameter(format!(
+                "{encoding} with group {:?}, expected 64",
+                layer.group
+            ));
+        }
+        Encoding::T2 | Encoding::T3 | Encoding::T4 => match layer.hadamard {
+            Some(block) if block.is_power_of_two() && cols.is_multiple_of(block) => {}
+            block => {
+                return parameter(format!(
+                    "{encoding} with Hadamard block {block:?}, expected a power of two that divides {cols}"
+                ));
+            }
+        },
+        _ => {}
+    }
+    Ok(())
+}

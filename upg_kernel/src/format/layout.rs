@@ -1,0 +1,210 @@
+//! Which arrays a layer of each encoding has: names, dtypes and shapes (rule 7).
+#![forbid(unsafe_code)]
+
+use super::header::TensorEntry;
+use super::index::{Encoding, LayerInfo};
+use super::{UpgFile, rules};
+use crate::array::Array;
+use crate::error::{Error, ErrorKind, Result};
+use crate::matrix::{
+    BITMAP_GROUP, BitmapArrays, BitmapMatrix, GroupedMatrix, Levels, Matrix, TILE_ROWS,
+};
+use crate::sparse::{MdCSRArrays, MdCSRMatrix};
+use bytemuck::Pod;
+use safetensors::Dtype;
+
+/// One array of a layer: `layer_{i}_{suffix}`. `None` stands for a length that depends on the content.
+pub(super) struct ArraySpec {
+    pub suffix: &'static str,
+    pub dtype: Dtype,
+    pub shape: Vec<Option<usize>>,
+}
+
+fn spec(suffix: &'static str, dtype: Dtype, shape: &[usize]) -> ArraySpec {
+    ArraySpec {
+        suffix,
+        dtype,
+        shape: shape.iter().map(|&n| Some(n)).collect(),
+    }
+}
+
+fn counted(suffix: &'static str, dtype: Dtype) -> ArraySpec {
+    ArraySpec {
+        suffix,
+        dtype,
+        shape: vec![None],
+    }
+}
+
+/// The arrays of `layer`, in the order in which they are written.
+pub(super) fn arrays(layer: &LayerInfo) -> Result<Vec<ArraySpec>> {
+    let encoding = layer.encoding()?;
+    let (rows, cols) = (layer.rows, layer.cols);
+    let group = layer.group.unwrap_or(BITMAP_GROUP);
+    let groups = cols.div_ceil(group);
+    let prime_indices = spec("prime_indices", Dtype::U8, &[rows, groups]);
+    let scales = spec("scales", Dtype::F32, &[rows]);
+    let row_pointers = spec("row_pointers", Dtype::U32, &[rows + 1]);
+    let codebook = spec("codebook", Dtype::I8, &[16]);
+    let bitmap = spec("bitmap", Dtype::U8, &[rows, groups * BITMAP_GROUP / 8]);
+    Ok(match encoding {
+        Encoding::MdCsr => vec![
+            counted("values", Dtype::I8),
+            counted("delta_indices", Dtype::U8),
+            row_pointers,
+            counted("prime_indices", Dtype::U16),
+            scales,
+        ],
+        Encoding::Q8 => vec![
+            spec("values", Dtype::I8, &[rows, groups * group]),
+            prime_indices,
+            scales,
+        ],
+        Encoding::Q4 => vec![
+            spec("codes", Dtype::U8, &[rows, groups * group / 2]),
+            prime_indices,
+            scales,
+            codebook,
+        ],
+        Encoding::S8 => vec![
+            bitmap,
+            counted("values", Dtype::I8),
+            row_pointers,
+            prime_indices,
+            scales,
+        ],
+        Encoding::S4 => vec![
+            bitmap,
+            counted("codes", Dtype::U8),
+            row_pointers,
+            prime_indices,
+            scales,
+            codebook,
+        ],
+        Encoding::T2 | Encoding::T3 | Encoding::T4 => {
+            let bits = encoding.trellis_bits().unwrap_or_default();
+            let strip = 32 * bits * cols.div_ceil(4) + 16;
+            vec![
+                spec("codes", Dtype::U8, &[rows.div_ceil(TILE_ROWS), strip]),
+                spec("prime_indices", Dtype::U8, &[rows, 1]),
+                scales,
+                spec("signs", Dtype::U8, &[cols.div_ceil(8)]),
+                spec("shift_table", Dtype::U8, &[64]),
+                counted("level_table", Dtype::I8),
+            ]
+        }
+    })
+}
+
+/// `layer_{index}_{suffix}`.
+pub(super) fn array_name(index: usize, suffix: &str) -> String {
+    format!("layer_{index}_{suffix}")
+}
+
+/// Checks presence, dtype and shape of every array of a layer. Reads no tensor data.
+pub(super) fn check(file: &UpgFile, index: usize, layer: &LayerInfo) -> Result<()> {
+    for spec in arrays(layer)? {
+        let name = array_name(index, spec.suffix);
+        let entry = file.entry(&name).ok_or_else(|| {
+            let message = format!(
+                "not in the file, {} '{}' needs it",
+                layer.encoding_name(),
+                layer.name
+            );
+            Error::new(ErrorKind::Missing, message)
+                .rule(rules::ARRAYS)
+                .tensor(&name)
+        })?;
+        check_entry(entry, &spec).map_err(|e| e.tensor(&name))?;
+    }
+    Ok(())
+}
+
+fn check_entry(entry: &TensorEntry, spec: &ArraySpec) -> Result<()> {
+    let fits = entry.dtype == spec.dtype
+        && entry.shape.len() == spec.shape.len()
+        && entry
+            .shape
+            .iter()
+            .zip(&spec.shape)
+            .all(|(&n, expected)| expected.is_none_or(|e| e == n));
+    if fits {
+        return Ok(());
+    }
+    let expected: Vec<String> = spec
+        .shape
+        .iter()
+        .map(|n| n.map_or("any".into(), |n| n.to_string()))
+        .collect();
+    Err(rules::shape(format!(
+        "{} {:?}, expected {} [{}]",
+        entry.dtype,
+        entry.shape,
+        spec.dtype,
+        expected.join(", ")
+    )))
+}
+
+/// The matrix of a layer; checks what its encoding asks for (the bits and columns of the sparse ones
+/// are read here for the first time).
+pub(super) fn matrix(file: &UpgFile, index: usize, layer: &LayerInfo) -> Result<Matrix> {
+    let encoding = layer.encoding()?;
+    let (rows, cols) = (layer.rows, layer.cols);
+    let group = layer.group.unwrap_or(BITMAP_GROUP);
+    let get = Arrays { file, index };
+    let nibbles = || -> Result<Levels> {
+        Ok(Levels::Nibbles {
+            codes: get.array("codes")?,
+            codebook: get.array("codebook")?,
+        })
+    };
+    let grouped = |levels| {
+        GroupedMatrix::new(
+            rows,
+            cols,
+            group,
+            levels,
+            get.array("prime_indices")?,
+            get.array("scales")?,
+        )
+    };
+    let bitmap = |levels| {
+        let arrays = BitmapArrays {
+            bitmap: get.array("bitmap")?,
+            levels,
+            row_pointers: get.array("row_pointers")?,
+            prime_indices: get.array("prime_indices")?,
+            scales: get.array("scales")?,
+        };
+        BitmapMatrix::new(rows, cols, arrays)
+    };
+    Ok(match encoding {
+        Encoding::MdCsr => Matrix::MdCsr(MdCSRMatrix::new(
+            rows,
+            cols,
+            MdCSRArrays {
+                values: get.array("values")?,
+                delta_indices: get.array("delta_indices")?,
+                row_pointers: get.array("row_pointers")?,
+                prime_indices: get.array("prime_indices")?,
+                scales: get.array("scales")?,
+            },
+        )?),
+        Encoding::Q8 => Matrix::Grouped(grouped(Levels::Bytes(get.array("values")?))?),
+        Encoding::Q4 => Matrix::Grouped(grouped(nibbles()?)?),
+        Encoding::S8 => Matrix::Bitmap(bitmap(Levels::Bytes(get.array("values")?))?),
+        Encoding::S4 => Matrix::Bitmap(bitmap(nibbles()?)?),
+        Encoding::T2 | Encoding::T3 | Encoding::T4 => todo!(),
+    })
+}
+
+struct Arrays<'a> {
+    file: &'a UpgFile,
+    index: usize,
+}
+
+impl Arrays<'_> {
+    fn array<T: Pod>(&self, suffix: &str) -> Result<Array<T>> {
+        self.file.array(&array_name(self.index, suffix))
+    }
+}

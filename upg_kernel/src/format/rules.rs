@@ -1,0 +1,100 @@
+//! The rules of `upg_format_v2.md` that more than one place checks, by their numbers there.
+#![forbid(unsafe_code)]
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// A safetensors file: header, names, contiguous tensors.
+pub const CONTAINER: u8 = 1;
+/// Required metadata.
+pub const METADATA: u8 = 2;
+/// The version.
+pub const VERSION: u8 = 3;
+/// The checksum of the metadata and the tensor table.
+pub const TABLE_CHECKSUM: u8 = 4;
+/// The list of layers.
+pub const LAYERS: u8 = 5;
+/// Known encodings and their parameters.
+pub const ENCODING: u8 = 6;
+/// The arrays of a layer: present, dtype, shape.
+pub const ARRAYS: u8 = 7;
+/// Alignment of tensors.
+pub const ALIGNMENT: u8 = 8;
+/// Scales are finite.
+pub const SCALES: u8 = 9;
+/// Row pointers ascend from 0 to the number of codes.
+pub const ROW_POINTERS: u8 = 10;
+/// Columns of sparse entries are inside the matrix.
+pub const COLUMNS: u8 = 11;
+/// Prime indices are below 10,000.
+pub const PRIME_INDEX: u8 = 12;
+/// Bitmaps match their codes.
+pub const BITMAP: u8 = 13;
+/// Tensors that are not compressed.
+pub const KEPT: u8 = 14;
+/// Checksums of tensors.
+pub const TENSOR_CHECKSUM: u8 = 15;
+
+/// Rows and columns of a matrix, each: with the two limits below, a short hostile file cannot ask for
+/// much memory.
+pub const LARGEST_DIMENSION: usize = 1 << 24;
+/// Weights of one matrix.
+pub const LARGEST_MATRIX: usize = 1 << 32;
+/// Layers of a file.
+pub const MOST_LAYERS: usize = 100_000;
+
+/// A wrong shape or length (rule 7).
+pub fn shape(message: impl Into<String>) -> Error {
+    Error::new(ErrorKind::Shape, message).rule(ARRAYS)
+}
+
+/// `found` is the product of `expected`, without overflow.
+pub fn length(name: &str, found: usize, expected: &[usize]) -> Result<()> {
+    let product = expected.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
+    if product == Some(found) {
+        return Ok(());
+    }
+    Err(shape(format!(
+        "{name} has {found} elements, expected {expected:?}"
+    )))
+}
+
+/// The group of q8 and q4.
+pub fn group(group: usize) -> Result<()> {
+    if matches!(group, 32 | 64) {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorKind::Invalid,
+        format!("group of {group} columns, expected 32 or 64"),
+    )
+    .rule(ENCODING))
+}
+
+/// A 4-bit codebook has 16 levels, so that every code has one.
+pub fn codebook(codebook: &[i8]) -> Result<()> {
+    length("codebook", codebook.len(), &[16])
+}
+
+/// `rows + 1` pointers that ascend from 0 to `stored`.
+pub fn row_pointers(pointers: &[u32], rows: usize, stored: usize) -> Result<()> {
+    if rows.checked_add(1) != Some(pointers.len()) {
+        return Err(shape(format!(
+            "{} row pointers for {rows} rows",
+            pointers.len()
+        )));
+    }
+    let invalid = |message| Err(Error::new(ErrorKind::Invalid, message).rule(ROW_POINTERS));
+    if pointers[0] != 0 {
+        return invalid(format!("the first row pointer is {}, not 0", pointers[0]));
+    }
+    if let Some(row) = pointers.windows(2).position(|w| w[0] > w[1]) {
+        return invalid(format!("row {row} ends before it starts"));
+    }
+    if pointers[rows] as usize != stored {
+        return invalid(format!(
+            "the last row pointer is {}, the codes end at {stored}",
+            pointers[rows]
+        ));
+    }
+    Ok(())
+}

@@ -1,0 +1,278 @@
+//! Writing a file: tensor by tensor, the header last, whole or not at all.
+#![forbid(unsafe_code)]
+
+use super::header::{CHECKSUM, CHECKSUMS, FORMAT, PAD_PREFIX};
+use super::{LayerInfo, checksum, layout};
+use crate::error::{Error, ErrorKind, Result};
+use crate::matrix::{Levels, Matrix};
+use bytemuck::cast_slice;
+use safetensors::Dtype;
+use std::collections::BTreeMap;
+use std::io::{BufWriter, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+use tempfile::NamedTempFile;
+
+/// Every tensor starts at a multiple of this, counted from the start of the file.
+const ALIGNMENT: u64 = 64;
+
+/// Bytes of a header entry beside the name: dtype, a shape of two and two offsets, its checksum, and
+/// a padding tensor with the same.
+const ENTRY_BYTES: usize = 330;
+
+/// Bytes that the header of a file needs at most: for tensors of these names and metadata of this
+/// many bytes (keys and values, as JSON).
+pub fn header_capacity<'a>(names: impl Iterator<Item = &'a str>, metadata_bytes: usize) -> usize {
+    let table: usize = names
+        .map(|name| 2 * escaped(name).len() + ENTRY_BYTES)
+        .sum();
+    table + metadata_bytes + 1024
+}
+
+/// Writes a UPG file. The data goes to a temporary file beside the target, which takes the target's
+/// place in [`FileWriter::finish`]; if that is never reached nothing is left.
+///
+/// The bytes depend only on what is passed. Memory: one buffer of 1 MiB and the table of tensors.
+pub struct FileWriter {
+    out: BufWriter<NamedTempFile>,
+    path: PathBuf,
+    capacity: u64,
+    position: u64,
+    tensors: Vec<Written>,
+    pads: usize,
+}
+
+struct Written {
+    name: String,
+    dtype: Dtype,
+    shape: Vec<usize>,
+    begin: u64,
+    end: u64,
+    checksum: String,
+}
+
+impl FileWriter {
+    /// Starts a file at `path` with room for a header of `header_capacity` bytes.
+    ///
+    /// Errors: `Io` if the folder cannot be written to.
+    pub fn create(path: impl AsRef<Path>, header_capacity: usize) -> Result<Self> {
+        let path = path.as_ref();
+        let io = |e| Error::io("cannot write", path, e);
+        let folder = folder_of(path);
+        let mut builder = tempfile::Builder::new();
+        builder.prefix(".upg-").suffix(".partial");
+        #[cfg(unix)]
+        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+        let temporary = builder.tempfile_in(folder).map_err(io)?;
+        let capacity = (8 + header_capacity as u64).next_multiple_of(ALIGNMENT) - 8;
+        let mut writer = Self {
+            out: BufWriter::with_capacity(1 << 20, temporary),
+            path: path.to_path_buf(),
+            capacity,
+            position: 0,
+            tensors: Vec::new(),
+            pads: 0,
+        };
+        writer.out.seek(SeekFrom::Start(8 + capacity)).map_err(io)?;
+        Ok(writer)
+    }
+
+    /// Appends one tensor. Errors: `Io`; `Shape` if `bytes` do not fit dtype and shape.
+    pub fn tensor(
+        &mut self,
+        name: &str,
+        dtype: Dtype,
+        shape: &[usize],
+        bytes: &[u8],
+    ) -> Result<()> {
+        let bits = shape
+            .iter()
+            .try_fold(dtype.bitsize(), |n, &d| n.checked_mul(d));
+        if bits != bytes.len().checked_mul(8) {
+            let message = format!("{} bytes for {dtype} {shape:?}", bytes.len());
+            return Err(Error::new(ErrorKind::Shape, message).tensor(name));
+        }
+        let misaligned = self.position % ALIGNMENT;
+        if misaligned != 0 {
+            let zeros = &[0u8; ALIGNMENT as usize][misaligned as usize..];
+            let pad = format!("{PAD_PREFIX}{}", self.pads);
+            self.pads += 1;
+            self.append(&pad, Dtype::U8, &[zeros.len()], zeros)?;
+        }
+        self.append(name, dtype, shape, bytes)
+    }
+
+    fn append(&mut self, name: &str, dtype: Dtype, shape: &[usize], bytes: &[u8]) -> Result<()> {
+        self.out
+            .write_all(bytes)
+            .map_err(|e| Error::io("cannot write", &self.path, e))?;
+        let begin = self.position;
+        self.position += bytes.len() as u64;
+        self.tensors.push(Written {
+            name: name.to_owned(),
+            dtype,
+            shape: shape.to_vec(),
+            begin,
+            end: self.position,
+            checksum: checksum::data(bytes),
+        });
+        Ok(())
+    }
+
+    /// Appends the arrays of layer `index`. Errors: as [`FileWriter::tensor`]; `Argument` if `matrix`
+    /// is not what `layer` describes.
+    pub fn layer(&mut self, index: usize, layer: &LayerInfo, matrix: &Matrix) -> Result<()> {
+        for spec in layout::arrays(layer)? {
+            let bytes = array_bytes(matrix, spec.suffix).ok_or_else(|| {
+                let message = format!("not stored as {}", layer.encoding_name());
+                Error::new(ErrorKind::Argument, message).tensor(&layer.name)
+            })?;
+            let counted = bytes.len() * 8 / spec.dtype.bitsize();
+            let shape: Vec<usize> = spec.shape.iter().map(|n| n.unwrap_or(counted)).collect();
+            self.tensor(
+                &layout::array_name(index, spec.suffix),
+                spec.dtype,
+                &shape,
+                bytes,
+            )?;
+        }
+        Ok(())
+    }
+
+    /// Bytes that the finished file will have.
+    pub fn file_len(&self) -> u64 {
+        8 + self.capacity + self.position
+    }
+
+    /// Writes the header, flushes everything to disk and puts the file in its place.
+    ///
+    /// `metadata` is completed with `format`, `version`, `num_layers`, `layers` and the checksums. The
+    /// version is 2.0 if every layer is `mdcsr`, else 2.1. Errors: `Io`; `TooLarge` if the header
+    /// does not fit the capacity it was given.
+    pub fn finish(
+        self,
+        mut metadata: BTreeMap<String, String>,
+        layers: &[LayerInfo],
+    ) -> Result<()> {
+        let only_mdcsr = layers.iter().all(|l| l.encoding_name() == "mdcsr");
+        let json = |e: serde_json::Error| Error::new(ErrorKind::Argument, e.to_string());
+        metadata.insert("format".into(), FORMAT.into());
+        metadata.insert(
+            "version".into(),
+            if only_mdcsr { "2.0" } else { "2.1" }.into(),
+        );
+        metadata.insert("num_layers".into(), layers.len().to_string());
+        metadata.insert(
+            "layers".into(),
+            serde_json::to_string(layers).map_err(json)?,
+        );
+        let checksums: BTreeMap<_, _> = self
+            .tensors
+            .iter()
+            .map(|t| (&t.name, &t.checksum))
+            .collect();
+        metadata.insert(
+            CHECKSUMS.into(),
+            serde_json::to_string(&checksums).map_err(json)?,
+        );
+        let by_name: BTreeMap<_, _> = self.tensors.iter().map(|t| (t.name.as_str(), t)).collect();
+        let table = by_name
+            .iter()
+            .map(|(name, t)| (*name, t.dtype.to_string(), t.shape.as_slice()));
+        metadata.insert(CHECKSUM.into(), checksum::table(table, &metadata));
+
+        let mut header = self.header(&metadata)?;
+        if header.len() as u64 > self.capacity {
+            let message = format!(
+                "a header of {} bytes, room for {}",
+                header.len(),
+                self.capacity
+            );
+            return Err(Error::new(ErrorKind::TooLarge, message).at(&self.path));
+        }
+        header.resize(self.capacity as usize, b' ');
+        let path = self.path.clone();
+        self.commit(&header)
+            .map_err(|e| Error::io("cannot write", path, e))
+    }
+
+    fn header(&self, metadata: &BTreeMap<String, String>) -> Result<Vec<u8>> {
+        let mut header = serde_json::Map::new();
+        header.insert("__metadata__".into(), serde_json::json!(metadata));
+        for t in &self.tensors {
+            let entry = serde_json::json!({
+                "dtype": t.dtype.to_string(),
+                "shape": t.shape,
+                "data_offsets": [t.begin, t.end],
+            });
+            if header.insert(t.name.clone(), entry).is_some() {
+                return Err(Error::new(ErrorKind::Argument, "written twice").tensor(&t.name));
+            }
+        }
+        serde_json::to_vec(&header).map_err(|e| Error::new(ErrorKind::Argument, e.to_string()))
+    }
+
+    fn commit(mut self, header: &[u8]) -> std::io::Result<()> {
+        self.out.seek(SeekFrom::Start(0))?;
+        self.out.write_all(&self.capacity.to_le_bytes())?;
+        self.out.write_all(header)?;
+        let file = self.out.into_inner().map_err(|e| e.into_error())?;
+        file.as_file().sync_all()?;
+        file.persist(&self.path).map_err(|e| e.error)?;
+        #[cfg(unix)]
+        std::fs::File::open(folder_of(&self.path))?.sync_all()?;
+        Ok(())
+    }
+}
+
+fn folder_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    }
+}
+
+fn escaped(name: &str) -> String {
+    serde_json::json!(name).to_string()
+}
+
+/// The bytes of one array of a matrix, by its suffix in the file.
+fn array_bytes<'a>(matrix: &'a Matrix, suffix: &str) -> Option<&'a [u8]> {
+    match matrix {
+        Matrix::Dense(_) => None,
+        Matrix::MdCsr(m) => {
+            let arrays = m.arrays();
+            Some(match suffix {
+                "values" => cast_slice(&arrays.values),
+                "delta_indices" => &arrays.delta_indices,
+                "row_pointers" => cast_slice(&arrays.row_pointers),
+                "prime_indices" => cast_slice(&arrays.prime_indices),
+                "scales" => cast_slice(&arrays.scales),
+                _ => return None,
+            })
+        }
+        Matrix::Grouped(m) => match suffix {
+            "prime_indices" => Some(m.prime_indices()),
+            "scales" => Some(cast_slice(m.scales())),
+            _ => level_bytes(m.levels(), suffix),
+        },
+        Matrix::Bitmap(m) => {
+            let arrays = m.arrays();
+            match suffix {
+                "bitmap" => Some(&arrays.bitmap),
+                "row_pointers" => Some(cast_slice(&arrays.row_pointers)),
+                "prime_indices" => Some(&arrays.prime_indices),
+                "scales" => Some(cast_slice(&arrays.scales)),
+                _ => level_bytes(&arrays.levels, suffix),
+            }
+        }
+    }
+}
+
+fn level_bytes<'a>(levels: &'a Levels, suffix: &str) -> Option<&'a [u8]> {
+    match (levels, suffix) {
+        (Levels::Bytes(values), "values") => Some(cast_slice(values)),
+        (Levels::Nibbles { codes, .. }, "codes") => Some(codes),
+        (Levels::Nibbles { codebook, .. }, "codebook") => Some(cast_slice(codebook)),
+        _ => None,
+    }
+}

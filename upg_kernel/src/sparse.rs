@@ -1,0 +1,360 @@
+//! MdCSR: memory-efficient delta-compressed sparse rows, the layout of format version 2.0.
+//!
+//! A row is a run of entries `(delta, value, prime)`. The column of an entry is the sum of the deltas
+//! so far, its weight `scales[row] * PRIME_LUT[prime_index] * value`. A free prime for every entry
+//! makes the encoding nearly lossless at 32 bits an entry.
+#![forbid(unsafe_code)]
+
+use crate::array::Array;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::rules;
+use crate::matrix::{StoredMatrix, checked_scales, weight};
+use crate::prime_lut::{LARGEST_PRIME, PRIME_COUNT, PRIME_LUT};
+use rayon::prelude::*;
+use std::sync::LazyLock;
+
+/// The largest `prime * value`, reached by the largest weight of a row.
+const LARGEST_PRODUCT: f64 = LARGEST_PRIME as f64 * i8::MAX as f64;
+
+/// The largest column delta that one entry can hold.
+const LARGEST_DELTA: usize = u8::MAX as usize;
+
+/// A sparse matrix `[rows, cols]` whose every entry has been checked to lie inside it.
+#[derive(Debug, Clone)]
+pub struct MdCSRMatrix {
+    rows: usize,
+    cols: usize,
+    arrays: MdCSRArrays,
+}
+
+/// The arrays of a [`MdCSRMatrix`], as they stand in a file.
+#[derive(Debug, Clone)]
+pub struct MdCSRArrays {
+    /// `[nnz]`; 0 marks padding that bridges a gap of more than 255 columns.
+    pub values: Array<i8>,
+    /// `[nnz]`; the first of a row counts from column 0, the others from the entry before.
+    pub delta_indices: Array<u8>,
+    /// `[rows + 1]`; row `r` has the entries `row_pointers[r]..row_pointers[r + 1]`.
+    pub row_pointers: Array<u32>,
+    /// `[nnz]`, each below 10,000.
+    pub prime_indices: Array<u16>,
+    /// `[rows]`, finite.
+    pub scales: Array<f32>,
+}
+
+impl MdCSRMatrix {
+    /// Checks every entry once (reads all arrays), so that nothing has to be checked later.
+    ///
+    /// Errors: `Shape` if the lengths do not fit each other, `Invalid` if row pointers, columns,
+    /// prime indices or scales break rules 9 to 12 of the format.
+    pub fn new(rows: usize, cols: usize, arrays: MdCSRArrays) -> Result<Self> {
+        let nnz = arrays.values.len();
+        for (name, len) in [
+            ("delta_indices", arrays.delta_indices.len()),
+            ("prime_indices", arrays.prime_indices.len()),
+        ] {
+            rules::length(name, len, &[nnz])?;
+        }
+        checked_scales(&arrays.scales, rows)?;
+        rules::row_pointers(&arrays.row_pointers, rows, nnz)?;
+        let primes = &arrays.prime_indices;
+        if let Some(i) = primes.iter().position(|&p| usize::from(p) >= PRIME_COUNT) {
+            return Err(Error::new(
+                ErrorKind::Invalid,
+                format!(
+                    "prime index {} of entry {i} is not below {PRIME_COUNT}",
+                    primes[i]
+                ),
+            )
+            .rule(rules::PRIME_INDEX));
+        }
+        let matrix = Self { rows, cols, arrays };
+        (0..rows).try_for_each(|row| matrix.check_columns(row))?;
+        Ok(matrix)
+    }
+
+    fn check_columns(&self, row: usize) -> Result<()> {
+        let invalid = |message| Err(Error::new(ErrorKind::Invalid, message).rule(rules::COLUMNS));
+        let mut column = 0;
+        for (i, &delta) in self.arrays.delta_indices[self.entries(row)]
+            .iter()
+            .enumerate()
+        {
+            column += usize::from(delta);
+            if i > 0 && delta == 0 {
+                return invalid(format!("entry {i} of row {row} repeats column {column}"));
+            }
+            if column >= self.cols {
+                return invalid(format!(
+                    "entry {i} of row {row} is in column {column} of {}",
+                    self.cols
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Encodes a dense matrix `[rows, cols]`; zeros are left out and stay exactly zero.
+    ///
+    /// Cost: about 0.3 microseconds a weight and thread (127 candidates each). Errors: `Shape` if
+    /// `weights` is not `rows * cols` long, `Invalid` for a weight that is not finite, `TooLarge`
+    /// from 2^32 entries on.
+    pub fn from_dense(weights: &[f32], rows: usize, cols: usize) -> Result<Self> {
+        if rows.checked_mul(cols) != Some(weights.len()) {
+            return Err(rules::shape(format!(
+                "{} weights for a matrix [{rows}, {cols}]",
+                weights.len()
+            )));
+        }
+        let rows_of_entries = (0..rows).into_par_iter().map(|row| {
+            let weights = &weights[row * cols..(row + 1) * cols];
+            let entries = weights.iter().enumerate().filter(|(_, w)| **w != 0.0);
+            EncodedRow::new(row, entries.map(|(column, &w)| (column, w)))
+        });
+        Self::collect(rows, cols, rows_of_entries.collect::<Result<_>>()?)
+    }
+
+    /// Encodes a matrix in compressed sparse rows: row `r` has the columns
+    /// `indices[indptr[r]..indptr[r + 1]]`, ascending, with the weights `data` beside them.
+    ///
+    /// Errors as for [`MdCSRMatrix::from_dense`], and `Invalid` for pointers or columns that are not
+    /// ascending and inside the matrix.
+    pub fn from_csr(
+        rows: usize,
+        cols: usize,
+        indptr: &[usize],
+        indices: &[usize],
+        data: &[f32],
+    ) -> Result<Self> {
+        let ascending = indptr.windows(2).all(|w| w[0] <= w[1]);
+        if indptr.len() != rows + 1
+            || !ascending
+            || indptr[0] != 0
+            || indptr[rows] != indices.len()
+            || indices.len() != data.len()
+        {
+            return Err(rules::shape(format!(
+                "{} row pointers, {} columns and {} weights are not {rows} sparse rows",
+                indptr.len(),
+                indices.len(),
+                data.len()
+            )));
+        }
+        let rows_of_entries = (0..rows).into_par_iter().map(|row| {
+            let range = indptr[row]..indptr[row + 1];
+            let columns = &indices[range.clone()];
+            if columns.windows(2).any(|w| w[0] >= w[1])
+                || columns.last().is_some_and(|&c| c >= cols)
+            {
+                return Err(Error::new(
+                    ErrorKind::Invalid,
+                    format!("the columns of row {row} are not ascending and below {cols}"),
+                ));
+            }
+            EncodedRow::new(
+                row,
+                columns.iter().copied().zip(data[range].iter().copied()),
+            )
+        });
+        Self::collect(rows, cols, rows_of_entries.collect::<Result<_>>()?)
+    }
+
+    fn collect(rows: usize, cols: usize, encoded: Vec<EncodedRow>) -> Result<Self> {
+        let nnz: usize = encoded.iter().map(|row| row.values.len()).sum();
+        if u32::try_from(nnz).is_err() {
+            return Err(Error::new(
+                ErrorKind::TooLarge,
+                format!("{nnz} entries are more than a sparse matrix can point to"),
+            ));
+        }
+        let mut row_pointers = Vec::with_capacity(rows + 1);
+        row_pointers.push(0u32);
+        let mut end = 0;
+        for row in &encoded {
+            end += row.values.len() as u32;
+            row_pointers.push(end);
+        }
+        let arrays = MdCSRArrays {
+            values: encoded
+                .iter()
+                .flat_map(|r| r.values.iter().copied())
+                .collect::<Vec<_>>()
+                .into(),
+            delta_indices: encoded
+                .iter()
+                .flat_map(|r| r.deltas.iter().copied())
+                .collect::<Vec<_>>()
+                .into(),
+            row_pointers: row_pointers.into(),
+            prime_indices: encoded
+                .iter()
+                .flat_map(|r| r.primes.iter().copied())
+                .collect::<Vec<_>>()
+                .into(),
+            scales: encoded.iter().map(|r| r.scale).collect::<Vec<_>>().into(),
+        };
+        Self::new(rows, cols, arrays)
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Number of columns.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Number of stored entries, padding included.
+    pub fn nnz(&self) -> usize {
+        self.arrays.values.len()
+    }
+
+    /// The arrays, as a file stores them.
+    pub fn arrays(&self) -> &MdCSRArrays {
+        &self.arrays
+    }
+
+    /// The whole matrix `[rows, cols]` in f32.
+    pub fn to_dense(&self) -> Vec<f32> {
+        let mut out = vec![0.0; self.rows * self.cols];
+        if self.cols > 0 {
+            self.decode_rows(0, &mut out);
+        }
+        out
+    }
+
+    /// `W x` for `x [cols]`, touching only stored entries; returns `[rows]`, f32 sums.
+    ///
+    /// Errors (`Argument`): `x` has another length.
+    pub fn spmv(&self, x: &[f32]) -> Result<Vec<f32>> {
+        if x.len() != self.cols {
+            return Err(Error::new(
+                ErrorKind::Argument,
+                format!("a vector of {} for {} columns", x.len(), self.cols),
+            ));
+        }
+        let dot = |row| self.row(row).map(|(column, w)| w * x[column]).sum();
+        Ok((0..self.rows).into_par_iter().map(dot).collect())
+    }
+
+    fn entries(&self, row: usize) -> std::ops::Range<usize> {
+        self.arrays.row_pointers[row] as usize..self.arrays.row_pointers[row + 1] as usize
+    }
+
+    /// The entries of a row as `(column, weight)`.
+    fn row(&self, row: usize) -> impl Iterator<Item = (usize, f32)> {
+        let range = self.entries(row);
+        let scale = self.arrays.scales[row];
+        let mut column = 0;
+        self.arrays.delta_indices[range.clone()]
+            .iter()
+            .zip(&self.arrays.values[range.clone()])
+            .zip(&self.arrays.prime_indices[range])
+            .map(move |((&delta, &value), &prime)| {
+                column += usize::from(delta);
+                (column, weight(scale, PRIME_LUT[usize::from(prime)], value))
+            })
+    }
+}
+
+impl StoredMatrix for MdCSRMatrix {
+    fn rows(&self) -> usize {
+        self.rows
+    }
+
+    fn cols(&self) -> usize {
+        self.cols
+    }
+
+    fn decode_rows(&self, first: usize, out: &mut [f32]) {
+        for (i, out) in out.chunks_exact_mut(self.cols).enumerate() {
+            out.fill(0.0);
+            self.row(first + i).for_each(|(column, w)| out[column] = w);
+        }
+    }
+}
+
+/// One row on its way into the arrays.
+struct EncodedRow {
+    scale: f32,
+    values: Vec<i8>,
+    deltas: Vec<u8>,
+    primes: Vec<u16>,
+}
+
+impl EncodedRow {
+    fn new(row: usize, entries: impl Iterator<Item = (usize, f32)> + Clone) -> Result<Self> {
+        let mut largest = 0.0f32;
+        for (column, w) in entries.clone() {
+            if !w.is_finite() {
+                return Err(Error::new(
+                    ErrorKind::Invalid,
+                    format!("the weight in row {row}, column {column} is {w}"),
+                ));
+            }
+            largest = largest.max(w.abs());
+        }
+        let scale = ((f64::from(largest) / LARGEST_PRODUCT) as f32).max(f32::MIN_POSITIVE);
+        let mut encoded = Self {
+            scale,
+            values: Vec::new(),
+            deltas: Vec::new(),
+            primes: Vec::new(),
+        };
+        let mut last = 0;
+        for (column, w) in entries {
+            let (value, prime) = nearest_product(f64::from(w) / f64::from(scale));
+            if value == 0 {
+                continue;
+            }
+            let mut gap = column - last;
+            while gap > LARGEST_DELTA {
+                encoded.push(0, LARGEST_DELTA as u8, 0);
+                gap -= LARGEST_DELTA;
+            }
+            encoded.push(value, gap as u8, prime);
+            last = column;
+        }
+        Ok(encoded)
+    }
+
+    fn push(&mut self, value: i8, delta: u8, prime: u16) {
+        self.values.push(value);
+        self.deltas.push(delta);
+        self.primes.push(prime);
+    }
+}
+
+/// `(value, prime index)` whose product is nearest to `target`; `(0, 0)` if zero is nearest.
+/// Ties go to the smaller value, so the result does not depend on anything but `target`.
+fn nearest_product(target: f64) -> (i8, u16) {
+    let magnitude = target.abs();
+    let mut best = (magnitude, 0i8, 0u16);
+    for value in 1..=i8::MAX {
+        let quotient = (magnitude / f64::from(value)).round() as usize;
+        let prime = NEAREST_PRIME[quotient.min(LARGEST_PRIME as usize)];
+        let product = f64::from(PRIME_LUT[usize::from(prime)]) * f64::from(value);
+        let error = (product - magnitude).abs();
+        if error < best.0 {
+            best = (error, value, prime);
+        }
+    }
+    let (_, value, prime) = best;
+    (if target < 0.0 { -value } else { value }, prime)
+}
+
+/// For every number up to the largest prime of the table, the index of the nearest prime.
+static NEAREST_PRIME: LazyLock<Vec<u16>> = LazyLock::new(|| {
+    let mut index = 0;
+    (0..=LARGEST_PRIME)
+        .map(|n| {
+            let next_is_nearer = |i: usize| PRIME_LUT[i + 1].abs_diff(n) < PRIME_LUT[i].abs_diff(n);
+            while index + 1 < PRIME_COUNT && next_is_nearer(index) {
+                index += 1;
+            }
+            index as u16
+        })
+        .collect()
+});

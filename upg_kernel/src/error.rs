@@ -30,6 +30,8 @@ pub enum ErrorKind {
     TooLarge,
     /// The caller passed something that cannot be used (wrong length, unknown name, bad option).
     Argument,
+    /// The caller asked to stop.
+    Interrupted,
 }
 
 /// An error with its kind, the file and tensor it concerns, and how to mend it.

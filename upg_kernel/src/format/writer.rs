@@ -19,13 +19,26 @@ const ALIGNMENT: u64 = 64;
 /// a padding tensor with the same.
 const ENTRY_BYTES: usize = 330;
 
-/// Bytes that the header of a file needs at most: for tensors of these names and metadata of this
-/// many bytes (keys and values, as JSON).
-pub fn header_capacity<'a>(names: impl Iterator<Item = &'a str>, metadata_bytes: usize) -> usize {
-    let table: usize = names
-        .map(|name| 2 * escaped(name).len() + ENTRY_BYTES)
-        .sum();
-    table + metadata_bytes + 1024
+/// Bytes of a layer's description that are known only when it is encoded.
+const LAYER_BYTES: usize = 80;
+
+/// Bytes that the header of a file needs at most: for these layers, other tensors of these names, and
+/// these texts as metadata (beside what [`FileWriter::finish`] adds).
+pub fn header_capacity<'a>(
+    layers: &[LayerInfo],
+    other: impl Iterator<Item = &'a str>,
+    metadata: &BTreeMap<String, String>,
+) -> Result<usize> {
+    let entry = |name: &str| 2 * escaped(name).len() + ENTRY_BYTES;
+    let mut bytes = 2048 + escaped(metadata).len() + other.map(entry).sum::<usize>();
+    for (index, layer) in layers.iter().enumerate() {
+        // Twice escaped: the list of layers is JSON inside a JSON string.
+        bytes += escaped(&escaped(layer)).len() + LAYER_BYTES;
+        for spec in layout::arrays(layer)? {
+            bytes += entry(&layout::array_name(index, spec.suffix));
+        }
+    }
+    Ok(bytes)
 }
 
 /// Writes a UPG file. The data goes to a temporary file beside the target, which takes the target's
@@ -231,8 +244,8 @@ fn folder_of(path: &Path) -> &Path {
     }
 }
 
-fn escaped(name: &str) -> String {
-    serde_json::json!(name).to_string()
+fn escaped(value: &(impl serde::Serialize + ?Sized)) -> String {
+    serde_json::json!(value).to_string()
 }
 
 /// The bytes of one array of a matrix, by its suffix in the file.

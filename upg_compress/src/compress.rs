@@ -1,0 +1,209 @@
+//! From a source model to one UPG file, a tensor at a time.
+#![forbid(unsafe_code)]
+
+use crate::plan::{CompressOptions, Plan, PlannedTensor};
+use crate::rounding::{round_q4, round_q8, round_s4, round_s8};
+use crate::source::{FloatType, Source};
+use crate::trellis;
+use rayon::prelude::*;
+use safetensors::Dtype;
+use std::collections::BTreeMap;
+use std::path::Path;
+use upg_kernel::format::{Encoding, FileWriter, LayerInfo, TOKENIZER, header_capacity};
+use upg_kernel::sparse::MdCSRMatrix;
+use upg_kernel::{Error, ErrorKind, Matrix, Result};
+
+/// Room in the header for `compression_ratio` and `bits_per_weight`.
+const FIGURE_DIGITS: usize = 24;
+
+/// Hears of the work as it goes on; every method may do nothing.
+pub trait Progress: Sync {
+    /// Before the first tensor: how many weights there are in all.
+    fn start(&self, _weights: u64) {}
+    /// Before each tensor.
+    fn tensor(&self, _name: &str) {}
+    /// After each tensor: the weights it had.
+    fn advance(&self, _weights: u64) {}
+    /// Asked before each tensor; `true` ends the work with an error of kind `Interrupted`.
+    fn is_cancelled(&self) -> bool {
+        false
+    }
+}
+
+/// No progress report.
+impl Progress for () {}
+
+/// What was written.
+#[derive(Debug, Clone)]
+pub struct CompressReport {
+    /// Bytes of the file.
+    pub file_bytes: u64,
+    /// Weights of the model, uncompressed ones included.
+    pub weights: u64,
+    /// The compressed matrices with their errors.
+    pub layers: Vec<LayerInfo>,
+}
+
+impl CompressReport {
+    /// Bits of the whole file for each weight.
+    pub fn bits_per_weight(&self) -> f64 {
+        8.0 * self.file_bytes as f64 / self.weights as f64
+    }
+}
+
+/// Compresses `source` into a UPG file at `out`, which appears whole or not at all.
+///
+/// The bytes depend on the source and the options only, not on the number of threads. Memory: about
+/// three copies of the largest tensor, in f32. Time: see the encoders.
+///
+/// Errors: those of the source; `Invalid` for weights that are not finite; `Io`; `Interrupted`.
+pub fn compress(
+    source: &dyn Source,
+    out: impl AsRef<Path>,
+    options: &CompressOptions,
+    progress: &dyn Progress,
+) -> Result<CompressReport> {
+    let plan = Plan::new(source, options)?;
+    let tokenizer = source.files().tokenizer_json.as_deref();
+    let mut metadata = metadata(source, options, &plan)?;
+    let mut layers: Vec<LayerInfo> = plan.tensors.iter().filter_map(|t| t.layer.clone()).collect();
+    let kept = plan.tensors.iter().filter(|t| t.layer.is_none());
+    let names = kept.map(|t| source.tensors()[t.index].name.as_str());
+    let capacity = header_capacity(&layers, names.chain([TOKENIZER]), &metadata)?;
+    let mut writer = FileWriter::create(out, capacity)?;
+
+    progress.start(plan.weights);
+    let mut next_layer = 0;
+    for planned in &plan.tensors {
+        let tensor = &source.tensors()[planned.index];
+        if progress.is_cancelled() {
+            return Err(Error::new(ErrorKind::Interrupted, "stopped before the end"));
+        }
+        progress.tensor(&tensor.name);
+        if planned.layer.is_some() {
+            let layer = &mut layers[next_layer];
+            let matrix = encode(source, planned, layer, options.seed)
+                .map_err(|e| e.tensor(&tensor.name))?;
+            writer.layer(next_layer, layer, &matrix)?;
+            next_layer += 1;
+        } else {
+            let raw = source.read_raw(planned.index)?;
+            let dtype = match raw.dtype {
+                FloatType::Bf16 => Dtype::BF16,
+                FloatType::F16 => Dtype::F16,
+                FloatType::F32 => Dtype::F32,
+            };
+            writer.tensor(&tensor.name, dtype, &tensor.shape, &raw.bytes)?;
+        }
+        progress.advance(tensor.weights() as u64);
+    }
+    if let Some(json) = tokenizer {
+        writer.tensor(TOKENIZER, Dtype::U8, &[json.len()], json)?;
+    }
+    let report = CompressReport {
+        file_bytes: writer.file_len(),
+        weights: plan.weights,
+        layers,
+    };
+    let ratio = 4.0 * report.weights as f64 / report.file_bytes as f64;
+    metadata.insert("compression_ratio".into(), format!("{ratio:.4}"));
+    metadata.insert("bits_per_weight".into(), format!("{:.4}", report.bits_per_weight()));
+    writer.finish(metadata, &report.layers)?;
+    Ok(report)
+}
+
+fn metadata(
+    source: &dyn Source,
+    options: &CompressOptions,
+    plan: &Plan,
+) -> Result<BTreeMap<String, String>> {
+    let files = source.files();
+    let recipe = serde_json::json!({
+        "tool": concat!("upg ", env!("CARGO_PKG_VERSION")),
+        "encoding": options.encoding.to_string(),
+        "embedding": plan.embedding.to_string(),
+        "overrides": options.overrides.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        "seed": options.seed,
+        "calibration": null,
+    });
+    let mut metadata = BTreeMap::from([
+        ("model".to_owned(), source.model_name().to_owned()),
+        ("recipe".to_owned(), recipe.to_string()),
+        ("config.json".to_owned(), files.config_json.clone()),
+        ("compression_ratio".to_owned(), "0".repeat(FIGURE_DIGITS)),
+        ("bits_per_weight".to_owned(), "0".repeat(FIGURE_DIGITS)),
+    ]);
+    for (key, text) in [
+        ("generation_config.json", &files.generation_config_json),
+        ("tokenizer_config.json", &files.tokenizer_config_json),
+        ("special_tokens_map.json", &files.special_tokens_map_json),
+        ("chat_template", &files.chat_template),
+    ] {
+        if let Some(text) = text {
+            metadata.insert(key.to_owned(), text.clone());
+        }
+    }
+    Ok(metadata)
+}
+
+/// Reads and encodes one matrix; completes the description of its layer.
+fn encode(
+    source: &dyn Source,
+    planned: &PlannedTensor,
+    layer: &mut LayerInfo,
+    seed: u64,
+) -> Result<Matrix> {
+    let weights = source.read_f32(planned.index)?;
+    let matrix = encode_matrix(&weights, layer, seed)?;
+    if let Matrix::Trellis(m) = &matrix {
+        layer.hadamard = Some(m.parts().rotation.block());
+    }
+    layer.error = Some(relative_error(&weights, &matrix)?);
+    Ok(matrix)
+}
+
+/// Encodes `weights` (`[rows, cols]`, row by row) as `layer` says.
+pub fn encode_matrix(weights: &[f32], layer: &LayerInfo, seed: u64) -> Result<Matrix> {
+    let (rows, cols) = (layer.rows, layer.cols);
+    let group = layer.group.unwrap_or(64);
+    Ok(match layer.encoding()? {
+        Encoding::MdCsr => Matrix::MdCsr(MdCSRMatrix::from_dense(weights, rows, cols)?),
+        Encoding::Q8 => Matrix::Grouped(round_q8(weights, rows, cols, group)?),
+        Encoding::Q4 => Matrix::Grouped(round_q4(weights, rows, cols, group)?),
+        Encoding::S8 => Matrix::Bitmap(round_s8(weights, rows, cols)?),
+        Encoding::S4 => Matrix::Bitmap(round_s4(weights, rows, cols)?),
+        Encoding::T2 => Matrix::Trellis(trellis::encode(weights, rows, cols, 2, seed)?),
+        Encoding::T3 => Matrix::Trellis(trellis::encode(weights, rows, cols, 3, seed)?),
+        Encoding::T4 => Matrix::Trellis(trellis::encode(weights, rows, cols, 4, seed)?),
+        other => {
+            let message = format!("no encoder for '{other}'");
+            return Err(Error::new(ErrorKind::Unsupported, message));
+        }
+    })
+}
+
+/// `|decoded - original| / |original|` in the Frobenius norm, to six digits; 0 for a zero matrix.
+pub fn relative_error(original: &[f32], matrix: &Matrix) -> Result<f64> {
+    let cols = matrix.cols();
+    // One pair of sums a row, added in order: the same for any number of threads.
+    let rows: Vec<(f64, f64)> = original
+        .par_chunks_exact(cols.max(1))
+        .enumerate()
+        .map_init(
+            || vec![0.0; cols],
+            |decoded, (row, original)| {
+                matrix.rows_into(row, decoded)?;
+                let pairs = original.iter().zip(decoded.iter());
+                Ok(pairs.fold((0.0, 0.0), |(error, norm), (&a, &b)| {
+                    let (a, b) = (f64::from(a), f64::from(b));
+                    (error + (a - b) * (a - b), norm + a * a)
+                }))
+            },
+        )
+        .collect::<Result<_>>()?;
+    let (error, norm) = rows.iter().fold((0.0, 0.0), |s, r| (s.0 + r.0, s.1 + r.1));
+    if norm == 0.0 {
+        return Ok(0.0);
+    }
+    Ok(((error / norm).sqrt() * 1e6).round() / 1e6)
+}

@@ -1,0 +1,112 @@
+//! Back from a UPG file to a Hugging Face directory.
+#![forbid(unsafe_code)]
+
+use crate::compress::Progress;
+use half::bf16;
+use safetensors::tensor::{Dtype, View};
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::path::Path;
+use upg_kernel::{Error, ErrorKind, Result, UPGDecompressor};
+
+/// Writes `model` into the folder `out` (made if need be): `config.json`, tokenizer files and
+/// `model.safetensors`, with compressed matrices as BF16 and all others as they are.
+///
+/// transformers loads the result. Every file appears whole or not at all; the weights come last.
+/// Memory: one matrix at a time. Errors: `Io`, and those of [`UPGDecompressor::decompress_layer`].
+pub fn export(model: &UPGDecompressor, out: impl AsRef<Path>, progress: &dyn Progress) -> Result<()> {
+    let out = out.as_ref();
+    std::fs::create_dir_all(out).map_err(|e| Error::io("cannot make the folder", out, e))?;
+    let file = model.file();
+    for (key, name) in [
+        ("config.json", "config.json"),
+        ("generation_config.json", "generation_config.json"),
+        ("tokenizer_config.json", "tokenizer_config.json"),
+        ("special_tokens_map.json", "special_tokens_map.json"),
+        ("chat_template", "chat_template.jinja"),
+    ] {
+        if let Some(text) = file.metadata(key) {
+            write(&out.join(name), text.as_bytes())?;
+        }
+    }
+    if let Some(json) = file.tokenizer_json() {
+        write(&out.join("tokenizer.json"), json)?;
+    }
+
+    let mut tensors = Vec::new();
+    for (id, layer) in file.layers().iter().enumerate() {
+        // Every check of the file happens here, so that writing below cannot meet a bad layer.
+        file.matrix(id)?;
+        let content = Content::Layer { model, id, progress };
+        tensors.push((layer.name.clone(), Exported {
+            dtype: Dtype::BF16,
+            shape: vec![layer.rows, layer.cols],
+            content,
+        }));
+    }
+    for (name, dtype, shape) in file.kept() {
+        let bytes = file.bytes(name).unwrap_or_default();
+        let shape = shape.to_vec();
+        tensors.push((name.to_owned(), Exported { dtype, shape, content: Content::Kept(bytes) }));
+    }
+    progress.start(file.layers().iter().map(|l| (l.rows * l.cols) as u64).sum());
+    let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    let path = out.join("model.safetensors");
+    safetensors::serialize_to_file(tensors, Some(metadata), &path).map_err(|e| {
+        Error::new(ErrorKind::Io, format!("cannot write: {e}")).at(&path).with_source(e)
+    })
+}
+
+/// A small file, whole or not at all.
+fn write(path: &Path, bytes: &[u8]) -> Result<()> {
+    let io = |e| Error::io("cannot write", path, e);
+    let folder = path.parent().unwrap_or(Path::new("."));
+    let mut temporary = tempfile::NamedTempFile::new_in(folder).map_err(io)?;
+    std::io::Write::write_all(&mut temporary, bytes).map_err(io)?;
+    temporary.persist(path).map_err(|e| io(e.error))?;
+    Ok(())
+}
+
+/// A tensor of the directory, decoded only when it is written.
+struct Exported<'a> {
+    dtype: Dtype,
+    shape: Vec<usize>,
+    content: Content<'a>,
+}
+
+enum Content<'a> {
+    Layer {
+        model: &'a UPGDecompressor,
+        id: usize,
+        progress: &'a dyn Progress,
+    },
+    Kept(&'a [u8]),
+}
+
+impl View for Exported<'_> {
+    fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        match self.content {
+            Content::Kept(bytes) => bytes.into(),
+            Content::Layer { model, id, progress } => {
+                let mut weights = vec![bf16::ZERO; self.shape.iter().product()];
+                model
+                    .decompress_layer_into(id, &mut weights)
+                    .expect("the layer was checked and the buffer has its size");
+                progress.advance(weights.len() as u64);
+                bytemuck::cast_slice(&weights).to_vec().into()
+            }
+        }
+    }
+
+    fn data_len(&self) -> usize {
+        self.shape.iter().product::<usize>() * self.dtype.bitsize() / 8
+    }
+}

@@ -1,0 +1,202 @@
+//! Which tensor is stored how.
+#![forbid(unsafe_code)]
+
+use crate::source::{Source, TensorInfo};
+use std::fmt;
+use std::str::FromStr;
+use upg_kernel::format::{Encoding, LayerInfo};
+use upg_kernel::{Error, ErrorKind, Result};
+
+/// Seed of the random signs of the rotation, if none is asked for.
+const DEFAULT_SEED: u64 = 0;
+
+/// An encoding, or none: the matrix stays as it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Choice {
+    /// Stored as the source has it (dequantized to F32 if that is a quantized GGUF type).
+    Keep,
+    /// Compressed.
+    Encode(Encoding),
+}
+
+impl fmt::Display for Choice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Keep => f.write_str("keep"),
+            Self::Encode(encoding) => encoding.fmt(f),
+        }
+    }
+}
+
+impl FromStr for Choice {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        match text {
+            "keep" => Ok(Self::Keep),
+            _ => text.parse().map(Self::Encode),
+        }
+    }
+}
+
+/// `PATTERN=ENCODING`: matrices whose name matches (`*`, `?`, `[..]`) get this encoding.
+#[derive(Debug, Clone)]
+pub struct Override {
+    pattern: glob::Pattern,
+    choice: Choice,
+}
+
+impl fmt::Display for Override {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}={}", self.pattern, self.choice)
+    }
+}
+
+impl FromStr for Override {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let bad = |message: String| {
+            Error::new(ErrorKind::Argument, message)
+                .hint("write PATTERN=ENCODING, for example '*.down_proj.weight=t4'")
+        };
+        let (pattern, choice) = text
+            .rsplit_once('=')
+            .ok_or_else(|| bad(format!("'{text}' has no '='")))?;
+        let pattern = glob::Pattern::new(pattern).map_err(|e| bad(format!("pattern '{pattern}': {e}")))?;
+        Ok(Self {
+            pattern,
+            choice: choice.parse()?,
+        })
+    }
+}
+
+/// How to compress a model.
+#[derive(Debug, Clone)]
+pub struct CompressOptions {
+    /// For the matrices of the transformer blocks.
+    pub encoding: Choice,
+    /// For the embeddings and the output head. `None`: `keep` and `mdcsr` as the blocks; `q4` where
+    /// the blocks are `t2` or `t3` and a `q8` embedding would be over a fifth of the file; else `q8`.
+    pub embedding: Option<Choice>,
+    /// For single matrices; the last one that matches counts.
+    pub overrides: Vec<Override>,
+    /// Of the random signs of the rotation.
+    pub seed: u64,
+}
+
+impl CompressOptions {
+    /// Everything at its default but the encoding.
+    pub fn new(encoding: Choice) -> Self {
+        Self {
+            encoding,
+            embedding: None,
+            overrides: Vec::new(),
+            seed: DEFAULT_SEED,
+        }
+    }
+}
+
+/// What happens to every tensor, in the order of writing.
+pub(crate) struct Plan {
+    pub tensors: Vec<PlannedTensor>,
+    /// The choice for embeddings and output head.
+    pub embedding: Choice,
+    /// Weights of all planned tensors.
+    pub weights: u64,
+}
+
+/// One tensor of the source; kept as it is if `layer` is `None`.
+pub(crate) struct PlannedTensor {
+    pub index: usize,
+    pub layer: Option<LayerInfo>,
+}
+
+impl Plan {
+    pub(crate) fn new(source: &dyn Source, options: &CompressOptions) -> Result<Self> {
+        let tied = is_tied(&source.files().config_json);
+        let tensors: Vec<(usize, &TensorInfo)> = source
+            .tensors()
+            .iter()
+            .enumerate()
+            .filter(|(_, t)| !(tied && t.name == "lm_head.weight"))
+            .collect();
+        let embedding = options
+            .embedding
+            .unwrap_or_else(|| default_embedding(options.encoding, &tensors));
+        let choose = |t: &TensorInfo| {
+            let by_place = if is_embedding(t) { embedding } else { options.encoding };
+            let matching = options.overrides.iter().rev().find(|o| o.pattern.matches(&t.name));
+            matching.map_or(by_place, |o| o.choice)
+        };
+        for o in &options.overrides {
+            let names = || tensors.iter().filter(|(_, t)| is_matrix(t));
+            if !names().any(|(_, t)| o.pattern.matches(&t.name)) {
+                let example = names().next().map_or("none", |(_, t)| t.name.as_str());
+                return Err(Error::new(
+                    ErrorKind::Argument,
+                    format!("the pattern '{}' matches no matrix of this model", o.pattern),
+                )
+                .hint(format!("names look like '{example}'")));
+            }
+        }
+        Ok(Self {
+            weights: tensors.iter().map(|(_, t)| t.weights() as u64).sum(),
+            embedding,
+            tensors: tensors
+                .iter()
+                .map(|&(index, t)| PlannedTensor {
+                    index,
+                    layer: if is_matrix(t) { described(t, choose(t)) } else { None },
+                })
+                .collect(),
+        })
+    }
+}
+
+fn described(tensor: &TensorInfo, choice: Choice) -> Option<LayerInfo> {
+    let Choice::Encode(encoding) = choice else {
+        return None;
+    };
+    let mut layer = LayerInfo::new(&tensor.name, tensor.rows(), tensor.cols(), encoding);
+    layer.group = match encoding {
+        Encoding::Q4 => Some(32),
+        Encoding::Q8 | Encoding::S8 | Encoding::S4 => Some(64),
+        _ => None,
+    };
+    Some(layer)
+}
+
+/// Norms and biases are vectors; every tensor of two dimensions is multiplied or looked up.
+fn is_matrix(tensor: &TensorInfo) -> bool {
+    tensor.shape.len() == 2 && tensor.weights() > 0
+}
+
+fn is_embedding(tensor: &TensorInfo) -> bool {
+    matches!(tensor.name.as_str(), "model.embed_tokens.weight" | "lm_head.weight")
+}
+
+/// Of such a model the output head is the embedding; a stored copy is not used.
+fn is_tied(config_json: &str) -> bool {
+    let config: serde_json::Value = serde_json::from_str(config_json).unwrap_or_default();
+    config["tie_word_embeddings"].as_bool().unwrap_or(false)
+}
+
+fn default_embedding(body: Choice, tensors: &[(usize, &TensorInfo)]) -> Choice {
+    let body_bits = match body {
+        Choice::Keep | Choice::Encode(Encoding::MdCsr) => return body,
+        Choice::Encode(Encoding::T2) => 2.1,
+        Choice::Encode(Encoding::T3) => 3.1,
+        Choice::Encode(_) => return Choice::Encode(Encoding::Q8),
+    };
+    let weights = |embedding: bool| -> f64 {
+        let of_kind = tensors.iter().filter(|(_, t)| is_matrix(t) && is_embedding(t) == embedding);
+        of_kind.map(|(_, t)| t.weights() as f64).sum()
+    };
+    let (embedding, rest) = (8.13 * weights(true), body_bits * weights(false));
+    if embedding > (embedding + rest) / 5.0 {
+        Choice::Encode(Encoding::Q4)
+    } else {
+        Choice::Encode(Encoding::Q8)
+    }
+}

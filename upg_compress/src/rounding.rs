@@ -1,0 +1,383 @@
+//! Data-free rounding: for every group of weights the prime, and for every weight the level, with the
+//! smallest squared error.
+#![forbid(unsafe_code)]
+
+mod levels;
+
+pub use levels::{Codebook, LevelSet, Linear8};
+
+use rayon::prelude::*;
+use upg_kernel::matrix::{BITMAP_GROUP, BitmapArrays, BitmapMatrix, GroupedMatrix, Levels};
+use upg_kernel::prime_lut::PRIME_LUT;
+use upg_kernel::{Error, ErrorKind, Result};
+
+/// The packed encodings select among the first 256 primes, 2 to 1,619.
+const PRIMES: usize = 256;
+
+/// How many primes of the searched range are tried before the best one's neighbours are.
+const COARSE_STEPS: usize = 24;
+
+/// Rows that a codebook is fitted to.
+const SAMPLE_ROWS: usize = 128;
+
+/// Rounds of codebook fitting.
+const FIT_ROUNDS: usize = 4;
+
+/// Rounds a matrix `[rows, cols]` to `q8` with groups of `group` columns.
+///
+/// Cost: about 30 error evaluations a group. Errors: `Shape` for a wrong length, `Invalid` for a
+/// weight that is not finite.
+pub fn round_q8(weights: &[f32], rows: usize, cols: usize, group: usize) -> Result<GroupedMatrix> {
+    let encoded = encode_rows(weights, rows, cols, group, false, &Linear8)?;
+    let groups = cols.div_ceil(group);
+    let mut values = vec![0i8; rows * groups * group];
+    for (row, out) in encoded
+        .iter()
+        .zip(values.chunks_exact_mut((groups * group).max(1)))
+    {
+        for (out, &code) in out.iter_mut().zip(&row.codes) {
+            *out = Linear8.level(code);
+        }
+    }
+    grouped(encoded, rows, cols, group, Levels::Bytes(values.into()))
+}
+
+/// Rounds a matrix to `q4`: a codebook is fitted to a sample of its rows, then as [`round_q8`].
+pub fn round_q4(weights: &[f32], rows: usize, cols: usize, group: usize) -> Result<GroupedMatrix> {
+    let codebook = fit_codebook(weights, rows, cols, group, false)?;
+    let encoded = encode_rows(weights, rows, cols, group, false, &codebook)?;
+    let (groups, half) = (cols.div_ceil(group), group / 2);
+    let mut codes = vec![0u8; rows * groups * half];
+    for (row, out) in encoded
+        .iter()
+        .zip(codes.chunks_exact_mut((groups * half).max(1)))
+    {
+        for (codes, out) in row.codes.chunks(group).zip(out.chunks_exact_mut(half)) {
+            for (column, &code) in codes.iter().enumerate() {
+                out[column % half] |= code << (column / half * 4);
+            }
+        }
+    }
+    let levels = Levels::Nibbles {
+        codes: codes.into(),
+        codebook: codebook.levels().to_vec().into(),
+    };
+    grouped(encoded, rows, cols, group, levels)
+}
+
+/// Rounds the weights that are not zero to `s8`; zeros stay exactly zero. Errors as [`round_q8`], and
+/// `TooLarge` from 4 GiB of codes on.
+pub fn round_s8(weights: &[f32], rows: usize, cols: usize) -> Result<BitmapMatrix> {
+    let encoded = encode_rows(weights, rows, cols, BITMAP_GROUP, true, &Linear8)?;
+    let pack = |codes: &[u8], out: &mut Vec<u8>| {
+        out.extend(codes.iter().map(|&code| Linear8.level(code) as u8));
+    };
+    let (bytes, row_pointers) = pack_kept(weights, cols, &encoded, pack)?;
+    let values: Vec<i8> = bytes.into_iter().map(|byte| byte as i8).collect();
+    bitmap(
+        weights,
+        rows,
+        cols,
+        encoded,
+        Levels::Bytes(values.into()),
+        row_pointers,
+    )
+}
+
+/// Rounds the weights that are not zero to `s4`; zeros stay exactly zero. Errors as [`round_s8`].
+pub fn round_s4(weights: &[f32], rows: usize, cols: usize) -> Result<BitmapMatrix> {
+    let codebook = fit_codebook(weights, rows, cols, BITMAP_GROUP, true)?;
+    let encoded = encode_rows(weights, rows, cols, BITMAP_GROUP, true, &codebook)?;
+    let pack = |codes: &[u8], out: &mut Vec<u8>| {
+        out.extend(
+            codes
+                .chunks(2)
+                .map(|pair| pair[0] | pair.get(1).unwrap_or(&0) << 4),
+        );
+    };
+    let (codes, row_pointers) = pack_kept(weights, cols, &encoded, pack)?;
+    let levels = Levels::Nibbles {
+        codes: codes.into(),
+        codebook: codebook.levels().to_vec().into(),
+    };
+    bitmap(weights, rows, cols, encoded, levels, row_pointers)
+}
+
+/// A row on its way into the arrays: codes of the weights that are stored, in column order.
+struct EncodedRow {
+    scale: f32,
+    primes: Vec<u8>,
+    codes: Vec<u8>,
+}
+
+fn encode_rows<L: LevelSet>(
+    weights: &[f32],
+    rows: usize,
+    cols: usize,
+    group: usize,
+    skip_zeros: bool,
+    levels: &L,
+) -> Result<Vec<EncodedRow>> {
+    check(weights, rows, cols)?;
+    Ok((0..rows)
+        .into_par_iter()
+        .map(|row| {
+            let groups = groups_of(&weights[row * cols..(row + 1) * cols], group, skip_zeros);
+            encode_row(&groups, levels)
+        })
+        .collect())
+}
+
+/// The weights of each group that are stored.
+fn groups_of(row: &[f32], group: usize, skip_zeros: bool) -> Vec<Vec<f32>> {
+    let stored = |w: &f32| !skip_zeros || *w != 0.0;
+    row.chunks(group)
+        .map(|g| g.iter().copied().filter(stored).collect())
+        .collect()
+}
+
+fn encode_row<L: LevelSet>(groups: &[Vec<f32>], levels: &L) -> EncodedRow {
+    let mut scale = initial_scale(groups, levels);
+    let mut row = encode_with_scale(groups, scale, levels);
+    let refitted = refit_scale(groups, &row, levels).unwrap_or(scale);
+    if refitted != scale {
+        scale = refitted;
+        let again = encode_with_scale(groups, scale, levels);
+        if row_error(groups, &again, levels) < row_error(groups, &row, levels) {
+            row = again;
+        }
+    }
+    row
+}
+
+/// The scale at which the group with the largest weight can use the upper end of the searched primes.
+fn initial_scale<L: LevelSet>(groups: &[Vec<f32>], levels: &L) -> f32 {
+    let largest = groups.iter().flatten().fold(0.0f32, |m, w| m.max(w.abs()));
+    let product = f64::from(PRIME_LUT[PRIMES - 1]) * f64::from(levels.largest());
+    let scale = (f64::from(largest) * f64::from(L::SEARCH.1) / product) as f32;
+    if largest == 0.0 {
+        0.0
+    } else {
+        scale.max(f32::MIN_POSITIVE)
+    }
+}
+
+fn encode_with_scale<L: LevelSet>(groups: &[Vec<f32>], scale: f32, levels: &L) -> EncodedRow {
+    let mut row = EncodedRow {
+        scale,
+        primes: Vec::with_capacity(groups.len()),
+        codes: Vec::new(),
+    };
+    // In units of the scale no square can overflow or vanish, however small the weights are.
+    let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+    for group in groups {
+        let targets: Vec<f32> = group.iter().map(|w| w * inverse).collect();
+        let prime = best_prime(&targets, levels);
+        let step = PRIME_LUT[prime] as f32;
+        row.primes.push(prime as u8);
+        row.codes
+            .extend(targets.iter().map(|t| levels.code(t / step)));
+    }
+    row
+}
+
+/// The prime of the smallest squared error for weights in units of the scale: a coarse walk over the
+/// range that the largest weight leaves, then every neighbour of the best.
+fn best_prime<L: LevelSet>(targets: &[f32], levels: &L) -> usize {
+    let largest = targets.iter().fold(0.0f32, |m, t| m.max(t.abs()));
+    if largest == 0.0 {
+        return 0;
+    }
+    let ideal = largest / levels.largest();
+    let at_least = |p: f32| {
+        PRIME_LUT[..PRIMES]
+            .partition_point(|&prime| (prime as f32) < p)
+            .min(PRIMES - 1)
+    };
+    let low = at_least(L::SEARCH.0 * ideal).saturating_sub(1);
+    let high = at_least(L::SEARCH.1 * ideal);
+    let stride = ((high - low) / COARSE_STEPS).max(1);
+    let error = |prime: usize| (levels.error(targets, PRIME_LUT[prime] as f32), prime);
+    let less = |a: (f32, usize), b: (f32, usize)| if b.0 < a.0 { b } else { a };
+    let coarse = (low..=high).step_by(stride).map(error).reduce(less);
+    let Some((_, middle)) = coarse else { return 0 };
+    let near = middle.saturating_sub(stride - 1)..=(middle + stride - 1).min(PRIMES - 1);
+    near.map(error)
+        .reduce(less)
+        .map_or(middle, |(_, prime)| prime)
+}
+
+/// The scale of the smallest squared error for given primes and codes (least squares).
+fn refit_scale<L: LevelSet>(groups: &[Vec<f32>], row: &EncodedRow, levels: &L) -> Option<f32> {
+    let (mut dot, mut norm) = (0.0f64, 0.0f64);
+    for (w, product) in products(groups, row, levels) {
+        dot += f64::from(w) * product;
+        norm += product * product;
+    }
+    let scale = (dot / norm) as f32;
+    (scale.is_finite() && scale > 0.0).then_some(scale)
+}
+
+fn row_error<L: LevelSet>(groups: &[Vec<f32>], row: &EncodedRow, levels: &L) -> f64 {
+    products(groups, row, levels)
+        .map(|(w, product)| (f64::from(w) - f64::from(row.scale) * product).powi(2))
+        .sum()
+}
+
+/// Pairs of a weight and its `prime * level`.
+fn products<L: LevelSet>(
+    groups: &[Vec<f32>],
+    row: &EncodedRow,
+    levels: &L,
+) -> impl Iterator<Item = (f32, f64)> {
+    let primes = groups.iter().zip(&row.primes).flat_map(|(group, &prime)| {
+        group
+            .iter()
+            .map(move |_| f64::from(PRIME_LUT[usize::from(prime)]))
+    });
+    let levels = row.codes.iter().map(|&code| f64::from(levels.level(code)));
+    groups
+        .iter()
+        .flatten()
+        .copied()
+        .zip(primes.zip(levels).map(|(prime, level)| prime * level))
+}
+
+/// A codebook for this matrix: Lloyd's iteration on a sample of rows, kept only if it is better there.
+fn fit_codebook(
+    weights: &[f32],
+    rows: usize,
+    cols: usize,
+    group: usize,
+    skip_zeros: bool,
+) -> Result<Codebook> {
+    check(weights, rows, cols)?;
+    let stride = rows.div_ceil(SAMPLE_ROWS).max(1);
+    let sample: Vec<Vec<Vec<f32>>> = (0..rows)
+        .step_by(stride)
+        .map(|row| groups_of(&weights[row * cols..(row + 1) * cols], group, skip_zeros))
+        .collect();
+    let mut best = (f64::INFINITY, Codebook::gaussian());
+    let mut codebook = best.1.clone();
+    for _ in 0..FIT_ROUNDS {
+        let encoded: Vec<EncodedRow> = sample
+            .par_iter()
+            .map(|row| encode_row(row, &codebook))
+            .collect();
+        let error: f64 = sample
+            .iter()
+            .zip(&encoded)
+            .map(|(g, r)| row_error(g, r, &codebook))
+            .sum();
+        if error < best.0 {
+            best = (error, codebook.clone());
+        }
+        let mut sums = [(0.0f64, 0.0f64); 16];
+        for (groups, row) in sample.iter().zip(&encoded) {
+            let stored = products(groups, row, &codebook).zip(&row.codes);
+            for ((w, product), &code) in stored {
+                let level = f64::from(codebook.level(code));
+                if level != 0.0 {
+                    let step = f64::from(row.scale) * product / level;
+                    sums[usize::from(code)].0 += f64::from(w) * step;
+                    sums[usize::from(code)].1 += step * step;
+                }
+            }
+        }
+        codebook = codebook.moved_to(&sums);
+    }
+    Ok(best.1)
+}
+
+fn check(weights: &[f32], rows: usize, cols: usize) -> Result<()> {
+    if rows.checked_mul(cols) != Some(weights.len()) {
+        let message = format!("{} weights for a matrix [{rows}, {cols}]", weights.len());
+        return Err(Error::new(ErrorKind::Shape, message));
+    }
+    match weights.par_iter().position_first(|w| !w.is_finite()) {
+        None => Ok(()),
+        Some(i) => Err(Error::new(
+            ErrorKind::Invalid,
+            format!(
+                "the weight in row {}, column {} is {}",
+                i / cols,
+                i % cols,
+                weights[i]
+            ),
+        )),
+    }
+}
+
+fn grouped(
+    encoded: Vec<EncodedRow>,
+    rows: usize,
+    cols: usize,
+    group: usize,
+    levels: Levels,
+) -> Result<GroupedMatrix> {
+    let (primes, scales) = primes_and_scales(&encoded);
+    GroupedMatrix::new(rows, cols, group, levels, primes.into(), scales.into())
+}
+
+fn primes_and_scales(encoded: &[EncodedRow]) -> (Vec<u8>, Vec<f32>) {
+    let primes = encoded
+        .iter()
+        .flat_map(|row| row.primes.iter().copied())
+        .collect();
+    (primes, encoded.iter().map(|row| row.scale).collect())
+}
+
+/// The packed codes of the kept weights, every group by itself, and where each row starts.
+fn pack_kept(
+    weights: &[f32],
+    cols: usize,
+    encoded: &[EncodedRow],
+    pack: impl Fn(&[u8], &mut Vec<u8>),
+) -> Result<(Vec<u8>, Vec<u32>)> {
+    let mut out = Vec::new();
+    let mut row_pointers = vec![0u32];
+    for (row, weights) in encoded.iter().zip(weights.chunks_exact(cols.max(1))) {
+        let mut rest = row.codes.as_slice();
+        for group in weights.chunks(BITMAP_GROUP) {
+            let kept = group.iter().filter(|w| **w != 0.0).count();
+            let (codes, after) = rest.split_at(kept);
+            pack(codes, &mut out);
+            rest = after;
+        }
+        let end = u32::try_from(out.len()).map_err(|_| {
+            Error::new(
+                ErrorKind::TooLarge,
+                "more than 4 GiB of codes in one matrix",
+            )
+        })?;
+        row_pointers.push(end);
+    }
+    Ok((out, row_pointers))
+}
+
+fn bitmap(
+    weights: &[f32],
+    rows: usize,
+    cols: usize,
+    encoded: Vec<EncodedRow>,
+    levels: Levels,
+    row_pointers: Vec<u32>,
+) -> Result<BitmapMatrix> {
+    let groups = cols.div_ceil(BITMAP_GROUP);
+    let mut bits = Vec::with_capacity(rows * groups * 8);
+    for row in weights.chunks_exact(cols.max(1)) {
+        for group in row.chunks(BITMAP_GROUP) {
+            let set = |word: u64, (column, w): (usize, &f32)| word | u64::from(*w != 0.0) << column;
+            bits.extend(group.iter().enumerate().fold(0, set).to_le_bytes());
+        }
+    }
+    let (primes, scales) = primes_and_scales(&encoded);
+    let arrays = BitmapArrays {
+        bitmap: bits.into(),
+        levels,
+        row_pointers: row_pointers.into(),
+        prime_indices: primes.into(),
+        scales: scales.into(),
+    };
+    BitmapMatrix::new(rows, cols, arrays)
+}

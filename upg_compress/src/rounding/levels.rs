@@ -1,0 +1,153 @@
+//! The sets of levels that a weight can be rounded to.
+#![forbid(unsafe_code)]
+
+/// Levels with codes; `t` is a weight divided by the step of its group.
+pub trait LevelSet: Sync {
+    /// The range of steps worth a try, as factors of the step that just reaches the largest weight.
+    const SEARCH: (f32, f32);
+    /// Code of the level nearest to `t`.
+    fn code(&self, t: f32) -> u8;
+    /// The level of a code.
+    fn level(&self, code: u8) -> i8;
+    /// The largest magnitude that a weight of either sign can reach.
+    fn largest(&self) -> f32;
+
+    /// Squared error of a group of weights at this step.
+    fn error(&self, weights: &[f32], step: f32) -> f32 {
+        let inverse = 1.0 / step;
+        weights
+            .iter()
+            .map(|&w| {
+                let difference = w - step * f32::from(self.level(self.code(w * inverse)));
+                difference * difference
+            })
+            .sum()
+    }
+}
+
+/// The int8 levels -127 to 127 of `q8` and `s8`.
+#[derive(Debug, Clone, Copy)]
+pub struct Linear8;
+
+impl LevelSet for Linear8 {
+    const SEARCH: (f32, f32) = (0.9, 1.05);
+
+    fn code(&self, t: f32) -> u8 {
+        t.round().clamp(-127.0, 127.0) as i8 as u8
+    }
+
+    fn level(&self, code: u8) -> i8 {
+        code as i8
+    }
+
+    fn largest(&self) -> f32 {
+        127.0
+    }
+}
+
+/// The 16 ascending levels of `q4` and `s4`; one of them is 0.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Codebook {
+    levels: [i8; 16],
+    /// `t` above `thresholds[i]` is nearer to level `i + 1` than to level `i`.
+    thresholds: [f32; 15],
+}
+
+impl Codebook {
+    /// The starting point: levels fitted to groups of 32 Gaussian weights.
+    pub fn gaussian() -> Self {
+        Self::new([
+            -127, -95, -73, -55, -40, -26, -13, 0, 12, 25, 37, 51, 66, 83, 103, 127,
+        ])
+    }
+
+    fn new(levels: [i8; 16]) -> Self {
+        let mut thresholds = [0.0; 15];
+        for (threshold, pair) in thresholds.iter_mut().zip(levels.windows(2)) {
+            *threshold = (f32::from(pair[0]) + f32::from(pair[1])) / 2.0;
+        }
+        Self { levels, thresholds }
+    }
+
+    /// The levels, ascending.
+    pub fn levels(&self) -> &[i8; 16] {
+        &self.levels
+    }
+
+    /// Moves every level to the mean of the weights that chose it (`sums`: of weight times step, and
+    /// of squared steps); 0 stays, the largest becomes 127 in magnitude, and the order is kept.
+    pub(super) fn moved_to(&self, sums: &[(f64, f64); 16]) -> Self {
+        let mut means = [0.0f64; 16];
+        for (i, mean) in means.iter_mut().enumerate() {
+            let (weighted, norm) = sums[i];
+            *mean = match self.levels[i] {
+                0 => 0.0,
+                _ if norm > 0.0 => weighted / norm,
+                level => f64::from(level),
+            };
+        }
+        let largest = means.iter().fold(0.0f64, |m, v| m.max(v.abs()));
+        if largest <= 0.0 {
+            return self.clone();
+        }
+        let mut levels = means.map(|mean| (mean * 127.0 / largest).round() as i8);
+        levels.sort_unstable();
+        if levels.contains(&0) {
+            Self::new(levels)
+        } else {
+            self.clone()
+        }
+    }
+}
+
+impl LevelSet for Codebook {
+    const SEARCH: (f32, f32) = (0.6, 1.12);
+
+    fn code(&self, t: f32) -> u8 {
+        self.thresholds
+            .iter()
+            .map(|&threshold| u8::from(t > threshold))
+            .sum()
+    }
+
+    fn level(&self, code: u8) -> i8 {
+        self.levels[usize::from(code & 15)]
+    }
+
+    fn largest(&self) -> f32 {
+        f32::from(self.levels[15]).min(-f32::from(self.levels[0]))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn codes_are_the_nearest_levels() {
+        let codebook = Codebook::gaussian();
+        for i in -1400..=1400 {
+            let t = i as f32 / 10.0 + 0.03;
+            let nearest = codebook
+                .levels()
+                .iter()
+                .map(|&l| (f32::from(l) - t).abs())
+                .fold(f32::MAX, f32::min);
+            assert_eq!(
+                (f32::from(codebook.level(codebook.code(t))) - t).abs(),
+                nearest
+            );
+            let int8 = f32::from(Linear8.level(Linear8.code(t)));
+            assert_eq!(int8, t.round().clamp(-127.0, 127.0));
+        }
+    }
+
+    #[test]
+    fn zero_has_a_level_of_its_own() {
+        assert_eq!(Linear8.level(Linear8.code(0.0)), 0);
+        let codebook = Codebook::gaussian();
+        assert_eq!(codebook.level(codebook.code(0.0)), 0);
+        let moved = codebook.moved_to(&[(3.0, 1.0); 16]);
+        assert!(moved.levels().contains(&0));
+    }
+}

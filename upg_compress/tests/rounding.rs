@@ -1,0 +1,189 @@
+//! Rounding to the plain encodings: errors on Gaussian weights, exact zeros, ragged sizes.
+
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{Rng, SeedableRng};
+use upg_compress::rounding::{round_q4, round_q8, round_s4, round_s8};
+use upg_kernel::Matrix;
+use upg_kernel::sparse::MdCSRMatrix;
+
+/// Relative Frobenius errors on Gaussian weights that a change must not exceed (measured: 0.0058,
+/// 0.0830, 0.0058, 0.0862, 0.000002).
+const Q8: f64 = 0.0065;
+const Q4: f64 = 0.087;
+const S8: f64 = 0.0065;
+const S4: f64 = 0.092;
+const MDCSR: f64 = 0.00001;
+
+/// `n` Gaussian values (Box-Muller) of a fixed stream; every `zeros`-th is 0 (none if `zeros` is 0).
+fn gaussian(n: usize, seed: u64, zeros: usize) -> Vec<f32> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let mut uniform = || (f64::from(rng.next_u32()) + 0.5) / 4_294_967_296.0;
+    (0..n)
+        .map(|i| {
+            let (u, v) = (uniform(), uniform());
+            let g = (-2.0 * u.ln()).sqrt() * (std::f64::consts::TAU * v).cos();
+            if zeros > 0 && i % zeros == 0 {
+                0.0
+            } else {
+                g as f32
+            }
+        })
+        .collect()
+}
+
+fn relative_error(original: &[f32], decoded: &[f32]) -> f64 {
+    let square = |v: f64| v * v;
+    let norm: f64 = original.iter().map(|&w| square(f64::from(w))).sum();
+    let error: f64 = original
+        .iter()
+        .zip(decoded)
+        .map(|(&a, &b)| square(f64::from(a) - f64::from(b)))
+        .sum();
+    (error / norm).sqrt()
+}
+
+/// Every encoding of this file, with its largest error.
+fn round_all(w: &[f32], rows: usize, cols: usize) -> Vec<(&'static str, Matrix, f64)> {
+    vec![
+        (
+            "q8",
+            Matrix::Grouped(round_q8(w, rows, cols, 64).unwrap()),
+            Q8,
+        ),
+        (
+            "q4",
+            Matrix::Grouped(round_q4(w, rows, cols, 32).unwrap()),
+            Q4,
+        ),
+        ("s8", Matrix::Bitmap(round_s8(w, rows, cols).unwrap()), S8),
+        ("s4", Matrix::Bitmap(round_s4(w, rows, cols).unwrap()), S4),
+        (
+            "mdcsr",
+            Matrix::MdCsr(MdCSRMatrix::from_dense(w, rows, cols).unwrap()),
+            MDCSR,
+        ),
+    ]
+}
+
+#[test]
+fn errors_on_gaussian_weights() {
+    let (rows, cols) = (96, 1024);
+    let w = gaussian(rows * cols, 1, 3);
+    for (name, matrix, limit) in round_all(&w, rows, cols) {
+        let error = relative_error(&w, &matrix.to_dense());
+        println!("{name}: relative error {error:.7}");
+        assert!(error < limit, "{name}: {error}");
+    }
+}
+
+#[test]
+fn ragged_sizes_round_and_multiply_like_their_dense_form() {
+    for (rows, cols) in [
+        (1, 1),
+        (3, 31),
+        (2, 33),
+        (65, 63),
+        (5, 64),
+        (64, 65),
+        (2, 700),
+    ] {
+        let w = gaussian(rows * cols, (rows * 1000 + cols) as u64, 2);
+        let x = gaussian(3 * cols, 9, 0);
+        for (name, matrix, _) in round_all(&w, rows, cols) {
+            let dense = matrix.to_dense();
+            let product = matrix.spmm(&x, 3).unwrap();
+            for (i, y) in product.iter().enumerate() {
+                let (vector, row) = (i / rows, i % rows);
+                let expected: f32 = (0..cols)
+                    .map(|c| dense[row * cols + c] * x[vector * cols + c])
+                    .sum();
+                assert!(
+                    (y - expected).abs() <= 1e-4 * (1.0 + expected.abs()),
+                    "{name} {rows}x{cols}"
+                );
+            }
+            let mut one = vec![f32::NAN; cols];
+            matrix.rows_into(rows - 1, &mut one).unwrap();
+            assert_eq!(one, dense[(rows - 1) * cols..], "{name} {rows}x{cols}");
+        }
+    }
+}
+
+#[test]
+fn zeros_stay_exactly_zero_and_zero_matrices_work() {
+    let (rows, cols) = (7, 130);
+    let w = gaussian(rows * cols, 5, 2);
+    for (name, matrix, _) in round_all(&w, rows, cols) {
+        let sparse = matches!(name, "s8" | "s4" | "mdcsr");
+        for (&original, &decoded) in w.iter().zip(&matrix.to_dense()) {
+            assert!(original != 0.0 || !sparse || decoded == 0.0, "{name}");
+        }
+    }
+    for (name, matrix, _) in round_all(&vec![0.0; rows * cols], rows, cols) {
+        assert!(matrix.to_dense().iter().all(|&w| w == 0.0), "{name}");
+    }
+}
+
+#[test]
+fn extreme_scales_neither_overflow_nor_vanish() {
+    let (rows, cols) = (4, 64);
+    for exponent in [-30, 0, 20] {
+        let factor = 10f32.powi(exponent);
+        let w: Vec<f32> = gaussian(rows * cols, 6, 0)
+            .iter()
+            .map(|w| w * factor)
+            .collect();
+        for (name, matrix, limit) in round_all(&w, rows, cols) {
+            let error = relative_error(&w, &matrix.to_dense());
+            assert!(error < 1.3 * limit, "{name} at 1e{exponent}: {error}");
+        }
+    }
+}
+
+#[test]
+fn weights_that_are_not_numbers_are_refused_with_their_place() {
+    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        let mut w = vec![1.0; 12];
+        w[7] = bad;
+        let e = round_q4(&w, 3, 4, 32).unwrap_err();
+        assert!(e.to_string().contains("row 1, column 3"), "{e}");
+        assert!(MdCSRMatrix::from_dense(&w, 3, 4).is_err());
+    }
+    assert!(round_q8(&[1.0; 5], 2, 3, 64).is_err());
+}
+
+#[test]
+fn wide_gaps_are_bridged() {
+    let cols = 1200;
+    let mut w = vec![0.0; 2 * cols];
+    for column in [0, 255, 511, 766, 1199] {
+        w[column] = 0.5;
+        w[2 * cols - 1] = -1.0;
+    }
+    let matrix = MdCSRMatrix::from_dense(&w, 2, cols).unwrap();
+    // Row 0: gaps 0, 255, 256 (one bridge), 255, 433 (one); row 1: 1199 = 4 bridges and 179.
+    assert_eq!(matrix.nnz(), 5 + 2 + 1 + 4);
+    assert!(relative_error(&w, &matrix.to_dense()) < 1e-6);
+    let x: Vec<f32> = (0..cols).map(|c| (c % 7) as f32).collect();
+    let (sparse, dense) = (
+        matrix.spmv(&x).unwrap(),
+        Matrix::MdCsr(matrix).spmv(&x).unwrap(),
+    );
+    assert!(sparse.iter().zip(&dense).all(|(a, b)| (a - b).abs() < 1e-4));
+    let csr = MdCSRMatrix::from_csr(2, 5, &[0, 2, 3], &[1, 4, 0], &[1.5, -2.0, 3.0]).unwrap();
+    let dense = csr.to_dense();
+    let expected = [0.0, 1.5, 0.0, 0.0, -2.0, 3.0, 0.0, 0.0, 0.0, 0.0];
+    assert!(
+        dense
+            .iter()
+            .zip(expected)
+            .all(|(a, b)| (a - b).abs() < 1e-5)
+    );
+    for (indptr, indices) in [
+        ([0, 2, 2], [4, 1]),
+        ([0, 2, 2], [1, 5]),
+        ([0, 3, 2], [1, 2]),
+    ] {
+        assert!(MdCSRMatrix::from_csr(2, 5, &indptr, &indices, &[1.0, 2.0]).is_err());
+    }
+}

@@ -1,0 +1,133 @@
+"""An independent reader of UPG files, written from upg_format_v2.md alone.
+
+    python3 tools/upg_reader.py FILE            lists the layers with the norm of each
+    upg_reader.layers(FILE)                     yields (name, float32 matrix) for every layer
+
+Needs numpy and safetensors. It decodes to exactly the floats of the specification; it is made to be
+read, not to be fast, and trusts the file (`upg verify` checks one).
+"""
+import json
+import sys
+
+import numpy as np
+from safetensors import safe_open
+
+F32 = np.float32
+
+
+def first_primes(count):
+    sieve = np.ones(110_000, bool)
+    sieve[:2] = False
+    for n in range(2, 332):
+        if sieve[n]:
+            sieve[n * n :: n] = False
+    return np.flatnonzero(sieve)[:count]
+
+
+PRIME_LUT = first_primes(10_000)
+
+
+def weight(scale, prime_index, value):
+    """The formula: an exact integer product, one float32 rounding."""
+    product = PRIME_LUT[prime_index].astype(np.int64) * value
+    return scale.astype(F32) * product.astype(F32)
+
+
+def mdcsr(layer, get):
+    out = np.zeros((layer["rows"], layer["cols"]), F32)
+    values, deltas, primes = get("values"), get("delta_indices"), get("prime_indices")
+    pointers, scales = get("row_pointers"), get("scales")
+    for row in range(layer["rows"]):
+        entries = slice(pointers[row], pointers[row + 1])
+        columns = np.cumsum(deltas[entries], dtype=np.int64)
+        out[row, columns] = weight(scales[row], primes[entries], values[entries])
+    return out
+
+
+def grouped(layer, get):
+    cols, group = layer["cols"], layer["group"]
+    if layer["encoding"] == "q8":
+        levels = get("values")
+    else:
+        codes = get("codes").reshape(layer["rows"], -1, group // 2)
+        levels = get("codebook")[np.concatenate([codes & 15, codes >> 4], axis=2)]
+        levels = levels.reshape(layer["rows"], -1)
+    primes = np.repeat(get("prime_indices"), group, axis=1)
+    return weight(get("scales")[:, None], primes, levels)[:, :cols]
+
+
+def bitmap(layer, get):
+    rows, cols = layer["rows"], layer["cols"]
+    kept = np.unpackbits(get("bitmap"), axis=1, bitorder="little").astype(bool)
+    pointers, scales, primes = get("row_pointers"), get("scales"), get("prime_indices")
+    out = np.zeros((rows, kept.shape[1]), F32)
+    for row in range(rows):
+        at = pointers[row]
+        for group in range(kept.shape[1] // 64):
+            columns = group * 64 + np.flatnonzero(kept[row, group * 64 : group * 64 + 64])
+            n = len(columns)
+            if layer["encoding"] == "s8":
+                levels, at = get("values")[at : at + n], at + n
+            else:
+                codes = get("codes")[at : at + (n + 1) // 2]
+                pairs = np.stack([codes & 15, codes >> 4], axis=1).reshape(-1)[:n]
+                levels, at = get("codebook")[pairs], at + (n + 1) // 2
+            out[row, columns] = weight(scales[row], primes[row, group], levels)
+    return out[:, :cols]
+
+
+def trellis(layer, get):
+    k, rows, cols = int(layer["encoding"][1]), layer["rows"], layer["cols"]
+    bits = np.unpackbits(get("codes"), axis=1, bitorder="little")
+    row, col = np.meshgrid(np.arange(rows), np.arange(cols), indexing="ij")
+    n = (col // 4) * 256 + (row % 64) * 4 + col % 4
+    state = np.zeros((rows, cols), np.int64)
+    for bit in range(13):
+        state += bits[row // 64, k * n + bit].astype(np.int64) << bit
+    table = get("level_table")
+    levels = table[(get("shift_table")[state % 64] + state // 64) % len(table)]
+    w = weight(get("scales")[:, None], get("prime_indices"), levels)
+    return unrotate(w, layer["hadamard"], get("signs"))
+
+
+def unrotate(w, block, signs):
+    rows, cols = w.shape
+    span = 1
+    while span < block:
+        pairs = w.reshape(rows, -1, 2, span)
+        a, b = pairs[:, :, 0].copy(), pairs[:, :, 1].copy()
+        w = np.stack([a + b, a - b], axis=2).reshape(rows, cols)
+        span *= 2
+    w = w * F32(1 / np.sqrt(float(block)))
+    flip = np.unpackbits(signs, bitorder="little")[:cols].astype(bool)
+    w[:, flip] = -w[:, flip]
+    return w
+
+
+DECODERS = {"mdcsr": mdcsr, "q8": grouped, "q4": grouped, "s8": bitmap, "s4": bitmap}
+DECODERS |= {"t2": trellis, "t3": trellis, "t4": trellis}
+
+
+def layers(path):
+    """Yields (layer description, float32 matrix [rows, cols]) in the order of the layer ids."""
+    with safe_open(path, "numpy") as file:
+        metadata = file.metadata() or {}
+        if metadata.get("format") != "upg" or not metadata["version"].startswith("2."):
+            raise ValueError(f"{path} is not a UPG file of version 2")
+        for i, layer in enumerate(json.loads(metadata["layers"])):
+            arrays = {}
+
+            def get(name, i=i, arrays=arrays):
+                if name not in arrays:
+                    arrays[name] = file.get_tensor(f"layer_{i}_{name}")
+                return arrays[name]
+
+            yield layer, DECODERS[layer["encoding"]](layer, get)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        sys.exit(__doc__)
+    for description, matrix in layers(sys.argv[1]):
+        shape = f"[{description['rows']}, {description['cols']}]"
+        print(f"{description['encoding']:6} {shape:16} |W| = {np.linalg.norm(matrix):12.4f}  {description['name']}")

@@ -5,8 +5,10 @@
 #![forbid(unsafe_code)]
 
 mod dense;
+pub mod trellis;
 
 pub use dense::{DenseMatrix, DenseValues};
+pub use trellis::{TrellisMatrix, TrellisParts};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::kernels::{gemm, scalar};
@@ -38,12 +40,15 @@ pub(crate) trait StoredMatrix: Send + Sync {
 pub enum Matrix {
     /// Not compressed: BF16, F16 or F32 values.
     Dense(DenseMatrix),
+    /// Trellis codes of 2, 3 or 4 bits (`t2`, `t3`, `t4`), rotated input.
+    Trellis(TrellisMatrix),
 }
 
 impl Matrix {
     fn stored(&self) -> &dyn StoredMatrix {
         match self {
             Self::Dense(m) => m,
+            Self::Trellis(m) => m,
         }
     }
 

@@ -7,10 +7,12 @@
 mod bitmap;
 mod dense;
 mod grouped;
+pub mod trellis;
 
 pub use bitmap::{BITMAP_GROUP, BitmapArrays, BitmapMatrix};
 pub use dense::{DenseMatrix, DenseValues};
 pub use grouped::GroupedMatrix;
+pub use trellis::{TrellisMatrix, TrellisParts};
 
 use crate::array::Array;
 use crate::error::{Error, ErrorKind, Result};
@@ -96,6 +98,8 @@ pub enum Matrix {
     Grouped(GroupedMatrix),
     /// `s8` and `s4`.
     Bitmap(BitmapMatrix),
+    /// Trellis codes of 2, 3 or 4 bits (`t2`, `t3`, `t4`), rotated input.
+    Trellis(TrellisMatrix),
 }
 
 impl Matrix {
@@ -105,6 +109,7 @@ impl Matrix {
             Self::MdCsr(m) => m,
             Self::Grouped(m) => m,
             Self::Bitmap(m) => m,
+            Self::Trellis(m) => m,
         }
     }
 

@@ -35,6 +35,11 @@ impl Rotation {
         Ok(Self { cols, block, signs })
     }
 
+    /// The columns it is made for.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
     /// The Hadamard block: a power of two that divides the columns.
     pub fn block(&self) -> usize {
         self.block

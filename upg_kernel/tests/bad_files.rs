@@ -26,68 +26,440 @@ type Damage = fn(&mut Draft);
 
 /// Name, damage, kind, rule, when.
 const TABLE: &[(&str, Damage, ErrorKind, u8, When)] = &[
-    ("control character in a name", |d| d.tensor("model.norm.weight").name = "a\nb".into(), Malformed, 1, Opening),
-    ("no format", |d| drop(d.metadata.remove("format")), Malformed, 2, Opening),
-    ("other format", |d| set(d, "format", "gguf"), Malformed, 2, Opening),
-    ("no model", |d| drop(d.metadata.remove("model")), Missing, 2, Opening),
-    ("no recipe", |d| drop(d.metadata.remove("recipe")), Missing, 2, Opening),
-    ("no version", |d| drop(d.metadata.remove("version")), Missing, 2, Opening),
-    ("version 1", |d| set(d, "version", "1.0"), Unsupported, 3, Opening),
-    ("version 3", |d| set(d, "version", "3.0"), Unsupported, 3, Opening),
-    ("version 20", |d| set(d, "version", "20.1"), Unsupported, 3, Opening),
-    ("version in words", |d| set(d, "version", "2.x"), Unsupported, 3, Opening),
-    ("header checksum", |d| set(d, "checksum", "00"), Checksum, 4, Opening),
-    ("layers are no JSON", |d| set(d, "layers", "["), Invalid, 5, Opening),
-    ("layers are no list", |d| set(d, "layers", "{}"), Invalid, 5, Opening),
-    ("wrong num_layers", |d| set(d, "num_layers", "7"), Invalid, 5, Opening),
-    ("num_layers in words", |d| set(d, "num_layers", "eight"), Invalid, 5, Opening),
-    ("two layers of one name", |d| d.layers[1]["name"] = "mdcsr.weight".into(), Invalid, 5, Opening),
-    ("no rows", |d| d.layers[1]["rows"] = 0.into(), TooLarge, 5, Opening),
-    ("too many rows", |d| d.layers[1]["rows"] = (1u64 << 25).into(), TooLarge, 5, Opening),
-    ("rows overflow", |d| d.layers[1]["rows"] = u64::MAX.into(), TooLarge, 5, Opening),
-    ("negative rows", |d| d.layers[1]["rows"] = (-1).into(), Invalid, 5, Opening),
-    ("matrix too large", |d| both(d, 1, 1 << 17), TooLarge, 5, Opening),
-    ("unknown encoding", |d| d.layers[1]["encoding"] = "q5".into(), Unsupported, 6, Opening),
-    ("q8 without group", |d| drop_field(d, 1, "group"), Invalid, 6, Opening),
-    ("q4 with group 48", |d| d.layers[2]["group"] = 48.into(), Invalid, 6, Opening),
-    ("q4 with group 0", |d| d.layers[2]["group"] = 0.into(), Invalid, 6, Opening),
-    ("s8 with group 32", |d| d.layers[6]["group"] = 32.into(), Invalid, 6, Opening),
-    ("t2 without hadamard", |d| drop_field(d, 3, "hadamard"), Invalid, 6, Opening),
-    ("t2 with hadamard 0", |d| d.layers[3]["hadamard"] = 0.into(), Invalid, 6, Opening),
-    ("t2 with hadamard 4 for 70 columns", |d| d.layers[3]["hadamard"] = 4.into(), Invalid, 6, Opening),
-    ("t2 with hadamard 7", |d| d.layers[3]["hadamard"] = 7.into(), Invalid, 6, Opening),
-    ("array missing", |d| remove(d, "layer_1_values"), Missing, 7, Opening),
-    ("array of another dtype", |d| d.tensor("layer_1_values").dtype = Dtype::U8, Shape, 7, Opening),
-    ("array of another shape", |d| d.tensor("layer_1_values").shape = vec![ROWS * 128], Shape, 7, Opening),
-    ("one scale too few", |d| resize(d, "layer_1_scales", &[2], 8), Shape, 7, Opening),
-    ("group does not fit the arrays", |d| d.layers[1]["group"] = 32.into(), Shape, 7, Opening),
-    ("codebook of 15", |d| resize(d, "layer_2_codebook", &[15], 15), Shape, 7, Opening),
-    ("strip without tail", |d| resize(d, "layer_3_codes", &[1, 64 * 18], 64 * 18), Shape, 7, Opening),
-    ("level table of 100", |d| resize(d, "layer_3_level_table", &[100], 100), Shape, 7, Opening),
-    ("shift table of 32", |d| resize(d, "layer_3_shift_table", &[32], 32), Shape, 7, Opening),
-    ("fewer deltas than values", |d| resize(d, "layer_0_delta_indices", &[3], 3), Shape, 7, FirstUse),
-    ("fewer primes than values", |d| resize(d, "layer_0_prime_indices", &[3], 6), Shape, 7, FirstUse),
-    ("scale not a number", |d| word(d, "layer_2_scales", 1, f32::NAN.to_bits()), Invalid, 9, Opening),
-    ("infinite scale", |d| word(d, "layer_5_scales", 1, f32::INFINITY.to_bits()), Invalid, 9, Opening),
-    ("huge scale", |d| word(d, "layer_0_scales", 0, 1e35f32.to_bits()), Invalid, 9, Opening),
-    ("first row pointer not 0", |d| word(d, "layer_0_row_pointers", 0, 1), Invalid, 10, Opening),
-    ("row pointers descend", |d| word(d, "layer_0_row_pointers", 1, 3), Invalid, 10, Opening),
-    ("row pointers end early", |d| word(d, "layer_0_row_pointers", 3, 3), Invalid, 10, Opening),
-    ("row pointer far outside", |d| word(d, "layer_6_row_pointers", 3, u32::MAX), Invalid, 10, Opening),
-    ("column outside", |d| d.tensor("layer_0_delta_indices").bytes[1] = 70, Invalid, 11, FirstUse),
-    ("column twice", |d| d.tensor("layer_0_delta_indices").bytes[1] = 0, Invalid, 11, FirstUse),
-    ("prime index 10,000", |d| d.tensor("layer_0_prime_indices").bytes[4] = 0x10, Invalid, 12, FirstUse),
-    ("bit too many", |d| d.tensor("layer_6_bitmap").bytes[0] = 3, Invalid, 13, FirstUse),
-    ("bit too few", |d| d.tensor("layer_7_bitmap").bytes[0] = 0, Invalid, 13, FirstUse),
-    ("bit past the columns", |d| d.tensor("layer_6_bitmap").bytes[8] = 1 << 6, Invalid, 13, FirstUse),
-    ("kept tensor of integers", |d| kept(d, "x", Dtype::I32), Unsupported, 14, Opening),
-    ("array of no layer", |d| kept(d, "layer_9_values", Dtype::F32), Unsupported, 14, Opening),
-    ("tensor with the name of a layer", |d| kept(d, "q8.weight", Dtype::F32), Unsupported, 14, Opening),
-    ("tokenizer of floats", |d| retype(d, "tokenizer.json"), Unsupported, 14, Opening),
-    ("one weight changed", |d| stale(d, "layer_1_values"), Checksum, 15, Verifying),
-    ("tokenizer changed", |d| stale(d, "tokenizer.json"), Checksum, 15, Verifying),
-    ("checksum missing", |d| set(d, "checksums", "{}"), Checksum, 15, Verifying),
-    ("checksums no JSON", |d| set(d, "checksums", "x"), Invalid, 15, Verifying),
+    (
+        "control character in a name",
+        |d| d.tensor("model.norm.weight").name = "a\nb".into(),
+        Malformed,
+        1,
+        Opening,
+    ),
+    (
+        "no format",
+        |d| drop(d.metadata.remove("format")),
+        Malformed,
+        2,
+        Opening,
+    ),
+    (
+        "other format",
+        |d| set(d, "format", "gguf"),
+        Malformed,
+        2,
+        Opening,
+    ),
+    (
+        "no model",
+        |d| drop(d.metadata.remove("model")),
+        Missing,
+        2,
+        Opening,
+    ),
+    (
+        "no recipe",
+        |d| drop(d.metadata.remove("recipe")),
+        Missing,
+        2,
+        Opening,
+    ),
+    (
+        "no version",
+        |d| drop(d.metadata.remove("version")),
+        Missing,
+        2,
+        Opening,
+    ),
+    (
+        "version 1",
+        |d| set(d, "version", "1.0"),
+        Unsupported,
+        3,
+        Opening,
+    ),
+    (
+        "version 3",
+        |d| set(d, "version", "3.0"),
+        Unsupported,
+        3,
+        Opening,
+    ),
+    (
+        "version 20",
+        |d| set(d, "version", "20.1"),
+        Unsupported,
+        3,
+        Opening,
+    ),
+    (
+        "version in words",
+        |d| set(d, "version", "2.x"),
+        Unsupported,
+        3,
+        Opening,
+    ),
+    (
+        "header checksum",
+        |d| set(d, "checksum", "00"),
+        Checksum,
+        4,
+        Opening,
+    ),
+    (
+        "layers are no JSON",
+        |d| set(d, "layers", "["),
+        Invalid,
+        5,
+        Opening,
+    ),
+    (
+        "layers are no list",
+        |d| set(d, "layers", "{}"),
+        Invalid,
+        5,
+        Opening,
+    ),
+    (
+        "wrong num_layers",
+        |d| set(d, "num_layers", "7"),
+        Invalid,
+        5,
+        Opening,
+    ),
+    (
+        "num_layers in words",
+        |d| set(d, "num_layers", "eight"),
+        Invalid,
+        5,
+        Opening,
+    ),
+    (
+        "two layers of one name",
+        |d| d.layers[1]["name"] = "mdcsr.weight".into(),
+        Invalid,
+        5,
+        Opening,
+    ),
+    (
+        "no rows",
+        |d| d.layers[1]["rows"] = 0.into(),
+        TooLarge,
+        5,
+        Opening,
+    ),
+    (
+        "too many rows",
+        |d| d.layers[1]["rows"] = (1u64 << 25).into(),
+        TooLarge,
+        5,
+        Opening,
+    ),
+    (
+        "rows overflow",
+        |d| d.layers[1]["rows"] = u64::MAX.into(),
+        TooLarge,
+        5,
+        Opening,
+    ),
+    (
+        "negative rows",
+        |d| d.layers[1]["rows"] = (-1).into(),
+        Invalid,
+        5,
+        Opening,
+    ),
+    (
+        "matrix too large",
+        |d| both(d, 1, 1 << 17),
+        TooLarge,
+        5,
+        Opening,
+    ),
+    (
+        "unknown encoding",
+        |d| d.layers[1]["encoding"] = "q5".into(),
+        Unsupported,
+        6,
+        Opening,
+    ),
+    (
+        "q8 without group",
+        |d| drop_field(d, 1, "group"),
+        Invalid,
+        6,
+        Opening,
+    ),
+    (
+        "q4 with group 48",
+        |d| d.layers[2]["group"] = 48.into(),
+        Invalid,
+        6,
+        Opening,
+    ),
+    (
+        "q4 with group 0",
+        |d| d.layers[2]["group"] = 0.into(),
+        Invalid,
+        6,
+        Opening,
+    ),
+    (
+        "s8 with group 32",
+        |d| d.layers[6]["group"] = 32.into(),
+        Invalid,
+        6,
+        Opening,
+    ),
+    (
+        "t2 without hadamard",
+        |d| drop_field(d, 3, "hadamard"),
+        Invalid,
+        6,
+        Opening,
+    ),
+    (
+        "t2 with hadamard 0",
+        |d| d.layers[3]["hadamard"] = 0.into(),
+        Invalid,
+        6,
+        Opening,
+    ),
+    (
+        "t2 with hadamard 4 for 70 columns",
+        |d| d.layers[3]["hadamard"] = 4.into(),
+        Invalid,
+        6,
+        Opening,
+    ),
+    (
+        "t2 with hadamard 7",
+        |d| d.layers[3]["hadamard"] = 7.into(),
+        Invalid,
+        6,
+        Opening,
+    ),
+    (
+        "array missing",
+        |d| remove(d, "layer_1_values"),
+        Missing,
+        7,
+        Opening,
+    ),
+    (
+        "array of another dtype",
+        |d| d.tensor("layer_1_values").dtype = Dtype::U8,
+        Shape,
+        7,
+        Opening,
+    ),
+    (
+        "array of another shape",
+        |d| d.tensor("layer_1_values").shape = vec![ROWS * 128],
+        Shape,
+        7,
+        Opening,
+    ),
+    (
+        "one scale too few",
+        |d| resize(d, "layer_1_scales", &[2], 8),
+        Shape,
+        7,
+        Opening,
+    ),
+    (
+        "group does not fit the arrays",
+        |d| d.layers[1]["group"] = 32.into(),
+        Shape,
+        7,
+        Opening,
+    ),
+    (
+        "codebook of 15",
+        |d| resize(d, "layer_2_codebook", &[15], 15),
+        Shape,
+        7,
+        Opening,
+    ),
+    (
+        "strip without tail",
+        |d| resize(d, "layer_3_codes", &[1, 64 * 18], 64 * 18),
+        Shape,
+        7,
+        Opening,
+    ),
+    (
+        "level table of 100",
+        |d| resize(d, "layer_3_level_table", &[100], 100),
+        Shape,
+        7,
+        Opening,
+    ),
+    (
+        "shift table of 32",
+        |d| resize(d, "layer_3_shift_table", &[32], 32),
+        Shape,
+        7,
+        Opening,
+    ),
+    (
+        "fewer deltas than values",
+        |d| resize(d, "layer_0_delta_indices", &[3], 3),
+        Shape,
+        7,
+        FirstUse,
+    ),
+    (
+        "fewer primes than values",
+        |d| resize(d, "layer_0_prime_indices", &[3], 6),
+        Shape,
+        7,
+        FirstUse,
+    ),
+    (
+        "scale not a number",
+        |d| word(d, "layer_2_scales", 1, f32::NAN.to_bits()),
+        Invalid,
+        9,
+        Opening,
+    ),
+    (
+        "infinite scale",
+        |d| word(d, "layer_5_scales", 1, f32::INFINITY.to_bits()),
+        Invalid,
+        9,
+        Opening,
+    ),
+    (
+        "huge scale",
+        |d| word(d, "layer_0_scales", 0, 1e35f32.to_bits()),
+        Invalid,
+        9,
+        Opening,
+    ),
+    (
+        "first row pointer not 0",
+        |d| word(d, "layer_0_row_pointers", 0, 1),
+        Invalid,
+        10,
+        Opening,
+    ),
+    (
+        "row pointers descend",
+        |d| word(d, "layer_0_row_pointers", 1, 3),
+        Invalid,
+        10,
+        Opening,
+    ),
+    (
+        "row pointers end early",
+        |d| word(d, "layer_0_row_pointers", 3, 3),
+        Invalid,
+        10,
+        Opening,
+    ),
+    (
+        "row pointer far outside",
+        |d| word(d, "layer_6_row_pointers", 3, u32::MAX),
+        Invalid,
+        10,
+        Opening,
+    ),
+    (
+        "column outside",
+        |d| d.tensor("layer_0_delta_indices").bytes[1] = 70,
+        Invalid,
+        11,
+        FirstUse,
+    ),
+    (
+        "column twice",
+        |d| d.tensor("layer_0_delta_indices").bytes[1] = 0,
+        Invalid,
+        11,
+        FirstUse,
+    ),
+    (
+        "prime index 10,000",
+        |d| d.tensor("layer_0_prime_indices").bytes[4] = 0x10,
+        Invalid,
+        12,
+        FirstUse,
+    ),
+    (
+        "bit too many",
+        |d| d.tensor("layer_6_bitmap").bytes[0] = 3,
+        Invalid,
+        13,
+        FirstUse,
+    ),
+    (
+        "bit too few",
+        |d| d.tensor("layer_7_bitmap").bytes[0] = 0,
+        Invalid,
+        13,
+        FirstUse,
+    ),
+    (
+        "bit past the columns",
+        |d| d.tensor("layer_6_bitmap").bytes[8] = 1 << 6,
+        Invalid,
+        13,
+        FirstUse,
+    ),
+    (
+        "kept tensor of integers",
+        |d| kept(d, "x", Dtype::I32),
+        Unsupported,
+        14,
+        Opening,
+    ),
+    (
+        "array of no layer",
+        |d| kept(d, "layer_9_values", Dtype::F32),
+        Unsupported,
+        14,
+        Opening,
+    ),
+    (
+        "tensor with the name of a layer",
+        |d| kept(d, "q8.weight", Dtype::F32),
+        Unsupported,
+        14,
+        Opening,
+    ),
+    (
+        "tokenizer of floats",
+        |d| retype(d, "tokenizer.json"),
+        Unsupported,
+        14,
+        Opening,
+    ),
+    (
+        "one weight changed",
+        |d| stale(d, "layer_1_values"),
+        Checksum,
+        15,
+        Verifying,
+    ),
+    (
+        "tokenizer changed",
+        |d| stale(d, "tokenizer.json"),
+        Checksum,
+        15,
+        Verifying,
+    ),
+    (
+        "checksum missing",
+        |d| set(d, "checksums", "{}"),
+        Checksum,
+        15,
+        Verifying,
+    ),
+    (
+        "checksums no JSON",
+        |d| set(d, "checksums", "x"),
+        Invalid,
+        15,
+        Verifying,
+    ),
 ];
 
 fn set(d: &mut Draft, key: &str, value: &str) {
@@ -144,7 +516,14 @@ fn open(path: &Path, bytes: &[u8]) -> Result<UpgFile, Error> {
 /// Every layer as f32 bits.
 fn decode(file: &UpgFile) -> Result<Vec<Vec<u32>>, Error> {
     (0..file.layers().len())
-        .map(|id| Ok(file.matrix(id)?.to_dense().iter().map(|w| w.to_bits()).collect()))
+        .map(|id| {
+            Ok(file
+                .matrix(id)?
+                .to_dense()
+                .iter()
+                .map(|w| w.to_bits())
+                .collect())
+        })
         .collect()
 }
 
@@ -156,7 +535,10 @@ fn the_undamaged_file_is_accepted() {
     let layers = decode(&file).unwrap();
     assert_eq!(layers.len(), 8);
     assert!(layers.iter().all(|l| l.len() == ROWS * COLS));
-    assert_eq!(file.kept().map(|(name, ..)| name).collect::<Vec<_>>(), ["model.norm.weight"]);
+    assert_eq!(
+        file.kept().map(|(name, ..)| name).collect::<Vec<_>>(),
+        ["model.norm.weight"]
+    );
     assert_eq!(file.tokenizer_json(), Some(&b"{}"[..]));
     let model = UPGDecompressor::from_safetensors(file.path()).unwrap();
     let by_name = model.decompress_layer("q4.weight").unwrap();
@@ -182,12 +564,19 @@ fn every_rule_has_a_bad_file_and_its_error() {
             },
         };
         let what = format!("{name}: {error:?}");
-        assert_eq!((error.kind(), error.broken_rule(), found), (kind, Some(rule), when), "{what}");
+        assert_eq!(
+            (error.kind(), error.broken_rule(), found),
+            (kind, Some(rule), when),
+            "{what}"
+        );
         assert!(!error.to_string().contains('\n'), "{what}");
         rules.insert(rule);
     }
     // Rule 8 has a test of its own.
-    assert_eq!(rules.into_iter().collect::<Vec<_>>(), [1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 13, 14, 15]);
+    assert_eq!(
+        rules.into_iter().collect::<Vec<_>>(),
+        [1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 13, 14, 15]
+    );
 }
 
 #[test]
@@ -197,7 +586,9 @@ fn a_misaligned_tensor_breaks_rule_8() {
     let mut tensors: Vec<_> = draft.tensors.iter().collect();
     // One byte first, then everything else.
     tensors.sort_by_key(|t| (t.bytes.len() % 2 == 0, t.name.clone()));
-    let e = open(&folder.path().join("f"), &draft.in_order(&tensors)).map(drop).unwrap_err();
+    let e = open(&folder.path().join("f"), &draft.in_order(&tensors))
+        .map(drop)
+        .unwrap_err();
     assert_eq!((e.kind(), e.broken_rule()), (Malformed, Some(8)), "{e:?}");
 }
 
@@ -208,11 +599,21 @@ fn what_is_no_safetensors_file_breaks_rule_1() {
     let huge_header = [u64::MAX.to_le_bytes().as_slice(), b"{}"].concat();
     let huge_offsets = {
         let entry = |begin: u64| {
-            format!(r#""dtype":"U8","shape":[{s}],"data_offsets":[{begin},{e}]"#, s = 1u64 << 60, e = begin + (1 << 60))
+            format!(
+                r#""dtype":"U8","shape":[{s}],"data_offsets":[{begin},{e}]"#,
+                s = 1u64 << 60,
+                e = begin + (1 << 60)
+            )
         };
-        let tensors: Vec<String> = (0..15).map(|i| format!("\"t{i}\":{{{}}}", entry(i << 60))).collect();
+        let tensors: Vec<String> = (0..15)
+            .map(|i| format!("\"t{i}\":{{{}}}", entry(i << 60)))
+            .collect();
         let header = format!("{{{}}}", tensors.join(","));
-        [(header.len() as u64).to_le_bytes().as_slice(), header.as_bytes()].concat()
+        [
+            (header.len() as u64).to_le_bytes().as_slice(),
+            header.as_bytes(),
+        ]
+        .concat()
     };
     for bytes in [b"".as_slice(), b"GGUF", &huge_header, &huge_offsets] {
         let e = open(&path, bytes).map(drop).unwrap_err();
@@ -230,7 +631,10 @@ fn truncated_files_are_refused() {
         assert_eq!(e.kind(), Malformed, "{len}: {e:?}");
     }
     let longer = [good.as_slice(), &[0]].concat();
-    assert_eq!(open(&path, &longer).map(drop).unwrap_err().kind(), Malformed);
+    assert_eq!(
+        open(&path, &longer).map(drop).unwrap_err().kind(),
+        Malformed
+    );
 }
 
 #[test]
@@ -258,6 +662,8 @@ fn ten_thousand_byte_flips_give_an_error_or_the_same_weights() {
             same += 1;
         }
     }
-    println!("{refused_open} refused at opening, {refused_verify} by verify, {same} without effect");
+    println!(
+        "{refused_open} refused at opening, {refused_verify} by verify, {same} without effect"
+    );
     assert!(refused_open > 1000 && refused_verify > 100);
 }

@@ -1,5 +1,8 @@
 //! The examples of `upg_format_v2.md`, read from its text.
-#![allow(clippy::unwrap_used, reason = "a broken example fails the test where it is")]
+#![allow(
+    clippy::unwrap_used,
+    reason = "a broken example fails the test where it is"
+)]
 
 use safetensors::Dtype;
 use std::collections::BTreeMap;
@@ -55,7 +58,11 @@ fn parse_bytes(text: &str) -> Vec<u8> {
 fn parse_weight(text: &str) -> (usize, usize, f32) {
     let (place, weight) = text.split_once('=').unwrap();
     let (row, column) = place.split_once(',').unwrap();
-    (row.parse().unwrap(), column.parse().unwrap(), weight.parse().unwrap())
+    (
+        row.parse().unwrap(),
+        column.parse().unwrap(),
+        weight.parse().unwrap(),
+    )
 }
 
 /// Dtype and shape of an array as rule 7 has them.
@@ -97,9 +104,13 @@ fn every_encoding_has_an_example_that_decodes_as_it_says() {
         let mut writer = FileWriter::create(&path, 8192).unwrap();
         for (name, bytes) in &example.arrays {
             let (dtype, shape) = described(&example.info, name, bytes.len());
-            writer.tensor(&format!("layer_0_{name}"), dtype, &shape, bytes).unwrap();
+            writer
+                .tensor(&format!("layer_0_{name}"), dtype, &shape, bytes)
+                .unwrap();
         }
-        writer.finish(required_metadata(), std::slice::from_ref(&example.info)).unwrap();
+        writer
+            .finish(required_metadata(), std::slice::from_ref(&example.info))
+            .unwrap();
 
         let mut expected = vec![0.0f32; example.info.rows * example.info.cols];
         for &(row, column, weight) in &example.weights {
@@ -107,7 +118,9 @@ fn every_encoding_has_an_example_that_decodes_as_it_says() {
         }
         let mut decoded = vec![f32::NAN; expected.len()];
         let model = UPGDecompressor::from_safetensors(&path).unwrap();
-        model.decompress_layer_into(LayerId::Number(0), &mut decoded).unwrap();
+        model
+            .decompress_layer_into(LayerId::Number(0), &mut decoded)
+            .unwrap();
         let name = example.info.encoding_name();
         assert_eq!(decoded, expected, "{name}");
         UpgFile::open(&path).unwrap().verify(&|_| ()).unwrap();

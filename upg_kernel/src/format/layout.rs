@@ -8,7 +8,9 @@ use crate::array::Array;
 use crate::error::{Error, ErrorKind, Result};
 use crate::matrix::{
     BITMAP_GROUP, BitmapArrays, BitmapMatrix, GroupedMatrix, Levels, Matrix, TILE_ROWS,
+    TrellisMatrix, TrellisParts,
 };
+use crate::rotation::Rotation;
 use crate::sparse::{MdCSRArrays, MdCSRMatrix};
 use bytemuck::Pod;
 use safetensors::Dtype;
@@ -115,7 +117,12 @@ pub(super) fn check(file: &UpgFile, index: usize, layer: &LayerInfo) -> Result<(
                 .rule(rules::ARRAYS)
                 .tensor(&name)
         })?;
-        check_entry(entry, &spec).map_err(|e| e.tensor(&name))?;
+        check_entry(entry, &spec)
+            .and_then(|()| match spec.suffix {
+                "level_table" => rules::level_table(entry.shape[0]),
+                _ => Ok(()),
+            })
+            .map_err(|e| e.tensor(&name))?;
     }
     Ok(())
 }
@@ -194,7 +201,18 @@ pub(super) fn matrix(file: &UpgFile, index: usize, layer: &LayerInfo) -> Result<
         Encoding::Q4 => Matrix::Grouped(grouped(nibbles()?)?),
         Encoding::S8 => Matrix::Bitmap(bitmap(Levels::Bytes(get.array("values")?))?),
         Encoding::S4 => Matrix::Bitmap(bitmap(nibbles()?)?),
-        Encoding::T2 | Encoding::T3 | Encoding::T4 => todo!(),
+        Encoding::T2 | Encoding::T3 | Encoding::T4 => {
+            let parts = TrellisParts {
+                codes: get.array("codes")?,
+                shift_table: get.array("shift_table")?,
+                level_table: get.array("level_table")?,
+                prime_indices: get.array("prime_indices")?,
+                scales: get.array("scales")?,
+                rotation: Rotation::new(cols, layer.hadamard.unwrap_or(1), get.array("signs")?)?,
+            };
+            let bits = encoding.trellis_bits().unwrap_or_default();
+            Matrix::Trellis(TrellisMatrix::new(rows, cols, bits as u8, parts)?)
+        }
     })
 }
 

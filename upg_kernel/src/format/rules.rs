@@ -75,6 +75,16 @@ pub fn codebook(codebook: &[i8]) -> Result<()> {
     length("codebook", codebook.len(), &[16])
 }
 
+/// The level table of a trellis has as many entries as its hash can name.
+pub fn level_table(len: usize) -> Result<()> {
+    if matches!(len, 128 | 256) {
+        return Ok(());
+    }
+    Err(shape(format!(
+        "level_table has {len} elements, expected 128 or 256"
+    )))
+}
+
 /// `rows + 1` pointers that ascend from 0 to `stored`.
 pub fn row_pointers(pointers: &[u32], rows: usize, stored: usize) -> Result<()> {
     if rows.checked_add(1) != Some(pointers.len()) {

@@ -278,6 +278,18 @@ fn array_bytes<'a>(matrix: &'a Matrix, suffix: &str) -> Option<&'a [u8]> {
                 _ => level_bytes(&arrays.levels, suffix),
             }
         }
+        Matrix::Trellis(m) => {
+            let parts = m.parts();
+            Some(match suffix {
+                "codes" => &parts.codes,
+                "shift_table" => &parts.shift_table,
+                "level_table" => cast_slice(&parts.level_table),
+                "prime_indices" => &parts.prime_indices,
+                "scales" => cast_slice(&parts.scales),
+                "signs" => parts.rotation.signs(),
+                _ => return None,
+            })
+        }
     }
 }
 

@@ -71,15 +71,28 @@ impl Draft {
     }
 
     fn scales(&mut self, prefix: &str) {
-        let scales: Vec<u8> = [0.5f32, 1.0, 0.25].iter().flat_map(|s| s.to_le_bytes()).collect();
+        let scales: Vec<u8> = [0.5f32, 1.0, 0.25]
+            .iter()
+            .flat_map(|s| s.to_le_bytes())
+            .collect();
         self.push(format!("{prefix}scales"), Dtype::F32, &[ROWS], &scales);
     }
 
     fn mdcsr(&mut self) {
         let p = self.begin("mdcsr");
-        self.push(format!("{p}row_pointers"), Dtype::U32, &[ROWS + 1], &words(&[0, 2, 2, 4]));
+        self.push(
+            format!("{p}row_pointers"),
+            Dtype::U32,
+            &[ROWS + 1],
+            &words(&[0, 2, 2, 4]),
+        );
         self.scales(&p);
-        self.push(format!("{p}prime_indices"), Dtype::U16, &[4], &[1, 0, 2, 0, 0x0F, 0x27, 4, 0]);
+        self.push(
+            format!("{p}prime_indices"),
+            Dtype::U16,
+            &[4],
+            &[1, 0, 2, 0, 0x0F, 0x27, 4, 0],
+        );
         self.push(format!("{p}values"), Dtype::I8, &[4], &[1, 2, 3, 4]);
         self.push(format!("{p}delta_indices"), Dtype::U8, &[4], &[0, 69, 5, 6]);
     }
@@ -88,10 +101,24 @@ impl Draft {
         let p = self.begin(encoding);
         self.last()["group"] = group.into();
         let groups = COLS.div_ceil(group);
-        let width = if dtype == Dtype::I8 { groups * group } else { groups * group / 2 };
+        let width = if dtype == Dtype::I8 {
+            groups * group
+        } else {
+            groups * group / 2
+        };
         self.scales(&p);
-        self.push(format!("{p}{array}"), dtype, &[ROWS, width], &noise(ROWS * width));
-        self.push(format!("{p}prime_indices"), Dtype::U8, &[ROWS, groups], &noise(ROWS * groups));
+        self.push(
+            format!("{p}{array}"),
+            dtype,
+            &[ROWS, width],
+            &noise(ROWS * width),
+        );
+        self.push(
+            format!("{p}prime_indices"),
+            Dtype::U8,
+            &[ROWS, groups],
+            &noise(ROWS * groups),
+        );
         if dtype == Dtype::U8 {
             self.push(format!("{p}codebook"), Dtype::I8, &[16], &noise(16));
         }
@@ -103,11 +130,26 @@ impl Draft {
         let strip = 32 * k * COLS.div_ceil(4) + 16;
         self.scales(&p);
         self.push(format!("{p}codes"), Dtype::U8, &[1, strip], &noise(strip));
-        self.push(format!("{p}prime_indices"), Dtype::U8, &[ROWS, 1], &[0; ROWS]);
-        self.push(format!("{p}signs"), Dtype::U8, &[COLS.div_ceil(8)], &noise(COLS.div_ceil(8)));
+        self.push(
+            format!("{p}prime_indices"),
+            Dtype::U8,
+            &[ROWS, 1],
+            &[0; ROWS],
+        );
+        self.push(
+            format!("{p}signs"),
+            Dtype::U8,
+            &[COLS.div_ceil(8)],
+            &noise(COLS.div_ceil(8)),
+        );
         self.push(format!("{p}shift_table"), Dtype::U8, &[64], &noise(64));
         let levels = if k == 4 { 256 } else { 128 };
-        self.push(format!("{p}level_table"), Dtype::I8, &[levels], &noise(levels));
+        self.push(
+            format!("{p}level_table"),
+            Dtype::I8,
+            &[levels],
+            &noise(levels),
+        );
     }
 
     /// Row 0 keeps columns 0 and 69, row 1 none, row 2 the first three.
@@ -120,11 +162,21 @@ impl Draft {
             Dtype::I8 => (5, [0, 2, 2, 5]),
             _ => (4, [0, 2, 2, 4]),
         };
-        self.push(format!("{p}row_pointers"), Dtype::U32, &[ROWS + 1], &words(&pointers));
+        self.push(
+            format!("{p}row_pointers"),
+            Dtype::U32,
+            &[ROWS + 1],
+            &words(&pointers),
+        );
         self.scales(&p);
         self.push(format!("{p}bitmap"), Dtype::U8, &[ROWS, 16], &bitmap);
         self.push(format!("{p}{array}"), dtype, &[codes], &noise(codes));
-        self.push(format!("{p}prime_indices"), Dtype::U8, &[ROWS, 2], &noise(ROWS * 2));
+        self.push(
+            format!("{p}prime_indices"),
+            Dtype::U8,
+            &[ROWS, 2],
+            &noise(ROWS * 2),
+        );
         if dtype == Dtype::U8 {
             self.push(format!("{p}codebook"), Dtype::I8, &[16], &noise(16));
         }
@@ -136,7 +188,10 @@ impl Draft {
 
     /// The tensor of this name.
     pub fn tensor(&mut self, name: &str) -> &mut Tensor {
-        self.tensors.iter_mut().find(|t| t.name == name).unwrap_or_else(|| panic!("{name}"))
+        self.tensors
+            .iter_mut()
+            .find(|t| t.name == name)
+            .unwrap_or_else(|| panic!("{name}"))
     }
 
     /// Metadata with everything that is computed.
@@ -144,8 +199,14 @@ impl Draft {
         let mut metadata = self.metadata.clone();
         let layers = serde_json::Value::from(self.layers.clone()).to_string();
         metadata.entry("layers".into()).or_insert(layers);
-        metadata.entry("num_layers".into()).or_insert(self.layers.len().to_string());
-        let sums: BTreeMap<_, _> = self.tensors.iter().map(|t| (&t.name, digest(&t.bytes))).collect();
+        metadata
+            .entry("num_layers".into())
+            .or_insert(self.layers.len().to_string());
+        let sums: BTreeMap<_, _> = self
+            .tensors
+            .iter()
+            .map(|t| (&t.name, digest(&t.bytes)))
+            .collect();
         let sums = serde_json::to_string(&sums).expect("plain strings");
         metadata.entry("checksums".into()).or_insert(sums);
         let mut table = String::new();
@@ -158,7 +219,9 @@ impl Draft {
         for (key, value) in &metadata {
             table += &format!("{key}\n{}\n{value}\n", value.len());
         }
-        metadata.entry("checksum".into()).or_insert(digest(table.as_bytes()));
+        metadata
+            .entry("checksum".into())
+            .or_insert(digest(table.as_bytes()));
         metadata
     }
 
@@ -194,7 +257,10 @@ impl Draft {
 }
 
 fn digest(bytes: &[u8]) -> String {
-    Sha256::digest(bytes)[..16].iter().map(|b| format!("{b:02x}")).collect()
+    Sha256::digest(bytes)[..16]
+        .iter()
+        .map(|b| format!("{b:02x}"))
+        .collect()
 }
 
 fn words(values: &[u32]) -> Vec<u8> {
@@ -203,5 +269,7 @@ fn words(values: &[u32]) -> Vec<u8> {
 
 /// Bytes without a pattern.
 pub fn noise(n: usize) -> Vec<u8> {
-    (0..n as u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect()
+    (0..n as u32)
+        .map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8)
+        .collect()
 }

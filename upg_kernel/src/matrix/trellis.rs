@@ -1,0 +1,395 @@
+//! The trellis encodings `t2`, `t3`, `t4`: 2, 3 or 4 bits a weight in a rotated basis.
+//!
+//! A strip of 64 rows is one bit stream; every weight reads 13 bits of it, and its neighbour the
+//! same bits moved on by `k`. So a weight costs `k` bits, but its level depends on what was chosen
+//! for the weights before it, and a search over such chains (trellis-coded quantization) comes
+//! within 0.6 to 1.2 dB of the best that any code of that size could do. Any weight can still be
+//! decoded on its own. Source: QTIP (arXiv 2406.11235), with a table of its own.
+#![forbid(unsafe_code)]
+
+use super::{StoredMatrix, TILE_ROWS};
+use crate::array::Array;
+use crate::error::{Error, ErrorKind, Result};
+use crate::prime_lut::PRIME_LUT;
+use crate::rotation::Rotation;
+
+/// Bits of the stream that select one level.
+pub const STATE_BITS: u32 = 13;
+
+/// Rows of a strip; the last strip of a matrix is padded to as many.
+pub const STRIP_ROWS: usize = TILE_ROWS;
+
+/// Columns of a tile; the last tile of a strip is padded to as many.
+pub const TILE_COLS: usize = 4;
+
+/// Entries of the shift table: one for each value of the oldest six bits of a state.
+pub const SHIFT_TABLE_LEN: usize = 64;
+
+/// Weights in a tile of a strip, padding included.
+const TILE_WEIGHTS: usize = STRIP_ROWS * TILE_COLS;
+
+/// Bytes after the last tile of a strip: the end of the last state, and room for wide loads.
+const STRIP_TAIL: usize = 16;
+
+const STATES: usize = 1 << STATE_BITS;
+
+/// Tiles that are decoded row by row before the next ones: what they take stays in the L1 cache.
+const TILES_AT_ONCE: usize = 16;
+
+/// The level of a state: `level_table[(shift_table[state & 63] + (state >> 6)) & (len - 1)]`.
+///
+/// This is the reference; `state` is below 2^13 and `level_table` has 128 or 256 entries. Panics
+/// if `shift_table` has fewer than 64 entries or `level_table` has none.
+pub fn level(state: u16, shift_table: &[u8], level_table: &[i8]) -> i8 {
+    let shift = usize::from(shift_table[usize::from(state) % SHIFT_TABLE_LEN]);
+    let index = shift + usize::from(state) / SHIFT_TABLE_LEN;
+    level_table[index & (level_table.len() - 1)]
+}
+
+/// Where the weight of `row`, `col` stands in the stream of its strip, counted in weights.
+///
+/// Its state is bits `[k * p, k * p + 13)` of the strip, bit `i` being bit `i % 8` of byte `i / 8`.
+pub fn position(row: usize, col: usize) -> usize {
+    col / TILE_COLS * TILE_WEIGHTS + row % STRIP_ROWS * TILE_COLS + col % TILE_COLS
+}
+
+/// Weights in the stream of a strip for `cols` columns, padding included. `None`: overflow.
+pub fn strip_weights(cols: usize) -> Option<usize> {
+    cols.div_ceil(TILE_COLS).checked_mul(TILE_WEIGHTS)
+}
+
+/// Bytes of a strip for `cols` columns at `k` bits: `32 * k * ceil(cols / 4) + 16`.
+/// `None`: overflow.
+pub fn strip_bytes(cols: usize, k: u8) -> Option<usize> {
+    (strip_weights(cols)? / 8)
+        .checked_mul(usize::from(k))?
+        .checked_add(STRIP_TAIL)
+}
+
+/// The stored parts of a [`TrellisMatrix`], as they are in the file.
+#[derive(Debug, Clone)]
+pub struct TrellisParts {
+    /// The strips, one after the other, [`strip_bytes`] each.
+    pub codes: Array<u8>,
+    /// 64 entries.
+    pub shift_table: Array<u8>,
+    /// 128 or 256 entries.
+    pub level_table: Array<i8>,
+    /// One a row, into the first 256 primes.
+    pub prime_indices: Array<u8>,
+    /// One a row, finite.
+    pub scales: Array<f32>,
+    /// Of the input: the matrix holds `W R^T`.
+    pub rotation: Rotation,
+}
+
+/// A matrix `[rows, cols]` in encoding `t2`, `t3` or `t4`: `k = 2, 3, 4` bits a weight.
+///
+/// In the rotated basis `w[r, c] = scales[r] * (PRIME_LUT[prime_indices[r]] * level)`: the integer
+/// product is exact in f32, so there is one rounding.
+#[derive(Debug, Clone)]
+pub struct TrellisMatrix {
+    rows: usize,
+    cols: usize,
+    k: u8,
+    strip_bytes: usize,
+    parts: TrellisParts,
+    /// The level of every state (8 KiB), made from the two tables.
+    levels: Box<[i8]>,
+}
+
+impl TrellisMatrix {
+    /// Puts a matrix together and checks all of it but the codes, of which every value is valid.
+    /// Cost: reads `scales` once and builds a table of 8 KiB; `codes` is not read.
+    ///
+    /// Errors: `Unsupported` if `k` is not 2, 3 or 4; `Shape` if a part has another length than
+    /// `rows`, `cols` and `k` ask for; `Invalid` if a scale is not finite; `TooLarge` if the sizes
+    /// overflow.
+    pub fn new(rows: usize, cols: usize, k: u8, parts: TrellisParts) -> Result<Self> {
+        if !(2..=4).contains(&k) {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format!("trellis code of {k} bits a weight, expected 2, 3 or 4"),
+            ));
+        }
+        let too_large = || {
+            Error::new(
+                ErrorKind::TooLarge,
+                format!("trellis matrix [{rows}, {cols}]"),
+            )
+        };
+        let strip_bytes = strip_bytes(cols, k).ok_or_else(too_large)?;
+        let codes = rows
+            .div_ceil(STRIP_ROWS)
+            .checked_mul(strip_bytes)
+            .ok_or_else(too_large)?;
+        let lengths = [
+            ("bytes of codes", parts.codes.len(), codes),
+            (
+                "shift table entries",
+                parts.shift_table.len(),
+                SHIFT_TABLE_LEN,
+            ),
+            ("prime indices", parts.prime_indices.len(), rows),
+            ("scales", parts.scales.len(), rows),
+            ("columns of the rotation", parts.rotation.cols(), cols),
+        ];
+        for (what, found, expected) in lengths {
+            if found != expected {
+                return Err(Error::new(
+                    ErrorKind::Shape,
+                    format!(
+                        "{found} {what} for a t{k} matrix [{rows}, {cols}], expected {expected}"
+                    ),
+                ));
+            }
+        }
+        if ![128, 256].contains(&parts.level_table.len()) {
+            return Err(Error::new(
+                ErrorKind::Shape,
+                format!("{} levels, expected 128 or 256", parts.level_table.len()),
+            ));
+        }
+        if let Some(row) = parts.scales.iter().position(|s| !s.is_finite()) {
+            return Err(Error::new(
+                ErrorKind::Invalid,
+                format!(
+                    "scale of row {row} is {}, expected a finite one",
+                    parts.scales[row]
+                ),
+            ));
+        }
+        let levels = (0..STATES as u16)
+            .map(|state| level(state, &parts.shift_table, &parts.level_table))
+            .collect();
+        Ok(Self {
+            rows,
+            cols,
+            k,
+            strip_bytes,
+            parts,
+            levels,
+        })
+    }
+
+    /// Bits a weight: 2, 3 or 4.
+    pub fn k(&self) -> u8 {
+        self.k
+    }
+
+    /// What the file stores.
+    pub fn parts(&self) -> &TrellisParts {
+        &self.parts
+    }
+
+    /// The levels of four neighbours in a row of a strip: columns `4 * tile ..`.
+    fn levels_of_four(&self, strip: &[u8], tile: usize, row: usize) -> [i8; TILE_COLS] {
+        let k = u32::from(self.k);
+        // 4 k bits a row: 8, 12 or 16, so that a state starts at a half byte at most, and the
+        // four of them end inside of 32 bits. The tail keeps the load inside of the strip.
+        let bit = usize::from(self.k) * (tile * TILE_WEIGHTS + row * TILE_COLS);
+        let mut bytes = [0; 4];
+        bytes.copy_from_slice(&strip[bit / 8..bit / 8 + 4]);
+        let bits = u32::from_le_bytes(bytes) >> (bit % 8);
+        let levels = &self.levels[..STATES];
+        std::array::from_fn(|i| levels[(bits >> (k * i as u32)) as usize % STATES])
+    }
+
+    /// Decodes `out.len() / cols` rows from row `first` on; all of them lie in one strip.
+    fn decode_in_strip(&self, first: usize, out: &mut [f32]) {
+        let start = first / STRIP_ROWS * self.strip_bytes;
+        let strip = &self.parts.codes[start..start + self.strip_bytes];
+        let tiles = self.cols.div_ceil(TILE_COLS);
+        for tile in (0..tiles).step_by(TILES_AT_ONCE) {
+            let end = tiles.min(tile + TILES_AT_ONCE);
+            for (i, out) in out.chunks_exact_mut(self.cols).enumerate() {
+                let row = first + i;
+                let scale = self.parts.scales[row];
+                let prime = PRIME_LUT[usize::from(self.parts.prime_indices[row])] as f32;
+                let out = &mut out[tile * TILE_COLS..self.cols.min(end * TILE_COLS)];
+                for (tile, out) in (tile..end).zip(out.chunks_mut(TILE_COLS)) {
+                    let levels = self.levels_of_four(strip, tile, row % STRIP_ROWS);
+                    for (out, level) in out.iter_mut().zip(levels) {
+                        *out = scale * (prime * f32::from(level));
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl StoredMatrix for TrellisMatrix {
+    fn rows(&self) -> usize {
+        self.rows
+    }
+
+    fn cols(&self) -> usize {
+        self.cols
+    }
+
+    fn decode_rows(&self, mut first: usize, mut out: &mut [f32]) {
+        while !out.is_empty() {
+            let rows = STRIP_ROWS - first % STRIP_ROWS;
+            let (now, rest) = out.split_at_mut(out.len().min(rows * self.cols));
+            self.decode_in_strip(first, now);
+            first += rows;
+            out = rest;
+        }
+    }
+
+    fn rotation(&self) -> Option<&Rotation> {
+        Some(&self.parts.rotation)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::matrix::Matrix;
+
+    /// A plain sequence of pseudo-random bytes (a linear congruential generator).
+    fn noise(len: usize, seed: u64) -> Vec<u8> {
+        let mut x = seed;
+        let mut next = || {
+            x = x
+                .wrapping_mul(6364136223846793005)
+                .wrapping_add(1442695040888963407);
+            (x >> 56) as u8
+        };
+        (0..len).map(|_| next()).collect()
+    }
+
+    fn signed(bytes: Vec<u8>) -> Vec<i8> {
+        bytes.into_iter().map(|b| b as i8).collect()
+    }
+
+    /// Random codes and tables; identity rotation.
+    fn parts(rows: usize, cols: usize, k: u8, levels: usize) -> TrellisParts {
+        let codes = rows.div_ceil(64) * (32 * usize::from(k) * cols.div_ceil(4) + 16);
+        TrellisParts {
+            codes: noise(codes, 1).into(),
+            shift_table: noise(64, 2).into(),
+            level_table: signed(noise(levels, 3)).into(),
+            prime_indices: noise(rows, 4).into(),
+            scales: (0..rows).map(|r| 0.5 + r as f32).collect::<Vec<_>>().into(),
+            rotation: Rotation::new(cols, 1, vec![0; cols.div_ceil(8)].into()).unwrap(),
+        }
+    }
+
+    /// One bit after the other, straight from the layout.
+    fn state_by_bits(m: &TrellisMatrix, row: usize, col: usize) -> u16 {
+        let start = row / 64 * m.strip_bytes * 8
+            + usize::from(m.k) * ((col / 4) * 256 + (row % 64) * 4 + col % 4);
+        (0..13).fold(0, |state, i| {
+            let bit = m.parts.codes[(start + i) / 8] >> ((start + i) % 8) & 1;
+            state | u16::from(bit) << i
+        })
+    }
+
+    #[test]
+    fn a_stream_by_hand() {
+        // k = 2, one row and three columns: states are bits 0..13, 2..15, 4..17 of the stream.
+        let mut codes = vec![0; 32 * 2 + 16];
+        codes[..3].copy_from_slice(&[0b1100_0101, 0b0100_0000, 0b1]);
+        // bits 16..0: 1 0100 0000 1100 0101
+        //   state 0 = 0 0000 1100 0101 -> low six 000101 =  5, high seven 0000011 =  3
+        //   state 1 = 1 0000 0011 0001 -> low six 110001 = 49, high seven 1000000 = 64
+        //   state 2 = 1 0100 0000 1100 -> low six 001100 = 12, high seven 1010000 = 80
+        let mut shift_table = vec![0; 64];
+        (shift_table[5], shift_table[49], shift_table[12]) = (10, 70, 250);
+        let mut level_table = vec![0; 128];
+        // (10 + 3) = 13, (70 + 64) & 127 = 6, (250 + 80) & 127 = 74
+        (level_table[13], level_table[6], level_table[74]) = (7, -128, 127);
+        let parts = TrellisParts {
+            codes: codes.into(),
+            shift_table: shift_table.into(),
+            level_table: level_table.into(),
+            prime_indices: vec![2].into(),
+            scales: vec![0.25].into(),
+            rotation: Rotation::new(3, 1, vec![0b100].into()).unwrap(),
+        };
+        let m = Matrix::Trellis(TrellisMatrix::new(1, 3, 2, parts).unwrap());
+        // prime 5, scale 1/4; the rotation flips the sign of the last column
+        assert_eq!(m.to_dense(), [1.25 * 7.0, 1.25 * -128.0, -1.25 * 127.0]);
+    }
+
+    #[test]
+    fn every_weight_follows_the_layout() {
+        for (rows, cols) in [(1, 1), (3, 5), (63, 2), (64, 4), (65, 67), (130, 9)] {
+            for (k, levels) in [(2, 128), (3, 256), (4, 128), (4, 256)] {
+                let m = TrellisMatrix::new(rows, cols, k, parts(rows, cols, k, levels)).unwrap();
+                let mut all = vec![f32::NAN; rows * cols];
+                m.decode_rows(0, &mut all);
+                for (i, &found) in all.iter().enumerate() {
+                    let (row, col) = (i / cols, i % cols);
+                    let state = state_by_bits(&m, row, col);
+                    let level = level(state, &m.parts.shift_table, &m.parts.level_table);
+                    let prime = PRIME_LUT[m.parts.prime_indices[row] as usize] as i32;
+                    let expected = m.parts.scales[row] * (prime * i32::from(level)) as f32;
+                    assert_eq!(found, expected, "t{k} [{rows}, {cols}] at {row}, {col}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn any_range_of_rows_is_a_part_of_the_whole() {
+        let (rows, cols) = (150, 7);
+        let m = TrellisMatrix::new(rows, cols, 3, parts(rows, cols, 3, 128)).unwrap();
+        let mut all = vec![0.0; rows * cols];
+        m.decode_rows(0, &mut all);
+        for (first, end) in [(0, 0), (0, 1), (63, 65), (64, 128), (10, 140), (149, 150)] {
+            let mut some = vec![f32::NAN; (end - first) * cols];
+            m.decode_rows(first, &mut some);
+            assert_eq!(some, all[first * cols..end * cols], "rows {first}..{end}");
+        }
+    }
+
+    #[test]
+    fn the_expanded_table_is_the_reference_for_every_state() {
+        for levels in [128, 256] {
+            let m = TrellisMatrix::new(1, 1, 2, parts(1, 1, 2, levels)).unwrap();
+            for state in 0..STATES as u16 {
+                let expected = level(state, &m.parts.shift_table, &m.parts.level_table);
+                assert_eq!(m.levels[usize::from(state)], expected);
+            }
+        }
+    }
+
+    #[test]
+    fn parts_of_another_size_are_refused() {
+        type Damage = fn(&mut TrellisParts);
+        let damages: [(ErrorKind, Damage); 9] = [
+            (ErrorKind::Shape, |p| {
+                p.codes = vec![0; p.codes.len() - 1].into()
+            }),
+            (ErrorKind::Shape, |p| {
+                p.codes = vec![0; p.codes.len() + 1].into()
+            }),
+            (ErrorKind::Shape, |p| p.shift_table = vec![0; 63].into()),
+            (ErrorKind::Shape, |p| p.level_table = vec![0; 64].into()),
+            (ErrorKind::Shape, |p| p.prime_indices = vec![0; 4].into()),
+            (ErrorKind::Shape, |p| p.scales = vec![0.0; 6].into()),
+            (ErrorKind::Invalid, |p| {
+                p.scales = vec![0.0, 1.0, f32::INFINITY, 0.0, 0.0].into();
+            }),
+            (ErrorKind::Invalid, |p| p.scales = vec![f32::NAN; 5].into()),
+            (ErrorKind::Shape, |p| {
+                // as many bytes of signs, but another number of columns
+                p.rotation = Rotation::new(7, 1, vec![0].into()).unwrap();
+            }),
+        ];
+        for (i, (kind, damage)) in damages.into_iter().enumerate() {
+            let mut parts = parts(5, 6, 3, 128);
+            damage(&mut parts);
+            let e = TrellisMatrix::new(5, 6, 3, parts).unwrap_err();
+            assert_eq!(e.kind(), kind, "damage {i}: {e}");
+        }
+        for k in [0, 1, 5, 255] {
+            let e = TrellisMatrix::new(5, 6, k, parts(5, 6, k, 128)).unwrap_err();
+            assert_eq!(e.kind(), ErrorKind::Unsupported);
+        }
+        let e = TrellisMatrix::new(usize::MAX, 4 << 40, 4, parts(0, 0, 4, 128)).unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::TooLarge);
+    }
+}

@@ -6,3 +6,4 @@ pub mod plan;
 pub mod rounding;
 pub mod source;
 pub mod trellis;
+pub mod gguf_tokenizer;

@@ -6,6 +6,7 @@ compile_error!("UPG maps little-endian files in place: big-endian targets are no
 mod array;
 mod error;
 pub mod format;
+pub mod inference;
 pub mod kernels;
 mod mapped;
 pub mod matrix;

@@ -1,0 +1,171 @@
+//! `gpt2`: byte-level BPE. Text is cut by an expression, bytes are spelled as printable
+//! characters, and the listed merges are applied inside each cut.
+#![forbid(unsafe_code)]
+
+use serde_json::{Map, Value, json};
+use upg_kernel::{Error, ErrorKind, Result};
+
+use super::{Parts, Vocab, invalid};
+
+/// How text is cut, and what goes with that name in llama.cpp.
+pub(super) struct Family {
+    cut: Cut,
+    /// A cut that is a token as a whole is taken without merging.
+    ignore_merges: bool,
+    /// Whether the begin of sequence is added when the file does not say.
+    pub(super) add_bos: bool,
+}
+
+enum Cut {
+    /// The expression of GPT-2, which `tokenizers` has built in.
+    Gpt2,
+    /// Every digit on its own, then GPT-2.
+    DigitsGpt2,
+    /// An expression; each match is a cut.
+    Expression(&'static str),
+}
+
+/// Llama 3 (also cl100k of tiktoken): digits in groups of three.
+const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+/// Qwen 2: as Llama 3, but digits one by one.
+const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+/// GPT-4o (o200k of tiktoken): words also end where upper case follows lower case.
+const GPT4O: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+/// Mistral's Tekken: as GPT-4o without contractions, digits one by one.
+const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+/// The family of a `tokenizer.ggml.pre` (the names of llama.cpp's `llama_vocab::impl::load`).
+pub(super) fn pre_tokenizer(pre: Option<&str>) -> Result<Family> {
+    let Some(pre) = pre else {
+        return Err(Error::new(
+            ErrorKind::Missing,
+            "tokenizer.ggml.pre is missing: how to cut the text is not known",
+        )
+        .hint("convert the model again with a newer converter"));
+    };
+    let (cut, ignore_merges, add_bos) = match pre {
+        "smollm" | "starcoder" | "refact" | "command-r" | "codeshell" | "exaone" | "minerva-7b"
+        | "mellum2" => (Cut::DigitsGpt2, false, false),
+        "gpt-2" | "phi-2" | "mpt" | "olmo" | "jais" | "exaone4" | "gigachat" | "a.x-4.0"
+        | "mellum" | "trillion" | "granite-docling" => (Cut::Gpt2, false, false),
+        "llama3" | "llama-v3" | "llama-bpe" | "falcon3" | "falcon-h1" | "pixtral" | "midm-2.0"
+        | "lfm2" => (Cut::Expression(LLAMA3), true, true),
+        // Phi-4 is converted as `dbrx`.
+        "dbrx" | "smaug-bpe" => (Cut::Expression(LLAMA3), false, false),
+        "qwen2" | "deepseek-r1-qwen" | "kormo" | "megrez" | "stablelm2" | "hunyuan"
+        | "solar-open" | "grok-2" => (Cut::Expression(QWEN2), false, false),
+        // Phi-4-mini is converted as `gpt-4o`.
+        "gpt-4o" | "llama4" | "kanana2" | "minimax-m2" => (Cut::Expression(GPT4O), false, false),
+        "tekken" => (Cut::Expression(TEKKEN), true, true),
+        other => {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format!("pre-tokenizer '{}' is not known", other.escape_debug()),
+            )
+            .hint("compress from the Hugging Face directory, which has a tokenizer.json"));
+        }
+    };
+    Ok(Family {
+        cut,
+        ignore_merges,
+        add_bos,
+    })
+}
+
+pub(super) fn parts(vocab: &Vocab<'_>, family: &Family) -> Result<Parts> {
+    check_spelling(vocab)?;
+    let mut model = Map::new();
+    for (key, value) in [
+        ("type", json!("BPE")),
+        ("dropout", Value::Null),
+        ("unk_token", Value::Null),
+        ("continuing_subword_prefix", Value::Null),
+        ("end_of_word_suffix", Value::Null),
+        ("fuse_unk", json!(false)),
+        ("byte_fallback", json!(false)),
+        ("ignore_merges", json!(family.ignore_merges)),
+    ] {
+        model.insert(key.to_owned(), value);
+    }
+    Ok(Parts {
+        normalizer: Value::Null,
+        pre_tokenizer: family.cut.to_json(),
+        decoder: byte_level(true),
+        model,
+        merges: merges(vocab)?,
+    })
+}
+
+impl Cut {
+    fn to_json(&self) -> Value {
+        match self {
+            Self::Gpt2 => byte_level(true),
+            Self::DigitsGpt2 => json!({
+                "type": "Sequence",
+                "pretokenizers": [
+                    {"type": "Digits", "individual_digits": true},
+                    byte_level(true),
+                ],
+            }),
+            Self::Expression(regex) => json!({
+                "type": "Sequence",
+                "pretokenizers": [
+                    {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated",
+                     "invert": false},
+                    byte_level(false),
+                ],
+            }),
+        }
+    }
+}
+
+fn byte_level(use_regex: bool) -> Value {
+    json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true,
+           "use_regex": use_regex})
+}
+
+/// U+FFFD is no letter of the byte alphabet: it is what a reader put for bytes that are no UTF-8.
+fn check_spelling(vocab: &Vocab<'_>) -> Result<()> {
+    match vocab
+        .iter()
+        .find(|(_, token, _)| token.contains(char::REPLACEMENT_CHARACTER))
+    {
+        None => Ok(()),
+        Some((id, token, _)) => Err(invalid(format!(
+            "token {id} '{}' has the character U+FFFD: its bytes were no UTF-8",
+            token.escape_debug()
+        ))),
+    }
+}
+
+/// `left right` to a pair of ids. No byte-level token has a space in it.
+fn merges(vocab: &Vocab<'_>) -> Result<Vec<(u32, u32)>> {
+    if vocab.raw.merges.is_empty() {
+        return Err(Error::new(
+            ErrorKind::Missing,
+            "tokenizer.ggml.merges is missing or empty",
+        ));
+    }
+    let find = |rank: usize, token: &str| {
+        vocab.ids.get(token).copied().ok_or_else(|| {
+            invalid(format!(
+                "merge {rank} names '{}', which is no token",
+                token.escape_debug()
+            ))
+        })
+    };
+    let one = |(rank, merge): (usize, &String)| {
+        let Some((left, right)) = merge.split_once(' ') else {
+            return Err(invalid(format!(
+                "merge {rank} is '{}', expected two tokens with a space between",
+                merge.escape_debug()
+            )));
+        };
+        find(rank, &[left, right].concat())?;
+        Ok((find(rank, left)?, find(rank, right)?))
+    };
+    vocab.raw.merges.iter().enumerate().map(one).collect()
+}

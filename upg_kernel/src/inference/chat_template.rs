@@ -1,0 +1,337 @@
+//! Chat messages to the text that a model was trained on, by the Jinja template it brings along.
+//!
+//! Renders as transformers' `apply_chat_template` does, without tools or documents. A template is
+//! a program from a file that nobody checked: it can read nothing but the messages, has no files
+//! or other templates, and is stopped by fuel (work and memory), an output cap and a recursion
+//! limit. Templates see no clock: the same messages always give the same text.
+#![forbid(unsafe_code)]
+
+mod date;
+mod python_json;
+
+use std::io::Write;
+
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::Value;
+use minijinja::{Environment, context};
+
+use crate::inference::tokenizer::token_text;
+use crate::{Error, ErrorKind, Result};
+
+pub use date::Date;
+
+/// Largest template source, in bytes: the largest published ones have about 30 kB.
+pub const MAX_TEMPLATE_BYTES: usize = 256 << 10;
+
+/// Largest rendered text, in bytes (as much as the tokenizer takes in one call).
+pub const MAX_OUTPUT_BYTES: usize = 16 << 20;
+
+/// Work that every render may do: one unit an instruction, and one for 64 bytes made or read.
+const BASE_FUEL: u64 = 500_000;
+
+/// More of it for each byte of the messages: real templates spend about 0.1.
+const FUEL_PER_BYTE: u64 = 1;
+
+/// Nesting of macros and loops. A real template has a depth of about five.
+const MAX_RECURSION: usize = 100;
+
+/// Characters of a template's own message (`raise_exception`) that an error repeats.
+const MAX_MESSAGE_CHARS: usize = 300;
+
+/// What ChatML looks like, for [`ChatTemplate::chatml`].
+const CHATML: &str = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
+
+/// One turn of a conversation.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Message {
+    /// Who speaks: `system`, `user`, `assistant`, or what else the template knows.
+    pub role: String,
+    /// What is said.
+    pub content: String,
+}
+
+impl Message {
+    /// A message of `role`.
+    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
+        Self {
+            role: role.into(),
+            content: content.into(),
+        }
+    }
+
+    fn to_value(&self) -> Value {
+        Value::from_pairs([
+            ("role", self.role.as_str()),
+            ("content", self.content.as_str()),
+        ])
+    }
+}
+
+/// A compiled chat template.
+#[derive(Debug, Clone)]
+pub struct ChatTemplate {
+    source: String,
+    bos_token: Option<String>,
+    eos_token: Option<String>,
+    date: Option<Date>,
+}
+
+impl ChatTemplate {
+    /// Checks and keeps a template. `bos_token` and `eos_token` are the spellings that the
+    /// template may ask for; without them the names are undefined, as in transformers.
+    ///
+    /// # Errors
+    /// `TooLarge` above [`MAX_TEMPLATE_BYTES`]; `Malformed` when it is no Jinja template or uses
+    /// what a chat template must not (other templates).
+    pub fn new(source: &str, bos_token: Option<&str>, eos_token: Option<&str>) -> Result<Self> {
+        if source.len() > MAX_TEMPLATE_BYTES {
+            return Err(Error::new(
+                ErrorKind::TooLarge,
+                format!(
+                    "the chat template has {} bytes, the cap is {MAX_TEMPLATE_BYTES}",
+                    source.len()
+                ),
+            ));
+        }
+        let template = Self {
+            source: without_generation_tags(source),
+            bos_token: bos_token.map(str::to_owned),
+            eos_token: eos_token.map(str::to_owned),
+            date: None,
+        };
+        template
+            .environment(0)
+            .template_from_str(&template.source)
+            .map_err(|e| template_error(ErrorKind::Malformed, &e))?;
+        Ok(template)
+    }
+
+    /// The template of a `tokenizer_config.json`, or `None` if there is none in it. Of several
+    /// named templates the one called `default` is taken.
+    ///
+    /// # Errors
+    /// `Malformed` when it is no JSON, or `chat_template` is neither a text nor such a list; and
+    /// as [`ChatTemplate::new`].
+    pub fn from_tokenizer_config(config: &str) -> Result<Option<Self>> {
+        let config: serde_json::Value = serde_json::from_str(config).map_err(|e| {
+            Error::new(ErrorKind::Malformed, format!("tokenizer_config.json: {e}")).with_source(e)
+        })?;
+        let source = match config.get("chat_template") {
+            None | Some(serde_json::Value::Null) => return Ok(None),
+            Some(serde_json::Value::Array(named)) => named
+                .iter()
+                .find(|t| t.get("name").and_then(|n| n.as_str()) == Some("default"))
+                .and_then(|t| t.get("template")),
+            other => other,
+        };
+        let source = source.and_then(|s| s.as_str()).ok_or_else(|| {
+            Error::new(
+                ErrorKind::Malformed,
+                "tokenizer_config.json: chat_template is neither a text nor a list with a 'default'",
+            )
+        })?;
+        let bos = token_text(config.get("bos_token"));
+        let eos = token_text(config.get("eos_token"));
+        Self::new(source, bos.as_deref(), eos.as_deref()).map(Some)
+    }
+
+    /// ChatML (`<|im_start|>role`, newline, text, `<|im_end|>`, newline), for a model that brings
+    /// no template but is known to want this. Nothing chooses it by itself: a wrong template
+    /// spoils every answer.
+    pub fn chatml() -> Self {
+        Self {
+            source: CHATML.to_owned(),
+            bos_token: None,
+            eos_token: None,
+            date: None,
+        }
+    }
+
+    /// Lets the template ask for the date (`strftime_now`), and answers with this one at
+    /// midnight. Without it that function is not defined, and templates fall back to a date of
+    /// their own.
+    pub fn with_date(mut self, date: Date) -> Self {
+        self.date = Some(date);
+        self
+    }
+
+    /// The text of a conversation. `add_generation_prompt` ends it with the start of the
+    /// assistant's turn.
+    ///
+    /// The template is compiled each time (well under a millisecond for published ones).
+    ///
+    /// # Errors
+    /// `Argument` when the template refuses the messages (`raise_exception`), with its words;
+    /// `TooLarge` when it runs out of fuel or above [`MAX_OUTPUT_BYTES`]; `Invalid` for any other
+    /// failure in it.
+    pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
+        let bytes: usize = messages
+            .iter()
+            .map(|m| m.role.len() + m.content.len() + size_of::<Message>())
+            .fold(0, usize::saturating_add);
+        if bytes > MAX_OUTPUT_BYTES {
+            return Err(too_large("the messages"));
+        }
+        let env = self.environment(bytes);
+        let template = env
+            .template_from_str(&self.source)
+            .map_err(|e| template_error(ErrorKind::Malformed, &e))?;
+        let values = context! {
+            messages => messages.iter().map(Message::to_value).collect::<Vec<Value>>(),
+            tools => (),
+            documents => (),
+            add_generation_prompt,
+        };
+        let mut output = Capped(Vec::new());
+        match template.render_captured_to(values, &mut output) {
+            Ok(_) => String::from_utf8(output.0).map_err(|e| {
+                Error::new(ErrorKind::Invalid, "the chat template wrote no UTF-8").with_source(e)
+            }),
+            Err(e) => Err(render_error(&e)),
+        }
+    }
+
+    /// The language as transformers sets it up, for messages of `bytes` bytes in all.
+    fn environment(&self, bytes: usize) -> Environment<'_> {
+        let mut env = Environment::new();
+        let messages_fuel = (bytes as u64).saturating_mul(FUEL_PER_BYTE);
+        env.set_fuel(Some(BASE_FUEL.saturating_add(messages_fuel)));
+        env.set_recursion_limit(MAX_RECURSION);
+        // Delimiters stay the usual ones, so this cannot fail; if it could, the default is safe.
+        let syntax = SyntaxConfig::builder()
+            .trim_blocks(true)
+            .lstrip_blocks(true)
+            .build();
+        env.set_syntax(syntax.unwrap_or_default());
+        env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        env.add_function("raise_exception", raise_exception);
+        env.add_filter("tojson", python_json::tojson);
+        if let Some(date) = self.date {
+            env.add_function("strftime_now", move |format: &str| date.strftime(format));
+        }
+        for (name, token) in [
+            ("bos_token", &self.bos_token),
+            ("eos_token", &self.eos_token),
+        ] {
+            if let Some(token) = token {
+                env.add_global(name, token.as_str());
+            }
+        }
+        env
+    }
+}
+
+/// Marks the errors that the template raised itself.
+#[derive(Debug)]
+struct Raised;
+
+impl std::fmt::Display for Raised {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("raised by the template")
+    }
+}
+
+impl std::error::Error for Raised {}
+
+fn raise_exception(message: &str) -> Result<Value, minijinja::Error> {
+    let short: String = message.chars().take(MAX_MESSAGE_CHARS).collect();
+    Err(minijinja::Error::new(minijinja::ErrorKind::InvalidOperation, short).with_source(Raised))
+}
+
+/// A buffer that refuses to grow above the cap.
+struct Capped(Vec<u8>);
+
+impl Write for Capped {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        if self.0.len().saturating_add(bytes.len()) > MAX_OUTPUT_BYTES {
+            return Err(std::io::Error::other("output above the cap"));
+        }
+        self.0.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+fn too_large(what: &str) -> Error {
+    Error::new(
+        ErrorKind::TooLarge,
+        format!("{what} of the chat template: above {MAX_OUTPUT_BYTES} bytes"),
+    )
+}
+
+fn render_error(e: &minijinja::Error) -> Error {
+    let mut cause: Option<&dyn std::error::Error> = Some(e);
+    while let Some(this) = cause {
+        if let Some(inner) = this.downcast_ref::<minijinja::Error>() {
+            match inner.kind() {
+                minijinja::ErrorKind::OutOfFuel => {
+                    return Error::new(
+                        ErrorKind::TooLarge,
+                        "the chat template does more work than a template may (out of fuel)",
+                    );
+                }
+                minijinja::ErrorKind::WriteFailure => return too_large("the output"),
+                _ => {}
+            }
+        }
+        if this.is::<Raised>() {
+            return Error::new(
+                ErrorKind::Argument,
+                format!("the chat template refuses the messages: {}", short(e)),
+            );
+        }
+        cause = this.source();
+    }
+    template_error(ErrorKind::Invalid, e)
+}
+
+fn template_error(kind: ErrorKind, e: &minijinja::Error) -> Error {
+    let line = e.line().map_or(String::new(), |n| format!(", line {n}"));
+    Error::new(
+        kind,
+        format!("chat template{line}: {}: {}", e.kind(), short(e)),
+    )
+}
+
+/// The detail of an error, cut: it may repeat whatever the template computed.
+fn short(e: &minijinja::Error) -> String {
+    let detail = e.detail().unwrap_or("no detail");
+    detail.chars().take(MAX_MESSAGE_CHARS).collect()
+}
+
+/// `{% generation %}` marks what the assistant said, for training; it renders what is inside.
+///
+/// The language here does not know the tag, so it becomes an `if` that is always true, with the
+/// same control of white space.
+fn without_generation_tags(source: &str) -> String {
+    let mut out = String::with_capacity(source.len());
+    let mut rest = source;
+    while let Some((before, tag)) = rest.split_once("{%") {
+        out.push_str(before);
+        out.push_str("{%");
+        let Some((body, after)) = tag.split_once("%}") else {
+            rest = tag;
+            break;
+        };
+        let word = body.trim_matches(|c: char| c.is_whitespace() || c == '-' || c == '+');
+        match word {
+            "generation" => out.push_str(&body.replacen(word, "if true", 1)),
+            "endgeneration" => out.push_str(&body.replacen(word, "endif", 1)),
+            _ => {
+                // The body may hold the start of another tag (inside a string): look again.
+                rest = tag;
+                continue;
+            }
+        }
+        out.push_str("%}");
+        rest = after;
+    }
+    out.push_str(rest);
+    out
+}
+
+#[cfg(test)]
+mod tests;

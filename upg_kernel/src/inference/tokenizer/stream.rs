@@ -1,0 +1,101 @@
+//! Text from ids that arrive one by one.
+#![forbid(unsafe_code)]
+
+use super::Tokenizer;
+use crate::Result;
+
+/// Ids that may wait for their successors. Real text needs four at most (one character in bytes);
+/// a model that writes nothing but broken bytes must not make every step longer than the last.
+const MAX_PENDING: usize = 256;
+
+/// Turns a stream of ids into text without ever giving half a character.
+///
+/// The concatenation of everything that [`push`](Self::push) and [`finish`](Self::finish) return
+/// equals [`Tokenizer::decode`] of all ids (unless more than 256 ids in a row give no
+/// whole character). A step decodes a handful of ids, whatever came before.
+///
+/// What an id decodes to depends on its neighbours: a space is stripped at the start of a text
+/// only, and bytes join to characters. So each step decodes the ids whose text was returned last
+/// together with the new ones, and returns what the new ones add.
+pub struct DecodeStream<'a> {
+    tokenizer: &'a Tokenizer,
+    skip_special: bool,
+    /// Ids before `pending` that decode to some text, all of it returned already.
+    prefix: Vec<u32>,
+    /// Bytes of text that `prefix` alone decodes to.
+    prefix_len: usize,
+    /// Ids whose text is not certain yet.
+    pending: Vec<u32>,
+}
+
+impl<'a> DecodeStream<'a> {
+    pub(super) fn new(tokenizer: &'a Tokenizer, skip_special: bool) -> Self {
+        Self {
+            tokenizer,
+            skip_special,
+            prefix: Vec::new(),
+            prefix_len: 0,
+            pending: Vec::new(),
+        }
+    }
+
+    /// Takes one id and returns the text that has become certain by it, often empty.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::decode`].
+    pub fn push(&mut self, id: u32) -> Result<String> {
+        // Such ids decode to nothing, and must not stand as the context of others.
+        if self.skip_special && self.tokenizer.is_special(id)
+            || self.tokenizer.id_to_token(id).is_none()
+        {
+            return Ok(String::new());
+        }
+        self.pending.push(id);
+        let full = self.pending.len() >= MAX_PENDING;
+        // A run of raw bytes decodes as a whole: one wrong byte spoils the characters before it.
+        if !full && self.tokenizer.is_fallback_byte(id) {
+            return Ok(String::new());
+        }
+        let text = self.pending_text()?;
+        if !full && text.ends_with(char::REPLACEMENT_CHARACTER) {
+            return Ok(String::new());
+        }
+        self.settle()?;
+        Ok(text)
+    }
+
+    /// The text that is still held back, at the end of the stream.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::decode`].
+    pub fn finish(mut self) -> Result<String> {
+        let text = self.pending_text()?;
+        self.pending.clear();
+        Ok(text)
+    }
+
+    fn pending_text(&self) -> Result<String> {
+        if self.pending.is_empty() {
+            return Ok(String::new());
+        }
+        let window = [self.prefix.as_slice(), self.pending.as_slice()].concat();
+        let mut text = self.tokenizer.decode(&window, self.skip_special)?;
+        Ok(if text.is_char_boundary(self.prefix_len) {
+            text.split_off(self.prefix_len)
+        } else {
+            String::new()
+        })
+    }
+
+    /// Makes the pending ids the context of the next ones, if they have any text of their own:
+    /// else a following space could be taken for the start of the whole text.
+    fn settle(&mut self) -> Result<()> {
+        let pending = std::mem::take(&mut self.pending);
+        let len = self.tokenizer.decode(&pending, self.skip_special)?.len();
+        if len > 0 || self.prefix.is_empty() {
+            self.prefix = pending;
+            self.prefix_len = len;
+        }
+        Ok(())
+    }
+}

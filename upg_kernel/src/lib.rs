@@ -5,6 +5,7 @@ compile_error!("UPG maps little-endian files in place: big-endian targets are no
 
 mod array;
 mod error;
+pub mod inference;
 pub mod kernels;
 mod mapped;
 pub mod matrix;
@@ -14,3 +15,4 @@ pub mod rotation;
 pub use array::Array;
 pub use error::{Error, ErrorKind, Result};
 pub use mapped::MappedFile;
+pub use matrix::Matrix;

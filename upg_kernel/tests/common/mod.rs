@@ -1,0 +1,60 @@
+//! Helpers of several test programs.
+
+use half::bf16;
+use safetensors::{Dtype, SafeTensors};
+use std::path::{Path, PathBuf};
+use upg_kernel::inference::weights::{WeightSource, shape_mismatch};
+use upg_kernel::matrix::{DenseMatrix, DenseValues, Matrix};
+use upg_kernel::{Error, ErrorKind, Result};
+
+/// A folder of `tests/data`.
+pub(crate) fn data(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/data")
+        .join(path)
+}
+
+/// The values of a tensor, which may lie unaligned.
+pub(crate) fn collect<T: bytemuck::Pod>(bytes: &[u8]) -> Vec<T> {
+    let values = bytes.chunks_exact(size_of::<T>());
+    values.map(bytemuck::pod_read_unaligned).collect()
+}
+
+/// The weights of a small BF16 safetensors file, uncompressed.
+pub(crate) struct DenseSource(Vec<u8>);
+
+impl DenseSource {
+    pub(crate) fn open(path: &Path) -> Self {
+        Self(std::fs::read(path).expect("a readable test file"))
+    }
+
+    fn values(&self, name: &str, shape: &[usize]) -> Result<Vec<bf16>> {
+        let file = SafeTensors::deserialize(&self.0).expect("a safetensors file");
+        let tensor = file
+            .tensor(name)
+            .map_err(|e| Error::new(ErrorKind::Missing, e.to_string()).tensor(name))?;
+        assert_eq!(tensor.dtype(), Dtype::BF16);
+        if tensor.shape() != shape {
+            return Err(shape_mismatch(name, tensor.shape(), shape));
+        }
+        Ok(collect(tensor.data()))
+    }
+}
+
+impl WeightSource for DenseSource {
+    fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Matrix> {
+        let values = self.values(name, &[rows, cols])?;
+        let values = DenseValues::Bf16(values.into());
+        Ok(Matrix::Dense(DenseMatrix::new(rows, cols, values)?))
+    }
+
+    fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>> {
+        let values = self.values(name, &[len])?;
+        Ok(values.into_iter().map(bf16::to_f32).collect())
+    }
+
+    fn contains(&self, name: &str) -> bool {
+        let file = SafeTensors::deserialize(&self.0).expect("a safetensors file");
+        file.tensor(name).is_ok()
+    }
+}

@@ -1,5 +1,23 @@
-//! From text to text: tokenizer and chat template.
+//! The decoder: configuration, weights, KV cache, forward pass, sampling and generation.
+//!
+//! `config.json` -> [`ModelConfig`]; with a [`WeightSource`] -> [`Model`] (shared, read-only);
+//! with a KV cache -> [`Session`]; with a [`Sampler`] -> [`TokenStream`] -> [`TextStream`].
 #![forbid(unsafe_code)]
 
+mod attention;
 pub mod chat_template;
+pub mod config;
+pub mod generate;
+mod kv_cache;
+mod layers;
+pub mod model;
+pub mod rope;
+pub mod sampler;
 pub mod tokenizer;
+pub mod weights;
+
+pub use config::ModelConfig;
+pub use generate::{FinishReason, GenerateOptions, StopStrings, TextStream, TokenStream};
+pub use model::{Model, Session, SessionOptions};
+pub use sampler::{Sampler, SamplingOptions};
+pub use weights::WeightSource;

@@ -1,0 +1,411 @@
+//! `config.json` of a model, checked: what the forward pass has to compute, as data.
+//!
+//! The text is untrusted. Everything that would change the arithmetic and is not implemented is
+//! refused (`Unsupported`), never ignored; every size has a cap.
+#![forbid(unsafe_code)]
+
+mod family;
+mod fields;
+mod rope;
+
+pub use family::{FAMILIES, Family};
+pub use rope::{RopeConfig, RopeScaling};
+
+use crate::error::{Error, ErrorKind, Result};
+use family::{BiasRule, WindowRule};
+use fields::Fields;
+use serde_json::{Map, Value};
+
+/// Most decoder layers that a config may ask for.
+pub const MAX_LAYERS: usize = 1024;
+/// Most attention heads, and the longest head.
+pub const MAX_HEADS: usize = 1024;
+/// Longest head.
+pub const MAX_HEAD_DIM: usize = 4096;
+/// Widest hidden state.
+pub const MAX_HIDDEN: usize = 1 << 17;
+/// Widest feed-forward layer.
+pub const MAX_INTERMEDIATE: usize = 1 << 20;
+/// Largest vocabulary.
+pub const MAX_VOCAB: usize = 1 << 22;
+/// Longest context.
+pub const MAX_CONTEXT: usize = 1 << 24;
+/// Most end-of-sequence ids.
+const MAX_EOS_IDS: usize = 256;
+
+/// What the decoder of one model computes. Made and checked by [`ModelConfig::from_json`].
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct ModelConfig {
+    /// The model family.
+    pub family: &'static Family,
+    /// Number of token ids.
+    pub vocab_size: usize,
+    /// Length of the hidden state.
+    pub hidden_size: usize,
+    /// Length of the feed-forward state.
+    pub intermediate_size: usize,
+    /// Number of decoder layers.
+    pub num_layers: usize,
+    /// Number of query heads.
+    pub num_heads: usize,
+    /// Number of key and value heads; divides `num_heads`.
+    pub num_kv_heads: usize,
+    /// Length of one head.
+    pub head_dim: usize,
+    /// Most positions that the model was made for.
+    pub context: usize,
+    /// Added to the mean square before its root is taken.
+    pub rms_norm_eps: f32,
+    /// Rotary position embedding.
+    pub rope: RopeConfig,
+    /// For each layer, how many positions (its own included) a query sees; `None` is all of them.
+    pub windows: Vec<Option<usize>>,
+    /// Whether the output head is the embedding matrix.
+    pub tie_word_embeddings: bool,
+    /// Whether q, k and v have a bias.
+    pub qkv_bias: bool,
+    /// Whether the attention output has a bias.
+    pub output_bias: bool,
+    /// Whether gate, up and down have a bias.
+    pub mlp_bias: bool,
+    /// The ids that end a sequence, from `generation_config.json` if that names any.
+    pub eos_ids: Vec<u32>,
+    /// The id that begins a sequence, if the config names one.
+    pub bos_id: Option<u32>,
+}
+
+impl ModelConfig {
+    /// Reads `config.json` and, for the end-of-sequence ids, `generation_config.json`.
+    ///
+    /// Both spellings of the rotary embedding are read: `rope_theta` with `rope_scaling` and
+    /// `rope_parameters`. Absent keys have the defaults of Hugging Face transformers, but sizes
+    /// have to be there.
+    ///
+    /// Errors: `Malformed` (no JSON object), `Missing` (a size), `Invalid` (a value of the wrong
+    /// type, zero, or sizes that do not fit together), `TooLarge` (above a cap), `Unsupported`
+    /// (another family, or arithmetic that is not implemented).
+    pub fn from_json(config_json: &str, generation_config: Option<&str>) -> Result<Self> {
+        let config = parse_object("config.json", config_json)?;
+        let generation = generation_config
+            .map(|text| parse_object("generation_config.json", text))
+            .transpose()?;
+        let fields = Fields {
+            document: "config.json",
+            map: &config,
+        };
+        let family = Family::of(&fields)?;
+        refuse_foreign_arithmetic(&fields)?;
+
+        let hidden_size = fields.required_size("hidden_size", MAX_HIDDEN)?;
+        let num_layers = fields.required_size("num_hidden_layers", MAX_LAYERS)?;
+        let num_heads = fields.required_size("num_attention_heads", MAX_HEADS)?;
+        let num_kv_heads = fields
+            .size("num_key_value_heads", MAX_HEADS)?
+            .unwrap_or(num_heads);
+        let head_dim = head_dim(&fields, family, hidden_size, num_heads)?;
+        let mut context = fields.required_size("max_position_embeddings", MAX_CONTEXT)?;
+        let rope = rope::parse(&fields, family, head_dim, &mut context)?;
+        let bias = |rule| match rule {
+            BiasRule::Never => Ok(false),
+            BiasRule::Always => Ok(true),
+            BiasRule::Flag(key) => fields.flag(key, false),
+        };
+        let config = Self {
+            family,
+            vocab_size: fields.required_size("vocab_size", MAX_VOCAB)?,
+            hidden_size,
+            intermediate_size: fields.required_size("intermediate_size", MAX_INTERMEDIATE)?,
+            num_layers,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            context,
+            rms_norm_eps: fields
+                .positive("rms_norm_eps")?
+                .unwrap_or(family.default_norm_eps) as f32,
+            rope,
+            windows: windows(&fields, family, num_layers, context)?,
+            tie_word_embeddings: fields.flag("tie_word_embeddings", false)?,
+            qkv_bias: bias(family.qkv_bias)?,
+            output_bias: bias(family.output_bias)?,
+            mlp_bias: bias(family.mlp_bias)?,
+            eos_ids: eos_ids(&fields, generation.as_ref())?,
+            bos_id: fields.token_ids("bos_token_id", 1)?.first().copied(),
+        };
+        config.check()?;
+        Ok(config)
+    }
+
+    /// Rows of the query projection.
+    pub fn query_size(&self) -> usize {
+        self.num_heads * self.head_dim
+    }
+
+    /// Rows of the key projection, and of the value projection.
+    pub fn kv_size(&self) -> usize {
+        self.num_kv_heads * self.head_dim
+    }
+
+    /// The relations that the forward pass relies on. Run again when a model is made from a config,
+    /// because its fields are public.
+    pub(crate) fn check(&self) -> Result<()> {
+        let sizes = [
+            ("vocab_size", self.vocab_size, MAX_VOCAB),
+            ("hidden_size", self.hidden_size, MAX_HIDDEN),
+            (
+                "intermediate_size",
+                self.intermediate_size,
+                MAX_INTERMEDIATE,
+            ),
+            ("num_hidden_layers", self.num_layers, MAX_LAYERS),
+            ("num_attention_heads", self.num_heads, MAX_HEADS),
+            ("num_key_value_heads", self.num_kv_heads, MAX_HEADS),
+            ("head_dim", self.head_dim, MAX_HEAD_DIM),
+            ("max_position_embeddings", self.context, MAX_CONTEXT),
+        ];
+        for (name, found, cap) in sizes {
+            if !(1..=cap).contains(&found) {
+                return Err(Error::new(
+                    ErrorKind::Invalid,
+                    format!("config.json: '{name}' is {found}, expected 1 to {cap}"),
+                ));
+            }
+        }
+        let invalid = |message: String| {
+            Err(Error::new(
+                ErrorKind::Invalid,
+                format!("config.json: {message}"),
+            ))
+        };
+        if !self.num_heads.is_multiple_of(self.num_kv_heads) {
+            return invalid(format!(
+                "{} attention heads cannot share {} key/value heads evenly",
+                self.num_heads, self.num_kv_heads
+            ));
+        }
+        if self.windows.len() != self.num_layers || self.windows.contains(&Some(0)) {
+            return invalid(format!(
+                "{} attention windows for {} layers, expected one each, none of them 0",
+                self.windows.len(),
+                self.num_layers
+            ));
+        }
+        if !(self.rms_norm_eps.is_finite() && self.rms_norm_eps > 0.0) {
+            return invalid(format!(
+                "'rms_norm_eps' is {}, expected a finite number above 0",
+                self.rms_norm_eps
+            ));
+        }
+        self.rope.check(self.head_dim)
+    }
+}
+
+fn parse_object(document: &str, text: &str) -> Result<Map<String, Value>> {
+    match serde_json::from_str(text) {
+        Ok(Value::Object(map)) => Ok(map),
+        Ok(_) => Err(Error::new(
+            ErrorKind::Malformed,
+            format!("{document}: not a JSON object"),
+        )),
+        Err(e) => Err(Error::new(ErrorKind::Malformed, format!("{document}: {e}")).with_source(e)),
+    }
+}
+
+/// Keys of other architectures that change the arithmetic, and the number (if any) at which they
+/// do not. `null`, `false`, an empty text, list or object are always harmless.
+const FOREIGN_KEYS: &[(&str, Option<f64>)] = &[
+    ("alibi", None),
+    ("attention_chunk_size", None),
+    ("attention_multiplier", None),
+    ("attn_logit_softcapping", None),
+    ("clip_qkv", None),
+    ("embedding_multiplier", Some(1.0)),
+    ("final_logit_softcapping", None),
+    ("first_k_dense_replace", None),
+    ("is_encoder_decoder", None),
+    ("kv_lora_rank", None),
+    ("logit_scale", Some(1.0)),
+    ("logits_scaling", Some(1.0)),
+    ("moe_intermediate_size", None),
+    ("n_routed_experts", Some(0.0)),
+    ("no_rope_layers", None),
+    ("num_experts", Some(0.0)),
+    ("num_local_experts", Some(0.0)),
+    ("parallel_residual", None),
+    ("q_lora_rank", None),
+    ("qk_layernorm", None),
+    ("quantization_config", None),
+    ("query_pre_attn_scalar", None),
+    ("residual_multiplier", Some(1.0)),
+    ("rope_interleaved", None),
+    ("scale_emb", Some(1.0)),
+    ("text_config", None),
+    ("use_mrope", None),
+    ("use_parallel_residual", None),
+    ("use_qk_norm", None),
+    ("vision_config", None),
+];
+
+fn refuse_foreign_arithmetic(fields: &Fields<'_>) -> Result<()> {
+    for &(key, neutral) in FOREIGN_KEYS {
+        let harmless = match fields.get(key) {
+            None | Some(Value::Null | Value::Bool(false)) => true,
+            Some(Value::Bool(true)) => false,
+            Some(Value::Number(n)) => neutral.is_some() && n.as_f64() == neutral,
+            Some(Value::String(text)) => text.is_empty(),
+            Some(Value::Array(list)) => list.is_empty(),
+            Some(Value::Object(map)) => map.is_empty(),
+        };
+        if !harmless {
+            return Err(fields.error(
+                ErrorKind::Unsupported,
+                format_args!("'{key}' asks for arithmetic that is not implemented"),
+            ));
+        }
+    }
+    // SiLU has two names.
+    match fields.text("hidden_act")?.unwrap_or("silu") {
+        "silu" | "swish" => Ok(()),
+        other => Err(fields.error(
+            ErrorKind::Unsupported,
+            format_args!("'hidden_act' is '{other}', only 'silu' is implemented"),
+        )),
+    }
+}
+
+fn head_dim(
+    fields: &Fields<'_>,
+    family: &Family,
+    hidden_size: usize,
+    num_heads: usize,
+) -> Result<usize> {
+    if let Some(dim) = fields
+        .size("head_dim", MAX_HEAD_DIM)?
+        .or(family.default_head_dim)
+    {
+        return Ok(dim);
+    }
+    if !hidden_size.is_multiple_of(num_heads) {
+        return Err(fields.error(
+            ErrorKind::Invalid,
+            format_args!(
+                "'hidden_size' {hidden_size} is not a multiple of 'num_attention_heads' \
+                 {num_heads}, and there is no 'head_dim'"
+            ),
+        ));
+    }
+    Ok(hidden_size / num_heads)
+}
+
+/// The attention window of each layer. One that is at least the context hides nothing.
+fn windows(
+    fields: &Fields<'_>,
+    family: &Family,
+    num_layers: usize,
+    context: usize,
+) -> Result<Vec<Option<usize>>> {
+    // Absent and null differ: only an absent key has the default of the family.
+    let given = match fields.map.get("sliding_window") {
+        None => family.default_window,
+        Some(_) => fields.size("sliding_window", usize::MAX)?,
+    };
+    let given = match family.window {
+        WindowRule::None | WindowRule::EveryLayer => given,
+        WindowRule::ByLayer if fields.flag("use_sliding_window", false)? => given,
+        WindowRule::ByLayer => None,
+    };
+    let narrow = given.filter(|&window| window < context);
+    if let (WindowRule::None, Some(window)) = (family.window, narrow) {
+        return Err(fields.error(
+            ErrorKind::Unsupported,
+            format_args!(
+                "'sliding_window' is {window}, but family '{}' has no sliding window",
+                family.name
+            ),
+        ));
+    }
+    match fields.get("layer_types") {
+        Some(types) => windows_of_types(fields, family, types, num_layers, given)
+            .map(|windows| windows.into_iter().map(|w| w.and(narrow)).collect()),
+        None if matches!(family.window, WindowRule::ByLayer) => {
+            let first = match fields.map.get("max_window_layers") {
+                // Zero is a good value here, unlike for a size.
+                Some(value) => value.as_u64().ok_or_else(|| {
+                    fields.error(
+                        ErrorKind::Invalid,
+                        "'max_window_layers' is not a whole number",
+                    )
+                })?,
+                None => family::DEFAULT_MAX_WINDOW_LAYERS,
+            };
+            Ok((0..num_layers as u64)
+                .map(|layer| narrow.filter(|_| layer >= first))
+                .collect())
+        }
+        None => Ok(vec![narrow; num_layers]),
+    }
+}
+
+/// `layer_types`: a name for each layer.
+fn windows_of_types(
+    fields: &Fields<'_>,
+    family: &Family,
+    types: &Value,
+    num_layers: usize,
+    given: Option<usize>,
+) -> Result<Vec<Option<usize>>> {
+    let types = types
+        .as_array()
+        .filter(|types| types.len() == num_layers)
+        .ok_or_else(|| {
+            fields.error(
+                ErrorKind::Invalid,
+                format_args!("'layer_types' is not a list of {num_layers} names"),
+            )
+        })?;
+    types
+        .iter()
+        .map(|name| match (name.as_str(), given) {
+            (Some("full_attention"), Some(_)) if !matches!(family.window, WindowRule::ByLayer) => {
+                Err(fields.error(
+                    ErrorKind::Unsupported,
+                    format_args!(
+                        "'layer_types' mixes full and sliding attention, which family '{}' does \
+                         not define",
+                        family.name
+                    ),
+                ))
+            }
+            (Some("full_attention"), _) => Ok(None),
+            (Some("sliding_attention"), Some(window)) => Ok(Some(window)),
+            (Some("sliding_attention"), None) => Err(fields.error(
+                ErrorKind::Invalid,
+                "'layer_types' has sliding attention, but there is no 'sliding_window' in use",
+            )),
+            _ => Err(fields.error(
+                ErrorKind::Unsupported,
+                format_args!(
+                    "'layer_types' has {name}, known are full_attention and sliding_attention"
+                ),
+            )),
+        })
+        .collect()
+}
+
+fn eos_ids(fields: &Fields<'_>, generation: Option<&Map<String, Value>>) -> Result<Vec<u32>> {
+    if let Some(map) = generation {
+        let generation = Fields {
+            document: "generation_config.json",
+            map,
+        };
+        let ids = generation.token_ids("eos_token_id", MAX_EOS_IDS)?;
+        if !ids.is_empty() {
+            return Ok(ids);
+        }
+    }
+    fields.token_ids("eos_token_id", MAX_EOS_IDS)
+}
+
+#[cfg(test)]
+mod tests;

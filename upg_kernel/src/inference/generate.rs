@@ -1,0 +1,277 @@
+//! Generation as iterators: token ids, and text that ends at stop strings.
+#![forbid(unsafe_code)]
+
+use super::model::Session;
+use super::sampler::Sampler;
+use crate::error::{Error, ErrorKind, Result};
+
+/// When generation ends.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct GenerateOptions {
+    /// Most tokens to generate.
+    pub max_tokens: usize,
+    /// Ids that end the sequence; the id itself is not given out.
+    pub stop_ids: Vec<u32>,
+}
+
+/// Why generation ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum FinishReason {
+    /// This token of `stop_ids` was chosen.
+    StopToken(u32),
+    /// The stop string of this index was found in the text.
+    StopString(usize),
+    /// `max_tokens` were generated.
+    MaxTokens,
+    /// The context is full.
+    ContextFull,
+    /// The last item was an error.
+    Failed,
+}
+
+/// Generated token ids, one forward pass each. Ends for good after an error.
+#[derive(Debug)]
+pub struct TokenStream<'a> {
+    session: &'a mut Session,
+    sampler: &'a mut Sampler,
+    options: GenerateOptions,
+    logits: Vec<f32>,
+    /// Chosen, but not yet part of the session: computed only if another token is asked for.
+    pending: Option<u32>,
+    generated: usize,
+    finish: Option<FinishReason>,
+}
+
+impl<'a> TokenStream<'a> {
+    /// Computes the prompt. `prompt` is the whole sequence (in a chat: all turns so far); the part
+    /// that the session already holds at its front is not computed again.
+    ///
+    /// Errors: those of [`Session::replace`].
+    pub fn new(
+        session: &'a mut Session,
+        sampler: &'a mut Sampler,
+        prompt: &[u32],
+        options: GenerateOptions,
+    ) -> Result<Self> {
+        Ok(Self {
+            logits: session.replace(prompt)?,
+            session,
+            sampler,
+            options,
+            pending: None,
+            generated: 0,
+            finish: None,
+        })
+    }
+
+    /// Why the stream ended; `None` while it has not.
+    pub fn finish_reason(&self) -> Option<FinishReason> {
+        self.finish
+    }
+
+    /// How many tokens were given out.
+    pub fn generated(&self) -> usize {
+        self.generated
+    }
+
+    fn advance(&mut self) -> Result<std::result::Result<u32, FinishReason>> {
+        if self.generated >= self.options.max_tokens {
+            return Ok(Err(FinishReason::MaxTokens));
+        }
+        if let Some(token) = self.pending {
+            if self.session.tokens().len() >= self.session.context() {
+                return Ok(Err(FinishReason::ContextFull));
+            }
+            self.logits = self.session.step(token)?;
+            self.pending = None;
+        }
+        let token = self.sampler.sample(&self.logits, self.session.tokens())?;
+        if self.options.stop_ids.contains(&token) {
+            return Ok(Err(FinishReason::StopToken(token)));
+        }
+        self.pending = Some(token);
+        self.generated += 1;
+        Ok(Ok(token))
+    }
+}
+
+impl Iterator for TokenStream<'_> {
+    type Item = Result<u32>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.finish.is_some() {
+            return None;
+        }
+        match self.advance() {
+            Ok(Ok(token)) => Some(Ok(token)),
+            Ok(Err(reason)) => {
+                self.finish = Some(reason);
+                None
+            }
+            Err(error) => {
+                self.finish = Some(FinishReason::Failed);
+                Some(Err(error))
+            }
+        }
+    }
+}
+
+/// Turns ids into text, one after the other; a closure `FnMut(u32) -> Result<String>` is one.
+pub trait PieceDecoder {
+    /// The text that `id` adds; empty while a character is incomplete.
+    fn piece(&mut self, id: u32) -> Result<String>;
+
+    /// What is left after the last id, such as an incomplete character.
+    fn finish(&mut self) -> Result<String> {
+        Ok(String::new())
+    }
+}
+
+impl<F: FnMut(u32) -> Result<String>> PieceDecoder for F {
+    fn piece(&mut self, id: u32) -> Result<String> {
+        self(id)
+    }
+}
+
+/// Generated text in non-empty pieces, without the stop string and what follows it.
+#[derive(Debug)]
+pub struct TextStream<'a, D> {
+    tokens: TokenStream<'a>,
+    decoder: D,
+    stops: StopStrings,
+    finish: Option<FinishReason>,
+}
+
+impl<'a, D: PieceDecoder> TextStream<'a, D> {
+    /// The text of `tokens`.
+    pub fn new(tokens: TokenStream<'a>, decoder: D, stops: StopStrings) -> Self {
+        Self {
+            tokens,
+            decoder,
+            stops,
+            finish: None,
+        }
+    }
+
+    /// Why the stream ended; `None` while it has not.
+    pub fn finish_reason(&self) -> Option<FinishReason> {
+        self.finish
+    }
+
+    /// How many tokens were generated.
+    pub fn generated(&self) -> usize {
+        self.tokens.generated()
+    }
+
+    fn advance(&mut self) -> Result<String> {
+        while self.finish.is_none() {
+            let text = match self.tokens.next().transpose()? {
+                Some(token) => {
+                    let piece = self.decoder.piece(token)?;
+                    self.push(&piece)
+                }
+                None => {
+                    let rest = self.decoder.finish()?;
+                    let mut text = self.push(&rest);
+                    text.push_str(&self.stops.flush());
+                    self.finish = self.finish.or(self.tokens.finish_reason());
+                    text
+                }
+            };
+            if !text.is_empty() {
+                return Ok(text);
+            }
+        }
+        Ok(String::new())
+    }
+
+    fn push(&mut self, piece: &str) -> String {
+        let (text, stopped) = self.stops.push(piece);
+        if let Some(index) = stopped {
+            self.finish = Some(FinishReason::StopString(index));
+        }
+        text
+    }
+}
+
+impl<D: PieceDecoder> Iterator for TextStream<'_, D> {
+    type Item = Result<String>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        match self.advance() {
+            Ok(text) if text.is_empty() => None,
+            Ok(text) => Some(Ok(text)),
+            Err(error) => {
+                self.finish = Some(FinishReason::Failed);
+                Some(Err(error))
+            }
+        }
+    }
+}
+
+/// Finds stop strings in text that comes in pieces.
+///
+/// The stop string that is complete first wins, among those the one that began first; so the result
+/// does not depend on how the text was cut.
+#[derive(Debug, Clone, Default)]
+pub struct StopStrings {
+    stops: Vec<String>,
+    /// The end of the text that may be the beginning of a stop string.
+    held: String,
+    stopped: Option<usize>,
+}
+
+impl StopStrings {
+    /// Errors (`Argument`): an empty stop string.
+    pub fn new(stops: Vec<String>) -> Result<Self> {
+        if stops.iter().any(String::is_empty) {
+            return Err(Error::new(ErrorKind::Argument, "a stop string is empty"));
+        }
+        Ok(Self {
+            stops,
+            ..Self::default()
+        })
+    }
+
+    /// Takes the next piece. Returns the text that is certain to come before any stop string, and
+    /// the index of the stop string that was found. After that, further pieces give nothing.
+    pub fn push(&mut self, piece: &str) -> (String, Option<usize>) {
+        if self.stopped.is_some() {
+            return (String::new(), self.stopped);
+        }
+        self.held.push_str(piece);
+        let found = self.stops.iter().enumerate().filter_map(|(index, stop)| {
+            let start = self.held.find(stop)?;
+            Some((start + stop.len(), start, index))
+        });
+        if let Some((_, start, index)) = found.min() {
+            self.stopped = Some(index);
+            self.held.truncate(start);
+            return (std::mem::take(&mut self.held), self.stopped);
+        }
+        let undecided = self.undecided();
+        let rest = self.held.split_off(undecided);
+        (std::mem::replace(&mut self.held, rest), None)
+    }
+
+    /// The text that was held back, when nothing follows any more.
+    pub fn flush(&mut self) -> String {
+        std::mem::take(&mut self.held)
+    }
+
+    /// Where the longest end of the held text starts that is the beginning of a stop string.
+    fn undecided(&self) -> usize {
+        let longest = self.stops.iter().map(String::len).max().unwrap_or(0);
+        let earliest = (self.held.len() + 1).saturating_sub(longest);
+        self.held
+            .char_indices()
+            .map(|(at, _)| at)
+            .filter(|&at| at >= earliest)
+            .find(|&at| self.stops.iter().any(|s| s.starts_with(&self.held[at..])))
+            .unwrap_or(self.held.len())
+    }
+}
+
+#[cfg(test)]
+mod tests;

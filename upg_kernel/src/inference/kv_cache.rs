@@ -1,0 +1,201 @@
+//! Keys and values of the positions that were computed, for the queries that come later.
+#![forbid(unsafe_code)]
+
+use super::config::ModelConfig;
+use crate::error::{Error, ErrorKind, Result};
+
+/// How a key or value is stored: the one place that says so.
+pub(crate) type Stored = f32;
+
+/// The cache of a whole model. Grows on demand, up to a size that is known from the start.
+///
+/// Layers with a sliding window keep only what a query can still see.
+#[derive(Debug)]
+pub(crate) struct KvCache {
+    layers: Vec<LayerCache>,
+    /// Positions that every layer holds, counted from the first of the sequence.
+    len: usize,
+    context: usize,
+    /// Most positions that are appended at once.
+    chunk: usize,
+    head_dim: usize,
+}
+
+/// Keys and values of one layer.
+#[derive(Debug)]
+pub(crate) struct LayerCache {
+    heads: Vec<HeadCache>,
+    window: Option<usize>,
+    /// The position of the first entry that is kept.
+    first: usize,
+}
+
+/// Keys and values of one key/value head, `[positions from first on, head_dim]`.
+#[derive(Debug, Default)]
+pub(crate) struct HeadCache {
+    pub(crate) keys: Vec<Stored>,
+    pub(crate) values: Vec<Stored>,
+}
+
+impl KvCache {
+    /// An empty cache for `context` positions that come at most `chunk` at a time.
+    pub(crate) fn new(config: &ModelConfig, context: usize, chunk: usize) -> Self {
+        let layer = |&window: &Option<usize>| LayerCache {
+            heads: (0..config.num_kv_heads)
+                .map(|_| HeadCache::default())
+                .collect(),
+            window,
+            first: 0,
+        };
+        Self {
+            layers: config.windows.iter().map(layer).collect(),
+            len: 0,
+            context,
+            chunk,
+            head_dim: config.head_dim,
+        }
+    }
+
+    /// Bytes that the cache of this model takes at most.
+    ///
+    /// Errors (`TooLarge`): more than fit into a number of this machine.
+    pub(crate) fn max_bytes(config: &ModelConfig, context: usize, chunk: usize) -> Result<usize> {
+        let positions = config.windows.iter().try_fold(0usize, |sum, &window| {
+            sum.checked_add(entries(window, context, chunk))
+        });
+        let position = config.kv_size().checked_mul(2 * size_of::<Stored>());
+        positions
+            .zip(position)
+            .and_then(|(n, bytes)| n.checked_mul(bytes))
+            .ok_or_else(|| too_large(context))
+    }
+
+    /// Number of positions held.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Makes room for `n` more positions in every layer, so that appending them cannot fail.
+    ///
+    /// Errors (`TooLarge`): beyond the context, or out of memory.
+    pub(crate) fn reserve(&mut self, n: usize) -> Result<()> {
+        let (len, head_dim) = (self.len, self.head_dim);
+        if len.checked_add(n).is_none_or(|end| end > self.context) {
+            return Err(too_large(self.context));
+        }
+        for layer in &mut self.layers {
+            let most = entries(layer.window, self.context, self.chunk);
+            layer.drop_unseen(len, n, most, head_dim);
+            let needed = len - layer.first + n;
+            for head in &mut layer.heads {
+                head.reserve(needed, most, head_dim)
+                    .ok_or_else(|| too_large(self.context))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Appends keys and values `[n, kv_heads * head_dim]` to one layer; they count only after
+    /// [`KvCache::commit`]. Returns the layer.
+    pub(crate) fn append(&mut self, layer: usize, keys: &[f32], values: &[f32]) -> &LayerCache {
+        let head_dim = self.head_dim;
+        let layer = &mut self.layers[layer];
+        let row = layer.heads.len() * head_dim;
+        for (index, head) in layer.heads.iter_mut().enumerate() {
+            let of_head = index * head_dim..(index + 1) * head_dim;
+            for (key, value) in keys.chunks_exact(row).zip(values.chunks_exact(row)) {
+                head.keys.extend_from_slice(&key[of_head.clone()]);
+                head.values.extend_from_slice(&value[of_head.clone()]);
+            }
+        }
+        layer
+    }
+
+    /// Counts `n` positions that were appended to every layer.
+    pub(crate) fn commit(&mut self, n: usize) {
+        self.len += n;
+    }
+
+    /// Keeps the first `len` positions, or nothing if a window has dropped what the next query
+    /// would have to see. Also takes back what was appended but not committed.
+    pub(crate) fn truncate(&mut self, len: usize) {
+        let len = len.min(self.len);
+        let lost = |layer: &LayerCache| layer.first > first_seen(layer.window, len);
+        let len = match self.layers.iter().any(lost) {
+            true => 0,
+            false => len,
+        };
+        for layer in &mut self.layers {
+            if len == 0 {
+                layer.first = 0;
+            }
+            let kept = (len - layer.first) * self.head_dim;
+            for head in &mut layer.heads {
+                head.keys.truncate(kept);
+                head.values.truncate(kept);
+            }
+        }
+        self.len = len;
+    }
+}
+
+impl LayerCache {
+    /// Drops what no query from position `len` on sees, if `n` more would not fit into `most`.
+    fn drop_unseen(&mut self, len: usize, n: usize, most: usize, head_dim: usize) {
+        let first = first_seen(self.window, len);
+        if len - self.first + n <= most || first <= self.first {
+            return;
+        }
+        let dropped = (first - self.first) * head_dim;
+        for head in &mut self.heads {
+            head.keys.drain(..dropped);
+            head.values.drain(..dropped);
+        }
+        self.first = first;
+    }
+
+    /// The key/value head of query head `head` of `num_heads`, which share them evenly.
+    pub(crate) fn head(&self, head: usize, num_heads: usize) -> &HeadCache {
+        &self.heads[head / (num_heads / self.heads.len())]
+    }
+
+    /// Which entries the query at `position` sees.
+    pub(crate) fn seen(&self, position: usize) -> std::ops::Range<usize> {
+        first_seen(self.window, position) - self.first..position + 1 - self.first
+    }
+}
+
+impl HeadCache {
+    /// Room for `needed` positions in all; doubles, but not beyond `most`. `None`: out of memory.
+    fn reserve(&mut self, needed: usize, most: usize, head_dim: usize) -> Option<()> {
+        for stored in [&mut self.keys, &mut self.values] {
+            let wanted = needed.checked_mul(head_dim)?;
+            if wanted > stored.capacity() {
+                let doubled = stored.capacity().saturating_mul(2);
+                let target = doubled.min(most.checked_mul(head_dim)?).max(wanted);
+                stored.try_reserve_exact(target - stored.len()).ok()?;
+            }
+        }
+        Some(())
+    }
+}
+
+/// The first position that a query at `position` sees.
+fn first_seen(window: Option<usize>, position: usize) -> usize {
+    window.map_or(0, |window| (position + 1).saturating_sub(window))
+}
+
+/// How many positions a layer holds at most.
+fn entries(window: Option<usize>, context: usize, chunk: usize) -> usize {
+    window.map_or(context, |window| {
+        context.min((window - 1).saturating_add(chunk))
+    })
+}
+
+fn too_large(context: usize) -> Error {
+    Error::new(
+        ErrorKind::TooLarge,
+        format!("no memory for a KV cache of up to {context} positions"),
+    )
+    .hint("ask for a smaller context")
+}

@@ -1,0 +1,330 @@
+//! The forward pass: a [`Model`] that any number of [`Session`]s share.
+#![forbid(unsafe_code)]
+
+use super::attention::attention;
+use super::config::ModelConfig;
+use super::kv_cache::KvCache;
+use super::layers::{add, gated_silu};
+use super::rope::{Rope, RopeTable};
+use super::weights::{LayerWeights, ModelWeights, WeightSource};
+use crate::error::{Error, ErrorKind, Result};
+use rayon::prelude::*;
+use std::sync::Arc;
+
+/// The weights of a decoder and what to compute with them. Read-only: share it in an [`Arc`].
+#[derive(Debug)]
+pub struct Model {
+    config: ModelConfig,
+    weights: ModelWeights,
+    rope: Rope,
+}
+
+/// How a [`Session`] uses memory.
+#[derive(Debug, Clone)]
+pub struct SessionOptions {
+    /// Most positions of a sequence; `None` is what the model was made for.
+    pub context: Option<usize>,
+    /// How many positions of a prompt are computed at once; bounds the memory for activations.
+    pub prefill_chunk: usize,
+    /// Refuse a context whose KV cache could become larger than this.
+    pub max_cache_bytes: Option<usize>,
+}
+
+impl Default for SessionOptions {
+    fn default() -> Self {
+        Self {
+            context: None,
+            prefill_chunk: 512,
+            max_cache_bytes: None,
+        }
+    }
+}
+
+/// Most positions that are computed at once.
+const MAX_PREFILL_CHUNK: usize = 1 << 16;
+
+/// One sequence: its tokens and the KV cache that belongs to them.
+///
+/// Logits depend on the tokens alone (to rounding), not on how they were cut into calls. Where a
+/// cache cannot be continued (a longrope model grows past its switch or shrinks below it; a
+/// sequence is cut back to where a sliding window has already dropped keys) the next call computes
+/// the whole sequence again.
+#[derive(Debug)]
+pub struct Session {
+    model: Arc<Model>,
+    tokens: Vec<u32>,
+    cache: KvCache,
+    /// Whether the cache was made with the frequencies for long sequences.
+    long: bool,
+    context: usize,
+    chunk: usize,
+}
+
+/// Which logits a call is about.
+#[derive(Clone, Copy)]
+enum Wanted {
+    Last,
+    /// From this position on.
+    From(usize),
+}
+
+impl Model {
+    /// A model of this config with the weights of `source`.
+    ///
+    /// Costs what the source costs: nothing is copied here, and tied embeddings share one matrix.
+    /// Errors: `Invalid` (sizes of the config), `Missing`, `Shape` (prints both shapes), and
+    /// `Unsupported` for a tensor that this family would have to ignore.
+    pub fn load(config: ModelConfig, source: &dyn WeightSource) -> Result<Self> {
+        config.check()?;
+        Ok(Self {
+            weights: ModelWeights::load(&config, source)?,
+            rope: Rope::new(&config.rope),
+            config,
+        })
+    }
+
+    /// What this model computes.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// The hidden states after the last layer for `tokens` at the positions that follow those in
+    /// `cache`, `[n, hidden]`, not yet normalized. The cache holds them afterwards.
+    fn hidden_states(&self, tokens: &[u32], cache: &mut KvCache, long: bool) -> Result<Vec<f32>> {
+        let n = tokens.len();
+        cache.reserve(n)?;
+        let first = cache.len();
+        let table = self.rope.table(first, n, long);
+        let mut x = self.embed(tokens)?;
+        for (index, layer) in self.weights.layers.iter().enumerate() {
+            self.attend(layer, index, &table, cache, &mut x, n)?;
+            feed_forward(layer, &mut x, n)?;
+        }
+        cache.commit(n);
+        Ok(x)
+    }
+
+    /// Rows of the embedding, `[n, hidden]`.
+    fn embed(&self, tokens: &[u32]) -> Result<Vec<f32>> {
+        let hidden = self.config.hidden_size;
+        let mut x = vec![0.0; tokens.len() * hidden];
+        x.par_chunks_exact_mut(hidden)
+            .zip(tokens)
+            .try_for_each(|(row, &token)| self.weights.embedding.rows_into(token as usize, row))?;
+        Ok(x)
+    }
+
+    /// `x += o_proj(attention(norm(x)))`.
+    fn attend(
+        &self,
+        layer: &LayerWeights,
+        index: usize,
+        table: &RopeTable,
+        cache: &mut KvCache,
+        x: &mut [f32],
+        n: usize,
+    ) -> Result<()> {
+        let config = &self.config;
+        let head_dim = config.head_dim;
+        let [mut q, mut k, v] = layer.qkv.multiply(&layer.input_norm.of(x), n)?;
+        if let Some([q_norm, k_norm]) = &layer.head_norms {
+            q_norm.apply(&mut q);
+            k_norm.apply(&mut k);
+        }
+        table.apply(&mut q, config.query_size(), head_dim);
+        table.apply(&mut k, config.kv_size(), head_dim);
+        let first = cache.len();
+        let cache = cache.append(index, &k, &v);
+        let mut mixed = vec![0.0; q.len()];
+        attention(cache, &q, first, config.num_heads, head_dim, &mut mixed);
+        add(x, &layer.output.multiply(&mixed, n)?);
+        Ok(())
+    }
+
+    /// Logits `[n, vocab]` of hidden states `x [n, hidden]`.
+    fn logits(&self, x: &[f32], n: usize) -> Result<Vec<f32>> {
+        self.weights.head.spmm(&self.weights.norm.of(x), n)
+    }
+}
+
+/// `x += down(silu(gate(norm(x))) * up(norm(x)))`.
+fn feed_forward(layer: &LayerWeights, x: &mut [f32], n: usize) -> Result<()> {
+    let [mut gate, up] = layer.gate_up.multiply(&layer.mlp_norm.of(x), n)?;
+    gated_silu(&mut gate, &up);
+    add(x, &layer.down.multiply(&gate, n)?);
+    Ok(())
+}
+
+impl Session {
+    /// An empty sequence. Allocates nothing yet: the KV cache grows with the sequence.
+    ///
+    /// Errors: `Argument` (a context of 0 or beyond that of the model, a chunk of 0), `TooLarge`
+    /// (the cache of a full context would be above `max_cache_bytes`).
+    pub fn new(model: Arc<Model>, options: &SessionOptions) -> Result<Self> {
+        let config = model.config();
+        let context = options.context.unwrap_or(config.context);
+        if !(1..=config.context).contains(&context) {
+            return Err(Error::new(
+                ErrorKind::Argument,
+                format!(
+                    "context of {context} positions, expected 1 to {}",
+                    config.context
+                ),
+            ));
+        }
+        let chunk = options.prefill_chunk;
+        if !(1..=MAX_PREFILL_CHUNK).contains(&chunk) {
+            return Err(Error::new(
+                ErrorKind::Argument,
+                format!("prefill chunk of {chunk} positions, expected 1 to {MAX_PREFILL_CHUNK}"),
+            ));
+        }
+        let bytes = KvCache::max_bytes(config, context, chunk)?;
+        if let Some(limit) = options.max_cache_bytes.filter(|&limit| bytes > limit) {
+            return Err(Error::new(
+                ErrorKind::TooLarge,
+                format!(
+                    "the KV cache of {context} positions takes {bytes} bytes, expected at most \
+                     {limit}"
+                ),
+            )
+            .hint("ask for a smaller context"));
+        }
+        Ok(Self {
+            tokens: Vec::new(),
+            cache: KvCache::new(config, context, chunk),
+            long: false,
+            context,
+            chunk,
+            model,
+        })
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Arc<Model> {
+        &self.model
+    }
+
+    /// The tokens of the sequence so far.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// Most tokens that the sequence can have.
+    pub fn context(&self) -> usize {
+        self.context
+    }
+
+    /// Appends `tokens`; returns the logits `[vocab]` of the last one.
+    ///
+    /// Computed `prefill_chunk` positions at a time. Errors (`Argument`): no tokens, an id beyond
+    /// the vocabulary, more than fit into the context. After an error the sequence is as before.
+    pub fn prefill(&mut self, tokens: &[u32]) -> Result<Vec<f32>> {
+        self.extend(tokens, Wanted::Last)
+    }
+
+    /// Appends `tokens`; returns the logits `[n, vocab]` of each of them.
+    ///
+    /// Allocates `4 n vocab` bytes for the result. Errors: as [`Session::prefill`], and `TooLarge`
+    /// if the result does not fit into memory.
+    pub fn forward(&mut self, tokens: &[u32]) -> Result<Vec<f32>> {
+        self.extend(tokens, Wanted::From(self.tokens.len()))
+    }
+
+    /// Appends one token; returns its logits `[vocab]`. Errors: as [`Session::prefill`].
+    pub fn step(&mut self, token: u32) -> Result<Vec<f32>> {
+        self.extend(&[token], Wanted::Last)
+    }
+
+    /// Makes `tokens` the whole sequence; returns the logits `[vocab]` of the last one.
+    ///
+    /// What the sequence has in common with `tokens` at the front is not computed again, but at
+    /// least the last token is. Errors: as [`Session::prefill`].
+    pub fn replace(&mut self, tokens: &[u32]) -> Result<Vec<f32>> {
+        self.check(0, tokens)?;
+        let pairs = self.tokens.iter().zip(tokens);
+        let common = pairs.take_while(|(a, b)| a == b).count();
+        let kept = common.min(tokens.len() - 1);
+        self.truncate(kept);
+        self.prefill(&tokens[kept..])
+    }
+
+    /// Cuts the sequence back to its first `len` tokens; nothing happens if it is not longer.
+    pub fn truncate(&mut self, len: usize) {
+        self.tokens.truncate(len);
+        self.cache.truncate(len);
+    }
+
+    fn check(&self, position: usize, tokens: &[u32]) -> Result<()> {
+        let argument = |message: String| Err(Error::new(ErrorKind::Argument, message));
+        if tokens.is_empty() {
+            return argument("no tokens to compute".to_owned());
+        }
+        let vocab = self.model.config.vocab_size;
+        if let Some(token) = tokens.iter().find(|&&token| token as usize >= vocab) {
+            return argument(format!(
+                "token id {token} is not in the vocabulary of {vocab}"
+            ));
+        }
+        match position.checked_add(tokens.len()) {
+            Some(len) if len <= self.context => Ok(()),
+            _ => Err(Error::new(
+                ErrorKind::Argument,
+                format!(
+                    "prompt of {} tokens does not fit the context of {}",
+                    position.saturating_add(tokens.len()),
+                    self.context
+                ),
+            )
+            .hint("shorten it or ask for a larger context")),
+        }
+    }
+
+    fn extend(&mut self, tokens: &[u32], wanted: Wanted) -> Result<Vec<f32>> {
+        let before = self.tokens.len();
+        self.check(before, tokens)?;
+        self.tokens.extend_from_slice(tokens);
+        let logits = self.compute(wanted);
+        if logits.is_err() {
+            self.truncate(before);
+        }
+        logits
+    }
+
+    /// Brings the cache up to the tokens.
+    fn compute(&mut self, wanted: Wanted) -> Result<Vec<f32>> {
+        let model = Arc::clone(&self.model);
+        let len = self.tokens.len();
+        let (hidden, vocab) = (model.config.hidden_size, model.config.vocab_size);
+        let long = model.rope.is_long(len);
+        if long != self.long {
+            self.cache.truncate(0);
+            self.long = long;
+        }
+        let from = match wanted {
+            Wanted::Last => len - 1,
+            Wanted::From(position) => position,
+        };
+        let mut logits = Vec::new();
+        (len - from)
+            .checked_mul(vocab)
+            .and_then(|values| logits.try_reserve_exact(values).ok())
+            .ok_or_else(|| {
+                Error::new(
+                    ErrorKind::TooLarge,
+                    format!("no memory for the logits of {} positions", len - from),
+                )
+            })?;
+        while self.cache.len() < len {
+            let first = self.cache.len();
+            let end = len.min(first + self.chunk);
+            let x = model.hidden_states(&self.tokens[first..end], &mut self.cache, long)?;
+            if end > from {
+                let skipped = from.saturating_sub(first);
+                let rows = end - first - skipped;
+                logits.extend(model.logits(&x[skipped * hidden..], rows)?);
+            }
+        }
+        Ok(logits)
+    }
+}

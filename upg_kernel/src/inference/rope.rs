@@ -1,0 +1,200 @@
+//! Rotary position embedding (RoFormer, arXiv 2104.09864) with the extensions of [`RopeScaling`].
+//!
+//! Element `i` of the first half of the rotated part of a head and element `i` of the second half
+//! are one point of a plane, turned by `position * frequency[i]`. Frequencies and angles are
+//! computed in f64 and only cos and sin are rounded to f32.
+#![forbid(unsafe_code)]
+
+use super::config::{RopeConfig, RopeScaling};
+use std::f64::consts::PI;
+
+/// The frequencies of a model.
+#[derive(Debug, Clone)]
+pub struct Rope {
+    short: Vec<f64>,
+    /// From which sequence length on other frequencies hold, and those.
+    long: Option<(usize, Vec<f64>)>,
+    attention_factor: f64,
+}
+
+/// Cos and sin for consecutive positions, `[n, dim / 2]` each.
+#[derive(Debug)]
+pub struct RopeTable {
+    half: usize,
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+}
+
+impl Rope {
+    /// The frequencies that `config` asks for.
+    pub fn new(config: &RopeConfig) -> Self {
+        let frequencies = |divisor: &dyn Fn(usize) -> f64| -> Vec<f64> {
+            base_frequencies(config)
+                .enumerate()
+                .map(|(i, frequency)| frequency / divisor(i))
+                .collect()
+        };
+        let mut long = None;
+        let mut attention_factor = 1.0;
+        let short = match &config.scaling {
+            RopeScaling::Default => frequencies(&|_| 1.0),
+            RopeScaling::Linear { factor } => frequencies(&|_| *factor),
+            RopeScaling::Llama3 { .. } => llama3(config),
+            RopeScaling::Yarn {
+                attention_factor: factor,
+                ..
+            } => {
+                attention_factor = *factor;
+                yarn(config)
+            }
+            RopeScaling::LongRope {
+                short,
+                long: divisors,
+                original_context,
+                attention_factor: factor,
+            } => {
+                attention_factor = *factor;
+                long = Some((*original_context, frequencies(&|i| divisors[i])));
+                frequencies(&|i| short[i])
+            }
+        };
+        Self {
+            short,
+            long,
+            attention_factor,
+        }
+    }
+
+    /// Whether a sequence of `len` tokens (all of it, from its first token on) has the frequencies
+    /// for long sequences.
+    ///
+    /// As in transformers, the length of the whole sequence decides for every position in it. When
+    /// a sequence grows past the switch, what was computed before does not fit any more and has to
+    /// be computed again.
+    pub fn is_long(&self, len: usize) -> bool {
+        self.long.as_ref().is_some_and(|(limit, _)| len > *limit)
+    }
+
+    /// Radians per position, `[dim / 2]`.
+    pub fn frequencies(&self, long: bool) -> &[f64] {
+        match &self.long {
+            Some((_, frequencies)) if long => frequencies,
+            _ => &self.short,
+        }
+    }
+
+    /// What cos and sin are multiplied by.
+    pub fn attention_factor(&self) -> f64 {
+        self.attention_factor
+    }
+
+    /// Cos and sin for the positions `first..first + n`. Costs 8 bytes per position and frequency.
+    pub fn table(&self, first: usize, n: usize, long: bool) -> RopeTable {
+        let frequencies = self.frequencies(long);
+        let (mut cos, mut sin) = (Vec::new(), Vec::new());
+        for position in first..first + n {
+            for frequency in frequencies {
+                let (s, c) = (position as f64 * frequency).sin_cos();
+                cos.push((c * self.attention_factor) as f32);
+                sin.push((s * self.attention_factor) as f32);
+            }
+        }
+        RopeTable {
+            half: frequencies.len(),
+            cos,
+            sin,
+        }
+    }
+}
+
+impl RopeTable {
+    /// Turns the heads of `x [n, heads * head_dim]` in place; row `i` is at the i-th position.
+    ///
+    /// Elements of a head from `dim` on keep their values. Rows beyond the table are left alone.
+    pub fn apply(&self, x: &mut [f32], row_len: usize, head_dim: usize) {
+        let rows = x.chunks_exact_mut(row_len);
+        let tables = self
+            .cos
+            .chunks_exact(self.half)
+            .zip(self.sin.chunks_exact(self.half));
+        for (row, (cos, sin)) in rows.zip(tables) {
+            for head in row.chunks_exact_mut(head_dim) {
+                let (first, rest) = head.split_at_mut(self.half);
+                for (((a, b), &cos), &sin) in first.iter_mut().zip(rest).zip(cos).zip(sin) {
+                    (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+                }
+            }
+        }
+    }
+}
+
+/// `theta^(-2i / dim)` for `i` in `0..dim / 2`.
+fn base_frequencies(config: &RopeConfig) -> impl Iterator<Item = f64> {
+    let (theta, dim) = (config.theta, config.dim);
+    (0..dim / 2).map(move |i| theta.powf(-((2 * i) as f64) / dim as f64))
+}
+
+/// Llama 3.1: `_compute_llama3_parameters` in transformers.
+fn llama3(config: &RopeConfig) -> Vec<f64> {
+    let RopeScaling::Llama3 {
+        factor,
+        low,
+        high,
+        original_context,
+    } = config.scaling
+    else {
+        return Vec::new();
+    };
+    let context = original_context as f64;
+    base_frequencies(config)
+        .map(|frequency| {
+            let rotations = context * frequency / (2.0 * PI);
+            if rotations > high {
+                frequency
+            } else if rotations < low {
+                frequency / factor
+            } else {
+                let smooth = (rotations - low) / (high - low);
+                (1.0 - smooth) * frequency / factor + smooth * frequency
+            }
+        })
+        .collect()
+}
+
+/// YaRN: `_compute_yarn_parameters` in transformers.
+fn yarn(config: &RopeConfig) -> Vec<f64> {
+    let RopeScaling::Yarn {
+        factor,
+        beta_fast,
+        beta_slow,
+        truncate,
+        original_context,
+        ..
+    } = config.scaling
+    else {
+        return Vec::new();
+    };
+    let dim = config.dim as f64;
+    // The (fractional) index of the frequency that turns this often over the original context.
+    let index_of = |rotations: f64| {
+        dim * (original_context as f64 / (rotations * 2.0 * PI)).ln() / (2.0 * config.theta.ln())
+    };
+    let (mut low, mut high) = (index_of(beta_fast), index_of(beta_slow));
+    if truncate {
+        (low, high) = (low.floor(), high.ceil());
+    }
+    let (low, mut high) = (low.max(0.0), high.min(dim - 1.0));
+    if low == high {
+        high += 0.001;
+    }
+    base_frequencies(config)
+        .enumerate()
+        .map(|(i, frequency)| {
+            let divided = ((i as f64 - low) / (high - low)).clamp(0.0, 1.0);
+            frequency / factor * divided + frequency * (1.0 - divided)
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests;

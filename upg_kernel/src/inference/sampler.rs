@@ -1,0 +1,240 @@
+//! Choosing the next token from logits, reproducibly.
+#![forbid(unsafe_code)]
+
+use crate::error::{Error, ErrorKind, Result};
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{Rng, SeedableRng};
+
+/// How the next token is chosen. The default is greedy.
+///
+/// The filters act in the order of Hugging Face transformers: repetition penalty, temperature,
+/// top-k, top-p, min-p. (llama.cpp applies the temperature last, so that there top-p and min-p see
+/// the probabilities at temperature 1.)
+#[derive(Debug, Clone, PartialEq)]
+pub struct SamplingOptions {
+    /// Logits are divided by it. 0 is greedy: the largest logit, the lowest id among equal ones.
+    pub temperature: f32,
+    /// Keep this many of the largest logits (the lower id first among equal ones); 0 keeps all.
+    pub top_k: usize,
+    /// Keep the fewest most probable tokens whose probabilities add up to this; 1 keeps all.
+    pub top_p: f32,
+    /// Keep tokens at least this probable relative to the most probable one; 0 keeps all.
+    pub min_p: f32,
+    /// Logits of tokens seen lately are divided by it if above 0, else multiplied (CTRL,
+    /// arXiv 1909.05858). 1 changes nothing. Greedy choice is penalized too.
+    pub repetition_penalty: f32,
+    /// How many of the last tokens, prompt included, are penalized; 0 is none.
+    pub repeat_last_n: usize,
+    /// Seed of the random numbers.
+    pub seed: u64,
+}
+
+impl Default for SamplingOptions {
+    fn default() -> Self {
+        Self {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            repeat_last_n: 64,
+            seed: 0,
+        }
+    }
+}
+
+impl SamplingOptions {
+    fn check(&self) -> Result<()> {
+        let rules = [
+            (
+                "temperature",
+                self.temperature,
+                self.temperature.is_finite() && self.temperature >= 0.0,
+                "a finite number from 0 on",
+            ),
+            (
+                "top_p",
+                self.top_p,
+                self.top_p > 0.0 && self.top_p <= 1.0,
+                "above 0 and at most 1",
+            ),
+            (
+                "min_p",
+                self.min_p,
+                (0.0..=1.0).contains(&self.min_p),
+                "from 0 to 1",
+            ),
+            (
+                "repetition_penalty",
+                self.repetition_penalty,
+                self.repetition_penalty.is_finite() && self.repetition_penalty > 0.0,
+                "a finite number above 0",
+            ),
+        ];
+        match rules.into_iter().find(|(_, _, good, _)| !good) {
+            None => Ok(()),
+            Some((name, found, _, expected)) => Err(Error::new(
+                ErrorKind::Argument,
+                format!("{name} is {found}, expected {expected}"),
+            )),
+        }
+    }
+}
+
+/// Chooses tokens; the same options and logits give the same tokens on every machine whose `exp`
+/// rounds alike.
+#[derive(Debug, Clone)]
+pub struct Sampler {
+    options: SamplingOptions,
+    random: ChaCha8Rng,
+}
+
+/// A token that may be chosen. `weight` is its logit, then its probability times a constant.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Candidate {
+    id: u32,
+    weight: f64,
+}
+
+impl Sampler {
+    /// Errors (`Argument`): an option out of its range.
+    pub fn new(options: SamplingOptions) -> Result<Self> {
+        options.check()?;
+        Ok(Self {
+            random: ChaCha8Rng::seed_from_u64(options.seed),
+            options,
+        })
+    }
+
+    /// The options.
+    pub fn options(&self) -> &SamplingOptions {
+        &self.options
+    }
+
+    /// Chooses a token from `logits [vocab]`; `history` is the sequence so far, prompt included.
+    ///
+    /// A logit of minus infinity excludes its token. Costs a pass over the vocabulary, and a sort
+    /// of it if `top_p` is used without `top_k`. Errors (`Invalid`): NaN, plus infinity, or nothing
+    /// that may be chosen.
+    pub fn sample(&mut self, logits: &[f32], history: &[u32]) -> Result<u32> {
+        if let Some(id) = logits
+            .iter()
+            .position(|l| l.is_nan() || *l == f32::INFINITY)
+        {
+            return Err(Error::new(
+                ErrorKind::Invalid,
+                format!("the logit of token {id} is {}", logits[id]),
+            )
+            .hint("the weights of the model are damaged or overflow"));
+        }
+        let mut candidates: Vec<_> = (0u32..)
+            .zip(logits)
+            .map(|(id, &logit)| Candidate {
+                id,
+                weight: f64::from(logit),
+            })
+            .collect();
+        self.penalize(&mut candidates, history);
+        candidates.retain(|c| c.weight > f64::NEG_INFINITY);
+        let chosen = match self.options.temperature > 0.0 {
+            false => greedy(&candidates),
+            true => {
+                self.filter(&mut candidates);
+                self.draw(&candidates)
+            }
+        };
+        chosen.ok_or_else(|| {
+            Error::new(
+                ErrorKind::Invalid,
+                format!("none of {} logits is above minus infinity", logits.len()),
+            )
+        })
+    }
+
+    /// The candidates are still in the order of their ids.
+    fn penalize(&self, candidates: &mut [Candidate], history: &[u32]) {
+        let penalty = f64::from(self.options.repetition_penalty);
+        if penalty == 1.0 {
+            return;
+        }
+        let recent = history.len().saturating_sub(self.options.repeat_last_n);
+        let mut recent = history[recent..].to_vec();
+        recent.sort_unstable();
+        recent.dedup();
+        for id in recent {
+            if let Some(candidate) = candidates.get_mut(id as usize) {
+                match candidate.weight > 0.0 {
+                    true => candidate.weight /= penalty,
+                    false => candidate.weight *= penalty,
+                }
+            }
+        }
+    }
+
+    /// Temperature, top-k, top-p, min-p. Logits become probabilities relative to the largest.
+    fn filter(&self, candidates: &mut Vec<Candidate>) {
+        let options = &self.options;
+        if (1..candidates.len()).contains(&options.top_k) {
+            candidates.select_nth_unstable_by(options.top_k - 1, more_likely);
+            candidates.truncate(options.top_k);
+        }
+        // Any fixed order will do for drawing, but not that of a partial selection.
+        match options.top_k > 0 || options.top_p < 1.0 {
+            true => candidates.sort_unstable_by(more_likely),
+            false => candidates.sort_unstable_by_key(|c| c.id),
+        }
+        let largest = candidates
+            .iter()
+            .map(|c| c.weight)
+            .fold(f64::NEG_INFINITY, f64::max);
+        let temperature = f64::from(options.temperature);
+        for candidate in candidates.iter_mut() {
+            candidate.weight = ((candidate.weight - largest) / temperature).exp();
+        }
+        if options.top_p < 1.0 {
+            let total: f64 = candidates.iter().map(|c| c.weight).sum();
+            let enough = f64::from(options.top_p) * total;
+            let mut sum = 0.0;
+            let kept = candidates.iter().position(|c| {
+                sum += c.weight;
+                sum >= enough
+            });
+            candidates.truncate(kept.map_or(candidates.len(), |last| last + 1));
+        }
+        candidates.retain(|c| c.weight >= f64::from(options.min_p));
+    }
+
+    /// A candidate with a probability in proportion to its weight.
+    fn draw(&mut self, candidates: &[Candidate]) -> Option<u32> {
+        let total: f64 = candidates.iter().map(|c| c.weight).sum();
+        // 53 random bits: a number in [0, 1) that f64 holds exactly.
+        let uniform = (self.random.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
+        let mut left = uniform * total;
+        for candidate in candidates {
+            left -= candidate.weight;
+            if left < 0.0 {
+                return Some(candidate.id);
+            }
+        }
+        // Rounding left a remainder: the last one that can be drawn at all.
+        let last = candidates.iter().rev().find(|c| c.weight > 0.0);
+        last.map(|c| c.id)
+    }
+}
+
+fn greedy(candidates: &[Candidate]) -> Option<u32> {
+    candidates
+        .iter()
+        .min_by(|a, b| more_likely(a, b))
+        .map(|c| c.id)
+}
+
+/// The larger weight first, the lower id first among equal ones.
+fn more_likely(a: &Candidate, b: &Candidate) -> std::cmp::Ordering {
+    // 0.0 and -0.0 are equal logits, which total_cmp alone would tell apart.
+    let (x, y) = (a.weight + 0.0, b.weight + 0.0);
+    y.total_cmp(&x).then(a.id.cmp(&b.id))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,208 @@
+//! The weights of a decoder, fetched by their Hugging Face names with the shapes they must have.
+#![forbid(unsafe_code)]
+
+use super::config::ModelConfig;
+pub use super::layers::Linear;
+use super::layers::{Joint, RmsNorm};
+use crate::error::{Error, ErrorKind, Result};
+use crate::matrix::Matrix;
+
+/// Where weights come from: a UPG file, a directory of safetensors, a test.
+///
+/// Names are those of Hugging Face checkpoints, such as `model.layers.0.self_attn.q_proj.weight`.
+pub trait WeightSource {
+    /// The matrix `name` of `[rows, cols]`, in whatever encoding it is stored.
+    ///
+    /// Errors: `Missing`, or `Shape` with both shapes ([`shape_mismatch`]).
+    fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Matrix>;
+
+    /// The vector `name` of `len` values, widened to f32.
+    ///
+    /// Errors: `Missing`, or `Shape` with both lengths.
+    fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>>;
+
+    /// Whether there is a tensor of this name.
+    fn contains(&self, name: &str) -> bool;
+}
+
+/// The error for a tensor that is not of the shape its place in the model asks for.
+pub fn shape_mismatch(name: &str, found: &[usize], expected: &[usize]) -> Error {
+    Error::new(
+        ErrorKind::Shape,
+        format!("has the shape {found:?}, config.json asks for {expected:?}"),
+    )
+    .tensor(name)
+}
+
+/// Every weight of a model.
+#[derive(Debug)]
+pub(crate) struct ModelWeights {
+    /// `[vocab, hidden]`.
+    pub(crate) embedding: Matrix,
+    pub(crate) layers: Vec<LayerWeights>,
+    pub(crate) norm: RmsNorm,
+    /// `[vocab, hidden]`; shares its storage with the embedding if the two are tied.
+    pub(crate) head: Matrix,
+}
+
+/// The weights of one decoder layer.
+#[derive(Debug)]
+pub(crate) struct LayerWeights {
+    pub(crate) input_norm: RmsNorm,
+    /// Queries, keys, values.
+    pub(crate) qkv: Joint<3>,
+    /// Norms of each head of q and of k.
+    pub(crate) head_norms: Option<[RmsNorm; 2]>,
+    pub(crate) output: Linear,
+    pub(crate) mlp_norm: RmsNorm,
+    /// Gate, up.
+    pub(crate) gate_up: Joint<2>,
+    pub(crate) down: Linear,
+}
+
+/// A source, checked against its own promises, and the config that says what to ask for.
+struct Loader<'a> {
+    source: &'a dyn WeightSource,
+    config: &'a ModelConfig,
+}
+
+impl ModelWeights {
+    /// Fetches every weight that `config` asks for.
+    ///
+    /// Errors: those of the source; `Unsupported` if it has a bias or a norm that the family does
+    /// not apply, because leaving it out would give wrong output.
+    pub(crate) fn load(config: &ModelConfig, source: &dyn WeightSource) -> Result<Self> {
+        let loader = Loader { source, config };
+        let (vocab, hidden) = (config.vocab_size, config.hidden_size);
+        let embedding = loader.matrix("model.embed_tokens.weight", vocab, hidden)?;
+        loader.refuse("lm_head.bias")?;
+        let head = match config.tie_word_embeddings {
+            true => embedding.clone(),
+            false => loader.matrix("lm_head.weight", vocab, hidden)?,
+        };
+        Ok(Self {
+            embedding,
+            layers: (0..config.num_layers)
+                .map(|layer| loader.layer(&format!("model.layers.{layer}")))
+                .collect::<Result<_>>()?,
+            norm: loader.norm("model.norm.weight", hidden)?,
+            head,
+        })
+    }
+}
+
+impl Loader<'_> {
+    fn layer(&self, prefix: &str) -> Result<LayerWeights> {
+        let config = self.config;
+        let (hidden, mlp) = (config.hidden_size, config.intermediate_size);
+        let (query, kv) = (config.query_size(), config.kv_size());
+        let name = |part: &str| format!("{prefix}.{part}");
+        let head_norms = ["q_norm", "k_norm"].map(|norm| name(&format!("self_attn.{norm}.weight")));
+        let head_norms = if config.family.qk_norm {
+            let [q, k] = head_norms.map(|norm| self.norm(&norm, config.head_dim));
+            Some([q?, k?])
+        } else {
+            head_norms.iter().try_for_each(|norm| self.refuse(norm))?;
+            None
+        };
+        Ok(LayerWeights {
+            input_norm: self.norm(&name("input_layernorm.weight"), hidden)?,
+            qkv: self.joint(
+                &name("self_attn"),
+                "qkv_proj",
+                ["q_proj", "k_proj", "v_proj"],
+                [query, kv, kv],
+                config.qkv_bias,
+            )?,
+            head_norms,
+            output: self.linear(&name("self_attn.o_proj"), hidden, query, config.output_bias)?,
+            mlp_norm: self.norm(&name("post_attention_layernorm.weight"), hidden)?,
+            gate_up: self.joint(
+                &name("mlp"),
+                "gate_up_proj",
+                ["gate_proj", "up_proj"],
+                [mlp, mlp],
+                config.mlp_bias,
+            )?,
+            down: self.linear(&name("mlp.down_proj"), hidden, mlp, config.mlp_bias)?,
+        })
+    }
+
+    /// Projections of one input, fused into one matrix if the family stores them so.
+    fn joint<const N: usize>(
+        &self,
+        prefix: &str,
+        fused: &str,
+        parts: [&str; N],
+        outputs: [usize; N],
+        bias: bool,
+    ) -> Result<Joint<N>> {
+        let hidden = self.config.hidden_size;
+        let linear = |part, rows| self.linear(&format!("{prefix}.{part}"), rows, hidden, bias);
+        let parts = match self.config.family.fused {
+            true => vec![linear(fused, outputs.iter().sum())?],
+            false => parts
+                .into_iter()
+                .zip(outputs)
+                .map(|(part, rows)| linear(part, rows))
+                .collect::<Result<_>>()?,
+        };
+        Ok(Joint { parts, outputs })
+    }
+
+    fn linear(&self, name: &str, rows: usize, cols: usize, bias: bool) -> Result<Linear> {
+        let bias_name = format!("{name}.bias");
+        Ok(Linear {
+            weight: self.matrix(&format!("{name}.weight"), rows, cols)?,
+            bias: match bias {
+                true => Some(self.vector(&bias_name, rows)?),
+                false => {
+                    self.refuse(&bias_name)?;
+                    None
+                }
+            },
+        })
+    }
+
+    fn norm(&self, name: &str, len: usize) -> Result<RmsNorm> {
+        Ok(RmsNorm {
+            gain: self.vector(name, len)?,
+            eps: self.config.rms_norm_eps,
+        })
+    }
+
+    fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Matrix> {
+        let matrix = self.source.matrix(name, rows, cols)?;
+        match (matrix.rows(), matrix.cols()) == (rows, cols) {
+            true => Ok(matrix),
+            false => Err(shape_mismatch(
+                name,
+                &[matrix.rows(), matrix.cols()],
+                &[rows, cols],
+            )),
+        }
+    }
+
+    fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>> {
+        let vector = self.source.vector(name, len)?;
+        match vector.len() == len {
+            true => Ok(vector),
+            false => Err(shape_mismatch(name, &[vector.len()], &[len])),
+        }
+    }
+
+    fn refuse(&self, name: &str) -> Result<()> {
+        if !self.source.contains(name) {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::Unsupported,
+            format!(
+                "family '{}' with this config.json does not use it, and without it the output \
+                 would be wrong",
+                self.config.family.name
+            ),
+        )
+        .tensor(name))
+    }
+}

@@ -1,0 +1,348 @@
+//! Tiny random models of every family against the logits and greedy tokens of transformers.
+//!
+//! `tests/data/tiny-models/make_expected.py` makes them again.
+
+mod common;
+
+use common::{DenseSource, collect, data};
+use safetensors::SafeTensors;
+use std::path::PathBuf;
+use std::sync::Arc;
+use upg_kernel::inference::config::FAMILIES;
+use upg_kernel::inference::{
+    FinishReason, GenerateOptions, Model, ModelConfig, Sampler, SamplingOptions, Session,
+    SessionOptions, TokenStream,
+};
+use upg_kernel::{Error, ErrorKind};
+
+/// Folders of `tests/data/tiny-models`, and where the weights of each are.
+const MODELS: [(&str, &str); 11] = [
+    ("llama-bias", "llama-bias"),
+    ("llama3-rope", "llama3-rope"),
+    ("mistral", "mistral"),
+    ("mistral-linear", "mistral"),
+    ("phi3", "phi3"),
+    ("phi3-window", "phi3"),
+    ("phi4-mini-longrope", "phi4-mini-longrope"),
+    ("qwen2", "qwen2"),
+    ("qwen2-yarn-window", "qwen2"),
+    ("qwen3", "qwen3"),
+    ("qwen3-layer-types", "qwen3"),
+];
+
+/// Both sides compute in f32, in another order; measured: 4e-6 at logits up to 5.
+const LOGIT_TOLERANCE: f32 = 3e-5;
+
+/// The same arithmetic cut into other pieces: products with one and with many vectors add up in
+/// another order. Measured: 3e-6.
+const CUT_TOLERANCE: f32 = 2e-5;
+
+fn file(folder: &str, file: &str) -> PathBuf {
+    data("tiny-models").join(folder).join(file)
+}
+
+fn config(name: &str) -> ModelConfig {
+    let text = std::fs::read_to_string(file(name, "config.json")).expect("a config");
+    ModelConfig::from_json(&text, None).expect("a good config")
+}
+
+fn source(name: &str) -> DenseSource {
+    DenseSource::open(&file(name, "model.safetensors"))
+}
+
+fn model(name: &str) -> Arc<Model> {
+    let (_, weights) = MODELS.iter().find(|m| m.0 == name).expect("a known model");
+    Arc::new(Model::load(config(name), &source(weights)).expect("a good model"))
+}
+
+fn session(model: &Arc<Model>) -> Session {
+    Session::new(Arc::clone(model), &SessionOptions::default()).expect("a session")
+}
+
+/// A prompt, the logits of its last positions and the tokens that greedy choice appends.
+struct Case {
+    prompt: Vec<u32>,
+    logits: Vec<f32>,
+    greedy: Vec<u32>,
+}
+
+fn cases(name: &str) -> Vec<Case> {
+    let bytes = std::fs::read(file(name, "expected.safetensors")).expect("a readable file");
+    let file = SafeTensors::deserialize(&bytes).expect("a safetensors file");
+    let tensor = |name: &str| file.tensor(name).expect("a tensor").data();
+    let ids = |name: &str| -> Vec<u32> {
+        let values: Vec<i64> = collect(tensor(name));
+        values.into_iter().map(|v| v as u32).collect()
+    };
+    (0..4)
+        .map(|i| Case {
+            prompt: ids(&format!("case{i}.input_ids")),
+            logits: collect(tensor(&format!("case{i}.logits"))),
+            greedy: ids(&format!("case{i}.greedy")),
+        })
+        .collect()
+}
+
+fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    let differences = a.iter().zip(b).map(|(a, b)| (a - b).abs());
+    // NaN must not get lost in `max`.
+    differences.fold(0.0, |m, d| if d.is_nan() { d } else { m.max(d) })
+}
+
+fn largest(values: &[f32]) -> f32 {
+    values.iter().fold(0.0, |m, v| m.max(v.abs()))
+}
+
+#[test]
+fn logits_are_those_of_transformers() {
+    for (name, _) in MODELS {
+        let model = model(name);
+        for (i, case) in cases(name).iter().enumerate() {
+            let logits = session(&model).forward(&case.prompt).unwrap();
+            let tail = &logits[logits.len() - case.logits.len()..];
+            let difference = largest_difference(tail, &case.logits);
+            println!(
+                "{name} case{i}: {} logits up to {:.2}, largest difference {difference:.1e}",
+                tail.len(),
+                largest(&case.logits)
+            );
+            assert!(
+                difference <= LOGIT_TOLERANCE,
+                "{name} case{i}: {difference}"
+            );
+        }
+    }
+}
+
+#[test]
+fn greedy_tokens_are_those_of_transformers() {
+    for (name, _) in MODELS {
+        let model = model(name);
+        for (i, case) in cases(name).iter().enumerate() {
+            let mut session = session(&model);
+            let mut sampler = Sampler::new(SamplingOptions::default()).unwrap();
+            let options = GenerateOptions {
+                max_tokens: case.greedy.len(),
+                stop_ids: Vec::new(),
+            };
+            let mut stream =
+                TokenStream::new(&mut session, &mut sampler, &case.prompt, options).unwrap();
+            let tokens: Vec<u32> = stream.by_ref().collect::<Result<_, Error>>().unwrap();
+            assert_eq!(tokens, case.greedy, "{name} case{i}");
+            assert_eq!(stream.finish_reason(), Some(FinishReason::MaxTokens));
+        }
+    }
+}
+
+#[test]
+fn the_cut_of_a_prompt_does_not_matter() {
+    for (name, _) in MODELS {
+        let model = model(name);
+        let case = cases(name).pop().unwrap();
+        let whole = session(&model).prefill(&case.prompt).unwrap();
+        for piece in [1, 3, 7, 16, 17, 33] {
+            let mut calls = session(&model);
+            let mut last = Vec::new();
+            for tokens in case.prompt.chunks(piece) {
+                last = calls.prefill(tokens).unwrap();
+            }
+            let options = SessionOptions {
+                prefill_chunk: piece,
+                ..SessionOptions::default()
+            };
+            let mut chunked = Session::new(Arc::clone(&model), &options).unwrap();
+            let every = chunked.forward(&case.prompt).unwrap();
+            let chunked = &every[every.len() - whole.len()..];
+            let difference =
+                largest_difference(&whole, &last).max(largest_difference(&whole, chunked));
+            println!("{name} in pieces of {piece}: largest difference {difference:.1e}");
+            assert!(difference <= CUT_TOLERANCE, "{name} {piece}: {difference}");
+            let tail = &every[every.len() - case.logits.len()..];
+            assert!(largest_difference(tail, &case.logits) <= LOGIT_TOLERANCE);
+        }
+    }
+}
+
+/// Cut back to before a sliding window or the longrope switch and grown again, a session gives what
+/// a new one gives.
+#[test]
+fn a_session_cut_back_is_as_good_as_new() {
+    for (name, _) in MODELS {
+        let model = model(name);
+        let prompt = cases(name).pop().unwrap().prompt;
+        let options = SessionOptions {
+            prefill_chunk: 5,
+            ..SessionOptions::default()
+        };
+        for kept in [0, 1, 10, 31, 32, 33, 70, 79, 80, 200] {
+            let mut used = Session::new(Arc::clone(&model), &options).unwrap();
+            used.prefill(&prompt).unwrap();
+            used.truncate(kept);
+            let kept = kept.min(prompt.len());
+            assert_eq!(used.tokens(), &prompt[..kept]);
+            let mut fresh = session(&model);
+            let mut tokens = prompt[..kept].to_vec();
+            tokens.extend([9, 8, 7]);
+            let difference = largest_difference(
+                &used.prefill(&[9, 8, 7]).unwrap(),
+                &fresh.prefill(&tokens).unwrap(),
+            );
+            assert!(difference <= CUT_TOLERANCE, "{name} {kept}: {difference}");
+            let replaced = used.replace(&prompt).unwrap();
+            let whole = session(&model).prefill(&prompt).unwrap();
+            assert!(largest_difference(&replaced, &whole) <= CUT_TOLERANCE);
+            assert_eq!(used.tokens(), prompt);
+        }
+    }
+}
+
+/// Greedy continuations over the longrope switch (32 positions), from `generate` of
+/// transformers 5.23.0 on the same files; it too computes the cache again at the switch.
+#[test]
+fn generation_crosses_the_longrope_switch_as_transformers_does() {
+    let model = model("phi4-mini-longrope");
+    let prompt: Vec<u32> = (0..28).map(|i| 3 + (i * 37 + 11) % 250).collect();
+    let expected: [u32; 16] = [
+        244, 244, 244, 244, 162, 162, 162, 162, 162, 133, 60, 60, 60, 60, 60, 60,
+    ];
+    let mut session = session(&model);
+    let mut sampler = Sampler::new(SamplingOptions::default()).unwrap();
+    let options = GenerateOptions {
+        max_tokens: expected.len(),
+        stop_ids: Vec::new(),
+    };
+    let stream = TokenStream::new(&mut session, &mut sampler, &prompt, options).unwrap();
+    let tokens: Vec<u32> = stream.collect::<Result<_, Error>>().unwrap();
+    assert_eq!(tokens, expected);
+}
+
+#[test]
+fn thread_count_does_not_change_a_bit() {
+    let model = model("mistral");
+    let prompt = cases("mistral").pop().unwrap().prompt;
+    let with = |threads| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+        pool.build()
+            .unwrap()
+            .install(|| session(&model).forward(&prompt).unwrap())
+    };
+    assert_eq!(with(1), with(5));
+}
+
+#[test]
+fn bad_calls_are_refused_and_leave_the_session_as_it_was() {
+    let model = model("llama3-rope");
+    let mut used = session(&model);
+    let first = used.prefill(&[5, 6, 7]).unwrap();
+    for (tokens, expected) in [
+        (vec![], "no tokens to compute"),
+        (vec![1, 256], "token id 256 is not in the vocabulary of 256"),
+        (
+            vec![1; 254],
+            "prompt of 257 tokens does not fit the context of 256",
+        ),
+    ] {
+        for error in [used.prefill(&tokens), used.forward(&tokens)] {
+            let error = error.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Argument);
+            assert!(error.to_string().starts_with(expected), "{error}");
+        }
+        assert_eq!(used.tokens(), [5, 6, 7]);
+    }
+    assert!(used.replace(&[]).is_err() && used.replace(&[300]).is_err());
+    assert_eq!(used.replace(&[5, 6, 7]).unwrap().len(), first.len());
+    used.prefill(&[1; 253]).unwrap();
+    assert!(used.step(1).is_err());
+
+    let options = |context, prefill_chunk, max_cache_bytes| SessionOptions {
+        context,
+        prefill_chunk,
+        max_cache_bytes,
+    };
+    // 256 positions, 2 layers, 2 heads of 24, keys and values of 4 bytes.
+    let bytes = 256 * 2 * 2 * 24 * 2 * 4;
+    for (options, kind) in [
+        (options(Some(0), 512, None), Some(ErrorKind::Argument)),
+        (options(Some(257), 512, None), Some(ErrorKind::Argument)),
+        (options(None, 0, None), Some(ErrorKind::Argument)),
+        (options(None, usize::MAX, None), Some(ErrorKind::Argument)),
+        (
+            options(None, 512, Some(bytes - 1)),
+            Some(ErrorKind::TooLarge),
+        ),
+        (options(None, 512, Some(bytes)), None),
+    ] {
+        let result = Session::new(Arc::clone(&model), &options);
+        assert_eq!(result.err().map(|e| e.kind()), kind);
+    }
+}
+
+#[test]
+fn generation_stops_at_stop_ids_and_at_the_end_of_the_context() {
+    let name = "qwen3";
+    let model = model(name);
+    let case = cases(name).remove(1);
+    let run = |context, max_tokens, stop_ids| {
+        let options = SessionOptions {
+            context,
+            ..SessionOptions::default()
+        };
+        let mut session = Session::new(Arc::clone(&model), &options).unwrap();
+        let mut sampler = Sampler::new(SamplingOptions::default()).unwrap();
+        let options = GenerateOptions {
+            max_tokens,
+            stop_ids,
+        };
+        let mut stream =
+            TokenStream::new(&mut session, &mut sampler, &case.prompt, options).unwrap();
+        let tokens: Vec<u32> = stream.by_ref().collect::<Result<_, Error>>().unwrap();
+        assert_eq!(tokens, case.greedy[..tokens.len()]);
+        assert_eq!(stream.generated(), tokens.len());
+        (tokens.len(), stream.finish_reason().unwrap())
+    };
+    let stop = case.greedy[4];
+    let first = case.greedy.iter().position(|&t| t == stop).unwrap();
+    assert_eq!(
+        run(None, 8, vec![stop]),
+        (first, FinishReason::StopToken(stop))
+    );
+    assert_eq!(run(None, 0, vec![]), (0, FinishReason::MaxTokens));
+    // The last token needs no place of its own: nothing is computed from it.
+    assert_eq!(run(Some(10), 8, vec![]), (4, FinishReason::ContextFull));
+    assert_eq!(run(Some(7), 8, vec![]), (1, FinishReason::ContextFull));
+}
+
+#[test]
+fn a_model_with_other_weights_than_its_config_says_is_refused() {
+    let load = |name: &str, change: &dyn Fn(&mut ModelConfig)| {
+        let mut config = config(name);
+        change(&mut config);
+        Model::load(config, &source(name)).unwrap_err()
+    };
+    let e = load("llama3-rope", &|c| c.intermediate_size = 161);
+    assert_eq!(e.kind(), ErrorKind::Shape);
+    assert_eq!(
+        e.to_string(),
+        "tensor 'model.layers.0.mlp.gate_proj.weight': has the shape [160, 96], config.json asks \
+         for [161, 96]"
+    );
+    let e = load("llama3-rope", &|c| c.tie_word_embeddings = false);
+    assert_eq!(
+        (e.kind(), e.tensor_name()),
+        (ErrorKind::Missing, Some("lm_head.weight"))
+    );
+    let e = load("qwen2", &|c| c.qkv_bias = false);
+    assert_eq!(e.kind(), ErrorKind::Unsupported);
+    assert_eq!(
+        e.tensor_name(),
+        Some("model.layers.0.self_attn.q_proj.bias")
+    );
+    let e = load("qwen3", &|c| c.family = &FAMILIES[0]);
+    assert_eq!(
+        e.tensor_name(),
+        Some("model.layers.0.self_attn.q_norm.weight")
+    );
+    let e = load("qwen2", &|c| c.num_kv_heads = 0);
+    assert_eq!(e.kind(), ErrorKind::Invalid);
+}

@@ -7,3 +7,4 @@ pub mod rounding;
 pub mod source;
 pub mod trellis;
 pub mod gguf_tokenizer;
+pub mod source;

@@ -1,0 +1,332 @@
+//! Where models come from: a Hugging Face directory or a GGUF file behind one trait.
+//!
+//! A source gives every tensor under the name that transformers gives it, in the order in which the
+//! model uses it, together with the texts (config, tokenizer, chat template) that belong to it. The
+//! weights stay in memory-mapped files and are converted to f32 a few rows at a time, so a model
+//! larger than memory can be read.
+#![forbid(unsafe_code)]
+
+pub mod gguf;
+pub mod hf;
+
+use half::{bf16, f16};
+use rayon::prelude::*;
+use std::borrow::Cow;
+use std::fmt;
+use std::fs::File;
+use std::io::Read;
+use std::ops::Range;
+use std::path::Path;
+use upg_kernel::{Error, ErrorKind, Result};
+
+/// A floating-point type that a tensor can be kept in as it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum FloatType {
+    /// bfloat16: the upper half of an f32.
+    Bf16,
+    /// IEEE half precision.
+    F16,
+    /// IEEE single precision.
+    F32,
+}
+
+impl FloatType {
+    /// Bytes of one value.
+    pub fn size(self) -> usize {
+        match self {
+            Self::Bf16 | Self::F16 => 2,
+            Self::F32 => 4,
+        }
+    }
+
+    /// The name that transformers writes as `torch_dtype`.
+    pub fn torch_name(self) -> &'static str {
+        match self {
+            Self::Bf16 => "bfloat16",
+            Self::F16 => "float16",
+            Self::F32 => "float32",
+        }
+    }
+
+    /// Converts little-endian `bytes` into `out`, exactly.
+    ///
+    /// Errors (`Malformed`): `bytes` are not `out.len()` values.
+    pub fn to_f32(self, bytes: &[u8], out: &mut [f32]) -> Result<()> {
+        if out.len().checked_mul(self.size()) != Some(bytes.len()) {
+            return Err(Error::new(
+                ErrorKind::Malformed,
+                format!("{} bytes for {} {self} values", bytes.len(), out.len()),
+            ));
+        }
+        match self {
+            Self::F32 => {
+                for (y, x) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
+                    *y = f32::from_le_bytes(*x);
+                }
+            }
+            Self::F16 => {
+                for (y, x) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                    *y = f16::from_le_bytes(*x).to_f32();
+                }
+            }
+            Self::Bf16 => {
+                for (y, x) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                    *y = bf16::from_le_bytes(*x).to_f32();
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for FloatType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Bf16 => "BF16",
+            Self::F16 => "F16",
+            Self::F32 => "F32",
+        })
+    }
+}
+
+/// What a tensor is stored as in its source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum SourceDtype {
+    /// Plain values.
+    Float(FloatType),
+    /// A quantized GGUF type, by the name llama.cpp gives it (for example `Q4_K`).
+    Ggml(&'static str),
+}
+
+impl fmt::Display for SourceDtype {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Float(float) => float.fmt(f),
+            Self::Ggml(name) => f.write_str(name),
+        }
+    }
+}
+
+/// One tensor of a source model, under its Hugging Face name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorInfo {
+    /// For example `model.layers.0.self_attn.q_proj.weight`.
+    pub name: String,
+    /// `[rows, cols]` of a matrix, `[n]` of a vector.
+    pub shape: Vec<usize>,
+    /// What the source stores.
+    pub dtype: SourceDtype,
+}
+
+impl TensorInfo {
+    /// Number of weights. Sources check at open that it fits a `usize`.
+    pub fn weights(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// The first dimension; 1 for a scalar.
+    pub fn rows(&self) -> usize {
+        self.shape.first().copied().unwrap_or(1)
+    }
+
+    /// Weights in one step of the first dimension: the columns of a matrix, 1 for a vector.
+    pub fn cols(&self) -> usize {
+        self.shape.iter().skip(1).product()
+    }
+}
+
+/// A tensor of the source that is not part of the model, and why.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SkippedTensor {
+    /// The name in the source.
+    pub name: String,
+    /// One phrase, for example `computed from the config`.
+    pub reason: &'static str,
+}
+
+/// The texts that travel with the weights, as transformers names them.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ModelFiles {
+    /// `config.json`: a JSON object; rebuilt from the metadata for GGUF.
+    pub config_json: String,
+    /// `generation_config.json`.
+    pub generation_config_json: Option<String>,
+    /// `tokenizer.json`.
+    pub tokenizer_json: Option<Vec<u8>>,
+    /// `tokenizer_config.json`.
+    pub tokenizer_config_json: Option<String>,
+    /// `special_tokens_map.json`.
+    pub special_tokens_map_json: Option<String>,
+    /// The Jinja text of the default chat template.
+    pub chat_template: Option<String>,
+}
+
+/// The bytes of a tensor that is kept as it is.
+#[derive(Debug)]
+pub struct RawTensor<'a> {
+    /// What the bytes are.
+    pub dtype: FloatType,
+    /// Row by row, little-endian.
+    pub bytes: Cow<'a, [u8]>,
+}
+
+/// A model whose weights can be read tensor by tensor.
+pub trait Source: Send + Sync {
+    /// A name to show and to record: the directory's, or what the file says of itself.
+    fn model_name(&self) -> &str;
+
+    /// Config, tokenizer and template.
+    fn files(&self) -> &ModelFiles;
+
+    /// Every tensor, in the order of [`sort_key`]: embeddings, layers, the rest, output head.
+    fn tensors(&self) -> &[TensorInfo];
+
+    /// What the source holds beside [`Source::tensors`].
+    fn skipped(&self) -> &[SkippedTensor];
+
+    /// Rows `rows` of tensor `index` as f32, exactly as stored or as dequantized; a vector `[n]`
+    /// has n rows of one value. Cost: 4 bytes per weight, all threads.
+    ///
+    /// Errors: `Argument` if there is no such tensor or row.
+    fn read_rows_f32(&self, index: usize, rows: Range<usize>) -> Result<Vec<f32>>;
+
+    /// The bytes of tensor `index` to keep it as it is: in its own type where that is BF16, F16 or
+    /// F32, and dequantized to F32 where it is a quantized GGUF type.
+    ///
+    /// Cost: none for Hugging Face tensors and unquantized GGUF ones whose rows are in order, else a
+    /// copy. Errors: `Argument` if there is no such tensor.
+    fn read_raw(&self, index: usize) -> Result<RawTensor<'_>>;
+
+    /// The whole tensor `index` as f32, row by row. Cost and errors as [`Source::read_rows_f32`].
+    fn read_f32(&self, index: usize) -> Result<Vec<f32>> {
+        let rows = tensor_at(self.tensors(), index)?.rows();
+        self.read_rows_f32(index, 0..rows)
+    }
+
+    /// Number of weights of the whole model.
+    fn total_weights(&self) -> u64 {
+        self.tensors().iter().map(|t| t.weights() as u64).sum()
+    }
+}
+
+/// Opens what `path` is: a Hugging Face directory, or a GGUF file known by its magic.
+///
+/// Reads headers and texts only. Errors: `Io`, and `Unsupported` for every other kind of file, saying
+/// what was found and what to pass instead; then those of [`hf::HfSource::open`] and
+/// [`gguf::GgufSource::open`].
+pub fn open(path: impl AsRef<Path>) -> Result<Box<dyn Source>> {
+    let path = path.as_ref();
+    let io = |e| Error::io("cannot open", path, e);
+    if std::fs::metadata(path).map_err(io)?.is_dir() {
+        return Ok(Box::new(hf::HfSource::open(path)?));
+    }
+    let mut magic = Vec::new();
+    let file = File::open(path).map_err(io)?;
+    file.take(16).read_to_end(&mut magic).map_err(io)?;
+    if magic.starts_with(b"GGUF") {
+        return Ok(Box::new(gguf::GgufSource::open(path)?));
+    }
+    Err(not_a_source(path, &magic).at(path))
+}
+
+/// The error for a file that is no source, by its first bytes.
+fn not_a_source(path: &Path, magic: &[u8]) -> Error {
+    let pass_directory = "pass the directory that holds it together with config.json";
+    let (found, hint) = match magic {
+        [] => ("an empty file", "pass a model directory or a .gguf file"),
+        [b'F', b'U', b'G', b'G', ..] => (
+            "a big-endian GGUF file",
+            "convert the original model again on a little-endian machine",
+        ),
+        [b'l' | b't' | b'f', b'm' | b'j', b'g', b'g', ..] => (
+            "a GGML file from before GGUF",
+            "convert the original model to GGUF, or pass its Hugging Face directory",
+        ),
+        [b'P', b'K', 3, 4, ..] | [0x80, 2..=5, ..] => (
+            "a Python pickle or PyTorch checkpoint",
+            "convert it to safetensors first and pass the model's directory",
+        ),
+        [_, _, _, _, _, 0, 0, 0, b'{', ..] if is_upg(path) => (
+            "a UPG file, which is compressed already",
+            "run it as it is, or pass the original model",
+        ),
+        [_, _, _, _, _, 0, 0, 0, b'{', ..] => ("a single safetensors file", pass_directory),
+        [b'{' | b'[', ..] => ("a JSON file", pass_directory),
+        _ => (
+            "a file of unknown kind",
+            "pass a Hugging Face model directory or a .gguf file",
+        ),
+    };
+    Error::new(ErrorKind::Unsupported, format!("this is {found}")).hint(hint)
+}
+
+/// Whether a safetensors file says in its metadata that it is a UPG file.
+fn is_upg(path: &Path) -> bool {
+    let Ok(file) = upg_kernel::MappedFile::open(path) else {
+        return false;
+    };
+    let Ok((_, header)) = safetensors::SafeTensors::read_metadata(&file) else {
+        return false;
+    };
+    let format = header.metadata().as_ref().and_then(|m| m.get("format"));
+    format.is_some_and(|f| f == "upg")
+}
+
+/// The place of a tensor name in the order of a model: embeddings, layers by number, everything
+/// else, the output head; names within a layer in byte order.
+pub fn sort_key(name: &str) -> (u8, u64, &str) {
+    let layer = name.strip_prefix("model.layers.").and_then(|rest| {
+        let (number, rest) = rest.split_once('.')?;
+        Some((number.parse().ok()?, rest))
+    });
+    match layer {
+        Some((number, rest)) => (1, number, rest),
+        None if name.starts_with("model.embed_tokens.") => (0, 0, name),
+        None if name.starts_with("lm_head.") => (3, 0, name),
+        None => (2, 0, name),
+    }
+}
+
+/// Tensor `index`, or an `Argument` error.
+fn tensor_at(tensors: &[TensorInfo], index: usize) -> Result<&TensorInfo> {
+    tensors.get(index).ok_or_else(|| {
+        Error::new(
+            ErrorKind::Argument,
+            format!("tensor {index} of {}", tensors.len()),
+        )
+    })
+}
+
+/// Fails with `Argument` unless `rows` are rows of `tensor`.
+fn check_rows(tensor: &TensorInfo, rows: &Range<usize>) -> Result<()> {
+    if rows.start <= rows.end && rows.end <= tensor.rows() {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorKind::Argument,
+        format!("rows {rows:?} of a tensor of {} rows", tensor.rows()),
+    )
+    .tensor(&tensor.name))
+}
+
+/// Values that one task converts: large enough to pay for the task, small enough to stay in cache.
+const CHUNK_VALUES: usize = 1 << 15;
+
+/// Fills `rows` x `cols` values in parallel; `fill(first_row, out)` gets whole rows, at most
+/// `max_rows` at once.
+fn fill_rows(
+    rows: Range<usize>,
+    cols: usize,
+    max_rows: usize,
+    fill: impl Fn(usize, &mut [f32]) -> Result<()> + Sync,
+) -> Result<Vec<f32>> {
+    let mut out = vec![0f32; rows.len() * cols];
+    let step = (CHUNK_VALUES / cols.max(1)).clamp(1, max_rows);
+    out.par_chunks_mut((step * cols).max(1))
+        .enumerate()
+        .try_for_each(|(i, chunk)| fill(rows.start + i * step, chunk))?;
+    Ok(out)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,343 @@
+//! Models as GGUF files of llama.cpp: names, row order, config and tokenizer brought back to the form
+//! that they had in transformers.
+//!
+//! The header is read by `gguf/header.rs`, which says why; the blocks of quantized types are decoded
+//! by candle.
+#![forbid(unsafe_code)]
+
+mod config;
+mod families;
+mod header;
+mod metadata;
+mod rope;
+mod types;
+
+pub use metadata::GgufVocab;
+
+use super::{
+    FloatType, ModelFiles, RawTensor, SkippedTensor, Source, TensorInfo, check_rows, fill_rows,
+    sort_key, tensor_at,
+};
+use config::{Dims, FromTensors};
+use families::{Family, RowOrder, Wanted};
+use header::{Entry, Header};
+use metadata::Metadata;
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::Path;
+use types::GgmlType;
+use upg_kernel::{Error, ErrorKind, MappedFile, Result};
+
+/// A model in one GGUF file; the file is mapped, not read.
+#[derive(Debug)]
+pub struct GgufSource {
+    file: MappedFile,
+    name: String,
+    files: ModelFiles,
+    vocab: GgufVocab,
+    tensors: Vec<TensorInfo>,
+    places: Vec<Place>,
+    skipped: Vec<SkippedTensor>,
+}
+
+/// Where a tensor is in the file. Checked: `bytes` are inside it and hold the tensor's blocks.
+#[derive(Debug, Clone)]
+struct Place {
+    kind: GgmlType,
+    order: RowOrder,
+    bytes: Range<usize>,
+}
+
+/// Tensors that carry no weights: what the config says in another way.
+const ROPE_FREQS: &str = "rope_freqs.weight";
+const ROPE_SHORT: &str = "rope_factors_short.weight";
+const ROPE_LONG: &str = "rope_factors_long.weight";
+
+impl GgufSource {
+    /// Opens a GGUF file: checks its header and rebuilds names, config and texts.
+    ///
+    /// Cost: one walk over the metadata; no weights are read. Errors: `Malformed`, `Unsupported`
+    /// (architecture, tensor type, split files, what the families do not have), `Missing` (keys,
+    /// tensors), `Shape`, `Invalid`, `TooLarge`.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        Self::from_map(MappedFile::open(path)?).map_err(|e| e.at(path))
+    }
+
+    fn from_map(file: MappedFile) -> Result<Self> {
+        let header = Header::read(&file)?;
+        let metadata = Metadata {
+            header: &header,
+            file: &file,
+        };
+        let mut stored: BTreeMap<&str, &Entry> = header
+            .tensors
+            .iter()
+            .map(|t| (t.name.as_str(), t))
+            .collect();
+        let embeddings = stored.get("token_embd.weight").map(|t| t.shape.as_slice());
+        let vocab_rows = embeddings.and_then(|s| s.first().copied()).unwrap_or(0);
+        // The kind of file is checked before its tensors: a projector has no embeddings either.
+        let (family, dims) = config::read_dims(&metadata, vocab_rows)?;
+        let vocab = GgufVocab::read(&metadata)?;
+        if !vocab.tokens.is_empty() && vocab.tokens.len() != vocab_rows {
+            return Err(Error::new(
+                ErrorKind::Shape,
+                format!("{vocab_rows} rows for {} tokens", vocab.tokens.len()),
+            )
+            .tensor("token_embd.weight"));
+        }
+        let mut facts = FromTensors::default();
+        let skipped = take_rope_tensors(&file, &mut stored, &mut facts)?;
+        let found = match_tensors(family, &dims, &mut stored, &mut facts)?;
+        facts.torch_dtype = torch_dtype(&found);
+        let files = ModelFiles {
+            config_json: config::config_json(&metadata, family, &dims, &facts)?,
+            generation_config_json: Some(config::generation_config_json(&metadata, dims.vocab)?),
+            chat_template: vocab.chat_template.clone(),
+            ..tokenizer_files(&vocab)?
+        };
+        let stem = file.path().file_stem().map(|s| s.to_string_lossy());
+        let name = metadata
+            .text("general.name")?
+            .filter(|n| !n.trim().is_empty());
+        let name = name.map_or_else(|| stem.unwrap_or_default().into_owned(), str::to_owned);
+        let (tensors, places) = found.into_iter().unzip();
+        Ok(Self {
+            name,
+            files,
+            vocab,
+            tensors,
+            places,
+            skipped,
+            file,
+        })
+    }
+
+    /// What the file says about its tokenizer.
+    pub fn vocab(&self) -> &GgufVocab {
+        &self.vocab
+    }
+
+    fn place(&self, index: usize) -> Result<(&TensorInfo, &Place, &[u8])> {
+        let tensor = tensor_at(&self.tensors, index)?;
+        self.places
+            .get(index)
+            .and_then(|place| Some((tensor, place, self.file.get(place.bytes.clone())?)))
+            .ok_or_else(|| {
+                Error::new(ErrorKind::Malformed, "outside the file").tensor(&tensor.name)
+            })
+    }
+}
+
+impl Source for GgufSource {
+    fn model_name(&self) -> &str {
+        &self.name
+    }
+
+    fn files(&self) -> &ModelFiles {
+        &self.files
+    }
+
+    fn tensors(&self) -> &[TensorInfo] {
+        &self.tensors
+    }
+
+    fn skipped(&self) -> &[SkippedTensor] {
+        &self.skipped
+    }
+
+    fn read_rows_f32(&self, index: usize, rows: Range<usize>) -> Result<Vec<f32>> {
+        let (tensor, place, bytes) = self.place(index)?;
+        check_rows(tensor, &rows)?;
+        let cols = tensor.cols();
+        // Rows that are in order are decoded many at a time.
+        let max_rows = if place.order == RowOrder::Same {
+            usize::MAX
+        } else {
+            1
+        };
+        fill_rows(rows, cols, max_rows, |first, out| {
+            let start = place.kind.bytes_of(place.order.stored_row(first) * cols);
+            let end = start + place.kind.bytes_of(out.len());
+            place
+                .kind
+                .to_f32(bytes.get(start..end).unwrap_or_default(), out)
+        })
+        .map_err(|e| e.tensor(&tensor.name))
+    }
+
+    fn read_raw(&self, index: usize) -> Result<RawTensor<'_>> {
+        let (tensor, place, bytes) = self.place(index)?;
+        let GgmlType::Float(dtype) = place.kind else {
+            let values = self.read_f32(index)?;
+            return Ok(RawTensor {
+                dtype: FloatType::F32,
+                bytes: Cow::Owned(values.iter().flat_map(|x| x.to_le_bytes()).collect()),
+            });
+        };
+        if place.order == RowOrder::Same {
+            return Ok(RawTensor {
+                dtype,
+                bytes: Cow::Borrowed(bytes),
+            });
+        }
+        let row_bytes = tensor.cols() * dtype.size();
+        let mut ordered = Vec::with_capacity(bytes.len());
+        for row in 0..tensor.rows() {
+            let start = place.order.stored_row(row) * row_bytes;
+            ordered.extend_from_slice(bytes.get(start..start + row_bytes).unwrap_or_default());
+        }
+        Ok(RawTensor {
+            dtype,
+            bytes: Cow::Owned(ordered),
+        })
+    }
+}
+
+/// The tokenizer files, built from the vocabulary. The one place where a builder is plugged in.
+fn tokenizer_files(_vocab: &GgufVocab) -> Result<ModelFiles> {
+    Ok(ModelFiles::default())
+}
+
+/// Takes the rotary factors out of `stored` and into `facts`.
+fn take_rope_tensors(
+    file: &[u8],
+    stored: &mut BTreeMap<&str, &Entry>,
+    facts: &mut FromTensors,
+) -> Result<Vec<SkippedTensor>> {
+    let mut skipped = Vec::new();
+    let mut take = |name: &str| -> Result<Option<Vec<f32>>> {
+        let Some(entry) = stored.remove(name) else {
+            return Ok(None);
+        };
+        skipped.push(SkippedTensor {
+            name: name.to_owned(),
+            reason: "now rope_scaling in the config",
+        });
+        // No head is longer than this; the factors go into the config as text.
+        if entry.shape.len() != 1 || entry.shape.iter().any(|n| *n > 1 << 12) {
+            return Err(Error::new(
+                ErrorKind::Shape,
+                format!("shape {:?}, expected one short list", entry.shape),
+            )
+            .tensor(name));
+        }
+        let mut values = vec![0f32; entry.shape.iter().product()];
+        let bytes = file.get(entry.bytes.clone()).unwrap_or_default();
+        entry
+            .kind
+            .to_f32(bytes, &mut values)
+            .map_err(|e| e.tensor(name))?;
+        Ok(Some(values))
+    };
+    facts.rope_freqs = take(ROPE_FREQS)?;
+    facts.rope_factors = match (take(ROPE_SHORT)?, take(ROPE_LONG)?) {
+        (Some(short), Some(long)) => Some((short, long)),
+        (None, None) => None,
+        (None, _) => return Err(missing(ROPE_SHORT)),
+        (_, None) => return Err(missing(ROPE_LONG)),
+    };
+    Ok(skipped)
+}
+
+fn missing(name: &str) -> Error {
+    Error::new(ErrorKind::Missing, "not in the file").tensor(name)
+}
+
+/// Finds every tensor of the family in `stored`, in model order, and what they say about the config.
+///
+/// Errors: `Missing`, `Shape`, `Unsupported` (a tensor that the family does not have would change
+/// what the model computes; biases in some places only).
+fn match_tensors(
+    family: &Family,
+    dims: &Dims,
+    stored: &mut BTreeMap<&str, &Entry>,
+    facts: &mut FromTensors,
+) -> Result<Vec<(TensorInfo, Place)>> {
+    let mut found = Vec::new();
+    // Optional biases seen and possible, of the attention and of the feed-forward part.
+    let mut biases = [(0usize, 0usize); 2];
+    facts.tied = !stored.contains_key("output.weight");
+    for wanted in family.wanted(dims) {
+        let entry = stored.remove(wanted.gguf.as_str());
+        if !wanted.required && wanted.gguf.ends_with(".bias") {
+            let part = &mut biases[usize::from(wanted.hf.contains(".mlp."))];
+            *part = (part.0 + usize::from(entry.is_some()), part.1 + 1);
+        }
+        match entry {
+            Some(entry) => found.push(matched(wanted, entry)?),
+            None if wanted.required => return Err(missing(&wanted.gguf)),
+            None => {}
+        }
+    }
+    if let Some(name) = stored.keys().next() {
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            format!(
+                "not a tensor of {} with {} layers",
+                family.class, dims.layers
+            ),
+        )
+        .tensor(*name));
+    }
+    for (seen, possible) in biases {
+        if seen != 0 && (seen != possible || family.model_type == "mistral") {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format!("{seen} of {possible} biases, which no {} has", family.class),
+            ));
+        }
+    }
+    facts.attention_bias = biases[0].0 > 0;
+    facts.mlp_bias = biases[1].0 > 0;
+    found.sort_by(|a, b| sort_key(&a.0.name).cmp(&sort_key(&b.0.name)));
+    Ok(found)
+}
+
+/// A tensor of the file as the tensor of the model that it is.
+fn matched(wanted: Wanted, entry: &Entry) -> Result<(TensorInfo, Place)> {
+    if entry.shape != wanted.shape {
+        return Err(Error::new(
+            ErrorKind::Shape,
+            format!("shape {:?}, expected {:?}", entry.shape, wanted.shape),
+        )
+        .tensor(&entry.name));
+    }
+    // Vectors are read value by value, which blocks do not allow; llama.cpp never quantizes them.
+    if entry.shape.len() == 1 && entry.kind.block_values() != 1 {
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            format!("a vector of type {}", entry.kind.name()),
+        )
+        .tensor(&entry.name));
+    }
+    let info = TensorInfo {
+        name: wanted.hf,
+        shape: wanted.shape,
+        dtype: entry.kind.source_dtype(),
+    };
+    let place = Place {
+        kind: entry.kind,
+        order: wanted.order,
+        bytes: entry.bytes.clone(),
+    };
+    Ok((info, place))
+}
+
+/// `torch_dtype`: that of the matrices if they are all the same plain type, else F32, which holds
+/// dequantized values exactly as they are read.
+fn torch_dtype(found: &[(TensorInfo, Place)]) -> &'static str {
+    let mut matrices = found.iter().filter(|(info, _)| info.shape.len() > 1);
+    let first = matrices.next().map(|(_, place)| place.kind);
+    match first {
+        Some(GgmlType::Float(dtype)) if matrices.all(|(_, p)| p.kind == GgmlType::Float(dtype)) => {
+            dtype.torch_name()
+        }
+        _ => FloatType::F32.torch_name(),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,300 @@
+//! `config.json` and `generation_config.json` rebuilt from the metadata of a GGUF file.
+//!
+//! What is written is what transformers reads; `rope_theta` and `rope_scaling` in the older form,
+//! which every version of it understands. Not in a GGUF file, and so not in the config: dropout,
+//! initializer and training fields.
+#![forbid(unsafe_code)]
+
+use super::families::{Family, family};
+use super::metadata::Metadata;
+use super::rope;
+use serde_json::{Map, Value, json};
+use upg_kernel::{Error, ErrorKind, Result};
+
+/// Largest size of anything in a model: keeps every product of two far inside a `u64`.
+const MAX_DIM: usize = 1 << 24;
+
+/// Sizes and constants of a model, checked.
+#[derive(Debug, Clone)]
+pub(super) struct Dims {
+    pub(super) hidden: usize,
+    pub(super) layers: usize,
+    pub(super) heads: usize,
+    pub(super) kv_heads: usize,
+    pub(super) head_dim: usize,
+    pub(super) ffn: usize,
+    pub(super) vocab: usize,
+    pub(super) context: usize,
+    /// How many dimensions of a head are rotated.
+    pub(super) rotary_dim: usize,
+    pub(super) rope_theta: f64,
+    rms_eps: f64,
+    sliding_window: Option<usize>,
+}
+
+/// What of the config follows from the tensors that are there.
+#[derive(Debug, Clone, Default)]
+pub(super) struct FromTensors {
+    pub(super) tied: bool,
+    pub(super) attention_bias: bool,
+    pub(super) mlp_bias: bool,
+    pub(super) torch_dtype: &'static str,
+    /// `rope_freqs.weight`: what each rotary frequency is divided by.
+    pub(super) rope_freqs: Option<Vec<f32>>,
+    /// `rope_factors_short.weight` and `rope_factors_long.weight`.
+    pub(super) rope_factors: Option<(Vec<f32>, Vec<f32>)>,
+}
+
+/// Checks that the file is a whole model of one file, and finds its family and sizes; `vocab` is the
+/// number of rows of the embeddings.
+///
+/// Errors: `Unsupported` (families, variants, split files), `Missing`, `Malformed`, `Invalid`.
+pub(super) fn read_dims(m: &Metadata<'_>, vocab: usize) -> Result<(&'static Family, Dims)> {
+    let arch = check_kind(m)?;
+    let key = |name: &str| format!("{arch}.{name}");
+    let window = m
+        .number(&key("attention.sliding_window"))?
+        .filter(|w| *w > 0);
+    let family = family(arch, window.is_some())?;
+    if m.number(&key("expert_count"))?.unwrap_or(0) > 0 {
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            "a mixture-of-experts model, which no supported family has",
+        ));
+    }
+    let hidden = m.required(&key("embedding_length"))?;
+    let heads = m.required(&key("attention.head_count"))?;
+    let head_dim = match m.number(&key("attention.key_length"))? {
+        Some(n) => n,
+        None if hidden.is_multiple_of(heads) => hidden / heads,
+        None => {
+            return Err(Error::new(
+                ErrorKind::Invalid,
+                format!("{hidden} hidden values for {heads} heads"),
+            ));
+        }
+    };
+    let value_length = m.number(&key("attention.value_length"))?;
+    if value_length.is_some_and(|v| v != head_dim) {
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            format!("values of another length ({value_length:?}) than keys ({head_dim})"),
+        ));
+    }
+    let eps = m.float(&key("attention.layer_norm_rms_epsilon"))?;
+    let dims = Dims {
+        hidden,
+        layers: m.required(&key("block_count"))?,
+        heads,
+        kv_heads: m.number(&key("attention.head_count_kv"))?.unwrap_or(heads),
+        head_dim,
+        ffn: m.required(&key("feed_forward_length"))?,
+        vocab,
+        context: m.required(&key("context_length"))?,
+        rotary_dim: m.number(&key("rope.dimension_count"))?.unwrap_or(head_dim),
+        rope_theta: m.float(&key("rope.freq_base"))?.unwrap_or(10000.0),
+        rms_eps: eps
+            .ok_or_else(|| Error::new(ErrorKind::Missing, "no attention.layer_norm_rms_epsilon"))?,
+        sliding_window: window,
+    };
+    dims.check(family)?;
+    Ok((family, dims))
+}
+
+/// The architecture, if the file is a whole language model of one file.
+fn check_kind<'a>(m: &Metadata<'a>) -> Result<&'a str> {
+    let unsupported = |message: String| Error::new(ErrorKind::Unsupported, message);
+    if let Some(n) = m.number("split.count")?.filter(|n| *n > 1) {
+        return Err(
+            unsupported(format!("one of {n} parts of a split GGUF file"))
+                .hint("join them first: llama-gguf-split --merge FIRST_PART OUT.gguf"),
+        );
+    }
+    if let Some(kind) = m.text("general.type")?.filter(|kind| *kind != "model") {
+        return Err(
+            unsupported(format!("a GGUF file of type {kind:?}, not a model"))
+                .hint("pass the file of the language model itself"),
+        );
+    }
+    m.text("general.architecture")?
+        .ok_or_else(|| Error::new(ErrorKind::Missing, "no metadata key general.architecture"))
+}
+
+impl Dims {
+    fn check(&self, family: &Family) -> Result<()> {
+        let sizes = [
+            ("hidden size", self.hidden),
+            ("head count", self.heads),
+            ("kv head count", self.kv_heads),
+            ("head length", self.head_dim),
+            ("feed-forward length", self.ffn),
+            ("vocabulary", self.vocab),
+        ];
+        for (what, size) in sizes {
+            if !(1..=MAX_DIM).contains(&size) {
+                let message = format!("{what} {size}, expected 1 to {MAX_DIM}");
+                return Err(Error::new(ErrorKind::Invalid, message));
+            }
+        }
+        let Self {
+            heads,
+            kv_heads,
+            head_dim,
+            rotary_dim,
+            ..
+        } = *self;
+        let invalid = |message: String| Err(Error::new(ErrorKind::Invalid, message));
+        if !heads.is_multiple_of(kv_heads) {
+            return invalid(format!("{heads} heads share {kv_heads} kv heads"));
+        }
+        if !head_dim.is_multiple_of(2) || !rotary_dim.is_multiple_of(2) || rotary_dim == 0 {
+            return invalid(format!(
+                "{rotary_dim} of {head_dim} head dimensions rotated"
+            ));
+        }
+        if rotary_dim > head_dim {
+            return invalid(format!(
+                "{rotary_dim} of {head_dim} head dimensions rotated"
+            ));
+        }
+        if self.rms_eps < 0.0 || self.rope_theta <= 0.0 {
+            return invalid(format!(
+                "epsilon {}, rope theta {}",
+                self.rms_eps, self.rope_theta
+            ));
+        }
+        if rotary_dim != head_dim && family.model_type != "phi3" {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format!(
+                    "{rotary_dim} of {head_dim} head dimensions rotated, which no {} has",
+                    family.class
+                ),
+            ));
+        }
+        Ok(())
+    }
+
+    /// The factor that transformers multiplies with the head length, and rounds down, to find the
+    /// rotated dimensions.
+    fn partial_rotary_factor(&self) -> f64 {
+        let factor = self.rotary_dim as f64 / self.head_dim as f64;
+        if (self.head_dim as f64 * factor) as usize == self.rotary_dim {
+            factor
+        } else {
+            factor.next_up()
+        }
+    }
+}
+
+/// The text of `config.json`. Errors: those of the rope scaling.
+pub(super) fn config_json(
+    m: &Metadata<'_>,
+    family: &Family,
+    dims: &Dims,
+    tensors: &FromTensors,
+) -> Result<String> {
+    let id = |name: &str| m.token_id(name, dims.vocab);
+    let mut config = Map::new();
+    let mut set = |key: &str, value: Value| config.insert(key.to_owned(), value);
+    set("architectures", json!([family.class]));
+    set("model_type", json!(family.model_type));
+    set("torch_dtype", json!(tensors.torch_dtype));
+    set("hidden_act", json!("silu"));
+    set("hidden_size", json!(dims.hidden));
+    set("intermediate_size", json!(dims.ffn));
+    set("num_hidden_layers", json!(dims.layers));
+    set("num_attention_heads", json!(dims.heads));
+    set("num_key_value_heads", json!(dims.kv_heads));
+    let derived =
+        dims.hidden.is_multiple_of(dims.heads) && dims.hidden / dims.heads == dims.head_dim;
+    // Qwen3's head length defaults to 128 whatever the other sizes are.
+    if !derived || family.model_type == "qwen3" {
+        set("head_dim", json!(dims.head_dim));
+    }
+    set("max_position_embeddings", json!(dims.context));
+    set("rms_norm_eps", json!(dims.rms_eps));
+    set("vocab_size", json!(dims.vocab));
+    set("tie_word_embeddings", json!(tensors.tied));
+    set("bos_token_id", json!(id("bos")?));
+    set("eos_token_id", json!(id("eos")?));
+    set("pad_token_id", json!(id("padding")?));
+    set("use_cache", json!(true));
+    set("attention_dropout", json!(0.0));
+    if matches!(family.model_type, "llama" | "qwen3") {
+        set("attention_bias", json!(tensors.attention_bias));
+    }
+    match family.model_type {
+        "llama" => {
+            set("mlp_bias", json!(tensors.mlp_bias));
+        }
+        "mistral" | "phi3" => {
+            set("sliding_window", json!(dims.sliding_window));
+        }
+        _ => {
+            // Of the Qwen families llama.cpp keeps no window: its files never slide.
+            set("use_sliding_window", json!(false));
+            set("sliding_window", json!(null));
+        }
+    }
+    set("rope_theta", json!(dims.rope_theta));
+    if family.model_type == "phi3" {
+        let original = m.number("phi3.rope.scaling.original_context_length")?;
+        let original = original.unwrap_or(dims.context);
+        set("original_max_position_embeddings", json!(original));
+        set("partial_rotary_factor", json!(dims.partial_rotary_factor()));
+        set("rope_scaling", rope::longrope(m, dims, tensors, original)?);
+    } else {
+        set(
+            "rope_scaling",
+            rope::scaling(m, family.arch, dims, tensors)?,
+        );
+    }
+    pretty(&Value::Object(config))
+}
+
+/// The text of `generation_config.json`: the special tokens, with every token that ends an answer.
+pub(super) fn generation_config_json(m: &Metadata<'_>, vocab: usize) -> Result<String> {
+    let mut ends: Vec<u32> = Vec::new();
+    for name in ["eos", "eot", "eom"] {
+        if let Some(id) = m.token_id(name, vocab)?.filter(|id| !ends.contains(id)) {
+            ends.push(id);
+        }
+    }
+    let eos = match ends.as_slice() {
+        [] => Value::Null,
+        [one] => json!(one),
+        several => json!(several),
+    };
+    pretty(&json!({
+        "bos_token_id": m.token_id("bos", vocab)?,
+        "eos_token_id": eos,
+        "pad_token_id": m.token_id("padding", vocab)?,
+    }))
+}
+
+fn pretty(value: &Value) -> Result<String> {
+    serde_json::to_string_pretty(value)
+        .map_err(|e| Error::new(ErrorKind::Invalid, format!("cannot write the config: {e}")))
+}
+
+#[cfg(test)]
+impl Dims {
+    /// Only what the rope scaling looks at.
+    pub(super) fn for_rope(rotary_dim: usize, rope_theta: f64) -> Self {
+        Self {
+            hidden: rotary_dim,
+            layers: 1,
+            heads: 1,
+            kv_heads: 1,
+            head_dim: rotary_dim,
+            ffn: 1,
+            vocab: 1,
+            context: 1,
+            rotary_dim,
+            rope_theta,
+            rms_eps: 0.0,
+            sliding_window: None,
+        }
+    }
+}

@@ -1,0 +1,261 @@
+//! What the tensors of each family are called in GGUF and in transformers, and their shapes.
+//!
+//! Source: llama.cpp's `gguf-py/gguf/tensor_mapping.py` and `convert_hf_to_gguf.py`; checked against
+//! the `gguf` package (see the tests).
+#![forbid(unsafe_code)]
+
+use super::config::Dims;
+use upg_kernel::{Error, ErrorKind, Result};
+
+/// A family of models, as data.
+#[derive(Debug)]
+pub(super) struct Family {
+    /// `general.architecture` in GGUF.
+    pub(super) arch: &'static str,
+    /// `model_type` in transformers.
+    pub(super) model_type: &'static str,
+    /// `architectures` in transformers.
+    pub(super) class: &'static str,
+    /// The tensors of one layer.
+    layer: &'static [Slot],
+}
+
+/// One tensor of a layer: GGUF name, Hugging Face name, shape, whether it has to be there.
+#[derive(Debug)]
+struct Slot(&'static str, &'static str, &'static [Dim], Need);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Need {
+    Required,
+    /// All or none of the layers' tensors of this letter.
+    Optional,
+}
+
+/// A dimension, by what it is in the model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Dim {
+    Hidden,
+    /// Rows of q: heads x head_dim.
+    Query,
+    /// Rows of k and v: kv_heads x head_dim.
+    KeyValue,
+    /// Rows of the fused q, k and v.
+    QueryKeyValue,
+    Head,
+    Ffn,
+    /// Rows of the fused gate and up.
+    GateUp,
+}
+
+/// How the rows of a tensor lie in the file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum RowOrder {
+    Same,
+    /// llama.cpp stores the rows of q and k of the llama architecture so that the two halves of a
+    /// rotary pair are neighbours (`permute` in convert_hf_to_gguf.py); transformers keeps them half
+    /// a head apart.
+    Interleaved {
+        head_dim: usize,
+    },
+}
+
+impl RowOrder {
+    /// The row of the file that holds row `row` of the model.
+    pub(super) fn stored_row(self, row: usize) -> usize {
+        match self {
+            Self::Same => row,
+            Self::Interleaved { head_dim } => {
+                let (head, in_head) = (row / head_dim, row % head_dim);
+                let half = head_dim / 2;
+                head * head_dim + 2 * (in_head % half) + in_head / half
+            }
+        }
+    }
+}
+
+/// A tensor that the model has: its names, shape and row order.
+#[derive(Debug)]
+pub(super) struct Wanted {
+    pub(super) gguf: String,
+    pub(super) hf: String,
+    pub(super) shape: Vec<usize>,
+    pub(super) order: RowOrder,
+    pub(super) required: bool,
+}
+
+use Dim::{Ffn, GateUp, Head, Hidden, KeyValue, Query, QueryKeyValue};
+use Need::{Optional, Required};
+
+macro_rules! slots {
+    ($($gguf:literal $hf:literal $dims:tt $need:ident;)*) => { &[$(Slot($gguf, $hf, &$dims, $need),)*] };
+}
+
+const LLAMA: &[Slot] = slots! {
+    "attn_norm.weight"   "input_layernorm.weight"          [Hidden] Required;
+    "attn_q.weight"      "self_attn.q_proj.weight"         [Query, Hidden] Required;
+    "attn_q.bias"        "self_attn.q_proj.bias"           [Query] Optional;
+    "attn_k.weight"      "self_attn.k_proj.weight"         [KeyValue, Hidden] Required;
+    "attn_k.bias"        "self_attn.k_proj.bias"           [KeyValue] Optional;
+    "attn_v.weight"      "self_attn.v_proj.weight"         [KeyValue, Hidden] Required;
+    "attn_v.bias"        "self_attn.v_proj.bias"           [KeyValue] Optional;
+    "attn_output.weight" "self_attn.o_proj.weight"         [Hidden, Query] Required;
+    "attn_output.bias"   "self_attn.o_proj.bias"           [Hidden] Optional;
+    "ffn_norm.weight"    "post_attention_layernorm.weight" [Hidden] Required;
+    "ffn_gate.weight"    "mlp.gate_proj.weight"            [Ffn, Hidden] Required;
+    "ffn_gate.bias"      "mlp.gate_proj.bias"              [Ffn] Optional;
+    "ffn_up.weight"      "mlp.up_proj.weight"              [Ffn, Hidden] Required;
+    "ffn_up.bias"        "mlp.up_proj.bias"                [Ffn] Optional;
+    "ffn_down.weight"    "mlp.down_proj.weight"            [Hidden, Ffn] Required;
+    "ffn_down.bias"      "mlp.down_proj.bias"              [Hidden] Optional;
+};
+
+const QWEN2: &[Slot] = slots! {
+    "attn_norm.weight"   "input_layernorm.weight"          [Hidden] Required;
+    "attn_q.weight"      "self_attn.q_proj.weight"         [Query, Hidden] Required;
+    "attn_q.bias"        "self_attn.q_proj.bias"           [Query] Required;
+    "attn_k.weight"      "self_attn.k_proj.weight"         [KeyValue, Hidden] Required;
+    "attn_k.bias"        "self_attn.k_proj.bias"           [KeyValue] Required;
+    "attn_v.weight"      "self_attn.v_proj.weight"         [KeyValue, Hidden] Required;
+    "attn_v.bias"        "self_attn.v_proj.bias"           [KeyValue] Required;
+    "attn_output.weight" "self_attn.o_proj.weight"         [Hidden, Query] Required;
+    "ffn_norm.weight"    "post_attention_layernorm.weight" [Hidden] Required;
+    "ffn_gate.weight"    "mlp.gate_proj.weight"            [Ffn, Hidden] Required;
+    "ffn_up.weight"      "mlp.up_proj.weight"              [Ffn, Hidden] Required;
+    "ffn_down.weight"    "mlp.down_proj.weight"            [Hidden, Ffn] Required;
+};
+
+const QWEN3: &[Slot] = slots! {
+    "attn_norm.weight"   "input_layernorm.weight"          [Hidden] Required;
+    "attn_q.weight"      "self_attn.q_proj.weight"         [Query, Hidden] Required;
+    "attn_q.bias"        "self_attn.q_proj.bias"           [Query] Optional;
+    "attn_q_norm.weight" "self_attn.q_norm.weight"         [Head] Required;
+    "attn_k.weight"      "self_attn.k_proj.weight"         [KeyValue, Hidden] Required;
+    "attn_k.bias"        "self_attn.k_proj.bias"           [KeyValue] Optional;
+    "attn_k_norm.weight" "self_attn.k_norm.weight"         [Head] Required;
+    "attn_v.weight"      "self_attn.v_proj.weight"         [KeyValue, Hidden] Required;
+    "attn_v.bias"        "self_attn.v_proj.bias"           [KeyValue] Optional;
+    "attn_output.weight" "self_attn.o_proj.weight"         [Hidden, Query] Required;
+    "attn_output.bias"   "self_attn.o_proj.bias"           [Hidden] Optional;
+    "ffn_norm.weight"    "post_attention_layernorm.weight" [Hidden] Required;
+    "ffn_gate.weight"    "mlp.gate_proj.weight"            [Ffn, Hidden] Required;
+    "ffn_up.weight"      "mlp.up_proj.weight"              [Ffn, Hidden] Required;
+    "ffn_down.weight"    "mlp.down_proj.weight"            [Hidden, Ffn] Required;
+};
+
+const PHI3: &[Slot] = slots! {
+    "attn_norm.weight"   "input_layernorm.weight"          [Hidden] Required;
+    "attn_qkv.weight"    "self_attn.qkv_proj.weight"       [QueryKeyValue, Hidden] Required;
+    "attn_output.weight" "self_attn.o_proj.weight"         [Hidden, Query] Required;
+    "ffn_norm.weight"    "post_attention_layernorm.weight" [Hidden] Required;
+    "ffn_up.weight"      "mlp.gate_up_proj.weight"         [GateUp, Hidden] Required;
+    "ffn_down.weight"    "mlp.down_proj.weight"            [Hidden, Ffn] Required;
+};
+
+macro_rules! family {
+    ($arch:literal $model_type:literal $class:literal $layer:ident) => {
+        Family {
+            arch: $arch,
+            model_type: $model_type,
+            class: $class,
+            layer: $layer,
+        }
+    };
+}
+
+/// The families that are read. llama.cpp converts Mistral to the architecture `llama` too: the
+/// second entry is chosen if the file has a sliding window.
+static FAMILIES: [Family; 5] = [
+    family!("llama" "llama" "LlamaForCausalLM" LLAMA),
+    family!("llama" "mistral" "MistralForCausalLM" LLAMA),
+    family!("qwen2" "qwen2" "Qwen2ForCausalLM" QWEN2),
+    family!("qwen3" "qwen3" "Qwen3ForCausalLM" QWEN3),
+    family!("phi3" "phi3" "Phi3ForCausalLM" PHI3),
+];
+
+/// The family of `general.architecture`; `windowed` says whether the file has a sliding window.
+///
+/// Errors: `Unsupported`, with the names of those that are read.
+pub(super) fn family(arch: &str, windowed: bool) -> Result<&'static Family> {
+    let mut matching = FAMILIES.iter().filter(|f| f.arch == arch);
+    let chosen = match (matching.next(), matching.next()) {
+        (Some(_), Some(second)) if windowed => Some(second),
+        (first, _) => first,
+    };
+    chosen.ok_or_else(|| {
+        Error::new(
+            ErrorKind::Unsupported,
+            format!("model architecture {arch:?}, expected llama, qwen2, qwen3 or phi3"),
+        )
+    })
+}
+
+impl Family {
+    /// Every tensor that a model of this family and these dimensions has or may have.
+    pub(super) fn wanted<'a>(&'a self, dims: &'a Dims) -> impl Iterator<Item = Wanted> + 'a {
+        let (hidden, vocab) = (dims.hidden, dims.vocab);
+        let outer = [
+            (
+                "token_embd.weight",
+                "model.embed_tokens.weight",
+                vec![vocab, hidden],
+                true,
+            ),
+            (
+                "output_norm.weight",
+                "model.norm.weight",
+                vec![hidden],
+                true,
+            ),
+            (
+                "output.weight",
+                "lm_head.weight",
+                vec![vocab, hidden],
+                false,
+            ),
+        ];
+        let outer = outer.into_iter().map(|(gguf, hf, shape, required)| Wanted {
+            gguf: gguf.to_owned(),
+            hf: hf.to_owned(),
+            shape,
+            order: RowOrder::Same,
+            required,
+        });
+        let layers = (0..dims.layers).flat_map(|i| self.layer.iter().map(move |slot| (i, slot)));
+        outer.chain(layers.map(|(i, slot)| self.layer_tensor(i, slot, dims)))
+    }
+
+    fn layer_tensor(&self, layer: usize, slot: &Slot, dims: &Dims) -> Wanted {
+        let Slot(gguf, hf, shape, need) = slot;
+        let rotary = gguf.starts_with("attn_q.") || gguf.starts_with("attn_k.");
+        let order = if self.arch == "llama" && rotary {
+            RowOrder::Interleaved {
+                head_dim: dims.head_dim,
+            }
+        } else {
+            RowOrder::Same
+        };
+        Wanted {
+            gguf: format!("blk.{layer}.{gguf}"),
+            hf: format!("model.layers.{layer}.{hf}"),
+            shape: shape.iter().map(|d| dims.size(*d)).collect(),
+            order,
+            required: *need == Required,
+        }
+    }
+}
+
+impl Dims {
+    fn size(&self, dim: Dim) -> usize {
+        let query = self.heads * self.head_dim;
+        let key_value = self.kv_heads * self.head_dim;
+        match dim {
+            Hidden => self.hidden,
+            Query => query,
+            KeyValue => key_value,
+            QueryKeyValue => query + 2 * key_value,
+            Head => self.head_dim,
+            Ffn => self.ffn,
+            GateUp => 2 * self.ffn,
+        }
+    }
+}

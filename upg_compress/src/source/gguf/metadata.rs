@@ -1,0 +1,221 @@
+//! Typed access to the metadata of a GGUF file, and the fields that make its tokenizer.
+#![forbid(unsafe_code)]
+
+use super::header::{Array, Header, Value, malformed};
+use std::ops::Range;
+use upg_kernel::{Error, ErrorKind, Result};
+
+/// Most tokens and merges; the largest vocabularies in use have 262,144 tokens.
+const MAX_TOKENS: usize = 1 << 22;
+
+/// Longest chat template in bytes; real ones stay under 100 KB.
+const MAX_TEMPLATE: usize = 1 << 20;
+
+/// A checked header together with the file that its values are places in.
+pub(super) struct Metadata<'a> {
+    pub(super) header: &'a Header,
+    pub(super) file: &'a [u8],
+}
+
+impl<'a> Metadata<'a> {
+    fn text_at(&self, key: &str, range: Range<usize>) -> Result<&'a str> {
+        let bytes = self.file.get(range).unwrap_or_default();
+        std::str::from_utf8(bytes).map_err(|_| malformed(format!("{key} is not UTF-8")))
+    }
+
+    /// A string. Errors (`Malformed`): the key holds something else.
+    pub(super) fn text(&self, key: &str) -> Result<Option<&'a str>> {
+        match self.header.get(key) {
+            None => Ok(None),
+            Some(Value::Text(range)) => self.text_at(key, range.clone()).map(Some),
+            Some(_) => Err(malformed(format!("{key} is not a string"))),
+        }
+    }
+
+    /// A whole number of at least 0. A list with one number per layer counts if they are all the
+    /// same. Errors: `Malformed`, and `Unsupported` for a list that differs.
+    pub(super) fn number(&self, key: &str) -> Result<Option<usize>> {
+        let whole = |value: &Value| match value {
+            Value::Int(n) => usize::try_from(*n).ok(),
+            _ => None,
+        };
+        let wrong = || malformed(format!("{key} is not a whole number of at least 0"));
+        match self.header.get(key) {
+            None => Ok(None),
+            Some(Value::Array(list)) => {
+                let mut all: Option<usize> = None;
+                list.for_each(self.file, |value| {
+                    let n = whole(&value).ok_or_else(wrong)?;
+                    if *all.get_or_insert(n) == n {
+                        return Ok(());
+                    }
+                    Err(Error::new(
+                        ErrorKind::Unsupported,
+                        format!("{key} differs between layers"),
+                    )
+                    .hint("only models whose layers are all alike are supported"))
+                })?;
+                Ok(all)
+            }
+            Some(value) => whole(value).map(Some).ok_or_else(wrong),
+        }
+    }
+
+    /// A number that has to be there and above 0. Errors: `Missing`, `Malformed`.
+    pub(super) fn required(&self, key: &str) -> Result<usize> {
+        match self.number(key)? {
+            None => Err(Error::new(
+                ErrorKind::Missing,
+                format!("no metadata key {key}"),
+            )),
+            Some(0) => Err(malformed(format!("{key} is 0"))),
+            Some(n) => Ok(n),
+        }
+    }
+
+    /// A finite floating-point number. Errors: `Malformed`.
+    pub(super) fn float(&self, key: &str) -> Result<Option<f64>> {
+        match self.header.get(key) {
+            None => Ok(None),
+            Some(Value::Float(x)) if x.is_finite() => Ok(Some(*x)),
+            Some(_) => Err(malformed(format!("{key} is not a finite number"))),
+        }
+    }
+
+    fn flag(&self, key: &str) -> Result<Option<bool>> {
+        match self.header.get(key) {
+            None => Ok(None),
+            Some(Value::Bool(b)) => Ok(Some(*b)),
+            Some(_) => Err(malformed(format!("{key} is not true or false"))),
+        }
+    }
+
+    /// A list of at most [`MAX_TOKENS`] elements, each turned by `each`; empty without the key.
+    fn list<T>(&self, key: &str, each: impl Fn(Value) -> Result<T>) -> Result<Vec<T>> {
+        let Some(value) = self.header.get(key) else {
+            return Ok(Vec::new());
+        };
+        let Value::Array(list) = value else {
+            return Err(malformed(format!("{key} is not a list")));
+        };
+        let count = Array::len(list);
+        if count > MAX_TOKENS {
+            return Err(Error::new(
+                ErrorKind::TooLarge,
+                format!("{key} has {count} elements, at most {MAX_TOKENS}"),
+            ));
+        }
+        let mut out = Vec::new();
+        list.for_each(self.file, |value| {
+            out.push(each(value)?);
+            Ok(())
+        })?;
+        Ok(out)
+    }
+
+    fn texts(&self, key: &str) -> Result<Vec<String>> {
+        self.list(key, |value| match value {
+            Value::Text(range) => Ok(self.text_at(key, range)?.to_owned()),
+            _ => Err(malformed(format!("{key} is not a list of strings"))),
+        })
+    }
+
+    /// The id of a special token; ids that no token has (some writers store -1) count as none.
+    pub(super) fn token_id(&self, name: &str, vocab: usize) -> Result<Option<u32>> {
+        let key = format!("tokenizer.ggml.{name}_token_id");
+        let id = match self.header.get(&key) {
+            None => return Ok(None),
+            Some(Value::Int(id)) => u32::try_from(*id).ok(),
+            Some(_) => return Err(malformed(format!("{key} is not a whole number"))),
+        };
+        Ok(id.filter(|id| (*id as usize) < vocab))
+    }
+}
+
+/// What a GGUF file says about its tokenizer, as it stands in the metadata (`tokenizer.ggml.*`).
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct GgufVocab {
+    /// `gpt2` (byte-level BPE), `llama` (SentencePiece), ...; empty if the file has no tokenizer.
+    pub model: String,
+    /// The pre-tokenizer, for example `smollm`.
+    pub pre: Option<String>,
+    /// Every token, by id.
+    pub tokens: Vec<String>,
+    /// One score per token, or none.
+    pub scores: Vec<f32>,
+    /// One type per token (1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte).
+    pub token_types: Vec<i32>,
+    /// BPE merges in order, `left right`.
+    pub merges: Vec<String>,
+    /// Beginning of the text.
+    pub bos: Option<u32>,
+    /// End of the text.
+    pub eos: Option<u32>,
+    /// What stands for the unknown.
+    pub unk: Option<u32>,
+    /// Padding.
+    pub pad: Option<u32>,
+    /// Whether the tokenizer puts `bos` in front.
+    pub add_bos: Option<bool>,
+    /// Whether the tokenizer puts `eos` at the end.
+    pub add_eos: Option<bool>,
+    /// Whether the tokenizer puts a space in front.
+    pub add_space_prefix: Option<bool>,
+    /// The Jinja text of the chat template.
+    pub chat_template: Option<String>,
+}
+
+impl GgufVocab {
+    /// Collects the fields.
+    ///
+    /// Errors: `Malformed` (types, lists of different lengths), `TooLarge`.
+    pub(super) fn read(metadata: &Metadata<'_>) -> Result<Self> {
+        let text = |key: &str| Ok::<_, Error>(metadata.text(key)?.map(str::to_owned));
+        let tokens = metadata.texts("tokenizer.ggml.tokens")?;
+        let scores = metadata.list("tokenizer.ggml.scores", |value| match value {
+            Value::Float(x) => Ok(x as f32),
+            _ => Err(malformed("tokenizer.ggml.scores is not a list of floats")),
+        })?;
+        let token_types = metadata.list("tokenizer.ggml.token_type", |value| match value {
+            Value::Int(n) => {
+                i32::try_from(n).map_err(|_| malformed("a token type of over 32 bits"))
+            }
+            _ => Err(malformed("tokenizer.ggml.token_type is not a list of ints")),
+        })?;
+        for (name, len) in [("scores", scores.len()), ("token_type", token_types.len())] {
+            if len != 0 && len != tokens.len() {
+                return Err(malformed(format!(
+                    "tokenizer.ggml.{name} has {len} elements for {} tokens",
+                    tokens.len()
+                )));
+            }
+        }
+        let chat_template = text("tokenizer.chat_template")?;
+        if chat_template
+            .as_ref()
+            .is_some_and(|t| t.len() > MAX_TEMPLATE)
+        {
+            return Err(Error::new(
+                ErrorKind::TooLarge,
+                format!("a chat template of over {MAX_TEMPLATE} bytes"),
+            ));
+        }
+        let id = |name: &str| metadata.token_id(name, tokens.len());
+        Ok(Self {
+            model: text("tokenizer.ggml.model")?.unwrap_or_default(),
+            pre: text("tokenizer.ggml.pre")?,
+            scores,
+            token_types,
+            merges: metadata.texts("tokenizer.ggml.merges")?,
+            bos: id("bos")?,
+            eos: id("eos")?,
+            unk: id("unknown")?,
+            pad: id("padding")?,
+            add_bos: metadata.flag("tokenizer.ggml.add_bos_token")?,
+            add_eos: metadata.flag("tokenizer.ggml.add_eos_token")?,
+            add_space_prefix: metadata.flag("tokenizer.ggml.add_space_prefix")?,
+            chat_template,
+            tokens,
+        })
+    }
+}

@@ -1,0 +1,178 @@
+//! The types of GGUF tensors: which there are, which can be read, and their values.
+//!
+//! Checked against the `gguf` package of llama.cpp (see the tests).
+#![forbid(unsafe_code)]
+
+use super::super::{FloatType, SourceDtype};
+use candle_core::CpuStorage;
+use candle_core::quantized::GgmlDType;
+use std::borrow::Cow;
+use upg_kernel::{Error, ErrorKind, Result};
+
+/// A tensor type that can be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum GgmlType {
+    Float(FloatType),
+    /// Decoded by candle.
+    Quantized(GgmlDType),
+}
+
+impl GgmlType {
+    /// The type by its number in the file.
+    ///
+    /// Errors (`Unsupported`): one that is not read, with its name where it is known.
+    pub(super) fn from_number(number: u32) -> Result<Self> {
+        Ok(Self::Quantized(match number {
+            0 => return Ok(Self::Float(FloatType::F32)),
+            1 => return Ok(Self::Float(FloatType::F16)),
+            30 => return Ok(Self::Float(FloatType::Bf16)),
+            2 => GgmlDType::Q4_0,
+            3 => GgmlDType::Q4_1,
+            6 => GgmlDType::Q5_0,
+            7 => GgmlDType::Q5_1,
+            8 => GgmlDType::Q8_0,
+            10 => GgmlDType::Q2K,
+            11 => GgmlDType::Q3K,
+            12 => GgmlDType::Q4K,
+            13 => GgmlDType::Q5K,
+            14 => GgmlDType::Q6K,
+            15 => GgmlDType::Q8K,
+            _ => {
+                return Err(Error::new(
+                    ErrorKind::Unsupported,
+                    format!("GGUF type {}", unread_name(number)),
+                )
+                .hint("take a file with F16, BF16, Q8_0, Q4_0 or K-quant types (Q2_K to Q6_K)"));
+            }
+        }))
+    }
+
+    /// The name that llama.cpp gives it.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Float(FloatType::F32) => "F32",
+            Self::Float(FloatType::F16) => "F16",
+            Self::Float(FloatType::Bf16) => "BF16",
+            Self::Quantized(dtype) => match dtype {
+                GgmlDType::Q4_0 => "Q4_0",
+                GgmlDType::Q4_1 => "Q4_1",
+                GgmlDType::Q5_0 => "Q5_0",
+                GgmlDType::Q5_1 => "Q5_1",
+                GgmlDType::Q8_0 => "Q8_0",
+                GgmlDType::Q2K => "Q2_K",
+                GgmlDType::Q3K => "Q3_K",
+                GgmlDType::Q4K => "Q4_K",
+                GgmlDType::Q5K => "Q5_K",
+                GgmlDType::Q6K => "Q6_K",
+                GgmlDType::Q8K => "Q8_K",
+                _ => "?",
+            },
+        }
+    }
+
+    pub(super) fn source_dtype(self) -> SourceDtype {
+        match self {
+            Self::Float(float) => SourceDtype::Float(float),
+            Self::Quantized(_) => SourceDtype::Ggml(self.name()),
+        }
+    }
+
+    /// Values in one block; at least 1.
+    pub(super) fn block_values(self) -> usize {
+        match self {
+            Self::Float(_) => 1,
+            Self::Quantized(dtype) => dtype.block_size(),
+        }
+    }
+
+    /// Bytes of one block.
+    pub(super) fn block_bytes(self) -> usize {
+        match self {
+            Self::Float(float) => float.size(),
+            Self::Quantized(dtype) => dtype.type_size(),
+        }
+    }
+
+    /// Bytes of `values` values that are whole blocks.
+    pub(super) fn bytes_of(self, values: usize) -> usize {
+        values / self.block_values() * self.block_bytes()
+    }
+
+    /// Decodes whole blocks into `out`. Cost for quantized types: a copy of the blocks and of the
+    /// values, so callers pass a few rows at a time.
+    ///
+    /// Errors (`Malformed`): `bytes` are not the blocks of `out.len()` values.
+    pub(super) fn to_f32(self, bytes: &[u8], out: &mut [f32]) -> Result<()> {
+        let dtype = match self {
+            Self::Float(float) => return float.to_f32(bytes, out),
+            Self::Quantized(dtype) => dtype,
+        };
+        let wrong_size = || {
+            Error::new(
+                ErrorKind::Malformed,
+                format!(
+                    "{} bytes for {} {} values",
+                    bytes.len(),
+                    out.len(),
+                    self.name()
+                ),
+            )
+        };
+        let blocks = out.len() / self.block_values();
+        if blocks * self.block_values() != out.len()
+            || blocks.checked_mul(self.block_bytes()) != Some(bytes.len())
+        {
+            return Err(wrong_size());
+        }
+        // Candle casts the bytes to its blocks and asserts their alignment (2 bytes, Q8_K: 4). The
+        // header guarantees it for mapped tensors; other callers get a copy.
+        let align = if dtype == GgmlDType::Q8K { 4 } else { 2 };
+        let mut aligned = Vec::new();
+        let bytes = if bytes.as_ptr().addr().is_multiple_of(align) {
+            bytes
+        } else {
+            aligned.resize(bytes.len().div_ceil(8), 0u64);
+            let copy = bytemuck::cast_slice_mut::<u64, u8>(&mut aligned);
+            let copy = copy.get_mut(..bytes.len()).ok_or_else(wrong_size)?;
+            copy.copy_from_slice(bytes);
+            &*copy
+        };
+        match dtype
+            .from_data(Cow::Borrowed(bytes))
+            .dequantize(out.len())?
+        {
+            CpuStorage::F32(values) if values.len() == out.len() => out.copy_from_slice(&values),
+            _ => return Err(wrong_size()),
+        }
+        Ok(())
+    }
+}
+
+/// The name of a type that is not read (ggml.h, `enum ggml_type`).
+fn unread_name(number: u32) -> String {
+    let name = match number {
+        4 => "Q4_2",
+        5 => "Q4_3",
+        9 => "Q8_1",
+        16 => "IQ2_XXS",
+        17 => "IQ2_XS",
+        18 => "IQ3_XXS",
+        19 => "IQ1_S",
+        20 => "IQ4_NL",
+        21 => "IQ3_S",
+        22 => "IQ2_S",
+        23 => "IQ4_XS",
+        24 => "I8",
+        25 => "I16",
+        26 => "I32",
+        27 => "I64",
+        28 => "F64",
+        29 => "IQ1_M",
+        34 => "TQ1_0",
+        35 => "TQ2_0",
+        39 => "MXFP4",
+        40 => "NVFP4",
+        _ => return format!("number {number}"),
+    };
+    name.to_owned()
+}

@@ -3,7 +3,7 @@
 
 use crate::plan::{CompressOptions, Plan, PlannedTensor};
 use crate::rounding::{round_q4, round_q8, round_s4, round_s8};
-use crate::source::{FloatType, Source};
+use crate::source::Source;
 use crate::trellis;
 use rayon::prelude::*;
 use safetensors::Dtype;
@@ -66,7 +66,11 @@ pub fn compress(
     let plan = Plan::new(source, options)?;
     let tokenizer = source.files().tokenizer_json.as_deref();
     let mut metadata = metadata(source, options, &plan)?;
-    let mut layers: Vec<LayerInfo> = plan.tensors.iter().filter_map(|t| t.layer.clone()).collect();
+    let mut layers: Vec<LayerInfo> = plan
+        .tensors
+        .iter()
+        .filter_map(|t| t.layer.clone())
+        .collect();
     let kept = plan.tensors.iter().filter(|t| t.layer.is_none());
     let names = kept.map(|t| source.tensors()[t.index].name.as_str());
     let capacity = header_capacity(&layers, names.chain([TOKENIZER]), &metadata)?;
@@ -82,18 +86,13 @@ pub fn compress(
         progress.tensor(&tensor.name);
         if planned.layer.is_some() {
             let layer = &mut layers[next_layer];
-            let matrix = encode(source, planned, layer, options.seed)
-                .map_err(|e| e.tensor(&tensor.name))?;
+            let matrix =
+                encode(source, planned, layer, options.seed).map_err(|e| e.tensor(&tensor.name))?;
             writer.layer(next_layer, layer, &matrix)?;
             next_layer += 1;
         } else {
             let raw = source.read_raw(planned.index)?;
-            let dtype = match raw.dtype {
-                FloatType::Bf16 => Dtype::BF16,
-                FloatType::F16 => Dtype::F16,
-                FloatType::F32 => Dtype::F32,
-            };
-            writer.tensor(&tensor.name, dtype, &tensor.shape, &raw.bytes)?;
+            writer.tensor(&tensor.name, raw.dtype.into(), &tensor.shape, &raw.bytes)?;
         }
         progress.advance(tensor.weights() as u64);
     }
@@ -107,7 +106,10 @@ pub fn compress(
     };
     let ratio = 4.0 * report.weights as f64 / report.file_bytes as f64;
     metadata.insert("compression_ratio".into(), format!("{ratio:.4}"));
-    metadata.insert("bits_per_weight".into(), format!("{:.4}", report.bits_per_weight()));
+    metadata.insert(
+        "bits_per_weight".into(),
+        format!("{:.4}", report.bits_per_weight()),
+    );
     writer.finish(metadata, &report.layers)?;
     Ok(report)
 }

@@ -2,19 +2,26 @@
 #![forbid(unsafe_code)]
 
 use crate::compress::Progress;
-use half::bf16;
+use crate::source::FloatType;
+use bytemuck::Pod;
+use half::{bf16, f16};
 use safetensors::tensor::{Dtype, View};
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::path::Path;
-use upg_kernel::{Error, ErrorKind, Result, UPGDecompressor};
+use upg_kernel::{Error, ErrorKind, Result, UPGDecompressor, WeightFloat};
 
 /// Writes `model` into the folder `out` (made if need be): `config.json`, tokenizer files and
-/// `model.safetensors`, with compressed matrices as BF16 and all others as they are.
+/// `model.safetensors`, with compressed matrices as `dtype` and all others as they are.
 ///
 /// transformers loads the result. Every file appears whole or not at all; the weights come last.
 /// Memory: one matrix at a time. Errors: `Io`, and those of [`UPGDecompressor::decompress_layer`].
-pub fn export(model: &UPGDecompressor, out: impl AsRef<Path>, progress: &dyn Progress) -> Result<()> {
+pub fn export(
+    model: &UPGDecompressor,
+    out: impl AsRef<Path>,
+    dtype: FloatType,
+    progress: &dyn Progress,
+) -> Result<()> {
     let out = out.as_ref();
     std::fs::create_dir_all(out).map_err(|e| Error::io("cannot make the folder", out, e))?;
     let file = model.file();
@@ -37,23 +44,39 @@ pub fn export(model: &UPGDecompressor, out: impl AsRef<Path>, progress: &dyn Pro
     for (id, layer) in file.layers().iter().enumerate() {
         // Every check of the file happens here, so that writing below cannot meet a bad layer.
         file.matrix(id)?;
-        let content = Content::Layer { model, id, progress };
-        tensors.push((layer.name.clone(), Exported {
-            dtype: Dtype::BF16,
-            shape: vec![layer.rows, layer.cols],
-            content,
-        }));
+        let content = Content::Layer {
+            model,
+            id,
+            progress,
+        };
+        tensors.push((
+            layer.name.clone(),
+            Exported {
+                dtype: dtype.into(),
+                shape: vec![layer.rows, layer.cols],
+                content,
+            },
+        ));
     }
     for (name, dtype, shape) in file.kept() {
         let bytes = file.bytes(name).unwrap_or_default();
         let shape = shape.to_vec();
-        tensors.push((name.to_owned(), Exported { dtype, shape, content: Content::Kept(bytes) }));
+        tensors.push((
+            name.to_owned(),
+            Exported {
+                dtype,
+                shape,
+                content: Content::Kept(bytes),
+            },
+        ));
     }
     progress.start(file.layers().iter().map(|l| (l.rows * l.cols) as u64).sum());
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
     let path = out.join("model.safetensors");
     safetensors::serialize_to_file(tensors, Some(metadata), &path).map_err(|e| {
-        Error::new(ErrorKind::Io, format!("cannot write: {e}")).at(&path).with_source(e)
+        Error::new(ErrorKind::Io, format!("cannot write: {e}"))
+            .at(&path)
+            .with_source(e)
     })
 }
 
@@ -96,12 +119,14 @@ impl View for Exported<'_> {
         match self.content {
             Content::Kept(bytes) => bytes.into(),
             Content::Layer { model, id, progress } => {
-                let mut weights = vec![bf16::ZERO; self.shape.iter().product()];
-                model
-                    .decompress_layer_into(id, &mut weights)
-                    .expect("the layer was checked and the buffer has its size");
-                progress.advance(weights.len() as u64);
-                bytemuck::cast_slice(&weights).to_vec().into()
+                let len = self.shape.iter().product();
+                let bytes = match self.dtype {
+                    Dtype::F32 => decoded::<f32>(model, id, len),
+                    Dtype::F16 => decoded::<f16>(model, id, len),
+                    _ => decoded::<bf16>(model, id, len),
+                };
+                progress.advance(len as u64);
+                bytes.into()
             }
         }
     }
@@ -109,4 +134,12 @@ impl View for Exported<'_> {
     fn data_len(&self) -> usize {
         self.shape.iter().product::<usize>() * self.dtype.bitsize() / 8
     }
+}
+
+fn decoded<T: WeightFloat + Pod>(model: &UPGDecompressor, id: usize, len: usize) -> Vec<u8> {
+    let mut weights = vec![T::zeroed(); len];
+    model
+        .decompress_layer_into(id, &mut weights)
+        .expect("the layer was checked and the buffer has its size");
+    bytemuck::cast_slice(&weights).to_vec()
 }

@@ -2,9 +2,8 @@
 
 pub mod compress;
 pub mod export;
+pub mod gguf_tokenizer;
 pub mod plan;
 pub mod rounding;
 pub mod source;
 pub mod trellis;
-pub mod gguf_tokenizer;
-pub mod source;

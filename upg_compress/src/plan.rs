@@ -63,7 +63,8 @@ impl FromStr for Override {
         let (pattern, choice) = text
             .rsplit_once('=')
             .ok_or_else(|| bad(format!("'{text}' has no '='")))?;
-        let pattern = glob::Pattern::new(pattern).map_err(|e| bad(format!("pattern '{pattern}': {e}")))?;
+        let pattern =
+            glob::Pattern::new(pattern).map_err(|e| bad(format!("pattern '{pattern}': {e}")))?;
         Ok(Self {
             pattern,
             choice: choice.parse()?,
@@ -125,8 +126,16 @@ impl Plan {
             .embedding
             .unwrap_or_else(|| default_embedding(options.encoding, &tensors));
         let choose = |t: &TensorInfo| {
-            let by_place = if is_embedding(t) { embedding } else { options.encoding };
-            let matching = options.overrides.iter().rev().find(|o| o.pattern.matches(&t.name));
+            let by_place = if is_embedding(t) {
+                embedding
+            } else {
+                options.encoding
+            };
+            let matching = options
+                .overrides
+                .iter()
+                .rev()
+                .find(|o| o.pattern.matches(&t.name));
             matching.map_or(by_place, |o| o.choice)
         };
         for o in &options.overrides {
@@ -135,7 +144,10 @@ impl Plan {
                 let example = names().next().map_or("none", |(_, t)| t.name.as_str());
                 return Err(Error::new(
                     ErrorKind::Argument,
-                    format!("the pattern '{}' matches no matrix of this model", o.pattern),
+                    format!(
+                        "the pattern '{}' matches no matrix of this model",
+                        o.pattern
+                    ),
                 )
                 .hint(format!("names look like '{example}'")));
             }
@@ -147,7 +159,11 @@ impl Plan {
                 .iter()
                 .map(|&(index, t)| PlannedTensor {
                     index,
-                    layer: if is_matrix(t) { described(t, choose(t)) } else { None },
+                    layer: if is_matrix(t) {
+                        described(t, choose(t))
+                    } else {
+                        None
+                    },
                 })
                 .collect(),
         })
@@ -173,7 +189,10 @@ fn is_matrix(tensor: &TensorInfo) -> bool {
 }
 
 fn is_embedding(tensor: &TensorInfo) -> bool {
-    matches!(tensor.name.as_str(), "model.embed_tokens.weight" | "lm_head.weight")
+    matches!(
+        tensor.name.as_str(),
+        "model.embed_tokens.weight" | "lm_head.weight"
+    )
 }
 
 /// Of such a model the output head is the embedding; a stored copy is not used.
@@ -190,7 +209,9 @@ fn default_embedding(body: Choice, tensors: &[(usize, &TensorInfo)]) -> Choice {
         Choice::Encode(_) => return Choice::Encode(Encoding::Q8),
     };
     let weights = |embedding: bool| -> f64 {
-        let of_kind = tensors.iter().filter(|(_, t)| is_matrix(t) && is_embedding(t) == embedding);
+        let of_kind = tensors
+            .iter()
+            .filter(|(_, t)| is_matrix(t) && is_embedding(t) == embedding);
         of_kind.map(|(_, t)| t.weights() as f64).sum()
     };
     let (embedding, rest) = (8.13 * weights(true), body_bits * weights(false));

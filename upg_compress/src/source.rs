@@ -11,6 +11,7 @@ pub mod hf;
 
 use half::{bf16, f16};
 use rayon::prelude::*;
+use safetensors::Dtype;
 use std::borrow::Cow;
 use std::fmt;
 use std::fs::File;
@@ -76,6 +77,16 @@ impl FloatType {
             }
         }
         Ok(())
+    }
+}
+
+impl From<FloatType> for Dtype {
+    fn from(float: FloatType) -> Self {
+        match float {
+            FloatType::Bf16 => Self::BF16,
+            FloatType::F16 => Self::F16,
+            FloatType::F32 => Self::F32,
+        }
     }
 }
 

@@ -4,6 +4,7 @@
 mod checksum;
 mod header;
 mod index;
+mod kept;
 mod layout;
 pub(crate) mod rules;
 mod writer;

@@ -2,11 +2,13 @@
 //!
 //! `config.json` -> [`ModelConfig`]; with a [`WeightSource`] -> [`Model`] (shared, read-only);
 //! with a KV cache -> [`Session`]; with a [`Sampler`] -> [`TokenStream`] -> [`TextStream`].
+//! [`UPGModel`] has all of it from one file.
 #![forbid(unsafe_code)]
 
 mod attention;
 pub mod chat_template;
 pub mod config;
+mod evaluate;
 pub mod generate;
 mod kv_cache;
 mod layers;
@@ -14,10 +16,13 @@ pub mod model;
 pub mod rope;
 pub mod sampler;
 pub mod tokenizer;
+mod upg_model;
 pub mod weights;
 
 pub use config::ModelConfig;
+pub use evaluate::{Evaluation, EvaluationProgress, evaluate};
 pub use generate::{FinishReason, GenerateOptions, StopStrings, TextStream, TokenStream};
 pub use model::{Model, Session, SessionOptions};
 pub use sampler::{Sampler, SamplingOptions};
+pub use upg_model::UPGModel;
 pub use weights::WeightSource;

@@ -17,6 +17,7 @@ mod upg_decompress;
 
 pub use array::Array;
 pub use error::{Error, ErrorKind, Result};
+pub use inference::UPGModel;
 pub use mapped::MappedFile;
 pub use matrix::Matrix;
 pub use upg_decompress::{LayerId, UPGDecompressor, WeightFloat, reconstruct_weight};

@@ -12,12 +12,11 @@ mod metadata;
 mod rope;
 mod types;
 
-pub use metadata::GgufVocab;
-
 use super::{
     FloatType, ModelFiles, RawTensor, SkippedTensor, Source, TensorInfo, check_rows, fill_rows,
     sort_key, tensor_at,
 };
+use crate::gguf_tokenizer::GgufVocab;
 use config::{Dims, FromTensors};
 use families::{Family, RowOrder, Wanted};
 use header::{Entry, Header};
@@ -80,7 +79,7 @@ impl GgufSource {
         let vocab_rows = embeddings.and_then(|s| s.first().copied()).unwrap_or(0);
         // The kind of file is checked before its tensors: a projector has no embeddings either.
         let (family, dims) = config::read_dims(&metadata, vocab_rows)?;
-        let vocab = GgufVocab::read(&metadata)?;
+        let vocab = metadata::read_vocab(&metadata)?;
         if !vocab.tokens.is_empty() && vocab.tokens.len() != vocab_rows {
             return Err(Error::new(
                 ErrorKind::Shape,
@@ -196,9 +195,17 @@ impl Source for GgufSource {
     }
 }
 
-/// The tokenizer files, built from the vocabulary. The one place where a builder is plugged in.
-fn tokenizer_files(_vocab: &GgufVocab) -> Result<ModelFiles> {
-    Ok(ModelFiles::default())
+/// The tokenizer files, built from the vocabulary; none if the file has none.
+fn tokenizer_files(vocab: &GgufVocab) -> Result<ModelFiles> {
+    if vocab.model.is_empty() && vocab.tokens.is_empty() {
+        return Ok(ModelFiles::default());
+    }
+    let files = vocab.to_tokenizer_files()?;
+    Ok(ModelFiles {
+        tokenizer_json: Some(files.tokenizer_json),
+        tokenizer_config_json: Some(files.tokenizer_config_json),
+        ..ModelFiles::default()
+    })
 }
 
 /// Takes the rotary factors out of `stored` and into `facts`.

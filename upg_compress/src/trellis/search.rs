@@ -173,9 +173,10 @@ impl<'a> Search<'a> {
         let bits = usize::from(k);
         // of a state `age` steps after `last`: its low bits that `last` fixes, and their number
         let imposed = |age: usize| match last {
-            Some(last) if age * bits < STATE_BITS as usize => {
-                (usize::from(last) >> (age * bits), STATE_BITS as usize - age * bits)
-            }
+            Some(last) if age * bits < STATE_BITS as usize => (
+                usize::from(last) >> (age * bits),
+                STATE_BITS as usize - age * bits,
+            ),
             _ => (0, 0),
         };
         // the low bits of the state after the last one

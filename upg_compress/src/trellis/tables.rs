@@ -23,7 +23,9 @@ impl Code {
     pub fn new(k: u8, shifts: &[u8], levels: &[i8], unit: f32) -> Result<Self> {
         let wrong = |message: String| Err(Error::new(ErrorKind::Argument, message));
         if !(2..=4).contains(&k) {
-            return wrong(format!("{k} bits a weight, the trellis codes have 2, 3 or 4"));
+            return wrong(format!(
+                "{k} bits a weight, the trellis codes have 2, 3 or 4"
+            ));
         }
         if ![128, 256].contains(&levels.len()) {
             return wrong(format!("{} levels, expected 128 or 256", levels.len()));
@@ -32,7 +34,10 @@ impl Code {
             return wrong(format!("a standard deviation of {unit} levels"));
         }
         let Ok(mut shifts) = <[u8; SHIFT_TABLE_LEN]>::try_from(shifts) else {
-            return wrong(format!("{} shifts, expected {SHIFT_TABLE_LEN}", shifts.len()));
+            return wrong(format!(
+                "{} shifts, expected {SHIFT_TABLE_LEN}",
+                shifts.len()
+            ));
         };
         for shift in &mut shifts {
             *shift = (usize::from(*shift) % levels.len()) as u8;
@@ -94,6 +99,18 @@ struct Tables<const N: usize> {
     shifts: [u8; SHIFT_TABLE_LEN],
     levels: [i8; N],
 }
-static T2: Tables<128> = Tables { unit: 32.0, shifts: [0; 64], levels: [0; 128] };
-static T3: Tables<128> = Tables { unit: 32.0, shifts: [0; 64], levels: [0; 128] };
-static T4: Tables<128> = Tables { unit: 32.0, shifts: [0; 64], levels: [0; 128] };
+static T2: Tables<128> = Tables {
+    unit: 32.0,
+    shifts: [0; 64],
+    levels: [0; 128],
+};
+static T3: Tables<128> = Tables {
+    unit: 32.0,
+    shifts: [0; 64],
+    levels: [0; 128],
+};
+static T4: Tables<128> = Tables {
+    unit: 32.0,
+    shifts: [0; 64],
+    levels: [0; 128],
+};

@@ -18,6 +18,17 @@ pub enum DenseValues {
     F32(Array<f32>),
 }
 
+impl DenseValues {
+    /// Every value, widened.
+    pub fn to_f32(&self) -> Vec<f32> {
+        match self {
+            Self::Bf16(v) => v.iter().map(|v| v.to_f32()).collect(),
+            Self::F16(v) => v.iter().map(|v| v.to_f32()).collect(),
+            Self::F32(v) => v.to_vec(),
+        }
+    }
+}
+
 /// A dense matrix `[rows, cols]`.
 #[derive(Debug, Clone)]
 pub struct DenseMatrix {

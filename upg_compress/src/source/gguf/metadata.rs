@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::header::{Array, Header, Value, malformed};
+use crate::gguf_tokenizer::GgufVocab;
 use std::ops::Range;
 use upg_kernel::{Error, ErrorKind, Result};
 
@@ -132,90 +133,53 @@ impl<'a> Metadata<'a> {
     }
 }
 
-/// What a GGUF file says about its tokenizer, as it stands in the metadata (`tokenizer.ggml.*`).
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct GgufVocab {
-    /// `gpt2` (byte-level BPE), `llama` (SentencePiece), ...; empty if the file has no tokenizer.
-    pub model: String,
-    /// The pre-tokenizer, for example `smollm`.
-    pub pre: Option<String>,
-    /// Every token, by id.
-    pub tokens: Vec<String>,
-    /// One score per token, or none.
-    pub scores: Vec<f32>,
-    /// One type per token (1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte).
-    pub token_types: Vec<i32>,
-    /// BPE merges in order, `left right`.
-    pub merges: Vec<String>,
-    /// Beginning of the text.
-    pub bos: Option<u32>,
-    /// End of the text.
-    pub eos: Option<u32>,
-    /// What stands for the unknown.
-    pub unk: Option<u32>,
-    /// Padding.
-    pub pad: Option<u32>,
-    /// Whether the tokenizer puts `bos` in front.
-    pub add_bos: Option<bool>,
-    /// Whether the tokenizer puts `eos` at the end.
-    pub add_eos: Option<bool>,
-    /// Whether the tokenizer puts a space in front.
-    pub add_space_prefix: Option<bool>,
-    /// The Jinja text of the chat template.
-    pub chat_template: Option<String>,
-}
-
-impl GgufVocab {
-    /// Collects the fields.
-    ///
-    /// Errors: `Malformed` (types, lists of different lengths), `TooLarge`.
-    pub(super) fn read(metadata: &Metadata<'_>) -> Result<Self> {
-        let text = |key: &str| Ok::<_, Error>(metadata.text(key)?.map(str::to_owned));
-        let tokens = metadata.texts("tokenizer.ggml.tokens")?;
-        let scores = metadata.list("tokenizer.ggml.scores", |value| match value {
-            Value::Float(x) => Ok(x as f32),
-            _ => Err(malformed("tokenizer.ggml.scores is not a list of floats")),
-        })?;
-        let token_types = metadata.list("tokenizer.ggml.token_type", |value| match value {
-            Value::Int(n) => {
-                i32::try_from(n).map_err(|_| malformed("a token type of over 32 bits"))
-            }
-            _ => Err(malformed("tokenizer.ggml.token_type is not a list of ints")),
-        })?;
-        for (name, len) in [("scores", scores.len()), ("token_type", token_types.len())] {
-            if len != 0 && len != tokens.len() {
-                return Err(malformed(format!(
-                    "tokenizer.ggml.{name} has {len} elements for {} tokens",
-                    tokens.len()
-                )));
-            }
+/// Collects what the metadata says about the tokenizer.
+///
+/// Errors: `Malformed` (types, lists of different lengths), `TooLarge`.
+pub(super) fn read_vocab(metadata: &Metadata<'_>) -> Result<GgufVocab> {
+    let text = |key: &str| Ok::<_, Error>(metadata.text(key)?.map(str::to_owned));
+    let tokens = metadata.texts("tokenizer.ggml.tokens")?;
+    let scores = metadata.list("tokenizer.ggml.scores", |value| match value {
+        Value::Float(x) => Ok(x as f32),
+        _ => Err(malformed("tokenizer.ggml.scores is not a list of floats")),
+    })?;
+    let token_types = metadata.list("tokenizer.ggml.token_type", |value| match value {
+        Value::Int(n) => i32::try_from(n).map_err(|_| malformed("a token type of over 32 bits")),
+        _ => Err(malformed("tokenizer.ggml.token_type is not a list of ints")),
+    })?;
+    for (name, len) in [("scores", scores.len()), ("token_type", token_types.len())] {
+        if len != 0 && len != tokens.len() {
+            return Err(malformed(format!(
+                "tokenizer.ggml.{name} has {len} elements for {} tokens",
+                tokens.len()
+            )));
         }
-        let chat_template = text("tokenizer.chat_template")?;
-        if chat_template
-            .as_ref()
-            .is_some_and(|t| t.len() > MAX_TEMPLATE)
-        {
-            return Err(Error::new(
-                ErrorKind::TooLarge,
-                format!("a chat template of over {MAX_TEMPLATE} bytes"),
-            ));
-        }
-        let id = |name: &str| metadata.token_id(name, tokens.len());
-        Ok(Self {
-            model: text("tokenizer.ggml.model")?.unwrap_or_default(),
-            pre: text("tokenizer.ggml.pre")?,
-            scores,
-            token_types,
-            merges: metadata.texts("tokenizer.ggml.merges")?,
-            bos: id("bos")?,
-            eos: id("eos")?,
-            unk: id("unknown")?,
-            pad: id("padding")?,
-            add_bos: metadata.flag("tokenizer.ggml.add_bos_token")?,
-            add_eos: metadata.flag("tokenizer.ggml.add_eos_token")?,
-            add_space_prefix: metadata.flag("tokenizer.ggml.add_space_prefix")?,
-            chat_template,
-            tokens,
-        })
     }
+    let chat_template = text("tokenizer.chat_template")?;
+    if chat_template
+        .as_ref()
+        .is_some_and(|t| t.len() > MAX_TEMPLATE)
+    {
+        return Err(Error::new(
+            ErrorKind::TooLarge,
+            format!("a chat template of over {MAX_TEMPLATE} bytes"),
+        ));
+    }
+    let id = |name: &str| metadata.token_id(name, tokens.len());
+    Ok(GgufVocab {
+        model: text("tokenizer.ggml.model")?.unwrap_or_default(),
+        pre: text("tokenizer.ggml.pre")?,
+        scores,
+        token_types,
+        merges: metadata.texts("tokenizer.ggml.merges")?,
+        bos: id("bos")?,
+        eos: id("eos")?,
+        unk: id("unknown")?,
+        pad: id("padding")?,
+        add_bos: metadata.flag("tokenizer.ggml.add_bos_token")?,
+        add_eos: metadata.flag("tokenizer.ggml.add_eos_token")?,
+        add_space_prefix: metadata.flag("tokenizer.ggml.add_space_prefix")?,
+        chat_template,
+        tokens,
+    })
 }

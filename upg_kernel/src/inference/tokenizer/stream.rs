@@ -68,7 +68,7 @@ impl<'a> DecodeStream<'a> {
     ///
     /// # Errors
     /// As [`Tokenizer::decode`].
-    pub fn finish(mut self) -> Result<String> {
+    pub fn finish(&mut self) -> Result<String> {
         let text = self.pending_text()?;
         self.pending.clear();
         Ok(text)

@@ -1,0 +1,258 @@
+//! The command line: every flag, its default and its help.
+#![forbid(unsafe_code)]
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::path::PathBuf;
+use upg_compress::plan::{Choice, Override};
+
+/// Compress language models into one memory-mapped file, and run them from it.
+#[derive(Parser)]
+#[command(
+    name = "upg",
+    version,
+    max_term_width = 100,
+    after_help = "\
+Examples:
+  upg compress SmolLM2-135M-Instruct/ -o smollm2.safetensors --encoding q4
+  upg run smollm2.safetensors -p 'The capital of France is' -n 20
+  upg chat smollm2.safetensors"
+)]
+pub struct Cli {
+    /// Threads to use; default: all cores this process may use
+    #[arg(long, global = true, value_name = "N")]
+    pub threads: Option<usize>,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Subcommand)]
+pub enum Command {
+    /// Compress a model directory or a GGUF file into a UPG file
+    Compress(CompressArgs),
+    /// Rebuild a Hugging Face directory that transformers can load
+    Decompress(DecompressArgs),
+    /// List what a UPG file holds
+    Inspect(InspectArgs),
+    /// Read a whole UPG file and check it against its checksums and rules
+    Verify(FileArgs),
+    /// Continue one prompt, or compute logits for token ids
+    Run(RunArgs),
+    /// Talk with a model
+    Chat(ChatArgs),
+    /// Measure perplexity on a text, and the distance to another file
+    Eval(EvalArgs),
+    /// Print a completion script for a shell
+    Completions(CompletionsArgs),
+}
+
+#[derive(Args)]
+#[command(after_help = "\
+Encodings, with bits per weight:
+  keep   as the source has it       mdcsr  nearly lossless archive, 32
+  q8     8.13                       q4     4.25
+  t4     4.1   rotated, trellis     s8     zeros kept exactly: 1.1 + 8 per kept weight
+  t3     3.1   rotated, trellis     s4     zeros kept exactly: 1.2 + 4 per kept weight
+  t2     2.1   rotated, trellis
+
+Examples:
+  upg compress Phi-4/ -o phi4.safetensors --encoding t3
+  upg compress model.gguf -o model.safetensors --encoding q4 --embedding q8
+  upg compress Phi-4/ -o phi4.safetensors --encoding t3 --tensor '*.down_proj.weight=t4'")]
+pub struct CompressArgs {
+    /// Hugging Face directory (config.json, *.safetensors) or GGUF file
+    pub source: PathBuf,
+    /// File to write; it appears whole or not at all
+    #[arg(short, long, value_name = "FILE")]
+    pub output: PathBuf,
+    /// For the matrices of the transformer blocks
+    #[arg(short, long, default_value = "q4")]
+    pub encoding: Choice,
+    /// For the embeddings and the output head [default: q8; q4 with t2 or t3 where they are large]
+    #[arg(long, value_name = "ENCODING")]
+    pub embedding: Option<Choice>,
+    /// For matrices whose name matches a pattern with * and ?; the last match counts
+    #[arg(long = "tensor", value_name = "PATTERN=ENCODING")]
+    pub overrides: Vec<Override>,
+    /// Seed of the random rotation of the t encodings
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+}
+
+#[derive(Args)]
+#[command(after_help = "\
+Example:
+  upg decompress model.safetensors -o model-hf/")]
+pub struct DecompressArgs {
+    /// UPG file
+    pub file: PathBuf,
+    /// Directory to write; made if need be
+    #[arg(short, long, value_name = "DIR")]
+    pub output: PathBuf,
+    /// Type of the decompressed matrices
+    #[arg(long, value_enum, default_value_t = FloatArg::Bf16)]
+    pub dtype: FloatArg,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum FloatArg {
+    /// 2 bytes, the range of f32
+    Bf16,
+    /// 2 bytes, 11 bits of precision
+    F16,
+    /// 4 bytes, exactly what the file says
+    F32,
+}
+
+#[derive(Args)]
+#[command(after_help = "\
+Examples:
+  upg inspect model.safetensors
+  upg inspect model.safetensors --json | jq '.layers[] | select(.encoding == \"q4\")'")]
+pub struct InspectArgs {
+    /// UPG file
+    pub file: PathBuf,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args)]
+#[command(after_help = "\
+Example:
+  upg verify model.safetensors && echo sound")]
+pub struct FileArgs {
+    /// UPG file
+    pub file: PathBuf,
+}
+
+#[derive(Args)]
+pub struct SamplingArgs {
+    /// Randomness; 0 always takes the most probable token
+    #[arg(short, long, default_value_t = 0.0)]
+    pub temperature: f32,
+    /// Choose among this many most probable tokens; 0: all
+    #[arg(long, default_value_t = 0, value_name = "K")]
+    pub top_k: usize,
+    /// Choose among the fewest tokens of this total probability
+    #[arg(long, default_value_t = 1.0, value_name = "P")]
+    pub top_p: f32,
+    /// Choose among tokens of at least this probability, relative to the first
+    #[arg(long, default_value_t = 0.0, value_name = "P")]
+    pub min_p: f32,
+    /// Make tokens of the last 64 less probable; 1: no change
+    #[arg(long, default_value_t = 1.0, value_name = "FACTOR")]
+    pub repetition_penalty: f32,
+    /// Seed of the random choice
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Stop at this text; may be given several times
+    #[arg(long = "stop", value_name = "TEXT")]
+    pub stop: Vec<String>,
+    /// Positions to keep room for [default: what the model allows]
+    #[arg(long, value_name = "N")]
+    pub context: Option<usize>,
+}
+
+#[derive(Args)]
+#[command(after_help = "\
+Examples:
+  upg run model.safetensors -p 'Once upon a time' -n 100 --temperature 0.8 --seed 7
+  upg run model.safetensors --chat -p 'Why is the sky blue?' -n 200
+  upg run model.safetensors --tokens 504,3575,282 --logits logits.safetensors")]
+pub struct RunArgs {
+    /// UPG file
+    pub file: PathBuf,
+    /// Text to continue; - reads standard input
+    #[arg(
+        short,
+        long,
+        conflicts_with = "tokens",
+        required_unless_present = "tokens"
+    )]
+    pub prompt: Option<String>,
+    /// Most tokens to generate
+    #[arg(short = 'n', long, default_value_t = 128, value_name = "N")]
+    pub max_tokens: usize,
+    /// Put the prompt into the chat template of the model
+    #[arg(long, conflicts_with = "tokens")]
+    pub chat: bool,
+    /// System message for --chat
+    #[arg(long, requires = "chat", value_name = "TEXT")]
+    pub system: Option<String>,
+    /// Token ids instead of a prompt, separated by commas
+    #[arg(long, value_delimiter = ',', num_args = 1.., requires = "logits", value_name = "IDS")]
+    pub tokens: Option<Vec<u32>>,
+    /// With --tokens: write the logits of every position, F32 [positions, vocab], as safetensors
+    #[arg(long, requires = "tokens", value_name = "FILE")]
+    pub logits: Option<PathBuf>,
+    /// No figures on speed and memory at the end
+    #[arg(short, long)]
+    pub quiet: bool,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+}
+
+#[derive(Args)]
+#[command(after_help = "\
+Ctrl-C stops the answer; Ctrl-D, or Ctrl-C at the prompt, ends the program. /clear forgets the talk.
+
+Example:
+  upg chat model.safetensors --system 'You answer in one sentence.' --temperature 0.7")]
+pub struct ChatArgs {
+    /// UPG file
+    pub file: PathBuf,
+    /// System message
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+    /// Most tokens of an answer
+    #[arg(short = 'n', long, default_value_t = 1024, value_name = "N")]
+    pub max_tokens: usize,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+}
+
+#[derive(Args)]
+#[command(after_help = "\
+The text is cut into windows and the second half of each is scored, as llama.cpp does it.
+
+Examples:
+  upg eval model.safetensors --text book.txt
+  upg eval small.safetensors --text book.txt --against original.safetensors --json")]
+pub struct EvalArgs {
+    /// UPG file
+    pub file: PathBuf,
+    /// Text file, UTF-8
+    #[arg(long, value_name = "FILE")]
+    pub text: PathBuf,
+    /// Reference to compare with: KL divergence and agreement of the first choice
+    #[arg(long, value_name = "FILE")]
+    pub against: Option<PathBuf>,
+    /// Tokens of a window
+    #[arg(long, default_value_t = 512, value_name = "N")]
+    pub window: usize,
+    /// Use only this many windows of the text
+    #[arg(long, value_name = "N")]
+    pub windows: Option<usize>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args)]
+#[command(after_help = "\
+Example:
+  upg completions bash > ~/.local/share/bash-completion/completions/upg")]
+pub struct CompletionsArgs {
+    /// The shell
+    pub shell: clap_complete::Shell,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        super::Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,11 @@
+//! One module a command.
+#![forbid(unsafe_code)]
+
+pub mod chat;
+pub mod completions;
+pub mod compress;
+pub mod decompress;
+pub mod eval;
+pub mod inspect;
+pub mod run;
+pub mod verify;

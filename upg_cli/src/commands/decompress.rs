@@ -1,0 +1,24 @@
+//! `upg decompress`.
+#![forbid(unsafe_code)]
+
+use crate::cli::{DecompressArgs, FloatArg};
+use crate::terminal::{self, WeightsBar};
+use upg_compress::export::export;
+use upg_compress::source::FloatType;
+use upg_kernel::{Result, UPGDecompressor};
+
+pub fn run(args: &DecompressArgs) -> Result<()> {
+    let model = UPGDecompressor::from_safetensors(&args.file)?;
+    let dtype = match args.dtype {
+        FloatArg::Bf16 => FloatType::Bf16,
+        FloatArg::F16 => FloatType::F16,
+        FloatArg::F32 => FloatType::F32,
+    };
+    let progress = WeightsBar::new()?;
+    export(&model, &args.output, dtype, &progress)?;
+    drop(progress);
+    terminal::print(&format!(
+        "{}: a Hugging Face directory\n",
+        args.output.display()
+    ))
+}

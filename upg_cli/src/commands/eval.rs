@@ -1,0 +1,108 @@
+//! `upg eval`.
+#![forbid(unsafe_code)]
+
+use crate::cli::EvalArgs;
+use crate::terminal;
+use serde_json::json;
+use std::fs;
+use upg_kernel::format::UpgFile;
+use upg_kernel::inference::evaluate;
+use upg_kernel::{Error, ErrorKind, Result, UPGModel};
+
+pub fn run(args: &EvalArgs) -> Result<()> {
+    let bytes = fs::read(&args.text).map_err(|e| Error::io("cannot read", &args.text, e))?;
+    let text = String::from_utf8(bytes).map_err(|e| {
+        Error::new(ErrorKind::Malformed, format!("not UTF-8 text: {e}"))
+            .at(&args.text)
+            .with_source(e)
+    })?;
+    let model = UPGModel::from_file(&args.file)?;
+    let reference = args.against.as_ref().map(UPGModel::from_file).transpose()?;
+    let bar = terminal::bar(0, "{bar:30} {percent:>3}%  {pos}/{len} windows, {eta} left");
+    let progress = |done, all| {
+        bar.set_length(all as u64);
+        bar.set_position(done as u64);
+    };
+    let limit = args.windows.unwrap_or(usize::MAX);
+    let result = evaluate(
+        &model,
+        &text,
+        args.window,
+        limit,
+        reference.as_ref(),
+        &progress,
+    );
+    bar.finish_and_clear();
+    let result = result?;
+    let bits = file_bits(model.file());
+    let comparison = result.comparison.as_ref();
+
+    if args.json {
+        let json = json!({
+            "perplexity": result.perplexity,
+            "perplexity_error": result.perplexity_error,
+            "positions": result.positions,
+            "window": args.window,
+            "bits_per_weight": bits.whole,
+            "bits_per_weight_blocks": bits.blocks,
+            "file_bytes": model.file().file_len(),
+            "reference_perplexity": comparison.map(|c| c.reference_perplexity),
+            "kl_mean": comparison.map(|c| c.kl_mean),
+            "kl_error": comparison.map(|c| c.kl_error),
+            "top1_agreement": comparison.map(|c| c.top1_agreement),
+        });
+        return terminal::print(&format!("{json:#}\n"));
+    }
+    let mut out = format!(
+        "perplexity {:.4} +- {:.4} ({} positions, windows of {})\nbits per weight {:.3}, blocks {:.3}\n",
+        result.perplexity,
+        result.perplexity_error,
+        result.positions,
+        args.window,
+        bits.whole,
+        bits.blocks
+    );
+    if let Some(c) = comparison {
+        out += &format!(
+            "reference perplexity {:.4} (x{:.4})\nKL divergence {:.5} +- {:.5}, same first choice {:.2} %\n",
+            c.reference_perplexity,
+            result.perplexity / c.reference_perplexity,
+            c.kl_mean,
+            c.kl_error,
+            100.0 * c.top1_agreement
+        );
+    }
+    terminal::print(&out)
+}
+
+struct Bits {
+    /// Of the whole file, for each weight of the model.
+    whole: f64,
+    /// Of the matrices of the transformer blocks.
+    blocks: f64,
+}
+
+fn file_bits(file: &UpgFile) -> Bits {
+    let in_block = |name: &str| name.starts_with("model.layers.");
+    let (mut bytes, mut weights, mut all) = (0u64, 0u64, 0u64);
+    for (id, layer) in file.layers().iter().enumerate() {
+        let n = layer.rows as u64 * layer.cols as u64;
+        all += n;
+        if in_block(&layer.name) {
+            bytes += file.layer_bytes(id);
+            weights += n;
+        }
+    }
+    for (name, dtype, shape) in file.kept() {
+        let n = shape.iter().product::<usize>() as u64;
+        all += n;
+        if in_block(name) && shape.len() == 2 {
+            bytes += n * dtype.bitsize() as u64 / 8;
+            weights += n;
+        }
+    }
+    Bits {
+        whole: 8.0 * file.file_len() as f64 / all as f64,
+        blocks: 8.0 * bytes as f64 / weights as f64,
+    }
+}

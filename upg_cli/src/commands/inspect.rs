@@ -1,0 +1,116 @@
+//! `upg inspect`.
+#![forbid(unsafe_code)]
+
+use crate::cli::InspectArgs;
+use crate::terminal;
+use serde_json::{Value, json};
+use std::fmt::Write;
+use upg_kernel::Result;
+use upg_kernel::format::UpgFile;
+
+pub fn run(args: &InspectArgs) -> Result<()> {
+    let file = UpgFile::open(&args.file)?;
+    let text = if args.json {
+        format!("{:#}\n", as_json(&file))
+    } else {
+        as_table(&file)
+    };
+    terminal::print(&text)
+}
+
+fn as_json(file: &UpgFile) -> Value {
+    let metadata = |key| file.metadata(key).unwrap_or_default();
+    let number = |key| metadata(key).parse::<f64>().ok();
+    let layers = file.layers().iter().enumerate().map(|(id, layer)| {
+        json!({
+            "id": id,
+            "name": layer.name,
+            "rows": layer.rows,
+            "cols": layer.cols,
+            "encoding": layer.encoding_name(),
+            "group": layer.group,
+            "hadamard": layer.hadamard,
+            "bytes": file.layer_bytes(id),
+            "bits_per_weight": layer_bits(file, id),
+            "error": layer.error,
+        })
+    });
+    let kept = file.kept().map(
+        |(name, dtype, shape)| json!({ "name": name, "dtype": dtype.to_string(), "shape": shape }),
+    );
+    json!({
+        "file": file.path().display().to_string(),
+        "bytes": file.file_len(),
+        "version": metadata("version"),
+        "model": metadata("model"),
+        "compression_ratio": number("compression_ratio"),
+        "bits_per_weight": number("bits_per_weight"),
+        "recipe": serde_json::from_str::<Value>(metadata("recipe")).unwrap_or_default(),
+        "tokenizer": file.tokenizer_json().is_some(),
+        "chat_template": file.metadata("chat_template").is_some(),
+        "layers": layers.collect::<Vec<_>>(),
+        "kept": kept.collect::<Vec<_>>(),
+    })
+}
+
+fn layer_bits(file: &UpgFile, id: usize) -> f64 {
+    let layer = &file.layers()[id];
+    8.0 * file.layer_bytes(id) as f64 / (layer.rows as f64 * layer.cols as f64)
+}
+
+fn as_table(file: &UpgFile) -> String {
+    let metadata = |key| file.metadata(key).unwrap_or_default().escape_debug();
+    let mut out = format!(
+        "{}: UPG {}, {}\nmodel {}, {} bits per weight, {} times smaller than F32\n\n",
+        file.path().display(),
+        metadata("version"),
+        terminal::bytes(file.file_len()),
+        metadata("model"),
+        metadata("bits_per_weight"),
+        metadata("compression_ratio"),
+    );
+    let width = file
+        .layers()
+        .iter()
+        .map(|l| l.name.chars().count())
+        .max()
+        .unwrap_or(0);
+    let mut line = |text: String| {
+        out += text.trim_end();
+        out.push('\n');
+    };
+    if !file.layers().is_empty() {
+        line(format!(
+            "{:>4}  {:width$}  {:>15}  {:8}  {:>6}  {:>9}",
+            "id", "layer", "shape", "encoding", "bits", "error"
+        ));
+    }
+    for (id, layer) in file.layers().iter().enumerate() {
+        let error = layer
+            .error
+            .map_or(String::new(), |e| format!("{:.4} %", 100.0 * e));
+        line(format!(
+            "{id:>4}  {:width$}  {:>15}  {:8}  {:>6.3}  {error:>9}",
+            layer.name.escape_debug().to_string(),
+            format!("{} x {}", layer.rows, layer.cols),
+            layer.encoding_name(),
+            layer_bits(file, id),
+        ));
+    }
+    let kept: Vec<_> = file.kept().collect();
+    let weights: usize = kept
+        .iter()
+        .map(|(_, _, shape)| shape.iter().product::<usize>())
+        .sum();
+    let tokenizer = if file.tokenizer_json().is_some() {
+        "yes"
+    } else {
+        "no"
+    };
+    let _ = write!(
+        out,
+        "\n{} uncompressed tensors of {weights} weights; tokenizer: {tokenizer}\n",
+        kept.len()
+    );
+    out
+}

@@ -1,0 +1,201 @@
+//! A whole model from one UPG file: weights, tokenizer, chat template.
+#![forbid(unsafe_code)]
+
+use super::chat_template::ChatTemplate;
+use super::generate::{GenerateOptions, PieceDecoder, StopStrings, TextStream, TokenStream};
+use super::tokenizer::{DecodeStream, SpecialIds, Tokenizer};
+use super::weights::{WeightSource, shape_mismatch};
+use super::{Model, ModelConfig, Sampler, SamplingOptions, Session, SessionOptions};
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::UpgFile;
+use crate::matrix::Matrix;
+use candle_core::{Device, Tensor};
+use std::path::Path;
+use std::sync::Arc;
+
+/// A model that is ready to generate; shared by any number of [`Session`]s.
+pub struct UPGModel {
+    file: Arc<UpgFile>,
+    model: Arc<Model>,
+    tokenizer: Option<Tokenizer>,
+}
+
+impl UPGModel {
+    /// Opens a UPG file with everything that is in it.
+    ///
+    /// Weights are mapped, not read: the time goes into the header and the tokenizer. Errors: those
+    /// of [`UpgFile::open`], [`ModelConfig::from_json`], [`Model::load`] and
+    /// [`Tokenizer::from_json`]; `Missing` if there is no `config.json` in the file.
+    ///
+    /// ```no_run
+    /// # fn main() -> upg_kernel::Result<()> {
+    /// let model = upg_kernel::UPGModel::from_file("smollm2-q4.safetensors")?;
+    /// println!("{}", model.generate("The capital of France is", 20)?);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn from_file(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let file = Arc::new(UpgFile::open(path)?);
+        Self::from_open_file(file).map_err(|e| e.at(path))
+    }
+
+    fn from_open_file(file: Arc<UpgFile>) -> Result<Self> {
+        let config_json = file.metadata("config.json").ok_or_else(|| {
+            Error::new(ErrorKind::Missing, "no config.json in the file")
+                .hint("it holds weights only: compress a whole model directory")
+        })?;
+        let config = ModelConfig::from_json(config_json, file.metadata("generation_config.json"))?;
+        let special = SpecialIds {
+            bos: config.bos_id,
+            eos: config.eos_ids.clone(),
+        };
+        let tokenizer = file
+            .tokenizer_json()
+            .map(|json| Tokenizer::from_json(json, file.metadata("tokenizer_config.json"), special))
+            .transpose()?;
+        let model = Arc::new(Model::load(config, &*file)?);
+        Ok(Self {
+            file,
+            model,
+            tokenizer,
+        })
+    }
+
+    /// The open file.
+    pub fn file(&self) -> &Arc<UpgFile> {
+        &self.file
+    }
+
+    /// The decoder, to make sessions of.
+    pub fn model(&self) -> &Arc<Model> {
+        &self.model
+    }
+
+    /// The tokenizer. Errors (`Missing`): the file has none.
+    pub fn tokenizer(&self) -> Result<&Tokenizer> {
+        self.tokenizer.as_ref().ok_or_else(|| {
+            Error::new(ErrorKind::Missing, "no tokenizer in the file")
+                .at(self.file.path())
+                .hint("pass token ids instead of text, or compress a directory with tokenizer.json")
+        })
+    }
+
+    /// The chat template of the model. Errors: `Missing` if it has none, and those of
+    /// [`ChatTemplate::new`].
+    pub fn chat_template(&self) -> Result<ChatTemplate> {
+        let config = self.file.metadata("tokenizer_config.json");
+        if let Some(source) = self.file.metadata("chat_template") {
+            let tokenizer = self.tokenizer()?;
+            let special = tokenizer.special_ids();
+            let text = |id: Option<u32>| id.and_then(|id| tokenizer.id_to_token(id));
+            let bos = text(special.bos);
+            let eos = text(special.eos.first().copied());
+            return ChatTemplate::new(source, bos.as_deref(), eos.as_deref());
+        }
+        config
+            .map(ChatTemplate::from_tokenizer_config)
+            .transpose()?
+            .flatten()
+            .ok_or_else(|| {
+                Error::new(ErrorKind::Missing, "the model has no chat template")
+                    .at(self.file.path())
+                    .hint("give it a plain prompt instead")
+            })
+    }
+
+    /// An empty sequence. Errors: those of [`Session::new`].
+    pub fn session(&self, options: &SessionOptions) -> Result<Session> {
+        Session::new(Arc::clone(&self.model), options)
+    }
+
+    /// Logits of every position of `tokens`: an F32 tensor `[tokens, vocab]`.
+    ///
+    /// Errors: those of [`Session::forward`].
+    pub fn forward(&self, tokens: &[u32]) -> Result<Tensor> {
+        let logits = self.session(&SessionOptions::default())?.forward(tokens)?;
+        let shape = (tokens.len(), self.model.config().vocab_size);
+        Ok(Tensor::from_vec(logits, shape, &Device::Cpu)?)
+    }
+
+    /// Continues `prompt` greedily by at most `max_tokens` tokens; ends at the model's stop tokens.
+    /// Returns the new text only.
+    ///
+    /// Errors: those of [`UPGModel::stream`].
+    pub fn generate(&self, prompt: &str, max_tokens: usize) -> Result<String> {
+        let prompt = self.tokenizer()?.encode(prompt, true)?;
+        let mut session = self.session(&SessionOptions::default())?;
+        let mut sampler = Sampler::new(SamplingOptions::default())?;
+        self.stream(&mut session, &mut sampler, &prompt, max_tokens, Vec::new())?
+            .collect()
+    }
+
+    /// Continues the token ids `prompt`, text piece by text piece, until `max_tokens`, a stop token
+    /// of the model, or one of `stop_strings`.
+    ///
+    /// What `session` already holds of `prompt` is not computed again. Errors: `Missing` tokenizer,
+    /// `Argument` (empty or too long prompt, empty stop string), and those of the items.
+    pub fn stream<'a>(
+        &'a self,
+        session: &'a mut Session,
+        sampler: &'a mut Sampler,
+        prompt: &[u32],
+        max_tokens: usize,
+        stop_strings: Vec<String>,
+    ) -> Result<TextStream<'a, DecodeStream<'a>>> {
+        let tokenizer = self.tokenizer()?;
+        let options = GenerateOptions {
+            max_tokens,
+            stop_ids: tokenizer.special_ids().eos.clone(),
+        };
+        let stops = StopStrings::new(stop_strings)?;
+        let tokens = TokenStream::new(session, sampler, prompt, options)?;
+        Ok(TextStream::new(
+            tokens,
+            tokenizer.decode_stream(true),
+            stops,
+        ))
+    }
+}
+
+impl std::fmt::Debug for UPGModel {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "UPGModel({})", self.file.path().display())
+    }
+}
+
+impl PieceDecoder for DecodeStream<'_> {
+    fn piece(&mut self, id: u32) -> Result<String> {
+        self.push(id)
+    }
+
+    fn finish(&mut self) -> Result<String> {
+        DecodeStream::finish(self)
+    }
+}
+
+impl WeightSource for UpgFile {
+    fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Matrix> {
+        let matrix = match self.layer_id(name) {
+            Some(id) => UpgFile::matrix(self, id)?.clone(),
+            None => Matrix::Dense(self.kept_matrix(name)?),
+        };
+        let found = [matrix.rows(), matrix.cols()];
+        if found != [rows, cols] {
+            return Err(shape_mismatch(name, &found, &[rows, cols]));
+        }
+        Ok(matrix)
+    }
+
+    fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>> {
+        let vector = self.kept_vector(name)?;
+        if vector.len() != len {
+            return Err(shape_mismatch(name, &[vector.len()], &[len]));
+        }
+        Ok(vector)
+    }
+
+    fn contains(&self, name: &str) -> bool {
+        self.layer_id(name).is_some() || self.bytes(name).is_some()
+    }
+}

@@ -1,7 +1,7 @@
 //! Hugging Face directories, good and bad, and what is no source at all.
 
 use super::hf::HfSource;
-use super::{FloatType, Source, SourceDtype, open, sort_key};
+use super::{FloatType, SourceDtype, open, sort_key};
 use half::{bf16, f16};
 use safetensors::tensor::{Dtype, TensorView, serialize};
 use std::collections::HashMap;

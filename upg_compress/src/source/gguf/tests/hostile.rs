@@ -318,6 +318,21 @@ fn absurd_headers_are_refused() {
     }
 }
 
+/// 8 GiB of one-byte values, in a file with a hole: expanded into values of 32 bytes it would be
+/// 256 GiB. Nothing of it is read or kept.
+#[test]
+fn a_huge_array_costs_no_memory() {
+    let len = 8u64 << 30;
+    let header = File::new(0, 1).key("k", ARRAY).u32(0).u64(len).0;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("m.gguf");
+    std::fs::write(&path, &header).unwrap();
+    let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+    file.set_len(header.len() as u64 + len).unwrap();
+    let error = GgufSource::open(&path).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Missing, "{error}");
+}
+
 /// A good file with `from` replaced by `to` (of the same length) wherever it stands.
 fn edited(family: &str, from: &[u8], to: &[u8]) -> Vec<u8> {
     let mut bytes = std::fs::read(data(&format!("families/{family}/model.gguf"))).unwrap();
@@ -334,6 +349,10 @@ fn edited(family: &str, from: &[u8], to: &[u8]) -> Vec<u8> {
 
 fn key_with(key: &str, n: u32) -> Vec<u8> {
     [key.as_bytes(), &4u32.to_le_bytes(), &n.to_le_bytes()].concat()
+}
+
+fn floats(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|x| x.to_le_bytes()).collect()
 }
 
 #[test]
@@ -422,12 +441,6 @@ fn models_that_do_not_add_up_are_refused() {
             "attn_q.bias",
         ),
         (
-            "mistral with biases",
-            rename("mistral", "blk.0.attn_q.weight", "blk.0.attn_q.bias\0\0"),
-            Missing,
-            "",
-        ),
-        (
             "factors gone",
             rename("phi4-mini", "rope_factors_long", "rope_factors_xxxx"),
             Missing,
@@ -435,7 +448,11 @@ fn models_that_do_not_add_up_are_refused() {
         ),
         (
             "other factors",
-            edited("llama3", &8f32.to_le_bytes(), &9f32.to_le_bytes()),
+            edited(
+                "llama3",
+                &floats(&[8.0; 5]),
+                &floats(&[8.0, 8.0, 9.0, 8.0, 8.0]),
+            ),
             Unsupported,
             "llama3",
         ),
@@ -459,4 +476,187 @@ fn models_that_do_not_add_up_are_refused() {
         assert_eq!(error.kind(), kind, "{what}: {error}");
         assert!(error.to_string().contains(message), "{what}: {error}");
     }
+}
+
+/// A llama of one layer and one head of 8, all zeros, with more keys (name below `llama.`, value
+/// type, bytes) and tensors.
+fn llama(keys: &[(&str, u32, &[u8])], tensors: &[(&str, &[u64])]) -> Vec<u8> {
+    let sizes = [
+        "embedding_length",
+        "attention.head_count",
+        "feed_forward_length",
+        "block_count",
+        "context_length",
+    ];
+    let matrices = [
+        "attn_q",
+        "attn_k",
+        "attn_v",
+        "attn_output",
+        "ffn_gate",
+        "ffn_up",
+        "ffn_down",
+    ];
+    let vectors = [
+        "blk.0.attn_norm.weight",
+        "blk.0.ffn_norm.weight",
+        "output_norm.weight",
+    ];
+    let mut file = File::new(11 + tensors.len() as u64, 7 + keys.len() as u64)
+        .key("general.architecture", STRING)
+        .text("llama")
+        .key("llama.attention.layer_norm_rms_epsilon", 6)
+        .bytes(&1e-5f32.to_le_bytes());
+    for name in sizes {
+        let one = matches!(name, "attention.head_count" | "block_count");
+        file = file.number(&format!("llama.{name}"), if one { 1 } else { 8 });
+    }
+    for (name, kind, bytes) in keys {
+        file = file.key(&format!("llama.{name}"), *kind).bytes(bytes);
+    }
+    file = file.tensor("token_embd.weight", &[8, 8], 0, 0);
+    for name in matrices {
+        file = file.tensor(&format!("blk.0.{name}.weight"), &[8, 8], 0, 0);
+    }
+    for name in vectors {
+        file = file.tensor(name, &[8], 0, 0);
+    }
+    for (name, dims) in tensors {
+        file = file.tensor(name, dims, 0, 0);
+    }
+    file.bytes(&[0; 32 + 8 * 8 * 4]).0
+}
+
+fn config_of(bytes: &[u8]) -> Result<serde_json::Value> {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("m.gguf");
+    std::fs::write(&path, bytes).unwrap();
+    let source = GgufSource::open(&path)?;
+    Ok(serde_json::from_str(&source.files().config_json).unwrap())
+}
+
+/// The bytes of a string value.
+fn text(text: &str) -> Vec<u8> {
+    File(Vec::new()).text(text).0
+}
+
+#[test]
+fn variants_that_the_families_do_not_have_are_refused() {
+    let q: (&str, &[u64]) = ("blk.0.attn_q.bias", &[8]);
+    let biases: Vec<(&str, &[u64])> = vec![
+        q,
+        ("blk.0.attn_k.bias", &[8]),
+        ("blk.0.attn_v.bias", &[8]),
+        ("blk.0.attn_output.bias", &[8]),
+    ];
+    let window: (&str, u32, &[u8]) = ("attention.sliding_window", 4, &[4, 0, 0, 0]);
+    assert_eq!(
+        config_of(&llama(&[], &[])).unwrap()["attention_bias"],
+        false
+    );
+    assert_eq!(
+        config_of(&llama(&[], &biases)).unwrap()["attention_bias"],
+        true
+    );
+    let mistral = config_of(&llama(&[window], &[])).unwrap();
+    assert_eq!(
+        (&mistral["model_type"], &mistral["sliding_window"]),
+        (&"mistral".into(), &4.into())
+    );
+
+    let experts: (&str, u32, &[u8]) = ("expert_count", 4, &[8, 0, 0, 0]);
+    let dynamic = text("dynamic");
+    let per_layer = [
+        4u32.to_le_bytes(),
+        2u32.to_le_bytes(),
+        [0; 4],
+        [1, 0, 0, 0],
+        [2, 0, 0, 0],
+    ];
+    let per_layer = per_layer.concat();
+    let table: Vec<(&str, Vec<u8>, ErrorKind, &str)> = vec![
+        (
+            "one bias",
+            llama(&[], &[q]),
+            ErrorKind::Unsupported,
+            "1 of 4 biases",
+        ),
+        (
+            "mistral's",
+            llama(&[window], &biases),
+            ErrorKind::Unsupported,
+            "4 of 4 biases",
+        ),
+        (
+            "experts",
+            llama(&[experts], &[]),
+            ErrorKind::Unsupported,
+            "mixture",
+        ),
+        (
+            "layers",
+            llama(&[("attention.head_count_kv", ARRAY, &per_layer)], &[]),
+            ErrorKind::Unsupported,
+            "differs between",
+        ),
+        (
+            "rope",
+            llama(&[("rope.scaling.type", STRING, &dynamic)], &[]),
+            ErrorKind::Unsupported,
+            "dynamic",
+        ),
+        (
+            "freqs",
+            llama(&[], &[("rope_freqs.weight", &[5])]),
+            ErrorKind::Invalid,
+            "5 rotary factors",
+        ),
+        (
+            "many",
+            llama(&[], &[("rope_freqs.weight", &[2, 2])]),
+            ErrorKind::Shape,
+            "short list",
+        ),
+        (
+            "head",
+            llama(&[], &[("output.weight", &[4, 8])]),
+            ErrorKind::Shape,
+            "[8, 4], expected [8, 8]",
+        ),
+    ];
+    for (what, bytes, kind, message) in table {
+        let error = config_of(&bytes).unwrap_err();
+        assert_eq!(error.kind(), kind, "{what}: {error}");
+        assert!(error.to_string().contains(message), "{what}: {error}");
+    }
+}
+
+#[test]
+fn rope_scaling_keys_become_rope_scaling() {
+    use serde_json::json;
+    let four: &[u8] = &4f32.to_le_bytes();
+    let (linear, yarn, none) = (text("linear"), text("yarn"), text("none"));
+    let scaling =
+        |keys: &[(&str, u32, &[u8])]| config_of(&llama(keys, &[])).unwrap()["rope_scaling"].clone();
+    let factor = ("rope.scaling.factor", 6, four);
+    let original = (
+        "rope.scaling.original_context_length",
+        4,
+        [32, 0, 0, 0].as_slice(),
+    );
+    assert_eq!(scaling(&[]), json!(null));
+    assert_eq!(
+        scaling(&[("rope.scaling.type", STRING, &none), factor]),
+        json!(null)
+    );
+    let expected = json!({"rope_type": "linear", "factor": 4.0});
+    assert_eq!(
+        scaling(&[("rope.scaling.type", STRING, &linear), factor]),
+        expected
+    );
+    assert_eq!(scaling(&[("rope.scale_linear", 6, four)]), expected);
+    let expected =
+        json!({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32});
+    let yarn = ("rope.scaling.type", STRING, yarn.as_slice());
+    assert_eq!(scaling(&[yarn, factor, original]), expected);
 }

@@ -8,6 +8,7 @@
 
 pub mod gguf;
 pub mod hf;
+pub mod synthetic;
 
 use half::{bf16, f16};
 use rayon::prelude::*;

@@ -8,6 +8,7 @@
 
 pub mod gguf;
 pub mod hf;
+pub mod synthetic;
 
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -228,8 +229,13 @@ pub trait Source: Send + Sync {
 pub fn open(path: impl AsRef<Path>) -> Result<Box<dyn Source>> {
     let path = path.as_ref();
     let io = |e| Error::io("cannot open", path, e);
-    if std::fs::metadata(path).map_err(io)?.is_dir() {
+    let metadata = std::fs::metadata(path).map_err(io)?;
+    if metadata.is_dir() {
         return Ok(Box::new(hf::HfSource::open(path)?));
+    }
+    // Reading a pipe or a device would wait, and neither can be mapped.
+    if !metadata.is_file() {
+        return Err(io(std::io::Error::other("not a regular file")));
     }
     let mut magic = Vec::new();
     let file = File::open(path).map_err(io)?;

@@ -5,8 +5,8 @@
 //! by candle.
 #![forbid(unsafe_code)]
 
-mod config;
-mod families;
+pub(super) mod config;
+pub(super) mod families;
 mod header;
 mod metadata;
 mod rope;
@@ -173,7 +173,7 @@ impl Source for GgufSource {
             let values = self.read_f32(index)?;
             return Ok(RawTensor {
                 dtype: FloatType::F32,
-                bytes: Cow::Owned(values.iter().flat_map(|x| x.to_le_bytes()).collect()),
+                bytes: Cow::Owned(bytemuck::cast_slice(&values).to_vec()),
             });
         };
         if place.order == RowOrder::Same {

@@ -343,6 +343,8 @@ fn other_files_are_named() {
         assert_eq!(error.kind(), ErrorKind::Unsupported);
         assert!(error.to_string().contains(message), "{error}");
     }
+    #[cfg(unix)]
+    assert_eq!(open("/dev/null").err().unwrap().kind(), ErrorKind::Io);
     let none = directory(&[]);
     assert_eq!(
         open(none.path().join("x")).err().unwrap().kind(),
@@ -381,4 +383,34 @@ fn float_types_refuse_other_lengths() {
                 .is_err()
         );
     }
+}
+
+#[test]
+fn random_damage_never_panics() {
+    use rand_chacha::ChaCha8Rng;
+    use rand_chacha::rand_core::{Rng, SeedableRng};
+    let good = fs::read(data("families/qwen3/model.safetensors")).unwrap();
+    let dir = directory(&[("config.json", b"{}")]);
+    let path = dir.path().join("model.safetensors");
+    let mut random = ChaCha8Rng::seed_from_u64(11);
+    let mut refused = 0;
+    for _ in 0..500 {
+        let mut bad = good.clone();
+        let at = (random.next_u64() % 3000) as usize;
+        bad[at] = random.next_u64() as u8;
+        let _ = fs::remove_file(&path);
+        fs::write(&path, &bad).unwrap();
+        match HfSource::open(dir.path()) {
+            Err(_) => refused += 1,
+            Ok(source) => {
+                for index in 0..source.tensors().len() {
+                    source.read_f32(index).unwrap();
+                }
+            }
+        }
+    }
+    assert!(
+        refused > 100,
+        "{refused} of 500 refused: is the damage applied?"
+    );
 }

@@ -37,7 +37,7 @@ FAMILIES = {
     "mistral": ("mistral", "float16", dict(sliding_window=16, head_dim=6)),
     "qwen2": ("qwen2", "bfloat16", dict(tie_word_embeddings=True)),
     "qwen3": ("qwen3", "bfloat16", dict(head_dim=8)),
-    "phi3": ("phi3", "float16", dict(sliding_window=None)),
+    "phi3": ("phi3", "float16", dict(sliding_window=None, original_max_position_embeddings=64)),
     "phi4-mini": ("phi3", "bfloat16", dict(hidden_size=32, sliding_window=48, rope_parameters=LONGROPE,
                   partial_rotary_factor=0.75, original_max_position_embeddings=32, tie_word_embeddings=True)),
 }

@@ -16,20 +16,20 @@ const MAX_DIM: usize = 1 << 24;
 
 /// Sizes and constants of a model, checked.
 #[derive(Debug, Clone)]
-pub(super) struct Dims {
-    pub(super) hidden: usize,
-    pub(super) layers: usize,
-    pub(super) heads: usize,
-    pub(super) kv_heads: usize,
-    pub(super) head_dim: usize,
-    pub(super) ffn: usize,
-    pub(super) vocab: usize,
-    pub(super) context: usize,
+pub(in crate::source) struct Dims {
+    pub(in crate::source) hidden: usize,
+    pub(in crate::source) layers: usize,
+    pub(in crate::source) heads: usize,
+    pub(in crate::source) kv_heads: usize,
+    pub(in crate::source) head_dim: usize,
+    pub(in crate::source) ffn: usize,
+    pub(in crate::source) vocab: usize,
+    pub(in crate::source) context: usize,
     /// How many dimensions of a head are rotated.
-    pub(super) rotary_dim: usize,
-    pub(super) rope_theta: f64,
-    rms_eps: f64,
-    sliding_window: Option<usize>,
+    pub(in crate::source) rotary_dim: usize,
+    pub(in crate::source) rope_theta: f64,
+    pub(in crate::source) rms_eps: f64,
+    pub(in crate::source) sliding_window: Option<usize>,
 }
 
 /// What of the config follows from the tensors that are there.
@@ -121,7 +121,8 @@ fn check_kind<'a>(m: &Metadata<'a>) -> Result<&'a str> {
 }
 
 impl Dims {
-    fn check(&self, family: &Family) -> Result<()> {
+    /// Fails unless sizes and constants are in range and fit each other and the family.
+    pub(in crate::source) fn check(&self, family: &Family) -> Result<()> {
         let sizes = [
             ("hidden size", self.hidden),
             ("head count", self.heads),

@@ -9,13 +9,13 @@ use upg_kernel::{Error, ErrorKind, Result};
 
 /// A family of models, as data.
 #[derive(Debug)]
-pub(super) struct Family {
+pub(in crate::source) struct Family {
     /// `general.architecture` in GGUF.
-    pub(super) arch: &'static str,
+    pub(in crate::source) arch: &'static str,
     /// `model_type` in transformers.
-    pub(super) model_type: &'static str,
+    pub(in crate::source) model_type: &'static str,
     /// `architectures` in transformers.
-    pub(super) class: &'static str,
+    pub(in crate::source) class: &'static str,
     /// The tensors of one layer.
     layer: &'static [Slot],
 }
@@ -49,7 +49,7 @@ enum Dim {
 
 /// How the rows of a tensor lie in the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum RowOrder {
+pub(in crate::source) enum RowOrder {
     Same,
     /// llama.cpp stores the rows of q and k of the llama architecture so that the two halves of a
     /// rotary pair are neighbours (`permute` in convert_hf_to_gguf.py); transformers keeps them half
@@ -61,7 +61,7 @@ pub(super) enum RowOrder {
 
 impl RowOrder {
     /// The row of the file that holds row `row` of the model.
-    pub(super) fn stored_row(self, row: usize) -> usize {
+    pub(in crate::source) fn stored_row(self, row: usize) -> usize {
         match self {
             Self::Same => row,
             Self::Interleaved { head_dim } => {
@@ -75,12 +75,12 @@ impl RowOrder {
 
 /// A tensor that the model has: its names, shape and row order.
 #[derive(Debug)]
-pub(super) struct Wanted {
-    pub(super) gguf: String,
-    pub(super) hf: String,
-    pub(super) shape: Vec<usize>,
-    pub(super) order: RowOrder,
-    pub(super) required: bool,
+pub(in crate::source) struct Wanted {
+    pub(in crate::source) gguf: String,
+    pub(in crate::source) hf: String,
+    pub(in crate::source) shape: Vec<usize>,
+    pub(in crate::source) order: RowOrder,
+    pub(in crate::source) required: bool,
 }
 
 use Dim::{Ffn, GateUp, Head, Hidden, KeyValue, Query, QueryKeyValue};
@@ -175,7 +175,7 @@ static FAMILIES: [Family; 5] = [
 /// The family of `general.architecture`; `windowed` says whether the file has a sliding window.
 ///
 /// Errors: `Unsupported`, with the names of those that are read.
-pub(super) fn family(arch: &str, windowed: bool) -> Result<&'static Family> {
+pub(in crate::source) fn family(arch: &str, windowed: bool) -> Result<&'static Family> {
     let mut matching = FAMILIES.iter().filter(|f| f.arch == arch);
     let chosen = match (matching.next(), matching.next()) {
         (Some(_), Some(second)) if windowed => Some(second),
@@ -189,9 +189,27 @@ pub(super) fn family(arch: &str, windowed: bool) -> Result<&'static Family> {
     })
 }
 
+/// The family of a `model_type` of transformers. Errors: `Unsupported`.
+pub(in crate::source) fn family_of_model_type(model_type: &str) -> Result<&'static Family> {
+    let found = FAMILIES.iter().find(|f| f.model_type == model_type);
+    found.ok_or_else(|| {
+        let known: Vec<&str> = FAMILIES.iter().map(|f| f.model_type).collect();
+        Error::new(
+            ErrorKind::Unsupported,
+            format!(
+                "model_type {model_type:?}, expected one of {}",
+                known.join(", ")
+            ),
+        )
+    })
+}
+
 impl Family {
     /// Every tensor that a model of this family and these dimensions has or may have.
-    pub(super) fn wanted<'a>(&'a self, dims: &'a Dims) -> impl Iterator<Item = Wanted> + 'a {
+    pub(in crate::source) fn wanted<'a>(
+        &'a self,
+        dims: &'a Dims,
+    ) -> impl Iterator<Item = Wanted> + 'a {
         let (hidden, vocab) = (dims.hidden, dims.vocab);
         let outer = [
             (

@@ -227,6 +227,8 @@ fn candidates(points: &[(f64, f64)], factor: f64) -> Vec<Llama3> {
             slope * span,
         ));
     }
+    // Without a point between the ends any length that separates them gives the same frequencies.
+    all.extend((4..24).map(|power| made(4.0, f64::from(1u32 << power))));
     all
 }
 

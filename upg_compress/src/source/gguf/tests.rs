@@ -1,7 +1,9 @@
 //! Checks against files that transformers and llama.cpp's `gguf` package wrote, see
 //! `tests/data/make_fixtures.py`.
 
+mod builder;
 mod hostile;
+mod variants;
 
 use super::super::hf::HfSource;
 use super::super::{Source, SourceDtype, open};

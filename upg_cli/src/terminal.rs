@@ -37,7 +37,13 @@ pub fn set_threads(threads: usize) -> Result<()> {
     rayon::ThreadPoolBuilder::new()
         .num_threads(threads)
         .build_global()
-        .map_err(|e| Error::new(ErrorKind::Io, format!("cannot start {threads} threads: {e}")).with_source(e))
+        .map_err(|e| {
+            Error::new(
+                ErrorKind::Io,
+                format!("cannot start {threads} threads: {e}"),
+            )
+            .with_source(e)
+        })
 }
 
 /// A flag that Ctrl-C raises. From then on Ctrl-C no longer ends the process by itself.

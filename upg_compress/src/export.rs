@@ -118,7 +118,11 @@ impl View for Exported<'_> {
     fn data(&self) -> Cow<'_, [u8]> {
         match self.content {
             Content::Kept(bytes) => bytes.into(),
-            Content::Layer { model, id, progress } => {
+            Content::Layer {
+                model,
+                id,
+                progress,
+            } => {
                 let len = self.shape.iter().product();
                 let bytes = match self.dtype {
                     Dtype::F32 => decoded::<f32>(model, id, len),

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use upg_kernel::inference::config::FAMILIES;
 use upg_kernel::inference::{
     FinishReason, GenerateOptions, Model, ModelConfig, Sampler, SamplingOptions, Session,
-    SessionOptions, TokenStream,
+    SessionOptions, StopStrings, TextStream, TokenStream,
 };
 use upg_kernel::{Error, ErrorKind};
 
@@ -311,6 +311,37 @@ fn generation_stops_at_stop_ids_and_at_the_end_of_the_context() {
     // The last token needs no place of its own: nothing is computed from it.
     assert_eq!(run(Some(10), 8, vec![]), (4, FinishReason::ContextFull));
     assert_eq!(run(Some(7), 8, vec![]), (1, FinishReason::ContextFull));
+}
+
+#[test]
+fn text_ends_before_a_stop_string() {
+    let model = model("qwen3");
+    let case = cases("qwen3").remove(1);
+    let text: String = case.greedy.iter().map(|id| format!("<{id}>")).collect();
+    let run = |stops: Vec<String>| {
+        let mut session = session(&model);
+        let mut sampler = Sampler::new(SamplingOptions::default()).unwrap();
+        let options = GenerateOptions {
+            max_tokens: case.greedy.len(),
+            stop_ids: Vec::new(),
+        };
+        let tokens = TokenStream::new(&mut session, &mut sampler, &case.prompt, options).unwrap();
+        let piece = |id: u32| -> Result<String, Error> { Ok(format!("<{id}>")) };
+        let mut stream = TextStream::new(tokens, piece, StopStrings::new(stops).unwrap());
+        let pieces: Vec<String> = stream.by_ref().collect::<Result<_, Error>>().unwrap();
+        assert!(stream.next().is_none() && pieces.iter().all(|p| !p.is_empty()));
+        (pieces.concat(), stream.finish_reason().unwrap())
+    };
+    assert_eq!(run(vec![]), (text.clone(), FinishReason::MaxTokens));
+    // Held back to the end, and given out then.
+    let nearly = format!("{text}!");
+    assert_eq!(run(vec![nearly]), (text.clone(), FinishReason::MaxTokens));
+    // A stop string over the edge between two pieces.
+    let (before, after) = text.split_at(text.len() / 2);
+    let stop = format!("{}{}", &before[before.len() - 2..], &after[..4]);
+    let expected = text.find(&stop).map(|at| text[..at].to_owned()).unwrap();
+    let stops = vec!["never".to_owned(), stop];
+    assert_eq!(run(stops), (expected, FinishReason::StopString(1)));
 }
 
 #[test]

@@ -199,3 +199,91 @@ fn too_large(context: usize) -> Error {
     )
     .hint("ask for a smaller context")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// 3 layers, the middle one with a window; 2 key/value heads of 2.
+    fn config(window: usize) -> ModelConfig {
+        let json = r#"{"model_type": "llama", "vocab_size": 9, "hidden_size": 8,
+            "intermediate_size": 8, "num_hidden_layers": 3, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "max_position_embeddings": 64}"#;
+        let mut config = ModelConfig::from_json(json, None).unwrap();
+        config.windows[1] = Some(window);
+        config
+    }
+
+    /// Appends `n` positions whose keys say position and head.
+    fn append(cache: &mut KvCache, n: usize) {
+        cache.reserve(n).unwrap();
+        let rows = |start: f32| -> Vec<f32> {
+            (cache.len..cache.len + n)
+                .flat_map(|p| [0.0, 0.0, 0.5, 0.5].map(|head| start + p as f32 + head))
+                .collect()
+        };
+        let (keys, values) = (rows(0.0), rows(100.0));
+        for layer in 0..3 {
+            cache.append(layer, &keys, &values);
+        }
+        cache.commit(n);
+    }
+
+    #[test]
+    fn a_window_bounds_what_is_kept_and_hides_nothing_that_is_seen() {
+        let (window, chunk) = (5, 3);
+        let config = config(window);
+        let mut cache = KvCache::new(&config, 64, chunk);
+        for n in [1, 3, 2, 3, 3, 3, 3, 1, 1, 1, 3, 3] {
+            let first = cache.len();
+            append(&mut cache, n);
+            for position in first..first + n {
+                for (layer, window) in [(0, 64), (1, window)] {
+                    let layer = &cache.layers[layer];
+                    let seen = layer.seen(position);
+                    let head = layer.head(3, 4);
+                    let expected: Vec<f32> = ((position + 1).saturating_sub(window)..=position)
+                        .flat_map(|p| [p as f32 + 0.5; 2])
+                        .collect();
+                    assert_eq!(head.keys[seen.start * 2..seen.end * 2], expected);
+                    assert_eq!(head.values[seen.end * 2 - 1], 100.5 + position as f32);
+                }
+            }
+            let kept = &cache.layers[1].heads[0];
+            assert!(kept.keys.capacity() <= (window - 1 + chunk) * 2);
+        }
+        let full = &cache.layers[0].heads[0];
+        assert!(full.keys.capacity() <= 64 * 2);
+        // (64 + 7 + 64) positions of 2 heads of 2, keys and values, 4 bytes.
+        let bytes = KvCache::max_bytes(&config, 64, chunk).unwrap();
+        assert_eq!(bytes, (64 + 7 + 64) * 2 * 2 * 2 * 4);
+    }
+
+    #[test]
+    fn cutting_back_behind_the_window_empties_the_cache() {
+        let mut cache = KvCache::new(&config(5), 64, 3);
+        (0..10).for_each(|_| append(&mut cache, 3));
+        cache.truncate(30);
+        assert_eq!(cache.len(), 30);
+        let first = cache.layers[1].first;
+        // The query at `first + 4` still sees from `first` on.
+        cache.truncate(first + 4);
+        assert_eq!(cache.len(), first + 4);
+        assert_eq!(cache.layers[1].heads[1].keys.len(), 4 * 2);
+        cache.truncate(first + 3);
+        assert_eq!((cache.len(), cache.layers[0].heads[0].keys.len()), (0, 0));
+        append(&mut cache, 3);
+        assert_eq!(cache.layers[1].seen(2), 0..3);
+    }
+
+    #[test]
+    fn appended_but_not_committed_is_taken_back() {
+        let mut cache = KvCache::new(&config(5), 64, 8);
+        append(&mut cache, 8);
+        cache.reserve(2).unwrap();
+        cache.append(0, &[9.0; 8], &[9.0; 8]);
+        cache.truncate(8);
+        assert_eq!(cache.layers[0].heads[0].keys.len(), 8 * 2);
+        assert_eq!(cache.reserve(57).unwrap_err().kind(), ErrorKind::TooLarge);
+    }
+}

@@ -70,6 +70,9 @@ pub struct CompressArgs {
     /// For the embeddings and the output head [default: q8; q4 with t2 or t3 where they are large]
     #[arg(long, value_name = "ENCODING")]
     pub embedding: Option<Choice>,
+    /// Columns that share a prime index in q8 and q4: 32 or 64 [default: 64 in q8, 32 in q4]
+    #[arg(long, value_name = "COLUMNS")]
+    pub group: Option<usize>,
     /// For matrices whose name matches a pattern with * and ?; the last match counts
     #[arg(long = "tensor", value_name = "PATTERN=ENCODING")]
     pub overrides: Vec<Override>,

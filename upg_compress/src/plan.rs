@@ -80,6 +80,8 @@ pub struct CompressOptions {
     /// For the embeddings and the output head. `None`: `keep` and `mdcsr` as the blocks; `q4` where
     /// the blocks are `t2` or `t3` and a `q8` embedding would be over a fifth of the file; else `q8`.
     pub embedding: Option<Choice>,
+    /// Columns that share a prime index in `q8` and `q4`, 32 or 64. `None`: 64 in `q8`, 32 in `q4`.
+    pub group: Option<usize>,
     /// For single matrices; the last one that matches counts.
     pub overrides: Vec<Override>,
     /// Of the random signs of the rotation.
@@ -92,6 +94,7 @@ impl CompressOptions {
         Self {
             encoding,
             embedding: None,
+            group: None,
             overrides: Vec::new(),
             seed: DEFAULT_SEED,
         }
@@ -160,7 +163,7 @@ impl Plan {
                 .map(|&(index, t)| PlannedTensor {
                     index,
                     layer: if is_matrix(t) {
-                        described(t, choose(t))
+                        described(t, choose(t), options.group)
                     } else {
                         None
                     },
@@ -170,14 +173,15 @@ impl Plan {
     }
 }
 
-fn described(tensor: &TensorInfo, choice: Choice) -> Option<LayerInfo> {
+fn described(tensor: &TensorInfo, choice: Choice, group: Option<usize>) -> Option<LayerInfo> {
     let Choice::Encode(encoding) = choice else {
         return None;
     };
     let mut layer = LayerInfo::new(&tensor.name, tensor.rows(), tensor.cols(), encoding);
     layer.group = match encoding {
-        Encoding::Q4 => Some(32),
-        Encoding::Q8 | Encoding::S8 | Encoding::S4 => Some(64),
+        Encoding::Q4 => Some(group.unwrap_or(32)),
+        Encoding::Q8 => Some(group.unwrap_or(64)),
+        Encoding::S8 | Encoding::S4 => Some(64),
         _ => None,
     };
     Some(layer)

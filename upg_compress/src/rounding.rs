@@ -14,9 +14,6 @@ use upg_kernel::{Error, ErrorKind, Result};
 /// The packed encodings select among the first 256 primes, 2 to 1,619.
 const PRIMES: usize = 256;
 
-/// How many primes of the searched range are tried before the best one's neighbours are.
-const COARSE_STEPS: usize = 24;
-
 /// Rows that a codebook is fitted to.
 const SAMPLE_ROWS: usize = 128;
 
@@ -196,7 +193,7 @@ fn best_prime<L: LevelSet>(targets: &[f32], levels: &L) -> usize {
     };
     let low = at_least(L::SEARCH.0 * ideal).saturating_sub(1);
     let high = at_least(L::SEARCH.1 * ideal);
-    let stride = ((high - low) / COARSE_STEPS).max(1);
+    let stride = ((high - low) / L::COARSE_STEPS).max(1);
     let error = |prime: usize| (levels.error(targets, PRIME_LUT[prime] as f32), prime);
     let less = |a: (f32, usize), b: (f32, usize)| if b.0 < a.0 { b } else { a };
     let coarse = (low..=high).step_by(stride).map(error).reduce(less);

@@ -18,6 +18,7 @@ pub fn run(args: &CompressArgs) -> Result<()> {
     let source = source::open(&args.source)?;
     let mut options = CompressOptions::new(args.encoding);
     options.embedding = args.embedding;
+    options.group = args.group;
     options.overrides = args.overrides.clone();
     options.seed = args.seed;
     let started = Instant::now();

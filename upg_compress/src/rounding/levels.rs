@@ -5,6 +5,8 @@
 pub trait LevelSet: Sync {
     /// The range of steps worth a try, as factors of the step that just reaches the largest weight.
     const SEARCH: (f32, f32);
+    /// How many primes of that range are tried before the best one's neighbours are.
+    const COARSE_STEPS: usize;
     /// Code of the level nearest to `t`.
     fn code(&self, t: f32) -> u8;
     /// The level of a code.
@@ -29,11 +31,35 @@ pub trait LevelSet: Sync {
 #[derive(Debug, Clone, Copy)]
 pub struct Linear8;
 
+impl Linear8 {
+    /// The nearest level as a number; ties to even.
+    fn nearest(t: f32) -> f32 {
+        // Adding 1.5 * 2^23 leaves no bits for a fraction. Unlike `round` this compiles to two
+        // additions that every vector unit has.
+        const NO_FRACTION: f32 = 12_582_912.0;
+        (t.clamp(-127.0, 127.0) + NO_FRACTION) - NO_FRACTION
+    }
+}
+
 impl LevelSet for Linear8 {
-    const SEARCH: (f32, f32) = (0.9, 1.05);
+    /// Weights that were quantized before lie on a grid: some larger steps hit it almost exactly.
+    const SEARCH: (f32, f32) = (0.95, 2.2);
+    const COARSE_STEPS: usize = 256;
 
     fn code(&self, t: f32) -> u8 {
-        t.round().clamp(-127.0, 127.0) as i8 as u8
+        Self::nearest(t) as i8 as u8
+    }
+
+    fn error(&self, weights: &[f32], step: f32) -> f32 {
+        let inverse = 1.0 / step;
+        let mut sums = [0.0; 8];
+        for weights in weights.chunks(8) {
+            for (sum, &w) in sums.iter_mut().zip(weights) {
+                let difference = w - step * Self::nearest(w * inverse);
+                *sum += difference * difference;
+            }
+        }
+        sums.iter().sum()
     }
 
     fn level(&self, code: u8) -> i8 {
@@ -102,6 +128,7 @@ impl Codebook {
 
 impl LevelSet for Codebook {
     const SEARCH: (f32, f32) = (0.6, 1.12);
+    const COARSE_STEPS: usize = 24;
 
     fn code(&self, t: f32) -> u8 {
         self.thresholds

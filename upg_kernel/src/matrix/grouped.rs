@@ -77,14 +77,29 @@ impl GroupedMatrix {
         &self.scales
     }
 
-    fn level(&self, group_index: usize, column: usize) -> i8 {
+    /// Decodes up to a group of weights that share `scale` and `prime`.
+    fn decode_group(&self, group_index: usize, scale: f32, prime: u32, out: &mut [f32]) {
         match &self.levels {
-            Levels::Bytes(values) => values[group_index * self.group + column],
+            Levels::Bytes(values) => {
+                let values = &values[group_index * self.group..][..out.len()];
+                for (out, &value) in out.iter_mut().zip(values) {
+                    *out = weight(scale, prime, value);
+                }
+            }
             Levels::Nibbles { codes, codebook } => {
+                let mut weights = [0.0; 16];
+                for (weight_of, &level) in weights.iter_mut().zip(codebook.iter()) {
+                    *weight_of = weight(scale, prime, level);
+                }
                 let half = self.group / 2;
-                let byte = codes[group_index * half + column % half];
-                let code = if column < half { byte & 15 } else { byte >> 4 };
-                codebook[usize::from(code)]
+                let codes = &codes[group_index * half..][..half];
+                let (low, high) = out.split_at_mut(half.min(out.len()));
+                for (out, &code) in low.iter_mut().zip(codes) {
+                    *out = weights[usize::from(code & 15)];
+                }
+                for (out, &code) in high.iter_mut().zip(codes) {
+                    *out = weights[usize::from(code >> 4)];
+                }
             }
         }
     }
@@ -106,9 +121,7 @@ impl StoredMatrix for GroupedMatrix {
             for (g, out) in out.chunks_mut(self.group).enumerate() {
                 let group_index = row * groups + g;
                 let prime = PRIME_LUT[usize::from(self.prime_indices[group_index])];
-                for (column, out) in out.iter_mut().enumerate() {
-                    *out = weight(self.scales[row], prime, self.level(group_index, column));
-                }
+                self.decode_group(group_index, self.scales[row], prime, out);
             }
         }
     }

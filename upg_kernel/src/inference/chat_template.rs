@@ -30,10 +30,10 @@ pub const MAX_OUTPUT_BYTES: usize = 16 << 20;
 /// Work that every render may do: one unit an instruction, and one for 64 bytes made or read.
 const BASE_FUEL: u64 = 2_000_000;
 
-/// More of it for each byte of the messages: real templates spend about 0.1.
+/// More of it for each byte of the messages.
 const FUEL_PER_BYTE: u64 = 1;
 
-/// Nesting of macros and loops. A real template has a depth of about five.
+/// Nesting of macros, loops and conditions while rendering, as the engine counts it.
 const MAX_RECURSION: usize = 100;
 
 /// Characters of a template's own message (`raise_exception`) that an error repeats.
@@ -161,7 +161,7 @@ impl ChatTemplate {
     /// The text of a conversation. `add_generation_prompt` ends it with the start of the
     /// assistant's turn.
     ///
-    /// The template is compiled each time (well under a millisecond for published ones).
+    /// The template is compiled each time: published ones are short.
     ///
     /// # Errors
     /// `Argument` when the template refuses the messages (`raise_exception`), with its words;

@@ -247,7 +247,7 @@ fn hostile_templates_are_stopped() {
         let start = Instant::now();
         let found = ChatTemplate::new(source, None, None)
             .and_then(|t| t.render(&user(&"word ".repeat(100)), true));
-        // Far above what any of them takes (about 0.1 s), far below for ever.
+        // Far above what any of them takes (up to two seconds), far below for ever.
         assert!(start.elapsed() < Duration::from_secs(20), "{name}");
         let e = found.map(|text| text.len()).expect_err(name);
         assert!(e.to_string().len() < 1000, "{name}: {e}");
@@ -287,7 +287,16 @@ fn hostile_templates_are_stopped() {
 #[test]
 fn long_conversations_render() {
     let template = ChatTemplate::new(&data("qwen3.jinja"), None, None).unwrap();
-    let turn = |i: usize| Message::new(if i % 2 == 0 { "user" } else { "assistant" }, "ok");
+    let turn = |i: usize| {
+        Message::new(
+            if i.is_multiple_of(2) {
+                "user"
+            } else {
+                "assistant"
+            },
+            "ok",
+        )
+    };
     let many: Vec<Message> = (0..4001).map(turn).collect();
     assert!(template.render(&many, true).unwrap().len() > 4001 * 20);
     let long = "Lorem ipsum </think> dolor\n".repeat(150_000);

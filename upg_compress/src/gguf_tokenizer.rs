@@ -117,7 +117,7 @@ struct Vocab<'a> {
 
 impl GgufVocab {
     /// Builds the files. Ids are the indices of `tokens`; time and memory are linear in the
-    /// vocabulary (about 0.2 s for 50,000 tokens).
+    /// vocabulary.
     ///
     /// Splitting expressions are those of the models' own `tokenizer.json`, which llama.cpp
     /// quotes beside its own approximations: they give the same ids but for a few characters

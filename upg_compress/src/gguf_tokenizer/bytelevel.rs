@@ -152,7 +152,7 @@ fn merges(vocab: &Vocab<'_>) -> Result<Vec<(u32, u32)>> {
     let find = |rank: usize, token: &str| {
         vocab.ids.get(token).copied().ok_or_else(|| {
             invalid(format!(
-                "merge {rank} names '{}', which is no token",
+                "merge {rank} needs '{}', which is no token",
                 token.escape_debug()
             ))
         })
@@ -164,8 +164,9 @@ fn merges(vocab: &Vocab<'_>) -> Result<Vec<(u32, u32)>> {
                 merge.escape_debug()
             )));
         };
+        let pair = (find(rank, left)?, find(rank, right)?);
         find(rank, &[left, right].concat())?;
-        Ok((find(rank, left)?, find(rank, right)?))
+        Ok(pair)
     };
     vocab.raw.merges.iter().enumerate().map(one).collect()
 }

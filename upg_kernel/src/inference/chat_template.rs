@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod date;
+mod guard;
 mod python_json;
 
 use std::io::Write;
@@ -27,12 +28,12 @@ pub const MAX_TEMPLATE_BYTES: usize = 256 << 10;
 pub const MAX_OUTPUT_BYTES: usize = 16 << 20;
 
 /// Work that every render may do: one unit an instruction, and one for 64 bytes made or read.
-const BASE_FUEL: u64 = 500_000;
+const BASE_FUEL: u64 = 2_000_000;
 
-/// More of it for each byte of the messages: real templates spend about 0.1.
+/// More of it for each byte of the messages.
 const FUEL_PER_BYTE: u64 = 1;
 
-/// Nesting of macros and loops. A real template has a depth of about five.
+/// Nesting of macros, loops and conditions while rendering, as the engine counts it.
 const MAX_RECURSION: usize = 100;
 
 /// Characters of a template's own message (`raise_exception`) that an error repeats.
@@ -93,16 +94,18 @@ impl ChatTemplate {
                 ),
             ));
         }
-        let template = Self {
+        let malformed = |e| template_error(ErrorKind::Malformed, &e);
+        let mut template = Self {
             source: without_generation_tags(source),
             bos_token: bos_token.map(str::to_owned),
             eos_token: eos_token.map(str::to_owned),
             date: None,
         };
+        template.source = guard::guarded(&template.source, syntax()).map_err(malformed)?;
         template
             .environment(0)
             .template_from_str(&template.source)
-            .map_err(|e| template_error(ErrorKind::Malformed, &e))?;
+            .map_err(malformed)?;
         Ok(template)
     }
 
@@ -158,7 +161,7 @@ impl ChatTemplate {
     /// The text of a conversation. `add_generation_prompt` ends it with the start of the
     /// assistant's turn.
     ///
-    /// The template is compiled each time (well under a millisecond for published ones).
+    /// The template is compiled each time: published ones are short.
     ///
     /// # Errors
     /// `Argument` when the template refuses the messages (`raise_exception`), with its words;
@@ -197,15 +200,10 @@ impl ChatTemplate {
         let messages_fuel = (bytes as u64).saturating_mul(FUEL_PER_BYTE);
         env.set_fuel(Some(BASE_FUEL.saturating_add(messages_fuel)));
         env.set_recursion_limit(MAX_RECURSION);
-        // Delimiters stay the usual ones, so this cannot fail; if it could, the default is safe.
-        let syntax = SyntaxConfig::builder()
-            .trim_blocks(true)
-            .lstrip_blocks(true)
-            .build();
-        env.set_syntax(syntax.unwrap_or_default());
-        env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        env.set_syntax(syntax());
         env.add_function("raise_exception", raise_exception);
         env.add_filter("tojson", python_json::tojson);
+        guard::install(&mut env);
         if let Some(date) = self.date {
             env.add_function("strftime_now", move |format: &str| date.strftime(format));
         }
@@ -219,6 +217,16 @@ impl ChatTemplate {
         }
         env
     }
+}
+
+/// Jinja's delimiters, with the white space rules of transformers.
+fn syntax() -> SyntaxConfig {
+    SyntaxConfig::builder()
+        .trim_blocks(true)
+        .lstrip_blocks(true)
+        .build()
+        // Only unusual delimiters can be wrong, and these are not set.
+        .unwrap_or_default()
 }
 
 /// Marks the errors that the template raised itself.

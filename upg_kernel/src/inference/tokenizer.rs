@@ -65,7 +65,7 @@ impl Tokenizer {
     ///
     /// Of the configuration only `add_bos_token`, `add_eos_token`, `bos_token` and `eos_token` are
     /// used; the latter two fill what `special` leaves empty. Time and memory are linear in the
-    /// file: about 60 ms and 20 MB for 50,000 tokens.
+    /// file.
     ///
     /// # Errors
     /// `TooLarge` above [`MAX_TOKENIZER_BYTES`]; `Malformed` when either text is no such JSON;

@@ -1,1 +1,204 @@
+use serde_json::json;
 
+use super::*;
+
+/// A vocabulary like sentencepiece's: `▁` for spaces, a token for each byte.
+fn sentencepiece(prefix: bool) -> Tokenizer {
+    let mut vocab = serde_json::Map::new();
+    for token in ["<unk>", "<s>", "</s>"] {
+        vocab.insert(token.to_owned(), json!(vocab.len()));
+    }
+    for byte in 0..=255 {
+        vocab.insert(format!("<0x{byte:02X}>"), json!(vocab.len()));
+    }
+    for token in ["▁", "a", "b", "é", "ab", "▁a", "▁ab"] {
+        vocab.insert(token.to_owned(), json!(vocab.len()));
+    }
+    let replace = json!({"type": "Replace", "pattern": {"String": " "}, "content": "▁"});
+    let mut decoders = vec![
+        json!({"type": "Replace", "pattern": {"String": "▁"}, "content": " "}),
+        json!({"type": "ByteFallback"}),
+        json!({"type": "Fuse"}),
+    ];
+    let mut normalizers = vec![replace];
+    if prefix {
+        normalizers.insert(0, json!({"type": "Prepend", "prepend": "▁"}));
+        decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
+    }
+    let special = |id: u32, content: &str| {
+        json!({"id": id, "content": content, "single_word": false, "lstrip": false,
+               "rstrip": false, "normalized": false, "special": true})
+    };
+    let file = json!({
+        "version": "1.0",
+        "truncation": {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0},
+        "padding": null,
+        "added_tokens": [special(0, "<unk>"), special(1, "<s>"), special(2, "</s>")],
+        "normalizer": {"type": "Sequence", "normalizers": normalizers},
+        "pre_tokenizer": null,
+        "post_processor": null,
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": {"type": "BPE", "dropout": null, "unk_token": "<unk>",
+                  "continuing_subword_prefix": null, "end_of_word_suffix": null,
+                  "fuse_unk": true, "byte_fallback": true, "ignore_merges": false,
+                  "vocab": vocab, "merges": [["a", "b"], ["▁", "ab"], ["▁", "a"]]},
+    });
+    let special = SpecialIds {
+        bos: Some(1),
+        eos: vec![2],
+    };
+    let config = r#"{"add_bos_token": true}"#;
+    Tokenizer::from_json(file.to_string().as_bytes(), Some(config), special).unwrap()
+}
+
+/// Pieces of the stream, checked against the decoding of the whole.
+fn stream(tokenizer: &Tokenizer, ids: &[u32], skip: bool) -> Vec<String> {
+    let mut stream = tokenizer.decode_stream(skip);
+    let mut pieces: Vec<String> = ids.iter().map(|&id| stream.push(id).unwrap()).collect();
+    pieces.push(stream.finish().unwrap());
+    assert_eq!(
+        pieces.concat(),
+        tokenizer.decode(ids, skip).unwrap(),
+        "{ids:?} {pieces:?}"
+    );
+    pieces
+}
+
+#[test]
+fn encodes_with_and_without_special_tokens() {
+    let t = sentencepiece(true);
+    let [space, a, ab_word] = ["▁", "a", "▁ab"].map(|s| t.token_to_id(s).unwrap());
+    assert_eq!(t.encode("ab", false).unwrap(), [ab_word]);
+    assert_eq!(t.encode("ab", true).unwrap(), [1, ab_word]);
+    // Truncation in the file is not obeyed.
+    assert_eq!(t.encode("ab ab ab ab ab ab", false).unwrap(), [ab_word; 6]);
+    // The text after a special token gets the space prefix again, as in llama.cpp.
+    assert_eq!(t.encode("</s>ab", false).unwrap(), [2, ab_word]);
+    let plain = t.encode_as("</s>", false, SpecialText::Plain).unwrap();
+    assert_eq!(plain.first(), Some(&space));
+    assert!(!plain.contains(&2));
+    assert_eq!(t.decode(&plain, true).unwrap(), "</s>");
+    // No token for it: bytes.
+    assert_eq!(t.encode("ü", false).unwrap(), [space, 3 + 0xC3, 3 + 0xBC]);
+    assert_eq!((t.vocab_size(), t.id_to_token(a)), (266, Some("a".into())));
+    assert!(t.is_special(1) && !t.is_special(a) && t.is_eos(2) && !t.is_eos(1));
+    assert!(t.encode("", false).unwrap().is_empty());
+    assert_eq!(t.decode(&[], false).unwrap(), "");
+}
+
+#[test]
+fn streams_spaces_and_bytes() {
+    let t = sentencepiece(true);
+    let [space, a, ab_word] = ["▁", "a", "▁ab"].map(|s| t.token_to_id(s).unwrap());
+    assert_eq!(
+        stream(&t, &[ab_word, ab_word, space, ab_word], false),
+        ["ab", " ab", " ", " ab", ""]
+    );
+    assert_eq!(
+        stream(&t, &[space, space, space, ab_word], false),
+        ["", " ", " ", " ab", ""]
+    );
+    // Special tokens between words do not eat the space after them.
+    assert_eq!(
+        stream(&t, &[1, ab_word, 2, ab_word, 1], true),
+        ["", "ab", "", " ab", "", ""]
+    );
+    assert_eq!(stream(&t, &[1, ab_word], false), ["<s>", " ab", ""]);
+    // Bytes wait for the end of their run: one wrong byte would change all of it.
+    assert_eq!(
+        stream(&t, &[a, 3 + 0xC3, 3 + 0xBC, a], false),
+        ["a", "", "", "üa", ""]
+    );
+    assert_eq!(
+        stream(&t, &[a, 3 + 0xC3, 3 + 0xBC, 3 + 0xFF, a], false),
+        ["a", "", "", "", "\u{FFFD}\u{FFFD}\u{FFFD}a", ""]
+    );
+    assert_eq!(stream(&t, &[3 + 0xC3], false), ["", "\u{FFFD}"]);
+    // Rows of the embedding that have no token.
+    assert_eq!(
+        stream(&t, &[ab_word, 9999, ab_word], false),
+        ["ab", "", " ab", ""]
+    );
+}
+
+/// Any ids, in any order: the stream never says anything else than the whole.
+#[test]
+fn streams_equal_the_whole() {
+    for t in [sentencepiece(true), sentencepiece(false)] {
+        let mut state = 1_u32;
+        for _ in 0..2000 {
+            let ids: Vec<u32> = (0..12)
+                .map(|_| {
+                    state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                    let pick = state >> 16;
+                    match pick % 4 {
+                        0 => 3 + pick / 4 % 256,
+                        1 => pick / 4 % 3,
+                        _ => 259 + pick / 4 % 7,
+                    }
+                })
+                .collect();
+            stream(&t, &ids, false);
+            stream(&t, &ids, true);
+        }
+    }
+}
+
+#[test]
+fn endless_broken_bytes_are_given_up() {
+    let t = sentencepiece(true);
+    let mut stream = t.decode_stream(false);
+    let given: usize = (0..1000)
+        .map(|_| stream.push(3 + 0xFF).unwrap().len())
+        .sum();
+    assert_eq!(given, 1000 / MAX_PENDING_IN_TEST * MAX_PENDING_IN_TEST * 3);
+}
+
+const MAX_PENDING_IN_TEST: usize = 256;
+
+#[test]
+fn refuses_what_is_no_tokenizer() {
+    let none = SpecialIds::default;
+    let of = |json: &[u8], config| Tokenizer::from_json(json, config, none());
+    let kind = |found: Result<Tokenizer>| found.unwrap_err().kind();
+    for bad in [
+        &b""[..],
+        b"{",
+        b"\xFF\xFE",
+        b"[]",
+        b"{}",
+        br#"{"model": {"type": "no"}}"#,
+    ] {
+        assert_eq!(kind(of(bad, None)), ErrorKind::Malformed);
+    }
+    let empty = br#"{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}"#;
+    assert!(of(empty, None).is_ok());
+    assert_eq!(kind(of(empty, Some("{"))), ErrorKind::Malformed);
+    let special = SpecialIds {
+        bos: None,
+        eos: vec![7],
+    };
+    let found = Tokenizer::from_json(empty, None, special);
+    assert_eq!(kind(found), ErrorKind::Invalid);
+    // The crate would give this token the id 1 and say nothing.
+    let moved = br#"{"version": "1.0", "added_tokens": [{"id": 9, "content": "<x>",
+        "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
+        "special": true}], "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}"#;
+    assert_eq!(kind(of(moved, None)), ErrorKind::Invalid);
+    let out = br#"{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0},
+        "merges": [["a", "b"]]}}"#;
+    assert_eq!(kind(of(out, None)), ErrorKind::Malformed);
+}
+
+#[test]
+fn refuses_texts_above_the_caps() {
+    let t = sentencepiece(true);
+    for bad in [
+        "a ".repeat(MAX_TEXT_BYTES / 2 + 1),
+        " ".repeat(MAX_RUN_CHARS + 1),
+        "a".repeat(MAX_RUN_CHARS + 1),
+    ] {
+        let e = t.encode(&bad, false).unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::TooLarge);
+    }
+}

@@ -1,0 +1,512 @@
+//! Puts a price on lists that the engine's fuel does not know, by writing filters into the source.
+//!
+//! Three things are free in the engine and can fill any memory, or the stack:
+//! - joining and repeating lists is lazy, and the whole is copied once 32 joins are stacked:
+//!   `{% set a = a + a %}` in a loop asks for 2^32 items at once;
+//! - a list that holds the same list twice is small, and endless in print:
+//!   `{% set a = [a, a] %}`;
+//! - a list in a list in a list, 100,000 deep, ends the stack when it is dropped.
+//!
+//! So before a template is compiled,
+//! - the left operand of a `+` gets a filter that makes a list flat and charges its length: a list
+//!   can only grow by what was paid;
+//! - the operands of a `*` get one that refuses lists (no chat template repeats them);
+//! - list, tuple and map literals and the values of `set` get one that charges all that is in
+//!   them, as often as it is, and refuses great depth.
+//!
+//! The filters change no value. The engine's own lexer finds the places, so that a hostile
+//! template cannot be read in two ways.
+#![forbid(unsafe_code)]
+
+use minijinja::machinery::{Span, Token, tokenize};
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Kwargs, Value, ValueKind};
+use minijinja::{Environment, Error, ErrorKind, State};
+use minijinja_contrib::pycompat::unknown_method_callback;
+
+const FLAT: &str = "|_upg_flat";
+const SCALAR: &str = "|_upg_scalar";
+const SIZED: &str = "|_upg_sized)";
+const STORED: &str = "|_upg_stored)";
+
+/// Items of a list that one unit of fuel pays for.
+const ITEMS_PER_FUEL: u64 = 16;
+
+/// Bytes of text in a list that one unit of fuel pays for, as in the engine.
+const BYTES_PER_FUEL: u64 = 64;
+
+/// How deep lists and maps may hold each other.
+const MAX_DEPTH: usize = 32;
+
+/// Lists and maps, and what is in them, that one unit of fuel pays for where all is counted.
+const NODES_PER_FUEL: u64 = 4;
+
+/// Tokens in one tag, and tags in a template. The engine's parser calls itself for each `not` and
+/// each `elif`, without a limit. The largest published templates have about 100 and 500.
+const MAX_TAG_TOKENS: usize = 1000;
+const MAX_TAGS: usize = 4000;
+
+/// Digits of a width that `str.format` may pad to.
+const MAX_WIDTH_DIGITS: usize = 3;
+
+/// Words before a bracket that do not make it an index or a call.
+const KEYWORDS: &[&str] = &[
+    "in",
+    "not",
+    "and",
+    "or",
+    "is",
+    "if",
+    "else",
+    "elif",
+    "recursive",
+];
+
+/// Tags whose brackets hold names, not values.
+const NAME_TAGS: &[&str] = &["for", "set", "call"];
+
+/// Adds the filters, and takes away or replaces what joins values itself.
+pub(super) fn install(env: &mut Environment<'_>) {
+    for name in ["chain", "zip"] {
+        env.remove_filter(name);
+    }
+    env.remove_global("debug");
+    env.add_filter("_upg_flat", flat);
+    env.add_filter("_upg_scalar", scalar);
+    env.add_filter("_upg_sized", sized);
+    env.add_filter("_upg_stored", stored);
+    env.add_function("dict", dict);
+    env.set_unknown_method_callback(|state, value, method, args| {
+        if method == "format" {
+            check_format(value.as_str().unwrap_or_default())?;
+        }
+        unknown_method_callback(state, value, method, args)
+    });
+}
+
+/// `'{:>999999999}'.format(1)` makes its text before anyone is asked to pay for it.
+fn check_format(format: &str) -> Result<(), Error> {
+    let (mut digits, mut open) = (0_usize, 0_usize);
+    for c in format.replace("{{", "").replace("}}", "").chars() {
+        digits = if c.is_ascii_digit() { digits + 1 } else { 0 };
+        match c {
+            '{' => open += 1,
+            '}' => open = open.saturating_sub(1),
+            _ => {}
+        }
+        if open > 1 || (open == 1 && digits > MAX_WIDTH_DIGITS) {
+            return Err(refused(
+                "format: computed or large widths are not supported",
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// The source with the filters in it.
+pub(super) fn guarded(source: &str, syntax: SyntaxConfig) -> Result<String, Error> {
+    let tokens = limited_tokens(source, syntax)?;
+    let mut places = Places {
+        tokens: &tokens,
+        inserts: Vec::new(),
+        open: Vec::new(),
+        set: None,
+    };
+    for at in 0..tokens.len() {
+        places.visit(at);
+    }
+    let mut inserts = places.inserts;
+    inserts.sort_by_key(|&(at, _)| at);
+    let mut out = String::with_capacity(source.len() + inserts.len() * SCALAR.len());
+    let mut from = 0;
+    for (at, text) in inserts {
+        out.push_str(source.get(from..at).ok_or_else(lost)?);
+        out.push_str(text);
+        from = at;
+    }
+    out.push_str(source.get(from..).ok_or_else(lost)?);
+    Ok(out)
+}
+
+fn limited_tokens(source: &str, syntax: SyntaxConfig) -> Result<Vec<(Token<'_>, Span)>, Error> {
+    let mut tokens = Vec::new();
+    let (mut tags, mut in_tag) = (0_usize, 0_usize);
+    for token in tokenize(source, false, syntax) {
+        let token = token?;
+        if matches!(token.0, Token::BlockStart | Token::VariableStart) {
+            tags += 1;
+            in_tag = 0;
+        }
+        in_tag += 1;
+        if in_tag > MAX_TAG_TOKENS || tags > MAX_TAGS {
+            return Err(Error::new(
+                ErrorKind::SyntaxError,
+                format!("above {MAX_TAG_TOKENS} tokens in a tag or {MAX_TAGS} tags"),
+            ));
+        }
+        tokens.push(token);
+    }
+    Ok(tokens)
+}
+
+fn lost() -> Error {
+    Error::new(
+        ErrorKind::SyntaxError,
+        "the lexer and the source do not agree",
+    )
+}
+
+/// A bracket that is not closed yet.
+struct Open {
+    start: usize,
+    literal: bool,
+    /// A parenthesis makes a tuple only if there is a comma in it.
+    tuple: bool,
+}
+
+struct Places<'a> {
+    tokens: &'a [(Token<'a>, Span)],
+    /// (offset in the source, text), in the order of writing at equal offsets.
+    inserts: Vec<(usize, &'static str)>,
+    open: Vec<Open>,
+    /// Inside of `{% set x = `: what closes it.
+    set: Option<&'static str>,
+}
+
+impl<'a> Places<'a> {
+    fn token(&self, at: Option<usize>) -> Option<&'a Token<'a>> {
+        self.tokens.get(at?).map(|(token, _)| token)
+    }
+
+    fn start(&self, at: usize) -> usize {
+        self.tokens
+            .get(at)
+            .map_or(0, |(_, span)| span.start_offset as usize)
+    }
+
+    fn end(&self, at: usize) -> usize {
+        self.tokens
+            .get(at)
+            .map_or(0, |(_, span)| span.end_offset as usize)
+    }
+
+    fn visit(&mut self, at: usize) {
+        let left = at.checked_sub(1);
+        match self.token(Some(at)) {
+            Some(Token::Plus) if self.ends_operand(left) => self.insert_after(left, FLAT),
+            Some(Token::Mul) if self.ends_operand(left) || self.is_number(left) => {
+                if self.ends_operand(left) {
+                    self.insert_after(left, SCALAR);
+                }
+                let right = self.operand_end(at + 1);
+                self.insert_after(right, SCALAR);
+            }
+            Some(Token::Comma) => {
+                if let Some(open) = self.open.last_mut() {
+                    open.tuple = true;
+                }
+            }
+            Some(Token::BraceOpen) => self.push(at, true, true),
+            Some(Token::BracketOpen) => self.push(at, self.opens_literal(at), true),
+            Some(Token::ParenOpen) => self.push(at, self.opens_literal(at), false),
+            Some(Token::ParenClose | Token::BracketClose | Token::BraceClose) => {
+                if let Some(open) = self.open.pop()
+                    && open.literal
+                    && open.tuple
+                {
+                    self.inserts.push((open.start, "("));
+                    self.insert_after(Some(at), SIZED);
+                }
+            }
+            Some(Token::Assign) if self.open.is_empty() && self.set.is_none() => {
+                self.open_set(at);
+            }
+            Some(Token::BlockEnd | Token::VariableEnd) => {
+                if let Some(close) = self.set.take() {
+                    self.insert_after(left, close);
+                }
+                self.open.clear();
+            }
+            _ => {}
+        }
+    }
+
+    fn insert_after(&mut self, at: Option<usize>, text: &'static str) {
+        if let Some(at) = at {
+            self.inserts.push((self.end(at), text));
+        }
+    }
+
+    fn push(&mut self, at: usize, literal: bool, tuple: bool) {
+        self.open.push(Open {
+            start: self.start(at),
+            literal,
+            tuple,
+        });
+    }
+
+    /// `{% set names = value %}`: wraps the value. What goes into a namespace outlives the rest.
+    fn open_set(&mut self, assign: usize) {
+        let tag = self
+            .tokens
+            .iter()
+            .take(assign)
+            .rposition(|(token, _)| matches!(token, Token::BlockStart));
+        let Some(tag) = tag else { return };
+        if !matches!(self.token(Some(tag + 1)), Some(Token::Ident("set"))) {
+            return;
+        }
+        let to_namespace = self
+            .tokens
+            .iter()
+            .take(assign)
+            .skip(tag)
+            .any(|(token, _)| matches!(token, Token::Dot));
+        self.set = Some(if to_namespace { STORED } else { SIZED });
+        self.insert_after(Some(assign), "(");
+    }
+
+    /// Whether the bracket at `at` starts a value of its own: no index, no call, no names.
+    fn opens_literal(&self, at: usize) -> bool {
+        let left = at.checked_sub(1);
+        let before = left.and_then(|at| at.checked_sub(1));
+        match self.token(left) {
+            Some(Token::Ident(word)) if matches!(self.token(before), Some(Token::BlockStart)) => {
+                !NAME_TAGS.contains(word)
+            }
+            Some(Token::Ident(word)) => {
+                KEYWORDS.contains(word) && !matches!(self.token(before), Some(Token::Dot))
+            }
+            Some(Token::Str(_) | Token::String(_)) => false,
+            _ => !self.ends_operand(left),
+        }
+    }
+
+    /// Whether a value that may be a list ends at `at`.
+    fn ends_operand(&self, at: Option<usize>) -> bool {
+        matches!(
+            self.token(at),
+            Some(Token::Ident(_) | Token::ParenClose | Token::BracketClose | Token::BraceClose)
+        )
+    }
+
+    fn is_number(&self, at: Option<usize>) -> bool {
+        matches!(
+            self.token(at),
+            Some(Token::Int(_) | Token::Int128(_) | Token::Float(_))
+        )
+    }
+
+    /// The last token of the operand that starts at `at`: signs, one atom, then `.name`, `[..]`,
+    /// `(..)` and `|filter`, as far as they go.
+    fn operand_end(&self, mut at: usize) -> Option<usize> {
+        while matches!(self.token(Some(at)), Some(Token::Minus | Token::Plus)) {
+            at += 1;
+        }
+        let mut last = self.group_end(at)?;
+        loop {
+            at = last + 1;
+            last = match self.token(Some(at)) {
+                Some(Token::Dot | Token::Pipe) => at + 1,
+                Some(Token::BracketOpen | Token::ParenOpen) => self.group_end(at)?,
+                // Neighbouring literals are one.
+                Some(Token::Str(_) | Token::String(_)) => at,
+                _ => return Some(last),
+            };
+        }
+    }
+
+    /// The last token of the bracketed group that starts at `from`, or `from` itself.
+    fn group_end(&self, from: usize) -> Option<usize> {
+        let mut depth = 0_usize;
+        for (at, (token, _)) in self.tokens.iter().enumerate().skip(from) {
+            match token {
+                Token::ParenOpen | Token::BracketOpen | Token::BraceOpen => depth += 1,
+                Token::ParenClose | Token::BracketClose | Token::BraceClose => {
+                    depth = depth.checked_sub(1)?;
+                }
+                Token::BlockEnd | Token::VariableEnd => return None,
+                _ => {}
+            }
+            if depth == 0 {
+                return Some(at);
+            }
+        }
+        None
+    }
+}
+
+fn is_list(value: &Value) -> bool {
+    matches!(value.kind(), ValueKind::Seq | ValueKind::Iterable)
+}
+
+fn flat(state: &State, value: Value) -> Result<Value, Error> {
+    if !is_list(&value) {
+        return Ok(value);
+    }
+    if let Some(len) = value.len() {
+        state.consume_fuel(len as u64 / ITEMS_PER_FUEL)?;
+        if value.kind() == ValueKind::Seq {
+            return Ok(value);
+        }
+    }
+    let mut items = Vec::new();
+    for item in value.try_iter()? {
+        if (items.len() as u64).is_multiple_of(ITEMS_PER_FUEL) {
+            state.consume_fuel(1)?;
+        }
+        items.push(item);
+    }
+    Ok(Value::from(items))
+}
+
+fn scalar(value: Value) -> Result<Value, Error> {
+    if is_list(&value) {
+        return Err(refused("lists cannot be repeated in a chat template"));
+    }
+    Ok(value)
+}
+
+fn sized(state: &State, value: Value) -> Result<Value, Error> {
+    pay(state, &value, true)?;
+    Ok(value)
+}
+
+fn stored(state: &State, value: Value) -> Result<Value, Error> {
+    pay(state, &value, false)?;
+    Ok(value)
+}
+
+/// `dict(a=1)`, with the price of a literal.
+fn dict(state: &State, items: Kwargs) -> Result<Value, Error> {
+    let pairs: Vec<(String, Value)> = items
+        .args()
+        .map(|name| Ok((name.to_owned(), items.get::<Value>(name)?)))
+        .collect::<Result<_, Error>>()?;
+    sized(state, Value::from_pairs(pairs))
+}
+
+/// Charges everything in `value`, once for each way to reach it.
+///
+/// A namespace is the one value that changes: inside of another it could come to hold itself.
+fn pay(state: &State, value: &Value, namespace: bool) -> Result<(), Error> {
+    // A text of its own was paid for by the engine when it was made.
+    if value.kind() != ValueKind::Map && !is_list(value) {
+        return Ok(());
+    }
+    let mut pending = vec![(value.clone(), 0_usize)];
+    let (mut nodes, mut bytes) = (0_u64, 0_u64);
+    while let Some((value, depth)) = pending.pop() {
+        nodes += 1;
+        bytes += value.as_str().map_or(0, |s| s.len() as u64);
+        if nodes >= NODES_PER_FUEL || bytes >= BYTES_PER_FUEL {
+            state.consume_fuel(nodes / NODES_PER_FUEL + bytes / BYTES_PER_FUEL)?;
+            (nodes, bytes) = (nodes % NODES_PER_FUEL, bytes % BYTES_PER_FUEL);
+        }
+        let map = value.kind() == ValueKind::Map;
+        if !map && !is_list(&value) {
+            continue;
+        }
+        if depth >= MAX_DEPTH {
+            return Err(refused("lists and maps are nested too deeply"));
+        }
+        if is_namespace(&value) && (depth > 0 || !namespace) {
+            return Err(refused("a namespace cannot be put into another value"));
+        }
+        for item in value.try_iter()? {
+            if map {
+                pending.push((value.get_item(&item)?, depth + 1));
+            }
+            pending.push((item, depth + 1));
+            if (pending.len() as u64).is_multiple_of(ITEMS_PER_FUEL) {
+                state.consume_fuel(1)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn is_namespace(value: &Value) -> bool {
+    value
+        .as_object()
+        .is_some_and(|object| object.type_name().ends_with("::Namespace"))
+}
+
+fn refused(message: &'static str) -> Error {
+    Error::new(ErrorKind::InvalidOperation, message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn filters_stand_after_operands() {
+        for (source, expected) in [
+            ("{{ a + b }}", "{{ a|F + b }}"),
+            ("{{ 'x' + b }}", "{{ 'x' + b }}"),
+            ("a + b * c", "a + b * c"),
+            (
+                "{{ -a[0].b(1)|f(2) + (b) + c }}",
+                "{{ -a[0].b(1)|f(2)|F + (b)|F + c }}",
+            ),
+            ("{{ 2 * a.b[1](2)|f }}", "{{ 2 * a.b[1](2)|f|C }}"),
+            (
+                "{{ n * -a.b[(1)](2)|f - 1 }}",
+                "{{ n|C * -a.b[(1)](2)|f|C - 1 }}",
+            ),
+            ("{% if a*(1) + b %}", "{% if a|C*(1)|C|F + b %}"),
+            (
+                "{{ f(*a, **b) }}{{ a ** b }}",
+                "{{ f(*a, **b) }}{{ a ** b }}",
+            ),
+            (
+                "{# a + b #}{% raw %}{{ a + b }}{% endraw %}",
+                "{# a + b #}{% raw %}{{ a + b }}{% endraw %}",
+            ),
+            ("é{{ u + 'ü+ü' }}", "é{{ u|F + 'ü+ü' }}"),
+        ] {
+            assert_eq!(short(source), expected);
+        }
+    }
+
+    #[test]
+    fn filters_stand_around_literals_and_sets() {
+        for (source, expected) in [
+            ("{{ [1, x[2]] }}", "{{ ([1, x[2]]|S) }}"),
+            (
+                "{{ {'a': [b]}.items() }}",
+                "{{ ({'a': ([b]|S)}|S).items() }}",
+            ),
+            (
+                "{{ (1, 2) }}{{ (1) }}{{ f(1, 2) }}",
+                "{{ ((1, 2)|S) }}{{ (1) }}{{ f(1, 2) }}",
+            ),
+            ("{% for (a, b) in [c] %}", "{% for (a, b) in ([c]|S) %}"),
+            ("{% for a in x recursive %}", "{% for a in x recursive %}"),
+            ("{% set x = a, a %}", "{% set x =( a, a|S) %}"),
+            (
+                "{%- set n.x = a + [b] -%}",
+                "{%- set n.x =( a|F + ([b]|S)|T) -%}",
+            ),
+            (
+                "{% set x %}{{ f(a=1) }}{% endset %}",
+                "{% set x %}{{ f(a=1) }}{% endset %}",
+            ),
+            ("{% macro m(a, b=[]) %}", "{% macro m(a, b=([]|S)) %}"),
+            ("{% if x in ['a', 'b'] %}", "{% if x in (['a', 'b']|S) %}"),
+        ] {
+            assert_eq!(short(source), expected);
+        }
+    }
+
+    /// The guarded source, with the names of the filters cut to one letter.
+    fn short(source: &str) -> String {
+        guarded(source, SyntaxConfig::default())
+            .unwrap()
+            .replace("_upg_flat", "F")
+            .replace("_upg_scalar", "C")
+            .replace("_upg_sized", "S")
+            .replace("_upg_stored", "T")
+    }
+}

@@ -53,17 +53,45 @@ fn main() {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let q = quantiles(n, &mut rng);
         let mut t = vec![0.0; n];
+        let smode = a.get(7).map_or(0, |v| v.parse::<usize>().unwrap());
         if spread > 0 {
-            // entries i + (128/2^k)*b : one from each of P quantile classes
-            let p = spread; let h = n / p;
-            let mut cls: Vec<Vec<f64>> = (0..p).map(|c| { let mut v = q[c * h..(c + 1) * h].to_vec(); shuffle(&mut rng, &mut v); v }).collect();
-            for i in 0..h {
-                let mut order: Vec<usize> = (0..p).collect(); shuffle(&mut rng, &mut order);
-                for b in 0..p { t[i + h * b] = cls[order[b]].pop().unwrap(); }
-            }
+            let p = 1usize << k; let h = 128 / p; let reps = n / 128;
+            // class c of ring i: ranks; ring i in 0..h, reps copies
+            let per = n / p; // members per class = h*reps
+            let mut perms: Vec<Vec<usize>> = (0..h).map(|_| { let mut o: Vec<usize> = (0..p).collect(); shuffle(&mut rng, &mut o); o }).collect();
+            if spread == 2 || spread == 5 { for o in &mut perms { *o = (0..p).collect(); } }
+            let mut cls: Vec<Vec<usize>> = (0..p).map(|_| { let mut v: Vec<usize> = (0..per).collect(); shuffle(&mut rng, &mut v); v }).collect();
+            if spread == 3 { let c0 = cls[0].clone(); for c in &mut cls { *c = c0.clone(); } }
+            if spread == 2 || spread == 4 { for c in &mut cls { *c = (0..per).collect(); } }
+            for i in 0..h { for r in 0..reps { for b in 0..p {
+                let c = perms[i][b];
+                t[i + h * b + 128 * r] = q[c * per + cls[c][i * reps + r]];
+            } } }
         } else { t.copy_from_slice(&q); shuffle(&mut rng, &mut t); }
         let mut levels: Vec<f64> = t.iter().map(|t| t * unit * 1.03).collect();
-        let shifts: Vec<u8> = (0..64).map(|_| below(&mut rng, n) as u8).collect();
+        let mut shifts: Vec<u8> = (0..64).map(|i| match smode { 0 => below(&mut rng, n), 1 => i * n / 64 + below(&mut rng, n / 64), 2 => i * n / 64, _ => i * 2 } as u8).collect();
+        shuffle(&mut rng, &mut shifts);
+        if smode >= 4 {
+            let p = 1usize << k; let r = 64 / p;
+            // offsets of r rows within a spacing n/p, per j
+            let mut base: Vec<usize> = (0..r).collect(); shuffle(&mut rng, &mut base);
+            for row in 0..r {
+                let mut o: Vec<usize> = (0..p).collect(); shuffle(&mut rng, &mut o);
+                for j in 0..p {
+                    let fine = n / 64;
+                    let off = match smode { 4 => base[row] * fine + below(&mut rng, fine), 5 => below(&mut rng, n / p), 6 => base[row] * fine, _ => ((base[row] + j) % r) * fine };
+                    shifts[row * p + j] = match smode {
+                        8 => o[j] * 128 / p + base[row] * (128 / 64) + 128 * below(&mut rng, 2),
+                        9 => o[j] * 128 / p + base[row] * (128 / 64) + 128 * (o[j] & 1) + below(&mut rng, 2),
+                        10 => o[j] * n / p + ((base[row] + o[j]) % r) * fine,
+                        11 => o[j] * n / p + ((base[row] + o[j] / 2) % r) * fine,
+                        12 => o[j] * n / p + ((base[row] + below(&mut rng, r)) % r) * fine,
+                        13 => j * n / p + base[row] * fine,
+                        14 => j * n / p + ((base[row] + j) % r) * fine,
+                        _ => o[j] * n / p + off } as u8;
+                }
+            }
+        }
         let path = Path::best();
         let mut code = Code::new(k, &shifts, &quant(&levels), unit as f32).unwrap();
         print!("seed {seed}: {:.3}", measure(&code, &valid, path, 256, 128, None));
@@ -74,17 +102,19 @@ fn main() {
             code = Code::new(k, &shifts, &quant(&levels), unit as f32).unwrap();
         }
         println!(" -> {:.3} max {}", measure(&code, &valid, path, 256, 128, None), code.levels().iter().map(|l| (*l as i32).abs()).max().unwrap());
-        if seed == 0 {
+        if seed == 0 && a.len() <= 6 {
             for path in Path::available() {
-                let t = std::time::Instant::now();
+                let t = cpu();
                 let d = measure(&code, &valid, path, 256, 128, None);
-                println!("{} {:.4} us/weight {d:.4}", path.name(), t.elapsed().as_secs_f64() * 1e6 / valid.len() as f64);
+                println!("{} {:.4} us/weight {d:.4}", path.name(), (cpu() - t) * 1e6 / valid.len() as f64);
             }
-            for (b, la) in [(256,0),(256,8),(256,16),(256,32),(256,64),(256,128),(256,256),(128,128),(512,256)] {
-                let t = std::time::Instant::now();
+            for (b, la) in [(256,0),(256,8),(256,16),(256,32),(256,64),(256,128),(256,256),(128,128),(512,256),(448,64),(320,192)] {
+                let t = cpu();
                 let d = measure(&code, &valid, path, b, la, None);
-                println!("block {b} la {la}: {d:.4} {:.3} us", t.elapsed().as_secs_f64() * 1e6 / valid.len() as f64);
+                println!("block {b} la {la}: {d:.4} {:.3} us", (cpu() - t) * 1e6 / valid.len() as f64);
             }
         }
     }
 }
+
+fn cpu() -> f64 { std::fs::read_to_string("/proc/thread-self/schedstat").unwrap().split(' ').next().unwrap().parse::<f64>().unwrap() * 1e-9 }

@@ -45,7 +45,8 @@ impl<'a> Search<'a> {
     /// A search with a chosen code path and window, for measurements and tests. `block` is at
     /// least 1.
     pub fn with(code: &'a Code, path: Path, block: usize, look_ahead: usize) -> Self {
-        let window = block.max(1) + look_ahead;
+        // the walk back reads the minima of the step before the window, too
+        let window = block.max(1) + look_ahead + 1;
         Self {
             code,
             path,
@@ -95,7 +96,8 @@ impl<'a> Search<'a> {
         }
         let start = start.map(|state| state % (1 << STATE_BITS));
         self.begin(start);
-        let (mut fixed, mut done) = (0, 0);
+        // `last` is the state before step `fixed`; `fresh` says that the front began there
+        let (mut fixed, mut done, mut last, mut fresh) = (0, 0, start, true);
         while fixed < states.len() {
             let end = targets.len().min(fixed + self.block + self.look_ahead);
             self.forward(done, &targets[done..end], &weights[done..end]);
@@ -104,12 +106,17 @@ impl<'a> Search<'a> {
                 true => states.len(),
                 false => states.len().min(fixed + self.block),
             };
-            let last = match fixed {
-                0 => start,
-                _ => Some(states[fixed - 1]),
-            };
-            self.walk_back(fixed, end, last, &mut states[fixed..now]);
-            fixed = now;
+            let imposed = last.filter(|_| fresh);
+            self.walk_back(fixed, end, imposed, &mut states[fixed..now]);
+            let shared = u32::from(self.code.k());
+            if last.is_some_and(|last| last >> shared != states[fixed] % (1 << (STATE_BITS - shared))) {
+                // the cheapest way does not pass through what is fixed: search on from there only
+                self.begin(last);
+                (done, fresh) = (fixed, true);
+                continue;
+            }
+            last = Some(states[now - 1]);
+            (fixed, fresh) = (now, false);
         }
         Ok(())
     }
@@ -120,7 +127,7 @@ impl<'a> Search<'a> {
     }
 
     fn window(&self) -> usize {
-        self.block + self.look_ahead
+        self.block + self.look_ahead + 1
     }
 
     /// All ways are open, or only those on from `start`.
@@ -164,10 +171,10 @@ impl<'a> Search<'a> {
     }
 
     /// Walks from the cheapest state of step `end - 1` back to step `first` and writes the states
-    /// of the steps from `first` on. `last` is the state of step `first - 1`, if that is fixed.
+    /// of the steps from `first` on. `last` is the state of step `first - 1`, where the front began, if it did not begin anywhere.
     ///
-    /// The bits that the first states share with `last` are imposed, not hoped for: the chain is
-    /// valid even where the cheapest way does not lead back to `last`.
+    /// The bits that the first states share with `last` are imposed, not hoped for: costs that
+    /// saturate cannot lead to another state.
     fn walk_back(&self, first: usize, end: usize, last: Option<u16>, states: &mut [u16]) {
         let k = self.code.k();
         let bits = usize::from(k);

@@ -10,6 +10,8 @@ mod search;
 #[allow(unsafe_code)]
 mod simd;
 mod tables;
+#[cfg(test)]
+mod tests;
 
 pub use search::Search;
 pub use simd::Path;
@@ -18,9 +20,7 @@ pub use tables::Code;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use rayon::prelude::*;
-use upg_kernel::matrix::trellis::{
-    STATE_BITS, STRIP_ROWS, position, strip_bytes, strip_weights,
-};
+use upg_kernel::matrix::trellis::{STATE_BITS, STRIP_ROWS, position, strip_bytes, strip_weights};
 use upg_kernel::matrix::{TrellisMatrix, TrellisParts};
 use upg_kernel::prime_lut::PRIME_LUT;
 use upg_kernel::rotation::Rotation;

@@ -94,7 +94,9 @@ pub(super) fn run(front: &mut Front, stretch: &mut Stretch<'_>) {
 fn run_k<const K: usize, const MEMBERS: usize>(front: &mut Front, stretch: &mut Stretch<'_>) {
     let code = stretch.code;
     let minima = stretch.minima.chunks_exact_mut(groups(K as u8));
-    let costs = stretch.costs.chunks_exact_mut(step_costs(code.levels().len()));
+    let costs = stretch
+        .costs
+        .chunks_exact_mut(step_costs(code.levels().len()));
     let inputs = stretch.targets.iter().zip(stretch.weights);
     for (((&target, &weight), costs), minima) in inputs.zip(costs).zip(minima) {
         fill_costs(code.float_levels(), target, weight, front.least, costs);

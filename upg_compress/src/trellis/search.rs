@@ -8,11 +8,11 @@ use upg_kernel::matrix::trellis::STATE_BITS;
 use upg_kernel::{Error, ErrorKind, Result};
 
 /// Steps that are fixed at once by one walk back.
-const BLOCK: usize = 256;
+pub(super) const BLOCK: usize = 256;
 
 /// Steps that the search looks ahead of the last one it fixes. Ways back from there have met long
 /// before: 64 give the same error as 256 to 0.001 dB.
-const LOOK_AHEAD: usize = 128;
+pub(super) const LOOK_AHEAD: usize = 128;
 
 /// A squared unit of a level costs this many integer steps, times the weight; by bits a weight.
 /// Chosen so that an average error costs about 80: rounding is then lost in the noise, and costs
@@ -39,7 +39,12 @@ pub struct Search<'a> {
 impl<'a> Search<'a> {
     /// A search with the fastest code path of this machine.
     pub fn new(code: &'a Code) -> Self {
-        Self::with(code, Path::best(), BLOCK, LOOK_AHEAD)
+        Self::with_path(code, Path::best())
+    }
+
+    /// A search with a chosen code path; the states do not depend on it.
+    pub fn with_path(code: &'a Code, path: Path) -> Self {
+        Self::with(code, path, BLOCK, LOOK_AHEAD)
     }
 
     /// A search with a chosen code path and window, for measurements and tests. `block` is at
@@ -109,7 +114,9 @@ impl<'a> Search<'a> {
             let imposed = last.filter(|_| fresh);
             self.walk_back(fixed, end, imposed, &mut states[fixed..now]);
             let shared = u32::from(self.code.k());
-            if last.is_some_and(|last| last >> shared != states[fixed] % (1 << (STATE_BITS - shared))) {
+            if last
+                .is_some_and(|last| last >> shared != states[fixed] % (1 << (STATE_BITS - shared)))
+            {
                 // the cheapest way does not pass through what is fixed: search on from there only
                 self.begin(last);
                 (done, fresh) = (fixed, true);
@@ -180,9 +187,10 @@ impl<'a> Search<'a> {
         let bits = usize::from(k);
         // of a state `age` steps after `last`: its low bits that `last` fixes, and their number
         let imposed = |age: usize| match last {
-            Some(last) if age * bits < STATE_BITS as usize => {
-                (usize::from(last) >> (age * bits), STATE_BITS as usize - age * bits)
-            }
+            Some(last) if age * bits < STATE_BITS as usize => (
+                usize::from(last) >> (age * bits),
+                STATE_BITS as usize - age * bits,
+            ),
             _ => (0, 0),
         };
         // the low bits of the state after the last one

@@ -37,9 +37,7 @@ impl Path {
 
     /// The fastest variant of this machine.
     pub fn best() -> Self {
-        Self::available()
-            .pop()
-            .unwrap_or(Self(Kind::Portable))
+        Self::available().pop().unwrap_or(Self(Kind::Portable))
     }
 
     /// `portable`, `avx2` or `avx512`.

@@ -112,8 +112,12 @@ impl TrellisMatrix {
                 format!("trellis code of {k} bits a weight, expected 2, 3 or 4"),
             ));
         }
-        let too_large =
-            || Error::new(ErrorKind::TooLarge, format!("trellis matrix [{rows}, {cols}]"));
+        let too_large = || {
+            Error::new(
+                ErrorKind::TooLarge,
+                format!("trellis matrix [{rows}, {cols}]"),
+            )
+        };
         let strip_bytes = strip_bytes(cols, k).ok_or_else(too_large)?;
         let codes = rows
             .div_ceil(STRIP_ROWS)
@@ -121,7 +125,11 @@ impl TrellisMatrix {
             .ok_or_else(too_large)?;
         let lengths = [
             ("bytes of codes", parts.codes.len(), codes),
-            ("shift table entries", parts.shift_table.len(), SHIFT_TABLE_LEN),
+            (
+                "shift table entries",
+                parts.shift_table.len(),
+                SHIFT_TABLE_LEN,
+            ),
             ("prime indices", parts.prime_indices.len(), rows),
             ("scales", parts.scales.len(), rows),
             ("columns of the rotation", parts.rotation.cols(), cols),
@@ -130,7 +138,9 @@ impl TrellisMatrix {
             if found != expected {
                 return Err(Error::new(
                     ErrorKind::Shape,
-                    format!("{found} {what} for a t{k} matrix [{rows}, {cols}], expected {expected}"),
+                    format!(
+                        "{found} {what} for a t{k} matrix [{rows}, {cols}], expected {expected}"
+                    ),
                 ));
             }
         }
@@ -143,7 +153,10 @@ impl TrellisMatrix {
         if let Some(row) = parts.scales.iter().position(|s| !s.is_finite()) {
             return Err(Error::new(
                 ErrorKind::Invalid,
-                format!("scale of row {row} is {}, expected a finite one", parts.scales[row]),
+                format!(
+                    "scale of row {row} is {}, expected a finite one",
+                    parts.scales[row]
+                ),
             ));
         }
         let levels = (0..STATES as u16)
@@ -238,7 +251,9 @@ mod tests {
     fn noise(len: usize, seed: u64) -> Vec<u8> {
         let mut x = seed;
         let mut next = || {
-            x = x.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            x = x
+                .wrapping_mul(6364136223846793005)
+                .wrapping_add(1442695040888963407);
             (x >> 56) as u8
         };
         (0..len).map(|_| next()).collect()
@@ -345,8 +360,12 @@ mod tests {
     fn parts_of_another_size_are_refused() {
         type Damage = fn(&mut TrellisParts);
         let damages: [(ErrorKind, Damage); 9] = [
-            (ErrorKind::Shape, |p| p.codes = vec![0; p.codes.len() - 1].into()),
-            (ErrorKind::Shape, |p| p.codes = vec![0; p.codes.len() + 1].into()),
+            (ErrorKind::Shape, |p| {
+                p.codes = vec![0; p.codes.len() - 1].into()
+            }),
+            (ErrorKind::Shape, |p| {
+                p.codes = vec![0; p.codes.len() + 1].into()
+            }),
             (ErrorKind::Shape, |p| p.shift_table = vec![0; 63].into()),
             (ErrorKind::Shape, |p| p.level_table = vec![0; 64].into()),
             (ErrorKind::Shape, |p| p.prime_indices = vec![0; 4].into()),

@@ -31,7 +31,11 @@ fn main() -> Result<()> {
         }
         for look_ahead in [0, 16, 32, 64, 128, 192, 256, 512] {
             let search = Search::with(&code, Path::best(), 256, look_ahead);
-            measure(&format!("blocks of 256, {look_ahead} ahead"), search, &weights)?;
+            measure(
+                &format!("blocks of 256, {look_ahead} ahead"),
+                search,
+                &weights,
+            )?;
         }
     }
     Ok(())

@@ -12,7 +12,7 @@ pub(super) const BLOCK: usize = 256;
 
 /// Steps that the search looks ahead of the last one it fixes. Ways back from there have met long
 /// before: 64 give the same error as 256 to 0.001 dB.
-pub(super) const LOOK_AHEAD: usize = 128;
+pub(super) const LOOK_AHEAD: usize = 256;
 
 /// A squared unit of a level costs this many integer steps, times the weight; by bits a weight.
 /// Chosen so that an average error costs about 80: rounding is then lost in the noise, and costs
@@ -208,15 +208,16 @@ impl<'a> Search<'a> {
                 _ => self.minima_of(step - 1),
             };
             let costs = self.costs_of(step);
-            let state = (0..1 << bits)
-                .filter(|j| j & mask == low & mask)
-                .map(|j| group << bits | j)
-                .min_by_key(|&state| {
-                    let before = minima[forward::group_index(k, state % minima.len())];
-                    let shift = usize::from(self.code.shifts()[state % 64]);
-                    before.saturating_add(costs[shift + state / 64])
-                })
-                .unwrap_or(group << bits);
+            let (mut state, mut least) = (group << bits | low & mask, i32::MAX);
+            for member in (group << bits..(group + 1) << bits).filter(|s| s & mask == low & mask) {
+                let before = minima[forward::group_index(k, member % minima.len())];
+                let shift = usize::from(self.code.shifts()[member % 64]);
+                // as the front added them, saturating
+                let cost = i32::from(before.saturating_add(costs[shift + member / 64]));
+                if cost < least {
+                    (state, least) = (member, cost);
+                }
+            }
             if let Some(out) = states.get_mut(step - first) {
                 *out = state as u16;
             }

@@ -112,7 +112,10 @@ fn the_search_finds_what_the_exact_one_finds() {
             assert_chain(&code, start, &states);
             let found = cost(&code, &targets, &weights, &states);
             let lowest = lowest_cost(&code, start, &targets, &weights);
-            println!("t{k} from {start:?}: {:.5} of the lowest cost", found / lowest);
+            println!(
+                "t{k} from {start:?}: {:.5} of the lowest cost",
+                found / lowest
+            );
             assert!(
                 found <= lowest * SEARCH_LOSS,
                 "t{k} from {start:?}: {found}, lowest {lowest}"
@@ -202,7 +205,10 @@ fn windows_cost_next_to_nothing() {
     for (block, look_ahead, loss) in [(BLOCK, LOOK_AHEAD, 1.003), (7, 32, 1.2), (1, 0, 9.0)] {
         let found = run(block, look_ahead) / whole;
         println!("windows of {block} + {look_ahead}: {found:.4}");
-        assert!((1.0..loss).contains(&found), "windows of {block} + {look_ahead}: {found}");
+        assert!(
+            (1.0..loss).contains(&found),
+            "windows of {block} + {look_ahead}: {found}"
+        );
     }
 }
 

@@ -169,7 +169,7 @@ fn quantiles(rng: &mut ChaCha8Rng, n: usize) -> Vec<f64> {
 
 /// A number below `n`.
 fn below(rng: &mut ChaCha8Rng, n: usize) -> usize {
-    (u64::from(rng.next_u32()) * n as u64 >> 32) as usize
+    ((u64::from(rng.next_u32()) * n as u64) >> 32) as usize
 }
 
 /// The numbers below `n` in random order.

@@ -43,7 +43,7 @@ pub(super) fn step_costs(levels: usize) -> usize {
 
 /// Groups of `2^k` states with the same successors, for `k` bits a weight.
 pub(super) fn groups(k: u8) -> usize {
-    LOW * HIGH >> k
+    (LOW * HIGH) >> k
 }
 
 /// Where the minimum of group `g` is stored among the [`groups`] of a step.

@@ -10,8 +10,9 @@ use upg_kernel::{Error, ErrorKind, Result};
 /// Steps that are fixed at once by one walk back.
 pub(super) const BLOCK: usize = 256;
 
-/// Steps that the search looks ahead of the last one it fixes. Ways back from there have met long
-/// before: 64 give the same error as 256 to 0.001 dB.
+/// Steps that the search looks ahead of the last one it fixes. Most ways back have met by then: 64
+/// cost 0.02 dB at two bits and 0.01 at four, 256 nothing that can be measured. Where they have not,
+/// a block is searched twice, so that a longer look-ahead takes no more time.
 pub(super) const LOOK_AHEAD: usize = 256;
 
 /// A squared unit of a level costs this many integer steps, times the weight; by bits a weight.
@@ -19,9 +20,10 @@ pub(super) const LOOK_AHEAD: usize = 256;
 /// up to 800 times the average are told apart.
 const COST_STEPS: [f32; 5] = [0.0, 0.0, 1.0, 4.0, 16.0];
 
-/// A Viterbi search with its scratch memory (about 1.7 MB at two bits a weight, 0.5 MB at four).
+/// A Viterbi search with its scratch memory: 2.4, 1.3, 0.9 MB at 2, 3, 4 bits a weight.
 ///
-/// Time is linear in the targets, memory constant: windows of [`BLOCK`] + [`LOOK_AHEAD`] steps.
+/// Time is linear in the targets, memory constant: the search goes in windows, of which it fixes
+/// 256 steps at a time and looks at 256 more.
 pub struct Search<'a> {
     code: &'a Code,
     path: Path,

@@ -194,7 +194,7 @@ fn windows_cost_next_to_nothing() {
     let code = Code::standard(2).unwrap();
     let targets = targets(&code, 11, 3000);
     let weights = vec![1.0; targets.len()];
-    let mut run = |block, look_ahead| {
+    let run = |block, look_ahead| {
         let mut states = vec![0; targets.len()];
         let mut search = Search::with(&code, Path::best(), block, look_ahead);
         search.run(None, &targets, &weights, &mut states).unwrap();
@@ -265,7 +265,7 @@ fn the_stream_is_what_the_layout_says() {
     let mut codes = [0; 4];
     write_stream(&states, 3, &mut codes);
     // 13 bits, then 011 and 101 on top
-    assert_eq!(u32::from_le_bytes(codes), 0b101_011_1_0110_0111_0001);
+    assert_eq!(u32::from_le_bytes(codes), 0b101_0111_0110_0111_0001);
 }
 
 #[test]

@@ -94,12 +94,13 @@ impl Code {
     }
 }
 
+/// What [`Code::new`] takes. The constants are the output of `examples/train_trellis_tables.rs`.
 struct Tables<const N: usize> {
     unit: f32,
     shifts: [u8; SHIFT_TABLE_LEN],
     levels: [i8; N],
 }
-/// -11.67 dB.
+/// -11.67 dB on Gaussian weights.
 static T2: Tables<128> = Tables {
     unit: 36.0,
     shifts: [
@@ -117,7 +118,7 @@ static T2: Tables<128> = Tables {
         23, 98,
     ],
 };
-/// -17.50 dB.
+/// -17.50 dB on Gaussian weights.
 static T3: Tables<128> = Tables {
     unit: 36.0,
     shifts: [
@@ -135,7 +136,7 @@ static T3: Tables<128> = Tables {
         40, -25,
     ],
 };
-/// -23.31 dB.
+/// -23.31 dB on Gaussian weights.
 static T4: Tables<256> = Tables {
     unit: 36.0,
     shifts: [

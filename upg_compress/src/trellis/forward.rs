@@ -220,7 +220,11 @@ fn reorder<const K: usize>(minima: &[i16], ordered: &mut Ordered) {
         }
         for (j, run) in row.chunks_exact(HIGH >> K).enumerate() {
             // one wide store: the next step loads all lanes at once
-            ordered[j * rows + r] = std::array::from_fn(|i| run[i % run.len()]);
+            let mut lanes = [0; LANES];
+            for part in lanes.chunks_exact_mut(HIGH >> K) {
+                part.copy_from_slice(run);
+            }
+            ordered[j * rows + r] = lanes;
         }
     }
 }

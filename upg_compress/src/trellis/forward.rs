@@ -43,7 +43,7 @@ pub(super) fn step_costs(levels: usize) -> usize {
 
 /// Groups of `2^k` states with the same successors, for `k` bits a weight.
 pub(super) fn groups(k: u8) -> usize {
-    LOW * HIGH >> k
+    (LOW * HIGH) >> k
 }
 
 /// Where the minimum of group `g` is stored among the [`groups`] of a step.
@@ -83,24 +83,29 @@ pub(super) struct Stretch<'a> {
 /// arranges it.
 #[inline(always)]
 pub(super) fn run(front: &mut Front, stretch: &mut Stretch<'_>) {
-    match stretch.code.k() {
-        2 => run_k::<2, 4>(front, stretch),
-        3 => run_k::<3, 8>(front, stretch),
-        _ => run_k::<4, 16>(front, stretch),
+    match (stretch.code.k(), stretch.code.levels().len()) {
+        (2, 128) => run_with::<2, 4, 128>(front, stretch),
+        (2, _) => run_with::<2, 4, 256>(front, stretch),
+        (3, 128) => run_with::<3, 8, 128>(front, stretch),
+        (3, _) => run_with::<3, 8, 256>(front, stretch),
+        (_, 128) => run_with::<4, 16, 128>(front, stretch),
+        (_, _) => run_with::<4, 16, 256>(front, stretch),
     }
 }
 
+/// `MEMBERS` is `2^K`.
 #[inline(always)]
-fn run_k<const K: usize, const MEMBERS: usize>(front: &mut Front, stretch: &mut Stretch<'_>) {
+fn run_with<const K: usize, const MEMBERS: usize, const LEVELS: usize>(
+    front: &mut Front,
+    stretch: &mut Stretch<'_>,
+) {
     let code = stretch.code;
     let minima = stretch.minima.chunks_exact_mut(groups(K as u8));
-    let costs = stretch
-        .costs
-        .chunks_exact_mut(step_costs(code.levels().len()));
+    let costs = stretch.costs.chunks_exact_mut(step_costs(LEVELS));
     let inputs = stretch.targets.iter().zip(stretch.weights);
     for (((&target, &weight), costs), minima) in inputs.zip(costs).zip(minima) {
         fill_costs(code.float_levels(), target, weight, front.least, costs);
-        front.least = step::<MEMBERS>(code.shifts(), &front.ordered, costs, minima);
+        front.least = step::<MEMBERS, LEVELS>(code.shifts(), &front.ordered, costs, minima);
         reorder::<K>(minima, &mut front.ordered);
     }
 }
@@ -138,13 +143,14 @@ fn least_of(a: f32, b: f32) -> f32 {
 /// Adds the costs of one weight and takes the minimum of each group of `MEMBERS` states; returns
 /// the smallest.
 #[inline(always)]
-fn step<const MEMBERS: usize>(
+fn step<const MEMBERS: usize, const LEVELS: usize>(
     shifts: &[u8; LOW],
     ordered: &Ordered,
     costs: &[i16],
     minima: &mut [i16],
 ) -> i16 {
     let mut least = [i16::MAX; LANES];
+    let costs = &costs[..LEVELS + HIGH];
     let (shifts, _) = shifts.as_chunks::<MEMBERS>();
     let (ordered, _) = ordered.as_chunks::<MEMBERS>();
     let (minima, _) = minima.as_chunks_mut::<HIGH>();
@@ -155,12 +161,13 @@ fn step<const MEMBERS: usize>(
         for (part, minima) in minima.iter_mut().enumerate() {
             *minima = [i16::MAX; LANES];
             for (shifts, ordered) in shifts.iter().zip(ordered) {
-                let start = |j: usize| usize::from(shifts[j]) + part * LANES;
+                // shifts are below the number of levels; saying so spares a check
+                let start = |j: usize| usize::from(shifts[j]) % LEVELS + part * LANES;
                 let costs = [
-                    &costs[start(0)..][..LANES],
-                    &costs[start(1)..][..LANES],
-                    &costs[start(2)..][..LANES],
-                    &costs[start(3)..][..LANES],
+                    &costs[start(0)..start(0) + LANES],
+                    &costs[start(1)..start(1) + LANES],
+                    &costs[start(2)..start(2) + LANES],
+                    &costs[start(3)..start(3) + LANES],
                 ];
                 take_least(minima, ordered, costs);
             }
@@ -199,7 +206,7 @@ pub(super) fn order(k: u8, minima: &[i16], ordered: &mut Ordered) {
 /// row. The next step wants the low `K` bits of `q` outermost: a rotation of the index by `K` bits.
 #[inline(always)]
 fn reorder<const K: usize>(minima: &[i16], ordered: &mut Ordered) {
-    let (rows, run) = (LOW >> K, HIGH >> K);
+    let rows = LOW >> K;
     for (r, minima) in minima.chunks_exact(HIGH).enumerate() {
         let mut row = [0; HIGH];
         row.copy_from_slice(minima);
@@ -211,10 +218,13 @@ fn reorder<const K: usize>(minima: &[i16], ordered: &mut Ordered) {
             }
             row = halves;
         }
-        for (j, run) in row.chunks_exact(run).enumerate() {
-            for part in ordered[j * rows + r].chunks_exact_mut(run.len()) {
+        for (j, run) in row.chunks_exact(HIGH >> K).enumerate() {
+            // one wide store: the next step loads all lanes at once
+            let mut lanes = [0; LANES];
+            for part in lanes.chunks_exact_mut(HIGH >> K) {
                 part.copy_from_slice(run);
             }
+            ordered[j * rows + r] = lanes;
         }
     }
 }

@@ -90,18 +90,25 @@ def trellis(layer, get):
     return unrotate(w, layer["hadamard"], get("signs"))
 
 
-def unrotate(w, block, signs):
-    rows, cols = w.shape
-    span = 1
-    while span < block:
-        pairs = w.reshape(rows, -1, 2, span)
-        a, b = pairs[:, :, 0].copy(), pairs[:, :, 1].copy()
-        w = np.stack([a + b, a - b], axis=2).reshape(rows, cols)
-        span *= 2
-    w = w * F32(1 / np.sqrt(float(block)))
+def unrotate(w, size, signs):
+    cols = w.shape[1]
+    if size < cols:
+        w[:, cols - size :] = hadamard(w[:, cols - size :])
+    w[:, :size] = hadamard(w[:, :size])
     flip = np.unpackbits(signs, bitorder="little")[:cols].astype(bool)
     w[:, flip] = -w[:, flip]
     return w
+
+
+def hadamard(w):
+    rows, size = w.shape
+    span = 1
+    while span < size:
+        pairs = w.reshape(rows, -1, 2, span)
+        a, b = pairs[:, :, 0], pairs[:, :, 1]
+        w = np.stack([a + b, a - b], axis=2).reshape(rows, size)
+        span *= 2
+    return w * F32(1 / np.sqrt(float(size)))
 
 
 DECODERS = {"mdcsr": mdcsr, "q8": grouped, "q4": grouped, "s8": bitmap, "s4": bitmap}

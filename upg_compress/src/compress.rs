@@ -158,7 +158,7 @@ fn encode(
     let weights = source.read_f32(planned.index)?;
     let matrix = encode_matrix(&weights, layer, seed)?;
     if let Matrix::Trellis(m) = &matrix {
-        layer.hadamard = Some(m.parts().rotation.block());
+        layer.hadamard = Some(m.parts().rotation.size());
     }
     layer.error = Some(relative_error(&weights, &matrix)?);
     Ok(matrix)

@@ -26,9 +26,6 @@ use upg_kernel::prime_lut::PRIME_LUT;
 use upg_kernel::rotation::Rotation;
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// The largest Hadamard block.
-pub const MAX_BLOCK: usize = 1024;
-
 /// The prime of every row. One f32 scale a row says all there is to say about its size, so any
 /// prime would do.
 const PRIME_INDEX: u8 = 0;
@@ -46,16 +43,16 @@ const LEAST_ROW_WEIGHT: f64 = 1.0 / 8.0;
 /// matrices with the same input can share the rotated input.
 ///
 /// The signs are the first `ceil(cols / 8)` bytes of ChaCha8 seeded with
-/// `ChaCha8Rng::seed_from_u64(seed)`, the bits after the last column cleared; the block is the
-/// largest power of two that divides `cols`, at most [`MAX_BLOCK`].
+/// `ChaCha8Rng::seed_from_u64(seed)`, the bits after the last column cleared; the Hadamard
+/// size is the largest power of two up to `cols`. Errors (`Invalid`): no columns.
 pub fn rotation(cols: usize, seed: u64) -> Result<Rotation> {
     let mut signs = vec![0; cols.div_ceil(8)];
     ChaCha8Rng::seed_from_u64(seed).fill_bytes(&mut signs);
     if let (Some(last), used @ 1..) = (signs.last_mut(), cols % 8) {
         *last &= (1 << used) - 1;
     }
-    let block = 1 << cols.trailing_zeros().min(MAX_BLOCK.ilog2());
-    Rotation::new(cols, block, signs.into())
+    let size = cols.checked_ilog2().map_or(0, |bits| 1 << bits);
+    Rotation::new(cols, size, signs.into())
 }
 
 /// Encodes `w [rows, cols]` (row by row, original basis) with `k` = 2, 3 or 4 bits a weight and the

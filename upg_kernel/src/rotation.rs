@@ -1,38 +1,31 @@
-//! The rotation of the trellis encodings: random signs, then a block-diagonal Hadamard transform.
+//! The rotation of the trellis encodings: random signs, then Hadamard transforms.
 #![forbid(unsafe_code)]
 
 use crate::array::Array;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::Result;
+use crate::format::rules;
 
-/// `R = H D`: `D` flips signs, `H` is a Hadamard transform of each block, scaled to be orthogonal.
+/// `R = H D`: `D` flips signs, `H` is one or two orthogonal Hadamard transforms of `size` columns.
 ///
-/// A matrix in the rotated basis holds `W R^T`, so `W x = (W R^T)(R x)`. Source: QuaRot
-/// (arXiv 2404.00456), QuIP# (arXiv 2402.04396).
+/// The first transforms columns `0..size`; if there are more columns, the second one transforms the
+/// last `size` of them, so that with `size` the largest power of two up to the columns every column is
+/// mixed with nearly all others, whatever their number. A matrix in the rotated basis holds `W R^T`, so
+/// `W x = (W R^T)(R x)`. Source: QuaRot (arXiv 2404.00456), QuIP# (arXiv 2402.04396).
 #[derive(Debug, Clone)]
 pub struct Rotation {
     cols: usize,
-    block: usize,
+    size: usize,
     /// One bit a column, least significant first; 1 flips the sign.
     signs: Array<u8>,
 }
 
 impl Rotation {
-    /// Errors (`Invalid`): `block` is not a power of two that divides `cols`; (`Shape`): `signs` is
-    /// not `ceil(cols / 8)` bytes.
-    pub fn new(cols: usize, block: usize, signs: Array<u8>) -> Result<Self> {
-        if !block.is_power_of_two() || !cols.is_multiple_of(block) {
-            return Err(Error::new(
-                ErrorKind::Invalid,
-                format!("Hadamard block of {block} for {cols} columns"),
-            ));
-        }
-        if signs.len() != cols.div_ceil(8) {
-            return Err(Error::new(
-                ErrorKind::Shape,
-                format!("{} bytes of signs for {cols} columns", signs.len()),
-            ));
-        }
-        Ok(Self { cols, block, signs })
+    /// Errors (`Invalid`): `size` is not a power of two from `cols / 2` to `cols`; (`Shape`): `signs`
+    /// is not `ceil(cols / 8)` bytes.
+    pub fn new(cols: usize, size: usize, signs: Array<u8>) -> Result<Self> {
+        rules::hadamard(cols, size)?;
+        rules::length("signs", signs.len(), &[cols.div_ceil(8)])?;
+        Ok(Self { cols, size, signs })
     }
 
     /// The columns it is made for.
@@ -40,9 +33,9 @@ impl Rotation {
         self.cols
     }
 
-    /// The Hadamard block: a power of two that divides the columns.
-    pub fn block(&self) -> usize {
-        self.block
+    /// Columns of each transform: a power of two.
+    pub fn size(&self) -> usize {
+        self.size
     }
 
     /// The sign bits, `ceil(cols / 8)` bytes, least significant first.
@@ -53,12 +46,18 @@ impl Rotation {
     /// `x <- R x`; `x` has `cols` values.
     pub fn apply(&self, x: &mut [f32]) {
         self.flip(x);
-        self.transform(x);
+        self.transform(&mut x[..self.size]);
+        if self.size < self.cols {
+            self.transform(&mut x[self.cols - self.size..]);
+        }
     }
 
     /// `x <- R^T x`, the inverse of [`Rotation::apply`] up to rounding.
     pub fn invert(&self, x: &mut [f32]) {
-        self.transform(x);
+        if self.size < self.cols {
+            self.transform(&mut x[self.cols - self.size..]);
+        }
+        self.transform(&mut x[..self.size]);
         self.flip(x);
     }
 
@@ -72,11 +71,9 @@ impl Rotation {
     }
 
     fn transform(&self, x: &mut [f32]) {
-        let norm = (1.0 / (self.block as f64).sqrt()) as f32;
-        for block in x.chunks_exact_mut(self.block) {
-            hadamard(block);
-            block.iter_mut().for_each(|x| *x *= norm);
-        }
+        let norm = (1.0 / (self.size as f64).sqrt()) as f32;
+        hadamard(x);
+        x.iter_mut().for_each(|x| *x *= norm);
     }
 }
 
@@ -100,13 +97,13 @@ fn hadamard(x: &mut [f32]) {
 mod tests {
     use super::*;
 
-    fn rotation(cols: usize, block: usize) -> Rotation {
+    fn rotation(cols: usize, size: usize) -> Rotation {
         let signs: Vec<u8> = (0..cols.div_ceil(8)).map(|i| (i * 37 + 11) as u8).collect();
-        Rotation::new(cols, block, signs.into()).unwrap()
+        Rotation::new(cols, size, signs.into()).unwrap()
     }
 
     #[test]
-    fn a_block_of_four_by_hand() {
+    fn four_columns_by_hand() {
         let r = Rotation::new(4, 4, vec![0b0010].into()).unwrap();
         let mut x = [1.0, 2.0, 3.0, 4.0];
         r.apply(&mut x);
@@ -115,9 +112,20 @@ mod tests {
     }
 
     #[test]
+    fn six_columns_by_hand() {
+        let r = Rotation::new(6, 4, vec![0].into()).unwrap();
+        let mut x = [2.0, 0.0, 0.0, 0.0, 4.0, 8.0];
+        r.apply(&mut x);
+        // Columns 0 to 3 become 1, 1, 1, 1; then columns 2 to 5 (1, 1, 4, 8) are transformed.
+        assert_eq!(x, [1.0, 1.0, 7.0, -2.0, -5.0, 2.0]);
+        r.invert(&mut x);
+        assert_eq!(x, [2.0, 0.0, 0.0, 0.0, 4.0, 8.0]);
+    }
+
+    #[test]
     fn orthogonal_and_invertible() {
-        for (cols, block) in [(1, 1), (24, 8), (576, 64), (1024, 1024)] {
-            let r = rotation(cols, block);
+        for (cols, size) in [(1, 1), (24, 16), (70, 64), (576, 512), (1024, 1024)] {
+            let r = rotation(cols, size);
             let x: Vec<f32> = (0..cols).map(|i| (i as f32 * 0.7).sin()).collect();
             let mut y = x.clone();
             r.apply(&mut y);
@@ -129,10 +137,10 @@ mod tests {
     }
 
     #[test]
-    fn a_block_that_does_not_divide_is_refused() {
-        for (cols, block) in [(24, 16), (24, 3), (24, 0)] {
-            assert!(Rotation::new(cols, block, vec![0; 3].into()).is_err());
+    fn a_size_that_does_not_cover_the_columns_is_refused() {
+        for (cols, size) in [(24, 8), (24, 32), (24, 24), (24, 0)] {
+            assert!(Rotation::new(cols, size, vec![0; 3].into()).is_err());
         }
-        assert!(Rotation::new(24, 8, vec![0; 2].into()).is_err());
+        assert!(Rotation::new(24, 16, vec![0; 2].into()).is_err());
     }
 }

@@ -271,21 +271,21 @@ fn the_stream_is_what_the_layout_says() {
 #[test]
 fn the_rotation_depends_on_columns_and_seed_only() {
     let r = rotation(20, 3).unwrap();
-    assert_eq!((r.cols(), r.block()), (20, 4));
+    assert_eq!((r.cols(), r.size()), (20, 16));
     assert_eq!(r.signs()[2] >> 4, 0, "bits after the last column");
     assert_eq!(r.signs(), rotation(20, 3).unwrap().signs());
     assert_ne!(r.signs(), rotation(20, 4).unwrap().signs());
     // a matrix made elsewhere with the same seed has to get the same signs
     assert_eq!(rotation(32, 0).unwrap().signs(), PINNED_SIGNS);
-    for (cols, block) in [
-        (576, 64),
-        (5120, 1024),
-        (17920, 512),
-        (1536, 512),
-        (63, 1),
-        (8192, 1024),
+    for (cols, size) in [
+        (576, 512),
+        (5120, 4096),
+        (17920, 16384),
+        (63, 32),
+        (8192, 8192),
+        (1, 1),
     ] {
-        assert_eq!(rotation(cols, 0).unwrap().block(), block);
+        assert_eq!(rotation(cols, 0).unwrap().size(), size);
     }
 }
 

@@ -105,7 +105,7 @@ pub struct LayerInfo {
     /// `q8`, `q4`, `s8`, `s4`: how many columns share a prime index.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub group: Option<usize>,
-    /// `t2`, `t3`, `t4`: the block of the Hadamard transform.
+    /// `t2`, `t3`, `t4`: columns of a Hadamard transform.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hadamard: Option<usize>,
     /// Relative Frobenius error against the source, if it was measured.
@@ -182,12 +182,8 @@ fn check(layer: &LayerInfo) -> Result<()> {
             ));
         }
         Encoding::T2 | Encoding::T3 | Encoding::T4 => match layer.hadamard {
-            Some(block) if block.is_power_of_two() && cols.is_multiple_of(block) => {}
-            block => {
-                return parameter(format!(
-                    "{encoding} with Hadamard block {block:?}, expected a power of two that divides {cols}"
-                ));
-            }
+            Some(size) => rules::hadamard(cols, size)?,
+            None => return parameter(format!("{encoding} without 'hadamard'")),
         },
         _ => {}
     }

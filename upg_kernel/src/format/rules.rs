@@ -70,6 +70,18 @@ pub fn group(group: usize) -> Result<()> {
     .rule(ENCODING))
 }
 
+/// The Hadamard size of a rotation: a power of two whose two passes reach every column.
+pub fn hadamard(cols: usize, size: usize) -> Result<()> {
+    if size.is_power_of_two() && size <= cols && cols <= 2 * size {
+        return Ok(());
+    }
+    let message = format!(
+        "Hadamard size {size}, expected a power of two from {} to {cols}",
+        cols.div_ceil(2)
+    );
+    Err(Error::new(ErrorKind::Invalid, message).rule(ENCODING))
+}
+
 /// A 4-bit codebook has 16 levels, so that every code has one.
 pub fn codebook(codebook: &[i8]) -> Result<()> {
     length("codebook", codebook.len(), &[16])

@@ -126,7 +126,7 @@ impl Draft {
 
     fn trellis(&mut self, k: usize) {
         let p = self.begin(&format!("t{k}"));
-        self.last()["hadamard"] = 2.into();
+        self.last()["hadamard"] = 64.into();
         let strip = 32 * k * COLS.div_ceil(4) + 16;
         self.scales(&p);
         self.push(format!("{p}codes"), Dtype::U8, &[1, strip], &noise(strip));

@@ -1,6 +1,9 @@
 //! The sets of levels that a weight can be rounded to.
 #![forbid(unsafe_code)]
 
+/// Partial sums of an error: enough for a compiler to use vector registers.
+const LANES: usize = 8;
+
 /// Levels with codes; `t` is a weight divided by the step of its group.
 pub trait LevelSet: Sync {
     /// The range of steps worth a try, as factors of the step that just reaches the largest weight.
@@ -14,16 +17,20 @@ pub trait LevelSet: Sync {
     /// The largest magnitude that a weight of either sign can reach.
     fn largest(&self) -> f32;
 
+    /// The level nearest to `t`, as a number.
+    fn nearest(&self, t: f32) -> f32;
+
     /// Squared error of a group of weights at this step.
     fn error(&self, weights: &[f32], step: f32) -> f32 {
         let inverse = 1.0 / step;
-        weights
-            .iter()
-            .map(|&w| {
-                let difference = w - step * f32::from(self.level(self.code(w * inverse)));
-                difference * difference
-            })
-            .sum()
+        let mut sums = [0.0; LANES];
+        for weights in weights.chunks(LANES) {
+            for (sum, &w) in sums.iter_mut().zip(weights) {
+                let difference = w - step * self.nearest(w * inverse);
+                *sum += difference * difference;
+            }
+        }
+        sums.iter().sum()
     }
 }
 
@@ -31,35 +38,20 @@ pub trait LevelSet: Sync {
 #[derive(Debug, Clone, Copy)]
 pub struct Linear8;
 
-impl Linear8 {
-    /// The nearest level as a number; ties to even.
-    fn nearest(t: f32) -> f32 {
-        // Adding 1.5 * 2^23 leaves no bits for a fraction. Unlike `round` this compiles to two
-        // additions that every vector unit has.
-        const NO_FRACTION: f32 = 12_582_912.0;
-        (t.clamp(-127.0, 127.0) + NO_FRACTION) - NO_FRACTION
-    }
-}
-
 impl LevelSet for Linear8 {
     /// Weights that were quantized before lie on a grid: some larger steps hit it almost exactly.
-    const SEARCH: (f32, f32) = (0.95, 2.2);
+    const SEARCH: (f32, f32) = (0.95, 1.9);
     const COARSE_STEPS: usize = 256;
 
     fn code(&self, t: f32) -> u8 {
-        Self::nearest(t) as i8 as u8
+        self.nearest(t) as i8 as u8
     }
 
-    fn error(&self, weights: &[f32], step: f32) -> f32 {
-        let inverse = 1.0 / step;
-        let mut sums = [0.0; 8];
-        for weights in weights.chunks(8) {
-            for (sum, &w) in sums.iter_mut().zip(weights) {
-                let difference = w - step * Self::nearest(w * inverse);
-                *sum += difference * difference;
-            }
-        }
-        sums.iter().sum()
+    fn nearest(&self, t: f32) -> f32 {
+        // Adding 1.5 * 2^23 leaves no bits for a fraction. Unlike `round` this compiles to two
+        // additions that every vector unit has; ties go to even.
+        const NO_FRACTION: f32 = 12_582_912.0;
+        (t.clamp(-127.0, 127.0) + NO_FRACTION) - NO_FRACTION
     }
 
     fn level(&self, code: u8) -> i8 {
@@ -77,6 +69,8 @@ pub struct Codebook {
     levels: [i8; 16],
     /// `t` above `thresholds[i]` is nearer to level `i + 1` than to level `i`.
     thresholds: [f32; 15],
+    /// From level `i` to level `i + 1`.
+    gaps: [f32; 15],
 }
 
 impl Codebook {
@@ -88,11 +82,17 @@ impl Codebook {
     }
 
     fn new(levels: [i8; 16]) -> Self {
-        let mut thresholds = [0.0; 15];
-        for (threshold, pair) in thresholds.iter_mut().zip(levels.windows(2)) {
-            *threshold = (f32::from(pair[0]) + f32::from(pair[1])) / 2.0;
+        let (mut thresholds, mut gaps) = ([0.0; 15], [0.0; 15]);
+        for (i, pair) in levels.windows(2).enumerate() {
+            let (low, high) = (f32::from(pair[0]), f32::from(pair[1]));
+            thresholds[i] = (low + high) / 2.0;
+            gaps[i] = high - low;
         }
-        Self { levels, thresholds }
+        Self {
+            levels,
+            thresholds,
+            gaps,
+        }
     }
 
     /// The levels, ascending.
@@ -135,6 +135,14 @@ impl LevelSet for Codebook {
             .iter()
             .map(|&threshold| u8::from(t > threshold))
             .sum()
+    }
+
+    fn nearest(&self, t: f32) -> f32 {
+        // No look-up: a chain of selections that compiles to vector code.
+        let steps = self.thresholds.iter().zip(&self.gaps);
+        steps.fold(f32::from(self.levels[0]), |level, (&threshold, &gap)| {
+            level + if t > threshold { gap } else { 0.0 }
+        })
     }
 
     fn level(&self, code: u8) -> i8 {

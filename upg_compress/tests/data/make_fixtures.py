@@ -92,8 +92,10 @@ def write_gguf(path, model, config, dtype):
         original = rope.get("original_max_position_embeddings", config.max_position_embeddings)
         w.add_rope_scaling_orig_ctx_len(original)
     w.add_tokenizer_model("gpt2")
-    w.add_tokenizer_pre("default")
-    w.add_token_list([f"t{i}" for i in range(config.vocab_size)])
+    w.add_tokenizer_pre("gpt-2")
+    tokens = [f"t{i}" for i in range(config.vocab_size)]
+    tokens[20:23] = ["t", "1", "2"]  # the parts of the merges below
+    w.add_token_list(tokens)
     w.add_token_types([1] * config.vocab_size)
     w.add_token_merges(["t 1", "t 2"])
     w.add_bos_token_id(config.bos_token_id)

@@ -129,7 +129,7 @@ fn the_vocabulary_is_collected() {
     let vocab = gguf.vocab();
     assert_eq!(
         (vocab.model.as_str(), vocab.pre.as_deref()),
-        ("gpt2", Some("default"))
+        ("gpt2", Some("gpt-2"))
     );
     assert_eq!((vocab.tokens.len(), vocab.tokens[23].as_str()), (24, "t23"));
     assert_eq!(vocab.token_types, vec![1; 24]);

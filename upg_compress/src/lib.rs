@@ -1,4 +1,50 @@
 //! Makes UPG files: reads models, rounds their weights and writes them as one file.
+//!
+//! ```no_run
+//! # fn main() -> upg_kernel::Result<()> {
+//! use upg_compress::compress::compress;
+//! use upg_compress::plan::{Choice, CompressOptions};
+//! use upg_compress::source;
+//! use upg_kernel::format::Encoding;
+//!
+//! // A Hugging Face directory or a GGUF file.
+//! let source = source::open("SmolLM2-135M-Instruct/")?;
+//! let mut options = CompressOptions::new(Choice::Encode(Encoding::T3));
+//! options.overrides = vec!["*.down_proj.weight=t4".parse()?];
+//! let report = compress(source.as_ref(), "smollm2-t3.safetensors", &options, &())?;
+//! println!("{:.2} bits per weight", report.bits_per_weight());
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! The encoders work on plain slices as well:
+//!
+//! ```
+//! # fn main() -> upg_kernel::Result<()> {
+//! use upg_compress::rounding::round_q8;
+//! use upg_kernel::Matrix;
+//!
+//! let (rows, cols, group) = (2, 100, 64);
+//! let weights: Vec<f32> = (0..rows * cols).map(|i| (i as f32 * 0.37).sin()).collect();
+//! let matrix = Matrix::Grouped(round_q8(&weights, rows, cols, group)?);
+//! let decoded = matrix.to_dense();
+//! assert!(weights.iter().zip(&decoded).all(|(a, b)| (a - b).abs() < 0.01));
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # What is where
+//!
+//! - [`source`]: models as Hugging Face directories, GGUF files or random weights, behind one trait;
+//!   [`gguf_tokenizer`] rebuilds `tokenizer.json` from a GGUF file.
+//! - [`plan`]: which tensor gets which encoding.
+//! - [`rounding`] (`q8 q4 s8 s4`) and [`trellis`] (`t2 t3 t4`): the encoders. That of `mdcsr` is
+//!   [`upg_kernel::sparse::MdCSRMatrix::from_dense`].
+//! - [`mod@compress`]: all of it, a tensor at a time, into one file. [`export`] goes back to a Hugging
+//!   Face directory.
+//!
+//! Rounding is data-free: only the weights are looked at. The bytes of a file depend on the source and
+//! the options, never on the number of threads or the instruction set.
 
 pub mod compress;
 pub mod export;

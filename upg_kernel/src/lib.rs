@@ -1,4 +1,68 @@
 //! UPG: compressed language models, read in place from one memory-mapped `.safetensors` file.
+//!
+//! The file format is specified in `upg_format_v2.md`; files are made by the `upg_compress` crate or
+//! the `upg` command.
+//!
+//! # Generate text
+//!
+//! ```no_run
+//! # fn main() -> upg_kernel::Result<()> {
+//! let model = upg_kernel::UPGModel::from_file("models/smollm2-q4.safetensors")?;
+//! println!("{}", model.generate("The capital of France is", 20)?);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! [`UPGModel::generate`] is greedy and keeps nothing. For sampling, streaming and conversations make a
+//! [`inference::Session`] and a [`inference::Sampler`] and pass both to [`UPGModel::stream`].
+//!
+//! # Decompress or multiply single matrices
+//!
+//! ```no_run
+//! # fn main() -> upg_kernel::Result<()> {
+//! use upg_kernel::UPGDecompressor;
+//!
+//! let file = UPGDecompressor::from_safetensors("models/smollm2-q4.safetensors")?;
+//! let tensor = file.decompress_layer("model.layers.0.mlp.down_proj.weight")?; // BF16 [rows, cols]
+//! let (info, matrix) = file.layer(0)?;
+//! let y = matrix.spmv(&vec![1.0; info.cols])?; // W x, without rebuilding W
+//! # assert_eq!((tensor.dims().len(), y.len()), (2, info.rows));
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Matrices need no file:
+//!
+//! ```
+//! # fn main() -> upg_kernel::Result<()> {
+//! use upg_kernel::sparse::MdCSRMatrix;
+//!
+//! let w = [0.5, 0.0, 0.0, -2.0, 0.0, 1.0];
+//! let matrix = MdCSRMatrix::from_dense(&w, 2, 3)?;
+//! assert_eq!(matrix.nnz(), 3);
+//! let y = matrix.spmv(&[1.0, 1.0, 1.0])?;
+//! assert!((y[0] - 0.5).abs() < 1e-4 && (y[1] + 1.0).abs() < 1e-4);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # What is where
+//!
+//! - [`UPGModel`]: a whole model; [`inference`] has its parts (config, tokenizer, chat template,
+//!   decoder, KV cache, sampling, [`inference::evaluate`]).
+//! - [`UPGDecompressor`]: layers as candle tensors or into the caller's buffer.
+//! - [`mod@format`]: opening, checking and writing files.
+//! - [`matrix`], [`sparse`], [`rotation`], [`prime_lut`]: the encodings. All decode by one formula,
+//!   `scale * prime * value`.
+//! - [`kernels`]: the arithmetic.
+//!
+//! # What to rely on
+//!
+//! A file is untrusted: it is checked when it is opened and when a layer is first used (the list is in
+//! the format document), and after that nothing in it can make a read go out of bounds. Damaged
+//! weights are found by [`format::UpgFile::verify`] only. Every error is an [`Error`]: one line that
+//! names the file, the tensor and the broken rule. All arithmetic is f32 on the CPU, in parallel on
+//! rayon's global pool; results do not depend on the number of threads.
 
 #[cfg(target_endian = "big")]
 compile_error!("UPG maps little-endian files in place: big-endian targets are not supported");

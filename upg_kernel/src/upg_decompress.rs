@@ -105,7 +105,8 @@ impl UPGDecompressor {
         self.decompress_layer_as(id, DType::BF16)
     }
 
-    /// [`UPGDecompressor::decompress_layer`] as BF16, F16 or F32; other types are `Argument` errors.
+    /// [`UPGDecompressor::decompress_layer`] as BF16, F16 or F32, rounded to nearest, ties to even. F16
+    /// overflows to infinity from 65,520 on. Errors: `Argument` for any other type.
     pub fn decompress_layer_as<'a>(
         &self,
         id: impl Into<LayerId<'a>>,
@@ -125,7 +126,8 @@ impl UPGDecompressor {
     }
 
     /// Fills `out` (`rows * cols` values, row by row) with layer `id`; allocates only one tile of 64
-    /// rows per thread. Errors: `Argument` for an unknown layer or another length of `out`.
+    /// rows per thread. Errors: `Argument` for an unknown layer or another length of `out`, and
+    /// those of [`UpgFile::matrix`].
     pub fn decompress_layer_into<'a, T: WeightFloat>(
         &self,
         id: impl Into<LayerId<'a>>,
@@ -135,7 +137,8 @@ impl UPGDecompressor {
         fill(matrix, out)
     }
 
-    /// Description and matrix of a layer.
+    /// Description and matrix of a layer. Errors: `Argument` for an unknown layer, and those of
+    /// [`UpgFile::matrix`].
     pub fn layer<'a>(&self, id: impl Into<LayerId<'a>>) -> Result<(&LayerInfo, &Matrix)> {
         let number = match id.into() {
             LayerId::Number(number) => number,

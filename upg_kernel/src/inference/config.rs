@@ -18,7 +18,7 @@ use serde_json::{Map, Value};
 
 /// Most decoder layers that a config may ask for.
 pub const MAX_LAYERS: usize = 1024;
-/// Most attention heads, and the longest head.
+/// Most attention heads.
 pub const MAX_HEADS: usize = 1024;
 /// Longest head.
 pub const MAX_HEAD_DIM: usize = 4096;

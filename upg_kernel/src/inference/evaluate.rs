@@ -44,13 +44,16 @@ struct Scored {
 
 /// Measures `model` on `text`, against `reference` if there is one.
 ///
-/// The text is cut into windows of `window` tokens, at most `limit` of them (what is left is not used); each is
-/// computed by itself, and the positions of its second half are scored, as llama.cpp's perplexity tool
-/// does it: figures at the same window are comparable. A model whose tokenizer begins texts with a
-/// token has it put in place of the first token of each window.
+/// The text is cut into windows of `window` tokens, at most `limit` of them (what is left is not
+/// used); each is computed by itself, and the positions of its second half are scored, as
+/// llama.cpp's perplexity tool does it: figures at the same window are comparable. A model whose
+/// tokenizer begins texts with a token has it put in place of the first token of each window.
+/// `progress` is called after each window.
 ///
-/// Memory: `4 * window * vocab` bytes for each model. Errors: `Argument` if the window is below 4, the
-/// limit 0 or the text shorter than a window, if the two models have different vocabularies or give different ids.
+/// Memory: `2 * window * vocab` bytes for the logits of each model. Errors: `Argument` if the window
+/// is below 4 or beyond the context of a model, the limit 0, the text shorter than a window, or if
+/// the two models have vocabularies of different sizes or give different ids; `Missing` if a model
+/// has no tokenizer.
 pub fn evaluate(
     model: &UPGModel,
     text: &str,

@@ -8,7 +8,7 @@ use crate::error::{Error, ErrorKind, Result};
 /// When generation ends.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct GenerateOptions {
-    /// Most tokens to generate.
+    /// Most tokens to generate; the default is 0, which generates nothing.
     pub max_tokens: usize,
     /// Ids that end the sequence; the id itself is not given out.
     pub stop_ids: Vec<u32>,
@@ -223,7 +223,7 @@ pub struct StopStrings {
 }
 
 impl StopStrings {
-    /// Errors (`Argument`): an empty stop string.
+    /// Looks for these strings, any number of them. Errors (`Argument`): one of them is empty.
     pub fn new(stops: Vec<String>) -> Result<Self> {
         if stops.iter().any(String::is_empty) {
             return Err(Error::new(ErrorKind::Argument, "a stop string is empty"));

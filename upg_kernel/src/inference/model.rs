@@ -22,11 +22,12 @@ pub struct Model {
 /// How a [`Session`] uses memory.
 #[derive(Debug, Clone)]
 pub struct SessionOptions {
-    /// Most positions of a sequence; `None` is what the model was made for.
+    /// Most positions of a sequence, prompt and answer; `None` is what the model was made for.
     pub context: Option<usize>,
-    /// How many positions of a prompt are computed at once; bounds the memory for activations.
+    /// How many positions of a prompt are computed at once, 1 to 65,536; bounds the memory for
+    /// activations.
     pub prefill_chunk: usize,
-    /// Refuse a context whose KV cache could become larger than this.
+    /// Refuse a context whose KV cache could become larger than this; `None` is no limit.
     pub max_cache_bytes: Option<usize>,
 }
 

@@ -97,7 +97,7 @@ struct Candidate {
 }
 
 impl Sampler {
-    /// Errors (`Argument`): an option out of its range.
+    /// A sampler at the start of its random numbers. Errors (`Argument`): an option out of its range.
     pub fn new(options: SamplingOptions) -> Result<Self> {
         options.check()?;
         Ok(Self {

@@ -38,7 +38,7 @@ pub struct DenseMatrix {
 }
 
 impl DenseMatrix {
-    /// Errors (`Shape`): `values` does not hold `rows * cols` values.
+    /// A matrix of these values, row by row. Errors (`Shape`): they are not `rows * cols`.
     pub fn new(rows: usize, cols: usize, values: DenseValues) -> Result<Self> {
         let len = match &values {
             DenseValues::Bf16(v) => v.len(),

@@ -1,4 +1,5 @@
 //! Rounding to the plain encodings: errors on Gaussian weights, exact zeros, ragged sizes.
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};

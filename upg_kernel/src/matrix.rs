@@ -45,8 +45,8 @@ pub(crate) fn checked_scales(scales: &[f32], rows: usize) -> Result<()> {
             scales.len()
         )));
     }
-    // NaN compares false.
-    match scales.iter().position(|s| !(s.abs() <= LARGEST_SCALE)) {
+    let bad = |s: &f32| s.is_nan() || s.abs() > LARGEST_SCALE;
+    match scales.iter().position(bad) {
         None => Ok(()),
         Some(row) => Err(Error::new(
             ErrorKind::Invalid,

@@ -50,9 +50,9 @@ pub enum Command {
 Encodings, with bits per weight:
   keep   as the source has it       mdcsr  nearly lossless archive, 32
   q8     8.13                       q4     4.25
-  t4     4.1   rotated, trellis     s8     zeros kept exactly: 1.1 + 8 per kept weight
-  t3     3.1   rotated, trellis     s4     zeros kept exactly: 1.2 + 4 per kept weight
-  t2     2.1   rotated, trellis
+  t4     4.02  rotated, trellis     s8     zeros kept exactly: 1.1 + 8 per kept weight
+  t3     3.02  rotated, trellis     s4     zeros kept exactly: 1.2 + 4 per kept weight
+  t2     2.02  rotated, trellis
 
 Examples:
   upg compress Phi-4/ -o phi4.safetensors --encoding t3

@@ -5,6 +5,7 @@ use crate::source::{Source, TensorInfo};
 use std::fmt;
 use std::str::FromStr;
 use upg_kernel::format::{Encoding, LayerInfo};
+use upg_kernel::inference::ModelConfig;
 use upg_kernel::{Error, ErrorKind, Result};
 
 /// Seed of the random signs of the rotation, if none is asked for.
@@ -118,11 +119,19 @@ pub(crate) struct PlannedTensor {
 
 impl Plan {
     pub(crate) fn new(source: &dyn Source, options: &CompressOptions) -> Result<Self> {
-        let tied = is_tied(&source.files().config_json);
+        let files = source.files();
+        // A file that no engine could run is not worth hours of work.
+        let generation = files.generation_config_json.as_deref();
+        let tied = ModelConfig::from_json(&files.config_json, generation)?.tie_word_embeddings;
+        if let Some(group) = options.group.filter(|group| !matches!(group, 32 | 64)) {
+            let message = format!("a group of {group} columns");
+            return Err(Error::new(ErrorKind::Argument, message).hint("use 32 or 64"));
+        }
         let tensors: Vec<(usize, &TensorInfo)> = source
             .tensors()
             .iter()
             .enumerate()
+            // The head of a tied model is its embedding; a stored copy is not used.
             .filter(|(_, t)| !(tied && t.name == "lm_head.weight"))
             .collect();
         let embedding = options
@@ -197,12 +206,6 @@ fn is_embedding(tensor: &TensorInfo) -> bool {
         tensor.name.as_str(),
         "model.embed_tokens.weight" | "lm_head.weight"
     )
-}
-
-/// Of such a model the output head is the embedding; a stored copy is not used.
-fn is_tied(config_json: &str) -> bool {
-    let config: serde_json::Value = serde_json::from_str(config_json).unwrap_or_default();
-    config["tie_word_embeddings"].as_bool().unwrap_or(false)
 }
 
 fn default_embedding(body: Choice, tensors: &[(usize, &TensorInfo)]) -> Choice {

@@ -20,8 +20,8 @@ pub struct Rotation {
 }
 
 impl Rotation {
-    /// Errors (`Invalid`): `size` is not a power of two from `cols / 2` to `cols`; (`Shape`): `signs`
-    /// is not `ceil(cols / 8)` bytes.
+    /// Errors (`Invalid`): `size` is neither 1 (no transform) nor a power of two from `cols / 2` to
+    /// `cols`; (`Shape`): `signs` is not `ceil(cols / 8)` bytes.
     pub fn new(cols: usize, size: usize, signs: Array<u8>) -> Result<Self> {
         rules::hadamard(cols, size)?;
         rules::length("signs", signs.len(), &[cols.div_ceil(8)])?;

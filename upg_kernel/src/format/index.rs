@@ -59,7 +59,7 @@ impl Encoding {
     }
 
     /// Bits of a trellis code, if it is one of the trellis encodings.
-    pub const fn trellis_bits(self) -> Option<usize> {
+    pub const fn trellis_bits(self) -> Option<u8> {
         match self {
             Self::T2 => Some(2),
             Self::T3 => Some(3),

@@ -6,6 +6,7 @@ use super::index::{Encoding, LayerInfo};
 use super::{UpgFile, rules};
 use crate::array::Array;
 use crate::error::{Error, ErrorKind, Result};
+use crate::matrix::trellis;
 use crate::matrix::{
     BITMAP_GROUP, BitmapArrays, BitmapMatrix, GroupedMatrix, Levels, Matrix, TILE_ROWS,
     TrellisMatrix, TrellisParts,
@@ -84,8 +85,11 @@ pub(super) fn arrays(layer: &LayerInfo) -> Result<Vec<ArraySpec>> {
             codebook,
         ],
         Encoding::T2 | Encoding::T3 | Encoding::T4 => {
-            let bits = encoding.trellis_bits().unwrap_or_default();
-            let strip = 32 * bits * cols.div_ceil(4) + 16;
+            let k = encoding.trellis_bits().unwrap_or_default();
+            let strip = trellis::strip_bytes(cols, k).ok_or_else(|| {
+                let message = format!("a trellis matrix of {cols} columns");
+                Error::new(ErrorKind::TooLarge, message).rule(rules::LAYERS)
+            })?;
             vec![
                 spec("codes", Dtype::U8, &[rows.div_ceil(TILE_ROWS), strip]),
                 spec("prime_indices", Dtype::U8, &[rows, 1]),
@@ -210,8 +214,8 @@ pub(super) fn matrix(file: &UpgFile, index: usize, layer: &LayerInfo) -> Result<
                 scales: get.array("scales")?,
                 rotation: Rotation::new(cols, layer.hadamard.unwrap_or(1), get.array("signs")?)?,
             };
-            let bits = encoding.trellis_bits().unwrap_or_default();
-            Matrix::Trellis(TrellisMatrix::new(rows, cols, bits as u8, parts)?)
+            let k = encoding.trellis_bits().unwrap_or_default();
+            Matrix::Trellis(TrellisMatrix::new(rows, cols, k, parts)?)
         }
     })
 }

@@ -19,7 +19,7 @@ pub const ENCODING: u8 = 6;
 pub const ARRAYS: u8 = 7;
 /// Alignment of tensors.
 pub const ALIGNMENT: u8 = 8;
-/// Scales are finite.
+/// Scales are at most 2^100 in magnitude.
 pub const SCALES: u8 = 9;
 /// Row pointers ascend from 0 to the number of codes.
 pub const ROW_POINTERS: u8 = 10;
@@ -70,15 +70,14 @@ pub fn group(group: usize) -> Result<()> {
     .rule(ENCODING))
 }
 
-/// The Hadamard size of a rotation: a power of two whose two passes reach every column.
+/// The Hadamard size of a rotation: 1 for none, or a power of two whose two passes reach every column.
 pub fn hadamard(cols: usize, size: usize) -> Result<()> {
-    if size.is_power_of_two() && size <= cols && cols <= 2 * size {
+    if size == 1 || size.is_power_of_two() && size <= cols && cols <= 2 * size {
         return Ok(());
     }
-    let message = format!(
-        "Hadamard size {size}, expected a power of two from {} to {cols}",
-        cols.div_ceil(2)
-    );
+    let half = cols.div_ceil(2);
+    let message =
+        format!("Hadamard size {size}, expected 1 or a power of two from {half} to {cols}");
     Err(Error::new(ErrorKind::Invalid, message).rule(ENCODING))
 }
 

@@ -7,9 +7,10 @@
 //! decoded on its own. Source: QTIP (arXiv 2406.11235), with a table of its own.
 #![forbid(unsafe_code)]
 
-use super::{StoredMatrix, TILE_ROWS};
+use super::{StoredMatrix, TILE_ROWS, checked_scales, weight};
 use crate::array::Array;
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::rules;
 use crate::prime_lut::PRIME_LUT;
 use crate::rotation::Rotation;
 
@@ -103,8 +104,8 @@ impl TrellisMatrix {
     /// Cost: reads `scales` once and builds a table of 8 KiB; `codes` is not read.
     ///
     /// Errors: `Unsupported` if `k` is not 2, 3 or 4; `Shape` if a part has another length than
-    /// `rows`, `cols` and `k` ask for; `Invalid` if a scale is not finite; `TooLarge` if the sizes
-    /// overflow.
+    /// `rows`, `cols` and `k` ask for; `Invalid` if a scale is not finite or above
+    /// 2^100; `TooLarge` if the sizes overflow.
     pub fn new(rows: usize, cols: usize, k: u8, parts: TrellisParts) -> Result<Self> {
         if !(2..=4).contains(&k) {
             return Err(Error::new(
@@ -112,53 +113,17 @@ impl TrellisMatrix {
                 format!("trellis code of {k} bits a weight, expected 2, 3 or 4"),
             ));
         }
-        let too_large = || {
-            Error::new(
-                ErrorKind::TooLarge,
-                format!("trellis matrix [{rows}, {cols}]"),
-            )
-        };
-        let strip_bytes = strip_bytes(cols, k).ok_or_else(too_large)?;
-        let codes = rows
-            .div_ceil(STRIP_ROWS)
-            .checked_mul(strip_bytes)
-            .ok_or_else(too_large)?;
-        let lengths = [
-            ("bytes of codes", parts.codes.len(), codes),
-            (
-                "shift table entries",
-                parts.shift_table.len(),
-                SHIFT_TABLE_LEN,
-            ),
-            ("prime indices", parts.prime_indices.len(), rows),
-            ("scales", parts.scales.len(), rows),
-            ("columns of the rotation", parts.rotation.cols(), cols),
-        ];
-        for (what, found, expected) in lengths {
-            if found != expected {
-                return Err(Error::new(
-                    ErrorKind::Shape,
-                    format!(
-                        "{found} {what} for a t{k} matrix [{rows}, {cols}], expected {expected}"
-                    ),
-                ));
-            }
-        }
-        if ![128, 256].contains(&parts.level_table.len()) {
-            return Err(Error::new(
-                ErrorKind::Shape,
-                format!("{} levels, expected 128 or 256", parts.level_table.len()),
-            ));
-        }
-        if let Some(row) = parts.scales.iter().position(|s| !s.is_finite()) {
-            return Err(Error::new(
-                ErrorKind::Invalid,
-                format!(
-                    "scale of row {row} is {}, expected a finite one",
-                    parts.scales[row]
-                ),
-            ));
-        }
+        let strip_bytes = strip_bytes(cols, k).ok_or_else(|| {
+            let message = format!("trellis matrix [{rows}, {cols}]");
+            Error::new(ErrorKind::TooLarge, message)
+        })?;
+        let strips = rows.div_ceil(STRIP_ROWS);
+        rules::length("codes", parts.codes.len(), &[strips, strip_bytes])?;
+        rules::length("shift_table", parts.shift_table.len(), &[SHIFT_TABLE_LEN])?;
+        rules::level_table(parts.level_table.len())?;
+        rules::length("prime_indices", parts.prime_indices.len(), &[rows])?;
+        rules::length("columns of the rotation", parts.rotation.cols(), &[cols])?;
+        checked_scales(&parts.scales, rows)?;
         let levels = (0..STATES as u16)
             .map(|state| level(state, &parts.shift_table, &parts.level_table))
             .collect();
@@ -205,12 +170,12 @@ impl TrellisMatrix {
             for (i, out) in out.chunks_exact_mut(self.cols).enumerate() {
                 let row = first + i;
                 let scale = self.parts.scales[row];
-                let prime = PRIME_LUT[usize::from(self.parts.prime_indices[row])] as f32;
+                let prime = PRIME_LUT[usize::from(self.parts.prime_indices[row])];
                 let out = &mut out[tile * TILE_COLS..self.cols.min(end * TILE_COLS)];
                 for (tile, out) in (tile..end).zip(out.chunks_mut(TILE_COLS)) {
                     let levels = self.levels_of_four(strip, tile, row % STRIP_ROWS);
                     for (out, level) in out.iter_mut().zip(levels) {
-                        *out = scale * (prime * f32::from(level));
+                        *out = weight(scale, prime, level);
                     }
                 }
             }

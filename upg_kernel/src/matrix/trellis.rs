@@ -354,7 +354,13 @@ mod tests {
             let e = TrellisMatrix::new(5, 6, k, parts(5, 6, k, 128)).unwrap_err();
             assert_eq!(e.kind(), ErrorKind::Unsupported);
         }
-        let e = TrellisMatrix::new(usize::MAX, 4 << 40, 4, parts(0, 0, 4, 128)).unwrap_err();
-        assert_eq!(e.kind(), ErrorKind::TooLarge);
+        let sizes = [
+            (usize::MAX, 4 << 40, ErrorKind::Shape),
+            (1, usize::MAX, ErrorKind::TooLarge),
+        ];
+        for (rows, cols, kind) in sizes {
+            let e = TrellisMatrix::new(rows, cols, 4, parts(0, 0, 4, 128)).unwrap_err();
+            assert_eq!(e.kind(), kind);
+        }
     }
 }

@@ -1,0 +1,46 @@
+# Sourced by the scripts in the root, which need the same tools: a message for each that is missing,
+# then an end with exit code 1.
+
+need_tools() {
+    local root=$1 missing=0 wanted found
+    wanted=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' "$root/Cargo.toml")
+    if ! command -v cargo >/dev/null; then
+        echo "Missing: cargo (Rust $wanted or newer). Get it from https://rustup.rs, then open a new shell." >&2
+        missing=1
+    elif ! found=$(cargo --version 2>/dev/null | cut -d' ' -f2) || [ -z "$found" ]; then
+        echo "Missing: a Rust toolchain; 'cargo --version' fails. Get one: rustup default stable" >&2
+        missing=1
+    elif ! at_least "$found" "$wanted"; then
+        echo "Too old: cargo $found; Rust $wanted or newer is needed. Get it: rustup update stable" >&2
+        missing=1
+    fi
+    if ! command -v cc >/dev/null; then
+        echo "Missing: a C compiler and linker (cc). Debian, Ubuntu: apt install gcc libc6-dev; macOS: xcode-select --install" >&2
+        missing=1
+    fi
+    if ! command -v python3 >/dev/null; then
+        echo "Missing: python3. Debian, Ubuntu: apt install python3 python3-pip; else https://www.python.org/downloads" >&2
+        missing=1
+    elif ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 9))'; then
+        echo "Too old: $(python3 --version); Python 3.9 or newer is needed" >&2
+        missing=1
+    elif ! python3 -m pip --version >/dev/null 2>&1; then
+        echo "Missing: pip for python3. Debian, Ubuntu: apt install python3-pip; else python3 -m ensurepip --user" >&2
+        missing=1
+    fi
+    if [ "$missing" -ne 0 ]; then exit 1; fi
+}
+
+# at_least 1.96.0-nightly 1.95: major and minor version only.
+at_least() {
+    local f_major f_minor w_major w_minor _
+    IFS=.- read -r f_major f_minor _ <<<"$1"
+    IFS=.- read -r w_major w_minor _ <<<"$2"
+    [ "$f_major" -gt "$w_major" ] || { [ "$f_major" -eq "$w_major" ] && [ "$f_minor" -ge "$w_minor" ]; }
+}
+
+# Where cargo builds, whatever the environment or cargo's configuration say.
+target_folder() {
+    cargo metadata --format-version 1 --no-deps |
+        python3 -c 'import json, sys; print(json.load(sys.stdin)["target_directory"])'
+}

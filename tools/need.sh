@@ -31,6 +31,14 @@ need_tools() {
     if [ "$missing" -ne 0 ]; then exit 1; fi
 }
 
+# Debian has venv in a package of its own.
+need_venv() {
+    if ! python3 -c 'import ensurepip, venv' 2>/dev/null; then
+        echo "Missing: venv for python3. Debian, Ubuntu: apt install python3-venv" >&2
+        exit 1
+    fi
+}
+
 # at_least 1.96.0-nightly 1.95: major and minor version only.
 at_least() {
     local f_major f_minor w_major w_minor _

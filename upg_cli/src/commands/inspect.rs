@@ -41,6 +41,7 @@ fn as_json(file: &UpgFile) -> Value {
     json!({
         "file": file.path().display().to_string(),
         "bytes": file.file_len(),
+        "weights": weights(file),
         "version": metadata("version"),
         "model": metadata("model"),
         "compression_ratio": number("compression_ratio"),
@@ -53,6 +54,17 @@ fn as_json(file: &UpgFile) -> Value {
     })
 }
 
+/// Of the whole model, compressed or not.
+fn weights(file: &UpgFile) -> u64 {
+    let layers = file.layers().iter().map(|l| l.rows as u64 * l.cols as u64);
+    layers.sum::<u64>() + kept_weights(file)
+}
+
+fn kept_weights(file: &UpgFile) -> u64 {
+    let sizes = file.kept().map(|(_, _, shape)| shape.iter().product::<usize>());
+    sizes.sum::<usize>() as u64
+}
+
 fn layer_bits(file: &UpgFile, id: usize) -> f64 {
     let layer = &file.layers()[id];
     8.0 * file.layer_bytes(id) as f64 / (layer.rows as f64 * layer.cols as f64)
@@ -61,13 +73,14 @@ fn layer_bits(file: &UpgFile, id: usize) -> f64 {
 fn as_table(file: &UpgFile) -> String {
     let metadata = |key| file.metadata(key).unwrap_or_default().escape_debug();
     let mut out = format!(
-        "{}: UPG {}, {}\nmodel {}, {} bits per weight, {} times smaller than F32\n\n",
+        "{}: UPG {}, {}\nmodel {}, {} bits per weight; as BF16 it would have {} ({:.2} times as much)\n\n",
         file.path().display(),
         metadata("version"),
         terminal::bytes(file.file_len()),
         metadata("model"),
         metadata("bits_per_weight"),
-        metadata("compression_ratio"),
+        terminal::bytes(2 * weights(file)),
+        2.0 * weights(file) as f64 / file.file_len() as f64,
     );
     let width = file
         .layers()
@@ -97,11 +110,6 @@ fn as_table(file: &UpgFile) -> String {
             layer_bits(file, id),
         ));
     }
-    let kept: Vec<_> = file.kept().collect();
-    let weights: usize = kept
-        .iter()
-        .map(|(_, _, shape)| shape.iter().product::<usize>())
-        .sum();
     let tokenizer = if file.tokenizer_json().is_some() {
         "yes"
     } else {
@@ -109,8 +117,9 @@ fn as_table(file: &UpgFile) -> String {
     };
     let _ = write!(
         out,
-        "\n{} uncompressed tensors of {weights} weights; tokenizer: {tokenizer}\n",
-        kept.len()
+        "\n{} uncompressed tensors of {} weights; tokenizer: {tokenizer}\n",
+        file.kept().count(),
+        kept_weights(file)
     );
     out
 }

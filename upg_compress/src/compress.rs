@@ -3,7 +3,7 @@
 
 use crate::plan::{CompressOptions, Plan, PlannedTensor};
 use crate::rounding::{round_q4, round_q8, round_s4, round_s8};
-use crate::source::Source;
+use crate::source::{Source, refuse_overwriting};
 use crate::trellis;
 use rayon::prelude::*;
 use safetensors::Dtype;
@@ -56,13 +56,16 @@ impl CompressReport {
 /// The bytes depend on the source and the options only, not on the number of threads. Memory: about
 /// three copies of the largest tensor, in f32. Time: see the encoders.
 ///
-/// Errors: those of the source; `Invalid` for weights that are not finite; `Io`; `Interrupted`.
+/// Errors: those of the source; `Invalid` for weights that are not finite; `Argument` if `out` is a
+/// weight file of the source; `Io`; `Interrupted`.
 pub fn compress(
     source: &dyn Source,
     out: impl AsRef<Path>,
     options: &CompressOptions,
     progress: &dyn Progress,
 ) -> Result<CompressReport> {
+    let out = out.as_ref();
+    refuse_overwriting(out, source.weight_files())?;
     let plan = Plan::new(source, options)?;
     let tokenizer = source.files().tokenizer_json.as_deref();
     let mut metadata = metadata(source, options, &plan)?;

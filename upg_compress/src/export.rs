@@ -2,20 +2,23 @@
 #![forbid(unsafe_code)]
 
 use crate::compress::Progress;
-use crate::source::FloatType;
+use crate::source::{FloatType, refuse_overwriting};
 use bytemuck::Pod;
 use half::{bf16, f16};
 use safetensors::tensor::{Dtype, View};
 use std::borrow::Cow;
 use std::collections::HashMap;
+use std::io::Write;
 use std::path::Path;
-use upg_kernel::{Error, ErrorKind, Result, UPGDecompressor, WeightFloat};
+use upg_kernel::{Error, ErrorKind, Result, UPGDecompressor, WeightFloat, WholeFile};
 
 /// Writes `model` into the folder `out` (made if need be): `config.json`, tokenizer files and
 /// `model.safetensors`, with compressed matrices as `dtype` and all others as they are.
 ///
 /// transformers loads the result. Every file appears whole or not at all; the weights come last.
-/// Memory: one matrix at a time. Errors: `Io`, and those of [`UPGDecompressor::decompress_layer`].
+/// `config.json` gets `dtype`, everything else is as the source had it. Memory: two copies of the
+/// largest matrix. Errors: `Io`; `Argument` if the weights would take the place of the file that they
+/// come from; `Interrupted`; and those of [`UPGDecompressor::decompress_layer`].
 pub fn export(
     model: &UPGDecompressor,
     out: impl AsRef<Path>,
@@ -25,8 +28,12 @@ pub fn export(
     let out = out.as_ref();
     std::fs::create_dir_all(out).map_err(|e| Error::io("cannot make the folder", out, e))?;
     let file = model.file();
+    let weights = out.join("model.safetensors");
+    refuse_overwriting(&weights, [file.path()])?;
+    if let Some(config) = file.metadata("config.json") {
+        write(&out.join("config.json"), &with_dtype(config, dtype)?)?;
+    }
     for (key, name) in [
-        ("config.json", "config.json"),
         ("generation_config.json", "generation_config.json"),
         ("tokenizer_config.json", "tokenizer_config.json"),
         ("special_tokens_map.json", "special_tokens_map.json"),
@@ -72,22 +79,43 @@ pub fn export(
     }
     progress.start(file.layers().iter().map(|l| (l.rows * l.cols) as u64).sum());
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    let path = out.join("model.safetensors");
-    safetensors::serialize_to_file(tensors, Some(metadata), &path).map_err(|e| {
-        Error::new(ErrorKind::Io, format!("cannot write: {e}"))
-            .at(&path)
-            .with_source(e)
-    })
+    let weights = WholeFile::create(weights)?;
+    safetensors::serialize_to_file(tensors, Some(metadata), weights.temporary_path()).map_err(
+        |e| {
+            Error::new(ErrorKind::Io, format!("cannot write: {e}"))
+                .at(weights.path())
+                .with_source(e)
+        },
+    )?;
+    if progress.is_cancelled() {
+        return Err(Error::new(ErrorKind::Interrupted, "stopped before the end"));
+    }
+    weights.commit()
+}
+
+/// The text of `config.json` with the type that the exported matrices have.
+fn with_dtype(config: &str, dtype: FloatType) -> Result<Vec<u8>> {
+    let malformed = |e: serde_json::Error| {
+        Error::new(ErrorKind::Malformed, format!("config.json: {e}")).with_source(e)
+    };
+    let mut config: serde_json::Map<_, _> = serde_json::from_str(config).map_err(malformed)?;
+    // Newer versions of transformers write `dtype`; all of them read the older name.
+    let key = match config.contains_key("dtype") {
+        true => "dtype",
+        false => "torch_dtype",
+    };
+    config.insert(key.into(), dtype.torch_name().into());
+    let mut text = serde_json::to_vec_pretty(&config).map_err(malformed)?;
+    text.push(b'\n');
+    Ok(text)
 }
 
 /// A small file, whole or not at all.
 fn write(path: &Path, bytes: &[u8]) -> Result<()> {
-    let io = |e| Error::io("cannot write", path, e);
-    let folder = path.parent().unwrap_or(Path::new("."));
-    let mut temporary = tempfile::NamedTempFile::new_in(folder).map_err(io)?;
-    std::io::Write::write_all(&mut temporary, bytes).map_err(io)?;
-    temporary.persist(path).map_err(|e| io(e.error))?;
-    Ok(())
+    let mut file = WholeFile::create(path)?;
+    file.write_all(bytes)
+        .map_err(|e| Error::io("cannot write", path, e))?;
+    file.commit()
 }
 
 /// A tensor of the directory, decoded only when it is written.
@@ -123,6 +151,10 @@ impl View for Exported<'_> {
                 id,
                 progress,
             } => {
+                if progress.is_cancelled() {
+                    // Nothing can be returned here; `export` sees it and drops the file.
+                    return Cow::Borrowed(&[]);
+                }
                 let len = self.shape.iter().product();
                 let bytes = match self.dtype {
                     Dtype::F32 => decoded::<f32>(model, id, len),

@@ -74,14 +74,18 @@ pub mod inference;
 pub mod kernels;
 mod mapped;
 pub mod matrix;
+mod memory;
 pub mod prime_lut;
 pub mod rotation;
 pub mod sparse;
 mod upg_decompress;
+mod whole_file;
 
 pub use array::Array;
 pub use error::{Error, ErrorKind, Result};
 pub use inference::UPGModel;
 pub use mapped::MappedFile;
 pub use matrix::Matrix;
+pub use memory::peak_memory;
 pub use upg_decompress::{LayerId, UPGDecompressor, WeightFloat, reconstruct_weight};
+pub use whole_file::WholeFile;

@@ -147,6 +147,10 @@ impl Source for GgufSource {
         &self.skipped
     }
 
+    fn weight_files(&self) -> Vec<&Path> {
+        vec![self.file.path()]
+    }
+
     fn read_rows_f32(&self, index: usize, rows: Range<usize>) -> Result<Vec<f32>> {
         let (tensor, place, bytes) = self.place(index)?;
         check_rows(tensor, &rows)?;

@@ -270,6 +270,10 @@ impl Source for HfSource {
         &self.skipped
     }
 
+    fn weight_files(&self) -> Vec<&Path> {
+        self.shards.iter().map(MappedFile::path).collect()
+    }
+
     fn read_rows_f32(&self, index: usize, rows: Range<usize>) -> Result<Vec<f32>> {
         let tensor = tensor_at(&self.tensors, index)?;
         check_rows(tensor, &rows)?;

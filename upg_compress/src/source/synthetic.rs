@@ -13,6 +13,7 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 use serde_json::Value;
 use std::borrow::Cow;
 use std::ops::Range;
+use std::path::Path;
 use std::sync::LazyLock;
 use upg_kernel::{Error, ErrorKind, Result};
 
@@ -140,6 +141,10 @@ impl Source for SyntheticSource {
 
     fn skipped(&self) -> &[SkippedTensor] {
         &[]
+    }
+
+    fn weight_files(&self) -> Vec<&Path> {
+        Vec::new()
     }
 
     fn read_rows_f32(&self, index: usize, rows: Range<usize>) -> Result<Vec<f32>> {

@@ -5,12 +5,12 @@ use super::header::{CHECKSUM, CHECKSUMS, FORMAT, PAD_PREFIX};
 use super::{LayerInfo, checksum, layout};
 use crate::error::{Error, ErrorKind, Result};
 use crate::matrix::{Levels, Matrix};
+use crate::whole_file::WholeFile;
 use bytemuck::cast_slice;
 use safetensors::Dtype;
 use std::collections::BTreeMap;
-use std::io::{BufWriter, Seek, SeekFrom, Write};
-use std::path::{Path, PathBuf};
-use tempfile::NamedTempFile;
+use std::io::{Seek, SeekFrom, Write};
+use std::path::Path;
 
 /// Every tensor starts at a multiple of this, counted from the start of the file.
 const ALIGNMENT: u64 = 64;
@@ -46,8 +46,7 @@ pub fn header_capacity<'a>(
 ///
 /// The bytes depend only on what is passed. Memory: one buffer of 1 MiB and the table of tensors.
 pub struct FileWriter {
-    out: BufWriter<NamedTempFile>,
-    path: PathBuf,
+    out: WholeFile,
     capacity: u64,
     position: u64,
     tensors: Vec<Written>,
@@ -69,24 +68,17 @@ impl FileWriter {
     /// Errors: `Io` if the folder cannot be written to.
     pub fn create(path: impl AsRef<Path>, header_capacity: usize) -> Result<Self> {
         let path = path.as_ref();
-        let io = |e| Error::io("cannot write", path, e);
-        let folder = folder_of(path);
-        let mut builder = tempfile::Builder::new();
-        builder.prefix(".upg-").suffix(".partial");
-        #[cfg(unix)]
-        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-        let temporary = builder.tempfile_in(folder).map_err(io)?;
+        let mut out = WholeFile::create(path)?;
         let capacity = (8 + header_capacity as u64).next_multiple_of(ALIGNMENT) - 8;
-        let mut writer = Self {
-            out: BufWriter::with_capacity(1 << 20, temporary),
-            path: path.to_path_buf(),
+        out.seek(SeekFrom::Start(8 + capacity))
+            .map_err(|e| Error::io("cannot write", path, e))?;
+        Ok(Self {
+            out,
             capacity,
             position: 0,
             tensors: Vec::new(),
             pads: 0,
-        };
-        writer.out.seek(SeekFrom::Start(8 + capacity)).map_err(io)?;
-        Ok(writer)
+        })
     }
 
     /// Appends one tensor. Errors: `Io`; `Shape` if `bytes` do not fit dtype and shape.
@@ -117,7 +109,7 @@ impl FileWriter {
     fn append(&mut self, name: &str, dtype: Dtype, shape: &[usize], bytes: &[u8]) -> Result<()> {
         self.out
             .write_all(bytes)
-            .map_err(|e| Error::io("cannot write", &self.path, e))?;
+            .map_err(|e| Error::io("cannot write", self.out.path(), e))?;
         let begin = self.position;
         self.position += bytes.len() as u64;
         self.tensors.push(Written {
@@ -200,12 +192,15 @@ impl FileWriter {
                 header.len(),
                 self.capacity
             );
-            return Err(Error::new(ErrorKind::TooLarge, message).at(&self.path));
+            return Err(Error::new(ErrorKind::TooLarge, message).at(self.out.path()));
         }
         header.resize(self.capacity as usize, b' ');
-        let path = self.path.clone();
-        self.commit(&header)
-            .map_err(|e| Error::io("cannot write", path, e))
+        let mut out = self.out;
+        out.seek(SeekFrom::Start(0))
+            .and_then(|_| out.write_all(&self.capacity.to_le_bytes()))
+            .and_then(|()| out.write_all(&header))
+            .map_err(|e| Error::io("cannot write", out.path(), e))?;
+        out.commit()
     }
 
     fn header(&self, metadata: &BTreeMap<String, String>) -> Result<Vec<u8>> {
@@ -222,25 +217,6 @@ impl FileWriter {
             }
         }
         serde_json::to_vec(&header).map_err(|e| Error::new(ErrorKind::Argument, e.to_string()))
-    }
-
-    fn commit(mut self, header: &[u8]) -> std::io::Result<()> {
-        self.out.seek(SeekFrom::Start(0))?;
-        self.out.write_all(&self.capacity.to_le_bytes())?;
-        self.out.write_all(header)?;
-        let file = self.out.into_inner().map_err(|e| e.into_error())?;
-        file.as_file().sync_all()?;
-        file.persist(&self.path).map_err(|e| e.error)?;
-        #[cfg(unix)]
-        std::fs::File::open(folder_of(&self.path))?.sync_all()?;
-        Ok(())
-    }
-}
-
-fn folder_of(path: &Path) -> &Path {
-    match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
     }
 }
 

@@ -112,11 +112,3 @@ impl Drop for WeightsBar {
 pub fn bytes(n: u64) -> String {
     indicatif::DecimalBytes(n).to_string()
 }
-
-/// Largest resident memory of this process so far, in bytes; `None` where the system does not say.
-pub fn peak_memory() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kib * 1024)
-}

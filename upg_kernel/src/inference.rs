@@ -21,7 +21,7 @@ pub mod weights;
 
 pub use config::ModelConfig;
 pub use evaluate::{Evaluation, EvaluationProgress, evaluate};
-pub use generate::{FinishReason, GenerateOptions, StopStrings, TextStream, TokenStream};
+pub use generate::{FinishReason, GenerateOptions, StopStrings, TextStream, Timings, TokenStream};
 pub use model::{Model, Session, SessionOptions};
 pub use sampler::{Sampler, SamplingOptions};
 pub use upg_model::UPGModel;

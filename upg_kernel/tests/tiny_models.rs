@@ -8,6 +8,7 @@ use common::{DenseSource, collect, data};
 use safetensors::SafeTensors;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use upg_kernel::inference::config::FAMILIES;
 use upg_kernel::inference::{
     FinishReason, GenerateOptions, Model, ModelConfig, Sampler, SamplingOptions, Session,
@@ -259,6 +260,7 @@ fn bad_calls_are_refused_and_leave_the_session_as_it_was() {
         context,
         prefill_chunk,
         max_cache_bytes,
+        interrupt: None,
     };
     // 256 positions, 2 layers, 2 heads of 24, keys and values of 4 bytes.
     let bytes = 256 * 2 * 2 * 24 * 2 * 4;
@@ -275,6 +277,46 @@ fn bad_calls_are_refused_and_leave_the_session_as_it_was() {
     ] {
         let result = Session::new(Arc::clone(&model), &options);
         assert_eq!(result.err().map(|e| e.kind()), kind);
+    }
+}
+
+#[test]
+fn an_interrupted_session_is_as_before_and_goes_on() {
+    let model = model("mistral");
+    let prompt = cases("mistral").pop().unwrap().prompt;
+    let interrupt = Arc::new(AtomicBool::new(false));
+    let options = SessionOptions {
+        interrupt: Some(Arc::clone(&interrupt)),
+        ..SessionOptions::default()
+    };
+    let mut used = Session::new(Arc::clone(&model), &options).unwrap();
+    used.prefill(&prompt[..40]).unwrap();
+    interrupt.store(true, Ordering::Relaxed);
+    for error in [used.prefill(&prompt[40..]), used.forward(&prompt[40..])] {
+        assert_eq!(error.unwrap_err().kind(), ErrorKind::Interrupted);
+        assert_eq!(used.tokens(), &prompt[..40]);
+    }
+    interrupt.store(false, Ordering::Relaxed);
+    let logits = used.prefill(&prompt[40..]).unwrap();
+    let whole = session(&model).prefill(&prompt).unwrap();
+    assert!(largest_difference(&logits, &whole) <= CUT_TOLERANCE);
+}
+
+#[test]
+fn timings_count_what_was_computed() {
+    let model = model("qwen3");
+    let mut session = session(&model);
+    let mut sampler = Sampler::new(SamplingOptions::default()).unwrap();
+    for (prompt, computed) in [(vec![5, 6, 7], 3), (vec![5, 6, 8, 9], 2)] {
+        let options = GenerateOptions {
+            max_tokens: 4,
+            stop_ids: Vec::new(),
+        };
+        let mut stream = TokenStream::new(&mut session, &mut sampler, &prompt, options).unwrap();
+        assert_eq!(stream.by_ref().count(), 4);
+        let timings = stream.timings();
+        assert_eq!((timings.prompt_tokens, timings.steps), (computed, 3));
+        assert!(timings.prompt_rate() > 0.0 && timings.step_rate() > 0.0);
     }
 }
 

@@ -5,24 +5,25 @@ use super::run::{sampling_options, session_options};
 use crate::cli::ChatArgs;
 use crate::terminal;
 use rustyline::error::ReadlineError;
-use std::sync::atomic::Ordering;
-use upg_kernel::inference::Sampler;
-use upg_kernel::inference::chat_template::Message;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use upg_kernel::inference::chat_template::{ChatTemplate, Message};
+use upg_kernel::inference::{Sampler, Session};
 use upg_kernel::{Error, ErrorKind, Result, UPGModel};
 
 pub fn run(args: &ChatArgs) -> Result<()> {
     let model = UPGModel::from_file(&args.file)?;
-    let template = model.chat_template()?;
-    let tokenizer = model.tokenizer()?;
-    let interrupted = terminal::interrupt_flag()?;
-    let mut session = model.session(&session_options(&args.sampling))?;
-    let mut sampler = Sampler::new(sampling_options(&args.sampling))?;
-    let system: Vec<_> = args
-        .system
-        .iter()
-        .map(|text| Message::new("system", text))
-        .collect();
-    let mut messages = system.clone();
+    let interrupt = terminal::interrupt_flag()?;
+    let mut chat = Chat {
+        template: model.chat_template()?,
+        session: model.session(&session_options(&args.sampling, Arc::clone(&interrupt)))?,
+        sampler: Sampler::new(sampling_options(&args.sampling))?,
+        messages: Vec::new(),
+        model: &model,
+        interrupt,
+        args,
+    };
+    chat.clear();
     let mut editor = rustyline::DefaultEditor::new().map_err(|e| input_error(&e))?;
     loop {
         let line = match editor.readline("> ") {
@@ -30,44 +31,70 @@ pub fn run(args: &ChatArgs) -> Result<()> {
             Err(ReadlineError::Eof | ReadlineError::Interrupted) => return Ok(()),
             Err(e) => return Err(input_error(&e)),
         };
-        let line = line.trim();
-        match line {
+        match line.trim() {
             "" => continue,
-            "/clear" => {
-                messages = system.clone();
-                continue;
-            }
+            "/clear" => chat.clear(),
             "/exit" | "/quit" => return Ok(()),
-            _ => {}
+            line => {
+                // History is a comfort: a line that it refuses is no reason to stop.
+                let _ = editor.add_history_entry(line);
+                chat.turn(line)?;
+            }
         }
-        // History is a comfort: a line that it refuses is no reason to stop.
-        let _ = editor.add_history_entry(line);
-        messages.push(Message::new("user", line));
-        let prompt = tokenizer.encode(&template.render(&messages, true)?, false)?;
-        interrupted.store(false, Ordering::Relaxed);
-        let stop = args.sampling.stop.clone();
-        let stream = model.stream(&mut session, &mut sampler, &prompt, args.max_tokens, stop);
-        let stream = match stream {
-            Ok(stream) => stream,
-            Err(e) if e.kind() == ErrorKind::Argument => {
+    }
+}
+
+/// A conversation so far.
+struct Chat<'a> {
+    model: &'a UPGModel,
+    args: &'a ChatArgs,
+    template: ChatTemplate,
+    session: Session,
+    sampler: Sampler,
+    messages: Vec<Message>,
+    interrupt: Arc<AtomicBool>,
+}
+
+impl Chat<'_> {
+    fn clear(&mut self) {
+        let system = self.args.system.iter();
+        self.messages = system.map(|text| Message::new("system", text)).collect();
+    }
+
+    /// One question and its answer. An error in what was said is shown, and the question forgotten.
+    fn turn(&mut self, line: &str) -> Result<()> {
+        self.messages.push(Message::new("user", line));
+        self.interrupt.store(false, Ordering::Relaxed);
+        let mut answer = String::new();
+        match self.answer(&mut answer) {
+            // Ctrl-C ends the answer, not the talk.
+            Ok(()) => {}
+            Err(e) if e.kind() == ErrorKind::Interrupted => {}
+            Err(e) if matches!(e.kind(), ErrorKind::Argument | ErrorKind::TooLarge) => {
                 eprintln!("upg: {e}");
                 eprintln!("upg: use /clear to start again");
-                messages.pop();
-                continue;
+                self.messages.pop();
+                return Ok(());
             }
             Err(e) => return Err(e),
-        };
-        let mut answer = String::new();
-        for piece in stream {
-            let piece = piece?;
-            terminal::print(&piece)?;
-            answer.push_str(&piece);
-            if interrupted.load(Ordering::Relaxed) {
-                break;
-            }
         }
         terminal::print("\n")?;
-        messages.push(Message::new("assistant", answer));
+        self.messages.push(Message::new("assistant", answer));
+        Ok(())
+    }
+
+    /// Prints the answer as it comes and keeps it in `answer`, also if it ends with an error.
+    fn answer(&mut self, answer: &mut String) -> Result<()> {
+        let text = self.template.render(&self.messages, true)?;
+        let prompt = self.model.tokenizer()?.encode(&text, false)?;
+        let (stop, most) = (self.args.sampling.stop.clone(), self.args.max_tokens);
+        let (session, sampler) = (&mut self.session, &mut self.sampler);
+        for piece in self.model.stream(session, sampler, &prompt, most, stop)? {
+            let piece = piece?;
+            answer.push_str(&piece);
+            terminal::print(&piece)?;
+        }
+        Ok(())
     }
 }
 

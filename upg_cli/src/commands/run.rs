@@ -6,10 +6,12 @@ use crate::terminal;
 use std::collections::HashMap;
 use std::io::Read;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 use upg_kernel::inference::chat_template::Message;
 use upg_kernel::inference::{Sampler, SamplingOptions, SessionOptions};
-use upg_kernel::{Error, ErrorKind, Result, UPGModel};
+use upg_kernel::{Error, ErrorKind, Result, UPGModel, WholeFile, peak_memory};
 
 /// Longest prompt that is read from standard input, in bytes.
 const LONGEST_INPUT: u64 = 16 << 20;
@@ -23,63 +25,29 @@ pub fn run(args: &RunArgs) -> Result<()> {
     }
     let text = prompt_text(&model, args)?;
     let prompt = model.tokenizer()?.encode(&text, !args.chat)?;
-    let interrupted = terminal::interrupt_flag()?;
-    let mut session = model.session(&session_options(&args.sampling))?;
+    let interrupt = terminal::interrupt_flag()?;
+    let mut session = model.session(&session_options(&args.sampling, interrupt))?;
     let mut sampler = Sampler::new(sampling_options(&args.sampling))?;
-    let started = Instant::now();
     let stop = args.sampling.stop.clone();
     let mut stream = model.stream(&mut session, &mut sampler, &prompt, args.max_tokens, stop)?;
-    let first_token = started.elapsed();
     if !args.chat {
         terminal::print(&text)?;
     }
-    let started = Instant::now();
-    for piece in stream.by_ref() {
-        terminal::print(&piece?)?;
-        if interrupted.load(std::sync::atomic::Ordering::Relaxed) {
-            break;
-        }
-    }
+    // An interrupted answer still ends its line and tells its figures.
+    let finished = stream
+        .by_ref()
+        .try_for_each(|piece| terminal::print(&piece?));
     terminal::print("\n")?;
     if !args.quiet {
-        let figures = Figures {
-            load_seconds: loaded.as_secs_f64(),
-            prompt_tokens: prompt.len(),
-            prompt_seconds: first_token.as_secs_f64(),
-            tokens: stream.generated(),
-            seconds: started.elapsed().as_secs_f64(),
-        };
-        eprintln!("{figures}");
+        let peak = peak_memory().map_or_else(|| "unknown".into(), terminal::bytes);
+        eprintln!(
+            "[loaded in {:.2} s; {}; {} tokens; peak memory {peak}]",
+            loaded.as_secs_f64(),
+            stream.timings(),
+            stream.generated(),
+        );
     }
-    Ok(())
-}
-
-/// What a run took.
-struct Figures {
-    load_seconds: f64,
-    prompt_tokens: usize,
-    prompt_seconds: f64,
-    tokens: usize,
-    seconds: f64,
-}
-
-impl std::fmt::Display for Figures {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(
-            f,
-            "[loaded in {:.2} s; {} prompt tokens in {:.2} s ({:.1} tokens/s); {} tokens at {:.1} tokens/s",
-            self.load_seconds,
-            self.prompt_tokens,
-            self.prompt_seconds,
-            self.prompt_tokens as f64 / self.prompt_seconds.max(1e-9),
-            self.tokens,
-            self.tokens as f64 / self.seconds.max(1e-9),
-        )?;
-        if let Some(peak) = terminal::peak_memory() {
-            write!(f, "; peak memory {}", terminal::bytes(peak))?;
-        }
-        f.write_str("]")
-    }
+    finished
 }
 
 pub fn sampling_options(args: &SamplingArgs) -> SamplingOptions {
@@ -94,9 +62,10 @@ pub fn sampling_options(args: &SamplingArgs) -> SamplingOptions {
     }
 }
 
-pub fn session_options(args: &SamplingArgs) -> SessionOptions {
+pub fn session_options(args: &SamplingArgs, interrupt: Arc<AtomicBool>) -> SessionOptions {
     SessionOptions {
         context: args.context,
+        interrupt: Some(interrupt),
         ..SessionOptions::default()
     }
 }
@@ -128,11 +97,14 @@ fn prompt_text(model: &UPGModel, args: &RunArgs) -> Result<String> {
 fn write_logits(model: &UPGModel, tokens: &[u32], out: &Path) -> Result<()> {
     let logits = model.forward(tokens)?;
     let (positions, vocab) = logits.dims2()?;
-    candle_core::safetensors::save(&HashMap::from([("logits", logits)]), out).map_err(|e| {
+    let file = WholeFile::create(out)?;
+    let tensors = HashMap::from([("logits", logits)]);
+    candle_core::safetensors::save(&tensors, file.temporary_path()).map_err(|e| {
         Error::new(ErrorKind::Io, format!("cannot write: {e}"))
             .at(out)
             .with_source(e)
     })?;
+    file.commit()?;
     terminal::print(&format!(
         "{}: logits F32 [{positions}, {vocab}]\n",
         out.display()

@@ -4,6 +4,8 @@
 use super::model::Session;
 use super::sampler::Sampler;
 use crate::error::{Error, ErrorKind, Result};
+use std::fmt;
+use std::time::{Duration, Instant};
 
 /// When generation ends.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -30,6 +32,52 @@ pub enum FinishReason {
     Failed,
 }
 
+/// What a generation has taken so far. `Display` is one line for people.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Timings {
+    /// Tokens of the prompt that were computed; those the session already held are not counted.
+    pub prompt_tokens: usize,
+    /// Time for them: what one waits for the first token.
+    pub prompt_time: Duration,
+    /// Tokens after the first one, a forward pass each.
+    pub steps: usize,
+    /// Time for those passes and for choosing their tokens.
+    pub step_time: Duration,
+}
+
+impl Timings {
+    /// Tokens of the prompt per second; 0 before the prompt is computed.
+    pub fn prompt_rate(&self) -> f64 {
+        rate(self.prompt_tokens, self.prompt_time)
+    }
+
+    /// Generated tokens per second, without the first one; 0 before the second.
+    pub fn step_rate(&self) -> f64 {
+        rate(self.steps, self.step_time)
+    }
+}
+
+fn rate(count: usize, time: Duration) -> f64 {
+    match count {
+        0 => 0.0,
+        _ => count as f64 / time.as_secs_f64().max(1e-9),
+    }
+}
+
+impl fmt::Display for Timings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "first token after {:.2} s ({} prompt tokens, {:.1} tokens/s), then {:.1} tokens/s",
+            self.prompt_time.as_secs_f64(),
+            self.prompt_tokens,
+            self.prompt_rate(),
+            self.step_rate()
+        )
+    }
+}
+
 /// Generated token ids, one forward pass each. Ends for good after an error.
 #[derive(Debug)]
 pub struct TokenStream<'a> {
@@ -40,6 +88,7 @@ pub struct TokenStream<'a> {
     /// Chosen, but not yet part of the session: computed only if another token is asked for.
     pending: Option<u32>,
     generated: usize,
+    timings: Timings,
     finish: Option<FinishReason>,
 }
 
@@ -54,13 +103,21 @@ impl<'a> TokenStream<'a> {
         prompt: &[u32],
         options: GenerateOptions,
     ) -> Result<Self> {
+        let started = Instant::now();
+        let held = session.common_prefix(prompt);
+        let logits = session.replace(prompt)?;
         Ok(Self {
-            logits: session.replace(prompt)?,
+            logits,
             session,
             sampler,
             options,
             pending: None,
             generated: 0,
+            timings: Timings {
+                prompt_tokens: prompt.len() - held,
+                prompt_time: started.elapsed(),
+                ..Timings::default()
+            },
             finish: None,
         })
     }
@@ -75,10 +132,17 @@ impl<'a> TokenStream<'a> {
         self.generated
     }
 
+    /// What it has taken so far.
+    pub fn timings(&self) -> Timings {
+        self.timings
+    }
+
     fn advance(&mut self) -> Result<std::result::Result<u32, FinishReason>> {
         if self.generated >= self.options.max_tokens {
             return Ok(Err(FinishReason::MaxTokens));
         }
+        let started = Instant::now();
+        let stepped = self.pending.is_some();
         if let Some(token) = self.pending {
             if self.session.tokens().len() >= self.session.context() {
                 return Ok(Err(FinishReason::ContextFull));
@@ -87,6 +151,10 @@ impl<'a> TokenStream<'a> {
             self.pending = None;
         }
         let token = self.sampler.sample(&self.logits, self.session.tokens())?;
+        if stepped {
+            self.timings.steps += 1;
+            self.timings.step_time += started.elapsed();
+        }
         if self.options.stop_ids.contains(&token) {
             return Ok(Err(FinishReason::StopToken(token)));
         }
@@ -162,6 +230,11 @@ impl<'a, D: PieceDecoder> TextStream<'a, D> {
     /// How many tokens were generated.
     pub fn generated(&self) -> usize {
         self.tokens.generated()
+    }
+
+    /// What it has taken so far.
+    pub fn timings(&self) -> Timings {
+        self.tokens.timings()
     }
 
     fn advance(&mut self) -> Result<String> {

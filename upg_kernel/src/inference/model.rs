@@ -10,6 +10,7 @@ use super::weights::{LayerWeights, ModelWeights, WeightSource};
 use crate::error::{Error, ErrorKind, Result};
 use rayon::prelude::*;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// The weights of a decoder and what to compute with them. Read-only: share it in an [`Arc`].
 #[derive(Debug)]
@@ -29,6 +30,9 @@ pub struct SessionOptions {
     pub prefill_chunk: usize,
     /// Refuse a context whose KV cache could become larger than this; `None` is no limit.
     pub max_cache_bytes: Option<usize>,
+    /// Once it is true every call ends with an error of kind `Interrupted`, within the time of one
+    /// layer; the sequence is then as before the call. `None`: calls cannot be stopped.
+    pub interrupt: Option<Arc<AtomicBool>>,
 }
 
 impl Default for SessionOptions {
@@ -37,6 +41,7 @@ impl Default for SessionOptions {
             context: None,
             prefill_chunk: 512,
             max_cache_bytes: None,
+            interrupt: None,
         }
     }
 }
@@ -59,6 +64,7 @@ pub struct Session {
     long: bool,
     context: usize,
     chunk: usize,
+    interrupt: Option<Arc<AtomicBool>>,
 }
 
 /// Which logits a call is about.
@@ -91,13 +97,22 @@ impl Model {
 
     /// The hidden states after the last layer for `tokens` at the positions that follow those in
     /// `cache`, `[n, hidden]`, not yet normalized. The cache holds them afterwards.
-    fn hidden_states(&self, tokens: &[u32], cache: &mut KvCache, long: bool) -> Result<Vec<f32>> {
+    ///
+    /// `proceed` is asked before each layer; its error ends the pass.
+    fn hidden_states(
+        &self,
+        tokens: &[u32],
+        cache: &mut KvCache,
+        long: bool,
+        proceed: impl Fn() -> Result<()>,
+    ) -> Result<Vec<f32>> {
         let n = tokens.len();
         cache.reserve(n)?;
         let first = cache.len();
         let table = self.rope.table(first, n, long);
         let mut x = self.embed(tokens)?;
         for (index, layer) in self.weights.layers.iter().enumerate() {
+            proceed()?;
             self.attend(layer, index, &table, cache, &mut x, n)?;
             feed_forward(layer, &mut x, n)?;
         }
@@ -197,6 +212,7 @@ impl Session {
             long: false,
             context,
             chunk,
+            interrupt: options.interrupt.clone(),
             model,
         })
     }
@@ -243,11 +259,16 @@ impl Session {
     /// least the last token is. Errors: as [`Session::prefill`].
     pub fn replace(&mut self, tokens: &[u32]) -> Result<Vec<f32>> {
         self.check(0, tokens)?;
-        let pairs = self.tokens.iter().zip(tokens);
-        let common = pairs.take_while(|(a, b)| a == b).count();
-        let kept = common.min(tokens.len() - 1);
+        let kept = self.common_prefix(tokens);
         self.truncate(kept);
         self.prefill(&tokens[kept..])
+    }
+
+    /// How many of the first of `tokens` the sequence already has; all but the last at most.
+    pub(crate) fn common_prefix(&self, tokens: &[u32]) -> usize {
+        let pairs = self.tokens.iter().zip(tokens);
+        let common = pairs.take_while(|(a, b)| a == b).count();
+        common.min(tokens.len().saturating_sub(1))
     }
 
     /// Cuts the sequence back to its first `len` tokens; nothing happens if it is not longer.
@@ -319,7 +340,13 @@ impl Session {
         while self.cache.len() < len {
             let first = self.cache.len();
             let end = len.min(first + self.chunk);
-            let x = model.hidden_states(&self.tokens[first..end], &mut self.cache, long)?;
+            let interrupt = self.interrupt.as_deref();
+            let proceed = || match interrupt.is_some_and(|flag| flag.load(Ordering::Relaxed)) {
+                true => Err(Error::new(ErrorKind::Interrupted, "stopped")),
+                false => Ok(()),
+            };
+            let tokens = &self.tokens[first..end];
+            let x = model.hidden_states(tokens, &mut self.cache, long, proceed)?;
             if end > from {
                 let skipped = from.saturating_sub(first);
                 let rows = end - first - skipped;

@@ -5,8 +5,8 @@ use crate::compress::Progress;
 use crate::source::{FloatType, refuse_overwriting};
 use bytemuck::Pod;
 use half::{bf16, f16};
-use safetensors::tensor::{Dtype, View};
-use std::borrow::Cow;
+use safetensors::Dtype;
+use safetensors::tensor::{Metadata, TensorInfo};
 use std::collections::HashMap;
 use std::io::Write;
 use std::path::Path;
@@ -16,9 +16,9 @@ use upg_kernel::{Error, ErrorKind, Result, UPGDecompressor, WeightFloat, WholeFi
 /// `model.safetensors`, with compressed matrices as `dtype` and all others as they are.
 ///
 /// transformers loads the result. Every file appears whole or not at all; the weights come last.
-/// `config.json` gets `dtype`, everything else is as the source had it. Memory: two copies of the
-/// largest matrix. Errors: `Io`; `Argument` if the weights would take the place of the file that they
-/// come from; `Interrupted`; and those of [`UPGDecompressor::decompress_layer`].
+/// `config.json` gets `dtype`, everything else is as the source had it. Memory: the largest matrix as
+/// `dtype`. Errors: `Io`; `Argument` if the weights would take the place of the file that they come
+/// from; `Interrupted`; and those of [`UPGDecompressor::decompress_layer`].
 pub fn export(
     model: &UPGDecompressor,
     out: impl AsRef<Path>,
@@ -26,10 +26,10 @@ pub fn export(
     progress: &dyn Progress,
 ) -> Result<()> {
     let out = out.as_ref();
-    std::fs::create_dir_all(out).map_err(|e| Error::io("cannot make the folder", out, e))?;
     let file = model.file();
     let weights = out.join("model.safetensors");
     refuse_overwriting(&weights, [file.path()])?;
+    std::fs::create_dir_all(out).map_err(|e| Error::io("cannot make the folder", out, e))?;
     if let Some(config) = file.metadata("config.json") {
         write(&out.join("config.json"), &with_dtype(config, dtype)?)?;
     }
@@ -46,51 +46,15 @@ pub fn export(
     if let Some(json) = file.tokenizer_json() {
         write(&out.join("tokenizer.json"), json)?;
     }
+    write_weights(model, &weights, dtype, progress)
+}
 
-    let mut tensors = Vec::new();
-    for (id, layer) in file.layers().iter().enumerate() {
-        // Every check of the file happens here, so that writing below cannot meet a bad layer.
-        file.matrix(id)?;
-        let content = Content::Layer {
-            model,
-            id,
-            progress,
-        };
-        tensors.push((
-            layer.name.clone(),
-            Exported {
-                dtype: dtype.into(),
-                shape: vec![layer.rows, layer.cols],
-                content,
-            },
-        ));
-    }
-    for (name, dtype, shape) in file.kept() {
-        let bytes = file.bytes(name).unwrap_or_default();
-        let shape = shape.to_vec();
-        tensors.push((
-            name.to_owned(),
-            Exported {
-                dtype,
-                shape,
-                content: Content::Kept(bytes),
-            },
-        ));
-    }
-    progress.start(file.layers().iter().map(|l| (l.rows * l.cols) as u64).sum());
-    let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    let weights = WholeFile::create(weights)?;
-    safetensors::serialize_to_file(tensors, Some(metadata), weights.temporary_path()).map_err(
-        |e| {
-            Error::new(ErrorKind::Io, format!("cannot write: {e}"))
-                .at(weights.path())
-                .with_source(e)
-        },
-    )?;
-    if progress.is_cancelled() {
-        return Err(Error::new(ErrorKind::Interrupted, "stopped before the end"));
-    }
-    weights.commit()
+/// A small file, whole or not at all.
+fn write(path: &Path, bytes: &[u8]) -> Result<()> {
+    let mut file = WholeFile::create(path)?;
+    file.write_all(bytes)
+        .map_err(|e| Error::io("cannot write", path, e))?;
+    file.commit()
 }
 
 /// The text of `config.json` with the type that the exported matrices have.
@@ -110,72 +74,79 @@ fn with_dtype(config: &str, dtype: FloatType) -> Result<Vec<u8>> {
     Ok(text)
 }
 
-/// A small file, whole or not at all.
-fn write(path: &Path, bytes: &[u8]) -> Result<()> {
-    let mut file = WholeFile::create(path)?;
-    file.write_all(bytes)
-        .map_err(|e| Error::io("cannot write", path, e))?;
-    file.commit()
-}
-
-/// A tensor of the directory, decoded only when it is written.
-struct Exported<'a> {
-    dtype: Dtype,
-    shape: Vec<usize>,
-    content: Content<'a>,
-}
-
-enum Content<'a> {
-    Layer {
-        model: &'a UPGDecompressor,
-        id: usize,
-        progress: &'a dyn Progress,
-    },
-    Kept(&'a [u8]),
-}
-
-impl View for Exported<'_> {
-    fn dtype(&self) -> Dtype {
-        self.dtype
-    }
-
-    fn shape(&self) -> &[usize] {
-        &self.shape
-    }
-
-    fn data(&self) -> Cow<'_, [u8]> {
-        match self.content {
-            Content::Kept(bytes) => bytes.into(),
-            Content::Layer {
-                model,
-                id,
-                progress,
-            } => {
-                if progress.is_cancelled() {
-                    // Nothing can be returned here; `export` sees it and drops the file.
-                    return Cow::Borrowed(&[]);
-                }
-                let len = self.shape.iter().product();
-                let bytes = match self.dtype {
-                    Dtype::F32 => decoded::<f32>(model, id, len),
-                    Dtype::F16 => decoded::<f16>(model, id, len),
-                    _ => decoded::<bf16>(model, id, len),
-                };
-                progress.advance(len as u64);
-                bytes.into()
-            }
+/// The layers, then the tensors that were kept, as one safetensors file.
+fn write_weights(
+    model: &UPGDecompressor,
+    path: &Path,
+    dtype: FloatType,
+    progress: &dyn Progress,
+) -> Result<()> {
+    let file = model.file();
+    let io = |e| Error::io("cannot write", path, e);
+    let mut out = WholeFile::create(path)?;
+    out.write_all(&header(model, dtype)?).map_err(io)?;
+    progress.start(file.layers().iter().map(|l| (l.rows * l.cols) as u64).sum());
+    for (id, layer) in file.layers().iter().enumerate() {
+        if progress.is_cancelled() {
+            return Err(Error::new(ErrorKind::Interrupted, "stopped before the end"));
         }
+        progress.tensor(&layer.name);
+        match dtype {
+            FloatType::Bf16 => write_layer::<bf16>(model, id, &mut out),
+            FloatType::F16 => write_layer::<f16>(model, id, &mut out),
+            FloatType::F32 => write_layer::<f32>(model, id, &mut out),
+        }?;
+        progress.advance((layer.rows * layer.cols) as u64);
     }
-
-    fn data_len(&self) -> usize {
-        self.shape.iter().product::<usize>() * self.dtype.bitsize() / 8
+    for (name, ..) in file.kept() {
+        out.write_all(file.bytes(name).unwrap_or_default())
+            .map_err(io)?;
     }
+    out.commit()
 }
 
-fn decoded<T: WeightFloat + Pod>(model: &UPGDecompressor, id: usize, len: usize) -> Vec<u8> {
-    let mut weights = vec![T::zeroed(); len];
-    model
-        .decompress_layer_into(id, &mut weights)
-        .expect("the layer was checked and the buffer has its size");
-    bytemuck::cast_slice(&weights).to_vec()
+fn write_layer<T: WeightFloat + Pod>(
+    model: &UPGDecompressor,
+    id: usize,
+    out: &mut WholeFile,
+) -> Result<()> {
+    let layer = &model.file().layers()[id];
+    let mut weights = vec![T::zeroed(); layer.rows * layer.cols];
+    model.decompress_layer_into(id, &mut weights)?;
+    out.write_all(bytemuck::cast_slice(&weights))
+        .map_err(|e| Error::io("cannot write", out.path(), e))
+}
+
+/// The safetensors header, its length before it, for the order in which the tensors are written.
+fn header(model: &UPGDecompressor, dtype: FloatType) -> Result<Vec<u8>> {
+    let file = model.file();
+    let layers = file
+        .layers()
+        .iter()
+        .map(|l| (l.name.clone(), dtype.into(), vec![l.rows, l.cols]));
+    let kept = file
+        .kept()
+        .map(|(name, dtype, shape)| (name.to_owned(), dtype, shape.to_vec()));
+    let mut end = 0;
+    let tensors: Vec<(String, TensorInfo)> = layers
+        .chain(kept)
+        .map(|(name, dtype, shape): (String, Dtype, Vec<usize>)| {
+            let begin = end;
+            end += shape.iter().product::<usize>() * dtype.bitsize() / 8;
+            let info = TensorInfo {
+                dtype,
+                shape,
+                data_offsets: (begin, end),
+            };
+            (name, info)
+        })
+        .collect();
+    let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    let table = Metadata::new(Some(metadata), tensors)
+        .map_err(|e| Error::new(ErrorKind::Invalid, e.to_string()).with_source(e))?;
+    let mut json = serde_json::to_vec(&table)
+        .map_err(|e| Error::new(ErrorKind::Invalid, e.to_string()).with_source(e))?;
+    // Spaces, so that the data starts at a multiple of 8.
+    json.resize(json.len().next_multiple_of(8), b' ');
+    Ok([&(json.len() as u64).to_le_bytes(), json.as_slice()].concat())
 }

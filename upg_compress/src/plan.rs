@@ -35,7 +35,11 @@ impl FromStr for Choice {
     fn from_str(text: &str) -> Result<Self> {
         match text {
             "keep" => Ok(Self::Keep),
-            _ => text.parse().map(Self::Encode),
+            _ => text.parse().map(Self::Encode).map_err(|_| {
+                let known = Encoding::ALL.map(Encoding::name).join(" ");
+                Error::new(ErrorKind::Argument, format!("unknown encoding '{text}'"))
+                    .hint(format!("choose keep or one of {known}"))
+            }),
         }
     }
 }

@@ -20,12 +20,18 @@ impl WholeFile {
     /// Writes go through a buffer of 1 MiB. Errors: `Io` if the folder cannot be written to.
     pub fn create(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
+        let folder = folder_of(path);
+        if !folder.is_dir() {
+            let missing = io::Error::new(io::ErrorKind::NotFound, "no such folder");
+            return Err(Error::io("cannot write", path, missing)
+                .hint(format!("make the folder {} first", folder.display())));
+        }
         let mut builder = tempfile::Builder::new();
         builder.prefix(".upg-").suffix(".partial");
         #[cfg(unix)]
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
         let temporary = builder
-            .tempfile_in(folder_of(path))
+            .tempfile_in(folder)
             .map_err(|e| Error::io("cannot write", path, e))?;
         Ok(Self {
             out: BufWriter::with_capacity(1 << 20, temporary),
@@ -36,11 +42,6 @@ impl WholeFile {
     /// Where the file will be.
     pub fn path(&self) -> &Path {
         &self.path
-    }
-
-    /// Where it is being written; for code that wants a path to write to.
-    pub fn temporary_path(&self) -> &Path {
-        self.out.get_ref().path()
     }
 
     /// Flushes everything to disk, then puts the file in its place. Errors: `Io`.

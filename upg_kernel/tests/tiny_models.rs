@@ -4,9 +4,8 @@
 
 mod common;
 
-use common::{DenseSource, collect, data};
-use safetensors::SafeTensors;
-use std::path::PathBuf;
+use common::DenseSource;
+use common::tiny::{MODELS, cases, largest_difference, model_file};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use upg_kernel::inference::config::FAMILIES;
@@ -16,21 +15,6 @@ use upg_kernel::inference::{
 };
 use upg_kernel::{Error, ErrorKind};
 
-/// Folders of `tests/data/tiny-models`, and where the weights of each are.
-const MODELS: [(&str, &str); 11] = [
-    ("llama-bias", "llama-bias"),
-    ("llama3-rope", "llama3-rope"),
-    ("mistral", "mistral"),
-    ("mistral-linear", "mistral"),
-    ("phi3", "phi3"),
-    ("phi3-window", "phi3"),
-    ("phi4-mini-longrope", "phi4-mini-longrope"),
-    ("qwen2", "qwen2"),
-    ("qwen2-yarn-window", "qwen2"),
-    ("qwen3", "qwen3"),
-    ("qwen3-layer-types", "qwen3"),
-];
-
 /// Both sides compute in f32, in another order; measured: 4e-6 at logits up to 5.
 const LOGIT_TOLERANCE: f32 = 3e-5;
 
@@ -38,17 +22,13 @@ const LOGIT_TOLERANCE: f32 = 3e-5;
 /// another order. Measured: 3e-6.
 const CUT_TOLERANCE: f32 = 2e-5;
 
-fn file(folder: &str, file: &str) -> PathBuf {
-    data("tiny-models").join(folder).join(file)
-}
-
 fn config(name: &str) -> ModelConfig {
-    let text = std::fs::read_to_string(file(name, "config.json")).expect("a config");
+    let text = std::fs::read_to_string(model_file(name, "config.json")).expect("a config");
     ModelConfig::from_json(&text, None).expect("a good config")
 }
 
 fn source(name: &str) -> DenseSource {
-    DenseSource::open(&file(name, "model.safetensors"))
+    DenseSource::open(&model_file(name, "model.safetensors"))
 }
 
 fn model(name: &str) -> Arc<Model> {
@@ -58,37 +38,6 @@ fn model(name: &str) -> Arc<Model> {
 
 fn session(model: &Arc<Model>) -> Session {
     Session::new(Arc::clone(model), &SessionOptions::default()).expect("a session")
-}
-
-/// A prompt, the logits of its last positions and the tokens that greedy choice appends.
-struct Case {
-    prompt: Vec<u32>,
-    logits: Vec<f32>,
-    greedy: Vec<u32>,
-}
-
-fn cases(name: &str) -> Vec<Case> {
-    let bytes = std::fs::read(file(name, "expected.safetensors")).expect("a readable file");
-    let file = SafeTensors::deserialize(&bytes).expect("a safetensors file");
-    let tensor = |name: &str| file.tensor(name).expect("a tensor").data();
-    let ids = |name: &str| -> Vec<u32> {
-        let values: Vec<i64> = collect(tensor(name));
-        values.into_iter().map(|v| v as u32).collect()
-    };
-    (0..4)
-        .map(|i| Case {
-            prompt: ids(&format!("case{i}.input_ids")),
-            logits: collect(tensor(&format!("case{i}.logits"))),
-            greedy: ids(&format!("case{i}.greedy")),
-        })
-        .collect()
-}
-
-fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
-    assert_eq!(a.len(), b.len());
-    let differences = a.iter().zip(b).map(|(a, b)| (a - b).abs());
-    // NaN must not get lost in `max`.
-    differences.fold(0.0, |m, d| if d.is_nan() { d } else { m.max(d) })
 }
 
 fn largest(values: &[f32]) -> f32 {

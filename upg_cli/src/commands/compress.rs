@@ -23,7 +23,8 @@ pub fn run(args: &CompressArgs) -> Result<()> {
     options.seed = args.seed;
     let started = Instant::now();
     let progress = WeightsBar::new()?;
-    let report = compress(source.as_ref(), &args.output, &options, &progress)?;
+    let report = compress(source.as_ref(), &args.output, &options, &progress)
+        .map_err(|e| e.at(&args.source))?;
     drop(progress);
 
     let worst = report

@@ -61,7 +61,9 @@ fn weights(file: &UpgFile) -> u64 {
 }
 
 fn kept_weights(file: &UpgFile) -> u64 {
-    let sizes = file.kept().map(|(_, _, shape)| shape.iter().product::<usize>());
+    let sizes = file
+        .kept()
+        .map(|(_, _, shape)| shape.iter().product::<usize>());
     sizes.sum::<usize>() as u64
 }
 

@@ -3,8 +3,9 @@
 
 use crate::cli::{RunArgs, SamplingArgs};
 use crate::terminal;
-use std::collections::HashMap;
-use std::io::Read;
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensorError};
+use std::io::{Read, Write};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -97,13 +98,18 @@ fn prompt_text(model: &UPGModel, args: &RunArgs) -> Result<String> {
 fn write_logits(model: &UPGModel, tokens: &[u32], out: &Path) -> Result<()> {
     let logits = model.forward(tokens)?;
     let (positions, vocab) = logits.dims2()?;
-    let file = WholeFile::create(out)?;
-    let tensors = HashMap::from([("logits", logits)]);
-    candle_core::safetensors::save(&tensors, file.temporary_path()).map_err(|e| {
-        Error::new(ErrorKind::Io, format!("cannot write: {e}"))
-            .at(out)
-            .with_source(e)
-    })?;
+    let values: Vec<u8> = logits
+        .flatten_all()?
+        .to_vec1::<f32>()?
+        .into_iter()
+        .flat_map(f32::to_le_bytes)
+        .collect();
+    let malformed = |e: SafeTensorError| Error::new(ErrorKind::Invalid, e.to_string());
+    let view = TensorView::new(Dtype::F32, vec![positions, vocab], &values).map_err(malformed)?;
+    let bytes = safetensors::serialize([("logits", view)], None).map_err(malformed)?;
+    let mut file = WholeFile::create(out)?;
+    file.write_all(&bytes)
+        .map_err(|e| Error::io("cannot write", out, e))?;
     file.commit()?;
     terminal::print(&format!(
         "{}: logits F32 [{positions}, {vocab}]\n",

@@ -85,7 +85,6 @@ impl FromStr for Encoding {
             .ok_or_else(|| {
                 let known = Self::ALL.map(Self::name).join(" ");
                 Error::new(ErrorKind::Unsupported, format!("unknown encoding '{name}'"))
-                    .rule(rules::ENCODING)
                     .hint(format!("known encodings: {known}"))
             })
     }
@@ -162,7 +161,7 @@ pub(super) fn parse(layers: &str, num_layers: &str) -> Result<Vec<LayerInfo>> {
 }
 
 fn check(layer: &LayerInfo) -> Result<()> {
-    let encoding = layer.encoding()?;
+    let encoding = layer.encoding().map_err(|e| e.rule(rules::ENCODING))?;
     let (rows, cols) = (layer.rows, layer.cols);
     let fits = |n| (1..=rules::LARGEST_DIMENSION).contains(&n);
     let weights = rows.checked_mul(cols);

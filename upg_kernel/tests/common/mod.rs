@@ -1,24 +1,14 @@
-//! Helpers of several test programs.
+//! Weights of the tiny models without a UPG file.
+
+pub(crate) mod tiny;
 
 use half::bf16;
 use safetensors::{Dtype, SafeTensors};
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use tiny::collect;
 use upg_kernel::inference::weights::{WeightSource, shape_mismatch};
 use upg_kernel::matrix::{DenseMatrix, DenseValues, Matrix};
 use upg_kernel::{Error, ErrorKind, Result};
-
-/// A folder of `tests/data`.
-pub(crate) fn data(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/data")
-        .join(path)
-}
-
-/// The values of a tensor, which may lie unaligned.
-pub(crate) fn collect<T: bytemuck::Pod>(bytes: &[u8]) -> Vec<T> {
-    let values = bytes.chunks_exact(size_of::<T>());
-    values.map(bytemuck::pod_read_unaligned).collect()
-}
 
 /// The weights of a small BF16 safetensors file, uncompressed.
 pub(crate) struct DenseSource(Vec<u8>);

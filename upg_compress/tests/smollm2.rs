@@ -1,0 +1,118 @@
+//! A real model, from GGUF to text, against transformers in float32.
+//!
+//! `UPG_TEST_GGUF` is the path of SmolLM2-135M-Instruct as GGUF; `./test.sh` fetches it and sets it.
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
+
+mod common;
+
+use common::smollm2_gguf;
+use serde_json::Value;
+use std::path::Path;
+use upg_compress::compress::compress;
+use upg_compress::plan::{Choice, CompressOptions};
+use upg_compress::source;
+use upg_kernel::UPGModel;
+use upg_kernel::format::Encoding;
+use upg_kernel::inference::{
+    GenerateOptions, Sampler, SamplingOptions, SessionOptions, TokenStream,
+};
+
+/// Sums of 576 to 1,536 products over 30 layers in another order than torch adds them, at logits up
+/// to 20; measured: 4e-5.
+const KEPT: f32 = 3e-4;
+
+fn compressed(choice: Choice, folder: &Path) -> UPGModel {
+    let source = source::open(smollm2_gguf()).unwrap();
+    let out = folder.join("model.safetensors");
+    compress(source.as_ref(), &out, &CompressOptions::new(choice), &()).unwrap();
+    UPGModel::from_file(&out).unwrap()
+}
+
+/// A prompt of the oracle.
+struct Expected {
+    prompt: String,
+    prompt_ids: Vec<u32>,
+    generated_ids: Vec<u32>,
+    /// Ids and logits of the five most probable tokens after the prompt.
+    top: Vec<(usize, f32)>,
+}
+
+fn oracle() -> Vec<Expected> {
+    let path = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../upg_kernel/tests/data/smollm2_oracle.json"
+    );
+    let json: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    let list = |value: &Value| value.as_array().unwrap().clone();
+    let ids = |value: &Value| {
+        let ids = list(value);
+        ids.iter().map(|id| id.as_u64().unwrap() as u32).collect()
+    };
+    let top = |pair: &Value| {
+        (
+            pair[0].as_u64().unwrap() as usize,
+            pair[1].as_f64().unwrap() as f32,
+        )
+    };
+    list(&json["prompts"])
+        .iter()
+        .map(|p| Expected {
+            prompt: p["prompt"].as_str().unwrap().to_owned(),
+            prompt_ids: ids(&p["prompt_ids"]),
+            generated_ids: ids(&p["generated_ids"]),
+            top: list(&p["top5_last_prompt_pos"]).iter().map(top).collect(),
+        })
+        .collect()
+}
+
+/// As many tokens as the oracle has, the one that ends the text included.
+fn greedy(model: &UPGModel, expected: &Expected) -> Vec<u32> {
+    let prompt = model
+        .tokenizer()
+        .unwrap()
+        .encode(&expected.prompt, true)
+        .unwrap();
+    assert_eq!(prompt, expected.prompt_ids);
+    let mut session = model.session(&SessionOptions::default()).unwrap();
+    let mut sampler = Sampler::new(SamplingOptions::default()).unwrap();
+    let options = GenerateOptions {
+        max_tokens: expected.generated_ids.len(),
+        stop_ids: Vec::new(),
+    };
+    let stream = TokenStream::new(&mut session, &mut sampler, &prompt, options).unwrap();
+    stream.map(Result::unwrap).collect()
+}
+
+#[test]
+fn kept_weights_give_the_logits_and_tokens_of_transformers() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = compressed(Choice::Keep, folder.path());
+    for expected in oracle() {
+        let mut session = model.session(&SessionOptions::default()).unwrap();
+        let logits = session.prefill(&expected.prompt_ids).unwrap();
+        for &(id, logit) in &expected.top {
+            let difference = (logits[id] - logit).abs();
+            println!("{:?}: token {id}: {difference:.1e}", expected.prompt);
+            assert!(difference <= KEPT, "token {id}: {} {logit}", logits[id]);
+        }
+        assert_eq!(greedy(&model, &expected), expected.generated_ids);
+    }
+}
+
+/// The third prompt of the oracle has two tokens 0.0007 apart: it is left to the test above.
+#[test]
+fn q8_continues_as_transformers_does() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = compressed(Choice::Encode(Encoding::Q8), folder.path());
+    for expected in &oracle()[..2] {
+        assert_eq!(greedy(&model, expected), expected.generated_ids);
+    }
+}
+
+#[test]
+fn q4_knows_the_capital_of_france() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = compressed(Choice::Encode(Encoding::Q4), folder.path());
+    let text = model.generate("The capital of France is", 8).unwrap();
+    assert!(text.starts_with(" Paris"), "{text}");
+}

@@ -1,0 +1,70 @@
+//! Tiny random models of every family, and what transformers computes for them.
+
+use safetensors::SafeTensors;
+use std::path::{Path, PathBuf};
+
+/// A file or folder of the test data of `upg_kernel`, for tests of any crate.
+pub(crate) fn data(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../upg_kernel/tests/data")
+        .join(path)
+}
+
+/// The values of a tensor, which may lie unaligned.
+pub(crate) fn collect<T: bytemuck::Pod>(bytes: &[u8]) -> Vec<T> {
+    let values = bytes.chunks_exact(size_of::<T>());
+    values.map(bytemuck::pod_read_unaligned).collect()
+}
+
+/// Folders of `tests/data/tiny-models`, and where the weights of each are.
+pub(crate) const MODELS: [(&str, &str); 11] = [
+    ("llama-bias", "llama-bias"),
+    ("llama3-rope", "llama3-rope"),
+    ("mistral", "mistral"),
+    ("mistral-linear", "mistral"),
+    ("phi3", "phi3"),
+    ("phi3-window", "phi3"),
+    ("phi4-mini-longrope", "phi4-mini-longrope"),
+    ("qwen2", "qwen2"),
+    ("qwen2-yarn-window", "qwen2"),
+    ("qwen3", "qwen3"),
+    ("qwen3-layer-types", "qwen3"),
+];
+
+/// A file of a tiny model.
+pub(crate) fn model_file(folder: &str, file: &str) -> PathBuf {
+    data("tiny-models").join(folder).join(file)
+}
+
+/// A prompt, the logits of its last positions and the tokens that greedy choice appends.
+pub(crate) struct Case {
+    pub(crate) prompt: Vec<u32>,
+    pub(crate) logits: Vec<f32>,
+    pub(crate) greedy: Vec<u32>,
+}
+
+/// The four cases of a tiny model: prompts of 1, 7, 24 and 80 tokens.
+pub(crate) fn cases(name: &str) -> Vec<Case> {
+    let bytes = std::fs::read(model_file(name, "expected.safetensors")).expect("a readable file");
+    let file = SafeTensors::deserialize(&bytes).expect("a safetensors file");
+    let tensor = |name: &str| file.tensor(name).expect("a tensor").data();
+    let ids = |name: &str| -> Vec<u32> {
+        let values: Vec<i64> = collect(tensor(name));
+        values.into_iter().map(|v| v as u32).collect()
+    };
+    (0..4)
+        .map(|i| Case {
+            prompt: ids(&format!("case{i}.input_ids")),
+            logits: collect(tensor(&format!("case{i}.logits"))),
+            greedy: ids(&format!("case{i}.greedy")),
+        })
+        .collect()
+}
+
+/// NaN if any value is.
+pub(crate) fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    let differences = a.iter().zip(b).map(|(a, b)| (a - b).abs());
+    // NaN must not get lost in `max`.
+    differences.fold(0.0, |m, d| if d.is_nan() { d } else { m.max(d) })
+}

@@ -91,9 +91,9 @@ pub struct DecompressArgs {
     /// Directory to write; made if need be
     #[arg(short, long, value_name = "DIR")]
     pub output: PathBuf,
-    /// Type of the decompressed matrices
-    #[arg(long, value_enum, default_value_t = FloatArg::Bf16)]
-    pub dtype: FloatArg,
+    /// Type of the decompressed matrices [default: what config.json says, else bf16]
+    #[arg(long, value_enum)]
+    pub dtype: Option<FloatArg>,
 }
 
 #[derive(Clone, Copy, ValueEnum)]

@@ -7,6 +7,7 @@ use bytemuck::Pod;
 use half::{bf16, f16};
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
+use serde_json::{Map, Value};
 use std::collections::HashMap;
 use std::io::Write;
 use std::path::Path;
@@ -15,23 +16,30 @@ use upg_kernel::{Error, ErrorKind, Result, UPGDecompressor, WeightFloat, WholeFi
 /// Writes `model` into the folder `out` (made if need be): `config.json`, tokenizer files and
 /// `model.safetensors`, with compressed matrices as `dtype` and all others as they are.
 ///
-/// transformers loads the result. Every file appears whole or not at all; the weights come last.
-/// `config.json` gets `dtype`, everything else is as the source had it. Memory: the largest matrix as
-/// `dtype`. Errors: `Io`; `Argument` if the weights would take the place of the file that they come
+/// transformers loads the result. `None` is the type that `config.json` names, which is that of the
+/// source, or BF16 if it names none; F32 loses nothing. Every file appears whole or not at all; the
+/// weights come last. `config.json` gets `dtype`, everything else is as the source had it. Memory: the
+/// largest matrix as `dtype`. Errors: `Io`; `Argument` if the weights would take the place of the file that they come
 /// from; `Interrupted`; and those of [`UPGDecompressor::decompress_layer`].
 pub fn export(
     model: &UPGDecompressor,
     out: impl AsRef<Path>,
-    dtype: FloatType,
+    dtype: Option<FloatType>,
     progress: &dyn Progress,
 ) -> Result<()> {
     let out = out.as_ref();
     let file = model.file();
+    let mut config = file.metadata("config.json").map(parsed).transpose()?;
+    let dtype = dtype
+        .or_else(|| named_dtype(config.as_ref()?))
+        .unwrap_or(FloatType::Bf16);
     let weights = out.join("model.safetensors");
     refuse_overwriting(&weights, [file.path()])?;
     std::fs::create_dir_all(out).map_err(|e| Error::io("cannot make the folder", out, e))?;
-    if let Some(config) = file.metadata("config.json") {
-        write(&out.join("config.json"), &with_dtype(config, dtype)?)?;
+    if let Some(config) = &mut config {
+        config.insert(dtype_key(config).into(), dtype.torch_name().into());
+        let text = serde_json::to_string_pretty(config).map_err(not_json)? + "\n";
+        write(&out.join("config.json"), text.as_bytes())?;
     }
     for (key, name) in [
         ("generation_config.json", "generation_config.json"),
@@ -57,21 +65,27 @@ fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     file.commit()
 }
 
-/// The text of `config.json` with the type that the exported matrices have.
-fn with_dtype(config: &str, dtype: FloatType) -> Result<Vec<u8>> {
-    let malformed = |e: serde_json::Error| {
-        Error::new(ErrorKind::Malformed, format!("config.json: {e}")).with_source(e)
-    };
-    let mut config: serde_json::Map<_, _> = serde_json::from_str(config).map_err(malformed)?;
-    // Newer versions of transformers write `dtype`; all of them read the older name.
-    let key = match config.contains_key("dtype") {
+fn parsed(config: &str) -> Result<Map<String, Value>> {
+    serde_json::from_str(config).map_err(not_json)
+}
+
+fn not_json(e: serde_json::Error) -> Error {
+    Error::new(ErrorKind::Malformed, format!("config.json: {e}")).with_source(e)
+}
+
+/// Newer versions of transformers write `dtype`; all of them read the older name.
+fn dtype_key(config: &Map<String, Value>) -> &'static str {
+    match config.contains_key("dtype") {
         true => "dtype",
         false => "torch_dtype",
-    };
-    config.insert(key.into(), dtype.torch_name().into());
-    let mut text = serde_json::to_vec_pretty(&config).map_err(malformed)?;
-    text.push(b'\n');
-    Ok(text)
+    }
+}
+
+fn named_dtype(config: &Map<String, Value>) -> Option<FloatType> {
+    let name = config.get(dtype_key(config))?.as_str()?;
+    [FloatType::Bf16, FloatType::F16, FloatType::F32]
+        .into_iter()
+        .find(|dtype| dtype.torch_name() == name)
 }
 
 /// The layers, then the tensors that were kept, as one safetensors file.

@@ -9,11 +9,11 @@ use upg_kernel::{Result, UPGDecompressor};
 
 pub fn run(args: &DecompressArgs) -> Result<()> {
     let model = UPGDecompressor::from_safetensors(&args.file)?;
-    let dtype = match args.dtype {
+    let dtype = args.dtype.map(|dtype| match dtype {
         FloatArg::Bf16 => FloatType::Bf16,
         FloatArg::F16 => FloatType::F16,
         FloatArg::F32 => FloatType::F32,
-    };
+    });
     let progress = WeightsBar::new()?;
     export(&model, &args.output, dtype, &progress)?;
     drop(progress);

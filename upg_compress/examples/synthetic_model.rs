@@ -80,7 +80,7 @@ fn write(
             let rows = source.read_rows_f32(index, 0..STRIP)?;
             let mut strip = layer.clone();
             strip.rows = STRIP;
-            strips.insert(key.clone(), encode_matrix(&rows, &strip, 0)?);
+            strips.insert(key.clone(), encode_matrix(&rows, &strip, 0, &())?);
         }
         let matrix = repeated(&strips[&key], layer.rows)?;
         if let Matrix::Trellis(m) = &matrix {

@@ -4,7 +4,7 @@
 use crate::plan::{CompressOptions, Plan, PlannedTensor};
 use crate::rounding::{round_q4, round_q8, round_s4, round_s8};
 use crate::source::{Source, refuse_overwriting};
-use crate::trellis;
+use crate::trellis::{self, Code};
 use rayon::prelude::*;
 use safetensors::Dtype;
 use std::collections::BTreeMap;
@@ -22,11 +22,18 @@ pub trait Progress: Sync {
     fn start(&self, _weights: u64) {}
     /// Before each tensor.
     fn tensor(&self, _name: &str) {}
-    /// After each tensor: the weights it had.
+    /// After each part of the work: the weights it had. Called from any thread.
     fn advance(&self, _weights: u64) {}
-    /// Asked before each tensor; `true` ends the work with an error of kind `Interrupted`.
+    /// Asked before each part; `true` ends the work with an error of kind `Interrupted`.
     fn is_cancelled(&self) -> bool {
         false
+    }
+    /// That error, once cancelled.
+    fn proceed(&self) -> Result<()> {
+        match self.is_cancelled() {
+            true => Err(Error::new(ErrorKind::Interrupted, "stopped before the end")),
+            false => Ok(()),
+        }
     }
 }
 
@@ -83,21 +90,19 @@ pub fn compress(
     let mut next_layer = 0;
     for planned in &plan.tensors {
         let tensor = &source.tensors()[planned.index];
-        if progress.is_cancelled() {
-            return Err(Error::new(ErrorKind::Interrupted, "stopped before the end"));
-        }
+        progress.proceed()?;
         progress.tensor(&tensor.name);
         if planned.layer.is_some() {
             let layer = &mut layers[next_layer];
-            let matrix =
-                encode(source, planned, layer, options.seed).map_err(|e| e.tensor(&tensor.name))?;
+            let matrix = encode(source, planned, layer, options.seed, progress)
+                .map_err(|e| e.tensor(&tensor.name))?;
             writer.layer(next_layer, layer, &matrix)?;
             next_layer += 1;
         } else {
             let raw = source.read_raw(planned.index)?;
             writer.tensor(&tensor.name, raw.dtype.into(), &tensor.shape, &raw.bytes)?;
+            progress.advance(tensor.weights() as u64);
         }
-        progress.advance(tensor.weights() as u64);
     }
     if let Some(json) = tokenizer {
         writer.tensor(TOKENIZER, Dtype::U8, &[json.len()], json)?;
@@ -157,9 +162,10 @@ fn encode(
     planned: &PlannedTensor,
     layer: &mut LayerInfo,
     seed: u64,
+    progress: &dyn Progress,
 ) -> Result<Matrix> {
     let weights = source.read_f32(planned.index)?;
-    let matrix = encode_matrix(&weights, layer, seed)?;
+    let matrix = encode_matrix(&weights, layer, seed, progress)?;
     if let Matrix::Trellis(m) = &matrix {
         layer.hadamard = Some(m.parts().rotation.size());
     }
@@ -167,24 +173,36 @@ fn encode(
     Ok(matrix)
 }
 
-/// Encodes `weights` (`[rows, cols]`, row by row) as `layer` says.
-pub fn encode_matrix(weights: &[f32], layer: &LayerInfo, seed: u64) -> Result<Matrix> {
+/// Encodes `weights` (`[rows, cols]`, row by row) as `layer` says; `progress` advances by all of them.
+///
+/// Errors: those of the encoders; `Interrupted`.
+pub fn encode_matrix(
+    weights: &[f32],
+    layer: &LayerInfo,
+    seed: u64,
+    progress: &dyn Progress,
+) -> Result<Matrix> {
     let (rows, cols) = (layer.rows, layer.cols);
     let group = layer.group.unwrap_or(64);
-    Ok(match layer.encoding()? {
+    let encoding = layer.encoding()?;
+    if let Some(k) = encoding.trellis_bits() {
+        let code = Code::standard(k)?;
+        let matrix = trellis::encode_with(&code, weights, rows, cols, seed, progress)?;
+        return Ok(Matrix::Trellis(matrix));
+    }
+    let matrix = match encoding {
         Encoding::MdCsr => Matrix::MdCsr(MdCSRMatrix::from_dense(weights, rows, cols)?),
         Encoding::Q8 => Matrix::Grouped(round_q8(weights, rows, cols, group)?),
         Encoding::Q4 => Matrix::Grouped(round_q4(weights, rows, cols, group)?),
         Encoding::S8 => Matrix::Bitmap(round_s8(weights, rows, cols)?),
         Encoding::S4 => Matrix::Bitmap(round_s4(weights, rows, cols)?),
-        Encoding::T2 => Matrix::Trellis(trellis::encode(weights, rows, cols, 2, seed)?),
-        Encoding::T3 => Matrix::Trellis(trellis::encode(weights, rows, cols, 3, seed)?),
-        Encoding::T4 => Matrix::Trellis(trellis::encode(weights, rows, cols, 4, seed)?),
         other => {
             let message = format!("no encoder for '{other}'");
             return Err(Error::new(ErrorKind::Unsupported, message));
         }
-    })
+    };
+    progress.advance(weights.len() as u64);
+    Ok(matrix)
 }
 
 /// `|decoded - original| / |original|` in the Frobenius norm, to six digits; 0 for a zero matrix.

@@ -17,6 +17,7 @@ pub use search::Search;
 pub use simd::Path;
 pub use tables::Code;
 
+use crate::compress::Progress;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use rayon::prelude::*;
@@ -71,16 +72,19 @@ pub fn encode(
     k: u8,
     signs_seed: u64,
 ) -> Result<TrellisMatrix> {
-    encode_with(&Code::standard(k)?, w, rows, cols, signs_seed)
+    encode_with(&Code::standard(k)?, w, rows, cols, signs_seed, &())
 }
 
-/// [`encode`] with tables of the caller's.
+/// [`encode`] with tables of the caller's; `progress` advances with every strip.
+///
+/// Errors: also `Interrupted`, at most a strip of each thread after `progress` is cancelled.
 pub fn encode_with(
     code: &Code,
     w: &[f32],
     rows: usize,
     cols: usize,
     signs_seed: u64,
+    progress: &dyn Progress,
 ) -> Result<TrellisMatrix> {
     if rows == 0 || cols == 0 || rows.checked_mul(cols) != Some(w.len()) {
         return Err(Error::new(
@@ -106,14 +110,17 @@ pub fn encode_with(
         .par_chunks_exact_mut(strip_bytes)
         .zip(scales.par_chunks_mut(STRIP_ROWS))
         .zip(w.par_chunks(STRIP_ROWS * cols))
-        .for_each_init(
+        .try_for_each_init(
             || Search::new(code),
             |search, ((codes, scales), w)| {
+                progress.proceed()?;
                 let mut w = w.to_vec();
                 w.chunks_exact_mut(cols).for_each(|row| rotation.apply(row));
                 encode_strip(search, &w, cols, codes, scales);
+                progress.advance(w.len() as u64);
+                Ok::<_, Error>(())
             },
-        );
+        )?;
     if let Some(row) = scales.iter().position(|s| !s.is_finite()) {
         return Err(Error::new(
             ErrorKind::Invalid,

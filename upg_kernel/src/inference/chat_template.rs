@@ -3,7 +3,7 @@
 //! Renders as transformers' `apply_chat_template` does, without tools or documents. A template is
 //! a program from a file that nobody checked: it can read nothing but the messages, has no files
 //! or other templates, and is stopped by fuel (work and memory), an output cap and a recursion
-//! limit. Templates see no clock: the same messages always give the same text.
+//! limit. Templates see no clock, but the date they are told: the same messages give the same text.
 #![forbid(unsafe_code)]
 
 mod date;
@@ -77,6 +77,28 @@ pub struct ChatTemplate {
     date: Option<Date>,
 }
 
+/// The template in a parsed `tokenizer_config.json`: a text, or of several named ones `default`.
+///
+/// # Errors
+/// `Malformed` when `chat_template` is neither.
+pub fn default_template(config: &serde_json::Value) -> Result<Option<&str>> {
+    let source = match config.get("chat_template") {
+        None | Some(serde_json::Value::Null) => return Ok(None),
+        Some(serde_json::Value::Array(named)) => named
+            .iter()
+            .find(|t| t.get("name").and_then(|n| n.as_str()) == Some("default"))
+            .and_then(|t| t.get("template")),
+        other => other,
+    };
+    let source = source.and_then(|s| s.as_str());
+    source.map(Some).ok_or_else(|| {
+        Error::new(
+            ErrorKind::Malformed,
+            "tokenizer_config.json: chat_template is neither a text nor a list with a 'default'",
+        )
+    })
+}
+
 impl ChatTemplate {
     /// Checks and keeps a template. `bos_token` and `eos_token` are the spellings that the
     /// template may ask for; without them the names are undefined, as in transformers.
@@ -119,20 +141,9 @@ impl ChatTemplate {
         let config: serde_json::Value = serde_json::from_str(config).map_err(|e| {
             Error::new(ErrorKind::Malformed, format!("tokenizer_config.json: {e}")).with_source(e)
         })?;
-        let source = match config.get("chat_template") {
-            None | Some(serde_json::Value::Null) => return Ok(None),
-            Some(serde_json::Value::Array(named)) => named
-                .iter()
-                .find(|t| t.get("name").and_then(|n| n.as_str()) == Some("default"))
-                .and_then(|t| t.get("template")),
-            other => other,
+        let Some(source) = default_template(&config)? else {
+            return Ok(None);
         };
-        let source = source.and_then(|s| s.as_str()).ok_or_else(|| {
-            Error::new(
-                ErrorKind::Malformed,
-                "tokenizer_config.json: chat_template is neither a text nor a list with a 'default'",
-            )
-        })?;
         let bos = token_text(config.get("bos_token"));
         let eos = token_text(config.get("eos_token"));
         Self::new(source, bos.as_deref(), eos.as_deref()).map(Some)

@@ -102,6 +102,7 @@ impl ModelConfig {
         let num_heads = fields.required_size("num_attention_heads", MAX_HEADS)?;
         let num_kv_heads = fields
             .size("num_key_value_heads", MAX_HEADS)?
+            .or(family.default_kv_heads)
             .unwrap_or(num_heads);
         let head_dim = head_dim(&fields, family, hidden_size, num_heads)?;
         let mut context = fields.required_size("max_position_embeddings", MAX_CONTEXT)?;

@@ -71,6 +71,15 @@ pub fn evaluate(
         );
         return Err(argument(message).hint("use a longer text, and a window from 4 on"));
     }
+    for model in [Some(model), reference].into_iter().flatten() {
+        let context = model.model().config().context;
+        if window > context {
+            let message = format!("a window of {window} tokens, the context has {context}");
+            return Err(argument(message)
+                .at(model.file().path())
+                .hint("use a smaller window"));
+        }
+    }
     if let Some(reference) = reference {
         let vocab = |m: &UPGModel| m.model().config().vocab_size;
         if vocab(model) != vocab(reference) || tokens_of(reference, text)?.0 != tokens {

@@ -280,7 +280,9 @@ impl Session {
     fn check(&self, position: usize, tokens: &[u32]) -> Result<()> {
         let argument = |message: String| Err(Error::new(ErrorKind::Argument, message));
         if tokens.is_empty() {
-            return argument("no tokens to compute".to_owned());
+            return Err(
+                Error::new(ErrorKind::Argument, "no tokens to compute").hint("pass some text")
+            );
         }
         let vocab = self.model.config.vocab_size;
         if let Some(token) = tokens.iter().find(|&&token| token as usize >= vocab) {

@@ -5,6 +5,7 @@
 //! text piece by piece.
 #![forbid(unsafe_code)]
 
+mod allowed;
 mod stream;
 
 use std::collections::HashSet;
@@ -53,6 +54,9 @@ pub struct Tokenizer {
     /// The same tokenizer that leaves special tokens in the text alone; made when first asked for.
     plain: OnceLock<tokenizers::Tokenizer>,
     special: SpecialIds,
+    bos: Option<String>,
+    eos: Option<String>,
+    eos_id: Option<u32>,
     special_set: HashSet<u32>,
     add_bos: Option<bool>,
     add_eos: Option<bool>,
@@ -64,8 +68,10 @@ impl Tokenizer {
     /// Reads a `tokenizer.json`, with the `tokenizer_config.json` beside it if there is one.
     ///
     /// Of the configuration only `add_bos_token`, `add_eos_token`, `bos_token` and `eos_token` are
-    /// used; the latter two fill what `special` leaves empty. Time and memory are linear in the
-    /// file.
+    /// used. As in transformers, the begin and end of a text are the tokens named there; the ids of
+    /// `special`, which come from the model's configuration and may be others, stand in where it
+    /// names none. What ends a generated text are the ids of `special`, if there are any. Time and
+    /// memory are linear in the file.
     ///
     /// # Errors
     /// `TooLarge` above [`MAX_TOKENIZER_BYTES`]; `Malformed` when either text is no such JSON;
@@ -85,10 +91,11 @@ impl Tokenizer {
                 ),
             ));
         }
-        let parts: Parts = serde_json::from_slice(tokenizer_json).map_err(|e| {
+        let parts: allowed::Parts = serde_json::from_slice(tokenizer_json).map_err(|e| {
             Error::new(ErrorKind::Malformed, format!("tokenizer.json: {e}")).with_source(e)
         })?;
-        let mut inner = tokenizers::Tokenizer::from_bytes(tokenizer_json)
+        parts.check()?;
+        let mut inner = contained(|| tokenizers::Tokenizer::from_bytes(tokenizer_json))?
             .map_err(|e| wrapped(ErrorKind::Malformed, "tokenizer.json", e))?;
         // Files saved after training carry these; a prompt must never be cut or filled up.
         inner.with_padding(None);
@@ -98,7 +105,14 @@ impl Tokenizer {
         check_added_tokens(&inner, &parts.added_tokens)?;
 
         let config = Config::parse(tokenizer_config)?;
-        let special = config.complete(special, &inner)?;
+        let (special, eos_id) = config.complete(special, &inner)?;
+        let spelled = |named: Option<Option<String>>, id: Option<u32>| {
+            named.unwrap_or_else(|| id.and_then(|id| inner.id_to_token(id)))
+        };
+        let (bos, eos) = (
+            spelled(config.bos, special.bos),
+            spelled(config.eos, eos_id),
+        );
         let special_set = inner
             .get_added_tokens_decoder()
             .iter()
@@ -111,6 +125,9 @@ impl Tokenizer {
             inner,
             plain: OnceLock::new(),
             special,
+            bos,
+            eos,
+            eos_id,
             special_set,
             add_bos: config.add_bos,
             add_eos: config.add_eos,
@@ -148,8 +165,7 @@ impl Tokenizer {
                 plain
             }),
         };
-        let encoding = tokenizer
-            .encode_fast(text, add_special)
+        let encoding = contained(|| tokenizer.encode_fast(text, add_special))?
             .map_err(|e| wrapped(ErrorKind::Invalid, "cannot encode the text", e))?;
         let mut ids = encoding.get_ids().to_vec();
         if add_special {
@@ -158,8 +174,8 @@ impl Tokenizer {
         Ok(ids)
     }
 
-    /// `add_bos_token`/`add_eos_token` of the configuration overrule the post-processor, as in
-    /// transformers: some files say it in one place only.
+    /// `add_bos_token`/`add_eos_token` of the configuration add what the post-processor has left out:
+    /// some files say it in one place only. As in transformers, `false` takes nothing away.
     fn settle_bos_eos(&self, ids: &mut Vec<u32>) {
         if let (Some(bos), Some(wanted)) = (self.special.bos, self.add_bos) {
             let there = ids.first() == Some(&bos);
@@ -167,7 +183,7 @@ impl Tokenizer {
                 ids.insert(0, bos);
             }
         }
-        if let (Some(&eos), Some(true)) = (self.special.eos.first(), self.add_eos)
+        if let (Some(eos), Some(true)) = (self.eos_id, self.add_eos)
             && ids.last() != Some(&eos)
         {
             ids.push(eos);
@@ -181,8 +197,7 @@ impl Tokenizer {
     /// # Errors
     /// `Invalid` when the decoder of the tokenizer fails.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
-        self.inner
-            .decode(ids, skip_special)
+        contained(|| self.inner.decode(ids, skip_special))?
             .map_err(|e| wrapped(ErrorKind::Invalid, "cannot decode the ids", e))
     }
 
@@ -209,6 +224,16 @@ impl Tokenizer {
     /// Whether `id` is a special token (left out by `skip_special`).
     pub fn is_special(&self, id: u32) -> bool {
         self.special_set.contains(&id)
+    }
+
+    /// The spelling of the token that begins a text, for chat templates.
+    pub fn bos_token(&self) -> Option<&str> {
+        self.bos.as_deref()
+    }
+
+    /// The spelling of the token that ends a text, for chat templates.
+    pub fn eos_token(&self) -> Option<&str> {
+        self.eos.as_deref()
     }
 
     /// Begin and end of sequence.
@@ -241,28 +266,14 @@ impl std::fmt::Debug for Tokenizer {
     }
 }
 
-/// What the `tokenizers` crate reads without telling, or without checking.
-#[derive(serde::Deserialize)]
-struct Parts {
-    #[serde(default)]
-    added_tokens: Vec<AddedToken>,
-    #[serde(default)]
-    decoder: Value,
-}
-
-#[derive(serde::Deserialize)]
-struct AddedToken {
-    id: u32,
-    content: String,
-}
-
 /// The few fields of `tokenizer_config.json` that matter here.
 #[derive(Default)]
 struct Config {
     add_bos: Option<bool>,
     add_eos: Option<bool>,
-    bos: Option<String>,
-    eos: Option<String>,
+    /// `None` if the file does not say, `Some(None)` if it says that there is none.
+    bos: Option<Option<String>>,
+    eos: Option<Option<String>>,
 }
 
 impl Config {
@@ -276,21 +287,27 @@ impl Config {
         Ok(Self {
             add_bos: value.get("add_bos_token").and_then(Value::as_bool),
             add_eos: value.get("add_eos_token").and_then(Value::as_bool),
-            bos: token_text(value.get("bos_token")),
-            eos: token_text(value.get("eos_token")),
+            bos: value.get("bos_token").map(|v| token_text(Some(v))),
+            eos: value.get("eos_token").map(|v| token_text(Some(v))),
         })
     }
 
-    /// Fills what the caller left open and checks that every id exists.
+    /// The ids with what is named here, the id of the end of a text; checks that every id exists.
     fn complete(
         &self,
         mut special: SpecialIds,
         inner: &tokenizers::Tokenizer,
-    ) -> Result<SpecialIds> {
+    ) -> Result<(SpecialIds, Option<u32>)> {
         let find = |token: &Option<String>| token.as_deref().and_then(|t| inner.token_to_id(t));
-        special.bos = special.bos.or_else(|| find(&self.bos));
+        if let Some(bos) = &self.bos {
+            special.bos = find(bos);
+        }
+        let eos = match &self.eos {
+            Some(eos) => find(eos),
+            None => special.eos.first().copied(),
+        };
         if special.eos.is_empty() {
-            special.eos.extend(find(&self.eos));
+            special.eos.extend(eos);
         }
         for id in special.bos.iter().chain(&special.eos) {
             if inner.id_to_token(*id).is_none() {
@@ -303,7 +320,7 @@ impl Config {
                 ));
             }
         }
-        Ok(special)
+        Ok((special, eos))
     }
 }
 
@@ -315,7 +332,7 @@ pub(super) fn token_text(value: Option<&Value>) -> Option<String> {
 }
 
 /// The crate gives an added token the next free id, whatever the file says: never a wrong id.
-fn check_added_tokens(inner: &tokenizers::Tokenizer, added: &[AddedToken]) -> Result<()> {
+fn check_added_tokens(inner: &tokenizers::Tokenizer, added: &[allowed::AddedToken]) -> Result<()> {
     for token in added {
         let found = inner.token_to_id(&token.content);
         if found != Some(token.id) {
@@ -331,6 +348,18 @@ fn check_added_tokens(inner: &tokenizers::Tokenizer, added: &[AddedToken]) -> Re
         }
     }
     Ok(())
+}
+
+/// Runs code of the `tokenizers` crate; a panic in it becomes an error. The checks of `allowed` leave
+/// none that we know of.
+fn contained<T>(run: impl FnOnce() -> T) -> Result<T> {
+    // What the tokenizer changes while it works is a cache of its own, which stays sound.
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).map_err(|_| {
+        Error::new(
+            ErrorKind::Invalid,
+            "the tokenizer failed: tokenizer.json has a part that it cannot work with",
+        )
+    })
 }
 
 /// Whether `"type": name` stands anywhere in a (nested) decoder description.

@@ -1,7 +1,7 @@
 //! A whole model from one UPG file: weights, tokenizer, chat template.
 #![forbid(unsafe_code)]
 
-use super::chat_template::ChatTemplate;
+use super::chat_template::{ChatTemplate, Date};
 use super::generate::{GenerateOptions, PieceDecoder, StopStrings, TextStream, TokenStream};
 use super::tokenizer::{DecodeStream, SpecialIds, Tokenizer};
 use super::weights::{WeightSource, shape_mismatch};
@@ -81,27 +81,31 @@ impl UPGModel {
         })
     }
 
-    /// The chat template of the model. Errors: `Missing` if it has none, and those of
+    /// The chat template of the model; if it asks for the date, it is told today's (UTC). Errors: `Missing` if it has none, and those of
     /// [`ChatTemplate::new`].
     pub fn chat_template(&self) -> Result<ChatTemplate> {
-        let config = self.file.metadata("tokenizer_config.json");
-        if let Some(source) = self.file.metadata("chat_template") {
-            let tokenizer = self.tokenizer()?;
-            let special = tokenizer.special_ids();
-            let text = |id: Option<u32>| id.and_then(|id| tokenizer.id_to_token(id));
-            let bos = text(special.bos);
-            let eos = text(special.eos.first().copied());
-            return ChatTemplate::new(source, bos.as_deref(), eos.as_deref());
-        }
-        config
-            .map(ChatTemplate::from_tokenizer_config)
-            .transpose()?
-            .flatten()
-            .ok_or_else(|| {
-                Error::new(ErrorKind::Missing, "the model has no chat template")
-                    .at(self.file.path())
-                    .hint("give it a plain prompt instead")
-            })
+        let template = match self.file.metadata("chat_template") {
+            Some(source) => {
+                let tokenizer = self.tokenizer()?;
+                Some(ChatTemplate::new(
+                    source,
+                    tokenizer.bos_token(),
+                    tokenizer.eos_token(),
+                )?)
+            }
+            None => self
+                .file
+                .metadata("tokenizer_config.json")
+                .map(ChatTemplate::from_tokenizer_config)
+                .transpose()?
+                .flatten(),
+        };
+        let template = template.ok_or_else(|| {
+            Error::new(ErrorKind::Missing, "the model has no chat template")
+                .at(self.file.path())
+                .hint("give it a plain prompt instead")
+        })?;
+        Ok(template.with_date(Date::today()))
     }
 
     /// An empty sequence. Errors: those of [`Session::new`].

@@ -2,6 +2,9 @@
 #![forbid(unsafe_code)]
 
 use minijinja::{Error, ErrorKind};
+use std::time::SystemTime;
+
+const SECONDS_PER_DAY: u64 = 24 * 60 * 60;
 
 const MONTHS: [&str; 12] = [
     "January",
@@ -51,6 +54,32 @@ impl Date {
             month,
             day,
         })
+    }
+
+    /// The day that it is in Greenwich; the first of 1970 if the clock is before that.
+    pub fn today() -> Self {
+        let since = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
+        Self::after_1970(since.as_secs() / SECONDS_PER_DAY)
+    }
+
+    /// The day so many days after the first of January 1970; at most the last of 9999.
+    fn after_1970(days: u64) -> Self {
+        let mut left = days;
+        for year in 1970..=9999 {
+            for month in 1..=12 {
+                let length = (28..=31)
+                    .rev()
+                    .find(|&day| Self::new(year, month, day).is_some());
+                let length = length.map_or(0, u64::from);
+                if left < length {
+                    let day = left as u8 + 1;
+                    return Self { year, month, day };
+                }
+                left -= length;
+            }
+        }
+        let (year, month, day) = (9999, 12, 31);
+        Self { year, month, day }
     }
 
     /// Python's `strftime` at midnight of this day, for the codes that templates use.
@@ -127,6 +156,15 @@ mod tests {
         ] {
             let date = Date::new(date.0, date.1, date.2).unwrap();
             assert_eq!(date.strftime(all).unwrap(), expected);
+        }
+        // datetime(1970, 1, 1) + timedelta(days=n)
+        for (days, (year, month, day)) in [
+            (0, (1970, 1, 1)),
+            (11_016, (2000, 2, 29)),
+            (20_781, (2026, 11, 24)),
+            (u64::MAX, (9999, 12, 31)),
+        ] {
+            assert_eq!(Date::after_1970(days), Date { year, month, day });
         }
         assert!(Date::new(1900, 2, 29).is_none());
         assert!(Date::new(2023, 13, 1).is_none());

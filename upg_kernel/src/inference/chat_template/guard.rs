@@ -7,12 +7,17 @@
 //!   `{% set a = [a, a] %}`;
 //! - a list in a list in a list, 100,000 deep, ends the stack when it is dropped.
 //!
+//! And some things take time that the engine does not count: to compare two texts of 10 MB, to test
+//! one, to take a character of one or to look something up by one costs a single unit.
+//!
 //! So before a template is compiled,
 //! - the left operand of a `+` gets a filter that makes a list flat and charges its length: a list
 //!   can only grow by what was paid;
 //! - the operands of a `*` get one that refuses lists (no chat template repeats them);
 //! - list, tuple and map literals and the values of `set` get one that charges all that is in
-//!   them, as often as it is, and refuses great depth.
+//!   them, as often as it is, and refuses great depth;
+//! - what is compared, tested, indexed or an index gets one that charges the length of a text, and in
+//!   comparisons also what is in lists and maps.
 //!
 //! The filters change no value. The engine's own lexer finds the places, so that a hostile
 //! template cannot be read in two ways.
@@ -28,6 +33,24 @@ const FLAT: &str = "|_upg_flat";
 const SCALAR: &str = "|_upg_scalar";
 const SIZED: &str = "|_upg_sized)";
 const STORED: &str = "|_upg_stored)";
+const TEXT: &str = "|_upg_text";
+const INDEXED: &str = "|_upg_text)";
+const WHOLE: &str = "|_upg_whole";
+
+/// Tests that compare, as the engine spells them.
+const COMPARING: &[&str] = &[
+    "eq",
+    "equalto",
+    "ne",
+    "gt",
+    "greaterthan",
+    "ge",
+    "lt",
+    "lessthan",
+    "le",
+    "in",
+    "sameas",
+];
 
 /// Items of a list that one unit of fuel pays for.
 const ITEMS_PER_FUEL: u64 = 16;
@@ -75,6 +98,8 @@ pub(super) fn install(env: &mut Environment<'_>) {
     env.add_filter("_upg_scalar", scalar);
     env.add_filter("_upg_sized", sized);
     env.add_filter("_upg_stored", stored);
+    env.add_filter("_upg_text", text);
+    env.add_filter("_upg_whole", whole);
     env.add_function("dict", dict);
     env.set_unknown_method_callback(|state, value, method, args| {
         if method == "format" {
@@ -194,6 +219,14 @@ impl<'a> Places<'a> {
         let left = at.checked_sub(1);
         match self.token(Some(at)) {
             Some(Token::Plus) if self.ends_operand(left) => self.insert_after(left, FLAT),
+            Some(Token::Eq | Token::Ne | Token::Gt | Token::Gte | Token::Lt | Token::Lte)
+                if self.ends_operand(left) =>
+            {
+                self.insert_after(left, WHOLE)
+            }
+            Some(Token::Ident("is")) if self.ends_operand(left) => {
+                self.insert_after(left, self.price_of_test(at + 1));
+            }
             Some(Token::Mul) if self.ends_operand(left) || self.is_number(left) => {
                 if self.ends_operand(left) {
                     self.insert_after(left, SCALAR);
@@ -207,15 +240,28 @@ impl<'a> Places<'a> {
                 }
             }
             Some(Token::BraceOpen) => self.push(at, true, true),
-            Some(Token::BracketOpen) => self.push(at, self.opens_literal(at), true),
+            Some(Token::BracketOpen) => {
+                let literal = self.opens_literal(at);
+                if let Some(start) = left.filter(|_| !literal && self.ends_operand(left)) {
+                    // A filter cannot be indexed, a bracketed one can.
+                    self.inserts
+                        .push((self.start(self.operand_start(start)), "("));
+                    self.insert_after(left, INDEXED);
+                }
+                self.push(at, literal, true);
+            }
             Some(Token::ParenOpen) => self.push(at, self.opens_literal(at), false),
             Some(Token::ParenClose | Token::BracketClose | Token::BraceClose) => {
-                if let Some(open) = self.open.pop()
-                    && open.literal
-                    && open.tuple
-                {
-                    self.inserts.push((open.start, "("));
-                    self.insert_after(Some(at), SIZED);
+                let is_index = matches!(self.token(Some(at)), Some(Token::BracketClose));
+                match self.open.pop() {
+                    Some(open) if open.literal && open.tuple => {
+                        self.inserts.push((open.start, "("));
+                        self.insert_after(Some(at), SIZED);
+                    }
+                    Some(open) if is_index && !open.literal && self.ends_operand(left) => {
+                        self.insert_after(left, TEXT);
+                    }
+                    _ => {}
                 }
             }
             Some(Token::Assign) if self.open.is_empty() && self.set.is_none() => {
@@ -228,6 +274,15 @@ impl<'a> Places<'a> {
                 self.open.clear();
             }
             _ => {}
+        }
+    }
+
+    /// What a value pays for the test whose name is at `at`, or after a `not`.
+    fn price_of_test(&self, at: usize) -> &'static str {
+        match self.token(Some(at)) {
+            Some(Token::Ident("not")) => self.price_of_test(at + 1),
+            Some(Token::Ident(test)) if COMPARING.contains(test) => WHOLE,
+            _ => TEXT,
         }
     }
 
@@ -316,6 +371,48 @@ impl<'a> Places<'a> {
         }
     }
 
+    /// The first token of the operand that ends at `at`, without signs.
+    fn operand_start(&self, mut at: usize) -> usize {
+        loop {
+            let is_group = matches!(
+                self.token(Some(at)),
+                Some(Token::ParenClose | Token::BracketClose | Token::BraceClose)
+            );
+            if is_group {
+                at = self.group_start(at);
+            }
+            let Some(before) = at.checked_sub(1) else {
+                return at;
+            };
+            at = match self.token(Some(before)) {
+                Some(Token::Dot) if !is_group => before.saturating_sub(1),
+                Some(Token::Ident(word)) if is_group && !KEYWORDS.contains(word) => before,
+                Some(Token::ParenClose | Token::BracketClose | Token::BraceClose) if is_group => {
+                    before
+                }
+                _ => return at,
+            };
+        }
+    }
+
+    /// The first token of the bracketed group that ends at `to`.
+    fn group_start(&self, to: usize) -> usize {
+        let mut depth = 0_usize;
+        for (at, (token, _)) in self.tokens.iter().enumerate().take(to + 1).rev() {
+            match token {
+                Token::ParenClose | Token::BracketClose | Token::BraceClose => depth += 1,
+                Token::ParenOpen | Token::BracketOpen | Token::BraceOpen => {
+                    depth = depth.saturating_sub(1);
+                }
+                _ => {}
+            }
+            if depth == 0 {
+                return at;
+            }
+        }
+        to
+    }
+
     /// The last token of the bracketed group that starts at `from`, or `from` itself.
     fn group_end(&self, from: usize) -> Option<usize> {
         let mut depth = 0_usize;
@@ -364,6 +461,21 @@ fn scalar(value: Value) -> Result<Value, Error> {
     if is_list(&value) {
         return Err(refused("lists cannot be repeated in a chat template"));
     }
+    Ok(value)
+}
+
+fn text(state: &State, value: Value) -> Result<Value, Error> {
+    if let Some(text) = value.as_str() {
+        state.consume_fuel(text.len() as u64 / BYTES_PER_FUEL)?;
+    }
+    Ok(value)
+}
+
+fn whole(state: &State, value: Value) -> Result<Value, Error> {
+    if value.as_str().is_some() {
+        return text(state, value);
+    }
+    pay(state, &value, true)?;
     Ok(value)
 }
 
@@ -448,12 +560,12 @@ mod tests {
             ("a + b * c", "a + b * c"),
             (
                 "{{ -a[0].b(1)|f(2) + (b) + c }}",
-                "{{ -a[0].b(1)|f(2)|F + (b)|F + c }}",
+                "{{ -(a|X)[0].b(1)|f(2)|F + (b)|F + c }}",
             ),
-            ("{{ 2 * a.b[1](2)|f }}", "{{ 2 * a.b[1](2)|f|C }}"),
+            ("{{ 2 * a.b[1](2)|f }}", "{{ 2 * (a.b|X)[1](2)|f|C }}"),
             (
                 "{{ n * -a.b[(1)](2)|f - 1 }}",
-                "{{ n|C * -a.b[(1)](2)|f|C - 1 }}",
+                "{{ n|C * -(a.b|X)[(1)|X](2)|f|C - 1 }}",
             ),
             ("{% if a*(1) + b %}", "{% if a|C*(1)|C|F + b %}"),
             (
@@ -471,9 +583,30 @@ mod tests {
     }
 
     #[test]
+    fn filters_stand_after_what_is_compared_tested_and_indexed() {
+        for (source, expected) in [
+            ("{% if a == b %}", "{% if a|W == b %}"),
+            (
+                "{% if a.b(1) < 2 and 3 != c %}",
+                "{% if a.b(1)|W < 2 and 3 != c %}",
+            ),
+            ("{% if a is not eq(b) %}", "{% if a|W is not eq(b) %}"),
+            ("{% if a is defined %}", "{% if a|X is defined %}"),
+            ("{{ a[b]['c'][0] }}", "{{ (((a|X)[b|X]|X)['c']|X)[0] }}"),
+            ("{{ a[1:] + a[::-1] }}", "{{ (a|X)[1:]|F + (a|X)[::-1] }}"),
+            ("{{ -f(x).b[0] in c }}", "{{ -(f(x).b|X)[0] in c }}"),
+            ("{% if not (a)[0] %}", "{% if not ((a)|X)[0] %}"),
+            ("{{ a.is }}{{ is(b) }}", "{{ a.is }}{{ is(b) }}"),
+            ("{{ f(a=b)|map('x', c=1) }}", "{{ f(a=b)|map('x', c=1) }}"),
+        ] {
+            assert_eq!(short(source), expected);
+        }
+    }
+
+    #[test]
     fn filters_stand_around_literals_and_sets() {
         for (source, expected) in [
-            ("{{ [1, x[2]] }}", "{{ ([1, x[2]]|S) }}"),
+            ("{{ [1, x[2]] }}", "{{ ([1, (x|X)[2]]|S) }}"),
             (
                 "{{ {'a': [b]}.items() }}",
                 "{{ ({'a': ([b]|S)}|S).items() }}",
@@ -508,5 +641,7 @@ mod tests {
             .replace("_upg_scalar", "C")
             .replace("_upg_sized", "S")
             .replace("_upg_stored", "T")
+            .replace("_upg_text", "X")
+            .replace("_upg_whole", "W")
     }
 }

@@ -143,6 +143,38 @@ fn hostile_templates_are_stopped() {
         ("step range", "{{ range(0, 10**18, 1) | join('x') }}"),
         ("long string", "{{ 'x' * 10**9 }}"),
         ("long string, other way", "{{ 10**9 * 'x' }}"),
+        (
+            "texts compared",
+            "{% set x = 'a' * 10000000 %}{% set z = 'a' * 10000000 %}{% for i in range(90000) %}{% if x == z %}{% endif %}{% endfor %}",
+        ),
+        (
+            "texts ordered",
+            "{% set x = 'a' * 10000000 %}{% set z = 'a' * 10000000 %}{% for i in range(90000) %}{% if x < z %}{% endif %}{% endfor %}",
+        ),
+        (
+            "texts in lists compared",
+            "{% set x = 'a' * 10000000 %}{% set z = 'a' * 10000000 %}{% set l = [x] %}{% set m = [z] %}{% for i in range(90000) %}{% if l == m %}{% endif %}{% endfor %}",
+        ),
+        (
+            "a text tested",
+            "{% set x = 'a' * 10000000 %}{% set z = 'a' * 10000000 %}{% for i in range(90000) %}{% if x is lower %}{% endif %}{% endfor %}",
+        ),
+        (
+            "texts compared by a test",
+            "{% set x = 'a' * 10000000 %}{% set z = 'a' * 10000000 %}{% for i in range(90000) %}{% if x is eq(z) %}{% endif %}{% endfor %}",
+        ),
+        (
+            "a text searched by a test",
+            "{% set x = 'a' * 10000000 %}{% set z = 'a' * 10000000 %}{% for i in range(90000) %}{% if x is startingwith(z) %}{% endif %}{% endfor %}",
+        ),
+        (
+            "a text indexed",
+            "{% set x = 'a' * 10000000 %}{% set z = 'a' * 10000000 %}{% for i in range(90000) %}{% if x[-1] %}{% endif %}{% endfor %}",
+        ),
+        (
+            "a text looked up",
+            "{% set x = 'a' * 10000000 %}{% set z = 'a' * 10000000 %}{% set d = {x: 1} %}{% for i in range(90000) %}{% if d[x] %}{% endif %}{% endfor %}",
+        ),
         ("long list", "{{ ([1] * 10**9) | length }}"),
         (
             "folded constant",

@@ -46,6 +46,10 @@ pub struct Family {
     pub(super) default_window: Option<usize>,
     pub(super) default_head_dim: Option<usize>,
     pub(super) default_norm_eps: f64,
+    /// Key/value heads; `None`: as many as there are heads.
+    pub(super) default_kv_heads: Option<usize>,
+    /// Context before a rotary extension; `None`: `max_position_embeddings`.
+    pub(super) default_original_context: Option<usize>,
 }
 
 /// Llama: the plain form, from which the others differ.
@@ -62,6 +66,8 @@ const LLAMA: Family = Family {
     default_window: None,
     default_head_dim: None,
     default_norm_eps: 1e-6,
+    default_kv_heads: None,
+    default_original_context: None,
 };
 
 /// Every family that the engine runs.
@@ -74,6 +80,7 @@ pub static FAMILIES: [Family; 5] = [
         mlp_bias: BiasRule::Never,
         window: WindowRule::EveryLayer,
         default_window: Some(4096),
+        default_kv_heads: Some(8),
         ..LLAMA
     },
     Family {
@@ -83,6 +90,7 @@ pub static FAMILIES: [Family; 5] = [
         mlp_bias: BiasRule::Never,
         window: WindowRule::ByLayer,
         default_window: Some(4096),
+        default_kv_heads: Some(32),
         ..LLAMA
     },
     Family {
@@ -92,6 +100,7 @@ pub static FAMILIES: [Family; 5] = [
         window: WindowRule::ByLayer,
         default_window: Some(4096),
         default_head_dim: Some(128),
+        default_kv_heads: Some(32),
         ..LLAMA
     },
     Family {
@@ -104,6 +113,7 @@ pub static FAMILIES: [Family; 5] = [
         mlp_bias: BiasRule::Never,
         window: WindowRule::EveryLayer,
         default_norm_eps: 1e-5,
+        default_original_context: Some(4096),
         ..LLAMA
     },
 ];

@@ -174,7 +174,9 @@ pub(super) fn parse(
         rope,
         original_context: match original_context(fields)? {
             Some(outer) => outer,
-            None => original_context(&rope)?.unwrap_or(*context),
+            None => original_context(&rope)?
+                .or(family.default_original_context)
+                .unwrap_or(*context),
         },
         context: *context,
         dim,

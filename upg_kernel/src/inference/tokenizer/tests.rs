@@ -2,8 +2,7 @@ use serde_json::json;
 
 use super::*;
 
-/// A vocabulary like sentencepiece's: `▁` for spaces, a token for each byte.
-fn sentencepiece(prefix: bool) -> Tokenizer {
+fn tokenizer_json(prefix: bool) -> String {
     let mut vocab = serde_json::Map::new();
     for token in ["<unk>", "<s>", "</s>"] {
         vocab.insert(token.to_owned(), json!(vocab.len()));
@@ -43,12 +42,17 @@ fn sentencepiece(prefix: bool) -> Tokenizer {
                   "fuse_unk": true, "byte_fallback": true, "ignore_merges": false,
                   "vocab": vocab, "merges": [["a", "b"], ["▁", "ab"], ["▁", "a"]]},
     });
+    file.to_string()
+}
+
+/// A vocabulary like sentencepiece's: `▁` for spaces, a token for each byte.
+fn sentencepiece(prefix: bool) -> Tokenizer {
     let special = SpecialIds {
         bos: Some(1),
         eos: vec![2],
     };
     let config = r#"{"add_bos_token": true}"#;
-    Tokenizer::from_json(file.to_string().as_bytes(), Some(config), special).unwrap()
+    Tokenizer::from_json(tokenizer_json(prefix).as_bytes(), Some(config), special).unwrap()
 }
 
 /// Pieces of the stream, checked against the decoding of the whole.
@@ -156,24 +160,58 @@ fn endless_broken_bytes_are_given_up() {
 
 const MAX_PENDING_IN_TEST: usize = 256;
 
+/// transformers 5.24 gives a text the tokens of tokenizer_config.json, and ends answers with the ids of
+/// the model's configuration: they differ in published models.
+#[test]
+fn texts_begin_and_end_with_the_tokens_of_the_tokenizer() {
+    let with = |config: &str| {
+        let special = SpecialIds {
+            bos: Some(2),
+            eos: vec![0, 1],
+        };
+        let json = tokenizer_json(true);
+        let t = Tokenizer::from_json(json.as_bytes(), Some(config), special).unwrap();
+        let ids = t.encode("ab", true).unwrap();
+        let spelled = [t.bos_token(), t.eos_token()].map(|t| t.map(str::to_owned));
+        assert_eq!(t.special_ids().eos, [0, 1]);
+        (ids, spelled)
+    };
+    let text = |t: &str| Some(t.to_owned());
+    let ab = 3 + 256 + 6;
+    let (ids, spelled) = with(
+        r#"{"add_bos_token": true, "add_eos_token": true, "bos_token": "<s>",
+            "eos_token": {"content": "</s>"}}"#,
+    );
+    assert_eq!(
+        (ids, spelled),
+        (vec![1, ab, 2], [text("<s>"), text("</s>")])
+    );
+    // It says that there is none.
+    let (ids, spelled) = with(r#"{"add_bos_token": true, "bos_token": null}"#);
+    assert_eq!((ids, spelled), (vec![ab], [None, text("<unk>")]));
+    // It says nothing: the ids stand in.
+    let (ids, spelled) = with(r#"{"add_bos_token": true, "add_eos_token": true}"#);
+    assert_eq!(
+        (ids, spelled),
+        (vec![2, ab, 0], [text("</s>"), text("<unk>")])
+    );
+}
+
 #[test]
 fn refuses_what_is_no_tokenizer() {
     let none = SpecialIds::default;
     let of = |json: &[u8], config| Tokenizer::from_json(json, config, none());
     let kind = |found: Result<Tokenizer>| found.unwrap_err().kind();
-    for bad in [
-        &b""[..],
-        b"{",
-        b"\xFF\xFE",
-        b"[]",
-        b"{}",
-        br#"{"model": {"type": "no"}}"#,
-    ] {
+    for bad in [&b""[..], b"{", b"\xFF\xFE", b"[]", b"{}"] {
         assert_eq!(kind(of(bad, None)), ErrorKind::Malformed);
     }
     let empty = br#"{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}"#;
     assert!(of(empty, None).is_ok());
     assert_eq!(kind(of(empty, Some("{"))), ErrorKind::Malformed);
+    assert_eq!(
+        kind(of(br#"{"model": {"type": "no"}}"#, None)),
+        ErrorKind::Unsupported
+    );
     let special = SpecialIds {
         bos: None,
         eos: vec![7],
@@ -188,6 +226,78 @@ fn refuses_what_is_no_tokenizer() {
     let out = br#"{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0},
         "merges": [["a", "b"]]}}"#;
     assert_eq!(kind(of(out, None)), ErrorKind::Malformed);
+}
+
+/// Parts that end the process, or fill its memory, in the `tokenizers` crate.
+#[test]
+fn refuses_parts_that_do_harm() {
+    let replace = json!({"type": "Replace", "pattern": {"String": "a"}, "content": "aaaaa"});
+    let chain = |kind: &str, key: &str| json!({"type": kind, key: vec![&replace; 3]});
+    for (part, value) in [
+        (
+            "normalizer",
+            json!({"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+        ),
+        (
+            "normalizer",
+            json!({"type": "Replace", "pattern": {"String": ""}, "content": "x"}),
+        ),
+        (
+            "normalizer",
+            json!({"type": "Replace", "pattern": {"Regex": "(?=)"}, "content": "x"}),
+        ),
+        (
+            "normalizer",
+            json!({"type": "Prepend", "prepend": "x".repeat(65)}),
+        ),
+        ("normalizer", chain("Sequence", "normalizers")),
+        ("decoder", chain("Sequence", "decoders")),
+        (
+            "decoder",
+            json!({"type": "Strip", "content": "a", "start": 1_u64 << 50, "stop": 0}),
+        ),
+        (
+            "decoder",
+            json!({"type": "Strip", "content": "a", "start": 0}),
+        ),
+        ("pre_tokenizer", json!({"type": "FixedLength", "length": 0})),
+        (
+            "pre_tokenizer",
+            json!({"type": "Split", "pattern": {"String": ""}, "behavior": "Removed",
+                                 "invert": false}),
+        ),
+        ("post_processor", json!({"type": "Unknown"})),
+        ("pre_tokenizer", json!("ByteLevel")),
+    ] {
+        let mut file: Value = serde_json::from_str(&tokenizer_json(true)).unwrap();
+        file[part] = value;
+        let e = Tokenizer::from_json(file.to_string().as_bytes(), None, SpecialIds::default());
+        assert_eq!(
+            e.unwrap_err().kind(),
+            ErrorKind::Unsupported,
+            "{}",
+            file[part]
+        );
+    }
+    for (field, value) in [
+        ("type", json!("Unigram")),
+        ("continuing_subword_prefix", json!("##")),
+        ("end_of_word_suffix", json!("</w>")),
+        ("dropout", json!(0.5)),
+    ] {
+        let mut file: Value = serde_json::from_str(&tokenizer_json(true)).unwrap();
+        file["model"][field] = value;
+        let e = Tokenizer::from_json(file.to_string().as_bytes(), None, SpecialIds::default());
+        assert_eq!(e.unwrap_err().kind(), ErrorKind::Unsupported, "{field}");
+    }
+    let deep = (0..20).fold(
+        json!({"type": "Fuse"}),
+        |inner, _| json!({"type": "Sequence", "decoders": [inner]}),
+    );
+    let mut file: Value = serde_json::from_str(&tokenizer_json(true)).unwrap();
+    file["decoder"] = deep;
+    let e = Tokenizer::from_json(file.to_string().as_bytes(), None, SpecialIds::default());
+    assert_eq!(e.unwrap_err().kind(), ErrorKind::Unsupported);
 }
 
 #[test]

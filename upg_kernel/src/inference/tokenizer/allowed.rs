@@ -1,0 +1,182 @@
+//! Which parts a `tokenizer.json` may be made of.
+//!
+//! The `tokenizers` crate trusts its file: some parts end the process when their parameters are wrong,
+//! and a few replacements after each other can ask for any memory. So only parts that the tokenizers of
+//! the supported families are made of are let through, with parameters that can do no harm.
+#![forbid(unsafe_code)]
+
+use crate::{Error, ErrorKind, Result};
+use serde::Deserialize;
+use serde::de::IgnoredAny;
+use serde_json::Value;
+
+/// How many times longer all replacements together may make a text.
+const MAX_GROWTH: usize = 64;
+
+/// Characters that a decoder may cut off.
+const MAX_CUT: u64 = 1024;
+
+/// Parts within parts.
+const MAX_DEPTH: usize = 8;
+
+const NORMALIZERS: &[&str] = &[
+    "NFC",
+    "NFD",
+    "NFKC",
+    "NFKD",
+    "Lowercase",
+    "Strip",
+    "Prepend",
+    "Replace",
+    "Sequence",
+];
+const PRE_TOKENIZERS: &[&str] = &[
+    "ByteLevel",
+    "Digits",
+    "Metaspace",
+    "Punctuation",
+    "Sequence",
+    "Split",
+    "UnicodeScripts",
+    "Whitespace",
+    "WhitespaceSplit",
+];
+const POST_PROCESSORS: &[&str] = &[
+    "BertProcessing",
+    "ByteLevel",
+    "RobertaProcessing",
+    "Sequence",
+    "TemplateProcessing",
+];
+const DECODERS: &[&str] = &[
+    "ByteFallback",
+    "ByteLevel",
+    "Fuse",
+    "Metaspace",
+    "Replace",
+    "Sequence",
+    "Strip",
+];
+
+/// The parts of a file, without its vocabulary.
+#[derive(Deserialize)]
+pub(super) struct Parts {
+    #[serde(default)]
+    normalizer: Value,
+    #[serde(default)]
+    pre_tokenizer: Value,
+    #[serde(default)]
+    post_processor: Value,
+    #[serde(default)]
+    pub(super) decoder: Value,
+    model: Model,
+    #[serde(default)]
+    pub(super) added_tokens: Vec<AddedToken>,
+}
+
+#[derive(Deserialize)]
+struct Model {
+    #[serde(rename = "type")]
+    kind: Option<String>,
+    merges: Option<IgnoredAny>,
+    dropout: Option<f64>,
+    continuing_subword_prefix: Option<String>,
+    end_of_word_suffix: Option<String>,
+}
+
+#[derive(Deserialize)]
+pub(super) struct AddedToken {
+    pub(super) id: u32,
+    pub(super) content: String,
+}
+
+impl Parts {
+    /// Errors (`Unsupported`): a part that is not known, or one with parameters of no use.
+    pub(super) fn check(&self) -> Result<()> {
+        let model = &self.model;
+        // Old files do not name the kind of model.
+        let is_bpe = match &model.kind {
+            Some(kind) => kind == "BPE",
+            None => model.merges.is_some(),
+        };
+        if !is_bpe {
+            let kind = model.kind.as_deref().unwrap_or("without a type");
+            return Err(unsupported(format!("model '{kind}', expected BPE")));
+        }
+        let affixes = [&model.continuing_subword_prefix, &model.end_of_word_suffix];
+        if affixes.into_iter().flatten().any(|affix| !affix.is_empty()) {
+            return Err(unsupported("a prefix or suffix of subwords".into()));
+        }
+        if model.dropout.is_some_and(|dropout| dropout != 0.0) {
+            return Err(unsupported("dropout: ids would be random".into()));
+        }
+        let parts = [
+            ("normalizer", &self.normalizer, NORMALIZERS),
+            ("pre_tokenizer", &self.pre_tokenizer, PRE_TOKENIZERS),
+            ("post_processor", &self.post_processor, POST_PROCESSORS),
+            ("decoder", &self.decoder, DECODERS),
+        ];
+        for (what, part, known) in parts {
+            let mut growth = 1;
+            check(part, what, known, MAX_DEPTH, &mut growth)?;
+        }
+        Ok(())
+    }
+}
+
+/// Checks one part and those in it; `growth` is by how much they may make a text longer.
+fn check(part: &Value, what: &str, known: &[&str], depth: usize, growth: &mut usize) -> Result<()> {
+    if part.is_null() {
+        return Ok(());
+    }
+    let kind = part.get("type").and_then(Value::as_str).unwrap_or_default();
+    if depth == 0 || !known.contains(&kind) {
+        return Err(unsupported(format!("{what} '{kind}'")));
+    }
+    let text = |value: Option<&Value>| value.and_then(Value::as_str).map_or(0, str::len);
+    match kind {
+        "Sequence" => {
+            let items = ["normalizers", "pretokenizers", "processors", "decoders"];
+            let items = items.iter().find_map(|key| part.get(key)?.as_array());
+            for item in items.into_iter().flatten() {
+                check(item, what, known, depth - 1, growth)?;
+            }
+        }
+        "Replace" => {
+            let pattern = text(part.pointer("/pattern/String"));
+            if pattern == 0 {
+                return Err(unsupported(format!(
+                    "{what} 'Replace' of anything but a text"
+                )));
+            }
+            let times = text(part.get("content")).div_ceil(pattern).max(1);
+            *growth = growth.saturating_mul(times);
+        }
+        "Split" if part.pointer("/pattern/String").is_some_and(|p| p == "") => {
+            return Err(unsupported(format!("{what} 'Split' at an empty text")));
+        }
+        "Prepend" => *growth = growth.saturating_mul(text(part.get("prepend")).max(1)),
+        "Strip" if what == "decoder" => {
+            let cut = |key| part.get(key).and_then(Value::as_u64).unwrap_or(u64::MAX);
+            if cut("start") > MAX_CUT || cut("stop") > MAX_CUT {
+                return Err(unsupported(format!(
+                    "{what} 'Strip' of over {MAX_CUT} characters"
+                )));
+            }
+        }
+        _ => {}
+    }
+    match *growth <= MAX_GROWTH {
+        true => Ok(()),
+        false => Err(unsupported(format!(
+            "{what}: makes texts over {MAX_GROWTH} times longer"
+        ))),
+    }
+}
+
+fn unsupported(message: String) -> Error {
+    Error::new(
+        ErrorKind::Unsupported,
+        format!("tokenizer.json: {message} is not supported"),
+    )
+}

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use upg_compress::plan::{Choice, Override};
 
@@ -49,10 +50,10 @@ pub enum Command {
 #[command(after_help = "\
 Encodings, with bits per weight:
   keep   as the source has it       mdcsr  nearly lossless archive, 32
-  q8     8.13                       q4     4.25
-  t4     4.02  rotated, trellis     s8     zeros kept exactly: 1.1 + 8 per kept weight
-  t3     3.02  rotated, trellis     s4     zeros kept exactly: 1.2 + 4 per kept weight
-  t2     2.02  rotated, trellis
+  q8     8.13                       q4     4.26
+  t4     4.01  rotated, trellis     s8     zeros kept exactly: 1.1 + 8 per kept weight
+  t3     3.01  rotated, trellis     s4     zeros kept exactly: 1.2 + 4 per kept weight
+  t2     2.01  rotated, trellis
 
 Examples:
   upg compress Phi-4/ -o phi4.safetensors --encoding t3
@@ -94,6 +95,9 @@ pub struct DecompressArgs {
     /// Type of the decompressed matrices [default: what config.json says, else bf16]
     #[arg(long, value_enum)]
     pub dtype: Option<FloatArg>,
+    /// Replace a model that is in DIR already and was not written by this command
+    #[arg(long)]
+    pub force: bool,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -131,7 +135,7 @@ pub struct FileArgs {
 #[derive(Args)]
 pub struct SamplingArgs {
     /// Randomness; 0 always takes the most probable token
-    #[arg(short, long, default_value_t = 0.0)]
+    #[arg(short, long, default_value_t = 0.0, allow_negative_numbers = true)]
     pub temperature: f32,
     /// Choose among this many most probable tokens; 0: all
     #[arg(long, default_value_t = 0, value_name = "K")]
@@ -165,11 +169,11 @@ Examples:
 pub struct RunArgs {
     /// UPG file
     pub file: PathBuf,
-    /// Text to continue; - reads standard input
+    /// Text to continue; - reads standard input. Special tokens in it count as such
     #[arg(
         short,
         long,
-        conflicts_with = "tokens",
+        conflicts_with_all = ["tokens", "logits"],
         required_unless_present = "tokens"
     )]
     pub prompt: Option<String>,
@@ -182,8 +186,9 @@ pub struct RunArgs {
     /// System message for --chat
     #[arg(long, requires = "chat", value_name = "TEXT")]
     pub system: Option<String>,
-    /// Token ids instead of a prompt, separated by commas
-    #[arg(long, value_delimiter = ',', num_args = 1.., requires = "logits", value_name = "IDS")]
+    /// Token ids instead of a prompt, separated by commas; for --logits
+    #[arg(long, value_delimiter = ',', num_args = 1.., requires = "logits", value_name = "IDS",
+        value_parser = |id: &str| id.trim().parse::<u32>())]
     pub tokens: Option<Vec<u32>>,
     /// With --tokens: write the logits of every position, F32 [positions, vocab], as safetensors
     #[arg(long, requires = "tokens", value_name = "FILE")]
@@ -235,7 +240,7 @@ pub struct EvalArgs {
     pub window: usize,
     /// Use only this many windows of the text
     #[arg(long, value_name = "N")]
-    pub windows: Option<usize>,
+    pub windows: Option<NonZeroUsize>,
     /// Print JSON
     #[arg(long)]
     pub json: bool,

@@ -22,7 +22,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) if terminal::is_broken_pipe(&e) => ExitCode::SUCCESS,
         Err(e) => {
-            eprintln!("upg: {e}");
+            terminal::note(format_args!("upg: {e}"));
             ExitCode::from(match e.kind() {
                 ErrorKind::Argument => USAGE,
                 ErrorKind::Interrupted => INTERRUPTED,

@@ -19,6 +19,11 @@ pub fn print(text: &str) -> Result<()> {
         })
 }
 
+/// Writes a line to standard error; if nobody reads that any more, there is nobody to tell.
+pub fn note(line: impl std::fmt::Display) {
+    let _ = writeln!(std::io::stderr().lock(), "{line}");
+}
+
 /// Whether `e` means that the reader of our output has gone.
 pub fn is_broken_pipe(e: &Error) -> bool {
     std::error::Error::source(e)
@@ -26,13 +31,14 @@ pub fn is_broken_pipe(e: &Error) -> bool {
         .is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
 }
 
-/// Sets the number of threads of the whole process. Errors (`Argument`): 0.
+/// Far above what helps anywhere: more only cost the time to start and stop them.
+const MOST_THREADS: usize = 1024;
+
+/// Sets the number of threads of the whole process. Errors (`Argument`): 0, or above 1,024.
 pub fn set_threads(threads: usize) -> Result<()> {
-    if threads == 0 {
-        return Err(Error::new(
-            ErrorKind::Argument,
-            "--threads 0: use at least 1",
-        ));
+    if !(1..=MOST_THREADS).contains(&threads) {
+        let message = format!("--threads {threads}: use 1 to {MOST_THREADS}");
+        return Err(Error::new(ErrorKind::Argument, message));
     }
     rayon::ThreadPoolBuilder::new()
         .num_threads(threads)
@@ -46,7 +52,8 @@ pub fn set_threads(threads: usize) -> Result<()> {
         })
 }
 
-/// A flag that Ctrl-C raises. From then on Ctrl-C no longer ends the process by itself.
+/// A flag that Ctrl-C raises, and what else asks a process to end (SIGTERM, SIGHUP). From then on these
+/// no longer end the process by themselves, so that it can clean up.
 pub fn interrupt_flag() -> Result<Arc<AtomicBool>> {
     let flag = Arc::new(AtomicBool::new(false));
     let raised = Arc::clone(&flag);

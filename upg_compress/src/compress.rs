@@ -3,7 +3,7 @@
 
 use crate::plan::{CompressOptions, Plan, PlannedTensor};
 use crate::rounding::{round_q4, round_q8, round_s4, round_s8};
-use crate::source::{Source, refuse_overwriting};
+use crate::source::{RawTensor, Source};
 use crate::trellis::{self, Code};
 use rayon::prelude::*;
 use safetensors::Dtype;
@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use upg_kernel::format::{Encoding, FileWriter, LayerInfo, TOKENIZER, header_capacity};
 use upg_kernel::sparse::MdCSRMatrix;
-use upg_kernel::{Error, ErrorKind, Matrix, Result};
+use upg_kernel::{Error, ErrorKind, Matrix, Result, WholeFile};
 
 /// Room in the header for `compression_ratio` and `bits_per_weight`.
 const FIGURE_DIGITS: usize = 24;
@@ -64,15 +64,13 @@ impl CompressReport {
 /// three copies of the largest tensor, in f32. Time: see the encoders.
 ///
 /// Errors: those of the source; `Invalid` for weights that are not finite; `Argument` if `out` is a
-/// weight file of the source; `Io`; `Interrupted`.
+/// file of the source; `Io`; `Interrupted`.
 pub fn compress(
     source: &dyn Source,
     out: impl AsRef<Path>,
     options: &CompressOptions,
     progress: &dyn Progress,
 ) -> Result<CompressReport> {
-    let out = out.as_ref();
-    refuse_overwriting(out, source.weight_files())?;
     let plan = Plan::new(source, options)?;
     let tokenizer = source.files().tokenizer_json.as_deref();
     let mut metadata = metadata(source, options, &plan)?;
@@ -84,7 +82,8 @@ pub fn compress(
     let kept = plan.tensors.iter().filter(|t| t.layer.is_none());
     let names = kept.map(|t| source.tensors()[t.index].name.as_str());
     let capacity = header_capacity(&layers, names.chain([TOKENIZER]), &metadata)?;
-    let mut writer = FileWriter::create(out, capacity)?;
+    let out = WholeFile::create_from(out, source.own_files())?;
+    let mut writer = FileWriter::new(out, capacity)?;
 
     progress.start(plan.weights);
     let mut next_layer = 0;
@@ -100,6 +99,7 @@ pub fn compress(
             next_layer += 1;
         } else {
             let raw = source.read_raw(planned.index)?;
+            check_finite(&raw, tensor.cols()).map_err(|e| e.tensor(&tensor.name))?;
             writer.tensor(&tensor.name, raw.dtype.into(), &tensor.shape, &raw.bytes)?;
             progress.advance(tensor.weights() as u64);
         }
@@ -156,6 +156,29 @@ fn metadata(
     Ok(metadata)
 }
 
+/// Errors (`Invalid`): a value that is not finite, which would spoil every answer.
+fn check_finite(raw: &RawTensor<'_>, cols: usize) -> Result<()> {
+    let size = raw.dtype.size();
+    let bad = raw
+        .bytes
+        .par_chunks(size << 16)
+        .enumerate()
+        .map(|(chunk, bytes)| {
+            let mut values = vec![0.0; bytes.len() / size];
+            raw.dtype.to_f32(bytes, &mut values)?;
+            let bad = values.iter().position(|w| !w.is_finite());
+            Ok(bad.map(|i| ((chunk << 16) + i, values[i])))
+        })
+        .find_map_first(|found: Result<_>| found.transpose());
+    match bad.transpose()? {
+        None => Ok(()),
+        Some((i, w)) => Err(Error::new(
+            ErrorKind::Invalid,
+            format!("the weight in row {}, column {} is {w}", i / cols, i % cols),
+        )),
+    }
+}
+
 /// Reads and encodes one matrix; completes the description of its layer.
 fn encode(
     source: &dyn Source,
@@ -166,9 +189,6 @@ fn encode(
 ) -> Result<Matrix> {
     let weights = source.read_f32(planned.index)?;
     let matrix = encode_matrix(&weights, layer, seed, progress)?;
-    if let Matrix::Trellis(m) = &matrix {
-        layer.hadamard = Some(m.parts().rotation.size());
-    }
     layer.error = Some(relative_error(&weights, &matrix)?);
     Ok(matrix)
 }

@@ -2,44 +2,91 @@
 #![forbid(unsafe_code)]
 
 use crate::compress::Progress;
-use crate::source::{FloatType, refuse_overwriting};
+use crate::source::FloatType;
 use bytemuck::Pod;
 use half::{bf16, f16};
-use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
+use safetensors::{Dtype, SafeTensors};
 use serde_json::{Map, Value};
 use std::collections::HashMap;
 use std::io::Write;
 use std::path::Path;
-use upg_kernel::{Error, ErrorKind, Result, UPGDecompressor, WeightFloat, WholeFile};
+use upg_kernel::{Error, ErrorKind, MappedFile, Result, UPGDecompressor, WeightFloat, WholeFile};
+
+/// Marks the weights that this program wrote, in their safetensors metadata.
+const MADE_BY: (&str, &str) = ("made_by", "upg decompress");
 
 /// Writes `model` into the folder `out` (made if need be): `config.json`, tokenizer files and
 /// `model.safetensors`, with compressed matrices as `dtype` and all others as they are.
 ///
 /// transformers loads the result. `None` is the type that `config.json` names, which is that of the
-/// source, or BF16 if it names none; F32 loses nothing. Every file appears whole or not at all; the
-/// weights come last. `config.json` gets `dtype`, everything else is as the source had it. Memory: the
-/// largest matrix as `dtype`. Errors: `Io`; `Argument` if the weights would take the place of the file that they come
-/// from; `Interrupted`; and those of [`UPGDecompressor::decompress_layer`].
+/// source, or BF16 if it names none; F32 loses nothing. `config.json` gets `dtype`, everything else is
+/// as the source had it. Every file appears whole or not at all, and none before all are written.
+/// Memory: the largest matrix as `dtype`.
+///
+/// Errors: `Io`; `Argument` if `out` has weights that [`export`] did not write, unless `replace` is set,
+/// or if the file that is read would be overwritten; `Interrupted`; and those of
+/// [`UPGDecompressor::decompress_layer`].
 pub fn export(
     model: &UPGDecompressor,
     out: impl AsRef<Path>,
     dtype: Option<FloatType>,
+    replace: bool,
     progress: &dyn Progress,
 ) -> Result<()> {
     let out = out.as_ref();
+    if !replace {
+        refuse_foreign_weights(out)?;
+    }
+    let is_new = !out.exists();
+    std::fs::create_dir_all(out).map_err(|e| Error::io("cannot make the folder", out, e))?;
+    let files = write_all(model, out, dtype, progress);
+    if files.is_err() && is_new {
+        // If something else came into it, it stays.
+        let _ = std::fs::remove_dir(out);
+    }
+    files?.into_iter().try_for_each(WholeFile::commit)
+}
+
+/// Errors (`Argument`): the folder holds a model that may be somebody's only one.
+fn refuse_foreign_weights(out: &Path) -> Result<()> {
+    let weights = out.join("model.safetensors");
+    let is_ours = || {
+        let map = MappedFile::open(&weights).ok()?;
+        let (_, header) = SafeTensors::read_metadata(&map).ok()?;
+        let (key, value) = MADE_BY;
+        Some(header.metadata().as_ref()?.get(key)? == value)
+    };
+    let index = out.join("model.safetensors.index.json");
+    let foreign = match (index.exists(), weights.exists()) {
+        (true, _) => index,
+        (false, true) if is_ours() != Some(true) => weights,
+        _ => return Ok(()),
+    };
+    Err(
+        Error::new(ErrorKind::Argument, "another model is in this folder")
+            .at(foreign)
+            .hint("choose another folder, or replace it with --force"),
+    )
+}
+
+/// Every file of the directory, written but not yet in its place; the weights last.
+fn write_all(
+    model: &UPGDecompressor,
+    out: &Path,
+    dtype: Option<FloatType>,
+    progress: &dyn Progress,
+) -> Result<Vec<WholeFile>> {
     let file = model.file();
     let mut config = file.metadata("config.json").map(parsed).transpose()?;
     let dtype = dtype
         .or_else(|| named_dtype(config.as_ref()?))
         .unwrap_or(FloatType::Bf16);
-    let weights = out.join("model.safetensors");
-    refuse_overwriting(&weights, [file.path()])?;
-    std::fs::create_dir_all(out).map_err(|e| Error::io("cannot make the folder", out, e))?;
+    let mut texts = Vec::new();
     if let Some(config) = &mut config {
         config.insert(dtype_key(config).into(), dtype.torch_name().into());
         let text = serde_json::to_string_pretty(config).map_err(not_json)? + "\n";
-        write(&out.join("config.json"), text.as_bytes())?;
+        texts.push(("config.json", text.into_bytes()));
     }
     for (key, name) in [
         ("generation_config.json", "generation_config.json"),
@@ -47,22 +94,25 @@ pub fn export(
         ("special_tokens_map.json", "special_tokens_map.json"),
         ("chat_template", "chat_template.jinja"),
     ] {
-        if let Some(text) = file.metadata(key) {
-            write(&out.join(name), text.as_bytes())?;
-        }
+        texts.extend(file.metadata(key).map(|text| (name, text.into())));
     }
-    if let Some(json) = file.tokenizer_json() {
-        write(&out.join("tokenizer.json"), json)?;
+    texts.extend(
+        file.tokenizer_json()
+            .map(|t| ("tokenizer.json", t.to_vec())),
+    );
+    let create = |name: &str| WholeFile::create_from(out.join(name), [file.path()]);
+    let mut files = Vec::new();
+    for (name, text) in texts {
+        let mut file = create(name)?;
+        file.write_all(&text)
+            .map_err(|e| Error::io("cannot write", file.path(), e))?;
+        files.push(file);
     }
-    write_weights(model, &weights, dtype, progress)
-}
-
-/// A small file, whole or not at all.
-fn write(path: &Path, bytes: &[u8]) -> Result<()> {
-    let mut file = WholeFile::create(path)?;
-    file.write_all(bytes)
-        .map_err(|e| Error::io("cannot write", path, e))?;
-    file.commit()
+    let mut weights = create("model.safetensors")?;
+    write_weights(model, &mut weights, dtype, progress)?;
+    files.push(weights);
+    files.iter_mut().try_for_each(WholeFile::sync)?;
+    Ok(files)
 }
 
 fn parsed(config: &str) -> Result<Map<String, Value>> {
@@ -91,22 +141,22 @@ fn named_dtype(config: &Map<String, Value>) -> Option<FloatType> {
 /// The layers, then the tensors that were kept, as one safetensors file.
 fn write_weights(
     model: &UPGDecompressor,
-    path: &Path,
+    out: &mut WholeFile,
     dtype: FloatType,
     progress: &dyn Progress,
 ) -> Result<()> {
     let file = model.file();
-    let io = |e| Error::io("cannot write", path, e);
-    let mut out = WholeFile::create(path)?;
+    let path = out.path().to_path_buf();
+    let io = |e| Error::io("cannot write", &path, e);
     out.write_all(&header(model, dtype)?).map_err(io)?;
     progress.start(file.layers().iter().map(|l| (l.rows * l.cols) as u64).sum());
     for (id, layer) in file.layers().iter().enumerate() {
         progress.proceed()?;
         progress.tensor(&layer.name);
         match dtype {
-            FloatType::Bf16 => write_layer::<bf16>(model, id, &mut out),
-            FloatType::F16 => write_layer::<f16>(model, id, &mut out),
-            FloatType::F32 => write_layer::<f32>(model, id, &mut out),
+            FloatType::Bf16 => write_layer::<bf16>(model, id, out),
+            FloatType::F16 => write_layer::<f16>(model, id, out),
+            FloatType::F32 => write_layer::<f32>(model, id, out),
         }?;
         progress.advance((layer.rows * layer.cols) as u64);
     }
@@ -114,7 +164,7 @@ fn write_weights(
         out.write_all(file.bytes(name).unwrap_or_default())
             .map_err(io)?;
     }
-    out.commit()
+    Ok(())
 }
 
 fn write_layer<T: WeightFloat + Pod>(
@@ -123,7 +173,13 @@ fn write_layer<T: WeightFloat + Pod>(
     out: &mut WholeFile,
 ) -> Result<()> {
     let layer = &model.file().layers()[id];
-    let mut weights = vec![T::zeroed(); layer.rows * layer.cols];
+    let len = layer.rows * layer.cols;
+    let mut weights = Vec::new();
+    weights.try_reserve_exact(len).map_err(|e| {
+        let message = format!("no memory for {len} weights: {e}");
+        Error::new(ErrorKind::TooLarge, message).tensor(&layer.name)
+    })?;
+    weights.resize(len, T::zeroed());
     model.decompress_layer_into(id, &mut weights)?;
     out.write_all(bytemuck::cast_slice(&weights))
         .map_err(|e| Error::io("cannot write", out.path(), e))
@@ -153,7 +209,9 @@ fn header(model: &UPGDecompressor, dtype: FloatType) -> Result<Vec<u8>> {
             (name, info)
         })
         .collect();
-    let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    let metadata = [("format", "pt"), MADE_BY];
+    let metadata = metadata.map(|(key, value)| (key.to_owned(), value.to_owned()));
+    let metadata = HashMap::from(metadata);
     let table = Metadata::new(Some(metadata), tensors)
         .map_err(|e| Error::new(ErrorKind::Invalid, e.to_string()).with_source(e))?;
     let mut json = serde_json::to_vec(&table)

@@ -2,9 +2,10 @@
 #![forbid(unsafe_code)]
 
 use crate::source::{Source, TensorInfo};
+use crate::trellis;
 use std::fmt;
 use std::str::FromStr;
-use upg_kernel::format::{Encoding, LayerInfo};
+use upg_kernel::format::{Encoding, LayerInfo, check_kept_name};
 use upg_kernel::inference::ModelConfig;
 use upg_kernel::{Error, ErrorKind, Result};
 
@@ -168,20 +169,32 @@ impl Plan {
                 .hint(format!("names look like '{example}'")));
             }
         }
+        if tensors.is_empty() {
+            return Err(Error::new(ErrorKind::Missing, "the model has no weights"));
+        }
+        let planned = |&(index, t): &(usize, &TensorInfo)| {
+            let layer = match is_matrix(t) {
+                true => described(t, choose(t), options.group),
+                false => None,
+            };
+            match &layer {
+                Some(layer) => layer.check().map_err(|e| e.tensor(&t.name)),
+                None => check_kept_name(&t.name),
+            }?;
+            Ok(PlannedTensor { index, layer })
+        };
+        // What no reader would open is not worth the work either.
+        let plan: Vec<PlannedTensor> = tensors.iter().map(planned).collect::<Result<_>>()?;
+        let grouped = [Encoding::Q8, Encoding::Q4].map(Encoding::name);
+        let mut layers = plan.iter().filter_map(|t| t.layer.as_ref());
+        if options.group.is_some() && !layers.any(|l| grouped.contains(&l.encoding_name())) {
+            let message = "a group of columns, but no matrix that becomes q8 or q4";
+            return Err(Error::new(ErrorKind::Argument, message).hint("leave it out"));
+        }
         Ok(Self {
             weights: tensors.iter().map(|(_, t)| t.weights() as u64).sum(),
             embedding,
-            tensors: tensors
-                .iter()
-                .map(|&(index, t)| PlannedTensor {
-                    index,
-                    layer: if is_matrix(t) {
-                        described(t, choose(t), options.group)
-                    } else {
-                        None
-                    },
-                })
-                .collect(),
+            tensors: plan,
         })
     }
 }
@@ -197,6 +210,9 @@ fn described(tensor: &TensorInfo, choice: Choice, group: Option<usize>) -> Optio
         Encoding::S8 | Encoding::S4 => Some(64),
         _ => None,
     };
+    layer.hadamard = encoding
+        .trellis_bits()
+        .and_then(|_| trellis::hadamard_size(tensor.cols()));
     Some(layer)
 }
 

@@ -18,7 +18,7 @@ use std::fmt;
 use std::fs::File;
 use std::io::Read;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use upg_kernel::{Error, ErrorKind, Result};
 
 /// A floating-point type that a tensor can be kept in as it is.
@@ -196,8 +196,8 @@ pub trait Source: Send + Sync {
     /// What the source holds beside [`Source::tensors`].
     fn skipped(&self) -> &[SkippedTensor];
 
-    /// The files that the weights are read from while the source is open.
-    fn weight_files(&self) -> Vec<&Path>;
+    /// Every file that belongs to the source, read or not: nothing may be written over one of them.
+    fn own_files(&self) -> Vec<PathBuf>;
 
     /// Rows `rows` of tensor `index` as f32, exactly as stored or as dequantized; a vector `[n]`
     /// has n rows of one value. Cost: 4 bytes per weight, all threads.
@@ -247,27 +247,6 @@ pub fn open(path: impl AsRef<Path>) -> Result<Box<dyn Source>> {
         return Ok(Box::new(gguf::GgufSource::open(path)?));
     }
     Err(not_a_source(path, &magic).at(path))
-}
-
-/// Errors (`Argument`) if `out` is one of the files `read`, by whatever path.
-pub(crate) fn refuse_overwriting<'a>(
-    out: &Path,
-    read: impl IntoIterator<Item = &'a Path>,
-) -> Result<()> {
-    // What is not there yet has no canonical path and overwrites nothing.
-    let Ok(target) = out.canonicalize() else {
-        return Ok(());
-    };
-    let is_target = |path: &Path| path.canonicalize().is_ok_and(|path| path == target);
-    match read.into_iter().any(is_target) {
-        false => Ok(()),
-        true => Err(Error::new(
-            ErrorKind::Argument,
-            "the output would overwrite the file that is read",
-        )
-        .at(out)
-        .hint("choose another output")),
-    }
 }
 
 /// The error for a file that is no source, by its first bytes.

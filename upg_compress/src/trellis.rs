@@ -52,8 +52,12 @@ pub fn rotation(cols: usize, seed: u64) -> Result<Rotation> {
     if let (Some(last), used @ 1..) = (signs.last_mut(), cols % 8) {
         *last &= (1 << used) - 1;
     }
-    let size = cols.checked_ilog2().map_or(0, |bits| 1 << bits);
-    Rotation::new(cols, size, signs.into())
+    Rotation::new(cols, hadamard_size(cols).unwrap_or(0), signs.into())
+}
+
+/// Columns of a Hadamard transform in the [`rotation`] for `cols` columns; `None` for 0.
+pub fn hadamard_size(cols: usize) -> Option<usize> {
+    cols.checked_ilog2().map(|bits| 1 << bits)
 }
 
 /// Encodes `w [rows, cols]` (row by row, original basis) with `k` = 2, 3 or 4 bits a weight and the

@@ -87,6 +87,8 @@ fn greedy(model: &UPGModel, expected: &Expected) -> Vec<u32> {
 fn kept_weights_give_the_logits_and_tokens_of_transformers() {
     let folder = tempfile::tempdir().unwrap();
     let model = compressed(Choice::Keep, folder.path());
+    // The end of a turn, and the end of a text that the file does not name.
+    assert_eq!(model.tokenizer().unwrap().special_ids().eos, [2, 0]);
     for expected in oracle() {
         let mut session = model.session(&SessionOptions::default()).unwrap();
         let logits = session.prefill(&expected.prompt_ids).unwrap();

@@ -55,8 +55,9 @@ fn run() -> Result<()> {
     let mut stream = model.stream(&mut session, &mut sampler, &prompt, max_tokens, Vec::new())?;
     for piece in stream.by_ref() {
         print!("{}", piece?);
-        // Shown as it comes; if nobody reads it any more, the figures still count.
-        let _ = std::io::stdout().flush();
+        std::io::stdout()
+            .flush()
+            .map_err(|e| Error::io("cannot write", "standard output", e))?;
     }
 
     let timings = stream.timings();

@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use std::error::Error as StdError;
-use std::fmt;
+use std::fmt::{self, Write};
 use std::path::{Path, PathBuf};
 
 /// Result of every fallible operation in UPG.
@@ -65,9 +65,20 @@ impl Error {
 
     /// An operating system error while doing `what` (for example `"cannot open"`) to `path`.
     pub fn io(what: &str, path: impl AsRef<Path>, source: std::io::Error) -> Self {
-        Self::new(ErrorKind::Io, format!("{what}: {source}"))
+        use std::io::ErrorKind as Cause;
+        let mend = match source.kind() {
+            Cause::StorageFull | Cause::QuotaExceeded | Cause::FileTooLarge => "make room for it",
+            Cause::PermissionDenied => "check who may read and write it",
+            Cause::ReadOnlyFilesystem => "choose another place",
+            _ => "",
+        };
+        let error = Self::new(ErrorKind::Io, format!("{what}: {source}"))
             .at(path)
-            .with_source(source)
+            .with_source(source);
+        match mend {
+            "" => error,
+            mend => error.hint(mend),
+        }
     }
 
     /// Names the rule of `upg_format_v2.md` that is broken.
@@ -121,6 +132,7 @@ impl Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let e = &self.0;
+        let mut f = Plain(f);
         if let Some(path) = &e.path {
             write!(f, "{}: ", path.display())?;
         }
@@ -133,6 +145,21 @@ impl fmt::Display for Error {
         }
         if let Some(hint) = &e.hint {
             write!(f, "; {hint}")?;
+        }
+        Ok(())
+    }
+}
+
+/// Text without control characters: what comes from a file must not steer the terminal it is shown on.
+struct Plain<'a, 'b>(&'a mut fmt::Formatter<'b>);
+
+impl Write for Plain<'_, '_> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        for c in text.chars() {
+            match c.is_control() {
+                true => write!(self.0, "{}", c.escape_debug())?,
+                false => self.0.write_char(c)?,
+            }
         }
         Ok(())
     }
@@ -172,6 +199,14 @@ mod tests {
             "x.safetensors: tensor 'a\\nb': found 3, expected 2 (format rule 7); compress it again"
         );
         assert_eq!((e.kind(), e.broken_rule()), (ErrorKind::Invalid, Some(7)));
+    }
+
+    #[test]
+    fn nothing_steers_the_terminal() {
+        let e = Error::new(ErrorKind::Invalid, "\u{1b}[2J\u{7}")
+            .at("a\u{1b}b")
+            .hint("\u{9b}c");
+        assert_eq!(e.to_string(), "a\\u{1b}b: \\u{1b}[2J\\u{7}; \\u{9b}c");
     }
 
     #[test]

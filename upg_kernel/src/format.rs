@@ -7,8 +7,9 @@ mod index;
 mod kept;
 mod layout;
 pub(crate) mod rules;
+mod sizes;
 mod writer;
 
 pub use header::{TOKENIZER, UpgFile};
 pub use index::{Encoding, LayerInfo};
-pub use writer::{FileWriter, header_capacity};
+pub use writer::{FileWriter, check_kept_name, header_capacity};

@@ -67,6 +67,9 @@
 #[cfg(target_endian = "big")]
 compile_error!("UPG maps little-endian files in place: big-endian targets are not supported");
 
+#[cfg(not(target_pointer_width = "64"))]
+compile_error!("UPG maps files of many gigabytes: only 64-bit targets are supported");
+
 mod array;
 mod error;
 pub mod format;

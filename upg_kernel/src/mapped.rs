@@ -21,11 +21,11 @@ impl MappedFile {
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let io = |e| Error::io("cannot open", path, e);
-        let file = File::open(path).map_err(io)?;
-        if !file.metadata().map_err(io)?.is_file() {
-            let not_a_file = std::io::Error::other("not a regular file");
-            return Err(Error::io("cannot open", path, not_a_file));
+        // Before it is opened: opening a pipe waits for its other end.
+        if !std::fs::metadata(path).map_err(io)?.is_file() {
+            return Err(io(std::io::Error::other("not a regular file")));
         }
+        let file = File::open(path).map_err(io)?;
         // SAFETY: the map is private to this value, never written through, and handed out only as
         // `&[u8]` bound to its life. Another process that truncates the file under us can end this
         // process (documented above), but bytes that change are plain data to every reader here:

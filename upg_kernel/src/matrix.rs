@@ -28,8 +28,9 @@ pub(crate) const TILE_ROWS: usize = 64;
 /// From this many vectors on, the blocked product beats one dot product after the other.
 const BLOCKED_VECTORS: usize = 4;
 
-/// The largest magnitude of a scale: no weight made of it can overflow an f32.
-const LARGEST_SCALE: f32 = (1u128 << 100) as f32;
+/// The largest magnitude of a scale. A weight is below 2^24 times it, and turning a row of 2^20 such
+/// weights back adds 20 bits at most: nothing overflows an f32.
+const LARGEST_SCALE: f32 = (1u64 << 63) as f32 * 2.0;
 
 /// The one formula: `scale * prime * value`. The integer product is below 2^24 and so exact in f32:
 /// there is one rounding.
@@ -51,7 +52,7 @@ pub(crate) fn checked_scales(scales: &[f32], rows: usize) -> Result<()> {
         Some(row) => Err(Error::new(
             ErrorKind::Invalid,
             format!(
-                "the scale of row {row} is {}, not a number of magnitude up to 2^100",
+                "the scale of row {row} is {}, not a number of magnitude up to 2^64",
                 scales[row]
             ),
         )
@@ -138,6 +139,9 @@ impl Matrix {
                     out.len()
                 ),
             ));
+        }
+        if out.is_empty() {
+            return Ok(());
         }
         let stored = self.stored();
         stored.decode_rows(first, out);

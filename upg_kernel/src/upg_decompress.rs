@@ -198,3 +198,19 @@ fn fill<T: WeightFloat>(matrix: &Matrix, out: &mut [T]) -> Result<()> {
             },
         )
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_weight_is_scale_times_prime() {
+        let index = |i| PrimeIndex::new(i).unwrap();
+        assert_eq!(reconstruct_weight(index(0), 0.5), f16::from_f32(1.0));
+        assert_eq!(reconstruct_weight(index(3), -0.25), f16::from_f32(-1.75));
+        // 104,729 has 17 bits, a half has 11: the nearest is a multiple of 64.
+        let largest = reconstruct_weight(index(9_999), 0.5);
+        assert_eq!(largest.to_f32(), 52_352.0);
+        assert_eq!(reconstruct_weight(index(9_999), 1.0), f16::INFINITY);
+    }
+}

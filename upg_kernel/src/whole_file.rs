@@ -1,42 +1,72 @@
 //! Files that appear whole or not at all.
 #![forbid(unsafe_code)]
 
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
+use std::fs::File;
 use std::io::{self, BufWriter, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
-use tempfile::NamedTempFile;
+use tempfile::TempPath;
 
 /// A file on its way to `path`: written beside it under another name, put in its place by
 /// [`WholeFile::commit`]. If that is never reached, nothing is left, and what was at `path` stays.
 #[derive(Debug)]
 pub struct WholeFile {
-    out: BufWriter<NamedTempFile>,
+    out: BufWriter<File>,
+    temporary: TempPath,
     path: PathBuf,
+    /// Where `path` leads to, if it is a link.
+    target: PathBuf,
 }
 
 impl WholeFile {
-    /// Starts a file in the folder of `path`, with the permissions that a new file gets.
+    /// Starts a file in the folder of `path`, with the permissions that a new file gets. A link is
+    /// followed: the file that it leads to is replaced.
     ///
-    /// Writes go through a buffer of 1 MiB. Errors: `Io` if the folder cannot be written to.
+    /// Writes go through a buffer of 1 MiB. Errors: `Io` if the folder cannot be written to, or `path`
+    /// is something else than a file, such as a device.
     pub fn create(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let folder = folder_of(path);
+        let io = |e| Error::io("cannot write", path, e);
+        let target = target_of(path).map_err(io)?;
+        let folder = folder_of(&target);
         if !folder.is_dir() {
-            let missing = io::Error::new(io::ErrorKind::NotFound, "no such folder");
-            return Err(Error::io("cannot write", path, missing)
-                .hint(format!("make the folder {} first", folder.display())));
+            let missing = io(io::Error::new(io::ErrorKind::NotFound, "no such folder"));
+            return Err(missing.hint(format!("make the folder {} first", folder.display())));
         }
         let mut builder = tempfile::Builder::new();
         builder.prefix(".upg-").suffix(".partial");
         #[cfg(unix)]
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-        let temporary = builder
-            .tempfile_in(folder)
-            .map_err(|e| Error::io("cannot write", path, e))?;
+        // Its own message names the temporary file, which means nothing to anybody.
+        let temporary = builder.tempfile_in(folder);
+        let (file, temporary) = temporary.map_err(|e| io(e.kind().into()))?.into_parts();
         Ok(Self {
-            out: BufWriter::with_capacity(1 << 20, temporary),
+            out: BufWriter::with_capacity(1 << 20, file),
+            temporary,
             path: path.to_path_buf(),
+            target,
         })
+    }
+
+    /// As [`WholeFile::create`], for an output made from the files `read`.
+    ///
+    /// Errors: also `Argument` if it would take the place of one of them, by whatever path.
+    pub fn create_from<P: AsRef<Path>>(
+        path: impl AsRef<Path>,
+        read: impl IntoIterator<Item = P>,
+    ) -> Result<Self> {
+        let path = path.as_ref();
+        let target = place_of(path);
+        let is_target = |read: P| place_of(read.as_ref()).is_some_and(|p| Some(p) == target);
+        if read.into_iter().any(is_target) {
+            return Err(Error::new(
+                ErrorKind::Argument,
+                "the output would overwrite a file of the input",
+            )
+            .at(path)
+            .hint("choose another output"));
+        }
+        Self::create(path)
     }
 
     /// Where the file will be.
@@ -44,16 +74,29 @@ impl WholeFile {
         &self.path
     }
 
-    /// Flushes everything to disk, then puts the file in its place. Errors: `Io`.
-    pub fn commit(self) -> Result<()> {
-        let Self { out, path } = self;
+    /// Brings everything to disk, so that [`WholeFile::commit`] has only the name to change: for several
+    /// files of which none may appear without the others. Errors: `Io`.
+    pub fn sync(&mut self) -> Result<()> {
+        self.out
+            .flush()
+            .and_then(|()| self.out.get_ref().sync_all())
+            .map_err(|e| Error::io("cannot write", &self.path, e))
+    }
+
+    /// Brings everything to disk, then puts the file in its place. Errors: `Io`.
+    pub fn commit(mut self) -> Result<()> {
+        self.sync()?;
+        let Self {
+            temporary,
+            path,
+            target,
+            ..
+        } = self;
         let finish = || -> io::Result<()> {
-            let file = out.into_inner().map_err(|e| e.into_error())?;
-            file.as_file().sync_all()?;
-            file.persist(&path).map_err(|e| e.error)?;
+            temporary.persist(&target).map_err(|e| e.error)?;
             // The name is on disk only when its folder is.
             #[cfg(unix)]
-            std::fs::File::open(folder_of(&path))?.sync_all()?;
+            File::open(folder_of(&target))?.sync_all()?;
             Ok(())
         };
         finish().map_err(|e| Error::io("cannot write", &path, e))
@@ -76,6 +119,28 @@ impl Seek for WholeFile {
     }
 }
 
+/// What a file at `path` would replace: `path`, or what it leads to. Renaming would put a file in the
+/// place of anything, a device too.
+fn target_of(path: &Path) -> io::Result<PathBuf> {
+    let Ok(metadata) = std::fs::symlink_metadata(path) else {
+        return Ok(path.to_path_buf());
+    };
+    let target = match metadata.is_symlink() {
+        true => path.canonicalize()?,
+        false => path.to_path_buf(),
+    };
+    match std::fs::metadata(&target)?.is_file() {
+        true => Ok(target),
+        false => Err(io::Error::other("not a regular file")),
+    }
+}
+
+/// The file that `path` is, through links; of one that is not there yet, the place where it would be.
+fn place_of(path: &Path) -> Option<PathBuf> {
+    let place = || Some(folder_of(path).canonicalize().ok()?.join(path.file_name()?));
+    path.canonicalize().ok().or_else(place)
+}
+
 fn folder_of(path: &Path) -> &Path {
     match path.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => folder,
@@ -86,7 +151,6 @@ fn folder_of(path: &Path) -> &Path {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::ErrorKind;
 
     fn names(folder: &Path) -> Vec<String> {
         let entries = std::fs::read_dir(folder).unwrap();
@@ -117,6 +181,28 @@ mod tests {
         assert_eq!(names(dir.path()), ["f"]);
     }
 
+    #[test]
+    fn no_file_of_the_input_is_overwritten_by_any_path() {
+        let dir = tempfile::tempdir().unwrap();
+        let read = dir.path().join("f");
+        std::fs::write(&read, b"").unwrap();
+        std::fs::create_dir(dir.path().join("d")).unwrap();
+        let refused = |out: PathBuf, read: &Path| {
+            let e = WholeFile::create_from(&out, [read]).err();
+            e.is_some_and(|e| e.kind() == ErrorKind::Argument)
+        };
+        assert!(refused(dir.path().join("f"), &read));
+        assert!(refused(dir.path().join("d/../f"), &read));
+        // A name of the input that is not there yet.
+        assert!(refused(dir.path().join("d/../g"), &dir.path().join("g")));
+        assert!(!refused(dir.path().join("d/f"), &read));
+        #[cfg(unix)]
+        {
+            std::os::unix::fs::symlink(&read, dir.path().join("link")).unwrap();
+            assert!(refused(dir.path().join("link"), &read));
+        }
+    }
+
     #[cfg(unix)]
     #[test]
     fn others_can_read_it_as_any_new_file() {
@@ -130,6 +216,30 @@ mod tests {
         let file = WholeFile::create(dir.path().join("whole")).unwrap();
         file.commit().unwrap();
         assert_eq!(mode("whole"), mode("plain"));
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn links_are_followed_and_what_is_no_file_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        let link = |to: &str, name: &str| std::os::unix::fs::symlink(at(to), at(name)).unwrap();
+        std::fs::create_dir(at("d")).unwrap();
+        std::fs::write(at("d/f"), b"old").unwrap();
+        link("d/f", "link");
+        let mut file = WholeFile::create(at("link")).unwrap();
+        file.write_all(b"new").unwrap();
+        file.commit().unwrap();
+        assert_eq!(std::fs::read(at("d/f")).unwrap(), b"new");
+        assert!(at("link").is_symlink());
+
+        link("none", "dangling");
+        std::os::unix::net::UnixListener::bind(at("socket")).unwrap();
+        for bad in ["d", "dangling", "socket"] {
+            let e = WholeFile::create(at(bad)).unwrap_err();
+            assert_eq!(e.kind(), ErrorKind::Io, "{bad}");
+        }
+        assert_eq!(names(dir.path()), ["d", "dangling", "link", "socket"]);
     }
 
     #[test]

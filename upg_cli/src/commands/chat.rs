@@ -1,7 +1,7 @@
 //! `upg chat`.
 #![forbid(unsafe_code)]
 
-use super::run::{sampling_options, session_options};
+use super::run::{note_end, sampling_options, session_options};
 use crate::cli::ChatArgs;
 use crate::terminal;
 use rustyline::error::ReadlineError;
@@ -35,6 +35,9 @@ pub fn run(args: &ChatArgs) -> Result<()> {
             "" => continue,
             "/clear" => chat.clear(),
             "/exit" | "/quit" => return Ok(()),
+            command if command.starts_with('/') => {
+                terminal::note("upg: no such command; there are /clear and /exit");
+            }
             line => {
                 // History is a comfort: a line that it refuses is no reason to stop.
                 let _ = editor.add_history_entry(line);
@@ -71,8 +74,8 @@ impl Chat<'_> {
             Ok(()) => {}
             Err(e) if e.kind() == ErrorKind::Interrupted => {}
             Err(e) if matches!(e.kind(), ErrorKind::Argument | ErrorKind::TooLarge) => {
-                eprintln!("upg: {e}");
-                eprintln!("upg: use /clear to start again");
+                terminal::note(format_args!("upg: {e}"));
+                terminal::note("upg: use /clear to start again");
                 self.messages.pop();
                 return Ok(());
             }
@@ -89,11 +92,13 @@ impl Chat<'_> {
         let prompt = self.model.tokenizer()?.encode(&text, false)?;
         let (stop, most) = (self.args.sampling.stop.clone(), self.args.max_tokens);
         let (session, sampler) = (&mut self.session, &mut self.sampler);
-        for piece in self.model.stream(session, sampler, &prompt, most, stop)? {
+        let mut stream = self.model.stream(session, sampler, &prompt, most, stop)?;
+        for piece in stream.by_ref() {
             let piece = piece?;
             answer.push_str(&piece);
             terminal::print(&piece)?;
         }
+        note_end(stream.finish_reason());
         Ok(())
     }
 }

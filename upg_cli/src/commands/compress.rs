@@ -32,11 +32,11 @@ pub fn run(args: &CompressArgs) -> Result<()> {
         .iter()
         .max_by(|a, b| a.error.unwrap_or(0.0).total_cmp(&b.error.unwrap_or(0.0)));
     let mut text = format!(
-        "{}: {}, {:.3} bits per weight, {:.2} times smaller than F32, in {:.1} s\n",
+        "{}: {}, {:.3} bits per weight ({:.1} % of F32), in {:.1} s\n",
         args.output.display(),
         bytes(report.file_bytes),
         report.bits_per_weight(),
-        32.0 / report.bits_per_weight(),
+        100.0 * report.bits_per_weight() / 32.0,
         started.elapsed().as_secs_f64(),
     );
     if let Some((layer, error)) = worst.and_then(|l| Some((l, l.error?))) {
@@ -45,6 +45,14 @@ pub fn run(args: &CompressArgs) -> Result<()> {
             100.0 * error,
             layer.name,
             layer.encoding_name()
+        );
+    }
+    if let Some(first) = source.skipped().first() {
+        text += &format!(
+            "{} tensors left out, the first of them {}: {}\n",
+            source.skipped().len(),
+            first.name.escape_debug(),
+            first.reason
         );
     }
     terminal::print(&text)

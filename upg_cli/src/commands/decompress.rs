@@ -15,7 +15,7 @@ pub fn run(args: &DecompressArgs) -> Result<()> {
         FloatArg::F32 => FloatType::F32,
     });
     let progress = WeightsBar::new()?;
-    export(&model, &args.output, dtype, &progress)?;
+    export(&model, &args.output, dtype, args.force, &progress)?;
     drop(progress);
     terminal::print(&format!(
         "{}: a Hugging Face directory\n",

@@ -5,7 +5,7 @@ use crate::cli::EvalArgs;
 use crate::terminal;
 use serde_json::json;
 use std::fs;
-use upg_kernel::format::UpgFile;
+use std::num::NonZeroUsize;
 use upg_kernel::inference::evaluate;
 use upg_kernel::{Error, ErrorKind, Result, UPGModel};
 
@@ -23,7 +23,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
         bar.set_length(all as u64);
         bar.set_position(done as u64);
     };
-    let limit = args.windows.unwrap_or(usize::MAX);
+    let limit = args.windows.map_or(usize::MAX, NonZeroUsize::get);
     let result = evaluate(
         &model,
         &text,
@@ -34,7 +34,10 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     );
     bar.finish_and_clear();
     let result = result?;
-    let bits = file_bits(model.file());
+    let (bits, block_bits) = (
+        model.file().bits_per_weight(),
+        model.file().bits_per_weight_blocks(),
+    );
     let comparison = result.comparison.as_ref();
 
     if args.json {
@@ -43,8 +46,8 @@ pub fn run(args: &EvalArgs) -> Result<()> {
             "perplexity_error": result.perplexity_error,
             "positions": result.positions,
             "window": args.window,
-            "bits_per_weight": bits.whole,
-            "bits_per_weight_blocks": bits.blocks,
+            "bits_per_weight": bits,
+            "bits_per_weight_blocks": block_bits,
             "file_bytes": model.file().file_len(),
             "reference_perplexity": comparison.map(|c| c.reference_perplexity),
             "kl_mean": comparison.map(|c| c.kl_mean),
@@ -55,12 +58,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     }
     let mut out = format!(
         "perplexity {:.4} +- {:.4} ({} positions, windows of {})\nbits per weight {:.3}, blocks {:.3}\n",
-        result.perplexity,
-        result.perplexity_error,
-        result.positions,
-        args.window,
-        bits.whole,
-        bits.blocks
+        result.perplexity, result.perplexity_error, result.positions, args.window, bits, block_bits
     );
     if let Some(c) = comparison {
         out += &format!(
@@ -73,36 +71,4 @@ pub fn run(args: &EvalArgs) -> Result<()> {
         );
     }
     terminal::print(&out)
-}
-
-struct Bits {
-    /// Of the whole file, for each weight of the model.
-    whole: f64,
-    /// Of the matrices of the transformer blocks.
-    blocks: f64,
-}
-
-fn file_bits(file: &UpgFile) -> Bits {
-    let in_block = |name: &str| name.starts_with("model.layers.");
-    let (mut bytes, mut weights, mut all) = (0u64, 0u64, 0u64);
-    for (id, layer) in file.layers().iter().enumerate() {
-        let n = layer.rows as u64 * layer.cols as u64;
-        all += n;
-        if in_block(&layer.name) {
-            bytes += file.layer_bytes(id);
-            weights += n;
-        }
-    }
-    for (name, dtype, shape) in file.kept() {
-        let n = shape.iter().product::<usize>() as u64;
-        all += n;
-        if in_block(name) && shape.len() == 2 {
-            bytes += n * dtype.bitsize() as u64 / 8;
-            weights += n;
-        }
-    }
-    Bits {
-        whole: 8.0 * file.file_len() as f64 / all as f64,
-        blocks: 8.0 * bytes as f64 / weights as f64,
-    }
 }

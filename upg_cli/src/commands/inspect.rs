@@ -41,7 +41,7 @@ fn as_json(file: &UpgFile) -> Value {
     json!({
         "file": file.path().display().to_string(),
         "bytes": file.file_len(),
-        "weights": weights(file),
+        "weights": file.weights(),
         "version": metadata("version"),
         "model": metadata("model"),
         "compression_ratio": number("compression_ratio"),
@@ -52,19 +52,6 @@ fn as_json(file: &UpgFile) -> Value {
         "layers": layers.collect::<Vec<_>>(),
         "kept": kept.collect::<Vec<_>>(),
     })
-}
-
-/// Of the whole model, compressed or not.
-fn weights(file: &UpgFile) -> u64 {
-    let layers = file.layers().iter().map(|l| l.rows as u64 * l.cols as u64);
-    layers.sum::<u64>() + kept_weights(file)
-}
-
-fn kept_weights(file: &UpgFile) -> u64 {
-    let sizes = file
-        .kept()
-        .map(|(_, _, shape)| shape.iter().product::<usize>());
-    sizes.sum::<usize>() as u64
 }
 
 fn layer_bits(file: &UpgFile, id: usize) -> f64 {
@@ -81,8 +68,8 @@ fn as_table(file: &UpgFile) -> String {
         terminal::bytes(file.file_len()),
         metadata("model"),
         metadata("bits_per_weight"),
-        terminal::bytes(2 * weights(file)),
-        2.0 * weights(file) as f64 / file.file_len() as f64,
+        terminal::bytes(2 * file.weights()),
+        2.0 * file.weights() as f64 / file.file_len() as f64,
     );
     let width = file
         .layers()
@@ -121,7 +108,7 @@ fn as_table(file: &UpgFile) -> String {
         out,
         "\n{} uncompressed tensors of {} weights; tokenizer: {tokenizer}\n",
         file.kept().count(),
-        kept_weights(file)
+        file.kept_weights()
     );
     out
 }

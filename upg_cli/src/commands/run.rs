@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 use upg_kernel::inference::chat_template::Message;
-use upg_kernel::inference::{Sampler, SamplingOptions, SessionOptions};
+use upg_kernel::inference::{FinishReason, Sampler, SamplingOptions, SessionOptions};
 use upg_kernel::{Error, ErrorKind, Result, UPGModel, WholeFile, peak_memory};
 
 /// Longest prompt that is read from standard input, in bytes.
@@ -34,21 +34,32 @@ pub fn run(args: &RunArgs) -> Result<()> {
     if !args.chat {
         terminal::print(&text)?;
     }
-    // An interrupted answer still ends its line and tells its figures.
+    // An interrupted answer still ends its line and tells its figures; one that failed tells why.
     let finished = stream
         .by_ref()
         .try_for_each(|piece| terminal::print(&piece?));
     terminal::print("\n")?;
-    if !args.quiet {
+    let interrupted = |e: &Error| e.kind() == ErrorKind::Interrupted;
+    if !args.quiet && finished.as_ref().err().is_none_or(interrupted) {
         let peak = peak_memory().map_or_else(|| "unknown".into(), terminal::bytes);
-        eprintln!(
+        terminal::note(format_args!(
             "[loaded in {:.2} s; {}; {} tokens; peak memory {peak}]",
             loaded.as_secs_f64(),
             stream.timings(),
             stream.generated(),
+        ));
+    }
+    note_end(stream.finish_reason());
+    finished
+}
+
+/// Says why an answer ends in the middle of it.
+pub fn note_end(reason: Option<FinishReason>) {
+    if reason == Some(FinishReason::ContextFull) {
+        terminal::note(
+            "upg: the context is full; --context sets its size, up to that of the model",
         );
     }
-    finished
 }
 
 pub fn sampling_options(args: &SamplingArgs) -> SamplingOptions {
@@ -107,7 +118,7 @@ fn write_logits(model: &UPGModel, tokens: &[u32], out: &Path) -> Result<()> {
     let malformed = |e: SafeTensorError| Error::new(ErrorKind::Invalid, e.to_string());
     let view = TensorView::new(Dtype::F32, vec![positions, vocab], &values).map_err(malformed)?;
     let bytes = safetensors::serialize([("logits", view)], None).map_err(malformed)?;
-    let mut file = WholeFile::create(out)?;
+    let mut file = WholeFile::create_from(out, [model.file().path()])?;
     file.write_all(&bytes)
         .map_err(|e| Error::io("cannot write", out, e))?;
     file.commit()?;

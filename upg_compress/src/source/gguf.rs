@@ -24,7 +24,7 @@ use metadata::Metadata;
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use types::GgmlType;
 use upg_kernel::{Error, ErrorKind, MappedFile, Result};
 
@@ -91,11 +91,13 @@ impl GgufSource {
         let skipped = take_rope_tensors(&file, &mut stored, &mut facts)?;
         let found = match_tensors(family, &dims, &mut stored, &mut facts)?;
         facts.torch_dtype = torch_dtype(&found);
+        let (tokenizer, ends) = tokenizer_files(&vocab)?;
+        let generation = config::generation_config_json(&metadata, dims.vocab, &ends)?;
         let files = ModelFiles {
             config_json: config::config_json(&metadata, family, &dims, &facts)?,
-            generation_config_json: Some(config::generation_config_json(&metadata, dims.vocab)?),
+            generation_config_json: Some(generation),
             chat_template: vocab.chat_template.clone(),
-            ..tokenizer_files(&vocab)?
+            ..tokenizer
         };
         let stem = file.path().file_stem().map(|s| s.to_string_lossy());
         let name = metadata
@@ -147,8 +149,8 @@ impl Source for GgufSource {
         &self.skipped
     }
 
-    fn weight_files(&self) -> Vec<&Path> {
-        vec![self.file.path()]
+    fn own_files(&self) -> Vec<PathBuf> {
+        vec![self.file.path().to_path_buf()]
     }
 
     fn read_rows_f32(&self, index: usize, rows: Range<usize>) -> Result<Vec<f32>> {
@@ -199,17 +201,19 @@ impl Source for GgufSource {
     }
 }
 
-/// The tokenizer files, built from the vocabulary; none if the file has none.
-fn tokenizer_files(vocab: &GgufVocab) -> Result<ModelFiles> {
+/// The tokenizer files, built from the vocabulary, and the ids that end an answer; none if the file
+/// has no vocabulary.
+fn tokenizer_files(vocab: &GgufVocab) -> Result<(ModelFiles, Vec<u32>)> {
     if vocab.model.is_empty() && vocab.tokens.is_empty() {
-        return Ok(ModelFiles::default());
+        return Ok((ModelFiles::default(), Vec::new()));
     }
     let files = vocab.to_tokenizer_files()?;
-    Ok(ModelFiles {
+    let texts = ModelFiles {
         tokenizer_json: Some(files.tokenizer_json),
         tokenizer_config_json: Some(files.tokenizer_config_json),
         ..ModelFiles::default()
-    })
+    };
+    Ok((texts, files.special.eos))
 }
 
 /// Takes the rotary factors out of `stored` and into `facts`.

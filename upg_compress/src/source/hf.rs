@@ -13,6 +13,7 @@ use std::fs::File;
 use std::io::{ErrorKind as IoKind, Read};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use upg_kernel::inference::chat_template::default_template;
 use upg_kernel::{Error, ErrorKind, MappedFile, Result};
 
 /// Largest config-like text that is read: the real ones stay under 1 MB.
@@ -21,12 +22,23 @@ const MAX_TEXT: u64 = 16 << 20;
 /// Largest `tokenizer.json` and weight index: the real ones stay under 40 MB.
 const MAX_BLOB: u64 = 256 << 20;
 
+/// What else belongs to a directory.
+const TEXTS: [&str; 6] = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+];
+
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
 /// A Hugging Face model directory; its weight files are mapped, not read.
 #[derive(Debug)]
 pub struct HfSource {
+    dir: PathBuf,
     name: String,
     files: ModelFiles,
     shards: Vec<MappedFile>,
@@ -71,6 +83,7 @@ impl HfSource {
             .hint("pass the original model with BF16, F16 or F32 weights"));
         }
         let mut source = Self {
+            dir: dir.to_path_buf(),
             name: model_name(dir),
             files,
             shards: Vec::new(),
@@ -270,8 +283,12 @@ impl Source for HfSource {
         &self.skipped
     }
 
-    fn weight_files(&self) -> Vec<&Path> {
-        self.shards.iter().map(MappedFile::path).collect()
+    fn own_files(&self) -> Vec<PathBuf> {
+        let shards = self.shards.iter().map(|s| s.path().to_path_buf());
+        let named = [SINGLE, INDEX].into_iter().chain(TEXTS);
+        shards
+            .chain(named.map(|name| self.dir.join(name)))
+            .collect()
     }
 
     fn read_rows_f32(&self, index: usize, rows: Range<usize>) -> Result<Vec<f32>> {
@@ -374,7 +391,7 @@ fn read_files(dir: &Path) -> Result<ModelFiles> {
     let mut chat_template = text("chat_template.jinja")?;
     if let (None, Some(json)) = (&chat_template, &tokenizer_config_json) {
         let config = parse_object(json, &dir.join("tokenizer_config.json"))?;
-        chat_template = default_template(config.get("chat_template"));
+        chat_template = default_template(&config)?.map(str::to_owned);
     }
     Ok(ModelFiles {
         config_json,
@@ -384,18 +401,6 @@ fn read_files(dir: &Path) -> Result<ModelFiles> {
         special_tokens_map_json: text("special_tokens_map.json")?,
         chat_template,
     })
-}
-
-/// A template is a string, or a list of named ones of which "default" is meant.
-fn default_template(value: Option<&Value>) -> Option<String> {
-    match value? {
-        Value::String(text) => Some(text.clone()),
-        Value::Array(named) => named
-            .iter()
-            .find(|t| t.get("name").and_then(Value::as_str) == Some("default"))
-            .and_then(|t| Some(t.get("template")?.as_str()?.to_owned())),
-        _ => None,
-    }
 }
 
 fn no_config(dir: &Path) -> Error {
@@ -453,10 +458,15 @@ fn read_text(path: &Path, cap: u64) -> Result<Option<String>> {
 /// A whole file of at most `cap` bytes; `None` if there is none.
 fn read_capped(path: &Path, cap: u64) -> Result<Option<Vec<u8>>> {
     let io = |e| Error::io("cannot read", path, e);
-    let file = match File::open(path) {
+    // Before it is opened: opening a pipe waits for its other end.
+    let metadata = match std::fs::metadata(path) {
         Err(e) if e.kind() == IoKind::NotFound => return Ok(None),
-        opened => opened.map_err(io)?,
+        metadata => metadata.map_err(io)?,
     };
+    if !metadata.is_file() {
+        return Err(io(std::io::Error::other("not a regular file")));
+    }
+    let file = File::open(path).map_err(io)?;
     let mut bytes = Vec::new();
     file.take(cap + 1).read_to_end(&mut bytes).map_err(io)?;
     if bytes.len() as u64 > cap {

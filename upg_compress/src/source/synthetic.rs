@@ -13,7 +13,7 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 use serde_json::Value;
 use std::borrow::Cow;
 use std::ops::Range;
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::LazyLock;
 use upg_kernel::{Error, ErrorKind, Result};
 
@@ -143,7 +143,7 @@ impl Source for SyntheticSource {
         &[]
     }
 
-    fn weight_files(&self) -> Vec<&Path> {
+    fn own_files(&self) -> Vec<PathBuf> {
         Vec::new()
     }
 

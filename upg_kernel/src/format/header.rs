@@ -1,7 +1,7 @@
 //! Opening a file: the header, and every check that needs no large read.
 #![forbid(unsafe_code)]
 
-use super::index::{self, LayerInfo};
+use super::index::{self, Encoding, LayerInfo};
 use super::{checksum, layout, rules};
 use crate::array::Array;
 use crate::error::{Error, ErrorKind, Result};
@@ -62,11 +62,13 @@ impl UpgFile {
         let (tensors, metadata) = read_table(&file)?;
         check_identity(&metadata)?;
         let upg = Self::indexed(file, metadata, tensors)?;
-        (0..upg.layers.len())
-            .into_par_iter()
-            .try_for_each(|i| upg.check_layer(i))?;
         upg.check_names()?;
-        Ok(upg)
+        // The first bad layer, not the one that some thread comes to first.
+        let layers = (0..upg.layers.len()).into_par_iter();
+        match layers.find_map_first(|i| upg.check_layer(i).err()) {
+            Some(e) => Err(e),
+            None => Ok(upg),
+        }
     }
 
     fn indexed(
@@ -113,18 +115,16 @@ impl UpgFile {
         let scales_name = layout::array_name(index, "scales");
         let scales = self.array::<f32>(&scales_name)?;
         checked_scales(&scales, layer.rows).map_err(|e| e.tensor(scales_name))?;
+        let codes = match layer.encoding()? {
+            Encoding::MdCsr | Encoding::S8 => "values",
+            Encoding::S4 => "codes",
+            _ => return Ok(()),
+        };
+        let codes = self.entry(&layout::array_name(index, codes));
+        let stored = codes.map_or(0, |t| t.range.len());
         let pointers_name = layout::array_name(index, "row_pointers");
-        if self.tensors.contains_key(&pointers_name) {
-            let codes = ["values", "codes"].map(|suffix| layout::array_name(index, suffix));
-            let stored = codes
-                .iter()
-                .find_map(|name| self.entry(name))
-                .map_or(0, |t| t.shape[0]);
-            let pointers = self.array::<u32>(&pointers_name)?;
-            rules::row_pointers(&pointers, layer.rows, stored)
-                .map_err(|e| e.tensor(pointers_name))?;
-        }
-        Ok(())
+        let pointers = self.array::<u32>(&pointers_name)?;
+        rules::row_pointers(&pointers, layer.rows, stored).map_err(|e| e.tensor(pointers_name))
     }
 
     /// Every tensor has a place: an array of a layer, the tokenizer, padding, or kept as it was.
@@ -207,28 +207,13 @@ impl UpgFile {
         self.file.path()
     }
 
-    /// Length of the whole file in bytes.
-    pub fn file_len(&self) -> u64 {
-        self.file.len() as u64
-    }
-
     /// The bytes of a tensor, by its name in the file.
     pub fn bytes(&self, name: &str) -> Option<&[u8]> {
         self.entry(name).map(|t| &self.file[t.range.clone()])
     }
 
-    /// Bytes of the arrays of layer `id`; 0 for an unknown one.
-    pub fn layer_bytes(&self, id: usize) -> u64 {
-        let specs = self
-            .layers
-            .get(id)
-            .and_then(|layer| layout::arrays(layer).ok());
-        specs
-            .iter()
-            .flatten()
-            .filter_map(|spec| self.entry(&layout::array_name(id, spec.suffix)))
-            .map(|t| t.range.len() as u64)
-            .sum()
+    pub(super) fn mapped(&self) -> &MappedFile {
+        &self.file
     }
 
     pub(super) fn entry(&self, name: &str) -> Option<&TensorEntry> {
@@ -255,32 +240,38 @@ impl UpgFile {
                     .at(self.path())
             })?;
         let done = std::sync::atomic::AtomicU64::new(0);
-        self.tensors.par_iter().try_for_each(|(name, entry)| {
+        let tensors: Vec<_> = self.tensors.iter().collect();
+        let check = |(name, entry): &(&String, &TensorEntry)| {
             let found = checksum::data(&self.file[entry.range.clone()]);
-            if recorded.get(name) != Some(&found) {
-                let recorded = recorded.get(name).map_or("missing", String::as_str);
+            if recorded.get(*name) != Some(&found) {
+                let recorded = recorded.get(*name).map_or("missing", String::as_str);
                 let message = format!("checksum is {found}, recorded is {recorded}");
-                return Err(Error::new(ErrorKind::Checksum, message)
-                    .rule(rules::TENSOR_CHECKSUM)
-                    .tensor(name)
-                    .at(self.path())
-                    .hint("the file is damaged: fetch or compress it again"));
+                return Some(
+                    Error::new(ErrorKind::Checksum, message)
+                        .rule(rules::TENSOR_CHECKSUM)
+                        .tensor(*name)
+                        .at(self.path())
+                        .hint("the file is damaged: fetch or compress it again"),
+                );
             }
             let bytes = entry.range.len() as u64;
             progress(done.fetch_add(bytes, std::sync::atomic::Ordering::Relaxed) + bytes);
-            Ok(())
-        })?;
-        (0..self.layers.len())
-            .into_par_iter()
-            .try_for_each(|id| self.matrix(id).map(drop))
+            None
+        };
+        if let Some(e) = tensors.par_iter().find_map_first(check) {
+            return Err(e);
+        }
+        let layers = (0..self.layers.len()).into_par_iter();
+        match layers.find_map_first(|id| self.matrix(id).err()) {
+            Some(e) => Err(e),
+            None => Ok(()),
+        }
     }
 }
 
 fn is_kept(name: &str, entry: &TensorEntry) -> bool {
     let is_float = matches!(entry.dtype, Dtype::BF16 | Dtype::F16 | Dtype::F32);
-    let is_reserved =
-        name.starts_with("layer_") || name.starts_with(PAD_PREFIX) || name == TOKENIZER;
-    is_float && !is_reserved
+    is_float && rules::name(name, rules::KEPT).is_ok()
 }
 
 type Table = (BTreeMap<String, TensorEntry>, BTreeMap<String, String>);
@@ -300,6 +291,13 @@ fn read_table(file: &MappedFile) -> Result<Table> {
         };
         if name.chars().any(char::is_control) {
             return Err(malformed("a name with control characters".into()).tensor(name));
+        }
+        let element = info.dtype.bitsize().div_ceil(8);
+        if !begin.is_multiple_of(element) {
+            let message = format!("starts at byte {begin}, no multiple of {element}");
+            return Err(Error::new(ErrorKind::Malformed, message)
+                .rule(rules::ALIGNMENT)
+                .tensor(name));
         }
         let entry = TensorEntry {
             dtype: info.dtype,
@@ -328,8 +326,11 @@ fn check_identity(metadata: &BTreeMap<String, String>) -> Result<()> {
         .hint("make one with `upg compress MODEL_DIRECTORY -o OUT.safetensors`"));
     }
     let version = required(metadata, "version")?;
-    let minor = version.strip_prefix("2.").map(str::parse::<u16>);
-    if !matches!(minor, Some(Ok(_))) {
+    let minor = version.strip_prefix("2.").unwrap_or_default();
+    let is_number = minor.bytes().all(|b| b.is_ascii_digit())
+        && (minor == "0" || !minor.starts_with('0'))
+        && minor.parse::<u16>().is_ok();
+    if !is_number {
         return Err(Error::new(
             ErrorKind::Unsupported,
             format!("format version '{version}'"),

@@ -136,6 +136,41 @@ impl LayerInfo {
     pub fn encoding(&self) -> Result<Encoding> {
         self.encoding_name.parse()
     }
+
+    /// Checks name, sizes and parameters (rules 5 and 6), as opening a file does.
+    ///
+    /// Errors: `Invalid`, `TooLarge` or `Unsupported` with the rule.
+    pub fn check(&self) -> Result<()> {
+        rules::name(&self.name, rules::LAYERS)?;
+        let encoding = self.encoding().map_err(|e| e.rule(rules::ENCODING))?;
+        let (rows, cols) = (self.rows, self.cols);
+        let fits = (1..=rules::MOST_ROWS).contains(&rows) && (1..=rules::MOST_COLS).contains(&cols);
+        let weights = rows.checked_mul(cols);
+        if !fits || weights.is_none_or(|n| n > rules::LARGEST_MATRIX) {
+            let message = format!("a matrix [{rows}, {cols}] is outside the limits");
+            return Err(Error::new(ErrorKind::TooLarge, message).rule(rules::LAYERS));
+        }
+        self.check_parameters(encoding)
+    }
+
+    fn check_parameters(&self, encoding: Encoding) -> Result<()> {
+        let wrong = |message| Err(Error::new(ErrorKind::Invalid, message).rule(rules::ENCODING));
+        match (encoding, self.group) {
+            (Encoding::Q8 | Encoding::Q4, Some(group)) => rules::group(group)?,
+            (Encoding::S8 | Encoding::S4, Some(64)) => {}
+            (Encoding::Q8 | Encoding::Q4 | Encoding::S8 | Encoding::S4, found) => {
+                return wrong(format!("{encoding} with 'group' {found:?}"));
+            }
+            (_, Some(_)) => return wrong(format!("{encoding} has no 'group'")),
+            (_, None) => {}
+        }
+        match (encoding.trellis_bits(), self.hadamard) {
+            (Some(_), Some(size)) => rules::hadamard(self.cols, size),
+            (Some(_), None) => wrong(format!("{encoding} without 'hadamard'")),
+            (None, Some(_)) => wrong(format!("{encoding} has no 'hadamard'")),
+            (None, None) => Ok(()),
+        }
+    }
 }
 
 /// Parses and checks the `layers` and `num_layers` metadata (rules 5 and 6).
@@ -152,40 +187,10 @@ pub(super) fn parse(layers: &str, num_layers: &str) -> Result<Vec<LayerInfo>> {
     }
     let mut names = HashSet::new();
     for layer in &layers {
-        check(layer).map_err(|e| e.tensor(&layer.name))?;
+        layer.check().map_err(|e| e.tensor(&layer.name))?;
         if !names.insert(layer.name.as_str()) {
             return Err(bad("listed twice in metadata 'layers'".into()).tensor(&layer.name));
         }
     }
     Ok(layers)
-}
-
-fn check(layer: &LayerInfo) -> Result<()> {
-    let encoding = layer.encoding().map_err(|e| e.rule(rules::ENCODING))?;
-    let (rows, cols) = (layer.rows, layer.cols);
-    let fits = |n| (1..=rules::LARGEST_DIMENSION).contains(&n);
-    let weights = rows.checked_mul(cols);
-    if !fits(rows) || !fits(cols) || weights.is_none_or(|n| n > rules::LARGEST_MATRIX) {
-        let message = format!("a matrix [{rows}, {cols}] is outside the limits");
-        return Err(Error::new(ErrorKind::TooLarge, message).rule(rules::LAYERS));
-    }
-    let parameter = |message| Err(Error::new(ErrorKind::Invalid, message).rule(rules::ENCODING));
-    match encoding {
-        Encoding::Q8 | Encoding::Q4 => match layer.group {
-            Some(group) => rules::group(group)?,
-            None => return parameter(format!("{encoding} without 'group'")),
-        },
-        Encoding::S8 | Encoding::S4 if layer.group != Some(64) => {
-            return parameter(format!(
-                "{encoding} with group {:?}, expected 64",
-                layer.group
-            ));
-        }
-        Encoding::T2 | Encoding::T3 | Encoding::T4 => match layer.hadamard {
-            Some(size) => rules::hadamard(cols, size)?,
-            None => return parameter(format!("{encoding} without 'hadamard'")),
-        },
-        _ => {}
-    }
-    Ok(())
 }

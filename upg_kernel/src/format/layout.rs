@@ -128,7 +128,24 @@ pub(super) fn check(file: &UpgFile, index: usize, layer: &LayerInfo) -> Result<(
             })
             .map_err(|e| e.tensor(&name))?;
     }
-    Ok(())
+    if layer.encoding()? != Encoding::MdCsr {
+        return Ok(());
+    }
+    let count = |suffix| {
+        let entry = file.entry(&array_name(index, suffix));
+        entry.map_or(0, |t| t.shape.iter().product::<usize>())
+    };
+    let nnz = count("values");
+    match ["delta_indices", "prime_indices"]
+        .into_iter()
+        .find(|suffix| count(suffix) != nnz)
+    {
+        None => Ok(()),
+        Some(suffix) => Err(
+            rules::shape(format!("{} elements for {nnz} values", count(suffix)))
+                .tensor(array_name(index, suffix)),
+        ),
+    }
 }
 
 fn check_entry(entry: &TensorEntry, spec: &ArraySpec) -> Result<()> {

@@ -19,7 +19,7 @@ pub const ENCODING: u8 = 6;
 pub const ARRAYS: u8 = 7;
 /// Alignment of tensors.
 pub const ALIGNMENT: u8 = 8;
-/// Scales are at most 2^100 in magnitude.
+/// Scales are at most 2^64 in magnitude.
 pub const SCALES: u8 = 9;
 /// Row pointers ascend from 0 to the number of codes.
 pub const ROW_POINTERS: u8 = 10;
@@ -34,9 +34,10 @@ pub const KEPT: u8 = 14;
 /// Checksums of tensors.
 pub const TENSOR_CHECKSUM: u8 = 15;
 
-/// Rows and columns of a matrix, each: with the two limits below, a short hostile file cannot ask for
-/// much memory.
-pub const LARGEST_DIMENSION: usize = 1 << 24;
+/// Rows of a matrix. With the limits below, a short hostile file cannot ask for much memory.
+pub const MOST_ROWS: usize = 1 << 24;
+/// Columns of a matrix: a scratch tile of 64 rows in f32 stays below 256 MiB.
+pub const MOST_COLS: usize = 1 << 20;
 /// Weights of one matrix.
 pub const LARGEST_MATRIX: usize = 1 << 32;
 /// Layers of a file.
@@ -72,10 +73,11 @@ pub fn group(group: usize) -> Result<()> {
 
 /// The Hadamard size of a rotation: 1 for none, or a power of two whose two passes reach every column.
 pub fn hadamard(cols: usize, size: usize) -> Result<()> {
-    if size == 1 || size.is_power_of_two() && size <= cols && cols <= 2 * size {
+    let half = cols.div_ceil(2);
+    let reaches_all = size.is_power_of_two() && (half..=cols).contains(&size);
+    if cols > 0 && (size == 1 || reaches_all) {
         return Ok(());
     }
-    let half = cols.div_ceil(2);
     let message =
         format!("Hadamard size {size}, expected 1 or a power of two from {half} to {cols}");
     Err(Error::new(ErrorKind::Invalid, message).rule(ENCODING))
@@ -94,6 +96,21 @@ pub fn level_table(len: usize) -> Result<()> {
     Err(shape(format!(
         "level_table has {len} elements, expected 128 or 256"
     )))
+}
+
+/// A name that can stand in the header of a file for a matrix or another tensor of the model: without
+/// control characters, and none of those that the format uses itself. `rule` is what it breaks.
+pub fn name(name: &str, rule: u8) -> Result<()> {
+    let is_reserved = name.starts_with("layer_")
+        || name.starts_with(super::header::PAD_PREFIX)
+        || [super::header::TOKENIZER, "__metadata__", ""].contains(&name);
+    if !is_reserved && !name.chars().any(char::is_control) {
+        return Ok(());
+    }
+    let message = "a name that this format keeps for itself, or with control characters";
+    Err(Error::new(ErrorKind::Invalid, message)
+        .rule(rule)
+        .tensor(name))
 }
 
 /// `rows + 1` pointers that ascend from 0 to `stored`.

@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::header::{CHECKSUM, CHECKSUMS, FORMAT, PAD_PREFIX};
-use super::{LayerInfo, checksum, layout};
+use super::{LayerInfo, checksum, layout, rules};
 use crate::error::{Error, ErrorKind, Result};
 use crate::matrix::{Levels, Matrix};
 use crate::whole_file::WholeFile;
@@ -14,6 +14,9 @@ use std::path::Path;
 
 /// Every tensor starts at a multiple of this, counted from the start of the file.
 const ALIGNMENT: u64 = 64;
+
+/// Readers refuse more (rule 1); less a rounding up.
+const LARGEST_HEADER: u64 = 100_000_000 - ALIGNMENT;
 
 /// Bytes of a header entry beside the name: dtype, a shape of two and two offsets, its checksum, and
 /// a padding tensor with the same.
@@ -41,6 +44,11 @@ pub fn header_capacity<'a>(
     Ok(bytes)
 }
 
+/// Errors (`Invalid`, rule 14) for a name under which no file can have an uncompressed tensor.
+pub fn check_kept_name(name: &str) -> Result<()> {
+    rules::name(name, rules::KEPT)
+}
+
 /// Writes a UPG file. The data goes to a temporary file beside the target, which takes the target's
 /// place in [`FileWriter::finish`]; if that is never reached nothing is left.
 ///
@@ -65,13 +73,20 @@ struct Written {
 impl FileWriter {
     /// Starts a file at `path` with room for a header of `header_capacity` bytes.
     ///
-    /// Errors: `Io` if the folder cannot be written to.
+    /// Errors: `Io` if the folder cannot be written to; `TooLarge` if no reader takes such a header.
     pub fn create(path: impl AsRef<Path>, header_capacity: usize) -> Result<Self> {
-        let path = path.as_ref();
-        let mut out = WholeFile::create(path)?;
+        Self::new(WholeFile::create(path)?, header_capacity)
+    }
+
+    /// [`FileWriter::create`] with a file that was started elsewhere.
+    pub fn new(mut out: WholeFile, header_capacity: usize) -> Result<Self> {
+        if header_capacity as u64 > LARGEST_HEADER {
+            let message = format!("a header of {header_capacity} bytes, at most {LARGEST_HEADER}");
+            return Err(Error::new(ErrorKind::TooLarge, message).at(out.path()));
+        }
         let capacity = (8 + header_capacity as u64).next_multiple_of(ALIGNMENT) - 8;
         out.seek(SeekFrom::Start(8 + capacity))
-            .map_err(|e| Error::io("cannot write", path, e))?;
+            .map_err(|e| Error::io("cannot write", out.path(), e))?;
         Ok(Self {
             out,
             capacity,
@@ -124,8 +139,15 @@ impl FileWriter {
     }
 
     /// Appends the arrays of layer `index`. Errors: as [`FileWriter::tensor`]; `Argument` if `matrix`
-    /// is not what `layer` describes.
+    /// is not what `layer` describes; those of [`LayerInfo::check`].
     pub fn layer(&mut self, index: usize, layer: &LayerInfo, matrix: &Matrix) -> Result<()> {
+        layer.check()?;
+        if let (Matrix::Trellis(m), Some(size)) = (matrix, layer.hadamard)
+            && m.parts().rotation.size() != size
+        {
+            let message = format!("described with 'hadamard' {size}");
+            return Err(Error::new(ErrorKind::Argument, message).tensor(&layer.name));
+        }
         for spec in layout::arrays(layer)? {
             let bytes = array_bytes(matrix, spec.suffix).ok_or_else(|| {
                 let message = format!("not stored as {}", layer.encoding_name());

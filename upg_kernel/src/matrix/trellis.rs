@@ -105,7 +105,7 @@ impl TrellisMatrix {
     ///
     /// Errors: `Unsupported` if `k` is not 2, 3 or 4; `Shape` if a part has another length than
     /// `rows`, `cols` and `k` ask for; `Invalid` if a scale is not finite or above
-    /// 2^100; `TooLarge` if the sizes overflow.
+    /// 2^64; `TooLarge` if the sizes overflow.
     pub fn new(rows: usize, cols: usize, k: u8, parts: TrellisParts) -> Result<Self> {
         if !(2..=4).contains(&k) {
             return Err(Error::new(
@@ -321,6 +321,19 @@ mod tests {
         }
     }
 
+    /// The largest scale, prime and level in every column, all turned back into one.
+    #[test]
+    fn the_largest_weights_do_not_overflow_when_they_are_turned_back() {
+        let cols = 6000;
+        let mut parts = parts(1, cols, 2, 128);
+        parts.level_table = vec![-128; 128].into();
+        parts.prime_indices = vec![255].into();
+        parts.scales = vec![2f32.powi(64)].into();
+        parts.rotation = Rotation::new(cols, 4096, vec![0; cols.div_ceil(8)].into()).unwrap();
+        let m = Matrix::Trellis(TrellisMatrix::new(1, cols, 2, parts).unwrap());
+        assert!(m.to_dense().iter().all(|w| w.is_finite()));
+    }
+
     #[test]
     fn parts_of_another_size_are_refused() {
         type Damage = fn(&mut TrellisParts);
@@ -359,7 +372,7 @@ mod tests {
             (1, usize::MAX, ErrorKind::TooLarge),
         ];
         for (rows, cols, kind) in sizes {
-            let e = TrellisMatrix::new(rows, cols, 4, parts(0, 0, 4, 128)).unwrap_err();
+            let e = TrellisMatrix::new(rows, cols, 4, parts(1, 1, 4, 128)).unwrap_err();
             assert_eq!(e.kind(), kind);
         }
     }

@@ -14,6 +14,8 @@ pub struct Tensor {
     pub dtype: Dtype,
     pub shape: Vec<usize>,
     pub bytes: Vec<u8>,
+    /// Lies directly before the tensor of this name instead of at its place.
+    pub before: Option<String>,
 }
 
 /// Everything that goes into a file, open to damage.
@@ -67,6 +69,7 @@ impl Draft {
             dtype,
             shape: shape.to_vec(),
             bytes: bytes.to_vec(),
+            before: None,
         });
     }
 
@@ -227,13 +230,19 @@ impl Draft {
 
     /// The file: tensors of larger elements first, so that all are aligned.
     pub fn bytes(&self) -> Vec<u8> {
-        let mut tensors: Vec<&Tensor> = self.tensors.iter().collect();
+        let (moved, mut tensors): (Vec<&Tensor>, Vec<&Tensor>) =
+            self.tensors.iter().partition(|t| t.before.is_some());
         tensors.sort_by_key(|t| std::cmp::Reverse(t.dtype.bitsize()));
+        for t in moved {
+            let at = tensors
+                .iter()
+                .position(|other| Some(&other.name) == t.before.as_ref());
+            tensors.insert(at.expect("a tensor to lie before"), t);
+        }
         self.in_order(&tensors)
     }
 
-    /// The file with its tensors in the order given.
-    pub fn in_order(&self, tensors: &[&Tensor]) -> Vec<u8> {
+    fn in_order(&self, tensors: &[&Tensor]) -> Vec<u8> {
         let mut header = serde_json::Map::new();
         header.insert("__metadata__".into(), serde_json::json!(self.sealed()));
         let mut data = Vec::new();

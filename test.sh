@@ -11,7 +11,7 @@ safetensors, then runs every test: those of the three crates, the commands on a 
 independent reader of the format.
 
 Needs Rust (cargo), a C compiler, Python 3 with pip and venv, 4 GB of disk and, the first time, a
-network. Writes target/ and models/ beside this script, and nothing else.
+network. Writes models/ beside this script and where cargo builds (target/).
 END
 }
 

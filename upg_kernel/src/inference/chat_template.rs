@@ -39,9 +39,6 @@ const MAX_RECURSION: usize = 100;
 /// Characters of a template's own message (`raise_exception`) that an error repeats.
 const MAX_MESSAGE_CHARS: usize = 300;
 
-/// What ChatML looks like, for [`ChatTemplate::chatml`].
-const CHATML: &str = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
-
 /// One turn of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Message {
@@ -147,18 +144,6 @@ impl ChatTemplate {
         let bos = token_text(config.get("bos_token"));
         let eos = token_text(config.get("eos_token"));
         Self::new(source, bos.as_deref(), eos.as_deref()).map(Some)
-    }
-
-    /// ChatML (`<|im_start|>role`, newline, text, `<|im_end|>`, newline), for a model that brings
-    /// no template but is known to want this. Nothing chooses it by itself: a wrong template
-    /// spoils every answer.
-    pub fn chatml() -> Self {
-        Self {
-            source: CHATML.to_owned(),
-            bos_token: None,
-            eos_token: None,
-            date: None,
-        }
     }
 
     /// Lets the template ask for the date (`strftime_now`), and answers with this one at

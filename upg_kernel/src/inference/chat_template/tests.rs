@@ -40,10 +40,6 @@ fn renders_as_transformers() {
             None => {
                 let expected = case["expected"].as_str().unwrap();
                 assert_eq!(found.unwrap(), expected, "{name} {conversation}");
-                if name == "chatml" {
-                    let builtin = ChatTemplate::chatml().render(&messages, generate).unwrap();
-                    assert_eq!(builtin, expected);
-                }
             }
             Some(words) => {
                 let e = found.unwrap_err();

@@ -35,8 +35,8 @@ struct Published {
     eos: u32,
 }
 
-/// The configs are as published, but for the longrope factors of Phi-4-mini, which only have their
-/// number.
+/// The configs have the keys and values of the published models that bear on the arithmetic, but for the
+/// longrope factors of Phi-4-mini, which only have their number.
 #[test]
 fn published_configs_have_their_known_shapes() {
     let models = [

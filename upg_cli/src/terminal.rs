@@ -6,7 +6,7 @@ use std::io::Write;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
-use upg_compress::compress::Progress;
+use upg_compress::progress::Progress;
 use upg_kernel::{Error, ErrorKind, Result};
 
 /// Writes to standard output and flushes; a closed pipe is an error that `main` takes as success.

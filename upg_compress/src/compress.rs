@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use crate::plan::{CompressOptions, Plan, PlannedTensor};
+use crate::progress::Progress;
 use crate::rounding::{round_q4, round_q8, round_s4, round_s8};
 use crate::source::{RawTensor, Source};
 use crate::trellis::{self, Code};
@@ -15,30 +16,6 @@ use upg_kernel::{Error, ErrorKind, Matrix, Result, WholeFile};
 
 /// Room in the header for `compression_ratio` and `bits_per_weight`.
 const FIGURE_DIGITS: usize = 24;
-
-/// Hears of the work as it goes on; every method may do nothing.
-pub trait Progress: Sync {
-    /// Before the first tensor: how many weights there are in all.
-    fn start(&self, _weights: u64) {}
-    /// Before each tensor.
-    fn tensor(&self, _name: &str) {}
-    /// After each part of the work: the weights it had. Called from any thread.
-    fn advance(&self, _weights: u64) {}
-    /// Asked before each part; `true` ends the work with an error of kind `Interrupted`.
-    fn is_cancelled(&self) -> bool {
-        false
-    }
-    /// That error, once cancelled.
-    fn proceed(&self) -> Result<()> {
-        match self.is_cancelled() {
-            true => Err(Error::new(ErrorKind::Interrupted, "stopped before the end")),
-            false => Ok(()),
-        }
-    }
-}
-
-/// No progress report.
-impl Progress for () {}
 
 /// What was written.
 #[derive(Debug, Clone)]

@@ -1,7 +1,7 @@
 //! Back from a UPG file to a Hugging Face directory.
 #![forbid(unsafe_code)]
 
-use crate::compress::Progress;
+use crate::progress::Progress;
 use crate::source::FloatType;
 use bytemuck::Pod;
 use half::{bf16, f16};

@@ -50,6 +50,7 @@ pub mod compress;
 pub mod export;
 pub mod gguf_tokenizer;
 pub mod plan;
+pub mod progress;
 pub mod rounding;
 pub mod source;
 pub mod trellis;

@@ -17,7 +17,7 @@ pub use search::Search;
 pub use simd::Path;
 pub use tables::Code;
 
-use crate::compress::Progress;
+use crate::progress::Progress;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use rayon::prelude::*;

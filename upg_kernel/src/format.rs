@@ -10,6 +10,7 @@ pub(crate) mod rules;
 mod sizes;
 mod writer;
 
-pub use header::{TOKENIZER, UpgFile};
+pub use header::UpgFile;
 pub use index::{Encoding, LayerInfo};
+pub use rules::TOKENIZER;
 pub use writer::{FileWriter, check_kept_name, header_capacity};

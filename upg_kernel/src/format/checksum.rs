@@ -30,7 +30,7 @@ pub(super) fn table<'a>(
     }
     for (key, value) in metadata
         .iter()
-        .filter(|(key, _)| *key != super::header::CHECKSUM)
+        .filter(|(key, _)| *key != super::rules::CHECKSUM)
     {
         hash.update(format!("{key}\n{}\n{value}\n", value.len()));
     }

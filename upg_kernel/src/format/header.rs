@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::index::{self, Encoding, LayerInfo};
+use super::rules::{CHECKSUM, PAD_PREFIX, TOKENIZER};
 use super::{checksum, layout, rules};
 use crate::array::Array;
 use crate::error::{Error, ErrorKind, Result};
@@ -17,14 +18,8 @@ use std::sync::{Arc, OnceLock};
 
 /// The value of the metadata key `format`.
 pub(super) const FORMAT: &str = "upg";
-/// The key of the checksum over the metadata and the tensor table.
-pub(super) const CHECKSUM: &str = "checksum";
 /// The key of the checksums of all tensors.
 pub(super) const CHECKSUMS: &str = "checksums";
-/// Tensors of zeros that align the next one.
-pub(super) const PAD_PREFIX: &str = "upg_pad_";
-/// The tensor with the text of `tokenizer.json`.
-pub const TOKENIZER: &str = "tokenizer.json";
 
 /// Where a tensor lies in the file.
 #[derive(Debug, Clone)]

@@ -34,6 +34,13 @@ pub const KEPT: u8 = 14;
 /// Checksums of tensors.
 pub const TENSOR_CHECKSUM: u8 = 15;
 
+/// The metadata key of the checksum over the metadata and the tensor table.
+pub const CHECKSUM: &str = "checksum";
+/// Tensors of zeros that align the next one.
+pub const PAD_PREFIX: &str = "upg_pad_";
+/// The tensor with the text of `tokenizer.json`.
+pub const TOKENIZER: &str = "tokenizer.json";
+
 /// Rows of a matrix. With the limits below, a short hostile file cannot ask for much memory.
 pub const MOST_ROWS: usize = 1 << 24;
 /// Columns of a matrix: a scratch tile of 64 rows in f32 stays below 256 MiB.
@@ -102,8 +109,8 @@ pub fn level_table(len: usize) -> Result<()> {
 /// control characters, and none of those that the format uses itself. `rule` is what it breaks.
 pub fn name(name: &str, rule: u8) -> Result<()> {
     let is_reserved = name.starts_with("layer_")
-        || name.starts_with(super::header::PAD_PREFIX)
-        || [super::header::TOKENIZER, "__metadata__", ""].contains(&name);
+        || name.starts_with(PAD_PREFIX)
+        || [TOKENIZER, "__metadata__", ""].contains(&name);
     if !is_reserved && !name.chars().any(char::is_control) {
         return Ok(());
     }

@@ -1,7 +1,8 @@
 //! Writing a file: tensor by tensor, the header last, whole or not at all.
 #![forbid(unsafe_code)]
 
-use super::header::{CHECKSUM, CHECKSUMS, FORMAT, PAD_PREFIX};
+use super::header::{CHECKSUMS, FORMAT};
+use super::rules::{CHECKSUM, PAD_PREFIX};
 use super::{LayerInfo, checksum, layout, rules};
 use crate::error::{Error, ErrorKind, Result};
 use crate::matrix::{Levels, Matrix};

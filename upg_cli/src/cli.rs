@@ -10,7 +10,8 @@ use upg_compress::plan::{Choice, Override};
 #[derive(Parser)]
 #[command(
     name = "upg",
-    version,
+    disable_version_flag = true,
+    arg_required_else_help = true,
     max_term_width = 100,
     after_help = "\
 Examples:
@@ -22,8 +23,14 @@ pub struct Cli {
     /// Threads to use; default: all cores this process may use
     #[arg(long, global = true, value_name = "N")]
     pub threads: Option<usize>,
+    /// Print the version
+    #[arg(short = 'V', long)]
+    pub version: bool,
+    /// With --version: also the kernels that this machine has, and which of them are used
+    #[arg(long, requires = "version")]
+    pub verbose: bool,
     #[command(subcommand)]
-    pub command: Command,
+    pub command: Option<Command>,
 }
 
 #[derive(Subcommand)]
@@ -238,6 +245,9 @@ pub struct EvalArgs {
     /// Tokens of a window
     #[arg(long, default_value_t = 512, value_name = "N")]
     pub window: usize,
+    /// Positions computed at once; 1 measures what generation computes, which may round otherwise
+    #[arg(long, value_name = "N")]
+    pub chunk: Option<usize>,
     /// Use only this many windows of the text
     #[arg(long, value_name = "N")]
     pub windows: Option<NonZeroUsize>,

@@ -7,7 +7,8 @@ mod terminal;
 
 use clap::Parser;
 use std::process::ExitCode;
-use upg_kernel::{ErrorKind, Result};
+use upg_kernel::kernels::Kernels;
+use upg_kernel::{Error, ErrorKind, Result};
 
 /// Exit code of an error in the input or the environment.
 const FAILED: u8 = 1;
@@ -33,10 +34,19 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: cli::Cli) -> Result<()> {
+    if cli.version {
+        return print_version(cli.verbose);
+    }
+    // A wrong name of kernels is told now, not after a model was loaded.
+    Kernels::active()?;
     if let Some(threads) = cli.threads {
         terminal::set_threads(threads)?;
     }
-    match cli.command {
+    let Some(command) = cli.command else {
+        let message = "no command given";
+        return Err(Error::new(ErrorKind::Argument, message).hint("see `upg --help`"));
+    };
+    match command {
         cli::Command::Compress(args) => commands::compress::run(&args),
         cli::Command::Decompress(args) => commands::decompress::run(&args),
         cli::Command::Inspect(args) => commands::inspect::run(&args),
@@ -46,4 +56,17 @@ fn run(cli: cli::Cli) -> Result<()> {
         cli::Command::Eval(args) => commands::eval::run(&args),
         cli::Command::Completions(args) => commands::completions::run(&args),
     }
+}
+
+fn print_version(verbose: bool) -> Result<()> {
+    let mut text = concat!("upg ", env!("CARGO_PKG_VERSION"), "\n").to_owned();
+    if verbose {
+        let names: Vec<_> = Kernels::available().iter().map(|k| k.name()).collect();
+        text += &format!(
+            "kernels: {} (of {}; UPG_KERNEL chooses others)\n",
+            Kernels::active()?.name(),
+            names.join(", ")
+        );
+    }
+    terminal::print(&text)
 }

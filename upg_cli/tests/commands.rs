@@ -574,6 +574,55 @@ fn a_reader_that_goes_away_is_no_error() {
 }
 
 #[test]
+fn kernels_are_shown_and_chosen_and_give_the_same_logits() {
+    assert!(succeed(["--version"]).starts_with("upg 0."));
+    let with = |kernels: &str, args: &[&str]| output(upg(args).env("UPG_KERNEL", kernels));
+    let (code, text, _) = with("scalar", &["--version", "--verbose"]);
+    assert_eq!(code, Some(0));
+    assert!(text.contains("kernels: scalar (of scalar"), "{text}");
+    let (code, _, stderr) = with("mmx", &["inspect", "x"]);
+    assert_eq!(code, Some(1));
+    assert!(
+        stderr.contains("UPG_KERNEL") && stderr.contains("mmx"),
+        "{stderr}"
+    );
+
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("logits");
+    for encoding in ["q8", "q4", "t3", "s4"] {
+        let model = compress_tiny(
+            folder.path(),
+            encoding,
+            encoding,
+            &["--embedding", encoding],
+        );
+        let args = [
+            "run",
+            model.to_str().unwrap(),
+            "--tokens",
+            "5,6,7",
+            "--logits",
+        ];
+        let args = [&args[..], &[out.to_str().unwrap()]].concat();
+        let logits = |kernels: &str| -> Vec<f32> {
+            assert_eq!(with(kernels, &args).0, Some(0));
+            let bytes = fs::read(&out).unwrap();
+            let tensors = SafeTensors::deserialize(&bytes).unwrap();
+            let data = tensors.tensor("logits").unwrap().data();
+            let values = data.as_chunks::<4>().0.iter();
+            values.map(|v| f32::from_le_bytes(*v)).collect()
+        };
+        let plain = logits("scalar");
+        for kernels in upg_kernel::kernels::Kernels::available() {
+            let found = logits(kernels.name());
+            let pairs = plain.iter().zip(&found).map(|(a, b)| (a - b).abs());
+            let largest = pairs.fold(0.0, f32::max);
+            assert!(largest <= 1e-3, "{} {encoding}: {largest}", kernels.name());
+        }
+    }
+}
+
+#[test]
 fn help_and_completions_are_there() {
     for command in [
         "compress",

@@ -20,7 +20,7 @@ mod upg_model;
 pub mod weights;
 
 pub use config::ModelConfig;
-pub use evaluate::{Evaluation, EvaluationProgress, evaluate};
+pub use evaluate::{Evaluation, EvaluationOptions, EvaluationProgress, evaluate};
 pub use generate::{FinishReason, GenerateOptions, StopStrings, TextStream, Timings, TokenStream};
 pub use model::{Model, Session, SessionOptions};
 pub use sampler::{Sampler, SamplingOptions};

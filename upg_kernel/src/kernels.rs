@@ -1,4 +1,116 @@
-//! The arithmetic kernels: plain loops, and a blocked matrix product for many vectors at once.
+//! The arithmetic kernels: plain loops, a blocked matrix product for many vectors at once, and products
+//! with one vector that multiply packed weights as integers.
 
+pub(crate) mod activations;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 pub mod gemm;
 pub mod scalar;
+pub(crate) mod views;
+
+use crate::error::{Error, ErrorKind, Result};
+use activations::Activations;
+use std::sync::LazyLock;
+use views::Rows;
+
+/// The environment variable that names the kernels to use instead of the fastest.
+const VARIABLE: &str = "UPG_KERNEL";
+
+/// Kernels for one instruction set. A value is the proof that this machine has it.
+#[derive(Debug, Clone, Copy)]
+pub struct Kernels(Set);
+
+#[derive(Debug, Clone, Copy)]
+enum Set {
+    Scalar,
+    #[cfg(target_arch = "x86_64")]
+    Avx512(avx512::Avx512),
+}
+
+impl Kernels {
+    /// All that this machine can run, the fastest last.
+    pub fn available() -> Vec<Self> {
+        #[allow(unused_mut, reason = "other machines have no more")]
+        let mut all = vec![Self(Set::Scalar)];
+        #[cfg(target_arch = "x86_64")]
+        all.extend(avx512::Avx512::new().map(|k| Self(Set::Avx512(k))));
+        all
+    }
+
+    /// The plain loops.
+    pub fn scalar() -> Self {
+        Self(Set::Scalar)
+    }
+
+    /// The fastest of this machine.
+    pub fn best() -> Self {
+        Self::available().pop().unwrap_or(Self(Set::Scalar))
+    }
+
+    /// Errors (`Unsupported`): unknown, or this machine cannot run them.
+    pub fn by_name(name: &str) -> Result<Self> {
+        let all = Self::available();
+        all.iter()
+            .find(|k| k.name() == name)
+            .copied()
+            .ok_or_else(|| {
+                let known: Vec<_> = all.iter().map(|k| k.name()).collect();
+                Error::new(ErrorKind::Unsupported, format!("no kernels '{name}' here"))
+                    .hint(format!("this machine has {}", known.join(", ")))
+            })
+    }
+
+    /// What products use: those that the environment variable `UPG_KERNEL` names, else the fastest. Read
+    /// once. Errors: as [`Kernels::by_name`].
+    pub fn active() -> Result<Self> {
+        static ACTIVE: LazyLock<std::result::Result<Kernels, String>> =
+            LazyLock::new(|| match std::env::var(VARIABLE) {
+                Err(_) => Ok(Kernels::best()),
+                Ok(name) => Kernels::by_name(&name).map_err(|e| e.to_string()),
+            });
+        ACTIVE
+            .clone()
+            .map_err(|message| Error::new(ErrorKind::Unsupported, format!("{VARIABLE}: {message}")))
+    }
+
+    /// `scalar` or `avx512`.
+    pub fn name(self) -> &'static str {
+        match self.0 {
+            Set::Scalar => "scalar",
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx512(_) => "avx512",
+        }
+    }
+
+    /// Whether [`Kernels::multiply`] does anything; `scalar` products decode weights to f32 instead.
+    pub(crate) fn is_integer(self) -> bool {
+        !matches!(self.0, Set::Scalar)
+    }
+
+    /// [`scalar::hadamard`] from span 1 on, the same to the bit.
+    pub(crate) fn hadamard(self, x: &mut [f32]) {
+        match self.0 {
+            Set::Scalar => scalar::hadamard(x, 1),
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx512(kernels) => kernels.hadamard(x),
+        }
+    }
+
+    /// `out[i] = ` row `i` of `rows` times `x`, which is in the order of the rows.
+    ///
+    /// Panics if there are other kernels than [`Kernels::is_integer`] allows.
+    pub(crate) fn multiply(self, rows: Rows<'_>, x: &Activations, out: &mut [f32]) {
+        match self.0 {
+            Set::Scalar => unreachable!("scalar products decode"),
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx512(kernels) => match rows {
+                Rows::Grouped(rows) => kernels.grouped(rows, x, out),
+                Rows::Bitmap(rows) => kernels.bitmap(rows, x, out),
+                Rows::Trellis(strip) => kernels.trellis(strip, x, out),
+            },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -61,8 +61,9 @@
 //! A file is untrusted: it is checked when it is opened and when a layer is first used (the list is in
 //! the format document), and after that nothing in it can make a read go out of bounds. Damaged
 //! weights are found by [`format::UpgFile::verify`] only. Every error is an [`Error`]: one line that
-//! names the file, the tensor and the broken rule. All arithmetic is f32 on the CPU, in parallel on
-//! rayon's global pool; results do not depend on the number of threads.
+//! names the file, the tensor and the broken rule. Arithmetic is on the CPU, in f32 or as good as that
+//! (`docs/numerics.md`), in parallel on rayon's global pool; results do not depend on the number of
+//! threads.
 
 #[cfg(target_endian = "big")]
 compile_error!("UPG maps little-endian files in place: big-endian targets are not supported");

@@ -17,13 +17,20 @@ pub use trellis::{TrellisMatrix, TrellisParts};
 use crate::array::Array;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::rules;
-use crate::kernels::{gemm, scalar};
+use crate::kernels::activations::{Activations, Order};
+use crate::kernels::views::{LevelsView, Rows};
+use crate::kernels::{Kernels, gemm, scalar};
 use crate::rotation::Rotation;
 use crate::sparse::MdCSRMatrix;
 use rayon::prelude::*;
 
 /// How many rows are decoded into one scratch tile: a strip of the trellis encodings.
 pub(crate) const TILE_ROWS: usize = 64;
+
+/// From this many vectors on, decoding the weights once for all of them pays. With prompts of SmolLM2 on
+/// two cores with AVX-512 the two ways met at about 40 tokens as q8, 48 as q4 and 90 as t3
+/// (`upg run FILE -p PROMPT -n 1`, November 2026).
+const INTEGER_VECTORS: usize = 40;
 
 /// From this many vectors on, the blocked product beats one dot product after the other.
 const BLOCKED_VECTORS: usize = 4;
@@ -71,6 +78,16 @@ pub(crate) trait StoredMatrix: Send + Sync {
     fn rotation(&self) -> Option<&Rotation> {
         None
     }
+    /// The order of activations that rows as [`StoredMatrix::rows_view`] gives them ask for; `None` if
+    /// there is no such view.
+    fn order(&self) -> Option<Order> {
+        None
+    }
+    /// Rows `first..first + n` in place, for kernels that multiply without decoding; `first` is a
+    /// multiple of [`TILE_ROWS`] and `n` at most that.
+    fn rows_view(&self, _first: usize, _n: usize) -> Option<Rows<'_>> {
+        None
+    }
 }
 
 /// The levels of a packed matrix: int8 values, or 4-bit codes into a table of them.
@@ -85,6 +102,20 @@ pub enum Levels {
         /// The 16 levels.
         codebook: Array<i8>,
     },
+}
+
+impl Levels {
+    /// The bytes of all codes, and what they are. `None`: a codebook of another length than 16, which
+    /// no matrix has.
+    fn view(&self) -> Option<(&[u8], LevelsView<'_>)> {
+        match self {
+            Self::Bytes(values) => Some((bytemuck::cast_slice(values), LevelsView::Bytes)),
+            Self::Nibbles { codes, codebook } => {
+                let codebook = codebook.first_chunk()?;
+                Some((codes, LevelsView::Nibbles(codebook)))
+            }
+        }
+    }
 }
 
 /// A weight matrix `[rows, cols]` in one of the encodings; multiplies from the right: `W x`.
@@ -191,11 +222,13 @@ impl Matrix {
 
     /// [`Matrix::spmm`] into the caller's `out [n, rows]`; every element is overwritten.
     ///
-    /// Rows are decoded 64 at a time, once for all `n` vectors, tiles in parallel; the result does
-    /// not depend on the number of threads. Scratch: 256 bytes per column and thread, and for
-    /// `n > 1` a second copy of the output.
+    /// With few vectors, and kernels for it ([`Kernels::active`]), packed weights are multiplied as they
+    /// are with activations rounded to 15 bits; else rows are decoded 64 at a time, once for all `n`
+    /// vectors. `docs/numerics.md` says what each way adds to the error. Tiles of 64 rows in parallel;
+    /// the result does not depend on the number of threads. Scratch: 3 bytes per column and vector or 256
+    /// bytes per column and thread, and for `n > 1` a second copy of the output.
     ///
-    /// Errors (`Argument`): `x` or `out` has another length.
+    /// Errors: `Argument` if `x` or `out` has another length; those of [`Kernels::active`].
     pub fn spmm_into(&self, x: &[f32], n: usize, out: &mut [f32]) -> Result<()> {
         let stored = self.stored();
         let (rows, cols) = (stored.rows(), stored.cols());
@@ -216,25 +249,75 @@ impl Matrix {
             out.fill(0.0);
             return Ok(());
         }
+        let kernels = Kernels::active()?;
         let rotated = stored.rotation().map(|rotation| {
             let mut x = x.to_vec();
-            x.par_chunks_mut(cols).for_each(|x| rotation.apply(x));
+            let rotate = |x: &mut [f32]| rotation.apply_with(kernels, x);
+            match n {
+                // Not worth waking up another thread.
+                1 => rotate(&mut x),
+                _ => x.par_chunks_mut(cols).for_each(rotate),
+            }
             x
         });
         let x = rotated.as_deref().unwrap_or(x);
         if n == 1 {
-            multiply_tiles(stored, x, n, out);
+            multiply_tiles(stored, kernels, x, n, out);
         } else {
             let mut by_row = vec![0.0; out.len()];
-            multiply_tiles(stored, x, n, &mut by_row);
+            multiply_tiles(stored, kernels, x, n, &mut by_row);
             scalar::transpose(&by_row, rows, n, out);
         }
         Ok(())
     }
 }
 
-/// `out [rows, n] = W X^T`, tile by tile.
-fn multiply_tiles(stored: &dyn StoredMatrix, x: &[f32], n: usize, out: &mut [f32]) {
+/// `out [rows, n] = W X^T`, tile by tile: few vectors by kernels that multiply packed weights as they
+/// are, where there are such, else with weights that are decoded once for all vectors.
+fn multiply_tiles(
+    stored: &dyn StoredMatrix,
+    kernels: Kernels,
+    x: &[f32],
+    n: usize,
+    out: &mut [f32],
+) {
+    let order = stored
+        .order()
+        .filter(|_| n < INTEGER_VECTORS && kernels.is_integer());
+    match order {
+        Some(order) => multiply_packed(stored, kernels, order, x, n, out),
+        None => multiply_decoded(stored, x, n, out),
+    }
+}
+
+fn multiply_packed(
+    stored: &dyn StoredMatrix,
+    kernels: Kernels,
+    order: Order,
+    x: &[f32],
+    n: usize,
+    out: &mut [f32],
+) {
+    let vectors = x.chunks_exact(stored.cols());
+    let vectors: Vec<Activations> = vectors.map(|x| Activations::new(x, order)).collect();
+    out.par_chunks_mut(TILE_ROWS * n)
+        .enumerate()
+        .for_each(|(tile, out)| {
+            let rows = stored
+                .rows_view(tile * TILE_ROWS, out.len() / n)
+                .expect("rows of a matrix that has an order");
+            let mut of_vector = [0.0; TILE_ROWS];
+            for (i, x) in vectors.iter().enumerate() {
+                let of_vector = &mut of_vector[..out.len() / n];
+                kernels.multiply(rows, x, of_vector);
+                for (out, y) in out.chunks_exact_mut(n).zip(of_vector) {
+                    out[i] = *y;
+                }
+            }
+        });
+}
+
+fn multiply_decoded(stored: &dyn StoredMatrix, x: &[f32], n: usize, out: &mut [f32]) {
     let cols = stored.cols();
     out.par_chunks_mut(TILE_ROWS * n).enumerate().for_each_init(
         || vec![0.0; TILE_ROWS * cols],

@@ -4,6 +4,7 @@
 use crate::array::Array;
 use crate::error::Result;
 use crate::format::rules;
+use crate::kernels::Kernels;
 
 /// `R = H D`: `D` flips signs, `H` is one or two orthogonal Hadamard transforms of `size` columns.
 ///
@@ -45,51 +46,42 @@ impl Rotation {
 
     /// `x <- R x`; `x` has `cols` values.
     pub fn apply(&self, x: &mut [f32]) {
+        self.apply_with(Kernels::scalar(), x);
+    }
+
+    /// [`Rotation::apply`] with these kernels: the same result to the bit.
+    pub(crate) fn apply_with(&self, kernels: Kernels, x: &mut [f32]) {
         self.flip(x);
-        self.transform(&mut x[..self.size]);
+        self.transform(kernels, &mut x[..self.size]);
         if self.size < self.cols {
-            self.transform(&mut x[self.cols - self.size..]);
+            self.transform(kernels, &mut x[self.cols - self.size..]);
         }
     }
 
     /// `x <- R^T x`, the inverse of [`Rotation::apply`] up to rounding.
     pub fn invert(&self, x: &mut [f32]) {
+        let kernels = Kernels::scalar();
         if self.size < self.cols {
-            self.transform(&mut x[self.cols - self.size..]);
+            self.transform(kernels, &mut x[self.cols - self.size..]);
         }
-        self.transform(&mut x[..self.size]);
+        self.transform(kernels, &mut x[..self.size]);
         self.flip(x);
     }
 
     fn flip(&self, x: &mut [f32]) {
         debug_assert_eq!(x.len(), self.cols);
-        for (c, x) in x.iter_mut().enumerate() {
-            if self.signs[c / 8] >> (c % 8) & 1 == 1 {
-                *x = -*x;
+        for (x, &signs) in x.chunks_mut(8).zip(self.signs.iter()) {
+            for (bit, x) in x.iter_mut().enumerate() {
+                let sign = u32::from(signs >> bit & 1) << 31;
+                *x = f32::from_bits(x.to_bits() ^ sign);
             }
         }
     }
 
-    fn transform(&self, x: &mut [f32]) {
+    fn transform(&self, kernels: Kernels, x: &mut [f32]) {
         let norm = (1.0 / (self.size as f64).sqrt()) as f32;
-        hadamard(x);
+        kernels.hadamard(x);
         x.iter_mut().for_each(|x| *x *= norm);
-    }
-}
-
-/// The unscaled Walsh-Hadamard transform in natural order; `x.len()` is a power of two.
-///
-/// The order of the additions is part of the format: spans 1, 2, 4, ... and `(a + b, a - b)`.
-fn hadamard(x: &mut [f32]) {
-    let mut span = 1;
-    while span < x.len() {
-        for pair in x.chunks_exact_mut(2 * span) {
-            let (low, high) = pair.split_at_mut(span);
-            for (a, b) in low.iter_mut().zip(high) {
-                (*a, *b) = (*a + *b, *a - *b);
-            }
-        }
-        span *= 2;
     }
 }
 

@@ -6,7 +6,7 @@ use crate::terminal;
 use serde_json::json;
 use std::fs;
 use std::num::NonZeroUsize;
-use upg_kernel::inference::evaluate;
+use upg_kernel::inference::{EvaluationOptions, evaluate};
 use upg_kernel::{Error, ErrorKind, Result, UPGModel};
 
 pub fn run(args: &EvalArgs) -> Result<()> {
@@ -23,15 +23,13 @@ pub fn run(args: &EvalArgs) -> Result<()> {
         bar.set_length(all as u64);
         bar.set_position(done as u64);
     };
-    let limit = args.windows.map_or(usize::MAX, NonZeroUsize::get);
-    let result = evaluate(
-        &model,
-        &text,
-        args.window,
-        limit,
-        reference.as_ref(),
-        &progress,
-    );
+    let default = EvaluationOptions::default();
+    let options = EvaluationOptions {
+        window: args.window,
+        limit: args.windows.map_or(default.limit, NonZeroUsize::get),
+        chunk: args.chunk.unwrap_or(default.chunk),
+    };
+    let result = evaluate(&model, &text, &options, reference.as_ref(), &progress);
     bar.finish_and_clear();
     let result = result?;
     let (bits, block_bits) = (

@@ -31,6 +31,28 @@ pub struct Comparison {
     pub top1_agreement: f64,
 }
 
+/// How to measure.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EvaluationOptions {
+    /// Tokens of a window.
+    pub window: usize,
+    /// Most windows of the text that are used.
+    pub limit: usize,
+    /// Positions that are computed at once, as in [`SessionOptions::prefill_chunk`]: 1 measures what
+    /// generation computes, token by token.
+    pub chunk: usize,
+}
+
+impl Default for EvaluationOptions {
+    fn default() -> Self {
+        Self {
+            window: 512,
+            limit: usize::MAX,
+            chunk: SessionOptions::default().prefill_chunk,
+        }
+    }
+}
+
 /// Called after each window with how many are done and how many there are.
 pub type EvaluationProgress<'a> = &'a dyn Fn(usize, usize);
 
@@ -44,8 +66,7 @@ struct Scored {
 
 /// Measures `model` on `text`, against `reference` if there is one.
 ///
-/// The text is cut into windows of `window` tokens, at most `limit` of them (what is left is not
-/// used); each is computed by itself, and the positions of its second half are scored, as
+/// The text is cut into windows, at most `limit` of them (what is left is not used); each is computed by itself, and the positions of its second half are scored, as
 /// llama.cpp's perplexity tool does it: figures at the same window are comparable. A model whose
 /// tokenizer begins texts with a token has it put in place of the first token of each window.
 /// `progress` is called after each window.
@@ -57,11 +78,15 @@ struct Scored {
 pub fn evaluate(
     model: &UPGModel,
     text: &str,
-    window: usize,
-    limit: usize,
+    options: &EvaluationOptions,
     reference: Option<&UPGModel>,
     progress: EvaluationProgress<'_>,
 ) -> Result<Evaluation> {
+    let &EvaluationOptions {
+        window,
+        limit,
+        chunk,
+    } = options;
     let (tokens, bos) = tokens_of(model, text)?;
     let argument = |message: String| Error::new(ErrorKind::Argument, message);
     if window < 4 || tokens.len() < window || limit == 0 {
@@ -97,9 +122,9 @@ pub fn evaluate(
         if let Some(bos) = bos {
             input[0] = bos;
         }
-        let logits = scored_logits(model, &input, first)?;
+        let logits = scored_logits(model, &input, first, chunk)?;
         let reference = reference
-            .map(|m| scored_logits(m, &input, first))
+            .map(|m| scored_logits(m, &input, first, chunk))
             .transpose()?;
         let targets = &window[first + 1..];
         scored.par_extend(targets.par_iter().enumerate().map(|(i, &target)| {
@@ -123,9 +148,10 @@ fn tokens_of(model: &UPGModel, text: &str) -> Result<(Vec<u32>, Option<u32>)> {
 }
 
 /// Logits from position `first` to the last but one.
-fn scored_logits(model: &UPGModel, window: &[u32], first: usize) -> Result<Vec<f32>> {
+fn scored_logits(model: &UPGModel, window: &[u32], first: usize, chunk: usize) -> Result<Vec<f32>> {
     let options = SessionOptions {
         context: Some(window.len()),
+        prefill_chunk: chunk,
         ..SessionOptions::default()
     };
     let mut session = model.session(&options)?;

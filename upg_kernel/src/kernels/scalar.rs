@@ -32,6 +32,23 @@ pub fn multiply(weights: &[f32], x: &[f32], cols: usize, out: &mut [f32]) {
     }
 }
 
+/// The unscaled Walsh-Hadamard transform in natural order, from spans of `span` on; `x.len()` is a power
+/// of two.
+///
+/// The order of the additions is part of the format: spans 1, 2, 4, ... and `(a + b, a - b)`.
+#[inline]
+pub fn hadamard(x: &mut [f32], mut span: usize) {
+    while span < x.len() {
+        for pair in x.chunks_exact_mut(2 * span) {
+            let (low, high) = pair.split_at_mut(span);
+            for (a, b) in low.iter_mut().zip(high) {
+                (*a, *b) = (*a + *b, *a - *b);
+            }
+        }
+        span *= 2;
+    }
+}
+
 /// `out [cols, rows] = a [rows, cols]^T`.
 pub fn transpose(a: &[f32], rows: usize, cols: usize, out: &mut [f32]) {
     for (c, out) in out.chunks_exact_mut(rows).take(cols).enumerate() {

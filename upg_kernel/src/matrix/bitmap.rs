@@ -5,6 +5,8 @@ use super::{Levels, StoredMatrix, checked_scales, weight};
 use crate::array::Array;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::rules;
+use crate::kernels::activations::Order;
+use crate::kernels::views::{BitmapRows, Rows};
 use crate::prime_lut::PRIME_LUT;
 
 /// How many columns share a prime index and a run of codes.
@@ -124,6 +126,26 @@ impl StoredMatrix for BitmapMatrix {
 
     fn cols(&self) -> usize {
         self.cols
+    }
+
+    fn order(&self) -> Option<Order> {
+        Some(Order::Natural)
+    }
+
+    fn rows_view(&self, first: usize, n: usize) -> Option<Rows<'_>> {
+        let (codes, levels) = self.arrays.levels.view()?;
+        let groups = self.cols.div_ceil(BITMAP_GROUP);
+        let of_groups = first * groups..(first + n) * groups;
+        let words = self.arrays.bitmap.as_chunks::<BITMAP_BYTES>().0;
+        Some(Rows::Bitmap(BitmapRows {
+            levels,
+            bitmap: words.get(of_groups.clone())?,
+            codes,
+            row_pointers: self.arrays.row_pointers.get(first..first + n + 1)?,
+            prime_indices: self.arrays.prime_indices.get(of_groups)?,
+            groups,
+            scales: self.arrays.scales.get(first..first + n)?,
+        }))
     }
 
     fn decode_rows(&self, first: usize, out: &mut [f32]) {

@@ -5,6 +5,8 @@ use super::{Levels, StoredMatrix, checked_scales, weight};
 use crate::array::Array;
 use crate::error::Result;
 use crate::format::rules;
+use crate::kernels::activations::Order;
+use crate::kernels::views::{GroupedRows, Rows};
 use crate::prime_lut::PRIME_LUT;
 
 /// A matrix `[rows, cols]` of int8 levels (`q8`) or 4-bit codes into a codebook (`q4`).
@@ -112,6 +114,30 @@ impl StoredMatrix for GroupedMatrix {
 
     fn cols(&self) -> usize {
         self.cols
+    }
+
+    fn order(&self) -> Option<Order> {
+        Some(match self.levels {
+            Levels::Bytes(_) => Order::Natural,
+            Levels::Nibbles { .. } => Order::Nibbles(self.group),
+        })
+    }
+
+    fn rows_view(&self, first: usize, n: usize) -> Option<Rows<'_>> {
+        let (codes, levels) = self.levels.view()?;
+        let groups = self.cols.div_ceil(self.group);
+        let row_bytes = codes.len() / self.rows;
+        Some(Rows::Grouped(GroupedRows {
+            levels,
+            codes: codes.get(first * row_bytes..(first + n) * row_bytes)?,
+            row_bytes,
+            prime_indices: self
+                .prime_indices
+                .get(first * groups..(first + n) * groups)?,
+            groups,
+            group: self.group,
+            scales: self.scales.get(first..first + n)?,
+        }))
     }
 
     fn decode_rows(&self, first: usize, out: &mut [f32]) {

@@ -11,6 +11,8 @@ use super::{StoredMatrix, TILE_ROWS, checked_scales, weight};
 use crate::array::Array;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::rules;
+use crate::kernels::activations::Order;
+use crate::kernels::views::{Rows, TrellisStrip};
 use crate::prime_lut::PRIME_LUT;
 use crate::rotation::Rotation;
 
@@ -190,6 +192,23 @@ impl StoredMatrix for TrellisMatrix {
 
     fn cols(&self) -> usize {
         self.cols
+    }
+
+    fn order(&self) -> Option<Order> {
+        Some(Order::Natural)
+    }
+
+    fn rows_view(&self, first: usize, n: usize) -> Option<Rows<'_>> {
+        let start = first / STRIP_ROWS * self.strip_bytes;
+        Some(Rows::Trellis(TrellisStrip {
+            k: self.k,
+            cols: self.cols,
+            codes: self.parts.codes.get(start..start + self.strip_bytes)?,
+            shift_table: self.parts.shift_table.first_chunk()?,
+            level_table: &self.parts.level_table,
+            prime_indices: self.parts.prime_indices.get(first..first + n)?,
+            scales: self.parts.scales.get(first..first + n)?,
+        }))
     }
 
     fn decode_rows(&self, mut first: usize, mut out: &mut [f32]) {

@@ -1,0 +1,527 @@
+//! AVX-512 with VBMI, VBMI2 and VNNI (Ice Lake, Zen 4 and later).
+//!
+//! Weights become `level + 128` as unsigned bytes, activations are two planes of signed bytes
+//! ([`Activations`]), and one `vpdpbusd` a plane multiplies 64 pairs. Sums of four products are exact;
+//! what the 128 adds is taken off again by the offsets that come with the activations.
+
+use super::activations::{Activations, Block};
+use super::scalar;
+use super::views::{BitmapRows, GroupedRows, LevelsView, TrellisStrip};
+use crate::prime_lut::PRIME_LUT;
+use std::arch::x86_64::*;
+
+/// The first 256 primes as 16-bit numbers, a register of them in each row.
+static PRIMES: Primes = Primes({
+    let mut rows = [[0; 32]; 8];
+    let mut i = 0;
+    while i < 256 {
+        rows[i / 32][i % 32] = PRIME_LUT[i] as u16;
+        i += 1;
+    }
+    rows
+});
+
+#[repr(align(64))]
+struct Primes([[u16; 32]; 8]);
+
+/// Groups whose factors are computed at once.
+const CHUNK: usize = 32;
+
+/// A value is the proof that this machine has the instructions.
+#[derive(Debug, Clone, Copy)]
+pub struct Avx512(());
+
+impl Avx512 {
+    /// `None` where the processor or the system lacks one of AVX-512 F, BW, VL, VBMI, VBMI2, VNNI.
+    pub fn new() -> Option<Self> {
+        let has = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512vbmi")
+            && is_x86_feature_detected!("avx512vbmi2")
+            && is_x86_feature_detected!("avx512vnni")
+            && is_x86_feature_detected!("popcnt");
+        has.then_some(Self(()))
+    }
+
+    /// `out[i] = ` row `i` of `rows` times `x`, whose order is that of the codes.
+    pub(crate) fn grouped(self, rows: GroupedRows<'_>, x: &Activations, out: &mut [f32]) {
+        // SAFETY: `self` proves that the processor has the features.
+        unsafe { grouped(rows, x, out) }
+    }
+
+    /// As [`scalar::hadamard`] from span 1 on.
+    pub(crate) fn hadamard(self, x: &mut [f32]) {
+        // SAFETY: `self` proves that the processor has the features.
+        unsafe { hadamard(x) }
+    }
+
+    /// As [`Avx512::grouped`], in natural order.
+    pub(crate) fn bitmap(self, rows: BitmapRows<'_>, x: &Activations, out: &mut [f32]) {
+        // SAFETY: as above.
+        unsafe { bitmap(rows, x, out) }
+    }
+
+    /// The (up to 64) rows of a strip times `x`, in natural order.
+    pub(crate) fn trellis(self, strip: TrellisStrip<'_>, x: &Activations, out: &mut [f32]) {
+        let is_wide = strip.level_table.len() > 128;
+        // SAFETY: as above.
+        unsafe {
+            match (strip.k, is_wide) {
+                (2, false) => trellis::<2, false>(strip, x, out),
+                (2, true) => trellis::<2, true>(strip, x, out),
+                (3, false) => trellis::<3, false>(strip, x, out),
+                (3, true) => trellis::<3, true>(strip, x, out),
+                (_, false) => trellis::<4, false>(strip, x, out),
+                (_, true) => trellis::<4, true>(strip, x, out),
+            }
+        }
+    }
+}
+
+/// The unscaled Walsh-Hadamard transform, with the additions of the reference in its order.
+#[target_feature(enable = "avx512f")]
+fn hadamard(x: &mut [f32]) {
+    let (blocks, rest) = x.as_chunks_mut::<16>();
+    if blocks.is_empty() {
+        return scalar::hadamard(rest, 1);
+    }
+    for block in blocks {
+        let mut v = load_f32(block);
+        // Lanes whose bit is set are the second of their pair: they become first - second.
+        let pairs =
+            |v, other, second| _mm512_mask_sub_ps(_mm512_add_ps(v, other), second, other, v);
+        v = pairs(v, _mm512_permute_ps::<0b10_11_00_01>(v), 0xAAAA);
+        v = pairs(v, _mm512_permute_ps::<0b01_00_11_10>(v), 0xCCCC);
+        v = pairs(v, _mm512_shuffle_f32x4::<0b10_11_00_01>(v, v), 0xF0F0);
+        v = pairs(v, _mm512_shuffle_f32x4::<0b01_00_11_10>(v, v), 0xFF00);
+        *block = to_array(v);
+    }
+    scalar::hadamard(x, 16);
+}
+
+/// All 64 bytes.
+#[target_feature(enable = "avx512f")]
+fn load(bytes: &[u8; 64]) -> __m512i {
+    // SAFETY: the reference is to 64 readable bytes; the load needs no alignment.
+    unsafe { _mm512_loadu_si512(bytes.as_ptr().cast()) }
+}
+
+#[target_feature(enable = "avx512f")]
+fn load_i8(bytes: &[i8; 64]) -> __m512i {
+    load(bytemuck::cast_ref(bytes))
+}
+
+#[target_feature(enable = "avx512f")]
+fn load_i32(values: &[i32; 16]) -> __m512i {
+    load(bytemuck::cast_ref(values))
+}
+
+#[target_feature(enable = "avx512f")]
+fn load_f32(values: &[f32; 16]) -> __m512 {
+    _mm512_castsi512_ps(load(bytemuck::cast_ref(values)))
+}
+
+/// Up to 64 bytes, zeros after them.
+#[target_feature(enable = "avx512f,avx512bw")]
+fn load_some(bytes: &[u8]) -> __m512i {
+    let n = bytes.len().min(64);
+    let mask = if n == 64 { u64::MAX } else { (1 << n) - 1 };
+    // SAFETY: a masked load touches only the bytes whose bit is set, which are those of the slice.
+    unsafe { _mm512_maskz_loadu_epi8(mask, bytes.as_ptr().cast()) }
+}
+
+/// 64 bytes at `at`; fewer, with zeros after them, where the slice ends.
+#[target_feature(enable = "avx512f,avx512bw")]
+fn load_at(bytes: &[u8], at: usize) -> __m512i {
+    match bytes.get(at..).and_then(<[u8]>::first_chunk) {
+        Some(bytes) => load(bytes),
+        None => load_some(bytes.get(at..).unwrap_or_default()),
+    }
+}
+
+/// 32 bytes at `at`; fewer, with zeros after them, where the slice ends.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn load_half_at(bytes: &[u8], at: usize) -> __m256i {
+    match bytes.get(at..).and_then(<[u8]>::first_chunk::<32>) {
+        // SAFETY: the reference is to 32 readable bytes; the load needs no alignment.
+        Some(bytes) => unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) },
+        None => _mm512_castsi512_si256(load_some(bytes.get(at..).unwrap_or_default())),
+    }
+}
+
+/// Asks for the cache line `at` bytes after the start of `bytes`, which may lie past its end.
+#[target_feature(enable = "avx512f")]
+fn prefetch(bytes: &[u8], at: usize) {
+    // A prefetch reads nothing that a program could see and never faults.
+    _mm_prefetch::<_MM_HINT_T0>(bytes.as_ptr().wrapping_add(at).cast());
+}
+
+/// Levels as unsigned bytes, `level + 128`.
+#[target_feature(enable = "avx512f")]
+fn biased(levels: __m512i) -> __m512i {
+    _mm512_xor_si512(levels, _mm512_set1_epi8(-128))
+}
+
+/// A codebook of 16 biased levels in each quarter of a register.
+#[target_feature(enable = "avx512f,avx512vl")]
+fn codebook_register(codebook: &[i8; 16]) -> __m512i {
+    let quarter = u128::from_le_bytes(bytemuck::cast(*codebook));
+    let bytes: [u8; 64] = bytemuck::cast([quarter; 4]);
+    biased(load(&bytes))
+}
+
+/// Sums of four products a lane, `sum(level * x)`, for 64 levels in each of `N` rows. Exact.
+#[target_feature(enable = "avx512f,avx512vnni")]
+fn dot<const N: usize>(biased_levels: [__m512i; N], x: &Block) -> [__m512i; N] {
+    let (x_high, x_low) = (load_i8(&x.high), load_i8(&x.low));
+    let offset = load_i32(&x.offset);
+    biased_levels.map(|levels| {
+        let high = _mm512_dpbusd_epi32(_mm512_setzero_si512(), levels, x_high);
+        let low = _mm512_dpbusd_epi32(offset, levels, x_low);
+        _mm512_add_epi32(_mm512_slli_epi32::<7>(high), low)
+    })
+}
+
+/// [`dot`] of levels.
+#[target_feature(enable = "avx512f,avx512vnni")]
+fn dot_bytes<const N: usize>(levels: [__m512i; N], x: &Block) -> [__m512i; N] {
+    dot(levels.map(|levels| biased(levels)), x)
+}
+
+/// [`dot`] of 128 codes, those in the low halves with the first block and those in the high halves with
+/// the second.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn dot_nibbles<const N: usize>(
+    codes: [__m512i; N],
+    table: __m512i,
+    x: [&Block; 2],
+) -> [__m512i; N] {
+    let x_high = x.map(|x| load_i8(&x.high));
+    let x_low = x.map(|x| load_i8(&x.low));
+    let offset = _mm512_add_epi32(load_i32(&x[0].offset), load_i32(&x[1].offset));
+    let low_half = _mm512_set1_epi8(15);
+    codes.map(|codes| {
+        let first = _mm512_shuffle_epi8(table, _mm512_and_si512(codes, low_half));
+        let second = _mm512_and_si512(_mm512_srli_epi16::<4>(codes), low_half);
+        let second = _mm512_shuffle_epi8(table, second);
+        let high = _mm512_dpbusd_epi32(_mm512_setzero_si512(), first, x_high[0]);
+        let high = _mm512_dpbusd_epi32(high, second, x_high[1]);
+        let low = _mm512_dpbusd_epi32(offset, first, x_low[0]);
+        let low = _mm512_dpbusd_epi32(low, second, x_low[1]);
+        _mm512_add_epi32(_mm512_slli_epi32::<7>(high), low)
+    })
+}
+
+/// The primes of up to 32 indices, as 16-bit numbers.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn primes_of(indices: &[u8]) -> __m512i {
+    let indices = _mm512_castsi512_si256(load_some(&indices[..indices.len().min(CHUNK)]));
+    let indices = _mm512_cvtepu8_epi16(indices);
+    // Four tables of 64 entries each; bits 6 and 7 of an index say which.
+    let [a, b, c, d, e, f, g, h] = PRIMES.0.each_ref().map(|row| load(bytemuck::cast_ref(row)));
+    let quarter = |low, high| _mm512_permutex2var_epi16(low, indices, high);
+    let bit6 = _mm512_test_epi16_mask(indices, _mm512_set1_epi16(64));
+    let bit7 = _mm512_test_epi16_mask(indices, _mm512_set1_epi16(128));
+    let low = _mm512_mask_blend_epi16(bit6, quarter(a, b), quarter(c, d));
+    let high = _mm512_mask_blend_epi16(bit6, quarter(e, f), quarter(g, h));
+    _mm512_mask_blend_epi16(bit7, low, high)
+}
+
+/// What the sums of each of 32 groups are multiplied with: prime times scale of the activations.
+/// The four entries more are there for loads of four at any of them.
+type Factors = [f32; CHUNK + 4];
+
+/// Factors of up to 32 groups from number `first` on.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn factors(indices: &[u8], first: usize, group: usize, scales: &[f32], out: &mut Factors) {
+    let primes = primes_of(indices);
+    let low = _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(primes)));
+    let high = _mm512_extracti64x4_epi64::<1>(primes);
+    let high = _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(high));
+    let scale = |at: usize| match scales.get(at..).and_then(<[f32]>::first_chunk) {
+        Some(scales) => load_f32(scales),
+        None => _mm512_setzero_ps(),
+    };
+    let scales = match group {
+        64 => [scale(first), scale(first + 16)],
+        _ => {
+            // Two groups of 32 share a scale.
+            let pairs = scale(first / 2);
+            let half = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+            let other = _mm512_add_epi32(half, _mm512_set1_epi32(8));
+            [half, other].map(|index| _mm512_permutexvar_ps(index, pairs))
+        }
+    };
+    let low: [f32; 16] = bytemuck::cast(to_array(_mm512_mul_ps(low, scales[0])));
+    let high: [f32; 16] = bytemuck::cast(to_array(_mm512_mul_ps(high, scales[1])));
+    out[..16].copy_from_slice(&low);
+    out[16..32].copy_from_slice(&high);
+}
+
+#[target_feature(enable = "avx512f")]
+fn to_array(values: __m512) -> [f32; 16] {
+    let mut out = [0.0; 16];
+    // SAFETY: 16 floats are 64 bytes; the store needs no alignment.
+    unsafe { _mm512_storeu_ps(out.as_mut_ptr(), values) };
+    out
+}
+
+/// The factor of each lane, four entries from `at` on spread as `spread` says.
+#[target_feature(enable = "avx512f")]
+fn spread(factors: &Factors, at: usize, spread: __m512i) -> __m512 {
+    let four: &[f32] = &factors[at..at + 4];
+    // SAFETY: the slice has four floats; the load needs no alignment.
+    let four = unsafe { _mm_loadu_ps(four.as_ptr()) };
+    _mm512_permutexvar_ps(spread, _mm512_castps128_ps512(four))
+}
+
+/// Rows that are multiplied together, so that each part of the activations is loaded once for all.
+const TOGETHER: usize = 4;
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn grouped(rows: GroupedRows<'_>, x: &Activations, out: &mut [f32]) {
+    match rows.levels {
+        LevelsView::Bytes => grouped_levels::<false>(rows, &[0; 16], x, out),
+        LevelsView::Nibbles(codebook) => grouped_levels::<true>(rows, codebook, x, out),
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn grouped_levels<const NIBBLES: bool>(
+    rows: GroupedRows<'_>,
+    codebook: &[i8; 16],
+    x: &Activations,
+    out: &mut [f32],
+) {
+    let table = codebook_register(codebook);
+    let (together, rest) = out.as_chunks_mut::<TOGETHER>();
+    let done = together.len() * TOGETHER;
+    for (i, out) in together.iter_mut().enumerate() {
+        grouped_rows::<NIBBLES, TOGETHER>(&rows, i * TOGETHER, table, x, out);
+    }
+    for (i, out) in rest.iter_mut().enumerate() {
+        grouped_rows::<NIBBLES, 1>(&rows, done + i, table, x, std::array::from_mut(out));
+    }
+}
+
+/// `N` rows from `first` on.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn grouped_rows<const NIBBLES: bool, const N: usize>(
+    rows: &GroupedRows<'_>,
+    first: usize,
+    table: __m512i,
+    x: &Activations,
+    out: &mut [f32; N],
+) {
+    let &GroupedRows {
+        row_bytes,
+        groups,
+        group,
+        ..
+    } = rows;
+    let codes: [&[u8]; N] =
+        std::array::from_fn(|i| &rows.codes[(first + i) * row_bytes..][..row_bytes]);
+    let primes: [&[u8]; N] =
+        std::array::from_fn(|i| &rows.prime_indices[(first + i) * groups..][..groups]);
+    let columns = if NIBBLES { 128 } else { 64 };
+    let per_register = columns / group;
+    // The group of each lane, counted from the first of its register.
+    let lanes: [i32; 16] = std::array::from_fn(|lane| (lane * per_register / 16) as i32);
+    let lanes = load_i32(&lanes);
+    let registers = codes.map(|codes| codes.as_chunks::<64>());
+    let full = row_bytes / 64;
+    // Said once, so that the loop need not ask again.
+    assert!(registers.iter().all(|(whole, _)| whole.len() == full));
+    let mut values = [[0.0; CHUNK + 4]; N];
+    let mut sums = [_mm512_setzero_ps(); N];
+    let mut register = 0;
+    for chunk in (0..groups).step_by(CHUNK) {
+        let end = groups.min(chunk + CHUNK);
+        for (primes, values) in primes.iter().zip(&mut values) {
+            factors(&primes[chunk..end], chunk, group, &x.scales, values);
+        }
+        for at in (0..end - chunk).step_by(per_register) {
+            let bytes: [__m512i; N] = match register < full {
+                true => std::array::from_fn(|i| load(&registers[i].0[register])),
+                false => std::array::from_fn(|i| load_some(registers[i].1)),
+            };
+            let products = if NIBBLES {
+                let x = [&x.blocks[2 * register], &x.blocks[2 * register + 1]];
+                dot_nibbles(bytes, table, x)
+            } else {
+                dot_bytes(bytes, &x.blocks[register])
+            };
+            for i in 0..N {
+                prefetch(codes[i], 64 * register + N * row_bytes);
+                let factor = spread(&values[i], at, lanes);
+                sums[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products[i]), factor, sums[i]);
+            }
+            register += 1;
+        }
+    }
+    for i in 0..N {
+        out[i] = rows.scales[first + i] * _mm512_reduce_add_ps(sums[i]);
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi2,avx512vnni,popcnt")]
+fn bitmap(rows: BitmapRows<'_>, x: &Activations, out: &mut [f32]) {
+    match rows.levels {
+        LevelsView::Bytes => bitmap_levels::<false>(rows, &[0; 16], x, out),
+        LevelsView::Nibbles(codebook) => bitmap_levels::<true>(rows, codebook, x, out),
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi2,avx512vnni,popcnt")]
+fn bitmap_levels<const NIBBLES: bool>(
+    rows: BitmapRows<'_>,
+    codebook: &[i8; 16],
+    x: &Activations,
+    out: &mut [f32],
+) {
+    let table = codebook_register(codebook);
+    let words = rows.bitmap.chunks_exact(rows.groups);
+    let primes = rows.prime_indices.chunks_exact(rows.groups);
+    let places = rows.row_pointers.iter().zip(rows.scales);
+    for (((words, primes), (start, scale)), out) in words.zip(primes).zip(places).zip(out) {
+        // To the end of the matrix, not of the row: whole loads, of which the bits take what is theirs.
+        let codes = &rows.codes[*start as usize..];
+        *out = scale * bitmap_row::<NIBBLES>(words, codes, primes, table, x);
+    }
+}
+
+/// A row without its scale.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi2,avx512vnni,popcnt")]
+fn bitmap_row<const NIBBLES: bool>(
+    words: &[[u8; 8]],
+    codes: &[u8],
+    primes: &[u8],
+    table: __m512i,
+    x: &Activations,
+) -> f32 {
+    let low_halves = _mm512_set1_epi8(15);
+    // Level 0, biased: what is not stored adds nothing.
+    let zero = _mm512_set1_epi8(-128);
+    let mut values = [0.0; CHUNK + 4];
+    let mut sum = _mm512_setzero_ps();
+    let mut at = 0;
+    let groups = words.chunks(CHUNK).zip(primes.chunks(CHUNK)).enumerate();
+    for (chunk, (words, primes)) in groups {
+        factors(primes, chunk * CHUNK, 64, &x.scales, &mut values);
+        let blocks = &x.blocks[chunk * CHUNK..];
+        for ((word, block), factor) in words.iter().zip(blocks).zip(&values) {
+            let kept = u64::from_le_bytes(*word);
+            // What lies after the codes of this group is not expanded.
+            let levels = if NIBBLES {
+                // 0x00HL -> 0x0H0L: two codes in their order.
+                let wide = _mm512_cvtepu8_epi16(load_half_at(codes, at));
+                let pairs = _mm512_or_si512(wide, _mm512_slli_epi16::<4>(wide));
+                _mm512_shuffle_epi8(table, _mm512_and_si512(pairs, low_halves))
+            } else {
+                biased(load_at(codes, at))
+            };
+            let n = kept.count_ones() as usize;
+            at += if NIBBLES { n.div_ceil(2) } else { n };
+            let levels = _mm512_mask_expand_epi8(zero, kept, levels);
+            let [products] = dot([levels], block);
+            sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), _mm512_set1_ps(*factor), sum);
+        }
+    }
+    _mm512_reduce_add_ps(sum)
+}
+
+/// The registers that turn the bits of 64 weights into their levels.
+struct Decoder {
+    /// Byte `b` of word `i` comes from byte `k * i + b`: the bits of eight weights.
+    spread: __m512i,
+    /// Bit `k * j` of its word for byte `j`: the low bits of the state.
+    low: __m512i,
+    /// Six bits on: the high bits.
+    high: __m512i,
+    shifts: __m512i,
+    /// Biased.
+    levels: [__m512i; 4],
+}
+
+impl Decoder {
+    #[target_feature(enable = "avx512f,avx512bw")]
+    fn new(k: usize, shift_table: &[u8; 64], level_table: &[i8]) -> Self {
+        let bytes = |f: fn(usize, usize, usize) -> usize| -> [u8; 64] {
+            std::array::from_fn(|i| f(k, i / 8, i % 8) as u8)
+        };
+        let table: &[u8] = bytemuck::cast_slice(level_table);
+        Self {
+            spread: load(&bytes(|k, word, byte| k * word + byte)),
+            low: load(&bytes(|k, _, byte| k * byte)),
+            high: load(&bytes(|k, _, byte| k * byte + 6)),
+            shifts: load(shift_table),
+            levels: std::array::from_fn(|i| biased(load_at(table, 64 * i))),
+        }
+    }
+
+    /// The biased levels of 64 weights whose bits start with those of `bytes`. With more than 128
+    /// levels `WIDE` has to be true.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
+    fn levels<const WIDE: bool>(&self, bytes: __m512i) -> __m512i {
+        let words = _mm512_permutexvar_epi8(self.spread, bytes);
+        let low = _mm512_multishift_epi64_epi8(self.low, words);
+        let high = _mm512_multishift_epi64_epi8(self.high, words);
+        // The look-ups take the low 6 and 7 bits of each byte and ignore the rest.
+        let shift = _mm512_permutexvar_epi8(low, self.shifts);
+        let [a, b, c, d] = self.levels;
+        if !WIDE {
+            return _mm512_permutex2var_epi8(a, _mm512_add_epi8(shift, high), b);
+        }
+        let high = _mm512_and_si512(high, _mm512_set1_epi8(127));
+        let index = _mm512_add_epi8(shift, high);
+        let upper = _mm512_movepi8_mask(index);
+        let low = _mm512_permutex2var_epi8(a, index, b);
+        _mm512_mask_blend_epi8(upper, low, _mm512_permutex2var_epi8(c, index, d))
+    }
+}
+
+/// Columns of a tile, and tiles to a group of activations.
+const TILE: usize = 4;
+const TILES: usize = 16;
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni")]
+fn trellis<const K: usize, const WIDE: bool>(
+    strip: TrellisStrip<'_>,
+    x: &Activations,
+    out: &mut [f32],
+) {
+    let decoder = Decoder::new(K, strip.shift_table, strip.level_table);
+    let tiles = strip.cols.div_ceil(TILE);
+    let mut sums = [_mm512_setzero_ps(); 4];
+    let groups = x.blocks.iter().zip(&x.offsets).zip(&x.scales);
+    for (group, ((block, offset), scale)) in groups.enumerate() {
+        let first = group * TILES;
+        let (mut high, mut low) = ([_mm512_setzero_si512(); 4], [_mm512_setzero_si512(); 4]);
+        let x_high: &[i32; 16] = bytemuck::cast_ref(&block.high);
+        let x_low: &[i32; 16] = bytemuck::cast_ref(&block.low);
+        for tile in 0..TILES.min(tiles.saturating_sub(first)) {
+            let x_high = _mm512_set1_epi32(x_high[tile]);
+            let x_low = _mm512_set1_epi32(x_low[tile]);
+            let at = (first + tile) * 32 * K;
+            for quarter in 0..4 {
+                let bytes = load_at(strip.codes, at + quarter * 8 * K);
+                let levels = decoder.levels::<WIDE>(bytes);
+                high[quarter] = _mm512_dpbusd_epi32(high[quarter], levels, x_high);
+                low[quarter] = _mm512_dpbusd_epi32(low[quarter], levels, x_low);
+            }
+        }
+        let offset = _mm512_set1_epi32(*offset);
+        let scale = _mm512_set1_ps(*scale);
+        for quarter in 0..4 {
+            let high = _mm512_slli_epi32::<7>(high[quarter]);
+            let products = _mm512_add_epi32(high, _mm512_add_epi32(low[quarter], offset));
+            sums[quarter] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), scale, sums[quarter]);
+        }
+    }
+    let rows = sums.iter().flat_map(|&sum| to_array(sum));
+    let factors = strip.scales.iter().zip(strip.prime_indices);
+    for ((out, sum), (scale, prime)) in out.iter_mut().zip(rows).zip(factors) {
+        *out = scale * (PRIME_LUT[usize::from(*prime)] as f32 * sum);
+    }
+}

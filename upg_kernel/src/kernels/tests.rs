@@ -1,0 +1,257 @@
+//! Every kernel of this machine against sums in f64 over the weights that the reference decodes.
+
+use super::activations::{Activations, Order};
+use super::*;
+use crate::array::Array;
+use crate::matrix::{
+    BitmapArrays, BitmapMatrix, GroupedMatrix, Levels, StoredMatrix, TILE_ROWS, TrellisMatrix,
+    TrellisParts, trellis::strip_bytes,
+};
+use crate::rotation::Rotation;
+
+/// Relative to the sum of the magnitudes of all products. Sums of four products are exact, those of up
+/// to 64 groups are added in f32; measured: 3e-7.
+const TOLERANCE: f64 = 2e-6;
+
+/// Around the edges of registers (64 and 128 columns), of groups, and of chunks of 32 groups.
+const COLS: [usize; 14] = [
+    1, 5, 31, 32, 33, 63, 64, 65, 127, 129, 576, 1023, 2048, 2115,
+];
+
+/// Around the edges of strips.
+const ROWS: [usize; 4] = [1, 3, 64, 67];
+
+/// A plain sequence of pseudo-random bytes (a linear congruential generator).
+fn noise(len: usize, seed: u64) -> Vec<u8> {
+    let mut x = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    let mut next = || {
+        x = x
+            .wrapping_mul(6364136223846793005)
+            .wrapping_add(1442695040888963407);
+        (x >> 56) as u8
+    };
+    (0..len).map(|_| next()).collect()
+}
+
+fn signed(bytes: Vec<u8>) -> Array<i8> {
+    let values: Vec<i8> = bytes.into_iter().map(|b| b as i8).collect();
+    values.into()
+}
+
+/// Scales of any size; row 0 is all zeros.
+fn scales(rows: usize) -> Array<f32> {
+    let scale = |r: usize| {
+        if r == 0 {
+            0.0
+        } else {
+            2f32.powi(r as i32 * 7 % 90 - 60)
+        }
+    };
+    (0..rows).map(scale).collect::<Vec<_>>().into()
+}
+
+fn grouped(rows: usize, cols: usize, group: usize, nibbles: bool) -> GroupedMatrix {
+    let groups = cols.div_ceil(group);
+    let levels = match nibbles {
+        false => Levels::Bytes(signed(noise(rows * groups * group, 1))),
+        true => Levels::Nibbles {
+            codes: noise(rows * groups * group / 2, 2).into(),
+            codebook: signed(noise(16, 3)),
+        },
+    };
+    let primes = noise(rows * groups, 4).into();
+    GroupedMatrix::new(rows, cols, group, levels, primes, scales(rows)).unwrap()
+}
+
+/// Bits of every density: empty groups, full ones, and all between.
+fn bitmap(rows: usize, cols: usize, nibbles: bool) -> BitmapMatrix {
+    let groups = cols.div_ceil(64);
+    let (mut bits, mut pointers, mut stored) = (Vec::new(), vec![0u32], 0);
+    let random = noise(rows * groups * 16, 5);
+    for row in 0..rows {
+        for group in 0..groups {
+            let at = (row * groups + group) * 16;
+            let word = |at: usize| u64::from_le_bytes(random[at..at + 8].try_into().unwrap());
+            let dense = match (row + group) % 4 {
+                0 => 0,
+                1 => u64::MAX,
+                2 => word(at),
+                _ => word(at) & word(at + 8),
+            };
+            let columns = (cols - group * 64).min(64);
+            let dense = if columns < 64 {
+                dense & ((1 << columns) - 1)
+            } else {
+                dense
+            };
+            bits.extend(dense.to_le_bytes());
+            let n = dense.count_ones() as usize;
+            stored += if nibbles { n.div_ceil(2) } else { n };
+        }
+        pointers.push(stored as u32);
+    }
+    let levels = match nibbles {
+        false => Levels::Bytes(signed(noise(stored, 6))),
+        true => Levels::Nibbles {
+            codes: noise(stored, 7).into(),
+            codebook: signed(noise(16, 8)),
+        },
+    };
+    let arrays = BitmapArrays {
+        bitmap: bits.into(),
+        levels,
+        row_pointers: pointers.into(),
+        prime_indices: noise(rows * groups, 9).into(),
+        scales: scales(rows),
+    };
+    BitmapMatrix::new(rows, cols, arrays).unwrap()
+}
+
+fn trellis(rows: usize, cols: usize, k: u8, levels: usize) -> TrellisMatrix {
+    let codes = rows.div_ceil(64) * strip_bytes(cols, k).unwrap();
+    let parts = TrellisParts {
+        codes: noise(codes, 10).into(),
+        shift_table: noise(64, 11).into(),
+        level_table: signed(noise(levels, 12)),
+        prime_indices: noise(rows, 13).into(),
+        scales: scales(rows),
+        rotation: Rotation::new(cols, 1, vec![0; cols.div_ceil(8)].into()).unwrap(),
+    };
+    TrellisMatrix::new(rows, cols, k, parts).unwrap()
+}
+
+/// Activations with groups of every size, and one of zeros.
+fn activations(cols: usize) -> Vec<f32> {
+    let random = noise(cols, 14);
+    let value = |(i, &byte): (usize, &u8)| {
+        let size = match i / 64 % 3 {
+            0 => 1.0,
+            1 => 1e-6,
+            _ => 3e4,
+        };
+        if i / 64 == 4 {
+            0.0
+        } else {
+            size * (f32::from(byte) - 127.3)
+        }
+    };
+    random.iter().enumerate().map(value).collect()
+}
+
+/// What the quantized activations stand for, in natural order.
+fn dequantized(x: &Activations, order: Order, cols: usize) -> Vec<f64> {
+    let mut values = vec![0.0; x.blocks.len() * 64];
+    for (b, block) in x.blocks.iter().enumerate() {
+        for i in 0..64 {
+            let value = 128 * i32::from(block.high[i]) + i32::from(block.low[i]);
+            let column = order.column(b * 64 + i);
+            let scale = x.scales.get(column / 64).copied().unwrap_or(0.0);
+            values[column] = f64::from(value) * f64::from(scale);
+        }
+    }
+    values.truncate(cols);
+    values
+}
+
+fn check(kernels: Kernels, matrix: &dyn StoredMatrix, what: &str) {
+    let (rows, cols) = (matrix.rows(), matrix.cols());
+    let order = matrix.order().unwrap();
+    let x = Activations::new(&activations(cols), order);
+    let exact = dequantized(&x, order, cols);
+    let mut weights = vec![0.0; rows * cols];
+    matrix.decode_rows(0, &mut weights);
+    for first in (0..rows).step_by(TILE_ROWS) {
+        let n = TILE_ROWS.min(rows - first);
+        let mut out = vec![f32::NAN; n];
+        let view = matrix.rows_view(first, n).unwrap();
+        kernels.multiply(view, &x, &mut out);
+        for (i, &found) in out.iter().enumerate() {
+            let row = &weights[(first + i) * cols..(first + i + 1) * cols];
+            let products = || row.iter().zip(&exact).map(|(&w, x)| f64::from(w) * x);
+            let (expected, size) = (
+                products().sum::<f64>(),
+                products().map(f64::abs).sum::<f64>(),
+            );
+            let error = (f64::from(found) - expected).abs();
+            assert!(
+                error <= TOLERANCE * size,
+                "{} {what} [{rows}, {cols}] row {}: {found} instead of {expected}",
+                kernels.name(),
+                first + i
+            );
+        }
+    }
+}
+
+fn integer_kernels() -> Vec<Kernels> {
+    let all = Kernels::available().into_iter();
+    all.filter(|k| k.is_integer()).collect()
+}
+
+#[test]
+fn every_kernel_multiplies_every_encoding_as_the_reference_does() {
+    for kernels in integer_kernels() {
+        for cols in COLS {
+            for rows in ROWS {
+                for (group, nibbles) in [(32, false), (64, false), (32, true), (64, true)] {
+                    let name = format!("{} group {group}", if nibbles { "q4" } else { "q8" });
+                    check(kernels, &grouped(rows, cols, group, nibbles), &name);
+                }
+                check(kernels, &bitmap(rows, cols, false), "s8");
+                check(kernels, &bitmap(rows, cols, true), "s4");
+                for (k, levels) in [(2, 128), (2, 256), (3, 128), (3, 256), (4, 128), (4, 256)] {
+                    let name = format!("t{k} of {levels}");
+                    check(kernels, &trellis(rows, cols, k, levels), &name);
+                }
+            }
+        }
+    }
+}
+
+/// The largest levels and activations in every column: nothing wraps around.
+#[test]
+fn extreme_values_are_exact() {
+    let cols = 128;
+    for kernels in integer_kernels() {
+        for (level, activation) in [(-128, 1.0), (-128, -1.0), (127, 1.0), (127, -1.0)] {
+            let levels = Levels::Bytes(vec![level; cols].into());
+            let m = GroupedMatrix::new(1, cols, 64, levels, vec![0; 2].into(), vec![0.5].into());
+            let m = m.unwrap();
+            let x = Activations::new(&vec![activation; cols], Order::Natural);
+            let mut out = [0.0];
+            kernels.multiply(m.rows_view(0, 1).unwrap(), &x, &mut out);
+            let expected = f32::from(level) * activation * cols as f32;
+            assert!(
+                (out[0] - expected).abs() <= 1e-6 * expected.abs(),
+                "{out:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn every_kernel_transforms_as_the_reference_to_the_bit() {
+    for kernels in Kernels::available() {
+        for len in [1, 2, 4, 8, 16, 32, 64, 512, 4096] {
+            let mut x: Vec<f32> = (0..len).map(|i| (i as f32 * 0.7).sin() * 1e3).collect();
+            let mut expected = x.clone();
+            scalar::hadamard(&mut expected, 1);
+            kernels.hadamard(&mut x);
+            let bits = |v: &[f32]| v.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+            assert_eq!(bits(&x), bits(&expected), "{} {len}", kernels.name());
+        }
+    }
+}
+
+#[test]
+fn names_choose_kernels() {
+    for kernels in Kernels::available() {
+        assert_eq!(
+            Kernels::by_name(kernels.name()).unwrap().name(),
+            kernels.name()
+        );
+    }
+    let e = Kernels::by_name("mmx").unwrap_err();
+    assert_eq!(e.kind(), ErrorKind::Unsupported);
+    assert!(e.to_string().contains("scalar"), "{e}");
+}

@@ -69,7 +69,7 @@ Examples:
 pub struct CompressArgs {
     /// Hugging Face directory (config.json, *.safetensors) or GGUF file
     pub source: PathBuf,
-    /// File to write; it appears whole or not at all
+    /// File to write; it appears whole or not at all, in the place of an older one
     #[arg(short, long, value_name = "FILE")]
     pub output: PathBuf,
     /// For the matrices of the transformer blocks

@@ -258,8 +258,16 @@ fn a_real_model_answers_is_measured_and_goes_back_to_its_directory() {
         serde_json::from_slice(&fs::read(exported.join("config.json")).unwrap()).unwrap();
     // The source has no plain type, so nothing but F32 is without loss.
     assert_eq!(config["torch_dtype"], "float32");
-    // Its own export it may replace.
-    succeed(["decompress", model, "-o", exported.to_str().unwrap()]);
+    // Its own export it may replace, and nothing of that stays that would be taken for the new one's.
+    let tiny = compress_tiny(folder.path(), "tiny", "q8", &[]);
+    let out = folder.path().join("replaced");
+    for file in [model, tiny.to_str().unwrap()] {
+        succeed(["decompress", file, "-o", out.to_str().unwrap()]);
+    }
+    assert_eq!(
+        names(&out),
+        ["config.json", "generation_config.json", "model.safetensors"]
+    );
     // A directory again: what was decompressed exactly gives the same text.
     let again = folder.path().join("again");
     let again = again.to_str().unwrap();
@@ -364,6 +372,8 @@ const BAD: &[(&[&str], i32, &[&str])] = &[
     (&["run", "{smollm2}", "-p", "x", "--threads", "1000000"], 2, &["1024"]),
     (&["compress", "{}/phi3", "-o", "{}/out", "--encoding", "t3", "--embedding", "t3", "--group", "64"], 2, &["leave it out"]),
     (&["decompress", "{}/model", "-o", "{}/phi3"], 2, &["another model", "--force"]),
+    (&["decompress", "{}/model", "-o", "{}/no-weights"], 2, &["config.json", "--force"]),
+    (&["decompress", "{}/huge", "-o", "{}/none", "--dtype", "f16"], 1, &["F16", "bf16"]),
     (&["compress", "{}/infinite", "-o", "{}/out", "--encoding", "keep"], 1, &["inf", "row"]),
     (&["verify", "{}/damaged"], 1, &["damaged", "checksum", "rule 15"]),
     (&["verify", "{}/damaged-header"], 1, &["damaged-header", "rule"]),
@@ -414,6 +424,23 @@ fn bad_inputs(folder: &Path) {
     fs::write(at("damaged-header"), flipped(title)).unwrap();
     fs::create_dir(at("upg-dir")).unwrap();
     fs::copy(at("model"), at("upg-dir/model.safetensors")).unwrap();
+
+    copy("large");
+    let weights = at("large/model.safetensors");
+    let mut bytes = fs::read(&weights).unwrap();
+    // 2^17 in each of the last weights, which are the final norm or a matrix, whichever comes last.
+    let start = bytes.len() - 96 * 320 * 2;
+    for weight in bytes[start..].as_chunks_mut::<2>().0 {
+        *weight = 0x4800u16.to_le_bytes();
+    }
+    fs::write(weights, bytes).unwrap();
+    let (source, out) = (at("large"), at("huge"));
+    succeed([
+        "compress",
+        source.to_str().unwrap(),
+        "-o",
+        out.to_str().unwrap(),
+    ]);
 
     copy("infinite");
     let weights = at("infinite/model.safetensors");

@@ -5,16 +5,32 @@ use crate::progress::Progress;
 use crate::source::FloatType;
 use bytemuck::Pod;
 use half::{bf16, f16};
+use rayon::prelude::*;
 use safetensors::tensor::{Metadata, TensorInfo};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Map, Value};
 use std::collections::HashMap;
+use std::ffi::OsStr;
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use upg_kernel::{Error, ErrorKind, MappedFile, Result, UPGDecompressor, WeightFloat, WholeFile};
 
 /// Marks the weights that this program wrote, in their safetensors metadata.
 const MADE_BY: (&str, &str) = ("made_by", "upg decompress");
+
+const WEIGHTS: &str = "model.safetensors";
+
+/// What a directory can have of ours.
+const FILES: [&str; 8] = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "tokenizer.json",
+    "model.safetensors.index.json",
+    WEIGHTS,
+];
 
 /// Writes `model` into the folder `out` (made if need be): `config.json`, tokenizer files and
 /// `model.safetensors`, with compressed matrices as `dtype` and all others as they are.
@@ -24,8 +40,9 @@ const MADE_BY: (&str, &str) = ("made_by", "upg decompress");
 /// as the source had it. Every file appears whole or not at all, and none before all are written.
 /// Memory: the largest matrix as `dtype`.
 ///
-/// Errors: `Io`; `Argument` if `out` has weights that [`export`] did not write, unless `replace` is set,
-/// or if the file that is read would be overwritten; `Interrupted`; and those of
+/// Errors: `Io`; `Argument` if `out` has a model that [`export`] did not write, unless `replace` is set,
+/// or if the file that is read would be overwritten; `Invalid` if a weight is too large for F16;
+/// `Interrupted`; and those of
 /// [`UPGDecompressor::decompress_layer`].
 pub fn export(
     model: &UPGDecompressor,
@@ -36,7 +53,7 @@ pub fn export(
 ) -> Result<()> {
     let out = out.as_ref();
     if !replace {
-        refuse_foreign_weights(out)?;
+        refuse_foreign_model(out, model.file().path())?;
     }
     let is_new = !out.exists();
     std::fs::create_dir_all(out).map_err(|e| Error::io("cannot make the folder", out, e))?;
@@ -45,29 +62,47 @@ pub fn export(
         // If something else came into it, it stays.
         let _ = std::fs::remove_dir(out);
     }
-    files?.into_iter().try_for_each(WholeFile::commit)
+    let files = files?;
+    let written: Vec<PathBuf> = files.iter().map(|f| f.path().to_path_buf()).collect();
+    files.into_iter().try_for_each(WholeFile::commit)?;
+    // A chat template or tokenizer of the model that was here before would be taken for this one's.
+    let stale = FILES.iter().map(|name| out.join(name));
+    for path in stale.filter(|path| !written.contains(path) && path.exists()) {
+        std::fs::remove_file(&path).map_err(|e| Error::io("cannot remove", &path, e))?;
+    }
+    Ok(())
 }
 
 /// Errors (`Argument`): the folder holds a model that may be somebody's only one.
-fn refuse_foreign_weights(out: &Path) -> Result<()> {
-    let weights = out.join("model.safetensors");
+fn refuse_foreign_model(out: &Path, read: &Path) -> Result<()> {
+    let weights = out.join(WEIGHTS);
     let is_ours = || {
         let map = MappedFile::open(&weights).ok()?;
         let (_, header) = SafeTensors::read_metadata(&map).ok()?;
         let (key, value) = MADE_BY;
         Some(header.metadata().as_ref()?.get(key)? == value)
     };
-    let index = out.join("model.safetensors.index.json");
-    let foreign = match (index.exists(), weights.exists()) {
-        (true, _) => index,
-        (false, true) if is_ours() != Some(true) => weights,
-        _ => return Ok(()),
+    let ours = is_ours() == Some(true);
+    let entries = std::fs::read_dir(out).into_iter().flatten().flatten();
+    let read = read.canonicalize().ok();
+    let is_foreign = |path: &PathBuf| {
+        if *path != weights && read.is_some() && path.canonicalize().ok() == read {
+            return false;
+        }
+        let extension = path.extension().and_then(OsStr::to_str).unwrap_or_default();
+        let is_weights = ["safetensors", "bin", "pt", "pth", "gguf"].contains(&extension);
+        let is_index = path.ends_with("model.safetensors.index.json");
+        let is_config = path.ends_with("config.json");
+        (is_weights || is_index || is_config) && !(ours && (*path == weights || is_config))
     };
-    Err(
-        Error::new(ErrorKind::Argument, "another model is in this folder")
-            .at(foreign)
-            .hint("choose another folder, or replace it with --force"),
-    )
+    match entries.map(|entry| entry.path()).filter(is_foreign).min() {
+        None => Ok(()),
+        Some(foreign) => Err(
+            Error::new(ErrorKind::Argument, "another model is in this folder")
+                .at(foreign)
+                .hint("choose another folder, or replace it with --force"),
+        ),
+    }
 }
 
 /// Every file of the directory, written but not yet in its place; the weights last.
@@ -108,7 +143,7 @@ fn write_all(
             .map_err(|e| Error::io("cannot write", file.path(), e))?;
         files.push(file);
     }
-    let mut weights = create("model.safetensors")?;
+    let mut weights = create(WEIGHTS)?;
     write_weights(model, &mut weights, dtype, progress)?;
     files.push(weights);
     files.iter_mut().try_for_each(WholeFile::sync)?;
@@ -181,6 +216,12 @@ fn write_layer<T: WeightFloat + Pod>(
     })?;
     weights.resize(len, T::zeroed());
     model.decompress_layer_into(id, &mut weights)?;
+    if weights.par_iter().any(|w| !w.to_f64().is_finite()) {
+        let message = format!("a weight does not fit into {:?}", T::DTYPE);
+        return Err(Error::new(ErrorKind::Invalid, message)
+            .tensor(&layer.name)
+            .hint("write it as bf16 or f32"));
+    }
     out.write_all(bytemuck::cast_slice(&weights))
         .map_err(|e| Error::io("cannot write", out.path(), e))
 }

@@ -1,15 +1,18 @@
 //! The arithmetic kernels: plain loops, a blocked matrix product for many vectors at once, and products
 //! with one vector that multiply packed weights as integers.
 
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 pub(crate) mod activations;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 pub mod gemm;
 pub mod scalar;
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 pub(crate) mod views;
 
 use crate::error::{Error, ErrorKind, Result};
 use activations::Activations;
+use std::env::VarError;
 use std::sync::LazyLock;
 use views::Rows;
 
@@ -65,7 +68,8 @@ impl Kernels {
     pub fn active() -> Result<Self> {
         static ACTIVE: LazyLock<std::result::Result<Kernels, String>> =
             LazyLock::new(|| match std::env::var(VARIABLE) {
-                Err(_) => Ok(Kernels::best()),
+                Err(VarError::NotPresent) => Ok(Kernels::best()),
+                Err(e) => Err(e.to_string()),
                 Ok(name) => Kernels::by_name(&name).map_err(|e| e.to_string()),
             });
         ACTIVE
@@ -101,7 +105,7 @@ impl Kernels {
     /// Panics if there are other kernels than [`Kernels::is_integer`] allows.
     pub(crate) fn multiply(self, rows: Rows<'_>, x: &Activations, out: &mut [f32]) {
         match self.0 {
-            Set::Scalar => unreachable!("scalar products decode"),
+            Set::Scalar => unreachable!("scalar products decode {rows:?} {x:?} {out:?}"),
             #[cfg(target_arch = "x86_64")]
             Set::Avx512(kernels) => match rows {
                 Rows::Grouped(rows) => kernels.grouped(rows, x, out),

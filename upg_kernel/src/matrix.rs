@@ -225,8 +225,8 @@ impl Matrix {
     /// With few vectors, and kernels for it ([`Kernels::active`]), packed weights are multiplied as they
     /// are with activations rounded to 15 bits; else rows are decoded 64 at a time, once for all `n`
     /// vectors. `docs/numerics.md` says what each way adds to the error. Tiles of 64 rows in parallel;
-    /// the result does not depend on the number of threads. Scratch: 3 bytes per column and vector or 256
-    /// bytes per column and thread, and for `n > 1` a second copy of the output.
+    /// the result does not depend on the number of threads. Scratch: 5 bytes per column and vector or 256
+    /// bytes per column and thread, 4 more per column and vector where the input is rotated, and for `n > 1` a second copy of the output.
     ///
     /// Errors: `Argument` if `x` or `out` has another length; those of [`Kernels::active`].
     pub fn spmm_into(&self, x: &[f32], n: usize, out: &mut [f32]) -> Result<()> {

@@ -93,11 +93,15 @@ impl WholeFile {
             ..
         } = self;
         let finish = || -> io::Result<()> {
+            // Opened first: once the file has its name, nothing of this may fail for lack of rights.
+            let folder = File::open(folder_of(&target)).ok().filter(|_| cfg!(unix));
             temporary.persist(&target).map_err(|e| e.error)?;
-            // The name is on disk only when its folder is.
-            #[cfg(unix)]
-            File::open(folder_of(&target))?.sync_all()?;
-            Ok(())
+            // The name is on disk only when its folder is; some file systems know no such thing.
+            match folder.map_or(Ok(()), |folder| folder.sync_all()) {
+                Err(e) if e.kind() == io::ErrorKind::InvalidInput => Ok(()),
+                Err(e) if e.kind() == io::ErrorKind::Unsupported => Ok(()),
+                synced => synced,
+            }
         };
         finish().map_err(|e| Error::io("cannot write", &path, e))
     }

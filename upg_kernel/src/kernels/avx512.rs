@@ -1,7 +1,7 @@
 //! AVX-512 with VBMI, VBMI2 and VNNI (Ice Lake, Zen 4 and later).
 //!
 //! Weights become `level + 128` as unsigned bytes, activations are two planes of signed bytes
-//! ([`Activations`]), and one `vpdpbusd` a plane multiplies 64 pairs. Sums of four products are exact;
+//! ([`Activations`]), and one `vpdpbusd` a plane multiplies 64 pairs. Sums of four or eight products are exact;
 //! what the 128 adds is taken off again by the offsets that come with the activations.
 
 use super::activations::{Activations, Block};
@@ -118,6 +118,11 @@ fn load_i32(values: &[i32; 16]) -> __m512i {
 }
 
 #[target_feature(enable = "avx512f")]
+fn load_u16(values: &[u16; 32]) -> __m512i {
+    load(bytemuck::cast_ref(values))
+}
+
+#[target_feature(enable = "avx512f")]
 fn load_f32(values: &[f32; 16]) -> __m512 {
     _mm512_castsi512_ps(load(bytemuck::cast_ref(values)))
 }
@@ -176,41 +181,50 @@ fn codebook_register(codebook: &[i8; 16]) -> __m512i {
 fn dot<const N: usize>(biased_levels: [__m512i; N], x: &Block) -> [__m512i; N] {
     let (x_high, x_low) = (load_i8(&x.high), load_i8(&x.low));
     let offset = load_i32(&x.offset);
-    biased_levels.map(|levels| {
-        let high = _mm512_dpbusd_epi32(_mm512_setzero_si512(), levels, x_high);
-        let low = _mm512_dpbusd_epi32(offset, levels, x_low);
-        _mm512_add_epi32(_mm512_slli_epi32::<7>(high), low)
-    })
+    let mut products = [offset; N];
+    // Loops, here and below: the compiler does not always put the body of a closure that it hands to
+    // `map` or `from_fn` in its place, because those are compiled for any processor.
+    for i in 0..N {
+        let high = _mm512_dpbusd_epi32(_mm512_setzero_si512(), biased_levels[i], x_high);
+        let low = _mm512_dpbusd_epi32(offset, biased_levels[i], x_low);
+        products[i] = _mm512_add_epi32(_mm512_slli_epi32::<7>(high), low);
+    }
+    products
 }
 
 /// [`dot`] of levels.
 #[target_feature(enable = "avx512f,avx512vnni")]
-fn dot_bytes<const N: usize>(levels: [__m512i; N], x: &Block) -> [__m512i; N] {
-    dot(levels.map(|levels| biased(levels)), x)
+fn dot_bytes<const N: usize>(mut levels: [__m512i; N], x: &Block) -> [__m512i; N] {
+    for levels in &mut levels {
+        *levels = biased(*levels);
+    }
+    dot(levels, x)
 }
 
 /// [`dot`] of 128 codes, those in the low halves with the first block and those in the high halves with
-/// the second.
+/// the second. Eight products a lane: at most 8 * 128 * 16,256, which is below 2^24.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 fn dot_nibbles<const N: usize>(
     codes: [__m512i; N],
     table: __m512i,
     x: [&Block; 2],
 ) -> [__m512i; N] {
-    let x_high = x.map(|x| load_i8(&x.high));
-    let x_low = x.map(|x| load_i8(&x.low));
+    let x_high = [load_i8(&x[0].high), load_i8(&x[1].high)];
+    let x_low = [load_i8(&x[0].low), load_i8(&x[1].low)];
     let offset = _mm512_add_epi32(load_i32(&x[0].offset), load_i32(&x[1].offset));
     let low_half = _mm512_set1_epi8(15);
-    codes.map(|codes| {
-        let first = _mm512_shuffle_epi8(table, _mm512_and_si512(codes, low_half));
-        let second = _mm512_and_si512(_mm512_srli_epi16::<4>(codes), low_half);
+    let mut products = [offset; N];
+    for i in 0..N {
+        let first = _mm512_shuffle_epi8(table, _mm512_and_si512(codes[i], low_half));
+        let second = _mm512_and_si512(_mm512_srli_epi16::<4>(codes[i]), low_half);
         let second = _mm512_shuffle_epi8(table, second);
         let high = _mm512_dpbusd_epi32(_mm512_setzero_si512(), first, x_high[0]);
         let high = _mm512_dpbusd_epi32(high, second, x_high[1]);
         let low = _mm512_dpbusd_epi32(offset, first, x_low[0]);
         let low = _mm512_dpbusd_epi32(low, second, x_low[1]);
-        _mm512_add_epi32(_mm512_slli_epi32::<7>(high), low)
-    })
+        products[i] = _mm512_add_epi32(_mm512_slli_epi32::<7>(high), low);
+    }
+    products
 }
 
 /// The primes of up to 32 indices, as 16-bit numbers.
@@ -219,13 +233,16 @@ fn primes_of(indices: &[u8]) -> __m512i {
     let indices = _mm512_castsi512_si256(load_some(&indices[..indices.len().min(CHUNK)]));
     let indices = _mm512_cvtepu8_epi16(indices);
     // Four tables of 64 entries each; bits 6 and 7 of an index say which.
-    let [a, b, c, d, e, f, g, h] = PRIMES.0.each_ref().map(|row| load(bytemuck::cast_ref(row)));
-    let quarter = |low, high| _mm512_permutex2var_epi16(low, indices, high);
     let bit6 = _mm512_test_epi16_mask(indices, _mm512_set1_epi16(64));
     let bit7 = _mm512_test_epi16_mask(indices, _mm512_set1_epi16(128));
-    let low = _mm512_mask_blend_epi16(bit6, quarter(a, b), quarter(c, d));
-    let high = _mm512_mask_blend_epi16(bit6, quarter(e, f), quarter(g, h));
-    _mm512_mask_blend_epi16(bit7, low, high)
+    let mut halves = [indices; 2];
+    for (half, rows) in halves.iter_mut().zip(PRIMES.0.as_chunks::<4>().0) {
+        let [a, b, c, d] = rows;
+        let first = _mm512_permutex2var_epi16(load_u16(a), indices, load_u16(b));
+        let second = _mm512_permutex2var_epi16(load_u16(c), indices, load_u16(d));
+        *half = _mm512_mask_blend_epi16(bit6, first, second);
+    }
+    _mm512_mask_blend_epi16(bit7, halves[0], halves[1])
 }
 
 /// What the sums of each of 32 groups are multiplied with: prime times scale of the activations.
@@ -239,24 +256,30 @@ fn factors(indices: &[u8], first: usize, group: usize, scales: &[f32], out: &mut
     let low = _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(primes)));
     let high = _mm512_extracti64x4_epi64::<1>(primes);
     let high = _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(high));
-    let scale = |at: usize| match scales.get(at..).and_then(<[f32]>::first_chunk) {
-        Some(scales) => load_f32(scales),
-        None => _mm512_setzero_ps(),
-    };
     let scales = match group {
-        64 => [scale(first), scale(first + 16)],
+        64 => [scales_at(scales, first), scales_at(scales, first + 16)],
         _ => {
             // Two groups of 32 share a scale.
-            let pairs = scale(first / 2);
+            let pairs = scales_at(scales, first / 2);
             let half = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
             let other = _mm512_add_epi32(half, _mm512_set1_epi32(8));
-            [half, other].map(|index| _mm512_permutexvar_ps(index, pairs))
+            [
+                _mm512_permutexvar_ps(half, pairs),
+                _mm512_permutexvar_ps(other, pairs),
+            ]
         }
     };
-    let low: [f32; 16] = bytemuck::cast(to_array(_mm512_mul_ps(low, scales[0])));
-    let high: [f32; 16] = bytemuck::cast(to_array(_mm512_mul_ps(high, scales[1])));
-    out[..16].copy_from_slice(&low);
-    out[16..32].copy_from_slice(&high);
+    out[..16].copy_from_slice(&to_array(_mm512_mul_ps(low, scales[0])));
+    out[16..32].copy_from_slice(&to_array(_mm512_mul_ps(high, scales[1])));
+}
+
+/// 16 scales; zeros where there are none.
+#[target_feature(enable = "avx512f")]
+fn scales_at(scales: &[f32], at: usize) -> __m512 {
+    match scales.get(at..).and_then(<[f32]>::first_chunk) {
+        Some(scales) => load_f32(scales),
+        None => _mm512_setzero_ps(),
+    }
 }
 
 #[target_feature(enable = "avx512f")]
@@ -342,10 +365,13 @@ fn grouped_rows<const NIBBLES: bool, const N: usize>(
             factors(&primes[chunk..end], chunk, group, &x.scales, values);
         }
         for at in (0..end - chunk).step_by(per_register) {
-            let bytes: [__m512i; N] = match register < full {
-                true => std::array::from_fn(|i| load(&registers[i].0[register])),
-                false => std::array::from_fn(|i| load_some(registers[i].1)),
-            };
+            let mut bytes = [_mm512_setzero_si512(); N];
+            for (bytes, (whole, rest)) in bytes.iter_mut().zip(registers) {
+                *bytes = match register < full {
+                    true => load(&whole[register]),
+                    false => load_some(rest),
+                };
+            }
             let products = if NIBBLES {
                 let x = [&x.blocks[2 * register], &x.blocks[2 * register + 1]];
                 dot_nibbles(bytes, table, x)

@@ -32,7 +32,9 @@ use minijinja_contrib::pycompat::unknown_method_callback;
 const FLAT: &str = "|_upg_flat";
 const SCALAR: &str = "|_upg_scalar";
 const SIZED: &str = "|_upg_sized)";
-const STORED: &str = "|_upg_stored)";
+/// After the whole value of a `set`, which may be a sum, a choice or a tuple without brackets.
+const SET_SIZED: &str = ")|_upg_sized)";
+const SET_STORED: &str = ")|_upg_stored)";
 const TEXT: &str = "|_upg_text";
 const INDEXED: &str = "|_upg_text)";
 const WHOLE: &str = "|_upg_whole";
@@ -83,6 +85,7 @@ const KEYWORDS: &[&str] = &[
     "else",
     "elif",
     "recursive",
+    "do",
 ];
 
 /// Tags whose brackets hold names, not values.
@@ -136,6 +139,7 @@ pub(super) fn guarded(source: &str, syntax: SyntaxConfig) -> Result<String, Erro
         inserts: Vec::new(),
         open: Vec::new(),
         set: None,
+        in_target: false,
     };
     for at in 0..tokens.len() {
         places.visit(at);
@@ -196,6 +200,8 @@ struct Places<'a> {
     open: Vec<Open>,
     /// Inside of `{% set x = `: what closes it.
     set: Option<&'static str>,
+    /// Between `for` and its `in`, or `set` and its `=`: brackets hold names.
+    in_target: bool,
 }
 
 impl<'a> Places<'a> {
@@ -217,6 +223,15 @@ impl<'a> Places<'a> {
 
     fn visit(&mut self, at: usize) {
         let left = at.checked_sub(1);
+        match self.token(Some(at)) {
+            Some(Token::Ident("for" | "set"))
+                if matches!(self.token(left), Some(Token::BlockStart)) =>
+            {
+                self.in_target = true;
+            }
+            Some(Token::Ident("in") | Token::Assign | Token::BlockEnd) => self.in_target = false,
+            _ => {}
+        }
         match self.token(Some(at)) {
             Some(Token::Plus) if self.ends_operand(left) => self.insert_after(left, FLAT),
             Some(Token::Eq | Token::Ne | Token::Gt | Token::Gte | Token::Lt | Token::Lte)
@@ -317,17 +332,24 @@ impl<'a> Places<'a> {
             .take(assign)
             .skip(tag)
             .any(|(token, _)| matches!(token, Token::Dot));
-        self.set = Some(if to_namespace { STORED } else { SIZED });
-        self.insert_after(Some(assign), "(");
+        self.set = Some(if to_namespace { SET_STORED } else { SET_SIZED });
+        self.insert_after(Some(assign), "((");
     }
 
     /// Whether the bracket at `at` starts a value of its own: no index, no call, no names.
     fn opens_literal(&self, at: usize) -> bool {
+        if self.in_target {
+            return false;
+        }
         let left = at.checked_sub(1);
         let before = left.and_then(|at| at.checked_sub(1));
         match self.token(left) {
             Some(Token::Ident(word)) if matches!(self.token(before), Some(Token::BlockStart)) => {
                 !NAME_TAGS.contains(word)
+            }
+            Some(Token::Ident(_)) if self.is_test(left) => {
+                // `x is eq [1]` compares with a list, `x is eq(1)` calls the test.
+                matches!(self.token(Some(at)), Some(Token::BracketOpen))
             }
             Some(Token::Ident(word)) => {
                 KEYWORDS.contains(word) && !matches!(self.token(before), Some(Token::Dot))
@@ -339,10 +361,24 @@ impl<'a> Places<'a> {
 
     /// Whether a value that may be a list ends at `at`.
     fn ends_operand(&self, at: Option<usize>) -> bool {
-        matches!(
-            self.token(at),
-            Some(Token::Ident(_) | Token::ParenClose | Token::BracketClose | Token::BraceClose)
-        )
+        let before = at.and_then(|at| at.checked_sub(1));
+        match self.token(at) {
+            Some(Token::Ident(_) | Token::ParenClose | Token::BracketClose | Token::BraceClose) => {
+                true
+            }
+            // `messages.0`
+            Some(Token::Int(_)) => matches!(self.token(before), Some(Token::Dot)),
+            _ => false,
+        }
+    }
+
+    /// Whether the name at `at` is that of a test: it follows an `is` or `is not`.
+    fn is_test(&self, at: Option<usize>) -> bool {
+        let before = |at: Option<usize>| at.and_then(|at| at.checked_sub(1));
+        let word = |at| matches!(self.token(at), Some(Token::Ident("is")));
+        let previous = before(at);
+        word(previous)
+            || matches!(self.token(previous), Some(Token::Ident("not"))) && word(before(previous))
     }
 
     fn is_number(&self, at: Option<usize>) -> bool {
@@ -386,7 +422,11 @@ impl<'a> Places<'a> {
             };
             at = match self.token(Some(before)) {
                 Some(Token::Dot) if !is_group => before.saturating_sub(1),
-                Some(Token::Ident(word)) if is_group && !KEYWORDS.contains(word) => before,
+                Some(Token::Ident(word))
+                    if is_group && !KEYWORDS.contains(word) && !self.is_test(Some(before)) =>
+                {
+                    before
+                }
                 Some(Token::ParenClose | Token::BracketClose | Token::BraceClose) if is_group => {
                     before
                 }
@@ -596,6 +636,11 @@ mod tests {
             ("{{ a[1:] + a[::-1] }}", "{{ (a|X)[1:]|F + (a|X)[::-1] }}"),
             ("{{ -f(x).b[0] in c }}", "{{ -(f(x).b|X)[0] in c }}"),
             ("{% if not (a)[0] %}", "{% if not ((a)|X)[0] %}"),
+            ("{{ a.0['b'] }}", "{{ (a.0|X)['b'] }}"),
+            ("{% if a is eq [1] %}", "{% if a|W is eq ([1]|S) %}"),
+            ("{% if a is eq (b)[0] %}", "{% if a|W is eq ((b)|X)[0] %}"),
+            ("{% if a is not in(b, c) %}", "{% if a|W is not in(b, c) %}"),
+            ("{% do (a)[0].f() %}", "{% do ((a)|X)[0].f() %}"),
             ("{{ a.is }}{{ is(b) }}", "{{ a.is }}{{ is(b) }}"),
             ("{{ f(a=b)|map('x', c=1) }}", "{{ f(a=b)|map('x', c=1) }}"),
         ] {
@@ -616,11 +661,20 @@ mod tests {
                 "{{ ((1, 2)|S) }}{{ (1) }}{{ f(1, 2) }}",
             ),
             ("{% for (a, b) in [c] %}", "{% for (a, b) in ([c]|S) %}"),
+            (
+                "{% for i, (k, v) in ((1, 2), c) %}",
+                "{% for i, (k, v) in ((((1, 2)|S), c)|S) %}",
+            ),
+            ("{% set a, (b, c) = x %}", "{% set a, (b, c) =(( x)|S) %}"),
             ("{% for a in x recursive %}", "{% for a in x recursive %}"),
-            ("{% set x = a, a %}", "{% set x =( a, a|S) %}"),
+            ("{% set x = a, a %}", "{% set x =(( a, a)|S) %}"),
+            (
+                "{% set n.x = n if a else 0 %}",
+                "{% set n.x =(( n if a else 0)|T) %}",
+            ),
             (
                 "{%- set n.x = a + [b] -%}",
-                "{%- set n.x =( a|F + ([b]|S)|T) -%}",
+                "{%- set n.x =(( a|F + ([b]|S))|T) -%}",
             ),
             (
                 "{% set x %}{{ f(a=1) }}{% endset %}",

@@ -171,6 +171,22 @@ fn hostile_templates_are_stopped() {
             "a text looked up",
             "{% set x = 'a' * 10000000 %}{% set z = 'a' * 10000000 %}{% set d = {x: 1} %}{% for i in range(90000) %}{% if d[x] %}{% endif %}{% endfor %}",
         ),
+        (
+            "a namespace in itself",
+            "{% set ns = namespace(a=1) %}{% set ns.s = ns if true else 0 %}{{ ns }}",
+        ),
+        (
+            "a namespace in itself, other way",
+            "{% set ns = namespace(a=1) %}{% set ns.s = ns or 0 %}{{ ns }}",
+        ),
+        (
+            "deep tuples",
+            "{% set ns = namespace(s=0) %}{% for i in range(100000) %}{% set ns.s = ns.s, 0 %}{% endfor %}{{ ns.s | length }}",
+        ),
+        (
+            "deep namespaces",
+            "{% set ns = namespace(s=0) %}{% for i in range(100000) %}{% set ns.s = namespace(a=ns.s) if true else 0 %}{% endfor %}",
+        ),
         ("long list", "{{ ([1] * 10**9) | length }}"),
         (
             "folded constant",

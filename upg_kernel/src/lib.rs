@@ -82,6 +82,8 @@ mod memory;
 pub mod prime_lut;
 pub mod rotation;
 pub mod sparse;
+#[cfg(test)]
+mod test_data;
 mod upg_decompress;
 mod whole_file;
 

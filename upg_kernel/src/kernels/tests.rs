@@ -8,6 +8,7 @@ use crate::matrix::{
     TrellisParts, trellis::strip_bytes,
 };
 use crate::rotation::Rotation;
+use crate::test_data::{noise, signed};
 
 /// Relative to the sum of the magnitudes of all products. Sums of four products are exact, those of up
 /// to 64 groups are added in f32; measured: 3e-7.
@@ -20,23 +21,6 @@ const COLS: [usize; 14] = [
 
 /// Around the edges of strips.
 const ROWS: [usize; 4] = [1, 3, 64, 67];
-
-/// A plain sequence of pseudo-random bytes (a linear congruential generator).
-fn noise(len: usize, seed: u64) -> Vec<u8> {
-    let mut x = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-    let mut next = || {
-        x = x
-            .wrapping_mul(6364136223846793005)
-            .wrapping_add(1442695040888963407);
-        (x >> 56) as u8
-    };
-    (0..len).map(|_| next()).collect()
-}
-
-fn signed(bytes: Vec<u8>) -> Array<i8> {
-    let values: Vec<i8> = bytes.into_iter().map(|b| b as i8).collect();
-    values.into()
-}
 
 /// Scales of any size; row 0 is all zeros.
 fn scales(rows: usize) -> Array<f32> {

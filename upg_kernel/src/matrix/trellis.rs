@@ -230,22 +230,7 @@ impl StoredMatrix for TrellisMatrix {
 mod tests {
     use super::*;
     use crate::matrix::Matrix;
-
-    /// A plain sequence of pseudo-random bytes (a linear congruential generator).
-    fn noise(len: usize, seed: u64) -> Vec<u8> {
-        let mut x = seed;
-        let mut next = || {
-            x = x
-                .wrapping_mul(6364136223846793005)
-                .wrapping_add(1442695040888963407);
-            (x >> 56) as u8
-        };
-        (0..len).map(|_| next()).collect()
-    }
-
-    fn signed(bytes: Vec<u8>) -> Vec<i8> {
-        bytes.into_iter().map(|b| b as i8).collect()
-    }
+    use crate::test_data::{noise, signed};
 
     /// Random codes and tables; identity rotation.
     fn parts(rows: usize, cols: usize, k: u8, levels: usize) -> TrellisParts {
@@ -253,7 +238,7 @@ mod tests {
         TrellisParts {
             codes: noise(codes, 1).into(),
             shift_table: noise(64, 2).into(),
-            level_table: signed(noise(levels, 3)).into(),
+            level_table: signed(noise(levels, 3)),
             prime_indices: noise(rows, 4).into(),
             scales: (0..rows).map(|r| 0.5 + r as f32).collect::<Vec<_>>().into(),
             rotation: Rotation::new(cols, 1, vec![0; cols.div_ceil(8)].into()).unwrap(),

@@ -311,6 +311,7 @@ fn chat_keeps_to_its_commands_and_ends_with_its_input() {
 #[cfg(unix)]
 #[test]
 fn ctrl_c_ends_an_answer_and_not_the_chat() {
+    const STORY: &str = "Write a long story about a dragon.";
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("text");
     let mut child = upg(["chat", smollm2(), "-n", "4000"])
@@ -321,10 +322,7 @@ fn ctrl_c_ends_an_answer_and_not_the_chat() {
         .unwrap();
     let mut input = child.stdin.take().unwrap();
     let text = || fs::read_to_string(&out).unwrap();
-    for question in [
-        "Write a long story about a dragon.",
-        "Write a long story about a ship.",
-    ] {
+    for question in [STORY, "Write a long story about a ship."] {
         let before = text().len();
         writeln!(input, "{question}").unwrap();
         wait_until(|| text().len() > before + 20);
@@ -335,6 +333,18 @@ fn ctrl_c_ends_an_answer_and_not_the_chat() {
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(0));
     assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+    // Both were stopped: one whole answer is longer than the two.
+    let whole = [
+        "run",
+        smollm2(),
+        "--chat",
+        "--quiet",
+        "-n",
+        "4000",
+        "-p",
+        STORY,
+    ];
+    assert!(text().len() < succeed(whole).len(), "{}", text());
 }
 
 /// Arguments, exit code, and what the one line on standard error has to say. `{}` is a folder with
@@ -373,6 +383,7 @@ const BAD: &[(&[&str], i32, &[&str])] = &[
     (&["compress", "{}/phi3", "-o", "{}/out", "--encoding", "t3", "--embedding", "t3", "--group", "64"], 2, &["leave it out"]),
     (&["decompress", "{}/model", "-o", "{}/phi3"], 2, &["another model", "--force"]),
     (&["decompress", "{}/model", "-o", "{}/no-weights"], 2, &["config.json", "--force"]),
+    (&["decompress", "{}/model", "-o", "{}/lone-template"], 2, &["chat_template.jinja", "--force"]),
     (&["decompress", "{}/huge", "-o", "{}/none", "--dtype", "f16"], 1, &["F16", "bf16"]),
     (&["compress", "{}/infinite", "-o", "{}/out", "--encoding", "keep"], 1, &["inf", "row"]),
     (&["verify", "{}/damaged"], 1, &["damaged", "checksum", "rule 15"]),
@@ -425,6 +436,8 @@ fn bad_inputs(folder: &Path) {
     fs::create_dir(at("upg-dir")).unwrap();
     fs::copy(at("model"), at("upg-dir/model.safetensors")).unwrap();
 
+    fs::create_dir(at("lone-template")).unwrap();
+    fs::write(at("lone-template/chat_template.jinja"), "mine").unwrap();
     copy("large");
     let weights = at("large/model.safetensors");
     let mut bytes = fs::read(&weights).unwrap();

@@ -19,8 +19,10 @@ use upg_kernel::{Error, ErrorKind, MappedFile, Result, UPGDecompressor, WeightFl
 const MADE_BY: (&str, &str) = ("made_by", "upg decompress");
 
 const WEIGHTS: &str = "model.safetensors";
+/// Of the weights of a sharded model; never written here.
+const INDEX: &str = "model.safetensors.index.json";
 
-/// What a directory can have of ours.
+/// What an export writes, or removes if the model before it had one.
 const FILES: [&str; 8] = [
     "config.json",
     "generation_config.json",
@@ -28,7 +30,7 @@ const FILES: [&str; 8] = [
     "special_tokens_map.json",
     "chat_template.jinja",
     "tokenizer.json",
-    "model.safetensors.index.json",
+    INDEX,
     WEIGHTS,
 ];
 
@@ -67,7 +69,11 @@ pub fn export(
     files.into_iter().try_for_each(WholeFile::commit)?;
     // A chat template or tokenizer of the model that was here before would be taken for this one's.
     let stale = FILES.iter().map(|name| out.join(name));
-    for path in stale.filter(|path| !written.contains(path) && path.exists()) {
+    let read = model.file().path().canonicalize().ok();
+    let is_stale = |path: &PathBuf| {
+        !written.contains(path) && path.exists() && path.canonicalize().ok() != read
+    };
+    for path in stale.filter(is_stale) {
         std::fs::remove_file(&path).map_err(|e| Error::io("cannot remove", &path, e))?;
     }
     Ok(())
@@ -89,11 +95,14 @@ fn refuse_foreign_model(out: &Path, read: &Path) -> Result<()> {
         if *path != weights && read.is_some() && path.canonicalize().ok() == read {
             return false;
         }
-        let extension = path.extension().and_then(OsStr::to_str).unwrap_or_default();
-        let is_weights = ["safetensors", "bin", "pt", "pth", "gguf"].contains(&extension);
-        let is_index = path.ends_with("model.safetensors.index.json");
-        let is_config = path.ends_with("config.json");
-        (is_weights || is_index || is_config) && !(ours && (*path == weights || is_config))
+        // What this writes or removes: its own after an earlier export, but for an index.
+        if FILES.iter().any(|name| path.ends_with(name)) {
+            return !ours || path.ends_with(INDEX);
+        }
+        let extension = path.extension().and_then(OsStr::to_str);
+        ["safetensors", "bin", "pt", "pth", "gguf"]
+            .map(Some)
+            .contains(&extension)
     };
     match entries.map(|entry| entry.path()).filter(is_foreign).min() {
         None => Ok(()),

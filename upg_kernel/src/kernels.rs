@@ -33,11 +33,12 @@ enum Set {
 impl Kernels {
     /// All that this machine can run, the fastest last.
     pub fn available() -> Vec<Self> {
-        #[allow(unused_mut, reason = "other machines have no more")]
-        let mut all = vec![Self(Set::Scalar)];
-        #[cfg(target_arch = "x86_64")]
-        all.extend(avx512::Avx512::new().map(|k| Self(Set::Avx512(k))));
-        all
+        let all = [
+            Some(Set::Scalar),
+            #[cfg(target_arch = "x86_64")]
+            avx512::Avx512::new().map(Set::Avx512),
+        ];
+        all.into_iter().flatten().map(Self).collect()
     }
 
     /// The plain loops.

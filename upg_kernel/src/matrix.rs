@@ -28,8 +28,8 @@ use rayon::prelude::*;
 pub(crate) const TILE_ROWS: usize = 64;
 
 /// From this many vectors on, decoding the weights once for all of them pays. With prompts of SmolLM2 on
-/// two cores with AVX-512 the two ways met at about 40 tokens as q8, 48 as q4 and 90 as t3
-/// (`upg run FILE -p PROMPT -n 1`, November 2026).
+/// two cores with AVX-512 the two ways met between 24 and 48 tokens as q8, at 48 as q4 and past 96 as t3
+/// (`upg run FILE -p PROMPT -n 1` with this at 1 and at 64 or more, November 2026).
 const INTEGER_VECTORS: usize = 40;
 
 /// From this many vectors on, the blocked product beats one dot product after the other.

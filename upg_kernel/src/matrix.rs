@@ -223,7 +223,7 @@ impl Matrix {
     /// [`Matrix::spmm`] into the caller's `out [n, rows]`; every element is overwritten.
     ///
     /// With few vectors, and kernels for it ([`Kernels::active`]), packed weights are multiplied as they
-    /// are with activations rounded to 15 bits; else rows are decoded 64 at a time, once for all `n`
+    /// are with activations rounded to 14 bits; else rows are decoded 64 at a time, once for all `n`
     /// vectors. `docs/numerics.md` says what each way adds to the error. Tiles of 64 rows in parallel;
     /// the result does not depend on the number of threads. Scratch: 5 bytes per column and vector or 256
     /// bytes per column and thread, 4 more per column and vector where the input is rotated, and for `n > 1` a second copy of the output.

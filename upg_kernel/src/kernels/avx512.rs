@@ -202,7 +202,7 @@ fn dot_bytes<const N: usize>(mut levels: [__m512i; N], x: &Block) -> [__m512i; N
 }
 
 /// [`dot`] of 128 codes, those in the low halves with the first block and those in the high halves with
-/// the second. Eight products a lane: at most 8 * 128 * 16,256, which is below 2^24.
+/// the second. Eight products a lane: at most 8 * 128 * 8,127, which is below 2^23.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 fn dot_nibbles<const N: usize>(
     codes: [__m512i; N],

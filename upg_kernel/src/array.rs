@@ -54,6 +54,13 @@ impl<T: Pod> From<Vec<T>> for Array<T> {
     }
 }
 
+/// The same values, wherever they are.
+impl<T: Pod + PartialEq> PartialEq for Array<T> {
+    fn eq(&self, other: &Self) -> bool {
+        **self == **other
+    }
+}
+
 impl<T: Pod> Deref for Array<T> {
     type Target = [T];
 

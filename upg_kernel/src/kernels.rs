@@ -11,7 +11,7 @@ pub mod scalar;
 pub(crate) mod views;
 
 use crate::error::{Error, ErrorKind, Result};
-use activations::Activations;
+use activations::{Activations, Order};
 use std::env::VarError;
 use std::sync::LazyLock;
 use views::Rows;
@@ -98,6 +98,33 @@ impl Kernels {
             Set::Scalar => scalar::hadamard(x, 1),
             #[cfg(target_arch = "x86_64")]
             Set::Avx512(kernels) => kernels.hadamard(x),
+        }
+    }
+
+    /// [`scalar::rms_norm`], the same to the bit.
+    pub(crate) fn rms_norm(self, x: &mut [f32], gain: &[f32], eps: f32) {
+        match self.0 {
+            Set::Scalar => scalar::rms_norm(x, gain, eps),
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx512(kernels) => kernels.rms_norm(x, gain, eps),
+        }
+    }
+
+    /// [`scalar::gated_silu`], the same to the bit.
+    pub(crate) fn gated_silu(self, gate: &[f32], up: &[f32], out: &mut [f32]) {
+        match self.0 {
+            Set::Scalar => scalar::gated_silu(gate, up, out),
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx512(kernels) => kernels.gated_silu(gate, up, out),
+        }
+    }
+
+    /// [`activations::quantize`], the same to the bit.
+    pub(crate) fn quantize(self, x: &[f32], order: Order, out: &mut Activations) {
+        match self.0 {
+            Set::Scalar => activations::quantize(x, order, out),
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx512(kernels) => kernels.quantize(x, order, out),
         }
     }
 

@@ -82,6 +82,7 @@ mod memory;
 pub mod prime_lut;
 pub mod rotation;
 pub mod sparse;
+mod team;
 #[cfg(test)]
 mod test_data;
 mod upg_decompress;

@@ -7,6 +7,7 @@
 mod bitmap;
 mod dense;
 mod grouped;
+pub(crate) mod product;
 pub mod trellis;
 
 pub use bitmap::{BITMAP_GROUP, BitmapArrays, BitmapMatrix};
@@ -17,23 +18,15 @@ pub use trellis::{TrellisMatrix, TrellisParts};
 use crate::array::Array;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::rules;
-use crate::kernels::activations::{Activations, Order};
+use crate::kernels::activations::Order;
 use crate::kernels::views::{LevelsView, Rows};
-use crate::kernels::{Kernels, gemm, scalar};
 use crate::rotation::Rotation;
 use crate::sparse::MdCSRMatrix;
+use product::{Scratch, Write};
 use rayon::prelude::*;
 
 /// How many rows are decoded into one scratch tile: a strip of the trellis encodings.
 pub(crate) const TILE_ROWS: usize = 64;
-
-/// From this many vectors on, decoding the weights once for all of them pays. With prompts of SmolLM2 on
-/// two cores with AVX-512 the two ways met between 24 and 48 tokens as q8, at 48 as q4 and past 96 as t3
-/// (`upg run FILE -p PROMPT -n 1` with this at 1 and at 64 or more, November 2026).
-const INTEGER_VECTORS: usize = 40;
-
-/// From this many vectors on, the blocked product beats one dot product after the other.
-const BLOCKED_VECTORS: usize = 4;
 
 /// The largest magnitude of a scale. A weight is below 2^24 times it, and turning a row of 2^20 such
 /// weights back adds 20 bits at most: nothing overflows an f32.
@@ -83,8 +76,12 @@ pub(crate) trait StoredMatrix: Send + Sync {
     fn order(&self) -> Option<Order> {
         None
     }
+    /// Rows that lie together: [`StoredMatrix::rows_view`] gives out a multiple of it, or all that are left.
+    fn rows_together(&self) -> usize {
+        1
+    }
     /// Rows `first..first + n` in place, for kernels that multiply without decoding; `first` is a
-    /// multiple of [`TILE_ROWS`] and `n` at most that.
+    /// multiple of [`StoredMatrix::rows_together`] and `n` at most [`TILE_ROWS`].
     fn rows_view(&self, _first: usize, _n: usize) -> Option<Rows<'_>> {
         None
     }
@@ -222,113 +219,21 @@ impl Matrix {
 
     /// [`Matrix::spmm`] into the caller's `out [n, rows]`; every element is overwritten.
     ///
-    /// With few vectors, and kernels for it ([`Kernels::active`]), packed weights are multiplied as they
+    /// With few vectors, and kernels for it ([`crate::kernels::Kernels::active`]), packed weights are multiplied as they
     /// are with activations rounded to 14 bits; else rows are decoded 64 at a time, once for all `n`
-    /// vectors. `docs/numerics.md` says what each way adds to the error. Tiles of 64 rows in parallel;
-    /// the result does not depend on the number of threads. Scratch: 5 bytes per column and vector or 256
-    /// bytes per column and thread, 4 more per column and vector where the input is rotated, and for `n > 1` a second copy of the output.
+    /// vectors. `docs/numerics.md` says what each way adds to the error. In parallel; the result does not
+    /// depend on the number of threads. Scratch: 3 bytes per column and vector or 256 bytes per column and
+    /// thread, and 4 more per column and vector where the input is rotated.
     ///
-    /// Errors: `Argument` if `x` or `out` has another length; those of [`Kernels::active`].
+    /// Errors: `Argument` if `x` or `out` has another length; those of [`crate::kernels::Kernels::active`].
     pub fn spmm_into(&self, x: &[f32], n: usize, out: &mut [f32]) -> Result<()> {
-        let stored = self.stored();
-        let (rows, cols) = (stored.rows(), stored.cols());
-        if Some(x.len()) != n.checked_mul(cols) || Some(out.len()) != n.checked_mul(rows) {
-            return Err(Error::new(
-                ErrorKind::Argument,
-                format!(
-                    "input of {} and output of {} values do not fit {n} products with [{rows}, {cols}]",
-                    x.len(),
-                    out.len()
-                ),
-            ));
-        }
-        if n == 0 || rows == 0 {
-            return Ok(());
-        }
-        if cols == 0 {
-            out.fill(0.0);
-            return Ok(());
-        }
-        let kernels = Kernels::active()?;
-        let rotated = stored.rotation().map(|rotation| {
-            let mut x = x.to_vec();
-            let rotate = |x: &mut [f32]| rotation.apply_with(kernels, x);
-            match n {
-                // Not worth waking up another thread.
-                1 => rotate(&mut x),
-                _ => x.par_chunks_mut(cols).for_each(rotate),
-            }
-            x
-        });
-        let x = rotated.as_deref().unwrap_or(x);
-        if n == 1 {
-            multiply_tiles(stored, kernels, x, n, out);
-        } else {
-            let mut by_row = vec![0.0; out.len()];
-            multiply_tiles(stored, kernels, x, n, &mut by_row);
-            scalar::transpose(&by_row, rows, n, out);
-        }
-        Ok(())
+        product::multiply(
+            [Some(self)],
+            x,
+            n,
+            Write::Set,
+            &mut Scratch::default(),
+            out,
+        )
     }
-}
-
-/// `out [rows, n] = W X^T`, tile by tile: few vectors by kernels that multiply packed weights as they
-/// are, where there are such, else with weights that are decoded once for all vectors.
-fn multiply_tiles(
-    stored: &dyn StoredMatrix,
-    kernels: Kernels,
-    x: &[f32],
-    n: usize,
-    out: &mut [f32],
-) {
-    let order = stored
-        .order()
-        .filter(|_| n < INTEGER_VECTORS && kernels.is_integer());
-    match order {
-        Some(order) => multiply_packed(stored, kernels, order, x, n, out),
-        None => multiply_decoded(stored, x, n, out),
-    }
-}
-
-fn multiply_packed(
-    stored: &dyn StoredMatrix,
-    kernels: Kernels,
-    order: Order,
-    x: &[f32],
-    n: usize,
-    out: &mut [f32],
-) {
-    let vectors = x.chunks_exact(stored.cols());
-    let vectors: Vec<Activations> = vectors.map(|x| Activations::new(x, order)).collect();
-    out.par_chunks_mut(TILE_ROWS * n)
-        .enumerate()
-        .for_each(|(tile, out)| {
-            let rows = stored
-                .rows_view(tile * TILE_ROWS, out.len() / n)
-                .expect("rows of a matrix that has an order");
-            let mut of_vector = [0.0; TILE_ROWS];
-            for (i, x) in vectors.iter().enumerate() {
-                let of_vector = &mut of_vector[..out.len() / n];
-                kernels.multiply(rows, x, of_vector);
-                for (out, y) in out.chunks_exact_mut(n).zip(of_vector) {
-                    out[i] = *y;
-                }
-            }
-        });
-}
-
-fn multiply_decoded(stored: &dyn StoredMatrix, x: &[f32], n: usize, out: &mut [f32]) {
-    let cols = stored.cols();
-    out.par_chunks_mut(TILE_ROWS * n).enumerate().for_each_init(
-        || vec![0.0; TILE_ROWS * cols],
-        |weights, (tile, out)| {
-            let weights = &mut weights[..out.len() / n * cols];
-            stored.decode_rows(tile * TILE_ROWS, weights);
-            let multiply = match n < BLOCKED_VECTORS {
-                true => scalar::multiply,
-                false => gemm::multiply,
-            };
-            multiply(weights, x, cols, out);
-        },
-    );
 }

@@ -12,7 +12,7 @@ use crate::kernels::Kernels;
 /// last `size` of them, so that with `size` the largest power of two up to the columns every column is
 /// mixed with nearly all others, whatever their number. A matrix in the rotated basis holds `W R^T`, so
 /// `W x = (W R^T)(R x)`. Source: QuaRot (arXiv 2404.00456), QuIP# (arXiv 2402.04396).
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Rotation {
     cols: usize,
     size: usize,

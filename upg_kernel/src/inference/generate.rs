@@ -147,7 +147,7 @@ impl<'a> TokenStream<'a> {
             if self.session.tokens().len() >= self.session.context() {
                 return Ok(Err(FinishReason::ContextFull));
             }
-            self.logits = self.session.step(token)?;
+            self.session.step_into(token, &mut self.logits)?;
             self.pending = None;
         }
         let token = self.sampler.sample(&self.logits, self.session.tokens())?;

@@ -95,17 +95,18 @@ impl KvCache {
         Ok(())
     }
 
-    /// Appends keys and values `[n, kv_heads * head_dim]` to one layer; they count only after
-    /// [`KvCache::commit`]. Returns the layer.
-    pub(crate) fn append(&mut self, layer: usize, keys: &[f32], values: &[f32]) -> &LayerCache {
+    /// Appends a key and a value for each row of `rows`: the keys of all heads and then their values
+    /// are its last elements. They count only after [`KvCache::commit`]. Returns the layer.
+    pub(crate) fn append(&mut self, layer: usize, rows: &[f32], width: usize) -> &LayerCache {
         let head_dim = self.head_dim;
         let layer = &mut self.layers[layer];
-        let row = layer.heads.len() * head_dim;
-        for (index, head) in layer.heads.iter_mut().enumerate() {
-            let of_head = index * head_dim..(index + 1) * head_dim;
-            for (key, value) in keys.chunks_exact(row).zip(values.chunks_exact(row)) {
-                head.keys.extend_from_slice(&key[of_head.clone()]);
-                head.values.extend_from_slice(&value[of_head.clone()]);
+        let kv = layer.heads.len() * head_dim;
+        for row in rows.chunks_exact(width) {
+            let (keys, values) = row[width - 2 * kv..].split_at(kv);
+            let heads = keys.chunks_exact(head_dim).zip(values.chunks_exact(head_dim));
+            for (head, (key, value)) in layer.heads.iter_mut().zip(heads) {
+                head.keys.extend_from_slice(key);
+                head.values.extend_from_slice(value);
             }
         }
         layer
@@ -217,14 +218,13 @@ mod tests {
     /// Appends `n` positions whose keys say position and head.
     fn append(cache: &mut KvCache, n: usize) {
         cache.reserve(n).unwrap();
-        let rows = |start: f32| -> Vec<f32> {
-            (cache.len..cache.len + n)
-                .flat_map(|p| [0.0, 0.0, 0.5, 0.5].map(|head| start + p as f32 + head))
-                .collect()
+        // A query element in front, which is not looked at.
+        let row = |p| {
+            [-1.0, 0.0, 0.0, 0.5, 0.5, 100.0, 100.0, 100.5, 100.5].map(|x: f32| x + p as f32)
         };
-        let (keys, values) = (rows(0.0), rows(100.0));
+        let rows: Vec<f32> = (cache.len..cache.len + n).flat_map(row).collect();
         for layer in 0..3 {
-            cache.append(layer, &keys, &values);
+            cache.append(layer, &rows, 9);
         }
         cache.commit(n);
     }
@@ -281,7 +281,7 @@ mod tests {
         let mut cache = KvCache::new(&config(5), 64, 8);
         append(&mut cache, 8);
         cache.reserve(2).unwrap();
-        cache.append(0, &[9.0; 8], &[9.0; 8]);
+        cache.append(0, &[9.0; 16], 8);
         cache.truncate(8);
         assert_eq!(cache.layers[0].heads[0].keys.len(), 8 * 2);
         assert_eq!(cache.reserve(57).unwrap_err().kind(), ErrorKind::TooLarge);

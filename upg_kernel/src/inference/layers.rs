@@ -2,9 +2,10 @@
 #![forbid(unsafe_code)]
 
 use crate::error::Result;
-use crate::kernels::scalar::dot;
+use crate::kernels::Kernels;
 use crate::matrix::Matrix;
-use rayon::prelude::*;
+use crate::matrix::product::{Scratch, Write, multiply};
+use crate::team::Team;
 
 /// A matrix and, in some families, a bias of its `rows`.
 #[derive(Debug, Clone)]
@@ -16,52 +17,55 @@ pub struct Linear {
 }
 
 impl Linear {
-    /// `W X + b` for `x [n, inputs]`; returns `[n, outputs]`.
-    pub(crate) fn multiply(&self, x: &[f32], n: usize) -> Result<Vec<f32>> {
-        let mut out = self.weight.spmm(x, n)?;
+    /// `out = W X + b` for `x [n, inputs]`, or that added to `out [n, outputs]`.
+    pub(crate) fn multiply(
+        &self,
+        x: &[f32],
+        n: usize,
+        write: Write,
+        scratch: &mut Scratch,
+        out: &mut [f32],
+    ) -> Result<()> {
+        multiply([Some(&self.weight)], x, n, write, scratch, out)?;
         if let Some(bias) = &self.bias {
             for row in out.chunks_exact_mut(bias.len().max(1)) {
                 add(row, bias);
             }
         }
-        Ok(out)
+        Ok(())
     }
 }
 
 /// Linear layers with the same input: q, k, v or gate, up. Either one matrix for each output, or a
 /// fused one whose rows are the outputs one after the other.
-///
-/// The place where an input that every part wants rotated alike would be rotated once.
 #[derive(Debug, Clone)]
 pub(crate) struct Joint<const N: usize> {
-    /// One or `N` of them; the rows add up to those of `outputs`.
+    /// One or `N` of them; the rows add up to those of all outputs.
     pub(crate) parts: Vec<Linear>,
-    /// Length of each output.
-    pub(crate) outputs: [usize; N],
 }
 
 impl<const N: usize> Joint<N> {
-    /// Every output for `x [n, inputs]`, `[n, outputs[i]]` each.
-    pub(crate) fn multiply(&self, x: &[f32], n: usize) -> Result<[Vec<f32>; N]> {
-        let mut products = self.parts.iter().map(|part| part.multiply(x, n));
-        let mut results = [const { Vec::new() }; N];
-        if self.parts.len() == N {
-            for (result, product) in results.iter_mut().zip(products) {
-                *result = product?;
-            }
-        } else if let Some(fused) = products.next() {
-            let fused = fused?;
-            let width: usize = self.outputs.iter().sum();
-            for row in fused.chunks_exact(width.max(1)) {
-                let mut rest = row;
-                for (result, &len) in results.iter_mut().zip(&self.outputs) {
-                    let (output, others) = rest.split_at(len);
-                    result.extend_from_slice(output);
-                    rest = others;
+    /// The outputs side by side, `out [n, all outputs]`, for `x [n, inputs]`.
+    pub(crate) fn multiply(
+        &self,
+        x: &[f32],
+        n: usize,
+        scratch: &mut Scratch,
+        out: &mut [f32],
+    ) -> Result<()> {
+        let parts: [_; N] = std::array::from_fn(|i| self.parts.get(i).map(|part| &part.weight));
+        multiply(parts, x, n, Write::Set, scratch, out)?;
+        let width = (out.len() / n.max(1)).max(1);
+        let mut first = 0;
+        for part in &self.parts {
+            if let Some(bias) = &part.bias {
+                for row in out.chunks_exact_mut(width) {
+                    add(&mut row[first..first + bias.len()], bias);
                 }
             }
+            first += part.weight.rows();
         }
-        Ok(results)
+        Ok(())
     }
 }
 
@@ -73,42 +77,31 @@ pub(crate) struct RmsNorm {
 }
 
 impl RmsNorm {
-    /// Normalizes each row of `x [n, gain.len()]` in place.
-    pub(crate) fn apply(&self, x: &mut [f32]) {
-        let len = self.gain.len().max(1);
-        x.par_chunks_exact_mut(len).for_each(|row| {
-            let mean_square = dot(row, row) / len as f32;
-            let scale = 1.0 / (mean_square + self.eps).sqrt();
-            for (x, gain) in row.iter_mut().zip(&self.gain) {
-                *x = gain * (*x * scale);
-            }
-        });
+    /// Normalizes `x`, as many elements as there are gains, in place.
+    pub(crate) fn apply(&self, kernels: Kernels, x: &mut [f32]) {
+        kernels.rms_norm(x, &self.gain, self.eps);
     }
 
-    /// A normalized copy.
-    pub(crate) fn of(&self, x: &[f32]) -> Vec<f32> {
-        let mut out = x.to_vec();
-        self.apply(&mut out);
-        out
+    /// Each row of `x [n, gain.len()]`, normalized, into `out`, which gets that length.
+    pub(crate) fn of(&self, kernels: Kernels, x: &[f32], out: &mut Vec<f32>) {
+        out.clear();
+        out.extend_from_slice(x);
+        let len = self.gain.len().max(1);
+        Team::global().chunks(out, len, |_, row| self.apply(kernels, row));
     }
 }
 
-/// How many elements one task of an element-wise loop takes.
-const ELEMENTS_PER_TASK: usize = 4096;
-
-/// `gate = silu(gate) * up`, where `silu(x) = x / (1 + exp(-x))`.
-pub(crate) fn gated_silu(gate: &mut [f32], up: &[f32]) {
-    gate.par_chunks_mut(ELEMENTS_PER_TASK)
-        .zip(up.par_chunks(ELEMENTS_PER_TASK))
-        .for_each(|(gate, up)| {
-            for (g, u) in gate.iter_mut().zip(up) {
-                *g = *g / (1.0 + (-*g).exp()) * u;
-            }
-        });
+/// `gate * sigmoid(gate) * up` for the rows `[gate | up]` of `gate_up`; `out [n, size]` gets that length.
+pub(crate) fn gated_silu(kernels: Kernels, gate_up: &[f32], size: usize, out: &mut Vec<f32>) {
+    out.resize(gate_up.len() / 2, 0.0);
+    Team::global().chunks(out, size.max(1), |row, out| {
+        let (gate, up) = gate_up[row * 2 * size..(row + 1) * 2 * size].split_at(size);
+        kernels.gated_silu(gate, up, out);
+    });
 }
 
 /// `a += b`.
-pub(crate) fn add(a: &mut [f32], b: &[f32]) {
+fn add(a: &mut [f32], b: &[f32]) {
     for (a, b) in a.iter_mut().zip(b) {
         *a += b;
     }
@@ -131,22 +124,35 @@ mod tests {
     fn a_fused_matrix_gives_what_its_parts_give() {
         let weights = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0];
         let bias = [0.5, -0.5, 10.0];
-        let outputs = [2, 1];
-        let fused = Joint {
+        let fused = Joint::<2> {
             parts: vec![linear(3, 2, &weights, Some(&bias))],
-            outputs,
         };
-        let split = Joint {
+        let split = Joint::<2> {
             parts: vec![
                 linear(2, 2, &weights[..4], Some(&bias[..2])),
                 linear(1, 2, &weights[4..], Some(&bias[2..])),
             ],
-            outputs,
         };
         let x = [1.0, 0.0, 0.0, 1.0, 1.0, 1.0];
-        let expected = [vec![1.5, 2.5, 2.5, 3.5, 3.5, 6.5], vec![15.0, 16.0, 21.0]];
-        assert_eq!(fused.multiply(&x, 3).unwrap(), expected);
-        assert_eq!(split.multiply(&x, 3).unwrap(), expected);
+        let expected = [1.5, 2.5, 15.0, 2.5, 3.5, 16.0, 3.5, 6.5, 21.0];
+        for joint in [fused, split] {
+            let mut out = [f32::NAN; 9];
+            joint
+                .multiply(&x, 3, &mut Scratch::default(), &mut out)
+                .unwrap();
+            assert_eq!(out, expected);
+        }
+    }
+
+    #[test]
+    fn a_product_is_added_to_what_is_there() {
+        let linear = linear(2, 1, &[1.0, 2.0], Some(&[0.5, 0.25]));
+        let mut out = [10.0, 20.0];
+        let scratch = &mut Scratch::default();
+        linear
+            .multiply(&[3.0], 1, Write::Add, scratch, &mut out)
+            .unwrap();
+        assert_eq!(out, [13.5, 26.25]);
     }
 
     #[test]
@@ -157,11 +163,14 @@ mod tests {
         };
         // Mean square 12.5, plus 0.5: a scale of 1 / sqrt(13).
         let scale = 13f32.sqrt();
-        assert_eq!(norm.of(&[3.0, 4.0]), [3.0 / scale, 8.0 / scale]);
-        let mut gate = [0.0, 1.0, -100.0];
-        gated_silu(&mut gate, &[5.0, 2.0, 3.0]);
-        assert_eq!(gate[0], 0.0);
-        assert!((gate[1] - 2.0 * 0.731_058_6).abs() < 1e-6);
-        assert!(gate[2].abs() < 1e-30);
+        for kernels in Kernels::available() {
+            let mut out = Vec::new();
+            norm.of(kernels, &[3.0, 4.0], &mut out);
+            assert_eq!(out, [3.0 / scale, 8.0 / scale]);
+            gated_silu(kernels, &[0.0, 1.0, -100.0, 5.0, 2.0, 3.0], 3, &mut out);
+            assert_eq!(out[0], 0.0);
+            assert!((out[1] - 2.0 * 0.731_058_6).abs() < 1e-6);
+            assert!(out[2].abs() < 1e-30);
+        }
     }
 }

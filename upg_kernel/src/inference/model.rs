@@ -4,11 +4,13 @@
 use super::attention::attention;
 use super::config::ModelConfig;
 use super::kv_cache::KvCache;
-use super::layers::{add, gated_silu};
+use super::layers::gated_silu;
 use super::rope::{Rope, RopeTable};
 use super::weights::{LayerWeights, ModelWeights, WeightSource};
 use crate::error::{Error, ErrorKind, Result};
-use rayon::prelude::*;
+use crate::kernels::Kernels;
+use crate::matrix::product::{Scratch, Write, multiply};
+use crate::team::Team;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -65,6 +67,7 @@ pub struct Session {
     context: usize,
     chunk: usize,
     interrupt: Option<Arc<AtomicBool>>,
+    workspace: Workspace,
 }
 
 /// Which logits a call is about.
@@ -96,7 +99,7 @@ impl Model {
     }
 
     /// The hidden states after the last layer for `tokens` at the positions that follow those in
-    /// `cache`, `[n, hidden]`, not yet normalized. The cache holds them afterwards.
+    /// `cache`, `workspace.x [n, hidden]`, not yet normalized. The cache holds them afterwards.
     ///
     /// `proceed` is asked before each layer; its error ends the pass.
     fn hidden_states(
@@ -104,71 +107,126 @@ impl Model {
         tokens: &[u32],
         cache: &mut KvCache,
         long: bool,
+        workspace: &mut Workspace,
         proceed: impl Fn() -> Result<()>,
-    ) -> Result<Vec<f32>> {
+    ) -> Result<()> {
         let n = tokens.len();
+        let kernels = Kernels::active()?;
         cache.reserve(n)?;
-        let first = cache.len();
-        let table = self.rope.table(first, n, long);
-        let mut x = self.embed(tokens)?;
+        self.rope.fill(&mut workspace.rope, cache.len(), n, long);
+        self.embed(tokens, &mut workspace.x)?;
         for (index, layer) in self.weights.layers.iter().enumerate() {
             proceed()?;
-            self.attend(layer, index, &table, cache, &mut x, n)?;
-            feed_forward(layer, &mut x, n)?;
+            self.attend(kernels, layer, index, cache, workspace, n)?;
+            feed_forward(kernels, layer, self.config.intermediate_size, workspace, n)?;
         }
         cache.commit(n);
-        Ok(x)
+        Ok(())
     }
 
     /// Rows of the embedding, `[n, hidden]`.
-    fn embed(&self, tokens: &[u32]) -> Result<Vec<f32>> {
+    fn embed(&self, tokens: &[u32], x: &mut Vec<f32>) -> Result<()> {
         let hidden = self.config.hidden_size;
-        let mut x = vec![0.0; tokens.len() * hidden];
-        x.par_chunks_exact_mut(hidden)
-            .zip(tokens)
-            .try_for_each(|(row, &token)| self.weights.embedding.rows_into(token as usize, row))?;
-        Ok(x)
+        x.resize(tokens.len() * hidden, 0.0);
+        let mut rows = x.chunks_exact_mut(hidden).zip(tokens);
+        rows.try_for_each(|(row, &token)| self.weights.embedding.rows_into(token as usize, row))
     }
 
     /// `x += o_proj(attention(norm(x)))`.
     fn attend(
         &self,
+        kernels: Kernels,
         layer: &LayerWeights,
         index: usize,
-        table: &RopeTable,
         cache: &mut KvCache,
-        x: &mut [f32],
+        workspace: &mut Workspace,
         n: usize,
     ) -> Result<()> {
         let config = &self.config;
-        let head_dim = config.head_dim;
-        let [mut q, mut k, v] = layer.qkv.multiply(&layer.input_norm.of(x), n)?;
-        if let Some([q_norm, k_norm]) = &layer.head_norms {
-            q_norm.apply(&mut q);
-            k_norm.apply(&mut k);
-        }
-        table.apply(&mut q, config.query_size(), head_dim);
-        table.apply(&mut k, config.kv_size(), head_dim);
+        let (head_dim, query) = (config.head_dim, config.query_size());
+        let width = query + 2 * config.kv_size();
+        let Workspace {
+            x,
+            normed,
+            wide: qkv,
+            narrow: mixed,
+            rope,
+            product,
+            ..
+        } = workspace;
+        layer.input_norm.of(kernels, x, normed);
+        qkv.resize(n * width, 0.0);
+        layer.qkv.multiply(normed, n, product, qkv)?;
+        Team::global().chunks(qkv, width, |position, row| {
+            let (q, kv) = row.split_at_mut(query);
+            let k = &mut kv[..config.kv_size()];
+            if let Some([q_norm, k_norm]) = &layer.head_norms {
+                q.chunks_exact_mut(head_dim)
+                    .for_each(|head| q_norm.apply(kernels, head));
+                k.chunks_exact_mut(head_dim)
+                    .for_each(|head| k_norm.apply(kernels, head));
+            }
+            rope.apply(position, q, head_dim);
+            rope.apply(position, k, head_dim);
+        });
         let first = cache.len();
-        let cache = cache.append(index, &k, &v);
-        let mut mixed = vec![0.0; q.len()];
-        attention(cache, &q, first, config.num_heads, head_dim, &mut mixed);
-        add(x, &layer.output.multiply(&mixed, n)?);
-        Ok(())
+        let cache = cache.append(index, qkv, width);
+        mixed.resize(n * query, 0.0);
+        attention(cache, qkv, width, first, config.num_heads, head_dim, mixed);
+        layer.output.multiply(mixed, n, Write::Add, product, x)
     }
 
-    /// Logits `[n, vocab]` of hidden states `x [n, hidden]`.
-    fn logits(&self, x: &[f32], n: usize) -> Result<Vec<f32>> {
-        self.weights.head.spmm(&self.weights.norm.of(x), n)
+    /// Logits `[n, vocab]` of the last `n` rows of `workspace.x`, appended to `logits`.
+    fn logits(&self, workspace: &mut Workspace, n: usize, logits: &mut Vec<f32>) -> Result<()> {
+        let kernels = Kernels::active()?;
+        let Workspace {
+            x, normed, product, ..
+        } = workspace;
+        let x = &x[x.len() - n * self.config.hidden_size..];
+        self.weights.norm.of(kernels, x, normed);
+        let start = logits.len();
+        logits.resize(start + n * self.config.vocab_size, 0.0);
+        let head = [Some(&self.weights.head)];
+        multiply(head, normed, n, Write::Set, product, &mut logits[start..])
     }
 }
 
 /// `x += down(silu(gate(norm(x))) * up(norm(x)))`.
-fn feed_forward(layer: &LayerWeights, x: &mut [f32], n: usize) -> Result<()> {
-    let [mut gate, up] = layer.gate_up.multiply(&layer.mlp_norm.of(x), n)?;
-    gated_silu(&mut gate, &up);
-    add(x, &layer.down.multiply(&gate, n)?);
-    Ok(())
+fn feed_forward(
+    kernels: Kernels,
+    layer: &LayerWeights,
+    size: usize,
+    workspace: &mut Workspace,
+    n: usize,
+) -> Result<()> {
+    let Workspace {
+        x,
+        normed,
+        wide: gate_up,
+        narrow: gated,
+        product,
+        ..
+    } = workspace;
+    layer.mlp_norm.of(kernels, x, normed);
+    gate_up.resize(n * 2 * size, 0.0);
+    layer.gate_up.multiply(normed, n, product, gate_up)?;
+    gated_silu(kernels, gate_up, size, gated);
+    layer.down.multiply(gated, n, Write::Add, product, x)
+}
+
+/// Memory of a forward pass, used again from layer to layer and from pass to pass.
+#[derive(Debug, Default)]
+struct Workspace {
+    /// Hidden states, `[n, hidden]`.
+    x: Vec<f32>,
+    /// Normalized ones.
+    normed: Vec<f32>,
+    /// Queries, keys and values side by side, or gates and ups.
+    wide: Vec<f32>,
+    /// What attention makes of the former, or the gated activation of the latter.
+    narrow: Vec<f32>,
+    rope: RopeTable,
+    product: Scratch,
 }
 
 impl Session {
@@ -213,6 +271,7 @@ impl Session {
             context,
             chunk,
             interrupt: options.interrupt.clone(),
+            workspace: Workspace::default(),
             model,
         })
     }
@@ -250,7 +309,15 @@ impl Session {
 
     /// Appends one token; returns its logits `[vocab]`. Errors: as [`Session::prefill`].
     pub fn step(&mut self, token: u32) -> Result<Vec<f32>> {
-        self.extend(&[token], Wanted::Last)
+        let mut logits = Vec::new();
+        self.step_into(token, &mut logits)?;
+        Ok(logits)
+    }
+
+    /// [`Session::step`] with the logits in place of what is in `logits`. Allocates nothing if that has
+    /// the room, unless the KV cache has to grow.
+    pub fn step_into(&mut self, token: u32, logits: &mut Vec<f32>) -> Result<()> {
+        self.extend_into(&[token], Wanted::Last, logits)
     }
 
     /// Makes `tokens` the whole sequence; returns the logits `[vocab]` of the last one.
@@ -305,21 +372,32 @@ impl Session {
     }
 
     fn extend(&mut self, tokens: &[u32], wanted: Wanted) -> Result<Vec<f32>> {
+        let mut logits = Vec::new();
+        self.extend_into(tokens, wanted, &mut logits)?;
+        Ok(logits)
+    }
+
+    fn extend_into(
+        &mut self,
+        tokens: &[u32],
+        wanted: Wanted,
+        logits: &mut Vec<f32>,
+    ) -> Result<()> {
         let before = self.tokens.len();
         self.check(before, tokens)?;
         self.tokens.extend_from_slice(tokens);
-        let logits = self.compute(wanted);
-        if logits.is_err() {
+        let result = self.compute(wanted, logits);
+        if result.is_err() {
             self.truncate(before);
         }
-        logits
+        result
     }
 
     /// Brings the cache up to the tokens.
-    fn compute(&mut self, wanted: Wanted) -> Result<Vec<f32>> {
+    fn compute(&mut self, wanted: Wanted, logits: &mut Vec<f32>) -> Result<()> {
         let model = Arc::clone(&self.model);
         let len = self.tokens.len();
-        let (hidden, vocab) = (model.config.hidden_size, model.config.vocab_size);
+        let vocab = model.config.vocab_size;
         let long = model.rope.is_long(len);
         if long != self.long {
             self.cache.truncate(0);
@@ -329,7 +407,7 @@ impl Session {
             Wanted::Last => len - 1,
             Wanted::From(position) => position,
         };
-        let mut logits = Vec::new();
+        logits.clear();
         (len - from)
             .checked_mul(vocab)
             .and_then(|values| logits.try_reserve_exact(values).ok())
@@ -348,13 +426,13 @@ impl Session {
                 false => Ok(()),
             };
             let tokens = &self.tokens[first..end];
-            let x = model.hidden_states(tokens, &mut self.cache, long, proceed)?;
+            let workspace = &mut self.workspace;
+            model.hidden_states(tokens, &mut self.cache, long, workspace, proceed)?;
             if end > from {
-                let skipped = from.saturating_sub(first);
-                let rows = end - first - skipped;
-                logits.extend(model.logits(&x[skipped * hidden..], rows)?);
+                let rows = end - first.max(from);
+                model.logits(workspace, rows, logits)?;
             }
         }
-        Ok(logits)
+        Ok(())
     }
 }

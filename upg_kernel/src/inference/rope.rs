@@ -18,7 +18,7 @@ pub struct Rope {
 }
 
 /// Cos and sin for consecutive positions, `[n, dim / 2]` each.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct RopeTable {
     half: usize,
     cos: Vec<f32>,
@@ -90,39 +90,38 @@ impl Rope {
 
     /// Cos and sin for the positions `first..first + n`. Costs 8 bytes per position and frequency.
     pub fn table(&self, first: usize, n: usize, long: bool) -> RopeTable {
+        let mut table = RopeTable::default();
+        self.fill(&mut table, first, n, long);
+        table
+    }
+
+    /// [`Rope::table`] in the memory of an older one.
+    pub fn fill(&self, table: &mut RopeTable, first: usize, n: usize, long: bool) {
         let frequencies = self.frequencies(long);
-        let (mut cos, mut sin) = (Vec::new(), Vec::new());
+        table.half = frequencies.len();
+        table.cos.clear();
+        table.sin.clear();
         for position in first..first + n {
             for frequency in frequencies {
                 let (s, c) = (position as f64 * frequency).sin_cos();
-                cos.push((c * self.attention_factor) as f32);
-                sin.push((s * self.attention_factor) as f32);
+                table.cos.push((c * self.attention_factor) as f32);
+                table.sin.push((s * self.attention_factor) as f32);
             }
-        }
-        RopeTable {
-            half: frequencies.len(),
-            cos,
-            sin,
         }
     }
 }
 
 impl RopeTable {
-    /// Turns the heads of `x [n, heads * head_dim]` in place; row `i` is at the i-th position.
+    /// Turns the heads of `row`, `head_dim` elements each, to the position of number `index`, in place.
     ///
-    /// Elements of a head from `dim` on keep their values. Rows beyond the table are left alone.
-    pub fn apply(&self, x: &mut [f32], row_len: usize, head_dim: usize) {
-        let rows = x.chunks_exact_mut(row_len);
-        let tables = self
-            .cos
-            .chunks_exact(self.half)
-            .zip(self.sin.chunks_exact(self.half));
-        for (row, (cos, sin)) in rows.zip(tables) {
-            for head in row.chunks_exact_mut(head_dim) {
-                let (first, rest) = head.split_at_mut(self.half);
-                for (((a, b), &cos), &sin) in first.iter_mut().zip(rest).zip(cos).zip(sin) {
-                    (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
-                }
+    /// Elements of a head from `dim` on keep their values. Panics beyond the table.
+    pub fn apply(&self, index: usize, row: &mut [f32], head_dim: usize) {
+        let entries = index * self.half..(index + 1) * self.half;
+        let (cos, sin) = (&self.cos[entries.clone()], &self.sin[entries]);
+        for head in row.chunks_exact_mut(head_dim) {
+            let (first, rest) = head.split_at_mut(self.half);
+            for (((a, b), &cos), &sin) in first.iter_mut().zip(rest).zip(cos).zip(sin) {
+                (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
             }
         }
     }

@@ -117,15 +117,19 @@ impl Sampler {
     /// of it if `top_p` is used without `top_k`. Errors (`Invalid`): NaN, plus infinity, or nothing
     /// that may be chosen.
     pub fn sample(&mut self, logits: &[f32], history: &[u32]) -> Result<u32> {
-        if let Some(id) = logits
-            .iter()
-            .position(|l| l.is_nan() || *l == f32::INFINITY)
-        {
+        let is_wild = |l: &f32| l.is_nan() || *l == f32::INFINITY;
+        // Without an early end, so that a compiler can take several at once.
+        let wild = logits.iter().fold(false, |wild, l| wild | is_wild(l));
+        if wild && let Some(id) = logits.iter().position(is_wild) {
             return Err(Error::new(
                 ErrorKind::Invalid,
                 format!("the logit of token {id} is {}", logits[id]),
             )
             .hint("the weights of the model are damaged or overflow"));
+        }
+        let options = &self.options;
+        if options.temperature == 0.0 && options.repetition_penalty == 1.0 {
+            return largest(logits).ok_or_else(|| nothing_left(logits));
         }
         let mut candidates: Vec<_> = (0u32..)
             .zip(logits)
@@ -143,12 +147,7 @@ impl Sampler {
                 self.draw(&candidates)
             }
         };
-        chosen.ok_or_else(|| {
-            Error::new(
-                ErrorKind::Invalid,
-                format!("none of {} logits is above minus infinity", logits.len()),
-            )
-        })
+        chosen.ok_or_else(|| nothing_left(logits))
     }
 
     /// The candidates are still in the order of their ids.
@@ -220,6 +219,31 @@ impl Sampler {
         let last = candidates.iter().rev().find(|c| c.weight > 0.0);
         last.map(|c| c.id)
     }
+}
+
+/// The index of the largest logit, the first among equal ones. `None`: none is above minus infinity.
+fn largest(logits: &[f32]) -> Option<u32> {
+    // Sixteen at a time, which a compiler makes vector instructions of.
+    let (chunks, rest) = logits.as_chunks::<16>();
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    for chunk in chunks {
+        for (lane, &logit) in lanes.iter_mut().zip(chunk) {
+            *lane = lane.max(logit);
+        }
+    }
+    let all = lanes.iter().chain(rest);
+    let largest = all.copied().fold(f32::NEG_INFINITY, f32::max);
+    let found = logits.iter().position(|&logit| logit == largest);
+    found
+        .filter(|_| largest > f32::NEG_INFINITY)
+        .and_then(|index| u32::try_from(index).ok())
+}
+
+fn nothing_left(logits: &[f32]) -> Error {
+    Error::new(
+        ErrorKind::Invalid,
+        format!("none of {} logits is above minus infinity", logits.len()),
+    )
 }
 
 fn greedy(candidates: &[Candidate]) -> Option<u32> {

@@ -147,7 +147,7 @@ impl Loader<'_> {
                 .map(|(part, rows)| linear(part, rows))
                 .collect::<Result<_>>()?,
         };
-        Ok(Joint { parts, outputs })
+        Ok(Joint { parts })
     }
 
     fn linear(&self, name: &str, rows: usize, cols: usize, bias: bool) -> Result<Linear> {

@@ -19,23 +19,22 @@ pub(crate) enum Order {
 }
 
 impl Order {
-    /// The column of slot `slot`.
-    pub(super) fn column(self, slot: usize) -> usize {
+    /// The slot of `column`. 16 columns from a multiple of 16 on are 16 slots.
+    pub(super) fn slot(self, column: usize) -> usize {
         match self {
-            Self::Natural => slot,
+            Self::Natural => column,
             Self::Nibbles(group) => {
-                let (register, slot) = (slot / (2 * GROUP), slot % (2 * GROUP));
-                let (is_high, byte) = (slot / GROUP, slot % GROUP);
-                let half = group / 2;
-                let in_register = byte / half * group + is_high * half + byte % half;
-                register * 2 * GROUP + in_register
+                let (register, column) = (column / (2 * GROUP), column % (2 * GROUP));
+                let (in_group, half) = (column % group, group / 2);
+                let byte = column / group * half + in_group % half;
+                register * 2 * GROUP + in_group / half * GROUP + byte
             }
         }
     }
 }
 
 /// 64 slots of quantized activations: one register of int8 values for each plane.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(C, align(64))]
 pub(crate) struct Block {
     /// The value is `128 * high + low`.
@@ -45,11 +44,19 @@ pub(crate) struct Block {
     pub offset: [i32; GROUP / 4],
 }
 
+impl Block {
+    const ZERO: Self = Self {
+        high: [0; GROUP],
+        low: [0; GROUP],
+        offset: [0; GROUP / 4],
+    };
+}
+
 /// A vector of activations, quantized to 14 bits with one scale for each 64 columns.
 ///
 /// Two planes of int8 let every kernel use dot products of bytes; the error (at most 1/16,254 of the
 /// largest of 64 neighbours) is far below that of any encoding.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub(crate) struct Activations {
     /// Whole registers: slots past the last column are 0.
     pub blocks: Vec<Block>,
@@ -60,59 +67,74 @@ pub(crate) struct Activations {
 }
 
 impl Activations {
-    /// Rounds `x` to nearest, ties to even. Values that are not finite give results that are not.
+    /// [`quantize`] into new memory.
+    #[cfg(test)]
     pub(crate) fn new(x: &[f32], order: Order) -> Self {
-        let registers = x.len().div_ceil(2 * GROUP);
-        let mut values = vec![0i16; registers * 2 * GROUP];
-        let mut scales = vec![0.0; x.len().div_ceil(GROUP).next_multiple_of(32)];
-        let groups = x.chunks(GROUP).zip(values.chunks_mut(GROUP));
-        for ((x, values), scale) in groups.zip(&mut scales) {
-            *scale = quantize(x, values);
-        }
-        let block = |index: usize| {
-            let value = |i: usize| values[order.column(index * GROUP + i)];
-            let mut block = Block {
-                high: [0; GROUP],
-                low: [0; GROUP],
-                offset: [0; GROUP / 4],
-            };
-            for i in 0..GROUP {
-                let value = value(i);
-                let high = (value + 64) >> 7;
-                block.high[i] = high as i8;
-                block.low[i] = (value - (high << 7)) as i8;
-                block.offset[i / 4] -= 128 * i32::from(value);
-            }
-            block
-        };
-        let blocks: Vec<Block> = (0..registers * 2).map(block).collect();
-        Self {
-            offsets: blocks.iter().map(|b| b.offset.iter().sum()).collect(),
-            blocks,
-            scales,
-        }
+        let mut activations = Self::default();
+        quantize(x, order, &mut activations);
+        activations
+    }
+
+    /// Gives every part the length for so many columns; what is past them is 0, all else anything.
+    pub(super) fn resize(&mut self, cols: usize) {
+        let blocks = cols.div_ceil(2 * GROUP) * 2;
+        self.blocks.resize(blocks, Block::ZERO);
+        self.blocks[cols / GROUP / 2 * 2..].fill(Block::ZERO);
+        self.offsets.clear();
+        self.offsets.resize(blocks, 0);
+        self.scales.clear();
+        self.scales
+            .resize(cols.div_ceil(GROUP).next_multiple_of(32), 0.0);
     }
 }
 
+/// Rounds `x` to nearest, ties to even. Values that are not finite give results that are not.
+pub(super) fn quantize(x: &[f32], order: Order, out: &mut Activations) {
+    out.resize(x.len());
+    for (group, (x, scale)) in x.chunks(GROUP).zip(&mut out.scales).enumerate() {
+        let mut values = [0; GROUP];
+        *scale = quantize_group(x, &mut values);
+        for (i, value) in values.into_iter().enumerate() {
+            let slot = order.slot(group * GROUP + i);
+            let block = &mut out.blocks[slot / GROUP];
+            let high = (value + 64) >> 7;
+            block.high[slot % GROUP] = high as i8;
+            block.low[slot % GROUP] = (value - (high << 7)) as i8;
+        }
+    }
+    for (block, sum) in out.blocks.iter_mut().zip(&mut out.offsets) {
+        let planes = block.high.chunks_exact(4).zip(block.low.chunks_exact(4));
+        for (offset, (high, low)) in block.offset.iter_mut().zip(planes) {
+            let sum = |plane: &[i8]| plane.iter().map(|&x| i32::from(x)).sum::<i32>();
+            *offset = -128 * (128 * sum(high) + sum(low));
+        }
+        *sum = block.offset.iter().sum();
+    }
+}
+
+/// The factor from values to activations, and the one that goes back; `None` where all activations of
+/// a group are as good as 0.
+pub(super) fn scales_for(largest: f32) -> Option<(f32, f32)> {
+    let scale = largest / LARGEST;
+    // The inverse of a subnormal scale is infinite.
+    (scale >= f32::MIN_POSITIVE).then(|| (scale, 1.0 / scale))
+}
+
 /// Rounds one group; returns its scale.
-fn quantize(x: &[f32], values: &mut [i16]) -> f32 {
+fn quantize_group(x: &[f32], values: &mut [i16]) -> f32 {
     // Adding 1.5 * 2^23 leaves no bits for a fraction: two additions that every vector unit has.
     const NO_FRACTION: f32 = 12_582_912.0;
-    let largest = x.iter().fold(0.0f32, |m, x| m.max(x.abs()));
-    let scale = largest / LARGEST;
-    // The inverse of a subnormal scale is infinite; such activations are as good as 0.
-    if scale < f32::MIN_POSITIVE {
-        // A NaN gets lost in `max` and must not get lost in the result.
-        return x.iter().sum::<f32>() * 0.0;
+    if !x.iter().all(|x| x.is_finite()) {
+        return f32::NAN;
     }
-    let inverse = 1.0 / scale;
+    let largest = x.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+    let Some((scale, inverse)) = scales_for(largest) else {
+        return 0.0;
+    };
     for (value, x) in values.iter_mut().zip(x) {
         *value = ((x * inverse + NO_FRACTION) - NO_FRACTION) as i16;
     }
-    match x.iter().all(|x| x.is_finite()) {
-        true => scale,
-        false => f32::NAN,
-    }
+    scale
 }
 
 #[cfg(test)]
@@ -130,11 +152,11 @@ mod tests {
                 let a = Activations::new(&x, order);
                 assert_eq!(a.blocks.len() * GROUP, cols.next_multiple_of(128));
                 let mut seen = vec![0; a.blocks.len() * GROUP];
-                for slot in 0..seen.len() {
+                for column in 0..seen.len() {
+                    let slot = order.slot(column);
                     let (block, i) = (&a.blocks[slot / GROUP], slot % GROUP);
                     let value = 128 * i32::from(block.high[i]) + i32::from(block.low[i]);
-                    let column = order.column(slot);
-                    seen[column] += 1;
+                    seen[slot] += 1;
                     let (x, scale) = match column < cols {
                         true => (x[column], a.scales[column / GROUP]),
                         false => (0.0, 1.0),
@@ -160,11 +182,11 @@ mod tests {
 
     #[test]
     fn a_nibble_order_by_hand() {
-        // Byte 17 of a register is the second of the second group of 32: columns 33 and 49.
-        assert_eq!(Order::Nibbles(32).column(17), 33);
-        assert_eq!(Order::Nibbles(32).column(64 + 17), 49);
-        assert_eq!(Order::Nibbles(64).column(33), 65);
-        assert_eq!(Order::Nibbles(64).column(128 + 64 + 33), 128 + 97);
+        // Columns 33 and 49 are in the two halves of byte 17: the second of the second group of 32.
+        assert_eq!(Order::Nibbles(32).slot(33), 17);
+        assert_eq!(Order::Nibbles(32).slot(49), 64 + 17);
+        assert_eq!(Order::Nibbles(64).slot(65), 33);
+        assert_eq!(Order::Nibbles(64).slot(128 + 97), 128 + 64 + 33);
     }
 
     #[test]

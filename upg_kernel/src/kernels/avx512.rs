@@ -4,7 +4,9 @@
 //! ([`Activations`]), and one `vpdpbusd` a plane multiplies 64 pairs. Sums of four or eight products are exact;
 //! what the 128 adds is taken off again by the offsets that come with the activations.
 
-use super::activations::{Activations, Block};
+mod quantize;
+
+use super::activations::{Activations, Block, Order};
 use super::scalar;
 use super::views::{BitmapRows, GroupedRows, LevelsView, TrellisStrip};
 use crate::prime_lut::PRIME_LUT;
@@ -48,6 +50,32 @@ impl Avx512 {
     pub(crate) fn grouped(self, rows: GroupedRows<'_>, x: &Activations, out: &mut [f32]) {
         // SAFETY: `self` proves that the processor has the features.
         unsafe { grouped(rows, x, out) }
+    }
+
+    /// As [`super::activations::quantize`].
+    pub(crate) fn quantize(self, x: &[f32], order: Order, out: &mut Activations) {
+        // SAFETY: `self` proves that the processor has the features.
+        unsafe { quantize::quantize(x, order, out) }
+    }
+
+    /// As [`scalar::rms_norm`], which is compiled for these instructions.
+    pub(crate) fn rms_norm(self, x: &mut [f32], gain: &[f32], eps: f32) {
+        #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+        fn compiled(x: &mut [f32], gain: &[f32], eps: f32) {
+            scalar::rms_norm(x, gain, eps);
+        }
+        // SAFETY: `self` proves that the processor has the features.
+        unsafe { compiled(x, gain, eps) }
+    }
+
+    /// As [`scalar::gated_silu`], which is compiled for these instructions.
+    pub(crate) fn gated_silu(self, gate: &[f32], up: &[f32], out: &mut [f32]) {
+        #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+        fn compiled(gate: &[f32], up: &[f32], out: &mut [f32]) {
+            scalar::gated_silu(gate, up, out);
+        }
+        // SAFETY: `self` proves that the processor has the features.
+        unsafe { compiled(gate, up, out) }
     }
 
     /// As [`scalar::hadamard`] from span 1 on.
@@ -125,6 +153,12 @@ fn load_u16(values: &[u16; 32]) -> __m512i {
 #[target_feature(enable = "avx512f")]
 fn load_f32(values: &[f32; 16]) -> __m512 {
     _mm512_castsi512_ps(load(bytemuck::cast_ref(values)))
+}
+
+#[target_feature(enable = "avx512f")]
+fn store(out: &mut [i32; 16], values: __m512i) {
+    // SAFETY: 16 values are 64 bytes; the store needs no alignment.
+    unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), values) };
 }
 
 /// Up to 64 bytes, zeros after them.

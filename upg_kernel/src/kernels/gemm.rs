@@ -1,6 +1,6 @@
 //! Blocked matrix product by the `gemm` crate (run-time choice of instruction set).
 
-/// `out [rows, n] = weights [rows, cols] * x [n, cols]^T` in f32, on the calling thread.
+/// `out [n, rows] = x [n, cols] * weights [rows, cols]^T` in f32, on the calling thread.
 ///
 /// `rows` is `weights.len() / cols`, `n` is `x.len() / cols`. Panics if the lengths do not fit.
 pub fn multiply(weights: &[f32], x: &[f32], cols: usize, out: &mut [f32]) {
@@ -9,7 +9,7 @@ pub fn multiply(weights: &[f32], x: &[f32], cols: usize, out: &mut [f32]) {
         weights.len() == rows * cols && x.len() == n * cols && out.len() == rows * n,
         "lengths fit [{rows}, {cols}] x [{cols}, {n}]"
     );
-    // SAFETY: with the strides given (row-major weights and out, x read transposed) the largest
+    // SAFETY: with the strides given (row-major weights, x and out, of which the last two are transposed) the largest
     // element touched is the last one of each slice, by the assertion above; `read_dst` is false,
     // so `out` is only written, and the borrows keep it apart from the inputs.
     unsafe {
@@ -18,8 +18,8 @@ pub fn multiply(weights: &[f32], x: &[f32], cols: usize, out: &mut [f32]) {
             n,
             cols,
             out.as_mut_ptr(),
+            rows as isize,
             1,
-            n as isize,
             false,
             weights.as_ptr(),
             1,

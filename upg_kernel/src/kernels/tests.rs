@@ -124,17 +124,13 @@ fn activations(cols: usize) -> Vec<f32> {
 
 /// What the quantized activations stand for, in natural order.
 fn dequantized(x: &Activations, order: Order, cols: usize) -> Vec<f64> {
-    let mut values = vec![0.0; x.blocks.len() * 64];
-    for (b, block) in x.blocks.iter().enumerate() {
-        for i in 0..64 {
-            let value = 128 * i32::from(block.high[i]) + i32::from(block.low[i]);
-            let column = order.column(b * 64 + i);
-            let scale = x.scales.get(column / 64).copied().unwrap_or(0.0);
-            values[column] = f64::from(value) * f64::from(scale);
-        }
-    }
-    values.truncate(cols);
-    values
+    let value = |column: usize| {
+        let slot = order.slot(column);
+        let (block, i) = (&x.blocks[slot / 64], slot % 64);
+        let value = 128 * i32::from(block.high[i]) + i32::from(block.low[i]);
+        f64::from(value) * f64::from(x.scales[column / 64])
+    };
+    (0..cols).map(value).collect()
 }
 
 fn check(kernels: Kernels, matrix: &dyn StoredMatrix, what: &str) {
@@ -215,6 +211,29 @@ fn extreme_values_are_exact() {
                     (out[0] - expected).abs() <= 1e-6 * expected.abs(),
                     "{out:?}"
                 );
+            }
+        }
+    }
+}
+
+#[test]
+fn every_kernel_rounds_activations_as_the_reference_does() {
+    let mut wild = activations(300);
+    (wild[3], wild[70], wild[299]) = (f32::NAN, f32::INFINITY, f32::NEG_INFINITY);
+    let tiny = vec![1e-44; 65];
+    for kernels in Kernels::available() {
+        for order in [Order::Natural, Order::Nibbles(32), Order::Nibbles(64)] {
+            // One buffer for all: nothing of a longer vector may be left.
+            let mut found = Activations::default();
+            let sizes = COLS.into_iter().rev().map(activations);
+            for x in sizes.chain([wild.clone(), tiny.clone()]) {
+                let expected = Activations::new(&x, order);
+                kernels.quantize(&x, order, &mut found);
+                let what = format!("{} {order:?} {}", kernels.name(), x.len());
+                assert_eq!(found.blocks, expected.blocks, "{what}");
+                assert_eq!(found.offsets, expected.offsets, "{what}");
+                let bits = |scales: &[f32]| scales.iter().map(|s| s.to_bits()).collect::<Vec<_>>();
+                assert_eq!(bits(&found.scales), bits(&expected.scales), "{what}");
             }
         }
     }

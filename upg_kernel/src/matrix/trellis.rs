@@ -198,6 +198,10 @@ impl StoredMatrix for TrellisMatrix {
         Some(Order::Natural)
     }
 
+    fn rows_together(&self) -> usize {
+        STRIP_ROWS
+    }
+
     fn rows_view(&self, first: usize, n: usize) -> Option<Rows<'_>> {
         let start = first / STRIP_ROWS * self.strip_bytes;
         Some(Rows::Trellis(TrellisStrip {

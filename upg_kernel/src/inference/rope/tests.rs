@@ -159,7 +159,10 @@ fn turns_the_first_part_of_each_head_by_hand() {
     let rope = Rope::new(&config(16.0, 4, RopeScaling::Default));
     let mut x: Vec<f32> = (0..24).map(|i| i as f32).collect();
     let before = x.clone();
-    rope.table(5, 2, false).apply(&mut x, 12, 6);
+    let table = rope.table(5, 2, false);
+    for (position, row) in x.chunks_exact_mut(12).enumerate() {
+        table.apply(position, row, 6);
+    }
     for (index, (head, old)) in x.chunks(6).zip(before.chunks(6)).enumerate() {
         let position = (5 + index / 2) as f64;
         for pair in 0..2 {

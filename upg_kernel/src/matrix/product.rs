@@ -1,0 +1,260 @@
+//! Products of matrices that have the same input, one or several vectors of it.
+#![forbid(unsafe_code)]
+
+use super::{Matrix, StoredMatrix, TILE_ROWS};
+use crate::error::{Error, ErrorKind, Result};
+use crate::kernels::activations::{Activations, Order};
+use crate::kernels::{Kernels, gemm, scalar};
+use crate::team::{Columns, Team, Tile, Tiles};
+use std::cell::RefCell;
+use std::ops::Range;
+
+/// From this many vectors on, decoding the weights once for all of them pays. With prompts of SmolLM2 on
+/// two cores with AVX-512 the two ways met between 24 and 48 tokens as q8, at 48 as q4 and past 96 as t3
+/// (`upg run FILE -p PROMPT -n 1` with this at 1 and at 64 or more, November 2026).
+const INTEGER_VECTORS: usize = 40;
+
+/// From this many vectors on, the blocked product beats one dot product after the other.
+const BLOCKED_VECTORS: usize = 4;
+
+/// Rows of the smallest tile: enough that taking the task does not count.
+const SMALLEST_TILE: usize = 16;
+
+/// Tiles for each thread, where a matrix has as many rows: a thread that is late leaves its share to others.
+const TILES_PER_THREAD: usize = 16;
+
+/// What a product does with what is in the output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Write {
+    /// Overwrites it.
+    Set,
+    /// Adds to it.
+    Add,
+}
+
+/// Memory for the prepared input of a product, used again from product to product.
+#[derive(Debug, Default)]
+pub(crate) struct Scratch {
+    rotated: Vec<f32>,
+    vectors: Vec<Activations>,
+}
+
+/// Memory of one thread for the tile it works on.
+#[derive(Default)]
+struct TileScratch {
+    weights: Vec<f32>,
+    products: Vec<f32>,
+}
+
+thread_local! {
+    static TILE: RefCell<TileScratch> = RefCell::default();
+}
+
+/// The product of every part with `n` vectors `x [n, cols]`, side by side: `out [n, rows of all parts]`.
+///
+/// `N` is the most parts there can be. Tiles of up to 64 rows in parallel; no sum is cut, so that the
+/// result does not depend on the number of threads. Allocates only where `scratch` and that of the threads
+/// (260 bytes a column and 260 a vector) are too small. Errors: `Argument` if a length does not fit; those of
+/// [`Kernels::active`].
+pub(crate) fn multiply<const N: usize>(
+    parts: [Option<&Matrix>; N],
+    x: &[f32],
+    n: usize,
+    write: Write,
+    scratch: &mut Scratch,
+    out: &mut [f32],
+) -> Result<()> {
+    let kernels = Kernels::active()?;
+    let stored = parts.map(|part| part.map(Matrix::stored));
+    let rows = stored.map(|part| part.map_or(0, StoredMatrix::rows));
+    let Some(cols) = stored.iter().flatten().next().map(|part| part.cols()) else {
+        return Ok(());
+    };
+    check(&stored, &rows, cols, x, n, out)?;
+    if n == 0 || out.is_empty() {
+        return Ok(());
+    }
+    if cols == 0 {
+        if write == Write::Set {
+            out.fill(0.0);
+        }
+        return Ok(());
+    }
+    let mut first = 0;
+    while let Some(Some(part)) = stored.get(first) {
+        let alike = stored[first..].iter().map_while(|p| *p);
+        let count = alike.take_while(|other| same_input(*part, *other)).count();
+        let parts = Parts {
+            stored: &stored,
+            rows: &rows,
+            range: first..first + count,
+        };
+        parts.multiply(kernels, x, n, write, scratch, out);
+        first += count;
+    }
+    Ok(())
+}
+
+fn check(
+    stored: &[Option<&dyn StoredMatrix>],
+    rows: &[usize],
+    cols: usize,
+    x: &[f32],
+    n: usize,
+    out: &[f32],
+) -> Result<()> {
+    let all = rows
+        .iter()
+        .try_fold(0usize, |sum, &rows| sum.checked_add(rows));
+    let fits = Some(x.len()) == n.checked_mul(cols)
+        && Some(out.len()) == all.and_then(|rows| rows.checked_mul(n))
+        && stored.iter().flatten().all(|part| part.cols() == cols);
+    if fits {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorKind::Argument,
+        format!(
+            "input of {} and output of {} values do not fit {n} products with {rows:?} rows of {cols}",
+            x.len(),
+            out.len()
+        ),
+    ))
+}
+
+/// Whether two matrices want their input prepared in the same way.
+fn same_input(a: &dyn StoredMatrix, b: &dyn StoredMatrix) -> bool {
+    a.order() == b.order() && a.rotation() == b.rotation()
+}
+
+/// Some of the parts of a product, which want the same input.
+struct Parts<'a> {
+    stored: &'a [Option<&'a dyn StoredMatrix>],
+    rows: &'a [usize],
+    range: Range<usize>,
+}
+
+impl Parts<'_> {
+    fn multiply(
+        &self,
+        kernels: Kernels,
+        x: &[f32],
+        n: usize,
+        write: Write,
+        scratch: &mut Scratch,
+        out: &mut [f32],
+    ) {
+        let first = self.part(self.range.start);
+        let Scratch { rotated, vectors } = scratch;
+        let x = match first.rotation() {
+            None => x,
+            Some(rotation) => {
+                rotated.clear();
+                rotated.extend_from_slice(x);
+                each_vector(rotated, first.cols(), |_, x| {
+                    rotation.apply_with(kernels, &mut x[..]);
+                });
+                &*rotated
+            }
+        };
+        let is_packed = n < INTEGER_VECTORS && kernels.is_integer();
+        match first.order().filter(|_| is_packed) {
+            Some(order) => {
+                quantize(kernels, x, order, first.cols(), n, vectors);
+                self.multiply_packed(kernels, &vectors[..n], write, out);
+            }
+            None => self.multiply_decoded(x, n, write, out),
+        }
+    }
+
+    fn part(&self, index: usize) -> &dyn StoredMatrix {
+        self.stored[index].expect("a part for every index of the range")
+    }
+
+    fn parts(&self) -> impl Iterator<Item = &dyn StoredMatrix> {
+        self.stored[self.range.clone()].iter().flatten().copied()
+    }
+
+    /// Few vectors: kernels that multiply packed weights as they are.
+    fn multiply_packed(
+        &self,
+        kernels: Kernels,
+        vectors: &[Activations],
+        write: Write,
+        out: &mut [f32],
+    ) {
+        let team = Team::global();
+        let rows: usize = self.parts().map(StoredMatrix::rows).sum();
+        let wanted = rows / (team.threads() * TILES_PER_THREAD) / SMALLEST_TILE * SMALLEST_TILE;
+        let together = self.parts().map(StoredMatrix::rows_together).max();
+        let size = wanted
+            .clamp(SMALLEST_TILE, TILE_ROWS)
+            .max(together.unwrap_or(1));
+        let tiles = Tiles::new(self.rows, self.range.clone(), size);
+        team.tiles(out, &tiles, |tile, mut out| {
+            let rows = self.part(tile.part).rows_view(tile.first, tile.rows);
+            let rows = rows.expect("rows of a matrix that has an order");
+            let mut products = [0.0; TILE_ROWS];
+            let products = &mut products[..tile.rows];
+            for (i, x) in vectors.iter().enumerate() {
+                kernels.multiply(rows, x, products);
+                put(products, write, out.row(i));
+            }
+        });
+    }
+
+    /// Weights that are decoded once for all vectors.
+    fn multiply_decoded(&self, x: &[f32], n: usize, write: Write, out: &mut [f32]) {
+        let tiles = Tiles::new(self.rows, self.range.clone(), TILE_ROWS);
+        let multiply_tile = |tile: Tile, out: &mut Columns<'_>, scratch: &mut TileScratch| {
+            let part = self.part(tile.part);
+            let cols = part.cols();
+            scratch.weights.resize(tile.rows * cols, 0.0);
+            scratch.products.resize(tile.rows * n, 0.0);
+            part.decode_rows(tile.first, &mut scratch.weights);
+            let multiply = match n < BLOCKED_VECTORS {
+                true => scalar::multiply,
+                false => gemm::multiply,
+            };
+            multiply(&scratch.weights, x, cols, &mut scratch.products);
+            for (i, products) in scratch.products.chunks_exact(tile.rows).enumerate() {
+                put(products, write, out.row(i));
+            }
+        };
+        Team::global().tiles(out, &tiles, |tile, mut out| {
+            TILE.with_borrow_mut(|scratch| multiply_tile(tile, &mut out, scratch));
+        });
+    }
+}
+
+/// Calls `task` with every row of `x [n, cols]`; in parallel if there is more than one.
+fn each_vector(x: &mut [f32], cols: usize, task: impl Fn(usize, &mut [f32]) + Sync) {
+    Team::global().chunks(x, cols, task);
+}
+
+fn quantize(
+    kernels: Kernels,
+    x: &[f32],
+    order: Order,
+    cols: usize,
+    n: usize,
+    vectors: &mut Vec<Activations>,
+) {
+    if vectors.len() < n {
+        vectors.resize_with(n, Activations::default);
+    }
+    Team::global().chunks(&mut vectors[..n], 1, |i, vector| {
+        kernels.quantize(&x[i * cols..(i + 1) * cols], order, &mut vector[0]);
+    });
+}
+
+fn put(products: &[f32], write: Write, out: &mut [f32]) {
+    match write {
+        Write::Set => out.copy_from_slice(products),
+        Write::Add => {
+            for (out, product) in out.iter_mut().zip(products) {
+                *out += product;
+            }
+        }
+    }
+}

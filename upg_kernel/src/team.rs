@@ -1,0 +1,490 @@
+//! A team of threads for the many short loops of a forward pass.
+//!
+//! A token of a small model takes a few hundred parallel loops of some microseconds. Waking threads up for
+//! each of them, as a general pool does, takes longer than the loops. The threads of a team spin for a
+//! while before they sleep, and take tasks one by one: a thread that the system does not run takes none,
+//! and nobody waits for it.
+
+use std::any::Any;
+use std::cell::UnsafeCell;
+use std::marker::PhantomData;
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// How long an idle thread looks for work before it sleeps: longer than what lies between two loops of a
+/// token, and two tokens, so that waking up is paid once a generation.
+const AWAKE: Duration = Duration::from_millis(2);
+
+/// Looks for work between two looks at the clock, a microsecond or so.
+const SPINS: u32 = 32;
+
+/// Looks for the end of the tasks of others before the processor is offered to them.
+const SPINS_BEFORE_YIELD: u32 = 10_000;
+
+/// Threads that work on the loops of one caller at a time.
+pub(crate) struct Team {
+    shared: Arc<Shared>,
+    /// Held by the caller whose loop the team works on.
+    caller: Mutex<()>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+/// On cache lines of their own: what all threads write must not slow down what they only read.
+#[repr(align(128))]
+struct Padded<T>(T);
+
+struct Shared {
+    /// The number of the loop in the upper half, how many of its tasks nobody has taken in the lower.
+    open: Padded<AtomicU64>,
+    /// Tasks of the loop that are not finished.
+    unfinished: Padded<AtomicUsize>,
+    job: UnsafeCell<Job>,
+    /// What the first of the tasks that panicked said.
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+    sleepers: AtomicUsize,
+    asleep: Mutex<()>,
+    wake: Condvar,
+    ends: AtomicBool,
+}
+
+// SAFETY: `job` is the only part that is not `Sync` by itself. It is written by `Team::run` alone, while no
+// task is unfinished, and read only by a thread that has taken a task and not finished it; the task
+// is `Sync`.
+unsafe impl Sync for Shared {}
+// SAFETY: as above; the pointer in `job` is not used after `Team::run` has returned.
+unsafe impl Send for Shared {}
+
+#[derive(Clone, Copy)]
+struct Job {
+    task: *const (dyn Fn(usize) + Sync),
+    tasks: usize,
+}
+
+impl Shared {
+    /// Takes a task of the present loop, if there is one that nobody has, and does it.
+    fn work(&self) -> bool {
+        let mut open = self.open.0.load(Ordering::Acquire);
+        let left = loop {
+            let left = open & u64::from(u32::MAX);
+            if left == 0 {
+                return false;
+            }
+            let taken = self.open.0.compare_exchange_weak(
+                open,
+                open - 1,
+                Ordering::AcqRel,
+                Ordering::Acquire,
+            );
+            match taken {
+                Ok(_) => break left as usize,
+                Err(now) => open = now,
+            }
+        };
+        // SAFETY: the task just taken is unfinished, so that the job of its loop stays; it was written
+        // before `open` was, which the exchange above has seen.
+        let job = unsafe { *self.job.get() };
+        // SAFETY: `Team::run`, which has borrowed the closure, returns only after this task is finished.
+        let task = unsafe { &*job.task };
+        let done = catch_unwind(AssertUnwindSafe(|| task(job.tasks - left)));
+        if let Err(panic) = done {
+            lock(&self.panic).get_or_insert(panic);
+        }
+        self.unfinished.0.fetch_sub(1, Ordering::Release);
+        true
+    }
+
+    fn is_open(&self) -> bool {
+        self.open.0.load(Ordering::SeqCst) as u32 != 0
+    }
+
+    /// The life of a thread of the team.
+    fn serve(&self) {
+        while !self.ends.load(Ordering::Relaxed) {
+            let idle_since = Instant::now();
+            loop {
+                let found = (0..SPINS).any(|_| {
+                    std::hint::spin_loop();
+                    self.work()
+                });
+                if found {
+                    while self.work() {}
+                    break;
+                }
+                if idle_since.elapsed() >= AWAKE {
+                    self.sleep();
+                    break;
+                }
+            }
+        }
+    }
+
+    fn sleep(&self) {
+        let mut guard = lock(&self.asleep);
+        // Before the last look at `open`: either this look sees a new loop, or its caller sees a sleeper.
+        self.sleepers.fetch_add(1, Ordering::SeqCst);
+        while !self.is_open() && !self.ends.load(Ordering::SeqCst) {
+            guard = self.wake.wait(guard).unwrap_or_else(PoisonError::into_inner);
+        }
+        self.sleepers.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    fn wake_sleepers(&self) {
+        if self.sleepers.load(Ordering::SeqCst) > 0 {
+            drop(lock(&self.asleep));
+            self.wake.notify_all();
+        }
+    }
+}
+
+/// What these mutexes protect is whole whenever they are free, also after a panic.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Team {
+    /// A team of so many threads, the caller included; of fewer if the system gives no more.
+    pub(crate) fn new(threads: usize) -> Self {
+        let shared = Arc::new(Shared {
+            open: Padded(AtomicU64::new(0)),
+            unfinished: Padded(AtomicUsize::new(0)),
+            job: UnsafeCell::new(Job {
+                task: &|_| {},
+                tasks: 0,
+            }),
+            panic: Mutex::new(None),
+            sleepers: AtomicUsize::new(0),
+            asleep: Mutex::new(()),
+            wake: Condvar::new(),
+            ends: AtomicBool::new(false),
+        });
+        let spawn = |index| {
+            let shared = Arc::clone(&shared);
+            std::thread::Builder::new()
+                .name(format!("upg-{index}"))
+                .spawn(move || shared.serve())
+        };
+        let threads = (1..threads).map_while(|index| spawn(index).ok()).collect();
+        Self {
+            shared,
+            caller: Mutex::new(()),
+            threads,
+        }
+    }
+
+    /// The team of this process: as many threads as rayon's global pool, started at the first call.
+    pub(crate) fn global() -> &'static Self {
+        static TEAM: LazyLock<Team> = LazyLock::new(|| Team::new(rayon::current_num_threads()));
+        &TEAM
+    }
+
+    /// How many threads work on a loop.
+    pub(crate) fn threads(&self) -> usize {
+        self.threads.len() + 1
+    }
+
+    /// Calls `task` with every number below `tasks`, on any threads in any order, and waits.
+    ///
+    /// If another caller has the team, or this is called from within a task, the calling thread does all
+    /// of it. Takes about a microsecond beside the tasks. A panic in a task comes out of this call after
+    /// all tasks are finished. Panics for 2^32 tasks and more.
+    pub(crate) fn run(&self, tasks: usize, task: impl Fn(usize) + Sync) {
+        assert!(u32::try_from(tasks).is_ok(), "{tasks} tasks");
+        let free = match self.caller.try_lock() {
+            Ok(guard) => Some(guard),
+            Err(TryLockError::Poisoned(guard)) => Some(guard.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        };
+        if free.is_none() || tasks < 2 || self.threads.is_empty() {
+            return (0..tasks).for_each(task);
+        }
+        let shared = &*self.shared;
+        let task: &(dyn Fn(usize) + Sync) = &task;
+        // SAFETY: only the lifetime changes. The pointer is used by threads that have a task of this
+        // loop, and this function does not return, nor unwind, before all of them are finished.
+        let task: &'static (dyn Fn(usize) + Sync) = unsafe { std::mem::transmute(task) };
+        shared.unfinished.0.store(tasks, Ordering::Relaxed);
+        // SAFETY: the guard of `caller` makes this the only writer, and no task of an earlier loop is
+        // unfinished, so that there is no reader.
+        unsafe { *shared.job.get() = Job { task, tasks } };
+        let number = (shared.open.0.load(Ordering::Relaxed) >> 32).wrapping_add(1);
+        shared.open.0.store(number << 32 | tasks as u64, Ordering::SeqCst);
+        shared.wake_sleepers();
+        while shared.work() {}
+        let mut spins = 0;
+        while shared.unfinished.0.load(Ordering::Acquire) != 0 {
+            match spins < SPINS_BEFORE_YIELD {
+                true => std::hint::spin_loop(),
+                false => std::thread::yield_now(),
+            }
+            spins += 1;
+        }
+        if let Some(panic) = lock(&shared.panic).take() {
+            resume_unwind(panic);
+        }
+    }
+
+    /// [`Team::run`] over the chunks of `size` elements of `out`, the last one maybe shorter.
+    pub(crate) fn chunks<T: Send>(
+        &self,
+        out: &mut [T],
+        size: usize,
+        task: impl Fn(usize, &mut [T]) + Sync,
+    ) {
+        let len = out.len();
+        let out = Pieces::new(out);
+        self.run(len.div_ceil(size), |index| {
+            let range = index * size..len.min((index + 1) * size);
+            // SAFETY: the ranges of different chunks have no element in common, and `run` calls with
+            // each number once.
+            task(index, unsafe { out.get(range) });
+        });
+    }
+
+    /// [`Team::run`] over tiles of columns of `out [n, rows of all matrices]`.
+    pub(crate) fn tiles(
+        &self,
+        out: &mut [f32],
+        tiles: &Tiles<'_>,
+        task: impl Fn(Tile, Columns<'_>) + Sync,
+    ) {
+        let width = tiles.width();
+        let out = Pieces::new(out);
+        self.run(tiles.count(), |index| {
+            let tile = tiles.get(index);
+            let columns = Columns {
+                out: &out,
+                width,
+                range: tile.at..tile.at + tile.rows,
+            };
+            task(tile, columns);
+        });
+    }
+}
+
+impl Drop for Team {
+    fn drop(&mut self) {
+        self.shared.ends.store(true, Ordering::SeqCst);
+        self.shared.wake_sleepers();
+        for thread in self.threads.drain(..) {
+            // A thread of a team catches every panic of its tasks.
+            thread.join().expect("threads of a team end by themselves");
+        }
+    }
+}
+
+/// A slice that tasks write at places that no two of them share.
+struct Pieces<'a, T> {
+    start: *mut T,
+    len: usize,
+    of: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: a piece is an exclusive borrow of some elements, which may go to another thread if they may.
+unsafe impl<T: Send> Sync for Pieces<'_, T> {}
+
+impl<'a, T> Pieces<'a, T> {
+    fn new(slice: &'a mut [T]) -> Self {
+        Self {
+            start: slice.as_mut_ptr(),
+            len: slice.len(),
+            of: PhantomData,
+        }
+    }
+
+    /// # Safety
+    /// While the result lives, no other piece has an element in common with it.
+    #[expect(clippy::mut_from_ref)]
+    unsafe fn get(&self, range: Range<usize>) -> &mut [T] {
+        assert!(range.start <= range.end && range.end <= self.len);
+        // SAFETY: inside of the slice by the assertion; the slice is borrowed exclusively for as long as
+        // `self` lives, and the caller keeps pieces apart.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
+    }
+}
+
+/// Some columns of a matrix `[n, width]`, for one task alone.
+pub(crate) struct Columns<'a> {
+    out: &'a Pieces<'a, f32>,
+    width: usize,
+    range: Range<usize>,
+}
+
+impl Columns<'_> {
+    /// The columns of row `index`.
+    pub(crate) fn row(&mut self, index: usize) -> &mut [f32] {
+        let start = index * self.width;
+        // SAFETY: the columns of different tiles have none in common, each tile is one task, and the
+        // borrow of `self` lets this task have one row at a time.
+        unsafe {
+            self.out
+                .get(start + self.range.start..start + self.range.end)
+        }
+    }
+}
+
+/// Some of the matrices whose rows are, one after the other, the columns of a common output, cut into
+/// tiles that lie in one matrix each.
+pub(crate) struct Tiles<'a> {
+    /// Of each matrix.
+    rows: &'a [usize],
+    parts: Range<usize>,
+    /// Rows of a tile, those at the end of a matrix excepted.
+    size: usize,
+}
+
+/// A tile of [`Tiles`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Tile {
+    /// The number of the matrix.
+    pub(crate) part: usize,
+    /// Its first row.
+    pub(crate) first: usize,
+    pub(crate) rows: usize,
+    /// The column of the first row.
+    pub(crate) at: usize,
+}
+
+impl<'a> Tiles<'a> {
+    /// Of the matrices `parts`; `rows` has the number of rows of all of them.
+    pub(crate) fn new(rows: &'a [usize], parts: Range<usize>, size: usize) -> Self {
+        Self { rows, parts, size }
+    }
+
+    fn width(&self) -> usize {
+        self.rows.iter().sum()
+    }
+
+    fn count(&self) -> usize {
+        let rows = &self.rows[self.parts.clone()];
+        rows.iter().map(|rows| rows.div_ceil(self.size)).sum()
+    }
+
+    fn get(&self, mut index: usize) -> Tile {
+        let mut at: usize = self.rows[..self.parts.start].iter().sum();
+        for part in self.parts.clone() {
+            let rows = self.rows[part];
+            let count = rows.div_ceil(self.size);
+            if index < count {
+                let first = index * self.size;
+                return Tile {
+                    part,
+                    first,
+                    rows: self.size.min(rows - first),
+                    at: at + first,
+                };
+            }
+            index -= count;
+            at += rows;
+        }
+        unreachable!("a tile below the count")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sum_of_squares(team: &Team, tasks: usize) -> usize {
+        let sum = AtomicUsize::new(0);
+        team.run(tasks, |i| {
+            sum.fetch_add(i * i + 1, Ordering::Relaxed);
+        });
+        sum.into_inner()
+    }
+
+    #[test]
+    fn every_task_is_done_once_by_teams_of_any_size() {
+        for threads in [1, 2, 3, 7] {
+            let team = Team::new(threads);
+            assert_eq!(team.threads(), threads);
+            for tasks in [0, 1, 2, 3, 64, 1000] {
+                let expected: usize = (0..tasks).map(|i| i * i + 1).sum();
+                for _ in 0..20 {
+                    assert_eq!(sum_of_squares(&team, tasks), expected);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn threads_that_sleep_wake_up() {
+        let team = Team::new(3);
+        for _ in 0..3 {
+            std::thread::sleep(2 * AWAKE);
+            assert_eq!(sum_of_squares(&team, 10), 295);
+        }
+    }
+
+    #[test]
+    fn loops_in_loops_and_of_several_callers_are_done() {
+        let team = Team::new(2);
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| {
+                    for _ in 0..100 {
+                        assert_eq!(sum_of_squares(&team, 10), 295);
+                    }
+                });
+            }
+        });
+        let sum = AtomicUsize::new(0);
+        team.run(4, |_| {
+            sum.fetch_add(sum_of_squares(&team, 10), Ordering::Relaxed);
+        });
+        assert_eq!(sum.into_inner(), 4 * 295);
+    }
+
+    #[test]
+    fn a_panic_comes_out_after_all_tasks_and_the_team_lives_on() {
+        let team = Team::new(2);
+        let done = AtomicUsize::new(0);
+        let result = catch_unwind(AssertUnwindSafe(|| {
+            team.run(50, |i| {
+                assert!(i != 17, "task 17");
+                done.fetch_add(1, Ordering::Relaxed);
+            });
+        }));
+        let message = result.unwrap_err();
+        assert!(message.downcast_ref::<&str>().is_some_and(|m| m.contains("task 17")));
+        assert_eq!(done.into_inner(), 49);
+        assert_eq!(sum_of_squares(&team, 10), 295);
+    }
+
+    #[test]
+    fn chunks_and_tiles_cover_every_element_once() {
+        let team = Team::new(2);
+        let mut out = vec![0; 103];
+        team.chunks(&mut out, 10, |index, chunk| {
+            assert_eq!(chunk.len(), if index == 10 { 3 } else { 10 });
+            chunk.iter_mut().for_each(|x| *x += index + 1);
+        });
+        assert!(out.iter().enumerate().all(|(i, &x)| x == i / 10 + 1));
+
+        let rows = [70, 0, 64, 1];
+        let mut out = vec![0.0; 2 * 135];
+        for parts in [0..1, 1..4] {
+            let tiles = Tiles::new(&rows, parts, 64);
+            team.tiles(&mut out, &tiles, |tile, mut columns| {
+                for i in 0..2 {
+                    for (row, x) in columns.row(i).iter_mut().enumerate() {
+                        *x += (1000 * (i + 1) + 100 * tile.part + tile.first + row) as f32;
+                    }
+                }
+            });
+        }
+        for i in 0..2 {
+            for (column, &x) in out[135 * i..][..135].iter().enumerate() {
+                let (part, row) = match column {
+                    0..70 => (0, column),
+                    70..134 => (2, column - 70),
+                    _ => (3, 0),
+                };
+                assert_eq!(x, (1000 * (i + 1) + 100 * part + row) as f32);
+            }
+        }
+    }
+}

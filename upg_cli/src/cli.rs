@@ -5,6 +5,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use upg_compress::plan::{Choice, Override};
+use upg_kernel::inference::CacheType;
 
 /// Compress language models into one memory-mapped file, and run them from it.
 #[derive(Parser)]
@@ -165,6 +166,30 @@ pub struct SamplingArgs {
     /// Positions to keep room for [default: what the model allows]
     #[arg(long, value_name = "N")]
     pub context: Option<usize>,
+    /// How the keys and values of attention are kept
+    #[arg(long, value_enum, default_value_t)]
+    pub cache_type: CacheArg,
+}
+
+#[derive(Clone, Copy, Default, ValueEnum)]
+pub enum CacheArg {
+    /// 4 bytes an element
+    F32,
+    /// 2 bytes an element
+    #[default]
+    F16,
+    /// 1 byte an element, and a scale for each head and position
+    Int8,
+}
+
+impl From<CacheArg> for CacheType {
+    fn from(arg: CacheArg) -> Self {
+        match arg {
+            CacheArg::F32 => Self::F32,
+            CacheArg::F16 => Self::F16,
+            CacheArg::Int8 => Self::Int8,
+        }
+    }
 }
 
 #[derive(Args)]
@@ -248,6 +273,9 @@ pub struct EvalArgs {
     /// Positions computed at once; 1 measures what generation computes, which may round otherwise
     #[arg(long, value_name = "N")]
     pub chunk: Option<usize>,
+    /// How the keys and values of attention are kept
+    #[arg(long, value_enum, default_value_t)]
+    pub cache_type: CacheArg,
     /// Use only this many windows of the text
     #[arg(long, value_name = "N")]
     pub windows: Option<NonZeroUsize>,

@@ -22,7 +22,7 @@ pub mod weights;
 pub use config::ModelConfig;
 pub use evaluate::{Evaluation, EvaluationOptions, EvaluationProgress, evaluate};
 pub use generate::{FinishReason, GenerateOptions, StopStrings, TextStream, Timings, TokenStream};
-pub use model::{Model, Session, SessionOptions};
+pub use model::{CacheType, Model, Session, SessionOptions};
 pub use sampler::{Sampler, SamplingOptions};
 pub use upg_model::UPGModel;
 pub use weights::WeightSource;

@@ -3,9 +3,11 @@
 
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 pub(crate) mod activations;
+pub(crate) mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 pub mod gemm;
+mod lanes;
 pub mod scalar;
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 pub(crate) mod views;
@@ -13,11 +15,19 @@ pub(crate) mod views;
 use crate::error::{Error, ErrorKind, Result};
 use activations::{Activations, Order};
 use std::env::VarError;
+use std::ops::Range;
 use std::sync::LazyLock;
 use views::Rows;
 
 /// The environment variable that names the kernels to use instead of the fastest.
 const VARIABLE: &str = "UPG_KERNEL";
+
+/// Memory for [`Kernels::multiply_many`], used again from call to call.
+#[cfg(target_arch = "x86_64")]
+pub(crate) use avx512::Panel;
+#[cfg(not(target_arch = "x86_64"))]
+#[derive(Debug, Default)]
+pub(crate) struct Panel;
 
 /// Kernels for one instruction set. A value is the proof that this machine has it.
 #[derive(Debug, Clone, Copy)]
@@ -119,12 +129,56 @@ impl Kernels {
         }
     }
 
+    /// [`attention::attend`].
+    pub(crate) fn attend(
+        self,
+        head: attention::Head<'_>,
+        queries: &[f32],
+        seen: &[Range<usize>],
+        scratch: &mut attention::Scratch,
+        out: &mut [f32],
+    ) {
+        match self.0 {
+            Set::Scalar => {
+                attention::attend::<[f32; 16], 1>((), head, queries, seen, scratch, out);
+            }
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx512(kernels) => kernels.attend(head, queries, seen, scratch, out),
+        }
+    }
+
     /// [`activations::quantize`], the same to the bit.
     pub(crate) fn quantize(self, x: &[f32], order: Order, out: &mut Activations) {
         match self.0 {
             Set::Scalar => activations::quantize(x, order, out),
             #[cfg(target_arch = "x86_64")]
             Set::Avx512(kernels) => kernels.quantize(x, order, out),
+        }
+    }
+
+    /// Whether there is [`Kernels::multiply_many`].
+    pub(crate) fn has_many(self) -> bool {
+        match self.0 {
+            Set::Scalar => false,
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx512(_) => true,
+        }
+    }
+
+    /// `out [n, rows]`: up to 64 rows times every vector, all of them in [`Order::Natural`].
+    ///
+    /// Panics without [`Kernels::has_many`].
+    pub(crate) fn multiply_many(
+        self,
+        rows: Rows<'_>,
+        vectors: &[Activations],
+        panel: &mut Panel,
+        out: &mut [f32],
+    ) {
+        match self.0 {
+            Set::Scalar => unreachable!("{rows:?} {vectors:?} {panel:?} {out:?}"),
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx512(kernels) => kernels.multiply_many(rows, vectors, panel, out),
         }
     }
 

@@ -227,13 +227,6 @@ impl Matrix {
     ///
     /// Errors: `Argument` if `x` or `out` has another length; those of [`crate::kernels::Kernels::active`].
     pub fn spmm_into(&self, x: &[f32], n: usize, out: &mut [f32]) -> Result<()> {
-        product::multiply(
-            [Some(self)],
-            x,
-            n,
-            Write::Set,
-            &mut Scratch::default(),
-            out,
-        )
+        product::multiply([Some(self)], x, n, Write::Set, &mut Scratch::default(), out)
     }
 }

@@ -127,7 +127,10 @@ impl Shared {
         // Before the last look at `open`: either this look sees a new loop, or its caller sees a sleeper.
         self.sleepers.fetch_add(1, Ordering::SeqCst);
         while !self.is_open() && !self.ends.load(Ordering::SeqCst) {
-            guard = self.wake.wait(guard).unwrap_or_else(PoisonError::into_inner);
+            guard = self
+                .wake
+                .wait(guard)
+                .unwrap_or_else(PoisonError::into_inner);
         }
         self.sleepers.fetch_sub(1, Ordering::SeqCst);
     }
@@ -211,7 +214,10 @@ impl Team {
         // unfinished, so that there is no reader.
         unsafe { *shared.job.get() = Job { task, tasks } };
         let number = (shared.open.0.load(Ordering::Relaxed) >> 32).wrapping_add(1);
-        shared.open.0.store(number << 32 | tasks as u64, Ordering::SeqCst);
+        shared
+            .open
+            .0
+            .store(number << 32 | tasks as u64, Ordering::SeqCst);
         shared.wake_sleepers();
         while shared.work() {}
         let mut spins = 0;
@@ -244,23 +250,30 @@ impl Team {
         });
     }
 
-    /// [`Team::run`] over tiles of columns of `out [n, rows of all matrices]`.
+    /// [`Team::run`] over tiles of `out [n, rows of all matrices]`.
+    ///
+    /// A task gets `height` rows of `out`, the last ones maybe fewer, and there the columns of one tile.
     pub(crate) fn tiles(
         &self,
         out: &mut [f32],
+        height: usize,
         tiles: &Tiles<'_>,
-        task: impl Fn(Tile, Columns<'_>) + Sync,
+        task: impl Fn(Tile, Region<'_>) + Sync,
     ) {
         let width = tiles.width();
+        let rows = out.len() / width.max(1);
+        let bands = rows.div_ceil(height);
         let out = Pieces::new(out);
-        self.run(tiles.count(), |index| {
-            let tile = tiles.get(index);
-            let columns = Columns {
+        self.run(tiles.count() * bands, |index| {
+            let tile = tiles.get(index / bands);
+            let first = index % bands * height;
+            let region = Region {
                 out: &out,
                 width,
-                range: tile.at..tile.at + tile.rows,
+                rows: first..rows.min(first + height),
+                columns: tile.at..tile.at + tile.rows,
             };
-            task(tile, columns);
+            task(tile, region);
         });
     }
 }
@@ -306,22 +319,29 @@ impl<'a, T> Pieces<'a, T> {
     }
 }
 
-/// Some columns of a matrix `[n, width]`, for one task alone.
-pub(crate) struct Columns<'a> {
+/// Some columns of some rows of a matrix `[n, width]`, for one task alone.
+pub(crate) struct Region<'a> {
     out: &'a Pieces<'a, f32>,
     width: usize,
-    range: Range<usize>,
+    rows: Range<usize>,
+    columns: Range<usize>,
 }
 
-impl Columns<'_> {
-    /// The columns of row `index`.
+impl Region<'_> {
+    /// The rows of the matrix that it has a part of.
+    pub(crate) fn rows(&self) -> Range<usize> {
+        self.rows.clone()
+    }
+
+    /// Its part of row `index` of the matrix.
     pub(crate) fn row(&mut self, index: usize) -> &mut [f32] {
+        assert!(self.rows.contains(&index));
         let start = index * self.width;
-        // SAFETY: the columns of different tiles have none in common, each tile is one task, and the
-        // borrow of `self` lets this task have one row at a time.
+        // SAFETY: different tasks have different tiles, whose columns have none in common, or different
+        // rows; and the borrow of `self` lets this task have one row at a time.
         unsafe {
             self.out
-                .get(start + self.range.start..start + self.range.end)
+                .get(start + self.columns.start..start + self.columns.end)
         }
     }
 }
@@ -358,7 +378,7 @@ impl<'a> Tiles<'a> {
         self.rows.iter().sum()
     }
 
-    fn count(&self) -> usize {
+    pub(crate) fn count(&self) -> usize {
         let rows = &self.rows[self.parts.clone()];
         rows.iter().map(|rows| rows.div_ceil(self.size)).sum()
     }
@@ -449,7 +469,11 @@ mod tests {
             });
         }));
         let message = result.unwrap_err();
-        assert!(message.downcast_ref::<&str>().is_some_and(|m| m.contains("task 17")));
+        assert!(
+            message
+                .downcast_ref::<&str>()
+                .is_some_and(|m| m.contains("task 17"))
+        );
         assert_eq!(done.into_inner(), 49);
         assert_eq!(sum_of_squares(&team, 10), 295);
     }
@@ -465,18 +489,18 @@ mod tests {
         assert!(out.iter().enumerate().all(|(i, &x)| x == i / 10 + 1));
 
         let rows = [70, 0, 64, 1];
-        let mut out = vec![0.0; 2 * 135];
+        let mut out = vec![0.0; 3 * 135];
         for parts in [0..1, 1..4] {
             let tiles = Tiles::new(&rows, parts, 64);
-            team.tiles(&mut out, &tiles, |tile, mut columns| {
-                for i in 0..2 {
-                    for (row, x) in columns.row(i).iter_mut().enumerate() {
+            team.tiles(&mut out, 2, &tiles, |tile, mut region| {
+                for i in region.rows() {
+                    for (row, x) in region.row(i).iter_mut().enumerate() {
                         *x += (1000 * (i + 1) + 100 * tile.part + tile.first + row) as f32;
                     }
                 }
             });
         }
-        for i in 0..2 {
+        for i in 0..3 {
             for (column, &x) in out[135 * i..][..135].iter().enumerate() {
                 let (part, row) = match column {
                     0..70 => (0, column),

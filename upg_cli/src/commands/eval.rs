@@ -28,6 +28,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
         window: args.window,
         limit: args.windows.map_or(default.limit, NonZeroUsize::get),
         chunk: args.chunk.unwrap_or(default.chunk),
+        cache_type: args.cache_type.into(),
     };
     let result = evaluate(&model, &text, &options, reference.as_ref(), &progress);
     bar.finish_and_clear();

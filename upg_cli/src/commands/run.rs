@@ -77,6 +77,7 @@ pub fn sampling_options(args: &SamplingArgs) -> SamplingOptions {
 pub fn session_options(args: &SamplingArgs, interrupt: Arc<AtomicBool>) -> SessionOptions {
     SessionOptions {
         context: args.context,
+        cache_type: args.cache_type.into(),
         interrupt: Some(interrupt),
         ..SessionOptions::default()
     }

@@ -1,7 +1,7 @@
 //! How well a model predicts a text: perplexity, and the distance to a reference model.
 #![forbid(unsafe_code)]
 
-use super::{SessionOptions, UPGModel};
+use super::{CacheType, SessionOptions, UPGModel};
 use crate::error::{Error, ErrorKind, Result};
 use rayon::prelude::*;
 
@@ -41,6 +41,8 @@ pub struct EvaluationOptions {
     /// Positions that are computed at once, as in [`SessionOptions::prefill_chunk`]: 1 measures what
     /// generation computes, token by token.
     pub chunk: usize,
+    /// As [`SessionOptions::cache_type`].
+    pub cache_type: CacheType,
 }
 
 impl Default for EvaluationOptions {
@@ -49,6 +51,7 @@ impl Default for EvaluationOptions {
             window: 512,
             limit: usize::MAX,
             chunk: SessionOptions::default().prefill_chunk,
+            cache_type: CacheType::default(),
         }
     }
 }
@@ -82,11 +85,7 @@ pub fn evaluate(
     reference: Option<&UPGModel>,
     progress: EvaluationProgress<'_>,
 ) -> Result<Evaluation> {
-    let &EvaluationOptions {
-        window,
-        limit,
-        chunk,
-    } = options;
+    let &EvaluationOptions { window, limit, .. } = options;
     let (tokens, bos) = tokens_of(model, text)?;
     let argument = |message: String| Error::new(ErrorKind::Argument, message);
     if window < 4 || tokens.len() < window || limit == 0 {
@@ -122,9 +121,9 @@ pub fn evaluate(
         if let Some(bos) = bos {
             input[0] = bos;
         }
-        let logits = scored_logits(model, &input, first, chunk)?;
+        let logits = scored_logits(model, &input, first, options)?;
         let reference = reference
-            .map(|m| scored_logits(m, &input, first, chunk))
+            .map(|m| scored_logits(m, &input, first, options))
             .transpose()?;
         let targets = &window[first + 1..];
         scored.par_extend(targets.par_iter().enumerate().map(|(i, &target)| {
@@ -148,10 +147,16 @@ fn tokens_of(model: &UPGModel, text: &str) -> Result<(Vec<u32>, Option<u32>)> {
 }
 
 /// Logits from position `first` to the last but one.
-fn scored_logits(model: &UPGModel, window: &[u32], first: usize, chunk: usize) -> Result<Vec<f32>> {
+fn scored_logits(
+    model: &UPGModel,
+    window: &[u32],
+    first: usize,
+    options: &EvaluationOptions,
+) -> Result<Vec<f32>> {
     let options = SessionOptions {
         context: Some(window.len()),
-        prefill_chunk: chunk,
+        prefill_chunk: options.chunk,
+        cache_type: options.cache_type,
         ..SessionOptions::default()
     };
     let mut session = model.session(&options)?;

@@ -1,8 +1,9 @@
 //! The forward pass: a [`Model`] that any number of [`Session`]s share.
 #![forbid(unsafe_code)]
 
-use super::attention::attention;
+use super::attention::{Shape, attention};
 use super::config::ModelConfig;
+pub use super::kv_cache::CacheType;
 use super::kv_cache::KvCache;
 use super::layers::gated_silu;
 use super::rope::{Rope, RopeTable};
@@ -30,6 +31,8 @@ pub struct SessionOptions {
     /// How many positions of a prompt are computed at once, 1 to 65,536; bounds the memory for
     /// activations.
     pub prefill_chunk: usize,
+    /// How keys and values are stored.
+    pub cache_type: CacheType,
     /// Refuse a context whose KV cache could become larger than this; `None` is no limit.
     pub max_cache_bytes: Option<usize>,
     /// Once it is true every call ends with an error of kind `Interrupted`, within the time of one
@@ -42,6 +45,7 @@ impl Default for SessionOptions {
         Self {
             context: None,
             prefill_chunk: 512,
+            cache_type: CacheType::default(),
             max_cache_bytes: None,
             interrupt: None,
         }
@@ -172,7 +176,13 @@ impl Model {
         let first = cache.len();
         let cache = cache.append(index, qkv, width);
         mixed.resize(n * query, 0.0);
-        attention(cache, qkv, width, first, config.num_heads, head_dim, mixed);
+        let shape = Shape {
+            num_heads: config.num_heads,
+            num_kv_heads: config.num_kv_heads,
+            head_dim,
+            width,
+        };
+        attention(kernels, cache, qkv, first, shape, mixed);
         layer.output.multiply(mixed, n, Write::Add, product, x)
     }
 
@@ -253,7 +263,7 @@ impl Session {
                 format!("prefill chunk of {chunk} positions, expected 1 to {MAX_PREFILL_CHUNK}"),
             ));
         }
-        let bytes = KvCache::max_bytes(config, context, chunk)?;
+        let bytes = KvCache::max_bytes(config, context, chunk, options.cache_type)?;
         if let Some(limit) = options.max_cache_bytes.filter(|&limit| bytes > limit) {
             return Err(Error::new(
                 ErrorKind::TooLarge,
@@ -266,7 +276,7 @@ impl Session {
         }
         Ok(Self {
             tokens: Vec::new(),
-            cache: KvCache::new(config, context, chunk),
+            cache: KvCache::new(config, context, chunk, options.cache_type),
             long: false,
             context,
             chunk,
@@ -377,12 +387,7 @@ impl Session {
         Ok(logits)
     }
 
-    fn extend_into(
-        &mut self,
-        tokens: &[u32],
-        wanted: Wanted,
-        logits: &mut Vec<f32>,
-    ) -> Result<()> {
+    fn extend_into(&mut self, tokens: &[u32], wanted: Wanted, logits: &mut Vec<f32>) -> Result<()> {
         let before = self.tokens.len();
         self.check(before, tokens)?;
         self.tokens.extend_from_slice(tokens);

@@ -60,8 +60,8 @@ impl Block {
 pub(crate) struct Activations {
     /// Whole registers: slots past the last column are 0.
     pub blocks: Vec<Block>,
-    /// The sum of the offsets of each block.
-    pub offsets: Vec<i32>,
+    /// The sums of the offsets in both halves of each block.
+    pub offsets: Vec<[i32; 2]>,
     /// One for each 64 columns, a multiple of 32 of them, 0 past the last column.
     pub scales: Vec<f32>,
 }
@@ -81,7 +81,7 @@ impl Activations {
         self.blocks.resize(blocks, Block::ZERO);
         self.blocks[cols / GROUP / 2 * 2..].fill(Block::ZERO);
         self.offsets.clear();
-        self.offsets.resize(blocks, 0);
+        self.offsets.resize(blocks, [0; 2]);
         self.scales.clear();
         self.scales
             .resize(cols.div_ceil(GROUP).next_multiple_of(32), 0.0);
@@ -102,13 +102,14 @@ pub(super) fn quantize(x: &[f32], order: Order, out: &mut Activations) {
             block.low[slot % GROUP] = (value - (high << 7)) as i8;
         }
     }
-    for (block, sum) in out.blocks.iter_mut().zip(&mut out.offsets) {
+    for (block, sums) in out.blocks.iter_mut().zip(&mut out.offsets) {
         let planes = block.high.chunks_exact(4).zip(block.low.chunks_exact(4));
         for (offset, (high, low)) in block.offset.iter_mut().zip(planes) {
             let sum = |plane: &[i8]| plane.iter().map(|&x| i32::from(x)).sum::<i32>();
             *offset = -128 * (128 * sum(high) + sum(low));
         }
-        *sum = block.offset.iter().sum();
+        let (first, second) = block.offset.split_at(GROUP / 8);
+        *sums = [first, second].map(|half| half.iter().sum());
     }
 }
 

@@ -4,13 +4,18 @@
 //! ([`Activations`]), and one `vpdpbusd` a plane multiplies 64 pairs. Sums of four or eight products are exact;
 //! what the 128 adds is taken off again by the offsets that come with the activations.
 
+mod many;
 mod quantize;
 
 use super::activations::{Activations, Block, Order};
-use super::scalar;
-use super::views::{BitmapRows, GroupedRows, LevelsView, TrellisStrip};
+use super::lanes::Lanes;
+use super::views::{BitmapRows, GroupedRows, LevelsView, Rows, TrellisStrip};
+use super::{attention, scalar};
 use crate::prime_lut::PRIME_LUT;
+use half::f16;
+pub(crate) use many::Panel;
 use std::arch::x86_64::*;
+use std::ops::Range;
 
 /// The first 256 primes as 16-bit numbers, a register of them in each row.
 static PRIMES: Primes = Primes({
@@ -52,6 +57,19 @@ impl Avx512 {
         unsafe { grouped(rows, x, out) }
     }
 
+    /// As [`attention::attend`].
+    pub(crate) fn attend(
+        self,
+        head: attention::Head<'_>,
+        queries: &[f32],
+        seen: &[Range<usize>],
+        scratch: &mut attention::Scratch,
+        out: &mut [f32],
+    ) {
+        // SAFETY: `self` proves that the processor has the features.
+        unsafe { attend(self, head, queries, seen, scratch, out) }
+    }
+
     /// As [`super::activations::quantize`].
     pub(crate) fn quantize(self, x: &[f32], order: Order, out: &mut Activations) {
         // SAFETY: `self` proves that the processor has the features.
@@ -90,6 +108,18 @@ impl Avx512 {
         unsafe { bitmap(rows, x, out) }
     }
 
+    /// `out [n, rows]`: up to 64 rows times every vector, all of them in natural order.
+    pub(crate) fn multiply_many(
+        self,
+        rows: Rows<'_>,
+        vectors: &[Activations],
+        panel: &mut Panel,
+        out: &mut [f32],
+    ) {
+        // SAFETY: as above.
+        unsafe { many::multiply(rows, vectors, panel, out) }
+    }
+
     /// The (up to 64) rows of a strip times `x`, in natural order.
     pub(crate) fn trellis(self, strip: TrellisStrip<'_>, x: &Activations, out: &mut [f32]) {
         let is_wide = strip.level_table.len() > 128;
@@ -104,6 +134,57 @@ impl Avx512 {
                 (_, true) => trellis::<4, true>(strip, x, out),
             }
         }
+    }
+}
+
+#[target_feature(enable = "avx512f")]
+fn attend(
+    proof: Avx512,
+    head: attention::Head<'_>,
+    queries: &[f32],
+    seen: &[Range<usize>],
+    scratch: &mut attention::Scratch,
+    out: &mut [f32],
+) {
+    attention::attend::<Register, 8>(proof, head, queries, seen, scratch, out);
+}
+
+/// Sixteen f32. A value is the proof that this machine has the instructions.
+#[derive(Clone, Copy)]
+struct Register(__m512);
+
+// These are always put in their place, in a function that is compiled for the instructions.
+impl Lanes for Register {
+    type Proof = Avx512;
+
+    #[inline(always)]
+    fn splat(_: Avx512, value: f32) -> Self {
+        // SAFETY: the argument proves that the processor has the features, also below.
+        Self(unsafe { _mm512_set1_ps(value) })
+    }
+
+    #[inline(always)]
+    fn load(_: Avx512, values: &[f32; 16]) -> Self {
+        // SAFETY: as above.
+        Self(unsafe { load_f32(values) })
+    }
+
+    #[inline(always)]
+    fn widen(_: Avx512, values: &[f16; 16]) -> Self {
+        // SAFETY: as above; the reference is to 32 readable bytes, and the load needs no alignment.
+        Self(unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(values.as_ptr().cast())) })
+    }
+
+    #[inline(always)]
+    fn mul_add(self, b: Self, c: Self) -> Self {
+        // SAFETY: `self` proves that the processor has the features.
+        Self(unsafe { _mm512_fmadd_ps(self.0, b.0, c.0) })
+    }
+
+    #[inline(always)]
+    fn store(self, out: &mut [f32; 16]) {
+        // SAFETY: as above; 16 floats are 64 bytes, and the store needs no alignment.
+        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), self.0) }
     }
 }
 
@@ -460,9 +541,6 @@ fn bitmap_row<const NIBBLES: bool>(
     table: __m512i,
     x: &Activations,
 ) -> f32 {
-    let low_halves = _mm512_set1_epi8(15);
-    // Level 0, biased: what is not stored adds nothing.
-    let zero = _mm512_set1_epi8(-128);
     let mut values = [0.0; CHUNK + 4];
     let mut sum = _mm512_setzero_ps();
     let mut at = 0;
@@ -472,23 +550,46 @@ fn bitmap_row<const NIBBLES: bool>(
         let blocks = &x.blocks[chunk * CHUNK..];
         for ((word, block), factor) in words.iter().zip(blocks).zip(&values) {
             let kept = u64::from_le_bytes(*word);
-            // What lies after the codes of this group is not expanded.
-            let levels = if NIBBLES {
-                // 0x00HL -> 0x0H0L: two codes in their order.
-                let wide = _mm512_cvtepu8_epi16(load_half_at(codes, at));
-                let pairs = _mm512_or_si512(wide, _mm512_slli_epi16::<4>(wide));
-                _mm512_shuffle_epi8(table, _mm512_and_si512(pairs, low_halves))
-            } else {
-                biased(load_at(codes, at))
+            let (levels, bytes) = match NIBBLES {
+                true => expand_nibbles(codes, at, kept, table),
+                false => expand_bytes(codes, at, kept),
             };
-            let n = kept.count_ones() as usize;
-            at += if NIBBLES { n.div_ceil(2) } else { n };
-            let levels = _mm512_mask_expand_epi8(zero, kept, levels);
+            at += bytes;
             let [products] = dot([levels], block);
             sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), _mm512_set1_ps(*factor), sum);
         }
     }
     _mm512_reduce_add_ps(sum)
+}
+
+/// The biased levels of 64 columns whose codes start at `at`, and the bytes of these codes.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,popcnt")]
+fn expand_bytes(codes: &[u8], at: usize, kept: u64) -> (__m512i, usize) {
+    // What lies after the codes of this group is not expanded.
+    (
+        expand(kept, biased(load_at(codes, at))),
+        kept.count_ones() as usize,
+    )
+}
+
+/// [`expand_bytes`] of 4-bit codes.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi2,popcnt")]
+fn expand_nibbles(codes: &[u8], at: usize, kept: u64, table: __m512i) -> (__m512i, usize) {
+    // 0x00HL -> 0x0H0L: two codes in their order.
+    let wide = _mm512_cvtepu8_epi16(load_half_at(codes, at));
+    let pairs = _mm512_or_si512(wide, _mm512_slli_epi16::<4>(wide));
+    let levels = _mm512_shuffle_epi8(table, _mm512_and_si512(pairs, _mm512_set1_epi8(15)));
+    let bytes = (kept.count_ones() as usize).div_ceil(2);
+    (expand(kept, levels), bytes)
+}
+
+/// Levels to the places whose bit is set; elsewhere level 0, biased: what is not stored adds nothing.
+#[inline]
+#[target_feature(enable = "avx512f,avx512vbmi2")]
+fn expand(kept: u64, levels: __m512i) -> __m512i {
+    _mm512_mask_expand_epi8(_mm512_set1_epi8(-128), kept, levels)
 }
 
 /// The registers that turn the bits of 64 weights into their levels.
@@ -571,7 +672,7 @@ fn trellis<const K: usize, const WIDE: bool>(
                 low[quarter] = _mm512_dpbusd_epi32(low[quarter], levels, x_low);
             }
         }
-        let offset = _mm512_set1_epi32(*offset);
+        let offset = _mm512_set1_epi32(offset[0] + offset[1]);
         let scale = _mm512_set1_ps(*scale);
         for quarter in 0..4 {
             let high = _mm512_slli_epi32::<7>(high[quarter]);

@@ -69,7 +69,15 @@ pub fn exp(x: f32) -> f32 {
     let n = shifted - NO_FRACTION;
     let r = x - n * LN_2_HIGH - n * LN_2_LOW;
     let mut sum = 1.0 / 5040.0;
-    for factor in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+    for factor in [
+        1.0 / 720.0,
+        1.0 / 120.0,
+        1.0 / 24.0,
+        1.0 / 6.0,
+        0.5,
+        1.0,
+        1.0,
+    ] {
         sum = sum * r + factor;
     }
     let power_of_two = f32::from_bits(shifted.to_bits().wrapping_add(127) << 23);
@@ -105,7 +113,10 @@ mod tests {
             let (found, expected) = (f64::from(exp(x)), f64::from(x).exp());
             assert!((found - expected).abs() <= 2e-7 * expected, "{x}: {found}");
         }
-        assert_eq!((exp(0.0), exp(-1e9), exp(1e9)), (1.0, exp(-87.0), exp(88.0)));
+        assert_eq!(
+            (exp(0.0), exp(-1e9), exp(1e9)),
+            (1.0, exp(-87.0), exp(88.0))
+        );
         assert!(exp(f32::NAN).is_nan());
     }
 }

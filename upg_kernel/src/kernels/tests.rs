@@ -145,20 +145,76 @@ fn check(kernels: Kernels, matrix: &dyn StoredMatrix, what: &str) {
         let mut out = vec![f32::NAN; n];
         let view = matrix.rows_view(first, n).unwrap();
         kernels.multiply(view, &x, &mut out);
-        for (i, &found) in out.iter().enumerate() {
-            let row = &weights[(first + i) * cols..(first + i + 1) * cols];
-            let products = || row.iter().zip(&exact).map(|(&w, x)| f64::from(w) * x);
-            let (expected, size) = (
-                products().sum::<f64>(),
-                products().map(f64::abs).sum::<f64>(),
-            );
-            let error = (f64::from(found) - expected).abs();
-            assert!(
-                error <= TOLERANCE * size,
-                "{} {what} [{rows}, {cols}] row {}: {found} instead of {expected}",
-                kernels.name(),
-                first + i
-            );
+        let what = format!("{} {what} [{rows}, {cols}] from {first}", kernels.name());
+        compare(&weights[first * cols..], &exact, &out, &what);
+    }
+}
+
+/// `out` are the products of as many rows of `weights` with `x`.
+fn compare(weights: &[f32], x: &[f64], out: &[f32], what: &str) {
+    for (i, (row, &found)) in weights.chunks_exact(x.len()).zip(out).enumerate() {
+        let products = || row.iter().zip(x).map(|(&w, x)| f64::from(w) * x);
+        let (expected, size) = (
+            products().sum::<f64>(),
+            products().map(f64::abs).sum::<f64>(),
+        );
+        let error = (f64::from(found) - expected).abs();
+        assert!(
+            error <= TOLERANCE * size,
+            "{what} row {i}: {found} instead of {expected}"
+        );
+    }
+}
+
+/// [`Kernels::multiply_many`] with so many different vectors.
+fn check_many(kernels: Kernels, matrix: &dyn StoredMatrix, n: usize, what: &str) {
+    let (rows, cols) = (matrix.rows(), matrix.cols());
+    let x = activations(cols + n);
+    let vectors: Vec<_> = (0..n)
+        .map(|i| Activations::new(&x[i..i + cols], Order::Natural))
+        .collect();
+    let mut weights = vec![0.0; rows * cols];
+    matrix.decode_rows(0, &mut weights);
+    let mut panel = Panel::default();
+    for first in (0..rows).step_by(TILE_ROWS) {
+        let count = TILE_ROWS.min(rows - first);
+        let mut out = vec![f32::NAN; n * count];
+        let view = matrix.rows_view(first, count).unwrap();
+        kernels.multiply_many(view, &vectors, &mut panel, &mut out);
+        for (i, out) in out.chunks_exact(count).enumerate() {
+            let exact = dequantized(&vectors[i], Order::Natural, cols);
+            let what = format!("{} {what} [{rows}, {cols}] x {i} of {n}", kernels.name());
+            compare(&weights[first * cols..], &exact, out, &what);
+        }
+    }
+}
+
+#[test]
+fn every_kernel_multiplies_many_vectors_as_the_reference_does() {
+    // Around the edges of panels (2048 columns), with every number of vectors that are taken together.
+    let sizes = [
+        (1, 1),
+        (3, 33),
+        (17, 64),
+        (64, 200),
+        (67, 576),
+        (5, 2048),
+        (66, 2115),
+    ];
+    for kernels in Kernels::available().into_iter().filter(|k| k.has_many()) {
+        for (rows, cols) in sizes {
+            for n in [1, 2, 3, 4, 5, 6, 7, 13] {
+                for (group, nibbles) in [(32, false), (64, false), (32, true), (64, true)] {
+                    let name = format!("{} group {group}", if nibbles { "q4" } else { "q8" });
+                    check_many(kernels, &grouped(rows, cols, group, nibbles), n, &name);
+                }
+                check_many(kernels, &bitmap(rows, cols, false), n, "s8");
+                check_many(kernels, &bitmap(rows, cols, true), n, "s4");
+                for (k, levels) in [(2, 128), (3, 256), (4, 128), (4, 256)] {
+                    let name = format!("t{k} of {levels}");
+                    check_many(kernels, &trellis(rows, cols, k, levels), n, &name);
+                }
+            }
         }
     }
 }

@@ -4,15 +4,16 @@
 use super::{Matrix, StoredMatrix, TILE_ROWS};
 use crate::error::{Error, ErrorKind, Result};
 use crate::kernels::activations::{Activations, Order};
-use crate::kernels::{Kernels, gemm, scalar};
-use crate::team::{Columns, Team, Tile, Tiles};
+use crate::kernels::{Kernels, Panel, gemm, scalar};
+use crate::team::{Region, Team, Tile, Tiles};
 use std::cell::RefCell;
 use std::ops::Range;
 
-/// From this many vectors on, decoding the weights once for all of them pays. With prompts of SmolLM2 on
-/// two cores with AVX-512 the two ways met between 24 and 48 tokens as q8, at 48 as q4 and past 96 as t3
-/// (`upg run FILE -p PROMPT -n 1` with this at 1 and at 64 or more, November 2026).
-const INTEGER_VECTORS: usize = 40;
+/// From this many vectors on, decoding levels once for all of them pays.
+const MANY: usize = 4;
+
+/// Without kernels for that, the same for decoding weights to f32.
+const DECODED: usize = 40;
 
 /// From this many vectors on, the blocked product beats one dot product after the other.
 const BLOCKED_VECTORS: usize = 4;
@@ -22,6 +23,9 @@ const SMALLEST_TILE: usize = 16;
 
 /// Tiles for each thread, where a matrix has as many rows: a thread that is late leaves its share to others.
 const TILES_PER_THREAD: usize = 16;
+
+/// The fewest vectors of a task that decodes a tile for itself.
+const SMALLEST_BAND: usize = 96;
 
 /// What a product does with what is in the output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,6 +46,7 @@ pub(crate) struct Scratch {
 /// Memory of one thread for the tile it works on.
 #[derive(Default)]
 struct TileScratch {
+    panel: Panel,
     weights: Vec<f32>,
     products: Vec<f32>,
 }
@@ -157,13 +162,17 @@ impl Parts<'_> {
                 &*rotated
             }
         };
-        let is_packed = n < INTEGER_VECTORS && kernels.is_integer();
-        match first.order().filter(|_| is_packed) {
-            Some(order) => {
-                quantize(kernels, x, order, first.cols(), n, vectors);
+        let (has_many, cols) = (kernels.has_many(), first.cols());
+        match first.order() {
+            Some(_) if has_many && n >= MANY => {
+                quantize(kernels, x, Order::Natural, cols, n, vectors);
+                self.multiply_many(kernels, &vectors[..n], write, out);
+            }
+            Some(order) if kernels.is_integer() && n < DECODED => {
+                quantize(kernels, x, order, cols, n, vectors);
                 self.multiply_packed(kernels, &vectors[..n], write, out);
             }
-            None => self.multiply_decoded(x, n, write, out),
+            _ => self.multiply_decoded(x, n, write, out),
         }
     }
 
@@ -191,7 +200,7 @@ impl Parts<'_> {
             .clamp(SMALLEST_TILE, TILE_ROWS)
             .max(together.unwrap_or(1));
         let tiles = Tiles::new(self.rows, self.range.clone(), size);
-        team.tiles(out, &tiles, |tile, mut out| {
+        team.tiles(out, vectors.len(), &tiles, |tile, mut out| {
             let rows = self.part(tile.part).rows_view(tile.first, tile.rows);
             let rows = rows.expect("rows of a matrix that has an order");
             let mut products = [0.0; TILE_ROWS];
@@ -203,10 +212,41 @@ impl Parts<'_> {
         });
     }
 
+    /// Levels that are decoded once for all vectors.
+    fn multiply_many(
+        &self,
+        kernels: Kernels,
+        vectors: &[Activations],
+        write: Write,
+        out: &mut [f32],
+    ) {
+        let team = Team::global();
+        let tiles = Tiles::new(self.rows, self.range.clone(), TILE_ROWS);
+        // Few tiles are shared out better if each is a task for some of the vectors.
+        let wanted = (team.threads() * TILES_PER_THREAD / 2).div_ceil(tiles.count().max(1));
+        let height = vectors.len().div_ceil(wanted).max(SMALLEST_BAND);
+        team.tiles(out, height, &tiles, |tile, mut out| {
+            let rows = self.part(tile.part).rows_view(tile.first, tile.rows);
+            let rows = rows.expect("rows of a matrix that has an order");
+            let vectors = &vectors[out.rows()];
+            TILE.with_borrow_mut(|scratch| {
+                let TileScratch {
+                    panel, products, ..
+                } = scratch;
+                products.resize(tile.rows * vectors.len(), 0.0);
+                kernels.multiply_many(rows, vectors, panel, products);
+                let products = products.chunks_exact(tile.rows);
+                for (i, products) in out.rows().zip(products) {
+                    put(products, write, out.row(i));
+                }
+            });
+        });
+    }
+
     /// Weights that are decoded once for all vectors.
     fn multiply_decoded(&self, x: &[f32], n: usize, write: Write, out: &mut [f32]) {
         let tiles = Tiles::new(self.rows, self.range.clone(), TILE_ROWS);
-        let multiply_tile = |tile: Tile, out: &mut Columns<'_>, scratch: &mut TileScratch| {
+        let multiply_tile = |tile: Tile, out: &mut Region<'_>, scratch: &mut TileScratch| {
             let part = self.part(tile.part);
             let cols = part.cols();
             scratch.weights.resize(tile.rows * cols, 0.0);
@@ -221,7 +261,7 @@ impl Parts<'_> {
                 put(products, write, out.row(i));
             }
         };
-        Team::global().tiles(out, &tiles, |tile, mut out| {
+        Team::global().tiles(out, n, &tiles, |tile, mut out| {
             TILE.with_borrow_mut(|scratch| multiply_tile(tile, &mut out, scratch));
         });
     }

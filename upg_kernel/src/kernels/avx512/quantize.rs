@@ -16,10 +16,8 @@ pub(super) fn quantize(x: &[f32], order: Order, out: &mut Activations) {
         (*scale, inverse) = scales_of(&quarters);
         for (i, quarter) in quarters.into_iter().enumerate() {
             // Zeros, also where the activations are not finite: their product with 0 is NaN.
-            let finite = _mm512_cmp_ps_mask::<_CMP_NEQ_OQ>(
-                _mm512_set1_ps(inverse),
-                _mm512_setzero_ps(),
-            );
+            let finite =
+                _mm512_cmp_ps_mask::<_CMP_NEQ_OQ>(_mm512_set1_ps(inverse), _mm512_setzero_ps());
             let values =
                 _mm512_maskz_cvtps_epi32(finite, _mm512_mul_ps(quarter, _mm512_set1_ps(inverse)));
             let high = _mm512_srai_epi32::<7>(_mm512_add_epi32(values, _mm512_set1_epi32(64)));
@@ -67,14 +65,17 @@ fn store_16(plane: &mut [i8; GROUP], at: usize, values: __m128i) {
     unsafe { _mm_storeu_si128(out.as_mut_ptr().cast(), values) };
 }
 
-/// Fills in the offsets of four slots each; returns their sum.
+/// Fills in the offsets of four slots each; returns their sums over each half.
 #[target_feature(enable = "avx512f,avx512vnni")]
-fn set_offset(block: &mut Block) -> i32 {
+fn set_offset(block: &mut Block) -> [i32; 2] {
     let ones = _mm512_set1_epi8(1);
     let sum_of_four = |plane| _mm512_dpbusd_epi32(_mm512_setzero_si512(), ones, load_i8(plane));
     let (high, low) = (sum_of_four(&block.high), sum_of_four(&block.low));
     let values = _mm512_add_epi32(_mm512_slli_epi32::<7>(high), low);
     let offset = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32::<7>(values));
     store(&mut block.offset, offset);
-    _mm512_reduce_add_epi32(offset)
+    [
+        _mm512_mask_reduce_add_epi32(0x00FF, offset),
+        _mm512_mask_reduce_add_epi32(0xFF00, offset),
+    ]
 }

@@ -1,0 +1,341 @@
+//! Attention of some queries to the keys and values of one head.
+//!
+//! Written once over sixteen numbers side by side ([`Lanes`]), which every instruction set holds in its own
+//! way; what is not f32 is widened a block at a time before.
+#![forbid(unsafe_code)]
+
+use super::lanes::Lanes;
+use super::scalar::exp;
+use half::f16;
+use std::ops::Range;
+
+/// Positions of a block of keys or values.
+pub(crate) const BLOCK: usize = 16;
+
+/// Keys or values of some positions, whole blocks. Keys are `[blocks, head_dim, 16]`, so that 16 scores are
+/// computed side by side; values are `[blocks, 16, head_dim]`.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Entries<'a> {
+    F32(&'a [f32]),
+    F16(&'a [f16]),
+    /// Integers, and a scale for each position.
+    Int8(&'a [i8], &'a [f32]),
+}
+
+/// What a head remembers.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Head<'a> {
+    pub keys: Entries<'a>,
+    pub values: Entries<'a>,
+    pub head_dim: usize,
+}
+
+/// Memory of [`attend`], used again from call to call.
+#[derive(Debug, Default)]
+pub(crate) struct Scratch {
+    columns: Vec<f32>,
+    scores: Vec<[f32; BLOCK]>,
+    block: Vec<f32>,
+}
+
+/// `out[i] = softmax(queries[i] K^T) V` over the positions `seen[i]`, none of which is empty.
+///
+/// `queries` and `out` are `[n, head_dim]`. `MOST` queries, a power of two up to 8, are taken together: as
+/// many as there are registers for their sums.
+#[inline(always)]
+pub(crate) fn attend<L: Lanes, const MOST: usize>(
+    proof: L::Proof,
+    head: Head<'_>,
+    queries: &[f32],
+    seen: &[Range<usize>],
+    scratch: &mut Scratch,
+    out: &mut [f32],
+) {
+    let mut first = 0;
+    while first < seen.len() {
+        let rows = match MOST.min(seen.len() - first) {
+            8.. => 8,
+            4.. => 4,
+            left => left,
+        };
+        let range = first * head.head_dim..(first + rows) * head.head_dim;
+        let (queries, out) = (&queries[range.clone()], &mut out[range]);
+        let seen = &seen[first..first + rows];
+        match rows {
+            8 => attend_rows::<L, 8>(proof, head, queries, seen, scratch, out),
+            4 => attend_rows::<L, 4>(proof, head, queries, seen, scratch, out),
+            3 => attend_rows::<L, 3>(proof, head, queries, seen, scratch, out),
+            2 => attend_rows::<L, 2>(proof, head, queries, seen, scratch, out),
+            _ => attend_rows::<L, 1>(proof, head, queries, seen, scratch, out),
+        }
+        first += rows;
+    }
+}
+
+#[inline(always)]
+fn attend_rows<L: Lanes, const ROWS: usize>(
+    proof: L::Proof,
+    head: Head<'_>,
+    queries: &[f32],
+    seen: &[Range<usize>],
+    scratch: &mut Scratch,
+    out: &mut [f32],
+) {
+    let dim = head.head_dim;
+    let start = seen.iter().map(|seen| seen.start).min().unwrap_or(0);
+    let end = seen.iter().map(|seen| seen.end).max().unwrap_or(0);
+    let blocks = start / BLOCK..end.div_ceil(BLOCK);
+    let width = blocks.len();
+    let Scratch {
+        columns,
+        scores,
+        block,
+    } = scratch;
+    // The same element of every query side by side.
+    columns.resize(dim * ROWS, 0.0);
+    for (d, column) in columns.as_chunks_mut::<ROWS>().0.iter_mut().enumerate() {
+        for (row, element) in column.iter_mut().enumerate() {
+            *element = queries[row * dim + d];
+        }
+    }
+    let columns = columns.as_chunks::<ROWS>().0;
+    scores.resize(ROWS * width, [0.0; BLOCK]);
+
+    for (i, number) in blocks.clone().enumerate() {
+        let keys = widened::<L>(proof, head.keys, number, dim, true, block);
+        let mut sums = [L::splat(proof, 0.0); ROWS];
+        for (keys, column) in keys.as_chunks::<BLOCK>().0.iter().zip(columns) {
+            let keys = L::load(proof, keys);
+            for row in 0..ROWS {
+                sums[row] = L::splat(proof, column[row]).mul_add(keys, sums[row]);
+            }
+        }
+        for (row, sums) in sums.into_iter().enumerate() {
+            sums.store(&mut scores[row * width + i]);
+        }
+    }
+
+    let mut inverse = [0.0; ROWS];
+    for (row, scores) in scores.chunks_exact_mut(width).enumerate() {
+        let seen = seen[row].start - blocks.start * BLOCK..seen[row].end - blocks.start * BLOCK;
+        inverse[row] = 1.0 / softmax(scores, seen);
+    }
+
+    out.fill(0.0);
+    for (i, number) in blocks.enumerate() {
+        let values = widened::<L>(proof, head.values, number, dim, false, block);
+        let mut weights = [[0.0; BLOCK]; ROWS];
+        for (row, weights) in weights.iter_mut().enumerate() {
+            *weights = scores[row * width + i];
+        }
+        // Positions of the block that no query sees are not looked at.
+        let seen = start.saturating_sub(number * BLOCK)..(end - number * BLOCK).min(BLOCK);
+        for lane in (0..dim).step_by(BLOCK) {
+            let lanes = BLOCK.min(dim - lane);
+            let mut sums = [L::splat(proof, 0.0); ROWS];
+            for (row, sums) in sums.iter_mut().enumerate() {
+                *sums = load_some(proof, &out[row * dim + lane..][..lanes]);
+            }
+            for position in seen.clone() {
+                let values: L = load_some(proof, &values[position * dim + lane..][..lanes]);
+                for row in 0..ROWS {
+                    let weight = L::splat(proof, weights[row][position % BLOCK]);
+                    sums[row] = weight.mul_add(values, sums[row]);
+                }
+            }
+            for (row, sums) in sums.into_iter().enumerate() {
+                let mut values = [0.0; BLOCK];
+                sums.store(&mut values);
+                out[row * dim + lane..][..lanes].copy_from_slice(&values[..lanes]);
+            }
+        }
+    }
+    for (out, inverse) in out.chunks_exact_mut(dim).zip(inverse) {
+        out.iter_mut().for_each(|out| *out *= inverse);
+    }
+}
+
+/// Up to 16 numbers, zeros after them.
+#[inline(always)]
+fn load_some<L: Lanes>(proof: L::Proof, values: &[f32]) -> L {
+    match values.first_chunk() {
+        Some(values) => L::load(proof, values),
+        None => {
+            let mut padded = [0.0; BLOCK];
+            padded[..values.len()].copy_from_slice(values);
+            L::load(proof, &padded)
+        }
+    }
+}
+
+/// Replaces scores by `exp(score - largest)`, those that are not seen by 0; returns the sum.
+#[inline(always)]
+fn softmax(scores: &mut [[f32; BLOCK]], seen: Range<usize>) -> f32 {
+    let flat = scores.as_flattened_mut();
+    flat[..seen.start].fill(f32::NEG_INFINITY);
+    flat[seen.end..].fill(f32::NEG_INFINITY);
+    let mut largest = [f32::NEG_INFINITY; BLOCK];
+    for block in &*scores {
+        for lane in 0..BLOCK {
+            // Unlike `f32::max` one instruction; a NaN comes out of the exponentials in any case.
+            largest[lane] = match block[lane] > largest[lane] {
+                true => block[lane],
+                false => largest[lane],
+            };
+        }
+    }
+    let largest = largest.into_iter().fold(f32::NEG_INFINITY, f32::max);
+    for block in &mut *scores {
+        for score in block {
+            *score = exp(*score - largest);
+        }
+    }
+    let flat = scores.as_flattened_mut();
+    flat[..seen.start].fill(0.0);
+    flat[seen.end..].fill(0.0);
+    let mut sums = [0.0; BLOCK];
+    for block in &*scores {
+        for lane in 0..BLOCK {
+            sums[lane] += block[lane];
+        }
+    }
+    sums.iter().sum()
+}
+
+/// A block of keys or values as f32, in `memory` if it is stored otherwise.
+#[inline(always)]
+fn widened<'a, L: Lanes>(
+    proof: L::Proof,
+    entries: Entries<'a>,
+    block: usize,
+    dim: usize,
+    is_key: bool,
+    memory: &'a mut Vec<f32>,
+) -> &'a [f32] {
+    let size = BLOCK * dim;
+    let range = block * size..(block + 1) * size;
+    memory.resize(size, 0.0);
+    match entries {
+        Entries::F32(values) => return &values[range],
+        Entries::F16(values) => {
+            let values = values[range].as_chunks().0;
+            for (out, values) in memory.as_chunks_mut().0.iter_mut().zip(values) {
+                L::widen(proof, values).store(out);
+            }
+        }
+        Entries::Int8(values, scales) => {
+            let scales = &scales[block * BLOCK..(block + 1) * BLOCK];
+            let values = &values[range];
+            match is_key {
+                true => {
+                    let rows = memory.as_chunks_mut::<BLOCK>().0.iter_mut();
+                    for (out, values) in rows.zip(values.as_chunks::<BLOCK>().0) {
+                        for lane in 0..BLOCK {
+                            out[lane] = f32::from(values[lane]) * scales[lane];
+                        }
+                    }
+                }
+                false => {
+                    let rows = memory.chunks_exact_mut(dim).zip(values.chunks_exact(dim));
+                    for ((out, values), scale) in rows.zip(scales) {
+                        for (out, &value) in out.iter_mut().zip(values) {
+                            *out = f32::from(value) * scale;
+                        }
+                    }
+                }
+            }
+        }
+    }
+    memory
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::Kernels;
+
+    /// Of an average of values up to 1 whose weights are exponentials of sums of up to 128 products; measured: 3e-6.
+    const TOLERANCE: f64 = 1e-5;
+
+    fn value(i: usize) -> f32 {
+        ((i * 7919 % 1009) as f32 / 504.5) - 1.0
+    }
+
+    /// In f64 from rows `[positions, dim]`.
+    fn expected(query: &[f32], keys: &[f32], values: &[f32], seen: Range<usize>) -> Vec<f64> {
+        let dim = query.len();
+        let row = |all: &[f32], p: usize| -> Vec<f64> {
+            all[p * dim..(p + 1) * dim]
+                .iter()
+                .map(|&x| f64::from(x))
+                .collect()
+        };
+        let score = |p| -> f64 {
+            let products = row(keys, p).into_iter().zip(query);
+            products.map(|(k, &q)| k * f64::from(q)).sum()
+        };
+        let weights: Vec<f64> = seen.clone().map(|p| score(p).exp()).collect();
+        let total: f64 = weights.iter().sum();
+        let mut out = vec![0.0; dim];
+        for (weight, p) in weights.iter().zip(seen) {
+            for (out, value) in out.iter_mut().zip(row(values, p)) {
+                *out += weight / total * value;
+            }
+        }
+        out
+    }
+
+    #[test]
+    fn every_kernel_attends_as_sums_in_f64_do() {
+        for kernels in Kernels::available() {
+            let mut scratch = Scratch::default();
+            let sizes = [
+                (2usize, 1usize),
+                (6, 5),
+                (16, 16),
+                (20, 33),
+                (64, 300),
+                (128, 70),
+            ];
+            for (dim, positions) in sizes {
+                let blocks = positions.div_ceil(BLOCK);
+                let keys: Vec<f32> = (0..positions * dim).map(value).collect();
+                let values: Vec<f32> = (0..positions * dim).map(|i| value(i + 5)).collect();
+                // Nothing that is not seen may be looked at.
+                let mut key_blocks = vec![f32::NAN; blocks * BLOCK * dim];
+                let mut value_blocks = key_blocks.clone();
+                for p in 0..positions {
+                    for d in 0..dim {
+                        let block = p / BLOCK * BLOCK * dim;
+                        key_blocks[block + d * BLOCK + p % BLOCK] = keys[p * dim + d];
+                        value_blocks[block + p % BLOCK * dim + d] = values[p * dim + d];
+                    }
+                }
+                let head = Head {
+                    keys: Entries::F32(&key_blocks),
+                    values: Entries::F32(&value_blocks),
+                    head_dim: dim,
+                };
+                for n in [1, 2, 3, 4, 5, 8, 13, 17] {
+                    let queries: Vec<f32> = (0..n * dim).map(|i| value(i + 77)).collect();
+                    let seen: Vec<_> = (0..n)
+                        .map(|i| {
+                            (i * 5) % positions.div_ceil(2)..positions - i % positions.div_ceil(2)
+                        })
+                        .collect();
+                    let mut out = vec![f32::NAN; n * dim];
+                    kernels.attend(head, &queries, &seen, &mut scratch, &mut out);
+                    for (i, out) in out.chunks_exact(dim).enumerate() {
+                        let query = &queries[i * dim..(i + 1) * dim];
+                        let expected = expected(query, &keys, &values, seen[i].clone());
+                        for (found, expected) in out.iter().zip(expected) {
+                            let error = (f64::from(*found) - expected).abs();
+                            let name = kernels.name();
+                            assert!(error <= TOLERANCE, "{name} {dim} {:?}: {error}", seen[i]);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}

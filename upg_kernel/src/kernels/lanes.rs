@@ -1,0 +1,57 @@
+//! Sixteen numbers side by side.
+#![forbid(unsafe_code)]
+
+use half::f16;
+
+/// Sixteen f32, in as many registers as an instruction set needs for them.
+pub(crate) trait Lanes: Copy {
+    /// A value is the proof that this machine has the instructions.
+    type Proof: Copy;
+
+    /// The same number in every lane.
+    fn splat(proof: Self::Proof, value: f32) -> Self;
+
+    /// As they lie in memory.
+    fn load(proof: Self::Proof, values: &[f32; 16]) -> Self;
+
+    /// The same from half precision.
+    fn widen(proof: Self::Proof, values: &[f16; 16]) -> Self;
+
+    /// `self * b + c`; whether the product is rounded depends on the instruction set.
+    fn mul_add(self, b: Self, c: Self) -> Self;
+
+    /// As they lie in memory.
+    fn store(self, out: &mut [f32; 16]);
+}
+
+impl Lanes for [f32; 16] {
+    type Proof = ();
+
+    #[inline(always)]
+    fn splat((): (), value: f32) -> Self {
+        [value; 16]
+    }
+
+    #[inline(always)]
+    fn load((): (), values: &[f32; 16]) -> Self {
+        *values
+    }
+
+    #[inline(always)]
+    fn widen((): (), values: &[f16; 16]) -> Self {
+        values.map(f16::to_f32)
+    }
+
+    #[inline(always)]
+    fn mul_add(mut self, b: Self, c: Self) -> Self {
+        for lane in 0..16 {
+            self[lane] = self[lane] * b[lane] + c[lane];
+        }
+        self
+    }
+
+    #[inline(always)]
+    fn store(self, out: &mut [f32; 16]) {
+        *out = self;
+    }
+}

@@ -342,11 +342,10 @@ fn dot_nibbles<const N: usize>(
     products
 }
 
-/// The primes of up to 32 indices, as 16-bit numbers.
+/// The primes of the first 32 indices, as 16-bit numbers; that of index 0 where there are fewer.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 fn primes_of(indices: &[u8]) -> __m512i {
-    let indices = _mm512_castsi512_si256(load_some(&indices[..indices.len().min(CHUNK)]));
-    let indices = _mm512_cvtepu8_epi16(indices);
+    let indices = _mm512_cvtepu8_epi16(load_half_at(indices, 0));
     // Four tables of 64 entries each; bits 6 and 7 of an index say which.
     let bit6 = _mm512_test_epi16_mask(indices, _mm512_set1_epi16(64));
     let bit7 = _mm512_test_epi16_mask(indices, _mm512_set1_epi16(128));
@@ -364,7 +363,7 @@ fn primes_of(indices: &[u8]) -> __m512i {
 /// The four entries more are there for loads of four at any of them.
 type Factors = [f32; CHUNK + 4];
 
-/// Factors of up to 32 groups from number `first` on.
+/// Factors of 32 groups from number `first` on, whose indices come first; those past the last column are 0.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 fn factors(indices: &[u8], first: usize, group: usize, scales: &[f32], out: &mut Factors) {
     let primes = primes_of(indices);
@@ -414,6 +413,9 @@ fn spread(factors: &Factors, at: usize, spread: __m512i) -> __m512 {
     _mm512_permutexvar_ps(spread, _mm512_castps128_ps512(four))
 }
 
+/// Bytes of codes that are asked for ahead of their use, or those of a few rows if these are longer.
+const AHEAD: usize = 4096;
+
 /// Rows that are multiplied together, so that each part of the activations is loaded once for all.
 const TOGETHER: usize = 4;
 
@@ -458,34 +460,33 @@ fn grouped_rows<const NIBBLES: bool, const N: usize>(
         group,
         ..
     } = rows;
-    let codes: [&[u8]; N] =
-        std::array::from_fn(|i| &rows.codes[(first + i) * row_bytes..][..row_bytes]);
-    let primes: [&[u8]; N] =
-        std::array::from_fn(|i| &rows.prime_indices[(first + i) * groups..][..groups]);
+    // To the end of the matrix, not of the row: whole loads, of which the zeros that pad the activations
+    // leave nothing.
+    let mut codes = [&[][..]; N];
+    let mut primes = [&[][..]; N];
+    for i in 0..N {
+        codes[i] = &rows.codes[(first + i) * row_bytes..];
+        primes[i] = &rows.prime_indices[(first + i) * groups..];
+    }
     let columns = if NIBBLES { 128 } else { 64 };
     let per_register = columns / group;
     // The group of each lane, counted from the first of its register.
     let lanes: [i32; 16] = std::array::from_fn(|lane| (lane * per_register / 16) as i32);
     let lanes = load_i32(&lanes);
-    let registers = codes.map(|codes| codes.as_chunks::<64>());
-    let full = row_bytes / 64;
-    // Said once, so that the loop need not ask again.
-    assert!(registers.iter().all(|(whole, _)| whole.len() == full));
     let mut values = [[0.0; CHUNK + 4]; N];
     let mut sums = [_mm512_setzero_ps(); N];
     let mut register = 0;
+    let ahead = N * AHEAD.div_ceil(N * row_bytes);
     for chunk in (0..groups).step_by(CHUNK) {
         let end = groups.min(chunk + CHUNK);
         for (primes, values) in primes.iter().zip(&mut values) {
-            factors(&primes[chunk..end], chunk, group, &x.scales, values);
+            prefetch(primes, chunk + ahead * groups);
+            factors(&primes[chunk..], chunk, group, &x.scales, values);
         }
         for at in (0..end - chunk).step_by(per_register) {
             let mut bytes = [_mm512_setzero_si512(); N];
-            for (bytes, (whole, rest)) in bytes.iter_mut().zip(registers) {
-                *bytes = match register < full {
-                    true => load(&whole[register]),
-                    false => load_some(rest),
-                };
+            for i in 0..N {
+                bytes[i] = load_at(codes[i], 64 * register);
             }
             let products = if NIBBLES {
                 let x = [&x.blocks[2 * register], &x.blocks[2 * register + 1]];
@@ -494,7 +495,7 @@ fn grouped_rows<const NIBBLES: bool, const N: usize>(
                 dot_bytes(bytes, &x.blocks[register])
             };
             for i in 0..N {
-                prefetch(codes[i], 64 * register + N * row_bytes);
+                prefetch(codes[i], 64 * register + ahead * row_bytes);
                 let factor = spread(&values[i], at, lanes);
                 sums[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products[i]), factor, sums[i]);
             }

@@ -22,14 +22,22 @@ const AWAKE: Duration = Duration::from_millis(2);
 /// Looks for work between two looks at the clock, a microsecond or so.
 const SPINS: u32 = 32;
 
-/// Looks for the end of the tasks of others before the processor is offered to them.
-const SPINS_BEFORE_YIELD: u32 = 10_000;
+/// Looks for the end of the tasks of others between two looks at the clock, some ten microseconds.
+const SPINS_AT_THE_END: u32 = 256;
+
+/// A wait beyond what two tasks take that nothing explains but this: the system runs something else in place of a thread that has a task.
+const STALL: Duration = Duration::from_micros(300);
+
+/// For so many times as long as a stall the caller works alone. With one other busy process on the machine a
+/// thread loses its processor for milliseconds every few milliseconds: waiting for it each time would be
+/// slower than to do without it.
+const ALONE_AFTER_STALL: u32 = 16;
 
 /// Threads that work on the loops of one caller at a time.
 pub(crate) struct Team {
     shared: Arc<Shared>,
-    /// Held by the caller whose loop the team works on.
-    caller: Mutex<()>,
+    /// Held by the caller whose loop the team works on: until when it does without the others.
+    caller: Mutex<Option<Instant>>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -135,6 +143,26 @@ impl Shared {
         self.sleepers.fetch_sub(1, Ordering::SeqCst);
     }
 
+    /// Waits until every task is finished; returns until when to do without the others, if that was a stall.
+    fn wait(&self, stall: Duration) -> Option<Instant> {
+        let is_done = || {
+            std::hint::spin_loop();
+            self.unfinished.0.load(Ordering::Acquire) == 0
+        };
+        if (0..SPINS_AT_THE_END).any(|_| is_done()) {
+            return None;
+        }
+        let started = Instant::now();
+        while !(0..SPINS_AT_THE_END).any(|_| is_done()) {
+            if started.elapsed() > stall {
+                // Whom this processor is left to may be the one that is waited for.
+                std::thread::yield_now();
+            }
+        }
+        let waited = started.elapsed();
+        (waited > stall).then(|| started + waited * (1 + ALONE_AFTER_STALL))
+    }
+
     fn wake_sleepers(&self) {
         if self.sleepers.load(Ordering::SeqCst) > 0 {
             drop(lock(&self.asleep));
@@ -173,7 +201,7 @@ impl Team {
         let threads = (1..threads).map_while(|index| spawn(index).ok()).collect();
         Self {
             shared,
-            caller: Mutex::new(()),
+            caller: Mutex::new(None),
             threads,
         }
     }
@@ -201,9 +229,14 @@ impl Team {
             Err(TryLockError::Poisoned(guard)) => Some(guard.into_inner()),
             Err(TryLockError::WouldBlock) => None,
         };
-        if free.is_none() || tasks < 2 || self.threads.is_empty() {
+        let mut alone_until = match free {
+            Some(guard) if tasks > 1 && !self.threads.is_empty() => guard,
+            _ => return (0..tasks).for_each(task),
+        };
+        if alone_until.is_some_and(|until| Instant::now() < until) {
             return (0..tasks).for_each(task);
         }
+        let started = Instant::now();
         let shared = &*self.shared;
         let task: &(dyn Fn(usize) + Sync) = &task;
         // SAFETY: only the lifetime changes. The pointer is used by threads that have a task of this
@@ -220,14 +253,8 @@ impl Team {
             .store(number << 32 | tasks as u64, Ordering::SeqCst);
         shared.wake_sleepers();
         while shared.work() {}
-        let mut spins = 0;
-        while shared.unfinished.0.load(Ordering::Acquire) != 0 {
-            match spins < SPINS_BEFORE_YIELD {
-                true => std::hint::spin_loop(),
-                false => std::thread::yield_now(),
-            }
-            spins += 1;
-        }
+        let a_task = started.elapsed() * self.threads() as u32 / tasks as u32;
+        *alone_until = shared.wait(STALL + 2 * a_task);
         if let Some(panic) = lock(&shared.panic).take() {
             resume_unwind(panic);
         }

@@ -21,7 +21,8 @@ Examples:
   upg chat smollm2.safetensors"
 )]
 pub struct Cli {
-    /// Threads to use; default: all cores this process may use
+    /// Threads to use [default: one for each core that this process may use; for compress, decompress and
+    /// verify one for each hardware thread]
     #[arg(long, global = true, value_name = "N")]
     pub threads: Option<usize>,
     /// Print the version

@@ -4,6 +4,7 @@
 mod cli;
 mod commands;
 mod terminal;
+mod threads;
 
 use clap::Parser;
 use std::process::ExitCode;
@@ -39,7 +40,8 @@ fn run(cli: cli::Cli) -> Result<()> {
     }
     // A wrong name of kernels is told now, not after a model was loaded.
     Kernels::active()?;
-    if let Some(threads) = cli.threads {
+    let default = cli.command.as_ref().and_then(default_threads);
+    if let Some(threads) = cli.threads.or(default) {
         terminal::set_threads(threads)?;
     }
     let Some(command) = cli.command else {
@@ -56,6 +58,16 @@ fn run(cli: cli::Cli) -> Result<()> {
         cli::Command::Eval(args) => commands::eval::run(&args),
         cli::Command::Completions(args) => commands::completions::run(&args),
     }
+}
+
+/// Threads of commands that read weights at the speed of memory; `None` is all that there are.
+fn default_threads(command: &cli::Command) -> Option<usize> {
+    let is_model = matches!(
+        command,
+        cli::Command::Run(_) | cli::Command::Chat(_) | cli::Command::Eval(_)
+    );
+    let is_chosen = std::env::var_os("RAYON_NUM_THREADS").is_some();
+    (is_model && !is_chosen).then(threads::available_cores)
 }
 
 fn print_version(verbose: bool) -> Result<()> {

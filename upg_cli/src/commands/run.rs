@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 use upg_kernel::inference::chat_template::Message;
-use upg_kernel::inference::{FinishReason, Sampler, SamplingOptions, SessionOptions};
+use upg_kernel::inference::{FinishReason, Sampler, SamplingOptions, Session, SessionOptions};
 use upg_kernel::{Error, ErrorKind, Result, UPGModel, WholeFile, peak_memory};
 
 /// Longest prompt that is read from standard input, in bytes.
@@ -21,13 +21,14 @@ pub fn run(args: &RunArgs) -> Result<()> {
     let started = Instant::now();
     let model = UPGModel::from_file(&args.file)?;
     let loaded = started.elapsed();
+    let options = |interrupt| session_options(&args.sampling, interrupt);
     if let (Some(tokens), Some(out)) = (&args.tokens, &args.logits) {
-        return write_logits(&model, tokens, out);
+        let session = model.session(&options(terminal::interrupt_flag()?))?;
+        return write_logits(&model, session, tokens, out);
     }
     let text = prompt_text(&model, args)?;
     let prompt = model.tokenizer()?.encode(&text, !args.chat)?;
-    let interrupt = terminal::interrupt_flag()?;
-    let mut session = model.session(&session_options(&args.sampling, interrupt))?;
+    let mut session = model.session(&options(terminal::interrupt_flag()?))?;
     let mut sampler = Sampler::new(sampling_options(&args.sampling))?;
     let stop = args.sampling.stop.clone();
     let mut stream = model.stream(&mut session, &mut sampler, &prompt, args.max_tokens, stop)?;
@@ -107,15 +108,10 @@ fn prompt_text(model: &UPGModel, args: &RunArgs) -> Result<String> {
     model.chat_template()?.render(&messages, true)
 }
 
-fn write_logits(model: &UPGModel, tokens: &[u32], out: &Path) -> Result<()> {
-    let logits = model.forward(tokens)?;
-    let (positions, vocab) = logits.dims2()?;
-    let values: Vec<u8> = logits
-        .flatten_all()?
-        .to_vec1::<f32>()?
-        .into_iter()
-        .flat_map(f32::to_le_bytes)
-        .collect();
+fn write_logits(model: &UPGModel, mut session: Session, tokens: &[u32], out: &Path) -> Result<()> {
+    let logits = session.forward(tokens)?;
+    let (positions, vocab) = (tokens.len(), logits.len() / tokens.len());
+    let values: Vec<u8> = logits.into_iter().flat_map(f32::to_le_bytes).collect();
     let malformed = |e: SafeTensorError| Error::new(ErrorKind::Invalid, e.to_string());
     let view = TensorView::new(Dtype::F32, vec![positions, vocab], &values).map_err(malformed)?;
     let bytes = safetensors::serialize([("logits", view)], None).map_err(malformed)?;

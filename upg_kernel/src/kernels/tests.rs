@@ -295,6 +295,28 @@ fn every_kernel_rounds_activations_as_the_reference_does() {
     }
 }
 
+#[test]
+fn norms_and_gates_are_the_same_to_the_bit_with_every_kernel() {
+    for len in [1, 15, 16, 17, 64, 576] {
+        let x = activations(len);
+        let up: Vec<f32> = x.iter().rev().map(|x| x * 1e-3).collect();
+        let of = |kernels: Kernels| {
+            let (mut normed, mut gated) = (x.clone(), vec![f32::NAN; len]);
+            kernels.rms_norm(&mut normed, &up, 1e-5);
+            kernels.gated_silu(&normed, &up, &mut gated);
+            (normed, gated)
+        };
+        for kernels in Kernels::available() {
+            assert_eq!(
+                of(kernels),
+                of(Kernels::scalar()),
+                "{} {len}",
+                kernels.name()
+            );
+        }
+    }
+}
+
 /// What Linux says of the processor is a witness beside the detection of the standard library: kernels
 /// that this machine must have are not left out in silence.
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]

@@ -298,3 +298,117 @@ fn put(products: &[f32], write: Write, out: &mut [f32]) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::matrix::{
+        DenseMatrix, DenseValues, GroupedMatrix, Levels, TrellisMatrix, TrellisParts,
+        trellis::strip_bytes,
+    };
+    use crate::rotation::Rotation;
+    use crate::test_data::{noise, signed};
+
+    /// Relative to the sum of the magnitudes of all products: half a step of activations (1/16,254 of the
+    /// largest of 64 neighbours) and f32 sums.
+    const TOLERANCE: f64 = 1e-4;
+
+    fn dense(rows: usize, cols: usize) -> Matrix {
+        let value = |i: usize| (i * 7919 % 1009) as f32 / 504.5 - 1.0;
+        let values = DenseValues::F32((0..rows * cols).map(value).collect::<Vec<_>>().into());
+        Matrix::Dense(DenseMatrix::new(rows, cols, values).unwrap())
+    }
+
+    fn q8(rows: usize, cols: usize) -> Matrix {
+        let groups = cols.div_ceil(64);
+        let levels = Levels::Bytes(signed(noise(rows * groups * 64, 1)));
+        let primes = noise(rows * groups, 2).into();
+        let scales = vec![1e-5; rows].into();
+        Matrix::Grouped(GroupedMatrix::new(rows, cols, 64, levels, primes, scales).unwrap())
+    }
+
+    /// `seed` is that of the signs.
+    fn t3(rows: usize, cols: usize, seed: u64) -> Matrix {
+        let mut signs = noise(cols.div_ceil(8), seed);
+        if !cols.is_multiple_of(8) {
+            *signs.last_mut().unwrap() &= (1 << (cols % 8)) - 1;
+        }
+        let parts = TrellisParts {
+            codes: noise(rows.div_ceil(64) * strip_bytes(cols, 3).unwrap(), 3).into(),
+            shift_table: noise(64, 4).into(),
+            level_table: signed(noise(128, 5)),
+            prime_indices: noise(rows, 6).into(),
+            scales: vec![1e-5; rows].into(),
+            rotation: Rotation::new(cols, 1 << cols.ilog2(), signs.into()).unwrap(),
+        };
+        Matrix::Trellis(TrellisMatrix::new(rows, cols, 3, parts).unwrap())
+    }
+
+    /// Parts that want their input alike and parts that do not, in every way of multiplying.
+    #[test]
+    fn parts_of_any_encoding_stand_side_by_side() {
+        let cols = 200;
+        let joints = [
+            [Some(q8(70, cols)), Some(q8(3, cols)), Some(q8(64, cols))],
+            [
+                Some(t3(70, cols, 7)),
+                Some(t3(65, cols, 7)),
+                Some(t3(1, cols, 8)),
+            ],
+            [
+                Some(dense(5, cols)),
+                Some(q8(130, cols)),
+                Some(t3(66, cols, 7)),
+            ],
+            [Some(t3(66, cols, 7)), None, None],
+        ];
+        let mut scratch = Scratch::default();
+        for parts in &joints {
+            let width: usize = parts.iter().flatten().map(Matrix::rows).sum();
+            let weights: Vec<f32> = parts.iter().flatten().flat_map(Matrix::to_dense).collect();
+            for n in [1, 2, MANY, DECODED + 1, 2 * SMALLEST_BAND + 7] {
+                let x: Vec<f32> = (0..n * cols).map(|i| (i as f32 * 0.7).sin()).collect();
+                let mut out = vec![0.5; n * width];
+                let parts: [_; 3] = std::array::from_fn(|i| parts[i].as_ref());
+                multiply(parts, &x, n, Write::Set, &mut scratch, &mut out).unwrap();
+                let set = out.clone();
+                multiply(parts, &x, n, Write::Add, &mut scratch, &mut out).unwrap();
+                for (i, (x, out)) in x.chunks(cols).zip(set.chunks(width)).enumerate() {
+                    for (row, found) in weights.chunks(cols).zip(out) {
+                        let products = || {
+                            let pairs = row.iter().zip(x);
+                            pairs.map(|(&w, &x)| f64::from(w) * f64::from(x))
+                        };
+                        let size: f64 = products().map(f64::abs).sum();
+                        let error = (f64::from(*found) - products().sum::<f64>()).abs();
+                        assert!(error <= TOLERANCE * size, "vector {i} of {n}: {found}");
+                    }
+                }
+                assert!(
+                    out.iter()
+                        .zip(&set)
+                        .all(|(twice, once)| *twice == once + once)
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn lengths_that_do_not_fit_are_refused() {
+        let (a, b) = (q8(2, 3), q8(1, 4));
+        let mut scratch = Scratch::default();
+        let mut refused = |parts: [Option<&Matrix>; 2], x: usize, n: usize, out: usize| {
+            let (x, mut out) = (vec![0.0; x], vec![0.0; out]);
+            let result = multiply(parts, &x, n, Write::Set, &mut scratch, &mut out);
+            result.is_err_and(|e| e.kind() == ErrorKind::Argument)
+        };
+        assert!(!refused([Some(&a), None], 3, 1, 2));
+        assert!(refused([Some(&a), Some(&b)], 3, 1, 3));
+        assert!(refused([Some(&a), None], 4, 1, 2));
+        assert!(refused([Some(&a), None], 3, 1, 3));
+        assert!(refused([Some(&a), None], 3, usize::MAX, 2));
+        // No vectors, and no columns.
+        assert!(!refused([Some(&a), None], 0, 0, 0));
+        assert!(!refused([Some(&dense(2, 0)), None], 0, 3, 6));
+    }
+}

@@ -62,8 +62,10 @@
 //! the format document), and after that nothing in it can make a read go out of bounds. Damaged
 //! weights are found by [`format::UpgFile::verify`] only. Every error is an [`Error`]: one line that
 //! names the file, the tensor and the broken rule. Arithmetic is on the CPU, in f32 or as good as that
-//! (`docs/numerics.md`), in parallel on rayon's global pool; results do not depend on the number of
-//! threads.
+//! (`docs/numerics.md`), in parallel: products and the forward pass on threads of their own, as many as rayon's
+//! global pool has when the first product is computed, everything else on that pool. Results do not depend
+//! on the number of threads. One caller at a time has the threads; the products of others meanwhile run on
+//! the thread that asks for them.
 
 #[cfg(target_endian = "big")]
 compile_error!("UPG maps little-endian files in place: big-endian targets are not supported");

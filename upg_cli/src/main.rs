@@ -54,6 +54,7 @@ fn run(cli: cli::Cli) -> Result<()> {
         cli::Command::Run(args) => commands::run::run(&args),
         cli::Command::Chat(args) => commands::chat::run(&args),
         cli::Command::Eval(args) => commands::eval::run(&args),
+        cli::Command::Bench(args) => commands::bench::run(&args),
         cli::Command::Completions(args) => commands::completions::run(&args),
     }
 }

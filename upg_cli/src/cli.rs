@@ -1,10 +1,13 @@
 //! The command line: every flag, its default and its help.
 #![forbid(unsafe_code)]
 
+use clap::builder::PossibleValuesParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use upg_compress::plan::{Choice, Override};
+use upg_compress::source::synthetic::PUBLISHED;
+use upg_kernel::format::Encoding;
 use upg_kernel::inference::CacheType;
 
 /// Compress language models into one memory-mapped file, and run them from it.
@@ -51,6 +54,8 @@ pub enum Command {
     Chat(ChatArgs),
     /// Measure perplexity on a text, and the distance to another file
     Eval(EvalArgs),
+    /// Measure speed and memory
+    Bench(BenchArgs),
     /// Print a completion script for a shell
     Completions(CompletionsArgs),
 }
@@ -283,6 +288,109 @@ pub struct EvalArgs {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(Args)]
+#[command(
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true,
+    after_help = "\
+GB are 10^9 bytes. `read` is the speed at which the same threads add up memory: the limit of
+whatever reads weights. Products are timed matrix by matrix through the whole file, with a pass over
+that memory between two rounds, so that no cache holds the weights. Tokens are random. Figures are
+medians.
+
+Examples:
+  upg bench model.safetensors
+  upg bench model.safetensors -p 2048 -n 64 --depth 4096 --threads 1 --json
+  upg bench model.safetensors --compare-llama model.gguf
+  upg bench synth --arch phi-4 --encoding t3 -o phi4-random.safetensors"
+)]
+pub struct BenchArgs {
+    #[command(subcommand)]
+    pub command: Option<BenchCommand>,
+    #[command(flatten)]
+    pub measure: Option<MeasureArgs>,
+}
+
+#[derive(Subcommand)]
+pub enum BenchCommand {
+    /// Write a model of random weights in the shapes of a published one
+    Synth(SynthArgs),
+}
+
+#[derive(Args)]
+pub struct MeasureArgs {
+    /// UPG file
+    pub file: PathBuf,
+    /// Tokens of a prompt; 0: measure none
+    #[arg(short, long, default_value_t = 512, value_name = "N")]
+    pub prompt_tokens: usize,
+    /// Tokens to generate one by one; 0: measure none
+    #[arg(short = 'n', long, default_value_t = 128, value_name = "N")]
+    pub generate: usize,
+    /// Positions of context that are there when --generate begins
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub depth: usize,
+    /// How often each figure is measured, at least
+    #[arg(long, default_value = "5", value_name = "N")]
+    pub repetitions: NonZeroUsize,
+    /// GGUF file to measure with llama.cpp in turn with this one; may be given several times
+    #[arg(long, value_name = "GGUF")]
+    pub compare_llama: Vec<PathBuf>,
+    /// llama.cpp's llama-bench [default: the one on the PATH]
+    #[arg(long, requires = "compare_llama", value_name = "PROGRAM")]
+    pub llama_bench: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args)]
+#[command(after_help = "\
+A strip of 64 rows is encoded for each width and repeated, so it takes little time. Size, layout and
+speed are those of a real model; there is no tokenizer.
+
+Example:
+  upg bench synth --arch phi-4 --encoding t3 -o phi4-random.safetensors")]
+pub struct SynthArgs {
+    /// The model whose shapes it has
+    #[arg(long, value_parser = PossibleValuesParser::new(PUBLISHED.map(|(name, _)| name)))]
+    pub arch: String,
+    /// For the matrices of the transformer blocks
+    #[arg(short, long, value_enum, default_value = "q4")]
+    pub encoding: SynthEncoding,
+    /// For the embeddings and the output head [default: as `upg compress`]
+    #[arg(long, value_enum)]
+    pub embedding: Option<SynthEncoding>,
+    /// File to write; it appears whole or not at all, in the place of an older one
+    #[arg(short, long, value_name = "FILE")]
+    pub output: PathBuf,
+    /// Seed of the weights
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+}
+
+/// The encodings of random models.
+#[derive(Clone, Copy, ValueEnum)]
+pub enum SynthEncoding {
+    Q8,
+    Q4,
+    T4,
+    T3,
+    T2,
+}
+
+impl From<SynthEncoding> for Choice {
+    fn from(encoding: SynthEncoding) -> Self {
+        Self::Encode(match encoding {
+            SynthEncoding::Q8 => Encoding::Q8,
+            SynthEncoding::Q4 => Encoding::Q4,
+            SynthEncoding::T4 => Encoding::T4,
+            SynthEncoding::T3 => Encoding::T3,
+            SynthEncoding::T2 => Encoding::T2,
+        })
+    }
 }
 
 #[derive(Args)]

@@ -1,6 +1,7 @@
 //! One module a command.
 #![forbid(unsafe_code)]
 
+pub mod bench;
 pub mod chat;
 pub mod completions;
 pub mod compress;

@@ -56,6 +56,7 @@ fn run(cli: cli::Cli) -> Result<()> {
         cli::Command::Run(args) => commands::run::run(&args),
         cli::Command::Chat(args) => commands::chat::run(&args),
         cli::Command::Eval(args) => commands::eval::run(&args),
+        cli::Command::Bench(args) => commands::bench::run(&args),
         cli::Command::Completions(args) => commands::completions::run(&args),
     }
 }
@@ -64,7 +65,10 @@ fn run(cli: cli::Cli) -> Result<()> {
 fn default_threads(command: &cli::Command) -> Option<usize> {
     let is_model = matches!(
         command,
-        cli::Command::Run(_) | cli::Command::Chat(_) | cli::Command::Eval(_)
+        cli::Command::Run(_)
+            | cli::Command::Chat(_)
+            | cli::Command::Eval(_)
+            | cli::Command::Bench(_)
     );
     let is_chosen = std::env::var_os("RAYON_NUM_THREADS").is_some();
     (is_model && !is_chosen).then(threads::available_cores)

@@ -3,64 +3,20 @@
 //! `UPG_TEST_GGUF` is the path of SmolLM2-135M-Instruct as GGUF; `./test.sh` fetches it and sets it.
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
+mod common;
+
+use common::{compress_tiny, names, output, succeed, tiny_model, upg};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
-use std::ffi::OsStr;
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::LazyLock;
 use std::time::Duration;
 use tempfile::TempDir;
 
 const ENCODINGS: [&str; 9] = ["keep", "mdcsr", "q8", "q4", "t2", "t3", "t4", "s8", "s4"];
-
-fn upg<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_upg"));
-    command.args(args).stdin(Stdio::null());
-    command
-}
-
-fn output(command: &mut Command) -> (Option<i32>, String, String) {
-    let Output {
-        status,
-        stdout,
-        stderr,
-    } = command.output().unwrap();
-    let text = |bytes| String::from_utf8(bytes).unwrap();
-    (status.code(), text(stdout), text(stderr))
-}
-
-/// Runs a command that has to succeed; returns what it printed.
-fn succeed<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> String {
-    let mut command = upg(args);
-    let (code, stdout, stderr) = output(&mut command);
-    assert_eq!(code, Some(0), "{command:?}: {stderr}");
-    stdout
-}
-
-fn tiny_model(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("../upg_kernel/tests/data/tiny-models")
-        .join(name)
-}
-
-/// The tiny phi3 in this encoding, as `folder/NAME`.
-fn compress_tiny(folder: &Path, name: &str, encoding: &str, more: &[&str]) -> PathBuf {
-    let out = folder.join(name);
-    let source = tiny_model("phi3");
-    let args: [&OsStr; 6] = [
-        "compress".as_ref(),
-        source.as_ref(),
-        "-o".as_ref(),
-        out.as_ref(),
-        "--encoding".as_ref(),
-        encoding.as_ref(),
-    ];
-    succeed(args.into_iter().chain(more.iter().map(OsStr::new)));
-    out
-}
 
 fn gguf() -> PathBuf {
     let path = std::env::var_os("UPG_TEST_GGUF").expect(
@@ -86,16 +42,6 @@ fn smollm2() -> &'static str {
         (folder, path)
     });
     &MODEL.1
-}
-
-/// Names of what is in a folder, hidden files too.
-fn names(folder: &Path) -> Vec<String> {
-    let entries = fs::read_dir(folder).unwrap();
-    let mut names: Vec<String> = entries
-        .map(|e| e.unwrap().file_name().into_string().unwrap())
-        .collect();
-    names.sort();
-    names
 }
 
 #[test]
@@ -725,6 +671,7 @@ fn help_and_completions_are_there() {
         "run",
         "chat",
         "eval",
+        "bench",
         "completions",
     ] {
         let help = succeed([command, "--help"]);

@@ -1,7 +1,7 @@
 //! From a source model to one UPG file, a tensor at a time.
 #![forbid(unsafe_code)]
 
-use crate::plan::{CompressOptions, Plan, PlannedTensor};
+use crate::plan::{CompressOptions, Plan};
 use crate::progress::Progress;
 use crate::rounding::{round_q4, round_q8, round_s4, round_s8};
 use crate::source::{RawTensor, Source};
@@ -48,6 +48,23 @@ pub fn compress(
     options: &CompressOptions,
     progress: &dyn Progress,
 ) -> Result<CompressReport> {
+    compress_with(source, out, options, progress, |index, layer| {
+        let weights = source.read_f32(index)?;
+        let matrix = encode_matrix(&weights, layer, options.seed, progress)?;
+        layer.error = Some(relative_error(&weights, &matrix)?);
+        Ok(matrix)
+    })
+}
+
+/// [`compress`] with an encoder of the caller: it gets the index of a tensor and the description of its
+/// layer, to which it may add.
+pub(crate) fn compress_with(
+    source: &dyn Source,
+    out: impl AsRef<Path>,
+    options: &CompressOptions,
+    progress: &dyn Progress,
+    mut encode: impl FnMut(usize, &mut LayerInfo) -> Result<Matrix>,
+) -> Result<CompressReport> {
     let plan = Plan::new(source, options)?;
     let tokenizer = source.files().tokenizer_json.as_deref();
     let mut metadata = metadata(source, options, &plan)?;
@@ -70,8 +87,7 @@ pub fn compress(
         progress.tensor(&tensor.name);
         if planned.layer.is_some() {
             let layer = &mut layers[next_layer];
-            let matrix = encode(source, planned, layer, options.seed, progress)
-                .map_err(|e| e.tensor(&tensor.name))?;
+            let matrix = encode(planned.index, layer).map_err(|e| e.tensor(&tensor.name))?;
             writer.layer(next_layer, layer, &matrix)?;
             next_layer += 1;
         } else {
@@ -154,20 +170,6 @@ fn check_finite(raw: &RawTensor<'_>, cols: usize) -> Result<()> {
             format!("the weight in row {}, column {} is {w}", i / cols, i % cols),
         )),
     }
-}
-
-/// Reads and encodes one matrix; completes the description of its layer.
-fn encode(
-    source: &dyn Source,
-    planned: &PlannedTensor,
-    layer: &mut LayerInfo,
-    seed: u64,
-    progress: &dyn Progress,
-) -> Result<Matrix> {
-    let weights = source.read_f32(planned.index)?;
-    let matrix = encode_matrix(&weights, layer, seed, progress)?;
-    layer.error = Some(relative_error(&weights, &matrix)?);
-    Ok(matrix)
 }
 
 /// Encodes `weights` (`[rows, cols]`, row by row) as `layer` says; `progress` advances by all of them.

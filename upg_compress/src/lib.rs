@@ -42,11 +42,13 @@
 //!   [`upg_kernel::sparse::MdCSRMatrix::from_dense`].
 //! - [`mod@compress`]: all of it, a tensor at a time, into one file. [`export`] goes back to a Hugging
 //!   Face directory.
+//! - [`mod@compress_random`]: files of random models in little time, to measure with.
 //!
 //! Rounding is data-free: only the weights are looked at. The bytes of a file depend on the source and
 //! the options, never on the number of threads or the instruction set.
 
 pub mod compress;
+pub mod compress_random;
 pub mod export;
 pub mod gguf_tokenizer;
 pub mod plan;

@@ -95,6 +95,6 @@ pub use error::{Error, ErrorKind, Result};
 pub use inference::UPGModel;
 pub use mapped::MappedFile;
 pub use matrix::Matrix;
-pub use memory::peak_memory;
+pub use memory::{peak_memory, sum_words};
 pub use upg_decompress::{LayerId, UPGDecompressor, WeightFloat, reconstruct_weight};
 pub use whole_file::WholeFile;

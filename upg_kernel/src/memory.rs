@@ -1,5 +1,7 @@
-//! How much memory this process takes.
+//! How much memory this process takes, and how fast this machine reads it.
 #![forbid(unsafe_code)]
+
+use rayon::prelude::*;
 
 /// The largest resident size of this process so far, in bytes; mapped pages that were touched count.
 ///
@@ -21,11 +23,35 @@ pub fn peak_memory() -> Option<u64> {
     None
 }
 
-#[cfg(all(test, unix))]
+/// Words that one thread adds up at a time: 1 MiB.
+const PART: usize = 1 << 17;
+
+/// The sum of `words`, wrapping, by all threads: over far more than the caches hold it takes what reading
+/// memory takes, which is what the time of a product with packed weights is measured against.
+pub fn sum_words(words: &[u64]) -> u64 {
+    let sum = |part: &[u64]| part.iter().fold(0, |sum: u64, w| sum.wrapping_add(*w));
+    words
+        .par_chunks(PART)
+        .map(sum)
+        .reduce(|| 0, u64::wrapping_add)
+}
+
+#[cfg(test)]
 mod tests {
     /// Bytes that are written, so that they become resident.
+    #[cfg(unix)]
     const TOUCHED: usize = 64 << 20;
 
+    #[test]
+    fn every_word_is_added_once() {
+        for len in [0, 1, super::PART - 1, super::PART, 3 * super::PART + 7] {
+            let words: Vec<u64> = (0..len as u64).map(|i| i * i + (1 << 63)).collect();
+            let one_by_one = words.iter().fold(0u64, |sum, w| sum.wrapping_add(*w));
+            assert_eq!(super::sum_words(&words), one_by_one, "{len}");
+        }
+    }
+
+    #[cfg(unix)]
     #[test]
     fn touched_memory_counts() {
         let block = vec![1u8; TOUCHED];

@@ -17,8 +17,16 @@ use std::path::PathBuf;
 use std::sync::LazyLock;
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// The config of Phi-4 (microsoft/phi-4): 14.66 billion weights.
-pub const PHI4_CONFIG: &str = r#"{
+/// The published models whose shapes [`SyntheticSource::published`] knows: names, and the sizes and
+/// settings of their `config.json`.
+pub const PUBLISHED: [(&str, &str); 3] = [
+    ("phi-4", PHI4_CONFIG),
+    ("llama-3.1-8b", LLAMA31_8B_CONFIG),
+    ("smollm2-135m", SMOLLM2_135M_CONFIG),
+];
+
+/// microsoft/phi-4: 14.66 billion weights.
+const PHI4_CONFIG: &str = r#"{
   "architectures": ["Phi3ForCausalLM"],
   "model_type": "phi3",
   "torch_dtype": "bfloat16",
@@ -41,6 +49,58 @@ pub const PHI4_CONFIG: &str = r#"{
   "vocab_size": 100352
 }"#;
 
+/// meta-llama/Llama-3.1-8B: 8.03 billion weights.
+const LLAMA31_8B_CONFIG: &str = r#"{
+  "architectures": ["LlamaForCausalLM"],
+  "model_type": "llama",
+  "torch_dtype": "bfloat16",
+  "hidden_act": "silu",
+  "hidden_size": 4096,
+  "intermediate_size": 14336,
+  "num_hidden_layers": 32,
+  "num_attention_heads": 32,
+  "num_key_value_heads": 8,
+  "max_position_embeddings": 131072,
+  "rms_norm_eps": 1e-05,
+  "rope_theta": 500000.0,
+  "rope_scaling": {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192
+  },
+  "attention_bias": false,
+  "mlp_bias": false,
+  "tie_word_embeddings": false,
+  "bos_token_id": 128000,
+  "eos_token_id": 128001,
+  "vocab_size": 128256
+}"#;
+
+/// HuggingFaceTB/SmolLM2-135M: 134.5 million weights.
+const SMOLLM2_135M_CONFIG: &str = r#"{
+  "architectures": ["LlamaForCausalLM"],
+  "model_type": "llama",
+  "torch_dtype": "bfloat16",
+  "hidden_act": "silu",
+  "hidden_size": 576,
+  "intermediate_size": 1536,
+  "num_hidden_layers": 30,
+  "num_attention_heads": 9,
+  "num_key_value_heads": 3,
+  "max_position_embeddings": 8192,
+  "rms_norm_eps": 1e-05,
+  "rope_theta": 100000,
+  "rope_scaling": null,
+  "attention_bias": false,
+  "mlp_bias": false,
+  "tie_word_embeddings": true,
+  "bos_token_id": 0,
+  "eos_token_id": 0,
+  "vocab_size": 49152
+}"#;
+
 /// Standard deviation of the weights: transformers' usual `initializer_range`.
 const DEVIATION: f32 = 0.02;
 
@@ -57,6 +117,21 @@ pub struct SyntheticSource {
 }
 
 impl SyntheticSource {
+    /// A model of the shapes of one of [`PUBLISHED`], called `synthetic-NAME`. Errors (`Argument`): no
+    /// such name.
+    pub fn published(name: &str, seed: u64) -> Result<Self> {
+        let Some((_, config)) = PUBLISHED.iter().find(|(known, _)| *known == name) else {
+            let known = PUBLISHED.map(|(name, _)| name).join(", ");
+            let message = format!("the shapes of '{name}' are not known");
+            return Err(
+                Error::new(ErrorKind::Argument, message).hint(format!("choose one of {known}"))
+            );
+        };
+        let mut source = Self::new(config, seed)?;
+        source.name = format!("synthetic-{name}");
+        Ok(source)
+    }
+
     /// A model of this `config.json`, of any supported family; without optional biases.
     ///
     /// Errors: `Malformed` (not JSON), `Missing` (a size is not in the config), `Unsupported`
@@ -214,9 +289,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn phi4_has_its_published_size() {
+    fn published_models_have_their_published_sizes() {
+        let sizes = [14_659_507_200, 8_030_261_248, 134_515_008];
+        for ((name, _), size) in PUBLISHED.into_iter().zip(sizes) {
+            let source = SyntheticSource::published(name, 0).unwrap();
+            assert_eq!(source.total_weights(), size, "{name}");
+            assert_eq!(source.model_name(), format!("synthetic-{name}"));
+        }
+        let e = SyntheticSource::published("gpt-1", 0).unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::Argument);
+        assert!(e.to_string().contains("phi-4, llama-3.1-8b"), "{e}");
+    }
+
+    #[test]
+    fn phi4_has_its_published_shapes() {
         let source = SyntheticSource::new(PHI4_CONFIG, 0).unwrap();
-        assert_eq!(source.total_weights(), 14_659_507_200);
         let shape = |name: &str| {
             let found = source.tensors().iter().find(|t| t.name == name);
             found.unwrap().shape.clone()

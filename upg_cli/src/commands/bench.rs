@@ -1,0 +1,78 @@
+//! `upg bench`: how fast this machine loads, multiplies, decompresses and generates.
+#![forbid(unsafe_code)]
+
+mod figure;
+mod generation;
+mod llama;
+mod load;
+mod machine;
+mod matrices;
+mod report;
+mod synth;
+
+use crate::cli::{BenchArgs, BenchCommand, MeasureArgs};
+use crate::terminal;
+use llama::Llama;
+use load::Loads;
+use machine::{Machine, Memory};
+use matrices::Stored;
+use report::Report;
+use std::sync::Arc;
+use upg_kernel::format::UpgFile;
+use upg_kernel::{Error, ErrorKind, Result, peak_memory};
+
+pub fn run(args: &BenchArgs) -> Result<()> {
+    match (&args.command, &args.measure) {
+        (Some(BenchCommand::Synth(args)), _) => synth::run(args),
+        (None, Some(args)) => measure(args),
+        (None, None) => {
+            let message = "no file to measure";
+            Err(Error::new(ErrorKind::Argument, message).hint("see `upg bench --help`"))
+        }
+    }
+}
+
+fn measure(args: &MeasureArgs) -> Result<()> {
+    let llamas = Llama::find(args)?;
+    let machine = Machine::here()?;
+    // No model is kept: pages of the file can leave the cache only once nobody has them mapped.
+    let unfit = match load::model(&args.file)? {
+        Ok(model) => {
+            generation::check(args, model.model().config().context)?;
+            None
+        }
+        Err(e) if llamas.is_empty() => Some(e.to_string()),
+        // There is nothing to compare.
+        Err(e) => return Err(e),
+    };
+    let loads = Loads::measure(args, unfit.is_none())?;
+    let generation = match unfit {
+        None => Some(generation::measure(args, &llamas)?),
+        Some(_) => None,
+    };
+    let peak = peak_memory();
+
+    let file = Arc::new(UpgFile::open(&args.file)?);
+    let stored = Stored::of(&file)?;
+    let memory = Memory::new()?;
+    let products = stored.products(&memory, args.repetitions)?;
+    let read_bytes = memory.bytes();
+    drop(memory);
+    let report = Report {
+        args,
+        machine: &machine,
+        file: &file,
+        unfit: unfit.as_deref(),
+        loads: &loads,
+        generation: generation.as_ref(),
+        peak,
+        read_bytes,
+        products: &products,
+        decompressed: &stored.decompressed(&file, args.repetitions)?,
+        swept_bytes: stored.bytes(),
+    };
+    terminal::print(&match args.json {
+        true => format!("{:#}\n", report.as_json()),
+        false => report.as_table(),
+    })
+}

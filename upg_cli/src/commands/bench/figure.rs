@@ -1,0 +1,100 @@
+//! Medians of repeated measurements.
+#![forbid(unsafe_code)]
+
+use std::num::NonZeroUsize;
+use std::time::{Duration, Instant};
+use upg_kernel::Result;
+
+/// What takes less is repeated until it has taken so long.
+const LEAST_TIME: Duration = Duration::from_millis(500);
+
+/// Repetitions of what takes nearly no time.
+const MOST_REPETITIONS: usize = 1000;
+
+/// The middle of several values, and their spread.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Figure {
+    pub median: f64,
+    pub least: f64,
+    pub most: f64,
+}
+
+impl Figure {
+    /// NaN of no values.
+    pub fn of(mut values: Vec<f64>) -> Self {
+        values.sort_by(f64::total_cmp);
+        let at = |index: usize| values.get(index).copied().unwrap_or(f64::NAN);
+        let count = values.len();
+        Self {
+            median: (at(count.saturating_sub(1) / 2) + at(count / 2)) / 2.0,
+            least: at(0),
+            most: at(count.saturating_sub(1)),
+        }
+    }
+
+    /// Of seconds: how much of `amount` is done in one.
+    pub fn rate(self, amount: f64) -> Self {
+        Self {
+            median: amount / self.median,
+            least: amount / self.most,
+            most: amount / self.least,
+        }
+    }
+}
+
+/// The seconds that `work` takes: once to warm up, then `repetitions` times or for half a second.
+pub fn repeat(repetitions: NonZeroUsize, mut work: impl FnMut() -> Result<()>) -> Result<Figure> {
+    work()?;
+    let mut times = Vec::new();
+    let started = Instant::now();
+    while goes_on(times.len(), repetitions, started.elapsed()) {
+        times.push(seconds(&mut work)?);
+    }
+    Ok(Figure::of(times))
+}
+
+/// Whether another repetition is due.
+pub fn goes_on(done: usize, wanted: NonZeroUsize, elapsed: Duration) -> bool {
+    done < wanted.get() || (elapsed < LEAST_TIME && done < MOST_REPETITIONS)
+}
+
+/// The seconds that `work` takes this time.
+pub fn seconds(work: impl FnOnce() -> Result<()>) -> Result<f64> {
+    let started = Instant::now();
+    work()?;
+    // A clock that stands still would make rates infinite.
+    Ok(started.elapsed().as_secs_f64().max(1e-9))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_median_is_in_the_middle() {
+        let of = |values: &[f64]| Figure::of(values.to_vec());
+        let figure = |median, least, most| Figure {
+            median,
+            least,
+            most,
+        };
+        assert_eq!(of(&[4.0]), figure(4.0, 4.0, 4.0));
+        assert_eq!(of(&[4.0, 1.0]), figure(2.5, 1.0, 4.0));
+        assert_eq!(of(&[9.0, 1.0, 2.0]), figure(2.0, 1.0, 9.0));
+        assert_eq!(of(&[9.0, 1.0, 2.0, 4.0]), figure(3.0, 1.0, 9.0));
+        assert_eq!(of(&[2.0, 1.0, 4.0]).rate(8.0), figure(4.0, 2.0, 8.0));
+    }
+
+    #[test]
+    fn work_is_repeated_as_often_as_wanted() {
+        let mut count = 0;
+        let wanted = NonZeroUsize::new(3).unwrap();
+        let slow = || {
+            count += 1;
+            std::thread::sleep(LEAST_TIME);
+            Ok(())
+        };
+        repeat(wanted, slow).unwrap();
+        assert_eq!(count, 4);
+    }
+}

@@ -1,0 +1,161 @@
+//! Prompts and tokens after them, of random ids, beside llama.cpp if that is wanted.
+#![forbid(unsafe_code)]
+
+use super::figure::{Figure, seconds};
+use super::llama::Llama;
+use crate::cli::MeasureArgs;
+use upg_kernel::format::UpgFile;
+use upg_kernel::inference::{Session, SessionOptions};
+use upg_kernel::{Error, ErrorKind, Result, UPGModel};
+
+/// Tokens per second of one program.
+pub struct Speeds {
+    pub prefill: Option<Figure>,
+    pub decode: Option<Figure>,
+}
+
+/// What was measured.
+pub struct Generation<'a> {
+    pub speeds: Speeds,
+    /// Of the weights that one token takes.
+    pub token_bytes: u64,
+    pub llamas: Vec<(&'a Llama, Speeds)>,
+}
+
+/// Errors (`Argument`): more positions than the model has.
+pub fn check(args: &MeasureArgs, context: usize) -> Result<()> {
+    let decoded = match args.generate {
+        0 => 0,
+        generate => generate.saturating_add(args.depth),
+    };
+    let counts = [
+        (args.prompt_tokens, "--prompt-tokens"),
+        (decoded, "--generate and --depth"),
+    ];
+    match counts.iter().find(|(n, _)| *n > context) {
+        None => Ok(()),
+        Some((n, options)) => {
+            let message = format!("{n} positions are more than the context of {context}");
+            Err(Error::new(ErrorKind::Argument, message).hint(format!("make {options} smaller")))
+        }
+    }
+}
+
+/// One repetition of everything after the other, so that a change of the machine's speed meets all.
+pub fn measure<'a>(args: &MeasureArgs, llamas: &'a [Llama]) -> Result<Generation<'a>> {
+    let model = UPGModel::from_file(&args.file)?;
+    let config = model.model().config();
+    let vocab = config.vocab_size;
+    let longest = args.prompt_tokens.max(args.depth).max(args.generate);
+    let ids = random_ids(longest, vocab);
+    let (prompt, history) = (&ids[..args.prompt_tokens], &ids[..args.depth]);
+    let answer = &ids[..args.generate];
+    let mut session = model.session(&SessionOptions::default())?;
+
+    let mut ours = Samples::default();
+    let mut theirs: Vec<Samples> = llamas.iter().map(|_| Samples::default()).collect();
+    // The first round warms up; llama-bench does that by itself each time.
+    for round in 0..=args.repetitions.get() {
+        let counts = round > 0;
+        if !prompt.is_empty() {
+            let rate = prefill(&mut session, prompt)?;
+            ours.prefill.extend(counts.then_some(rate));
+            for (llama, samples) in llamas.iter().zip(&mut theirs).filter(|_| counts) {
+                samples.prefill.push(llama.prefill(prompt.len())?);
+            }
+        }
+        if !answer.is_empty() {
+            let rate = decode(&mut session, history, answer)?;
+            ours.decode.extend(counts.then_some(rate));
+            for (llama, samples) in llamas.iter().zip(&mut theirs).filter(|_| counts) {
+                samples.decode.push(llama.decode(answer.len(), args.depth)?);
+            }
+        }
+    }
+    Ok(Generation {
+        speeds: ours.speeds(),
+        token_bytes: token_bytes(model.file(), config.tie_word_embeddings, vocab),
+        llamas: llamas
+            .iter()
+            .zip(theirs.into_iter().map(Samples::speeds))
+            .collect(),
+    })
+}
+
+/// Tokens per second, one value each repetition.
+#[derive(Default)]
+struct Samples {
+    prefill: Vec<f64>,
+    decode: Vec<f64>,
+}
+
+impl Samples {
+    fn speeds(self) -> Speeds {
+        let figure = |values: Vec<f64>| (!values.is_empty()).then(|| Figure::of(values));
+        Speeds {
+            prefill: figure(self.prefill),
+            decode: figure(self.decode),
+        }
+    }
+}
+
+/// Tokens per second of a prompt, from nothing.
+fn prefill(session: &mut Session, prompt: &[u32]) -> Result<f64> {
+    session.truncate(0);
+    let took = seconds(|| session.prefill(prompt).map(drop))?;
+    Ok(prompt.len() as f64 / took)
+}
+
+/// Tokens per second one by one, after `history`, which is not timed.
+fn decode(session: &mut Session, history: &[u32], answer: &[u32]) -> Result<f64> {
+    session.truncate(0);
+    if !history.is_empty() {
+        session.prefill(history)?;
+    }
+    let took = seconds(|| answer.iter().try_for_each(|id| session.step(*id).map(drop)))?;
+    Ok(answer.len() as f64 / took)
+}
+
+/// Always the same ids, without order (splitmix64).
+fn random_ids(count: usize, vocab: usize) -> Vec<u32> {
+    let id = |i: usize| {
+        let mut z = (i as u64 + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        ((z ^ (z >> 31)) % vocab as u64) as u32
+    };
+    (0..count).map(id).collect()
+}
+
+/// Bytes of weights that a token takes: every tensor once, but of an embedding that is not the output
+/// head one row, and of a head that is not used nothing.
+fn token_bytes(file: &UpgFile, tied: bool, vocab: usize) -> u64 {
+    let layers = file.layers().iter().enumerate();
+    let layers = layers.map(|(id, layer)| (layer.name.as_str(), file.layer_bytes(id)));
+    let kept = file.kept().map(|(name, ..)| {
+        let bytes = file.bytes(name).map_or(0, |b| b.len() as u64);
+        (name, bytes)
+    });
+    let of_tensor = |(name, bytes): (&str, u64)| match name {
+        "model.embed_tokens.weight" if !tied => bytes / vocab as u64,
+        "lm_head.weight" if tied => 0,
+        _ => bytes,
+    };
+    layers.chain(kept).map(of_tensor).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn random_ids_are_in_the_vocabulary_and_spread() {
+        let ids = random_ids(10_000, 100);
+        assert!(ids.iter().all(|&id| id < 100));
+        for id in 0..100 {
+            // A hundred each: ten standard deviations.
+            let count = ids.iter().filter(|&&found| found == id).count();
+            assert!((1..200).contains(&count), "{id}: {count}");
+        }
+    }
+}

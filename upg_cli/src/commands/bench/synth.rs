@@ -1,0 +1,30 @@
+//! `upg bench synth`.
+#![forbid(unsafe_code)]
+
+use crate::cli::SynthArgs;
+use crate::terminal::{self, WeightsBar, bytes};
+use std::time::Instant;
+use upg_compress::compress_random::compress_random;
+use upg_compress::plan::CompressOptions;
+use upg_compress::source::synthetic::SyntheticSource;
+use upg_kernel::Result;
+
+pub fn run(args: &SynthArgs) -> Result<()> {
+    let source = SyntheticSource::published(&args.arch, args.seed)?;
+    let mut options = CompressOptions::new(args.encoding.into());
+    options.embedding = args.embedding.map(Into::into);
+    options.seed = args.seed;
+    let started = Instant::now();
+    let progress = WeightsBar::new()?;
+    let report = compress_random(&source, &args.output, &options, &progress)?;
+    drop(progress);
+    terminal::print(&format!(
+        "{}: {} random weights in the shapes of {}, {}, {:.3} bits per weight, in {:.1} s\n",
+        args.output.display(),
+        report.weights,
+        args.arch,
+        bytes(report.file_bytes),
+        report.bits_per_weight(),
+        started.elapsed().as_secs_f64(),
+    ))
+}

@@ -1,0 +1,166 @@
+//! Files of random models in little time, to measure size, memory and speed without the weights of a
+//! model and without hours of encoding.
+#![forbid(unsafe_code)]
+
+use crate::compress::{CompressReport, compress_with, encode_matrix};
+use crate::plan::CompressOptions;
+use crate::progress::Progress;
+use crate::source::Source;
+use crate::source::synthetic::SyntheticSource;
+use bytemuck::Pod;
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::path::Path;
+use upg_kernel::matrix::{GroupedMatrix, Levels, TrellisMatrix, TrellisParts};
+use upg_kernel::{Array, Error, ErrorKind, Matrix, Result};
+
+/// Rows that are encoded: those that the trellis encodings chain.
+const STRIP: usize = 64;
+
+/// [`compress`](crate::compress::compress) for a random model, of which only a strip of 64 rows is encoded
+/// for each width and encoding, and repeated: the file has the size, the layout and the speed of one that
+/// was encoded as a whole, but its layers are alike, and their errors are not recorded.
+///
+/// Memory: about one copy of the largest matrix as it is stored. Errors: those of `compress`;
+/// `Unsupported` for other encodings than `q8`, `q4`, `t2`, `t3` and `t4`.
+pub fn compress_random(
+    source: &SyntheticSource,
+    out: impl AsRef<Path>,
+    options: &CompressOptions,
+    progress: &dyn Progress,
+) -> Result<CompressReport> {
+    let mut strips: HashMap<(usize, usize, String), Matrix> = HashMap::new();
+    compress_with(source, out, options, progress, |index, layer| {
+        let mut first = layer.clone();
+        first.rows = layer.rows.min(STRIP);
+        let strip = match strips.entry((first.rows, first.cols, layer.encoding_name().to_owned())) {
+            Entry::Occupied(strip) => strip.into_mut(),
+            Entry::Vacant(place) => {
+                let rows = source.read_rows_f32(index, 0..first.rows)?;
+                place.insert(encode_matrix(&rows, &first, options.seed, &())?)
+            }
+        };
+        progress.advance(layer.rows as u64 * layer.cols as u64);
+        repeated(strip, layer.rows)
+    })
+}
+
+/// The strip, over and over, as a matrix of `rows` rows.
+fn repeated(strip: &Matrix, rows: usize) -> Result<Matrix> {
+    match strip {
+        Matrix::Grouped(m) => {
+            let levels = match m.levels() {
+                Levels::Bytes(values) => Levels::Bytes(by_row(values, strip, rows)),
+                Levels::Nibbles { codes, codebook } => Levels::Nibbles {
+                    codes: by_row(codes, strip, rows),
+                    codebook: codebook.clone(),
+                },
+            };
+            let primes = by_row(m.prime_indices(), strip, rows);
+            let scales = by_row(m.scales(), strip, rows);
+            GroupedMatrix::new(rows, strip.cols(), m.group(), levels, primes, scales)
+                .map(Matrix::Grouped)
+        }
+        Matrix::Trellis(m) => {
+            let parts = m.parts();
+            let parts = TrellisParts {
+                // Codes are chained through the whole strip, also through rows that pad it.
+                codes: cycled(&parts.codes, rows.div_ceil(STRIP) * parts.codes.len()),
+                prime_indices: by_row(&parts.prime_indices, strip, rows),
+                scales: by_row(&parts.scales, strip, rows),
+                ..parts.clone()
+            };
+            TrellisMatrix::new(rows, strip.cols(), m.k(), parts).map(Matrix::Trellis)
+        }
+        _ => Err(Error::new(
+            ErrorKind::Unsupported,
+            "a random model in another encoding than q8, q4, t2, t3 or t4",
+        )),
+    }
+}
+
+/// `values`, of which every row of the strip has as many, for `rows` rows.
+fn by_row<T: Pod>(values: &[T], strip: &Matrix, rows: usize) -> Array<T> {
+    cycled(values, values.len() / strip.rows() * rows)
+}
+
+/// `len` values: `values` from the start, over and over.
+fn cycled<T: Pod>(values: &[T], len: usize) -> Array<T> {
+    let mut out = Vec::with_capacity(len);
+    while out.len() < len {
+        out.extend_from_slice(&values[..values.len().min(len - out.len())]);
+    }
+    out.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::Choice;
+    use upg_kernel::format::{Encoding, UpgFile};
+
+    /// Rows of every kind: less than a strip (48), no multiple of it (80, 112, 96), several (256).
+    const CONFIG: &str = r#"{"model_type": "llama", "hidden_size": 96, "intermediate_size": 80,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 48,
+        "max_position_embeddings": 64, "vocab_size": 256, "hidden_act": "silu",
+        "tie_word_embeddings": false}"#;
+
+    fn options(encoding: Encoding) -> CompressOptions {
+        let mut options = CompressOptions::new(Choice::Encode(encoding));
+        options.embedding = Some(options.encoding);
+        options
+    }
+
+    #[test]
+    fn rows_are_those_of_the_first_strip_over_and_over() {
+        let source = SyntheticSource::new(CONFIG, 3).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().join("model");
+        for encoding in ["q8", "q4", "t2", "t3", "t4"] {
+            let options = options(encoding.parse().unwrap());
+            compress_random(&source, &out, &options, &()).unwrap();
+            let file = UpgFile::open(&out).unwrap();
+            file.verify(&|_| {}).unwrap();
+            let head = file
+                .matrix(file.layer_id("lm_head.weight").unwrap())
+                .unwrap();
+            assert_eq!((head.rows(), head.cols()), (256, 96));
+            let (weights, strip) = (head.to_dense(), STRIP * 96);
+            assert!(weights.iter().any(|&w| w != 0.0));
+            assert!(
+                weights.chunks(strip).all(|s| s == &weights[..strip]),
+                "{encoding}"
+            );
+            upg_kernel::UPGModel::from_file(&out).unwrap();
+        }
+    }
+
+    /// A strip that is the whole matrix is encoded as `compress` does it.
+    #[test]
+    fn a_matrix_of_one_strip_is_what_compress_makes_of_it() {
+        let source = SyntheticSource::new(CONFIG, 3).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let [random, whole] = ["random", "whole"].map(|name| folder.path().join(name));
+        let options = options(Encoding::T3);
+        compress_random(&source, &random, &options, &()).unwrap();
+        crate::compress::compress(&source, &whole, &options, &()).unwrap();
+        let [random, whole] = [random, whole].map(|path| UpgFile::open(path).unwrap());
+        let first = |file: &UpgFile, name: &str| {
+            let id = file.layer_id(name).unwrap();
+            file.matrix(id).unwrap().to_dense()
+        };
+        let name = "model.layers.0.self_attn.k_proj.weight";
+        assert_eq!(first(&random, name), first(&whole, name));
+        assert_eq!(random.file_len(), whole.file_len());
+    }
+
+    #[test]
+    fn other_encodings_are_refused_and_leave_nothing() {
+        let source = SyntheticSource::new(CONFIG, 3).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().join("model");
+        let e = compress_random(&source, &out, &options(Encoding::S4), &()).unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::Unsupported);
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+}

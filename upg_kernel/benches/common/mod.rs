@@ -1,0 +1,139 @@
+//! Matrices of random codes in every packed encoding, for the benchmarks.
+#![allow(dead_code, reason = "no benchmark needs all of it")]
+
+use upg_kernel::matrix::trellis::strip_bytes;
+use upg_kernel::matrix::{
+    BitmapArrays, BitmapMatrix, GroupedMatrix, Levels, TrellisMatrix, TrellisParts,
+};
+use upg_kernel::rotation::Rotation;
+use upg_kernel::{Array, Matrix};
+
+/// Share of kept weights in `s8` and `s4`.
+const KEPT_OF_64: u32 = 32;
+
+/// A matrix of `rows` and `cols`, and its bytes.
+pub type Make = fn(usize, usize) -> (Matrix, usize);
+
+/// The packed encodings, by name.
+pub const PACKED: [(&str, Make); 7] = [
+    ("q8", |rows, cols| grouped(rows, cols, false)),
+    ("q4", |rows, cols| grouped(rows, cols, true)),
+    ("t2", |rows, cols| trellis(rows, cols, 2)),
+    ("t3", |rows, cols| trellis(rows, cols, 3)),
+    ("t4", |rows, cols| trellis(rows, cols, 4)),
+    ("s8", |rows, cols| bitmap(rows, cols, false)),
+    ("s4", |rows, cols| bitmap(rows, cols, true)),
+];
+
+/// A plain sequence of pseudo-random bytes (xorshift), eight at a time.
+pub fn noise(len: usize, seed: u64) -> Vec<u8> {
+    let mut x = seed | 1;
+    let mut next = || {
+        x ^= x << 13;
+        x ^= x >> 7;
+        x ^= x << 17;
+        x
+    };
+    let words = (0..len.div_ceil(8)).map(|_| next().to_le_bytes());
+    let mut bytes: Vec<u8> = words.flatten().collect();
+    bytes.truncate(len);
+    bytes
+}
+
+fn signed(bytes: Vec<u8>) -> Array<i8> {
+    bytes
+        .into_iter()
+        .map(|b| b as i8)
+        .collect::<Vec<_>>()
+        .into()
+}
+
+fn ones(rows: usize) -> Array<f32> {
+    vec![1e-4; rows].into()
+}
+
+fn grouped(rows: usize, cols: usize, nibbles: bool) -> (Matrix, usize) {
+    let group = if nibbles { 32 } else { 64 };
+    let groups = cols.div_ceil(group);
+    let per_group = if nibbles { 16 } else { 64 };
+    let codes = noise(rows * groups * per_group, 1);
+    let bytes = codes.len() + rows * groups + 4 * rows;
+    let levels = match nibbles {
+        false => Levels::Bytes(signed(codes)),
+        true => Levels::Nibbles {
+            codes: codes.into(),
+            codebook: signed(noise(16, 2)),
+        },
+    };
+    let primes = noise(rows * groups, 3).into();
+    let m = GroupedMatrix::new(rows, cols, group, levels, primes, ones(rows));
+    (Matrix::Grouped(m.expect("fitting parts")), bytes)
+}
+
+fn bitmap(rows: usize, cols: usize, nibbles: bool) -> (Matrix, usize) {
+    let groups = cols.div_ceil(64);
+    let kept = |random: u64| {
+        // Exactly so many bits, at random places.
+        let mut word = random;
+        let mut at = random;
+        while word.count_ones() != KEPT_OF_64 {
+            at = at.wrapping_mul(6364136223846793005).wrapping_add(1);
+            let bit = 1 << (at >> 58);
+            word = match word.count_ones() > KEPT_OF_64 {
+                true => word & !bit,
+                false => word | bit,
+            };
+        }
+        word
+    };
+    let random = noise(rows * groups * 8, 4);
+    let bits: Vec<u8> = random
+        .as_chunks::<8>()
+        .0
+        .iter()
+        .flat_map(|r| kept(u64::from_le_bytes(*r)).to_le_bytes())
+        .collect();
+    let per_group = KEPT_OF_64 as usize / if nibbles { 2 } else { 1 };
+    let codes = noise(rows * groups * per_group, 5);
+    let pointers: Vec<u32> = (0..=rows)
+        .map(|r| (r * groups * per_group) as u32)
+        .collect();
+    let bytes = bits.len() + codes.len() + 4 * pointers.len() + rows * groups + 4 * rows;
+    let levels = match nibbles {
+        false => Levels::Bytes(signed(codes)),
+        true => Levels::Nibbles {
+            codes: codes.into(),
+            codebook: signed(noise(16, 6)),
+        },
+    };
+    let arrays = BitmapArrays {
+        bitmap: bits.into(),
+        levels,
+        row_pointers: pointers.into(),
+        prime_indices: noise(rows * groups, 7).into(),
+        scales: ones(rows),
+    };
+    let m = BitmapMatrix::new(rows, cols, arrays).expect("fitting parts");
+    (Matrix::Bitmap(m), bytes)
+}
+
+fn trellis(rows: usize, cols: usize, k: u8) -> (Matrix, usize) {
+    let levels = if k == 4 { 256 } else { 128 };
+    let codes = noise(
+        rows.div_ceil(64) * strip_bytes(cols, k).expect("a size in memory"),
+        8,
+    );
+    let bytes = codes.len() + 5 * rows;
+    let size = 1 << cols.ilog2();
+    let signs = noise(cols.div_ceil(8), 9).into();
+    let parts = TrellisParts {
+        codes: codes.into(),
+        shift_table: noise(64, 10).into(),
+        level_table: signed(noise(levels, 11)),
+        prime_indices: vec![0; rows].into(),
+        scales: ones(rows),
+        rotation: Rotation::new(cols, size, signs).expect("a fitting rotation"),
+    };
+    let m = TrellisMatrix::new(rows, cols, k, parts).expect("fitting parts");
+    (Matrix::Trellis(m), bytes)
+}

@@ -14,6 +14,8 @@ pub(crate) mod views;
 
 use crate::error::{Error, ErrorKind, Result};
 use activations::{Activations, Order};
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
 use std::env::VarError;
 use std::ops::Range;
 use std::sync::LazyLock;
@@ -111,6 +113,24 @@ impl Kernels {
         }
     }
 
+    /// [`scalar::flip`].
+    pub(crate) fn flip(self, x: &mut [f32], signs: &[u8]) {
+        match self.0 {
+            Set::Scalar => scalar::flip(x, signs),
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx512(kernels) => kernels.flip(x, signs),
+        }
+    }
+
+    /// [`scalar::scale`], the same to the bit.
+    pub(crate) fn scale(self, x: &mut [f32], factor: f32) {
+        match self.0 {
+            Set::Scalar => scalar::scale(x, factor),
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx512(kernels) => kernels.scale(x, factor),
+        }
+    }
+
     /// [`scalar::rms_norm`], the same to the bit.
     pub(crate) fn rms_norm(self, x: &mut [f32], gain: &[f32], eps: f32) {
         match self.0 {
@@ -126,6 +146,39 @@ impl Kernels {
             Set::Scalar => scalar::gated_silu(gate, up, out),
             #[cfg(target_arch = "x86_64")]
             Set::Avx512(kernels) => kernels.gated_silu(gate, up, out),
+        }
+    }
+
+    /// `out [rows, cols]`: every row in the stored basis, as [`crate::matrix::StoredMatrix::decode_rows`] gives it,
+    /// to the bit. `false` without doing anything: there is no such kernel.
+    pub(crate) fn decode(self, rows: Rows<'_>, cols: usize, out: &mut [f32]) -> bool {
+        match self.0 {
+            Set::Scalar => false,
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx512(kernels) => {
+                kernels.decode(rows, cols, out);
+                true
+            }
+        }
+    }
+
+    /// [`bf16::from_f32`] of each, into as many.
+    pub(crate) fn to_bf16(self, x: &[f32], out: &mut [bf16]) {
+        assert_eq!(x.len(), out.len());
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx512(kernels) => kernels.to_bf16(x, out),
+            _ => out.convert_from_f32_slice(x),
+        }
+    }
+
+    /// [`f16::from_f32`] of each, into as many.
+    pub(crate) fn to_f16(self, x: &[f32], out: &mut [f16]) {
+        assert_eq!(x.len(), out.len());
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx512(kernels) => kernels.to_f16(x, out),
+            _ => out.convert_from_f32_slice(x),
         }
     }
 

@@ -18,6 +18,7 @@ pub use trellis::{TrellisMatrix, TrellisParts};
 use crate::array::Array;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::rules;
+use crate::kernels::Kernels;
 use crate::kernels::activations::Order;
 use crate::kernels::views::{LevelsView, Rows};
 use crate::rotation::Rotation;
@@ -154,8 +155,8 @@ impl Matrix {
 
     /// Decodes `n` whole rows from `first` on into `out` (`[n, cols]`, f32, original basis).
     ///
-    /// Every element of `out` is overwritten. Errors (`Argument`): `out` is not a whole number of
-    /// rows, or they reach past the last row.
+    /// Every element of `out` is overwritten. Errors: `Argument` if `out` is not a whole number of rows, or
+    /// they reach past the last row; those of [`Kernels::active`].
     pub fn rows_into(&self, first: usize, out: &mut [f32]) -> Result<()> {
         let (rows, cols) = (self.rows(), self.cols());
         let n = out.len() / cols.max(1);
@@ -172,10 +173,11 @@ impl Matrix {
             return Ok(());
         }
         let stored = self.stored();
-        stored.decode_rows(first, out);
+        let kernels = Kernels::active()?;
+        decode(stored, kernels, first, out);
         if let Some(rotation) = stored.rotation() {
             out.chunks_exact_mut(cols)
-                .for_each(|row| rotation.invert(row));
+                .for_each(|row| rotation.invert_with(kernels, row));
         }
         Ok(())
     }
@@ -219,14 +221,29 @@ impl Matrix {
 
     /// [`Matrix::spmm`] into the caller's `out [n, rows]`; every element is overwritten.
     ///
-    /// With few vectors, and kernels for it ([`crate::kernels::Kernels::active`]), packed weights are multiplied as they
+    /// With few vectors, and kernels for it ([`Kernels::active`]), packed weights are multiplied as they
     /// are with activations rounded to 14 bits; else rows are decoded 64 at a time, once for all `n`
     /// vectors. `docs/numerics.md` says what each way adds to the error. In parallel; the result does not
     /// depend on the number of threads. Scratch: 3 bytes per column and vector or 256 bytes per column and
     /// thread, and 4 more per column and vector where the input is rotated.
     ///
-    /// Errors: `Argument` if `x` or `out` has another length; those of [`crate::kernels::Kernels::active`].
+    /// Errors: `Argument` if `x` or `out` has another length; those of [`Kernels::active`].
     pub fn spmm_into(&self, x: &[f32], n: usize, out: &mut [f32]) -> Result<()> {
         product::multiply([Some(self)], x, n, Write::Set, &mut Scratch::default(), out)
+    }
+}
+
+/// [`StoredMatrix::decode_rows`], by a kernel where there is one for these rows. `out` is not empty.
+fn decode(stored: &dyn StoredMatrix, kernels: Kernels, first: usize, out: &mut [f32]) {
+    let cols = stored.cols();
+    let together = stored.rows_together();
+    for (i, out) in out.chunks_mut(TILE_ROWS * cols).enumerate() {
+        let (first, rows) = (first + i * TILE_ROWS, out.len() / cols);
+        let is_whole = first.is_multiple_of(together)
+            && (rows.is_multiple_of(together) || first + rows == stored.rows());
+        let view = stored.rows_view(first, rows).filter(|_| is_whole);
+        if !view.is_some_and(|view| kernels.decode(view, cols, out)) {
+            stored.decode_rows(first, out);
+        }
     }
 }

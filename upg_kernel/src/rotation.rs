@@ -51,7 +51,7 @@ impl Rotation {
 
     /// [`Rotation::apply`] with these kernels: the same result to the bit.
     pub(crate) fn apply_with(&self, kernels: Kernels, x: &mut [f32]) {
-        self.flip(x);
+        kernels.flip(x, &self.signs);
         self.transform(kernels, &mut x[..self.size]);
         if self.size < self.cols {
             self.transform(kernels, &mut x[self.cols - self.size..]);
@@ -60,28 +60,22 @@ impl Rotation {
 
     /// `x <- R^T x`, the inverse of [`Rotation::apply`] up to rounding.
     pub fn invert(&self, x: &mut [f32]) {
-        let kernels = Kernels::scalar();
+        self.invert_with(Kernels::scalar(), x);
+    }
+
+    /// [`Rotation::invert`] with these kernels: the same result to the bit.
+    pub(crate) fn invert_with(&self, kernels: Kernels, x: &mut [f32]) {
         if self.size < self.cols {
             self.transform(kernels, &mut x[self.cols - self.size..]);
         }
         self.transform(kernels, &mut x[..self.size]);
-        self.flip(x);
-    }
-
-    fn flip(&self, x: &mut [f32]) {
-        debug_assert_eq!(x.len(), self.cols);
-        for (x, &signs) in x.chunks_mut(8).zip(self.signs.iter()) {
-            for (bit, x) in x.iter_mut().enumerate() {
-                let sign = u32::from(signs >> bit & 1) << 31;
-                *x = f32::from_bits(x.to_bits() ^ sign);
-            }
-        }
+        kernels.flip(x, &self.signs);
     }
 
     fn transform(&self, kernels: Kernels, x: &mut [f32]) {
         let norm = (1.0 / (self.size as f64).sqrt()) as f32;
         kernels.hadamard(x);
-        x.iter_mut().for_each(|x| *x *= norm);
+        kernels.scale(x, norm);
     }
 }
 

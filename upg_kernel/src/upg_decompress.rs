@@ -3,6 +3,7 @@
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{LayerInfo, UpgFile};
+use crate::kernels::Kernels;
 use crate::matrix::{Matrix, TILE_ROWS};
 use crate::prime_lut::PrimeIndex;
 use candle_core::{DType, Device, Tensor, WithDType};
@@ -13,25 +14,28 @@ use std::sync::Arc;
 
 /// A weight type that a matrix can be decompressed to; every value is rounded to nearest from f32.
 pub trait WeightFloat: Copy + Default + Send + WithDType {
-    /// The nearest value, ties to even.
-    fn from_weight(weight: f32) -> Self;
+    /// The nearest value of each weight, ties to even. Both have the same length.
+    fn from_weights(weights: &[f32], out: &mut [Self]) -> Result<()>;
 }
 
 impl WeightFloat for f32 {
-    fn from_weight(weight: f32) -> Self {
-        weight
+    fn from_weights(weights: &[f32], out: &mut [Self]) -> Result<()> {
+        out.copy_from_slice(weights);
+        Ok(())
     }
 }
 
 impl WeightFloat for f16 {
-    fn from_weight(weight: f32) -> Self {
-        Self::from_f32(weight)
+    fn from_weights(weights: &[f32], out: &mut [Self]) -> Result<()> {
+        Kernels::active()?.to_f16(weights, out);
+        Ok(())
     }
 }
 
 impl WeightFloat for bf16 {
-    fn from_weight(weight: f32) -> Self {
-        Self::from_f32(weight)
+    fn from_weights(weights: &[f32], out: &mut [Self]) -> Result<()> {
+        Kernels::active()?.to_bf16(weights, out);
+        Ok(())
     }
 }
 
@@ -191,10 +195,7 @@ fn fill<T: WeightFloat>(matrix: &Matrix, out: &mut [T]) -> Result<()> {
             |tile, (index, out)| {
                 let tile = &mut tile[..out.len()];
                 matrix.rows_into(index * TILE_ROWS, tile)?;
-                for (out, &w) in out.iter_mut().zip(tile.iter()) {
-                    *out = T::from_weight(w);
-                }
-                Ok(())
+                T::from_weights(tile, out)
             },
         )
 }

@@ -4,6 +4,7 @@
 //! ([`Activations`]), and one `vpdpbusd` a plane multiplies 64 pairs. Sums of four or eight products are exact;
 //! what the 128 adds is taken off again by the offsets that come with the activations.
 
+mod decode;
 mod many;
 mod quantize;
 
@@ -12,7 +13,7 @@ use super::lanes::Lanes;
 use super::views::{BitmapRows, GroupedRows, LevelsView, Rows, TrellisStrip};
 use super::{attention, scalar};
 use crate::prime_lut::PRIME_LUT;
-use half::f16;
+use half::{bf16, f16};
 pub(crate) use many::Panel;
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -57,6 +58,24 @@ impl Avx512 {
         unsafe { grouped(rows, x, out) }
     }
 
+    /// As the reference decodes rows, to the bit.
+    pub(crate) fn decode(self, rows: Rows<'_>, cols: usize, out: &mut [f32]) {
+        // SAFETY: `self` proves that the processor has the features.
+        unsafe { decode::decode(rows, cols, out) }
+    }
+
+    /// [`bf16::from_f32`] of each, into as many.
+    pub(crate) fn to_bf16(self, x: &[f32], out: &mut [bf16]) {
+        // SAFETY: as above.
+        unsafe { decode::to_bf16(x, out) }
+    }
+
+    /// [`f16::from_f32`] of each, into as many.
+    pub(crate) fn to_f16(self, x: &[f32], out: &mut [f16]) {
+        // SAFETY: as above.
+        unsafe { decode::to_f16(x, out) }
+    }
+
     /// As [`attention::attend`].
     pub(crate) fn attend(
         self,
@@ -74,6 +93,22 @@ impl Avx512 {
     pub(crate) fn quantize(self, x: &[f32], order: Order, out: &mut Activations) {
         // SAFETY: `self` proves that the processor has the features.
         unsafe { quantize::quantize(x, order, out) }
+    }
+
+    /// As [`scalar::flip`].
+    pub(crate) fn flip(self, x: &mut [f32], signs: &[u8]) {
+        // SAFETY: `self` proves that the processor has the features.
+        unsafe { flip(x, signs) }
+    }
+
+    /// As [`scalar::scale`], which is compiled for these instructions.
+    pub(crate) fn scale(self, x: &mut [f32], factor: f32) {
+        #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+        fn compiled(x: &mut [f32], factor: f32) {
+            scalar::scale(x, factor);
+        }
+        // SAFETY: `self` proves that the processor has the features.
+        unsafe { compiled(x, factor) }
     }
 
     /// As [`scalar::rms_norm`], which is compiled for these instructions.
@@ -188,6 +223,18 @@ impl Lanes for Register {
     }
 }
 
+#[target_feature(enable = "avx512f")]
+fn flip(x: &mut [f32], signs: &[u8]) {
+    let (blocks, rest) = x.as_chunks_mut::<16>();
+    let (pairs, _) = signs.as_chunks::<2>();
+    for (block, signs) in blocks.iter_mut().zip(pairs) {
+        let bits = _mm512_castps_si512(load_f32(block));
+        let sign = _mm512_maskz_set1_epi32(u16::from_le_bytes(*signs), i32::MIN);
+        *block = to_array(_mm512_castsi512_ps(_mm512_xor_si512(bits, sign)));
+    }
+    scalar::flip(rest, &signs[2 * blocks.len()..]);
+}
+
 /// The unscaled Walsh-Hadamard transform, with the additions of the reference in its order.
 #[target_feature(enable = "avx512f")]
 fn hadamard(x: &mut [f32]) {
@@ -240,6 +287,13 @@ fn load_f32(values: &[f32; 16]) -> __m512 {
 fn store(out: &mut [i32; 16], values: __m512i) {
     // SAFETY: 16 values are 64 bytes; the store needs no alignment.
     unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), values) };
+}
+
+#[target_feature(enable = "avx512f")]
+fn to_bytes(values: __m512i) -> [u8; 64] {
+    let mut out = [0i32; 16];
+    store(&mut out, values);
+    bytemuck::cast(out)
 }
 
 /// Up to 64 bytes, zeros after them.

@@ -33,6 +33,22 @@ pub fn multiply(weights: &[f32], x: &[f32], cols: usize, out: &mut [f32]) {
     }
 }
 
+/// Changes the signs of the elements whose bit is set, one bit each, least significant first.
+pub fn flip(x: &mut [f32], signs: &[u8]) {
+    for (x, &signs) in x.chunks_mut(8).zip(signs) {
+        for (bit, x) in x.iter_mut().enumerate() {
+            let sign = u32::from(signs >> bit & 1) << 31;
+            *x = f32::from_bits(x.to_bits() ^ sign);
+        }
+    }
+}
+
+/// Multiplies every element with `factor`.
+#[inline(always)]
+pub fn scale(x: &mut [f32], factor: f32) {
+    x.iter_mut().for_each(|x| *x *= factor);
+}
+
 /// `gain * x / sqrt(mean(x^2) + eps)` in place, element by element.
 #[inline(always)]
 pub fn rms_norm(x: &mut [f32], gain: &[f32], eps: f32) {

@@ -134,6 +134,7 @@ fn dequantized(x: &Activations, order: Order, cols: usize) -> Vec<f64> {
 }
 
 fn check(kernels: Kernels, matrix: &dyn StoredMatrix, what: &str) {
+    check_decode(kernels, matrix, what);
     let (rows, cols) = (matrix.rows(), matrix.cols());
     let order = matrix.order().unwrap();
     let x = Activations::new(&activations(cols), order);
@@ -219,6 +220,55 @@ fn every_kernel_multiplies_many_vectors_as_the_reference_does() {
     }
 }
 
+/// [`Kernels::decode`] against [`StoredMatrix::decode_rows`].
+fn check_decode(kernels: Kernels, matrix: &dyn StoredMatrix, what: &str) {
+    let (rows, cols) = (matrix.rows(), matrix.cols());
+    let mut expected = vec![0.0; rows * cols];
+    matrix.decode_rows(0, &mut expected);
+    for (tile, expected) in expected.chunks(TILE_ROWS * cols).enumerate() {
+        let view = matrix.rows_view(tile * TILE_ROWS, expected.len() / cols);
+        let mut out = vec![f32::NAN; expected.len()];
+        let is_done = kernels.decode(view.unwrap(), cols, &mut out);
+        let name = kernels.name();
+        assert!(
+            !is_done || out == expected,
+            "{name} {what} [{rows}, {cols}]"
+        );
+    }
+}
+
+#[test]
+fn floats_of_16_bits_are_those_of_the_library() {
+    let special = [
+        f32::NAN,
+        f32::INFINITY,
+        f32::NEG_INFINITY,
+        0.0,
+        -0.0,
+        1e-44,
+        65_520.0,
+        f32::MAX,
+    ];
+    // Every pattern of the upper half of a float, with lower halves around the middle.
+    let patterns = (0..=u16::MAX).flat_map(|upper| {
+        [0, 0x7FFF, 0x8000, 0x8001, 0x0FFF, 0x1000, 0x1001]
+            .map(|lower| f32::from_bits(u32::from(upper) << 16 | lower))
+    });
+    let x: Vec<f32> = special.into_iter().chain(patterns).collect();
+    for kernels in Kernels::available() {
+        let mut found = vec![bf16::ZERO; x.len()];
+        kernels.to_bf16(&x, &mut found);
+        for (x, found) in x.iter().zip(&found) {
+            assert_eq!(found.to_bits(), bf16::from_f32(*x).to_bits(), "{x}");
+        }
+        let mut found = vec![f16::ZERO; x.len()];
+        kernels.to_f16(&x, &mut found);
+        for (x, found) in x.iter().zip(&found) {
+            assert_eq!(found.to_bits(), f16::from_f32(*x).to_bits(), "{x}");
+        }
+    }
+}
+
 fn integer_kernels() -> Vec<Kernels> {
     let all = Kernels::available().into_iter();
     all.filter(|k| k.is_integer()).collect()
@@ -291,6 +341,37 @@ fn every_kernel_rounds_activations_as_the_reference_does() {
                 let bits = |scales: &[f32]| scales.iter().map(|s| s.to_bits()).collect::<Vec<_>>();
                 assert_eq!(bits(&found.scales), bits(&expected.scales), "{what}");
             }
+        }
+    }
+}
+
+#[test]
+fn rotations_are_the_same_to_the_bit_with_every_kernel() {
+    for (cols, size) in [
+        (1usize, 1),
+        (7, 4),
+        (15, 8),
+        (16, 16),
+        (33, 32),
+        (70, 64),
+        (576, 512),
+    ] {
+        let signs = noise(cols.div_ceil(8), 15);
+        let rotation = Rotation::new(cols, size, signs.into()).unwrap();
+        let of = |kernels: Kernels| {
+            let mut x = activations(cols);
+            rotation.apply_with(kernels, &mut x);
+            let rotated = x.clone();
+            rotation.invert_with(kernels, &mut x);
+            (rotated, x)
+        };
+        for kernels in Kernels::available() {
+            assert_eq!(
+                of(kernels),
+                of(Kernels::scalar()),
+                "{} {cols}",
+                kernels.name()
+            );
         }
     }
 }

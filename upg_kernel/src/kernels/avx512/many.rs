@@ -296,10 +296,3 @@ fn decode_trellis(strip: TrellisStrip<'_>, first: usize, panel: &mut Panel) {
         }
     }
 }
-
-#[target_feature(enable = "avx512f")]
-fn to_bytes(values: __m512i) -> [u8; 64] {
-    let mut out = [0i32; 16];
-    store(&mut out, values);
-    bytemuck::cast(out)
-}

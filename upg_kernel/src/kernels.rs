@@ -5,7 +5,11 @@
 pub(crate) mod activations;
 pub(crate) mod attention;
 #[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod compiled;
 pub mod gemm;
 mod lanes;
 pub mod scalar;
@@ -39,7 +43,22 @@ pub struct Kernels(Set);
 enum Set {
     Scalar,
     #[cfg(target_arch = "x86_64")]
+    Avx2(avx2::Avx2),
+    #[cfg(target_arch = "x86_64")]
     Avx512(avx512::Avx512),
+}
+
+/// The first expression for the reference, the second for all other kernels, which have the same methods.
+macro_rules! dispatch {
+    ($set:expr, $scalar:expr, $kernels:ident => $call:expr) => {
+        match $set {
+            Set::Scalar => $scalar,
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx2($kernels) => $call,
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx512($kernels) => $call,
+        }
+    };
 }
 
 impl Kernels {
@@ -47,6 +66,8 @@ impl Kernels {
     pub fn available() -> Vec<Self> {
         let all = [
             Some(Set::Scalar),
+            #[cfg(target_arch = "x86_64")]
+            avx2::Avx2::new().map(Set::Avx2),
             #[cfg(target_arch = "x86_64")]
             avx512::Avx512::new().map(Set::Avx512),
         ];
@@ -90,10 +111,12 @@ impl Kernels {
             .map_err(|message| Error::new(ErrorKind::Unsupported, format!("{VARIABLE}: {message}")))
     }
 
-    /// `scalar` or `avx512`.
+    /// `scalar`, `avx2` or `avx512`.
     pub fn name(self) -> &'static str {
         match self.0 {
             Set::Scalar => "scalar",
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx2(_) => "avx2",
             #[cfg(target_arch = "x86_64")]
             Set::Avx512(_) => "avx512",
         }
@@ -106,59 +129,39 @@ impl Kernels {
 
     /// [`scalar::hadamard`] from span 1 on, the same to the bit.
     pub(crate) fn hadamard(self, x: &mut [f32]) {
-        match self.0 {
-            Set::Scalar => scalar::hadamard(x, 1),
-            #[cfg(target_arch = "x86_64")]
-            Set::Avx512(kernels) => kernels.hadamard(x),
-        }
+        dispatch!(self.0, scalar::hadamard(x, 1), kernels => kernels.hadamard(x))
     }
 
     /// [`scalar::flip`].
     pub(crate) fn flip(self, x: &mut [f32], signs: &[u8]) {
-        match self.0 {
-            Set::Scalar => scalar::flip(x, signs),
-            #[cfg(target_arch = "x86_64")]
-            Set::Avx512(kernels) => kernels.flip(x, signs),
-        }
+        dispatch!(self.0, scalar::flip(x, signs), kernels => kernels.flip(x, signs))
     }
 
     /// [`scalar::scale`], the same to the bit.
     pub(crate) fn scale(self, x: &mut [f32], factor: f32) {
-        match self.0 {
-            Set::Scalar => scalar::scale(x, factor),
-            #[cfg(target_arch = "x86_64")]
-            Set::Avx512(kernels) => kernels.scale(x, factor),
-        }
+        dispatch!(self.0, scalar::scale(x, factor), kernels => kernels.scale(x, factor))
     }
 
     /// [`scalar::rms_norm`], the same to the bit.
     pub(crate) fn rms_norm(self, x: &mut [f32], gain: &[f32], eps: f32) {
-        match self.0 {
-            Set::Scalar => scalar::rms_norm(x, gain, eps),
-            #[cfg(target_arch = "x86_64")]
-            Set::Avx512(kernels) => kernels.rms_norm(x, gain, eps),
-        }
+        dispatch!(self.0, scalar::rms_norm(x, gain, eps), kernels => kernels.rms_norm(x, gain, eps))
     }
 
     /// [`scalar::gated_silu`], the same to the bit.
     pub(crate) fn gated_silu(self, gate: &[f32], up: &[f32], out: &mut [f32]) {
-        match self.0 {
-            Set::Scalar => scalar::gated_silu(gate, up, out),
-            #[cfg(target_arch = "x86_64")]
-            Set::Avx512(kernels) => kernels.gated_silu(gate, up, out),
-        }
+        dispatch!(self.0, scalar::gated_silu(gate, up, out), kernels => kernels.gated_silu(gate, up, out))
     }
 
     /// `out [rows, cols]`: every row in the stored basis, as [`crate::matrix::StoredMatrix::decode_rows`] gives it,
     /// to the bit. `false` without doing anything: there is no such kernel.
     pub(crate) fn decode(self, rows: Rows<'_>, cols: usize, out: &mut [f32]) -> bool {
         match self.0 {
-            Set::Scalar => false,
             #[cfg(target_arch = "x86_64")]
             Set::Avx512(kernels) => {
                 kernels.decode(rows, cols, out);
                 true
             }
+            _ => false,
         }
     }
 
@@ -191,30 +194,24 @@ impl Kernels {
         scratch: &mut attention::Scratch,
         out: &mut [f32],
     ) {
-        match self.0 {
-            Set::Scalar => {
-                attention::attend::<[f32; 16], 1>((), head, queries, seen, scratch, out);
-            }
-            #[cfg(target_arch = "x86_64")]
-            Set::Avx512(kernels) => kernels.attend(head, queries, seen, scratch, out),
-        }
+        dispatch!(
+            self.0,
+            attention::attend::<[f32; 16], 1>((), head, queries, seen, scratch, out),
+            kernels => kernels.attend(head, queries, seen, scratch, out)
+        )
     }
 
     /// [`activations::quantize`], the same to the bit.
     pub(crate) fn quantize(self, x: &[f32], order: Order, out: &mut Activations) {
-        match self.0 {
-            Set::Scalar => activations::quantize(x, order, out),
-            #[cfg(target_arch = "x86_64")]
-            Set::Avx512(kernels) => kernels.quantize(x, order, out),
-        }
+        dispatch!(self.0, activations::quantize(x, order, out), kernels => kernels.quantize(x, order, out))
     }
 
     /// Whether there is [`Kernels::multiply_many`].
     pub(crate) fn has_many(self) -> bool {
         match self.0 {
-            Set::Scalar => false,
             #[cfg(target_arch = "x86_64")]
             Set::Avx512(_) => true,
+            _ => false,
         }
     }
 
@@ -229,9 +226,9 @@ impl Kernels {
         out: &mut [f32],
     ) {
         match self.0 {
-            Set::Scalar => unreachable!("{rows:?} {vectors:?} {panel:?} {out:?}"),
             #[cfg(target_arch = "x86_64")]
             Set::Avx512(kernels) => kernels.multiply_many(rows, vectors, panel, out),
+            _ => unreachable!("{rows:?} {vectors:?} {panel:?} {out:?}"),
         }
     }
 
@@ -239,15 +236,15 @@ impl Kernels {
     ///
     /// Panics if there are other kernels than [`Kernels::is_integer`] allows.
     pub(crate) fn multiply(self, rows: Rows<'_>, x: &Activations, out: &mut [f32]) {
-        match self.0 {
-            Set::Scalar => unreachable!("scalar products decode {rows:?} {x:?} {out:?}"),
-            #[cfg(target_arch = "x86_64")]
-            Set::Avx512(kernels) => match rows {
+        dispatch!(
+            self.0,
+            unreachable!("scalar products decode {rows:?} {x:?} {out:?}"),
+            kernels => match rows {
                 Rows::Grouped(rows) => kernels.grouped(rows, x, out),
                 Rows::Bitmap(rows) => kernels.bitmap(rows, x, out),
                 Rows::Trellis(strip) => kernels.trellis(strip, x, out),
-            },
-        }
+            }
+        )
     }
 }
 

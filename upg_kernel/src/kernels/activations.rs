@@ -89,6 +89,7 @@ impl Activations {
 }
 
 /// Rounds `x` to nearest, ties to even. Values that are not finite give results that are not.
+#[inline(always)]
 pub(super) fn quantize(x: &[f32], order: Order, out: &mut Activations) {
     out.resize(x.len());
     for (group, (x, scale)) in x.chunks(GROUP).zip(&mut out.scales).enumerate() {
@@ -122,6 +123,7 @@ pub(super) fn scales_for(largest: f32) -> Option<(f32, f32)> {
 }
 
 /// Rounds one group; returns its scale.
+#[inline(always)]
 fn quantize_group(x: &[f32], values: &mut [i16]) -> f32 {
     // Adding 1.5 * 2^23 leaves no bits for a fraction: two additions that every vector unit has.
     const NO_FRACTION: f32 = 12_582_912.0;

@@ -101,36 +101,6 @@ impl Avx512 {
         unsafe { flip(x, signs) }
     }
 
-    /// As [`scalar::scale`], which is compiled for these instructions.
-    pub(crate) fn scale(self, x: &mut [f32], factor: f32) {
-        #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-        fn compiled(x: &mut [f32], factor: f32) {
-            scalar::scale(x, factor);
-        }
-        // SAFETY: `self` proves that the processor has the features.
-        unsafe { compiled(x, factor) }
-    }
-
-    /// As [`scalar::rms_norm`], which is compiled for these instructions.
-    pub(crate) fn rms_norm(self, x: &mut [f32], gain: &[f32], eps: f32) {
-        #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-        fn compiled(x: &mut [f32], gain: &[f32], eps: f32) {
-            scalar::rms_norm(x, gain, eps);
-        }
-        // SAFETY: `self` proves that the processor has the features.
-        unsafe { compiled(x, gain, eps) }
-    }
-
-    /// As [`scalar::gated_silu`], which is compiled for these instructions.
-    pub(crate) fn gated_silu(self, gate: &[f32], up: &[f32], out: &mut [f32]) {
-        #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-        fn compiled(gate: &[f32], up: &[f32], out: &mut [f32]) {
-            scalar::gated_silu(gate, up, out);
-        }
-        // SAFETY: `self` proves that the processor has the features.
-        unsafe { compiled(gate, up, out) }
-    }
-
     /// As [`scalar::hadamard`] from span 1 on.
     pub(crate) fn hadamard(self, x: &mut [f32]) {
         // SAFETY: `self` proves that the processor has the features.

@@ -34,6 +34,7 @@ pub fn multiply(weights: &[f32], x: &[f32], cols: usize, out: &mut [f32]) {
 }
 
 /// Changes the signs of the elements whose bit is set, one bit each, least significant first.
+#[inline(always)]
 pub fn flip(x: &mut [f32], signs: &[u8]) {
     for (x, &signs) in x.chunks_mut(8).zip(signs) {
         for (bit, x) in x.iter_mut().enumerate() {

@@ -406,7 +406,7 @@ fn kernels_that_the_processor_can_run_are_available() {
     let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap();
     let flags = cpu.lines().find(|l| l.starts_with("flags")).unwrap();
     let flags: Vec<&str> = flags.split_whitespace().collect();
-    let needed = [
+    let avx512 = [
         "avx512f",
         "avx512bw",
         "avx512vl",
@@ -415,11 +415,17 @@ fn kernels_that_the_processor_can_run_are_available() {
         "avx512_vnni",
         "popcnt",
     ];
-    let expected = needed.iter().all(|f| flags.contains(f));
-    let found = Kernels::available().iter().any(|k| k.name() == "avx512");
-    assert_eq!(found, expected);
-    if !expected {
-        println!("skipped: the kernels avx512, which this processor cannot run");
+    let sets = [
+        ("avx2", &["avx2", "fma", "f16c", "popcnt"][..]),
+        ("avx512", &avx512),
+    ];
+    for (name, needed) in sets {
+        let expected = needed.iter().all(|f| flags.contains(f));
+        let found = Kernels::available().iter().any(|k| k.name() == name);
+        assert_eq!(found, expected, "{name}");
+        if !expected {
+            println!("skipped: the kernels {name}, which this processor cannot run");
+        }
     }
 }
 

@@ -1,0 +1,281 @@
+//! AVX2, FMA and F16C (Haswell, Zen and later).
+//!
+//! As in [`super::avx512`], weights become `level + 128` as unsigned bytes and activations are two planes of
+//! signed bytes ([`Activations`](super::activations::Activations)). `vpmaddubsw` adds up two products in int16,
+//! which cannot saturate: 255 * 64 * 2 = 32,640. `vpmaddwd` adds up two of those in int32, those of the high
+//! plane times 128, so that every sum is exact. A step is 64 columns, which share a scale of the activations.
+
+mod bitmap;
+mod grouped;
+mod trellis;
+
+use super::activations::{Activations, Block, GROUP};
+use super::lanes::Lanes;
+use super::views::{BitmapRows, GroupedRows, TrellisStrip};
+use super::{attention, scalar};
+use crate::prime_lut::PRIME_LUT;
+use half::f16;
+use std::arch::x86_64::*;
+use std::ops::Range;
+
+/// The first 256 primes, four times each: what half a register of sums is multiplied with.
+static PRIMES: Primes = Primes({
+    let mut primes = [[0.0; 4]; 256];
+    let mut i = 0;
+    while i < 256 {
+        primes[i] = [PRIME_LUT[i] as f32; 4];
+        i += 1;
+    }
+    primes
+});
+
+#[repr(align(64))]
+struct Primes([[f32; 4]; 256]);
+
+/// A value is the proof that this machine has the instructions.
+#[derive(Debug, Clone, Copy)]
+pub struct Avx2(());
+
+impl Avx2 {
+    /// `None` where the processor or the system lacks one of AVX2, FMA, F16C, POPCNT.
+    pub fn new() -> Option<Self> {
+        let has = is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c")
+            && is_x86_feature_detected!("popcnt");
+        has.then_some(Self(()))
+    }
+
+    /// `out[i] = ` row `i` of `rows` times `x`, whose order is that of the codes.
+    pub(crate) fn grouped(self, rows: GroupedRows<'_>, x: &Activations, out: &mut [f32]) {
+        // SAFETY: `self` proves that the processor has the features.
+        unsafe { grouped::multiply(rows, x, out) }
+    }
+
+    /// As [`scalar::hadamard`] from span 1 on.
+    pub(crate) fn hadamard(self, x: &mut [f32]) {
+        // SAFETY: as above.
+        unsafe { hadamard(x) }
+    }
+
+    /// As [`attention::attend`].
+    pub(crate) fn attend(
+        self,
+        head: attention::Head<'_>,
+        queries: &[f32],
+        seen: &[Range<usize>],
+        scratch: &mut attention::Scratch,
+        out: &mut [f32],
+    ) {
+        // SAFETY: as above.
+        unsafe { attend(self, head, queries, seen, scratch, out) }
+    }
+
+    /// As [`Avx2::grouped`], in natural order.
+    pub(crate) fn bitmap(self, rows: BitmapRows<'_>, x: &Activations, out: &mut [f32]) {
+        // SAFETY: as above.
+        unsafe { bitmap::multiply(rows, x, out) }
+    }
+
+    /// The (up to 64) rows of a strip times `x`, in natural order.
+    pub(crate) fn trellis(self, strip: TrellisStrip<'_>, x: &Activations, out: &mut [f32]) {
+        // SAFETY: as above.
+        unsafe { trellis::multiply(strip, x, out) }
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn attend(
+    proof: Avx2,
+    head: attention::Head<'_>,
+    queries: &[f32],
+    seen: &[Range<usize>],
+    scratch: &mut attention::Scratch,
+    out: &mut [f32],
+) {
+    attention::attend::<Registers, 4>(proof, head, queries, seen, scratch, out);
+}
+
+/// Sixteen f32. A value is the proof that this machine has the instructions.
+#[derive(Clone, Copy)]
+struct Registers([__m256; 2]);
+
+// These are always put in their place, in a function that is compiled for the instructions.
+impl Lanes for Registers {
+    type Proof = Avx2;
+
+    #[inline(always)]
+    fn splat(_: Avx2, value: f32) -> Self {
+        // SAFETY: the argument proves that the processor has the features, also below.
+        Self([unsafe { _mm256_set1_ps(value) }; 2])
+    }
+
+    #[inline(always)]
+    fn load(_: Avx2, values: &[f32; 16]) -> Self {
+        let start = values.as_ptr();
+        // SAFETY: as above; the reference is to 16 readable floats, and the loads need no alignment.
+        Self(unsafe { [_mm256_loadu_ps(start), _mm256_loadu_ps(start.add(8))] })
+    }
+
+    #[inline(always)]
+    fn widen(_: Avx2, values: &[f16; 16]) -> Self {
+        let start: *const __m128i = values.as_ptr().cast();
+        // SAFETY: as above; the reference is to 32 readable bytes.
+        let halves = unsafe { [_mm_loadu_si128(start), _mm_loadu_si128(start.add(1))] };
+        // SAFETY: as above.
+        Self(unsafe { [_mm256_cvtph_ps(halves[0]), _mm256_cvtph_ps(halves[1])] })
+    }
+
+    #[inline(always)]
+    fn mul_add(self, b: Self, c: Self) -> Self {
+        // SAFETY: `self` proves that the processor has the features.
+        Self(unsafe {
+            [
+                _mm256_fmadd_ps(self.0[0], b.0[0], c.0[0]),
+                _mm256_fmadd_ps(self.0[1], b.0[1], c.0[1]),
+            ]
+        })
+    }
+
+    #[inline(always)]
+    fn store(self, out: &mut [f32; 16]) {
+        let start = out.as_mut_ptr();
+        // SAFETY: as above; the reference is to 16 floats, and the stores need no alignment.
+        unsafe {
+            _mm256_storeu_ps(start, self.0[0]);
+            _mm256_storeu_ps(start.add(8), self.0[1]);
+        }
+    }
+}
+
+/// The unscaled Walsh-Hadamard transform, with the additions of the reference in its order.
+#[target_feature(enable = "avx2")]
+fn hadamard(x: &mut [f32]) {
+    let (blocks, rest) = x.as_chunks_mut::<8>();
+    if blocks.is_empty() {
+        return scalar::hadamard(rest, 1);
+    }
+    for block in blocks {
+        // SAFETY: the reference is to 8 floats; neither load nor store needs an alignment.
+        let v = unsafe { _mm256_loadu_ps(block.as_ptr()) };
+        // The second of each pair becomes first - second.
+        let other = _mm256_permute_ps::<0b10_11_00_01>(v);
+        let v = _mm256_blend_ps::<0b1010_1010>(_mm256_add_ps(v, other), _mm256_sub_ps(other, v));
+        let other = _mm256_permute_ps::<0b01_00_11_10>(v);
+        let v = _mm256_blend_ps::<0b1100_1100>(_mm256_add_ps(v, other), _mm256_sub_ps(other, v));
+        let other = _mm256_permute2f128_ps::<0b0000_0001>(v, v);
+        let v = _mm256_blend_ps::<0b1111_0000>(_mm256_add_ps(v, other), _mm256_sub_ps(other, v));
+        // SAFETY: as above.
+        unsafe { _mm256_storeu_ps(block.as_mut_ptr(), v) };
+    }
+    scalar::hadamard(x, 8);
+}
+
+/// All 32 bytes.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load(bytes: &[u8; 32]) -> __m256i {
+    // SAFETY: the reference is to 32 readable bytes; the load needs no alignment.
+    unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load_i32(values: &[i32; 8]) -> __m256i {
+    load(bytemuck::cast_ref(values))
+}
+
+/// All 16 bytes.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load_half(bytes: &[u8; 16]) -> __m128i {
+    // SAFETY: the reference is to 16 readable bytes; the load needs no alignment.
+    unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) }
+}
+
+/// Asks for the cache line `at` bytes after the start of `bytes`, which may lie past its end.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn prefetch(bytes: &[u8], at: usize) {
+    // A prefetch reads nothing that a program could see and never faults.
+    _mm_prefetch::<_MM_HINT_T0>(bytes.as_ptr().wrapping_add(at).cast());
+}
+
+/// Levels as unsigned bytes, `level + 128`.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn biased(levels: __m256i) -> __m256i {
+    _mm256_xor_si256(levels, _mm256_set1_epi8(-128))
+}
+
+/// 16 bytes in both halves of a register.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn twice(bytes: &[u8; 16]) -> __m256i {
+    _mm256_broadcastsi128_si256(load_half(bytes))
+}
+
+/// A prime in every lane.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn prime(index: u8) -> __m256 {
+    let four = &PRIMES.0[usize::from(index)];
+    // SAFETY: the reference is to four floats; the load needs no alignment.
+    _mm256_broadcast_ps(&unsafe { _mm_loadu_ps(four.as_ptr()) })
+}
+
+/// A prime in each half.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn primes(indices: [u8; 2]) -> __m256 {
+    let [low, high] = indices.map(|index| &PRIMES.0[usize::from(index)]);
+    // SAFETY: the references are to four floats; the loads need no alignment.
+    let (low, high) = unsafe { (_mm_loadu_ps(low.as_ptr()), _mm_loadu_ps(high.as_ptr())) };
+    _mm256_set_m128(high, low)
+}
+
+/// Half a block of activations.
+#[derive(Clone, Copy)]
+struct Half<'a> {
+    high: &'a [u8; 32],
+    low: &'a [u8; 32],
+    offset: &'a [i32; 8],
+}
+
+/// The halves of a block.
+#[inline]
+fn halves(block: &Block) -> [Half<'_>; 2] {
+    let high: &[[u8; 32]; 2] = bytemuck::cast_ref(&block.high);
+    let low: &[[u8; 32]; 2] = bytemuck::cast_ref(&block.low);
+    let offset: &[[i32; 8]; 2] = bytemuck::cast_ref(&block.offset);
+    let half = |i: usize| Half {
+        high: &high[i],
+        low: &low[i],
+        offset: &offset[i],
+    };
+    [half(0), half(1)]
+}
+
+/// Sums of four products a lane, `sum((level + 128) * x)`, for 32 biased levels. Exact.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn dot(levels: __m256i, high: __m256i, low: __m256i) -> __m256i {
+    let high = _mm256_maddubs_epi16(levels, high);
+    let low = _mm256_maddubs_epi16(levels, low);
+    _mm256_add_epi32(
+        _mm256_madd_epi16(high, _mm256_set1_epi16(128)),
+        _mm256_madd_epi16(low, _mm256_set1_epi16(1)),
+    )
+}
+
+/// The sum of all lanes.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn sum_of(lanes: __m256) -> f32 {
+    let four = _mm_add_ps(
+        _mm256_castps256_ps128(lanes),
+        _mm256_extractf128_ps::<1>(lanes),
+    );
+    let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+}

@@ -1,0 +1,36 @@
+//! Plain loops of the reference, compiled for the instructions of each set of kernels: the same results to the
+//! bit, more of them at a time.
+
+use super::activations::{self, Activations, Order};
+use super::scalar;
+
+/// Methods that call plain loops which are always put in their place, from functions with these features.
+macro_rules! compiled {
+    ($kernels:ty, $features:literal, [$($path:path => $name:ident($($arg:ident: $type:ty),*);)*]) => {
+        impl $kernels {$(
+            #[doc = concat!("As [`", stringify!($path), "`].")]
+            pub(crate) fn $name(self, $($arg: $type),*) {
+                #[target_feature(enable = $features)]
+                fn compiled($($arg: $type),*) {
+                    $path($($arg),*)
+                }
+                // SAFETY: `self` proves that the processor has the features.
+                unsafe { compiled($($arg),*) }
+            }
+        )*}
+    };
+}
+
+compiled!(super::avx512::Avx512, "avx512f,avx512bw,avx512vl", [
+    scalar::scale => scale(x: &mut [f32], factor: f32);
+    scalar::rms_norm => rms_norm(x: &mut [f32], gain: &[f32], eps: f32);
+    scalar::gated_silu => gated_silu(gate: &[f32], up: &[f32], out: &mut [f32]);
+]);
+
+compiled!(super::avx2::Avx2, "avx2", [
+    scalar::flip => flip(x: &mut [f32], signs: &[u8]);
+    scalar::scale => scale(x: &mut [f32], factor: f32);
+    scalar::rms_norm => rms_norm(x: &mut [f32], gain: &[f32], eps: f32);
+    scalar::gated_silu => gated_silu(gate: &[f32], up: &[f32], out: &mut [f32]);
+    activations::quantize => quantize(x: &[f32], order: Order, out: &mut Activations);
+]);

@@ -76,6 +76,10 @@ fn every_figure_is_there() {
     assert_eq!(json["depth"], 7);
     let kernels = upg_kernel::kernels::Kernels::active().unwrap().name();
     assert_eq!(json["kernels"], kernels);
+    // More than there are is not to be used.
+    if let Some(percent) = json["others_percent"].as_f64() {
+        assert!((0.0..=100.0).contains(&percent), "{percent}");
+    }
     let least = json["decode_tps_spread"][0].as_f64().unwrap();
     assert!(least <= positive(&json, "decode_tps"));
 

@@ -14,7 +14,7 @@ use crate::cli::{BenchArgs, BenchCommand, MeasureArgs};
 use crate::terminal;
 use llama::Llama;
 use load::Loads;
-use machine::{Machine, Memory};
+use machine::{Machine, Memory, Others};
 use matrices::Stored;
 use report::Report;
 use std::sync::Arc;
@@ -35,6 +35,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
 fn measure(args: &MeasureArgs) -> Result<()> {
     let llamas = Llama::find(args)?;
     let machine = Machine::here()?;
+    let others = Others::watch();
     // No model is kept: pages of the file can leave the cache only once nobody has them mapped.
     let unfit = match load::model(&args.file)? {
         Ok(model) => {
@@ -70,6 +71,7 @@ fn measure(args: &MeasureArgs) -> Result<()> {
         products: &products,
         decompressed: &stored.decompressed(&file, args.repetitions)?,
         swept_bytes: stored.bytes(),
+        others: others.and_then(|others| others.percent()),
     };
     terminal::print(&match args.json {
         true => format!("{:#}\n", report.as_json()),

@@ -5,6 +5,7 @@ use super::figure::seconds;
 use std::fs;
 use std::hint::black_box;
 use std::path::Path;
+use std::time::{Duration, Instant};
 use upg_kernel::kernels::Kernels;
 use upg_kernel::{Error, ErrorKind, Result, sum_words};
 
@@ -45,6 +46,88 @@ fn field<'a>(text: &'a str, key: &str) -> Option<&'a str> {
 fn kib(text: &str) -> Option<u64> {
     let number = text.trim().trim_end_matches(|c: char| !c.is_ascii_digit());
     number.parse::<u64>().ok()?.checked_mul(1024)
+}
+
+/// Finds out how much of the processors others use.
+pub struct Others {
+    started: Instant,
+    own: Duration,
+    all: Ticks,
+}
+
+/// Of all processors since the system started.
+struct Ticks {
+    processors: usize,
+    total: u64,
+    busy: u64,
+}
+
+impl Others {
+    /// Starts to look. `None`: the system does not say.
+    pub fn watch() -> Option<Self> {
+        Some(Self {
+            started: Instant::now(),
+            own: own_time()?,
+            all: Ticks::of(&fs::read_to_string("/proc/stat").ok()?)?,
+        })
+    }
+
+    /// Percent of all processors since then that were busy, but not for this process and those that it
+    /// started; what the hypervisor gave to other machines counts.
+    pub fn percent(&self) -> Option<f64> {
+        let now = Ticks::of(&fs::read_to_string("/proc/stat").ok()?)?;
+        let total = now.total.checked_sub(self.all.total).filter(|&n| n > 0)? as f64;
+        let busy = now.busy.checked_sub(self.all.busy)? as f64 / total;
+        let elapsed = self.started.elapsed().as_secs_f64() * now.processors as f64;
+        let own = own_time()?.checked_sub(self.own)?.as_secs_f64() / elapsed;
+        Some(100.0 * (busy - own).max(0.0))
+    }
+}
+
+impl Ticks {
+    /// The sum over all processors in `/proc/stat`: user, nice, system, idle, waiting for a disk, two kinds
+    /// of interrupts, and what the hypervisor took. What follows is counted in the first two.
+    fn of(stat: &str) -> Option<Self> {
+        let sum = stat.lines().next()?.strip_prefix("cpu ")?;
+        let ticks: Vec<u64> = sum
+            .split_whitespace()
+            .take(8)
+            .map(|n| n.parse().ok())
+            .collect::<Option<_>>()?;
+        let idle = ticks.get(3)? + ticks.get(4)?;
+        let total = ticks.iter().sum();
+        let is_processor = |line: &&str| line.starts_with("cpu") && !line.starts_with("cpu ");
+        Some(Self {
+            processors: stat.lines().filter(is_processor).count(),
+            total,
+            busy: total - idle,
+        })
+    }
+}
+
+/// Processor time of this process and of those it started that have ended.
+fn own_time() -> Option<Duration> {
+    #[cfg(target_os = "linux")]
+    {
+        use nix::sys::resource::{UsageWho, getrusage};
+        let whose = [UsageWho::RUSAGE_SELF, UsageWho::RUSAGE_CHILDREN];
+        let times = whose.map(|who| {
+            let usage = getrusage(who).ok()?;
+            Some([usage.user_time(), usage.system_time()])
+        });
+        let mut sum = Duration::ZERO;
+        for time in times
+            .into_iter()
+            .collect::<Option<Vec<_>>>()?
+            .as_flattened()
+        {
+            sum += Duration::from_secs(u64::try_from(time.tv_sec()).ok()?);
+            sum += Duration::from_micros(u64::try_from(time.tv_usec()).ok()?);
+        }
+        Some(sum)
+    }
+    #[cfg(not(target_os = "linux"))]
+    None
 }
 
 /// Memory to measure the bandwidth with.
@@ -121,5 +204,14 @@ mod tests {
         assert_eq!(field(text, "model"), None);
         assert_eq!(field(text, "MemAvailable").and_then(kib), Some(123 << 10));
         assert_eq!(kib("none"), None);
+    }
+
+    #[test]
+    fn ticks_are_summed_without_those_of_guests() {
+        let stat = "cpu  100 20 30 1000 50 1 2 7 99 99\ncpu0 1 1\ncpu1 1 1\nintr 5\n";
+        let ticks = Ticks::of(stat).unwrap();
+        assert_eq!(ticks.processors, 2);
+        assert_eq!((ticks.total, ticks.busy), (1210, 160));
+        assert!(Ticks::of("cpu 1 2 3").is_none() && Ticks::of("").is_none());
     }
 }

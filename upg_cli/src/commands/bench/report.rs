@@ -25,6 +25,8 @@ pub struct Report<'a> {
     pub read_bytes: u64,
     pub products: &'a Products,
     pub decompressed: &'a [Decompressed],
+    /// Percent of the processors that others used meanwhile.
+    pub others: Option<f64>,
     /// Of all matrices, which are multiplied in turn.
     pub swept_bytes: u64,
 }
@@ -97,6 +99,7 @@ impl Report<'_> {
             "threads": machine.threads,
             "kernels": machine.kernels,
             "load_average": machine.load_average,
+            "others_percent": self.others,
             "repetitions": args.repetitions,
             "read_gbps": self.products.read.median,
             "read_gbps_spread": spread(self.products.read),
@@ -150,7 +153,10 @@ impl Report<'_> {
             format!(", to the first token {:.3} s", f.median)
         });
         let load = machine.load_average.map_or(String::new(), |load| {
-            format!(", load average before {load:.2}")
+            format!("; load average before {load:.2}")
+        });
+        let others = self.others.map_or(String::new(), |percent| {
+            format!("; others used {percent:.0} % of the processors meanwhile")
         });
         vec![
             format!(
@@ -160,13 +166,13 @@ impl Report<'_> {
                 bytes(self.file.file_len())
             ),
             format!(
-                "upg {}, kernels {}, {} threads, {}{load}; medians of {} or more",
+                "upg {}, kernels {}, {} threads, {}",
                 env!("CARGO_PKG_VERSION"),
                 machine.kernels,
                 machine.threads,
                 cpu.escape_debug(),
-                self.args.repetitions
             ),
+            format!("medians of {} or more{load}{others}", self.args.repetitions),
             String::new(),
             format!(
                 "read         {:>9.1} GB/s     {} of memory, {}",

@@ -1,0 +1,136 @@
+#!/usr/bin/env bash
+# Measures upg beside llama.cpp on this machine, with the same small model in encodings of similar size.
+# Run it again as you like: what was built, fetched or made already is used again.
+set -euo pipefail
+
+usage() {
+    cat <<'END'
+Usage: bench/compare.sh [--rounds N] [--no-record]
+
+Builds llama.cpp for this processor (once, about 5 minutes on two cores), makes GGUF and UPG files of
+SmolLM2-135M-Instruct, and measures both with 1 thread and with all: prompts of 512 tokens, then 128
+tokens one by one, in turn, N rounds. Prints a table and writes it to bench/record/, with all figures
+as JSON beside it, in the place of those of the same day and processor. 5 rounds take about 10 minutes.
+
+  --rounds N    how often each is measured [default: 5]
+  --no-record   only print the table
+
+Needs Rust (cargo), C and C++ compilers, Python 3 with pip and venv, git, 4 GB of disk and, the first
+time, a network (180 MB). Writes models/, bench/record/ and where cargo builds (target/). The machine
+should have nothing else to do.
+END
+}
+
+# fail MESSAGE: ends with exit code 1.
+fail() {
+    echo "compare.sh: $1" >&2
+    exit 1
+}
+
+rounds=5
+record=yes
+while [ $# -gt 0 ]; do
+    case $1 in
+    -h | --help) usage && exit ;;
+    --no-record) record= ;;
+    --rounds)
+        [[ ${2-} =~ ^[1-9][0-9]*$ ]] || { echo "compare.sh: --rounds takes a number from 1 on" >&2 && exit 2; }
+        rounds=$2
+        shift
+        ;;
+    *) usage >&2 && exit 2 ;;
+    esac
+    shift
+done
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+. "$root/tools/need.sh"
+need_tools "$root"
+need_venv
+for tool in c++ git; do
+    command -v $tool >/dev/null || fail "Missing: $tool. Debian, Ubuntu: apt install g++ git"
+done
+cd "$root"
+
+echo "1/4  Building upg" >&2
+cargo build --release --quiet --package upg_cli --locked
+target=$(target_folder)
+upg=$target/release/upg
+
+version=$(sed -n 's/^llama-cpp-python==\([^ ]*\).*/\1/p' bench/llama-cpp.txt)
+llama=$target/llama.cpp/$version
+echo "2/4  Building llama.cpp (of llama-cpp-python $version)" >&2
+if [ ! -x "$llama/bin/llama-bench" ] || [ ! -x "$llama/bin/llama-quantize" ]; then
+    rm -rf "$llama"
+    mkdir -p "$llama"
+    python3 -m venv "$llama/venv"
+    pip=("$llama/venv/bin/python" -m pip --disable-pip-version-check --no-input)
+    # scikit-build-core is what the source package is described with; nothing is built by it.
+    "${pip[@]}" install --quiet 'cmake>=3.28,<5' 'ninja>=1.11,<2' 'scikit-build-core>=0.10,<2'
+    "${pip[@]}" download --quiet --progress-bar off --no-deps --no-build-isolation --require-hashes \
+        --no-binary llama-cpp-python --dest "$llama" --requirement bench/llama-cpp.txt
+    tar -xzf "$llama/llama_cpp_python-$version.tar.gz" -C "$llama" --no-same-owner
+    # Its build asks git for its commit; that must not be the one of this repository.
+    export GIT_CEILING_DIRECTORIES=$llama
+    PATH=$llama/venv/bin:$PATH cmake -G Ninja \
+        -S "$llama/llama_cpp_python-$version/vendor/llama.cpp" -B "$llama/build" \
+        -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DBUILD_SHARED_LIBS=OFF -DLLAMA_OPENSSL=OFF \
+        -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_APP=OFF \
+        >"$llama/cmake.log" 2>&1 || fail "llama.cpp cannot be built here: see $llama/cmake.log"
+    "$llama/venv/bin/ninja" -C "$llama/build" llama-bench llama-quantize >"$llama/ninja.log" 2>&1 ||
+        fail "llama.cpp does not build: see $llama/ninja.log"
+    mv "$llama/build/bin" "$llama/bin"
+    rm -rf "$llama/build" "$llama/venv" "$llama/llama_cpp_python-$version"*
+fi
+
+echo "3/4  Making the models" >&2
+source=$(python3 tools/get_smollm2.py models)
+folder=models/compare
+mkdir -p "$folder"
+# UPG files and the GGUF types of about their size.
+encodings=(q8 q4 t3)
+types_of() {
+    case $1 in
+    q8) echo Q8_0 ;;
+    q4) echo Q4_0 Q4_K_M ;;
+    t3) echo Q3_K_M Q2_K ;;
+    esac
+}
+
+for encoding in "${encodings[@]}"; do
+    # An older file may come from an older upg, which compressed it otherwise.
+    out=$folder/smollm2-$encoding.safetensors
+    if [ ! "$out" -nt "$upg" ]; then
+        "$upg" compress "$source" --output "$out" --encoding "$encoding" >&2
+    fi
+    for type in $(types_of "$encoding"); do
+        out=$folder/smollm2-$type.gguf log=$folder/quantize.log
+        if [ "$out" -nt "$llama/bin/llama-quantize" ]; then continue; fi
+        # Requantizing costs quality, which is not measured here, and no speed.
+        "$llama/bin/llama-quantize" --allow-requantize "$source" "$out.partial" "$type" >"$log" 2>&1 ||
+            fail "llama-quantize failed: see $log"
+        mv "$out.partial" "$out"
+    done
+done
+
+echo "4/4  Measuring ($rounds rounds)" >&2
+raw=$(mktemp -d)
+trap 'rm -rf "$raw"' EXIT
+cores=$(python3 -c 'import os
+try: print(len(os.sched_getaffinity(0)))
+except AttributeError: print(os.cpu_count())')
+for threads in $(printf '%s\n' 1 "$cores" | uniq); do
+    for encoding in "${encodings[@]}"; do
+        others=()
+        for type in $(types_of "$encoding"); do
+            others+=(--compare-llama "$folder/smollm2-$type.gguf")
+        done
+        echo "     $threads threads: $encoding beside $(types_of "$encoding")" >&2
+        "$upg" bench "$folder/smollm2-$encoding.safetensors" "${others[@]}" \
+            --llama-bench "$llama/bin/llama-bench" --threads "$threads" \
+            --prompt-tokens 512 --generate 128 --repetitions "$rounds" --json >"$raw/$threads-$encoding.json"
+    done
+done
+commit=$(git rev-parse --short HEAD 2>/dev/null || echo unknown)
+if [ -n "$(git status --porcelain 2>/dev/null)" ]; then commit="$commit with changes"; fi
+python3 bench/table.py --commit "$commit" --bindings "$version" ${record:+--record bench/record} "$raw"/*.json

@@ -61,9 +61,9 @@ fn multiply_strip<const K: usize, const WIDE: bool>(
         let scale = _mm256_set1_ps(*scale);
         for (tile, indices) in indices.iter_mut().take(tiles).enumerate() {
             let codes = &strip.codes[(first + tile) * 32 * K..];
-            for i in 0..REGISTERS {
+            for (i, indices) in indices.iter_mut().enumerate() {
                 let bytes = load_at(codes, 2 * K * quad(K, i));
-                store(decoder.indices::<K, WIDE>(bytes), &mut indices[i]);
+                store(decoder.indices::<K, WIDE>(bytes), indices);
             }
         }
         for (pair, sums) in sums.as_chunks_mut::<2>().0.iter_mut().enumerate() {

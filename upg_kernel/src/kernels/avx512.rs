@@ -4,19 +4,24 @@
 //! ([`Activations`]), and one `vpdpbusd` a plane multiplies 64 pairs. Sums of four or eight products are exact;
 //! what the 128 adds is taken off again by the offsets that come with the activations.
 
+mod bitmap;
 mod decode;
+mod grouped;
 mod many;
 mod quantize;
+mod trellis;
 
 use super::activations::{Activations, Block, Order};
 use super::lanes::Lanes;
 use super::views::{BitmapRows, GroupedRows, LevelsView, Rows, TrellisStrip};
 use super::{attention, scalar};
 use crate::prime_lut::PRIME_LUT;
+use bitmap::{expand_bytes, expand_nibbles};
 use half::{bf16, f16};
 pub(crate) use many::Panel;
 use std::arch::x86_64::*;
 use std::ops::Range;
+use trellis::{Decoder, TILE};
 
 /// The first 256 primes as 16-bit numbers, a register of them in each row.
 static PRIMES: Primes = Primes({
@@ -55,7 +60,7 @@ impl Avx512 {
     /// `out[i] = ` row `i` of `rows` times `x`, whose order is that of the codes.
     pub(crate) fn grouped(self, rows: GroupedRows<'_>, x: &Activations, out: &mut [f32]) {
         // SAFETY: `self` proves that the processor has the features.
-        unsafe { grouped(rows, x, out) }
+        unsafe { grouped::grouped(rows, x, out) }
     }
 
     /// As the reference decodes rows, to the bit.
@@ -110,7 +115,7 @@ impl Avx512 {
     /// As [`Avx512::grouped`], in natural order.
     pub(crate) fn bitmap(self, rows: BitmapRows<'_>, x: &Activations, out: &mut [f32]) {
         // SAFETY: as above.
-        unsafe { bitmap(rows, x, out) }
+        unsafe { bitmap::bitmap(rows, x, out) }
     }
 
     /// `out [n, rows]`: up to 64 rows times every vector, all of them in natural order.
@@ -131,12 +136,12 @@ impl Avx512 {
         // SAFETY: as above.
         unsafe {
             match (strip.k, is_wide) {
-                (2, false) => trellis::<2, false>(strip, x, out),
-                (2, true) => trellis::<2, true>(strip, x, out),
-                (3, false) => trellis::<3, false>(strip, x, out),
-                (3, true) => trellis::<3, true>(strip, x, out),
-                (_, false) => trellis::<4, false>(strip, x, out),
-                (_, true) => trellis::<4, true>(strip, x, out),
+                (2, false) => trellis::trellis::<2, false>(strip, x, out),
+                (2, true) => trellis::trellis::<2, true>(strip, x, out),
+                (3, false) => trellis::trellis::<3, false>(strip, x, out),
+                (3, true) => trellis::trellis::<3, true>(strip, x, out),
+                (_, false) => trellis::trellis::<4, false>(strip, x, out),
+                (_, true) => trellis::trellis::<4, true>(strip, x, out),
             }
         }
     }
@@ -435,279 +440,4 @@ fn spread(factors: &Factors, at: usize, spread: __m512i) -> __m512 {
     // SAFETY: the slice has four floats; the load needs no alignment.
     let four = unsafe { _mm_loadu_ps(four.as_ptr()) };
     _mm512_permutexvar_ps(spread, _mm512_castps128_ps512(four))
-}
-
-/// Bytes of codes that are asked for ahead of their use, or those of a few rows if these are longer.
-const AHEAD: usize = 4096;
-
-/// Rows that are multiplied together, so that each part of the activations is loaded once for all.
-const TOGETHER: usize = 4;
-
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-fn grouped(rows: GroupedRows<'_>, x: &Activations, out: &mut [f32]) {
-    match rows.levels {
-        LevelsView::Bytes => grouped_levels::<false>(rows, &[0; 16], x, out),
-        LevelsView::Nibbles(codebook) => grouped_levels::<true>(rows, codebook, x, out),
-    }
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-fn grouped_levels<const NIBBLES: bool>(
-    rows: GroupedRows<'_>,
-    codebook: &[i8; 16],
-    x: &Activations,
-    out: &mut [f32],
-) {
-    let table = codebook_register(codebook);
-    let (together, rest) = out.as_chunks_mut::<TOGETHER>();
-    let done = together.len() * TOGETHER;
-    for (i, out) in together.iter_mut().enumerate() {
-        grouped_rows::<NIBBLES, TOGETHER>(&rows, i * TOGETHER, table, x, out);
-    }
-    for (i, out) in rest.iter_mut().enumerate() {
-        grouped_rows::<NIBBLES, 1>(&rows, done + i, table, x, std::array::from_mut(out));
-    }
-}
-
-/// `N` rows from `first` on.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-fn grouped_rows<const NIBBLES: bool, const N: usize>(
-    rows: &GroupedRows<'_>,
-    first: usize,
-    table: __m512i,
-    x: &Activations,
-    out: &mut [f32; N],
-) {
-    let &GroupedRows {
-        row_bytes,
-        groups,
-        group,
-        ..
-    } = rows;
-    // To the end of the matrix, not of the row: whole loads, of which the zeros that pad the activations
-    // leave nothing.
-    let mut codes = [&[][..]; N];
-    let mut primes = [&[][..]; N];
-    for i in 0..N {
-        codes[i] = &rows.codes[(first + i) * row_bytes..];
-        primes[i] = &rows.prime_indices[(first + i) * groups..];
-    }
-    let columns = if NIBBLES { 128 } else { 64 };
-    let per_register = columns / group;
-    // The group of each lane, counted from the first of its register.
-    let lanes: [i32; 16] = std::array::from_fn(|lane| (lane * per_register / 16) as i32);
-    let lanes = load_i32(&lanes);
-    let mut values = [[0.0; CHUNK + 4]; N];
-    let mut sums = [_mm512_setzero_ps(); N];
-    let mut register = 0;
-    let ahead = N * AHEAD.div_ceil(N * row_bytes);
-    for chunk in (0..groups).step_by(CHUNK) {
-        let end = groups.min(chunk + CHUNK);
-        for (primes, values) in primes.iter().zip(&mut values) {
-            prefetch(primes, chunk + ahead * groups);
-            factors(&primes[chunk..], chunk, group, &x.scales, values);
-        }
-        for at in (0..end - chunk).step_by(per_register) {
-            let mut bytes = [_mm512_setzero_si512(); N];
-            for i in 0..N {
-                bytes[i] = load_at(codes[i], 64 * register);
-            }
-            let products = if NIBBLES {
-                let x = [&x.blocks[2 * register], &x.blocks[2 * register + 1]];
-                dot_nibbles(bytes, table, x)
-            } else {
-                dot_bytes(bytes, &x.blocks[register])
-            };
-            for i in 0..N {
-                prefetch(codes[i], 64 * register + ahead * row_bytes);
-                let factor = spread(&values[i], at, lanes);
-                sums[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products[i]), factor, sums[i]);
-            }
-            register += 1;
-        }
-    }
-    for i in 0..N {
-        out[i] = rows.scales[first + i] * _mm512_reduce_add_ps(sums[i]);
-    }
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi2,avx512vnni,popcnt")]
-fn bitmap(rows: BitmapRows<'_>, x: &Activations, out: &mut [f32]) {
-    match rows.levels {
-        LevelsView::Bytes => bitmap_levels::<false>(rows, &[0; 16], x, out),
-        LevelsView::Nibbles(codebook) => bitmap_levels::<true>(rows, codebook, x, out),
-    }
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi2,avx512vnni,popcnt")]
-fn bitmap_levels<const NIBBLES: bool>(
-    rows: BitmapRows<'_>,
-    codebook: &[i8; 16],
-    x: &Activations,
-    out: &mut [f32],
-) {
-    let table = codebook_register(codebook);
-    let words = rows.bitmap.chunks_exact(rows.groups);
-    let primes = rows.prime_indices.chunks_exact(rows.groups);
-    let places = rows.row_pointers.iter().zip(rows.scales);
-    for (((words, primes), (start, scale)), out) in words.zip(primes).zip(places).zip(out) {
-        // To the end of the matrix, not of the row: whole loads, of which the bits take what is theirs.
-        let codes = &rows.codes[*start as usize..];
-        *out = scale * bitmap_row::<NIBBLES>(words, codes, primes, table, x);
-    }
-}
-
-/// A row without its scale.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi2,avx512vnni,popcnt")]
-fn bitmap_row<const NIBBLES: bool>(
-    words: &[[u8; 8]],
-    codes: &[u8],
-    primes: &[u8],
-    table: __m512i,
-    x: &Activations,
-) -> f32 {
-    let mut values = [0.0; CHUNK + 4];
-    let mut sum = _mm512_setzero_ps();
-    let mut at = 0;
-    let groups = words.chunks(CHUNK).zip(primes.chunks(CHUNK)).enumerate();
-    for (chunk, (words, primes)) in groups {
-        factors(primes, chunk * CHUNK, 64, &x.scales, &mut values);
-        let blocks = &x.blocks[chunk * CHUNK..];
-        for ((word, block), factor) in words.iter().zip(blocks).zip(&values) {
-            let kept = u64::from_le_bytes(*word);
-            let (levels, bytes) = match NIBBLES {
-                true => expand_nibbles(codes, at, kept, table),
-                false => expand_bytes(codes, at, kept),
-            };
-            at += bytes;
-            let [products] = dot([levels], block);
-            sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), _mm512_set1_ps(*factor), sum);
-        }
-    }
-    _mm512_reduce_add_ps(sum)
-}
-
-/// The biased levels of 64 columns whose codes start at `at`, and the bytes of these codes.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vbmi2,popcnt")]
-fn expand_bytes(codes: &[u8], at: usize, kept: u64) -> (__m512i, usize) {
-    // What lies after the codes of this group is not expanded.
-    (
-        expand(kept, biased(load_at(codes, at))),
-        kept.count_ones() as usize,
-    )
-}
-
-/// [`expand_bytes`] of 4-bit codes.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi2,popcnt")]
-fn expand_nibbles(codes: &[u8], at: usize, kept: u64, table: __m512i) -> (__m512i, usize) {
-    // 0x00HL -> 0x0H0L: two codes in their order.
-    let wide = _mm512_cvtepu8_epi16(load_half_at(codes, at));
-    let pairs = _mm512_or_si512(wide, _mm512_slli_epi16::<4>(wide));
-    let levels = _mm512_shuffle_epi8(table, _mm512_and_si512(pairs, _mm512_set1_epi8(15)));
-    let bytes = (kept.count_ones() as usize).div_ceil(2);
-    (expand(kept, levels), bytes)
-}
-
-/// Levels to the places whose bit is set; elsewhere level 0, biased: what is not stored adds nothing.
-#[inline]
-#[target_feature(enable = "avx512f,avx512vbmi2")]
-fn expand(kept: u64, levels: __m512i) -> __m512i {
-    _mm512_mask_expand_epi8(_mm512_set1_epi8(-128), kept, levels)
-}
-
-/// The registers that turn the bits of 64 weights into their levels.
-struct Decoder {
-    /// Byte `b` of word `i` comes from byte `k * i + b`: the bits of eight weights.
-    spread: __m512i,
-    /// Bit `k * j` of its word for byte `j`: the low bits of the state.
-    low: __m512i,
-    /// Six bits on: the high bits.
-    high: __m512i,
-    shifts: __m512i,
-    /// Biased.
-    levels: [__m512i; 4],
-}
-
-impl Decoder {
-    #[target_feature(enable = "avx512f,avx512bw")]
-    fn new(k: usize, shift_table: &[u8; 64], level_table: &[i8]) -> Self {
-        let bytes = |f: fn(usize, usize, usize) -> usize| -> [u8; 64] {
-            std::array::from_fn(|i| f(k, i / 8, i % 8) as u8)
-        };
-        let table: &[u8] = bytemuck::cast_slice(level_table);
-        Self {
-            spread: load(&bytes(|k, word, byte| k * word + byte)),
-            low: load(&bytes(|k, _, byte| k * byte)),
-            high: load(&bytes(|k, _, byte| k * byte + 6)),
-            shifts: load(shift_table),
-            levels: std::array::from_fn(|i| biased(load_at(table, 64 * i))),
-        }
-    }
-
-    /// The biased levels of 64 weights whose bits start with those of `bytes`. With more than 128
-    /// levels `WIDE` has to be true.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
-    fn levels<const WIDE: bool>(&self, bytes: __m512i) -> __m512i {
-        let words = _mm512_permutexvar_epi8(self.spread, bytes);
-        let low = _mm512_multishift_epi64_epi8(self.low, words);
-        let high = _mm512_multishift_epi64_epi8(self.high, words);
-        // The look-ups take the low 6 and 7 bits of each byte and ignore the rest.
-        let shift = _mm512_permutexvar_epi8(low, self.shifts);
-        let [a, b, c, d] = self.levels;
-        if !WIDE {
-            return _mm512_permutex2var_epi8(a, _mm512_add_epi8(shift, high), b);
-        }
-        let high = _mm512_and_si512(high, _mm512_set1_epi8(127));
-        let index = _mm512_add_epi8(shift, high);
-        let upper = _mm512_movepi8_mask(index);
-        let low = _mm512_permutex2var_epi8(a, index, b);
-        _mm512_mask_blend_epi8(upper, low, _mm512_permutex2var_epi8(c, index, d))
-    }
-}
-
-/// Columns of a tile, and tiles to a group of activations.
-const TILE: usize = 4;
-const TILES: usize = 16;
-
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni")]
-fn trellis<const K: usize, const WIDE: bool>(
-    strip: TrellisStrip<'_>,
-    x: &Activations,
-    out: &mut [f32],
-) {
-    let decoder = Decoder::new(K, strip.shift_table, strip.level_table);
-    let tiles = strip.cols.div_ceil(TILE);
-    let mut sums = [_mm512_setzero_ps(); 4];
-    let groups = x.blocks.iter().zip(&x.offsets).zip(&x.scales);
-    for (group, ((block, offset), scale)) in groups.enumerate() {
-        let first = group * TILES;
-        let (mut high, mut low) = ([_mm512_setzero_si512(); 4], [_mm512_setzero_si512(); 4]);
-        let x_high: &[i32; 16] = bytemuck::cast_ref(&block.high);
-        let x_low: &[i32; 16] = bytemuck::cast_ref(&block.low);
-        for tile in 0..TILES.min(tiles.saturating_sub(first)) {
-            let x_high = _mm512_set1_epi32(x_high[tile]);
-            let x_low = _mm512_set1_epi32(x_low[tile]);
-            let at = (first + tile) * 32 * K;
-            for quarter in 0..4 {
-                let bytes = load_at(strip.codes, at + quarter * 8 * K);
-                let levels = decoder.levels::<WIDE>(bytes);
-                high[quarter] = _mm512_dpbusd_epi32(high[quarter], levels, x_high);
-                low[quarter] = _mm512_dpbusd_epi32(low[quarter], levels, x_low);
-            }
-        }
-        let offset = _mm512_set1_epi32(offset[0] + offset[1]);
-        let scale = _mm512_set1_ps(*scale);
-        for quarter in 0..4 {
-            let high = _mm512_slli_epi32::<7>(high[quarter]);
-            let products = _mm512_add_epi32(high, _mm512_add_epi32(low[quarter], offset));
-            sums[quarter] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), scale, sums[quarter]);
-        }
-    }
-    let rows = sums.iter().flat_map(|&sum| to_array(sum));
-    let factors = strip.scales.iter().zip(strip.prime_indices);
-    for ((out, sum), (scale, prime)) in out.iter_mut().zip(rows).zip(factors) {
-        *out = scale * (PRIME_LUT[usize::from(*prime)] as f32 * sum);
-    }
 }

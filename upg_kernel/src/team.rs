@@ -46,8 +46,12 @@ pub(crate) struct Team {
 struct Padded<T>(T);
 
 struct Shared {
-    /// The number of the loop in the upper half, how many of its tasks nobody has taken in the lower.
-    open: Padded<AtomicU64>,
+    /// The number of the loop: all that an idle thread looks at.
+    number: Padded<AtomicU64>,
+    /// Of each thread's share of the tasks, which follow one another: the low half of the number of the loop
+    /// in the upper half, how many tasks nobody has taken in the lower. What lies together in memory is so
+    /// read by one thread; whoever has finished takes from the shares of others.
+    open: Box<[Padded<AtomicU64>]>,
     /// Tasks of the loop that are not finished.
     unfinished: Padded<AtomicUsize>,
     job: UnsafeCell<Job>,
@@ -73,31 +77,25 @@ struct Job {
 }
 
 impl Shared {
-    /// Takes a task of the present loop, if there is one that nobody has, and does it.
-    fn work(&self) -> bool {
-        let mut open = self.open.0.load(Ordering::Acquire);
-        let left = loop {
-            let left = open & u64::from(u32::MAX);
-            if left == 0 {
-                return false;
-            }
-            let taken = self.open.0.compare_exchange_weak(
-                open,
-                open - 1,
-                Ordering::AcqRel,
-                Ordering::Acquire,
-            );
-            match taken {
-                Ok(_) => break left as usize,
-                Err(now) => open = now,
-            }
+    /// Takes a task of the present loop, if there is one that nobody has, and does it. Thread `own` looks at
+    /// its share first.
+    fn work(&self, own: usize) -> bool {
+        let shares = self.open.len();
+        let taken = (own..own + shares).find_map(|share| {
+            let share = share % shares;
+            self.take(share).map(|left| (share, left))
+        });
+        let Some((share, left)) = taken else {
+            return false;
         };
         // SAFETY: the task just taken is unfinished, so that the job of its loop stays; it was written
-        // before `open` was, which the exchange above has seen.
+        // before the share was opened, which the exchange in `take` has seen.
         let job = unsafe { *self.job.get() };
         // SAFETY: `Team::run`, which has borrowed the closure, returns only after this task is finished.
         let task = unsafe { &*job.task };
-        let done = catch_unwind(AssertUnwindSafe(|| task(job.tasks - left)));
+        let done = catch_unwind(AssertUnwindSafe(|| {
+            task(share_end(job.tasks, share, shares) - left);
+        }));
         if let Err(panic) = done {
             lock(&self.panic).get_or_insert(panic);
         }
@@ -105,36 +103,56 @@ impl Shared {
         true
     }
 
-    fn is_open(&self) -> bool {
-        self.open.0.load(Ordering::SeqCst) as u32 != 0
+    /// How many tasks of a share were left before this thread took one of them.
+    fn take(&self, share: usize) -> Option<usize> {
+        let mut open = self.open[share].0.load(Ordering::Acquire);
+        loop {
+            let left = open & u64::from(u32::MAX);
+            if left == 0 {
+                return None;
+            }
+            let taken = self.open[share].0.compare_exchange_weak(
+                open,
+                open - 1,
+                Ordering::AcqRel,
+                Ordering::Acquire,
+            );
+            match taken {
+                Ok(_) => return Some(left as usize),
+                Err(now) => open = now,
+            }
+        }
     }
 
-    /// The life of a thread of the team.
-    fn serve(&self) {
+    /// The life of thread `own` of the team.
+    fn serve(&self, own: usize) {
+        let mut seen = 0;
         while !self.ends.load(Ordering::Relaxed) {
             let idle_since = Instant::now();
             loop {
-                let found = (0..SPINS).any(|_| {
+                let is_new = (0..SPINS).any(|_| {
                     std::hint::spin_loop();
-                    self.work()
+                    self.number.0.load(Ordering::Acquire) != seen
                 });
-                if found {
-                    while self.work() {}
+                if is_new {
+                    seen = self.number.0.load(Ordering::Acquire);
+                    while self.work(own) {}
                     break;
                 }
                 if idle_since.elapsed() >= AWAKE {
-                    self.sleep();
+                    self.sleep(seen);
                     break;
                 }
             }
         }
     }
 
-    fn sleep(&self) {
+    /// Until there is another loop than `seen`.
+    fn sleep(&self, seen: u64) {
         let mut guard = lock(&self.asleep);
-        // Before the last look at `open`: either this look sees a new loop, or its caller sees a sleeper.
+        // Before the last look at the number: either this look sees a new loop, or its caller sees a sleeper.
         self.sleepers.fetch_add(1, Ordering::SeqCst);
-        while !self.is_open() && !self.ends.load(Ordering::SeqCst) {
+        while self.number.0.load(Ordering::SeqCst) == seen && !self.ends.load(Ordering::SeqCst) {
             guard = self
                 .wake
                 .wait(guard)
@@ -171,6 +189,11 @@ impl Shared {
     }
 }
 
+/// One past the last task of a share.
+fn share_end(tasks: usize, share: usize, shares: usize) -> usize {
+    tasks * (share + 1) / shares
+}
+
 /// What these mutexes protect is whole whenever they are free, also after a panic.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -180,7 +203,10 @@ impl Team {
     /// A team of so many threads, the caller included; of fewer if the system gives no more.
     pub(crate) fn new(threads: usize) -> Self {
         let shared = Arc::new(Shared {
-            open: Padded(AtomicU64::new(0)),
+            number: Padded(AtomicU64::new(0)),
+            open: (0..threads.max(1))
+                .map(|_| Padded(AtomicU64::new(0)))
+                .collect(),
             unfinished: Padded(AtomicUsize::new(0)),
             job: UnsafeCell::new(Job {
                 task: &|_| {},
@@ -196,7 +222,7 @@ impl Team {
             let shared = Arc::clone(&shared);
             std::thread::Builder::new()
                 .name(format!("upg-{index}"))
-                .spawn(move || shared.serve())
+                .spawn(move || shared.serve(index))
         };
         let threads = (1..threads).map_while(|index| spawn(index).ok()).collect();
         Self {
@@ -246,13 +272,18 @@ impl Team {
         // SAFETY: the guard of `caller` makes this the only writer, and no task of an earlier loop is
         // unfinished, so that there is no reader.
         unsafe { *shared.job.get() = Job { task, tasks } };
-        let number = (shared.open.0.load(Ordering::Relaxed) >> 32).wrapping_add(1);
-        shared
-            .open
-            .0
-            .store(number << 32 | tasks as u64, Ordering::SeqCst);
+        let number = shared.number.0.load(Ordering::Relaxed) + 1;
+        let shares = shared.open.len();
+        let mut first = 0;
+        for (share, open) in shared.open.iter().enumerate() {
+            let end = share_end(tasks, share, shares);
+            let count = (end - first) as u64;
+            open.0.store(number << 32 | count, Ordering::Release);
+            first = end;
+        }
+        shared.number.0.store(number, Ordering::SeqCst);
         shared.wake_sleepers();
-        while shared.work() {}
+        while shared.work(0) {}
         let a_task = started.elapsed() * self.threads() as u32 / tasks as u32;
         *alone_until = shared.wait(STALL + 2 * a_task);
         if let Some(panic) = lock(&shared.panic).take() {

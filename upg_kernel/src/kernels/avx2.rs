@@ -242,18 +242,20 @@ struct Half<'a> {
     offset: &'a [i32; 8],
 }
 
-/// The halves of a block.
-#[inline]
-fn halves(block: &Block) -> [Half<'_>; 2] {
-    let high: &[[u8; 32]; 2] = bytemuck::cast_ref(&block.high);
-    let low: &[[u8; 32]; 2] = bytemuck::cast_ref(&block.low);
-    let offset: &[[i32; 8]; 2] = bytemuck::cast_ref(&block.offset);
-    let half = |i: usize| Half {
-        high: &high[i],
-        low: &low[i],
-        offset: &offset[i],
-    };
-    [half(0), half(1)]
+impl<'a> Half<'a> {
+    /// The first half of a block, or the second.
+    #[inline]
+    fn of(block: &'a Block, second: bool) -> Self {
+        let high: &[[u8; 32]; 2] = bytemuck::cast_ref(&block.high);
+        let low: &[[u8; 32]; 2] = bytemuck::cast_ref(&block.low);
+        let offset: &[[i32; 8]; 2] = bytemuck::cast_ref(&block.offset);
+        let half = usize::from(second);
+        Self {
+            high: &high[half],
+            low: &low[half],
+            offset: &offset[half],
+        }
+    }
 }
 
 /// Sums of four products a lane, `sum((level + 128) * x)`, for 32 biased levels. Exact.

@@ -40,7 +40,7 @@ static PLACES: Places = Places({
 struct Places([[[u8; 16]; 256]; 2]);
 
 /// The rows times `x`, which is in natural order.
-#[target_feature(enable = "avx2,fma,popcnt,bmi2")]
+#[target_feature(enable = "avx2,fma,popcnt")]
 pub(super) fn multiply(rows: BitmapRows<'_>, x: &Activations, out: &mut [f32]) {
     match rows.levels {
         LevelsView::Bytes => all_rows::<false>(rows, &[0; 16], x, out),
@@ -48,7 +48,7 @@ pub(super) fn multiply(rows: BitmapRows<'_>, x: &Activations, out: &mut [f32]) {
     }
 }
 
-#[target_feature(enable = "avx2,fma,popcnt,bmi2")]
+#[target_feature(enable = "avx2,fma,popcnt")]
 fn all_rows<const NIBBLES: bool>(
     rows: BitmapRows<'_>,
     codebook: &[i8; 16],
@@ -67,9 +67,8 @@ fn all_rows<const NIBBLES: bool>(
         let chunks = words.chunks(CHUNK).zip(primes.chunks(CHUNK));
         for (chunk, (words, primes)) in chunks.enumerate() {
             let (blocks, scales) = (&x.blocks[chunk * CHUNK..], &x.scales[chunk * CHUNK..]);
-            let bytes = code_bytes::<NIBBLES>(words);
             let levels: &Levels = if NIBBLES {
-                look_up(codes, bytes, table, &mut buffer);
+                look_up(codes, code_bytes(words), table, &mut buffer);
                 &buffer
             } else if let Some(levels) = codes.first_chunk() {
                 levels
@@ -77,8 +76,8 @@ fn all_rows<const NIBBLES: bool>(
                 buffer[..codes.len()].copy_from_slice(codes);
                 &buffer
             };
-            codes = &codes[bytes..];
-            let products = multiply_chunk::<NIBBLES>(levels, words, primes, blocks, scales);
+            let (products, end) = multiply_chunk::<NIBBLES>(levels, words, primes, blocks, scales);
+            codes = &codes[if NIBBLES { end / 2 } else { end }..];
             sum = _mm256_add_ps(sum, products);
         }
         *out = scale * sum_of(sum);
@@ -86,24 +85,27 @@ fn all_rows<const NIBBLES: bool>(
 }
 
 /// Bytes of the codes of some groups.
-#[target_feature(enable = "avx2,fma,popcnt,bmi2")]
-fn code_bytes<const NIBBLES: bool>(words: &[[u8; 8]]) -> usize {
+#[target_feature(enable = "avx2,fma,popcnt")]
+fn code_bytes(words: &[[u8; 8]]) -> usize {
     let mut bytes = 0;
     for word in words {
-        let kept = u64::from_le_bytes(*word).count_ones();
-        bytes += if NIBBLES { kept.div_ceil(2) } else { kept } as usize;
+        bytes += u64::from_le_bytes(*word).count_ones().div_ceil(2) as usize;
     }
     bytes
 }
 
 /// The levels of `bytes` 4-bit codes, two a byte, low halves first; after them come some that mean nothing.
-#[target_feature(enable = "avx2,fma,popcnt,bmi2")]
+#[target_feature(enable = "avx2,fma,popcnt")]
 fn look_up(codes: &[u8], bytes: usize, table: __m256i, levels: &mut Levels) {
-    let mut last = [0; CHUNK * GROUP / 2];
-    let codes = codes.first_chunk().unwrap_or_else(|| {
-        last[..codes.len()].copy_from_slice(codes);
-        &last
-    });
+    let mut last;
+    let codes: &[u8; CHUNK * GROUP / 2] = match codes.first_chunk() {
+        Some(codes) => codes,
+        None => {
+            last = [0; CHUNK * GROUP / 2];
+            last[..codes.len()].copy_from_slice(codes);
+            &last
+        }
+    };
     let low_halves = _mm256_set1_epi8(15);
     let levels = levels.as_chunks_mut::<32>().0.iter_mut();
     let steps = codes.as_chunks::<16>().0.iter().zip(levels);
@@ -117,15 +119,15 @@ fn look_up(codes: &[u8], bytes: usize, table: __m256i, levels: &mut Levels) {
     }
 }
 
-/// The products of the groups of a chunk, whose levels follow each other.
-#[target_feature(enable = "avx2,fma,popcnt,bmi2")]
+/// The products of the groups of a chunk, whose levels follow each other, and where those end.
+#[target_feature(enable = "avx2,fma,popcnt")]
 fn multiply_chunk<const NIBBLES: bool>(
     levels: &Levels,
     words: &[[u8; 8]],
     primes: &[u8],
     blocks: &[Block],
     scales: &[f32],
-) -> __m256 {
+) -> (__m256, usize) {
     let mut sum = _mm256_setzero_ps();
     let mut at = 0;
     let groups = words.iter().zip(primes).zip(blocks).zip(scales);
@@ -137,7 +139,7 @@ fn multiply_chunk<const NIBBLES: bool>(
         // Of codes, every group starts on a byte.
         at += if NIBBLES { n.next_multiple_of(2) } else { n };
         let [first, second] = expand(stored, kept);
-        let x = halves(block);
+        let x = [false, true].map(|second| Half::of(block, second));
         let first = dot(first, load(x[0].high), load(x[0].low));
         let second = dot(second, load(x[1].high), load(x[1].low));
         let offset = _mm256_add_epi32(load_i32(x[0].offset), load_i32(x[1].offset));
@@ -145,12 +147,12 @@ fn multiply_chunk<const NIBBLES: bool>(
         let factor = _mm256_mul_ps(prime(*index), _mm256_set1_ps(*scale));
         sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products), factor, sum);
     }
-    sum
+    (sum, at)
 }
 
 /// The biased levels of 64 columns: those of the kept ones from `levels`, in their order, and level 0.
 #[inline]
-#[target_feature(enable = "avx2,fma,popcnt,bmi2")]
+#[target_feature(enable = "avx2,fma,popcnt")]
 fn expand(levels: &[u8; GROUP], kept: u64) -> [__m256i; 2] {
     let mut sixteens = [_mm_setzero_si128(); 4];
     for (i, sixteen) in sixteens.iter_mut().enumerate() {

@@ -21,7 +21,6 @@ use activations::{Activations, Order};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use std::env::VarError;
-use std::ops::Range;
 use std::sync::LazyLock;
 use views::Rows;
 
@@ -161,7 +160,11 @@ impl Kernels {
                 kernels.decode(rows, cols, out);
                 true
             }
-            _ => false,
+            _ => {
+                // Machines without such kernels have no other use for them.
+                let _ = (rows, cols, out);
+                false
+            }
         }
     }
 
@@ -186,19 +189,8 @@ impl Kernels {
     }
 
     /// [`attention::attend`].
-    pub(crate) fn attend(
-        self,
-        head: attention::Head<'_>,
-        queries: &[f32],
-        seen: &[Range<usize>],
-        scratch: &mut attention::Scratch,
-        out: &mut [f32],
-    ) {
-        dispatch!(
-            self.0,
-            attention::attend::<[f32; 16], 1>((), head, queries, seen, scratch, out),
-            kernels => kernels.attend(head, queries, seen, scratch, out)
-        )
+    pub(crate) fn attend(self, task: attention::Task<'_>) {
+        dispatch!(self.0, attention::attend::<[f32; 16], 1>((), task), kernels => kernels.attend(task))
     }
 
     /// [`activations::quantize`], the same to the bit.

@@ -25,7 +25,8 @@ const SPINS: u32 = 32;
 /// Looks for the end of the tasks of others between two looks at the clock, some ten microseconds.
 const SPINS_AT_THE_END: u32 = 256;
 
-/// A wait beyond what two tasks take that nothing explains but this: the system runs something else in place of a thread that has a task.
+/// A wait beyond what two tasks take that nothing explains but this: the system runs something else in place
+/// of a thread that has a task.
 const STALL: Duration = Duration::from_micros(300);
 
 /// For so many times as long as a stall the caller works alone. With one other busy process on the machine a
@@ -104,6 +105,8 @@ impl Shared {
     }
 
     /// How many tasks of a share were left before this thread took one of them.
+    ///
+    /// The exchange fails if the share belongs to another loop by now (all 2^32 loops the numbers repeat).
     fn take(&self, share: usize) -> Option<usize> {
         let mut open = self.open[share].0.load(Ordering::Acquire);
         loop {
@@ -534,6 +537,43 @@ mod tests {
         );
         assert_eq!(done.into_inner(), 49);
         assert_eq!(sum_of_squares(&team, 10), 295);
+    }
+
+    /// The one thread beside the caller loses its processor for a while, with a task in hand.
+    #[test]
+    fn a_thread_that_stalls_is_done_without_for_a_while() {
+        let team = Team::new(2);
+        let caller = std::thread::current().id();
+        let others = AtomicUsize::new(0);
+        let count_others = |_| {
+            let is_other = std::thread::current().id() != caller;
+            others.fetch_add(usize::from(is_other), Ordering::SeqCst)
+        };
+        // Many, so that a task on the average is short beside the stall.
+        team.run(1000, |i| {
+            if count_others(i) == 0 && std::thread::current().id() != caller {
+                std::thread::sleep(Duration::from_millis(100));
+            }
+            // Not before the other thread has its task.
+            while others.load(Ordering::SeqCst) == 0 {
+                std::thread::yield_now();
+            }
+        });
+        assert!(lock(&team.caller).is_some_and(|until| until > Instant::now()));
+        others.store(0, Ordering::SeqCst);
+        team.run(1000, |i| {
+            count_others(i);
+        });
+        assert_eq!(others.load(Ordering::SeqCst), 0);
+        // And after that it is back.
+        *lock(&team.caller) = None;
+        team.run(1000, |i| {
+            count_others(i);
+            while others.load(Ordering::SeqCst) == 0 {
+                std::thread::yield_now();
+            }
+        });
+        assert_ne!(others.load(Ordering::SeqCst), 0);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The forward pass: a [`Model`] that any number of [`Session`]s share.
 #![forbid(unsafe_code)]
 
-use super::attention::{Shape, attention};
+use super::attention::{Attention, Shape};
 use super::config::ModelConfig;
 pub use super::kv_cache::CacheType;
 use super::kv_cache::KvCache;
@@ -182,7 +182,13 @@ impl Model {
             head_dim,
             width,
         };
-        attention(kernels, cache, qkv, first, shape, mixed);
+        let attention = Attention {
+            cache,
+            queries: qkv,
+            first,
+            shape,
+        };
+        attention.compute(kernels, mixed);
         layer.output.multiply(mixed, n, Write::Add, product, x)
     }
 

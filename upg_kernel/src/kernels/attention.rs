@@ -30,6 +30,18 @@ pub(crate) struct Head<'a> {
     pub head_dim: usize,
 }
 
+/// Some queries of the heads that share one head of keys and values.
+pub(crate) struct Task<'a> {
+    pub head: Head<'a>,
+    /// `[n, head_dim]`, scaled.
+    pub queries: &'a [f32],
+    /// The positions that each query sees, none of them empty.
+    pub seen: &'a [Range<usize>],
+    pub scratch: &'a mut Scratch,
+    /// `[n, head_dim]`; every element is overwritten.
+    pub out: &'a mut [f32],
+}
+
 /// Memory of [`attend`], used again from call to call.
 #[derive(Debug, Default)]
 pub(crate) struct Scratch {
@@ -38,19 +50,18 @@ pub(crate) struct Scratch {
     block: Vec<f32>,
 }
 
-/// `out[i] = softmax(queries[i] K^T) V` over the positions `seen[i]`, none of which is empty.
+/// `out[i] = softmax(queries[i] K^T) V` over the positions `seen[i]`.
 ///
-/// `queries` and `out` are `[n, head_dim]`. `MOST` queries, a power of two up to 8, are taken together: as
-/// many as there are registers for their sums.
+/// `MOST` queries, a power of two up to 8, are taken together: as many as there are registers for their sums.
 #[inline(always)]
-pub(crate) fn attend<L: Lanes, const MOST: usize>(
-    proof: L::Proof,
-    head: Head<'_>,
-    queries: &[f32],
-    seen: &[Range<usize>],
-    scratch: &mut Scratch,
-    out: &mut [f32],
-) {
+pub(crate) fn attend<L: Lanes, const MOST: usize>(proof: L::Proof, task: Task<'_>) {
+    let Task {
+        head,
+        queries,
+        seen,
+        scratch,
+        out,
+    } = task;
     let mut first = 0;
     while first < seen.len() {
         let rows = match MOST.min(seen.len() - first) {
@@ -324,7 +335,13 @@ mod tests {
                         })
                         .collect();
                     let mut out = vec![f32::NAN; n * dim];
-                    kernels.attend(head, &queries, &seen, &mut scratch, &mut out);
+                    kernels.attend(Task {
+                        head,
+                        queries: &queries,
+                        seen: &seen,
+                        scratch: &mut scratch,
+                        out: &mut out,
+                    });
                     for (i, out) in out.chunks_exact(dim).enumerate() {
                         let query = &queries[i * dim..(i + 1) * dim];
                         let expected = expected(query, &keys, &values, seen[i].clone());

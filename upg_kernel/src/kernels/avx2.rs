@@ -16,7 +16,6 @@ use super::{attention, scalar};
 use crate::prime_lut::PRIME_LUT;
 use half::f16;
 use std::arch::x86_64::*;
-use std::ops::Range;
 
 /// The first 256 primes, four times each: what half a register of sums is multiplied with.
 static PRIMES: Primes = Primes({
@@ -59,16 +58,13 @@ impl Avx2 {
     }
 
     /// As [`attention::attend`].
-    pub(crate) fn attend(
-        self,
-        head: attention::Head<'_>,
-        queries: &[f32],
-        seen: &[Range<usize>],
-        scratch: &mut attention::Scratch,
-        out: &mut [f32],
-    ) {
-        // SAFETY: as above.
-        unsafe { attend(self, head, queries, seen, scratch, out) }
+    pub(crate) fn attend(self, task: attention::Task<'_>) {
+        #[target_feature(enable = "avx2,fma,f16c")]
+        fn compiled(proof: Avx2, task: attention::Task<'_>) {
+            attention::attend::<Registers, 4>(proof, task);
+        }
+        // SAFETY: `self` proves that the processor has the features.
+        unsafe { compiled(self, task) }
     }
 
     /// As [`Avx2::grouped`], in natural order.
@@ -82,18 +78,6 @@ impl Avx2 {
         // SAFETY: as above.
         unsafe { trellis::multiply(strip, x, out) }
     }
-}
-
-#[target_feature(enable = "avx2,fma,f16c")]
-fn attend(
-    proof: Avx2,
-    head: attention::Head<'_>,
-    queries: &[f32],
-    seen: &[Range<usize>],
-    scratch: &mut attention::Scratch,
-    out: &mut [f32],
-) {
-    attention::attend::<Registers, 4>(proof, head, queries, seen, scratch, out);
 }
 
 /// Sixteen f32. A value is the proof that this machine has the instructions.

@@ -20,7 +20,6 @@ use bitmap::{expand_bytes, expand_nibbles};
 use half::{bf16, f16};
 pub(crate) use many::Panel;
 use std::arch::x86_64::*;
-use std::ops::Range;
 use trellis::{Decoder, TILE};
 
 /// The first 256 primes as 16-bit numbers, a register of them in each row.
@@ -82,16 +81,13 @@ impl Avx512 {
     }
 
     /// As [`attention::attend`].
-    pub(crate) fn attend(
-        self,
-        head: attention::Head<'_>,
-        queries: &[f32],
-        seen: &[Range<usize>],
-        scratch: &mut attention::Scratch,
-        out: &mut [f32],
-    ) {
+    pub(crate) fn attend(self, task: attention::Task<'_>) {
+        #[target_feature(enable = "avx512f")]
+        fn compiled(proof: Avx512, task: attention::Task<'_>) {
+            attention::attend::<Register, 8>(proof, task);
+        }
         // SAFETY: `self` proves that the processor has the features.
-        unsafe { attend(self, head, queries, seen, scratch, out) }
+        unsafe { compiled(self, task) }
     }
 
     /// As [`super::activations::quantize`].
@@ -145,18 +141,6 @@ impl Avx512 {
             }
         }
     }
-}
-
-#[target_feature(enable = "avx512f")]
-fn attend(
-    proof: Avx512,
-    head: attention::Head<'_>,
-    queries: &[f32],
-    seen: &[Range<usize>],
-    scratch: &mut attention::Scratch,
-    out: &mut [f32],
-) {
-    attention::attend::<Register, 8>(proof, head, queries, seen, scratch, out);
 }
 
 /// Sixteen f32. A value is the proof that this machine has the instructions.

@@ -156,8 +156,8 @@ impl Parts<'_> {
             Some(rotation) => {
                 rotated.clear();
                 rotated.extend_from_slice(x);
-                each_vector(rotated, first.cols(), |_, x| {
-                    rotation.apply_with(kernels, &mut x[..]);
+                Team::global().chunks(rotated, first.cols(), |_, x| {
+                    rotation.apply_with(kernels, x);
                 });
                 &*rotated
             }
@@ -265,11 +265,6 @@ impl Parts<'_> {
             TILE.with_borrow_mut(|scratch| multiply_tile(tile, &mut out, scratch));
         });
     }
-}
-
-/// Calls `task` with every row of `x [n, cols]`; in parallel if there is more than one.
-fn each_vector(x: &mut [f32], cols: usize, task: impl Fn(usize, &mut [f32]) + Sync) {
-    Team::global().chunks(x, cols, task);
 }
 
 fn quantize(

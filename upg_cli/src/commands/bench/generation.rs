@@ -112,7 +112,9 @@ fn decode(session: &mut Session, history: &[u32], answer: &[u32]) -> Result<f64>
     if !history.is_empty() {
         session.prefill(history)?;
     }
-    let took = seconds(|| answer.iter().try_for_each(|id| session.step(*id).map(drop)))?;
+    let mut logits = Vec::new();
+    let mut steps = answer.iter();
+    let took = seconds(|| steps.try_for_each(|id| session.step_into(*id, &mut logits)))?;
     Ok(answer.len() as f64 / took)
 }
 

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::kernels::views::LevelsView;
+use std::ops::Range;
 
 /// Rows that are multiplied together, so that each part of the activations is loaded once for all.
 const TOGETHER: usize = 2;

@@ -1,0 +1,70 @@
+//! A step of generation allocates nothing, whatever the encoding.
+//!
+//! The only test of this program: every allocation of the process is counted.
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
+
+#[path = "../../upg_kernel/tests/common/tiny.rs"]
+#[allow(dead_code, reason = "helpers of other tests")]
+mod tiny;
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use tiny::data;
+use upg_compress::compress::compress;
+use upg_compress::plan::CompressOptions;
+use upg_compress::source;
+use upg_kernel::UPGModel;
+use upg_kernel::inference::SessionOptions;
+
+static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
+
+/// The allocator of the system, counted.
+struct Counted;
+
+// SAFETY: every call goes on to the allocator of the system as it is; counting allocates nothing.
+unsafe impl GlobalAlloc for Counted {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the caller keeps the rules of `alloc`.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn realloc(&self, ptr: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the caller keeps the rules of `realloc`.
+        unsafe { System.realloc(ptr, layout, new_size) }
+    }
+
+    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
+        // SAFETY: the caller keeps the rules of `dealloc`.
+        unsafe { System.dealloc(ptr, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counted = Counted;
+
+#[test]
+fn a_step_allocates_nothing() {
+    // A thread allocates its scratch when it takes its first task, and when that is, is up to chance.
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(1);
+    pool.build_global().unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let source = source::open(data("tiny-models/phi3")).unwrap();
+    for encoding in ["keep", "mdcsr", "q8", "q4", "t2", "t3", "t4", "s8", "s4"] {
+        let out = folder.path().join(encoding);
+        let options = CompressOptions::new(encoding.parse().unwrap());
+        compress(source.as_ref(), &out, &options, &()).unwrap();
+        let model = UPGModel::from_file(&out).unwrap();
+        let mut session = model.session(&SessionOptions::default()).unwrap();
+        let mut logits = session.prefill(&[7; 20]).unwrap();
+        // Scratch of the sizes that a step needs; the cache has room for whole blocks of 16.
+        session.step_into(1, &mut logits).unwrap();
+        let before = ALLOCATIONS.load(Ordering::Relaxed);
+        for token in 2..10 {
+            session.step_into(token, &mut logits).unwrap();
+        }
+        assert_eq!(ALLOCATIONS.load(Ordering::Relaxed), before, "{encoding}");
+    }
+    assert!(ALLOCATIONS.load(Ordering::Relaxed) > 0);
+}

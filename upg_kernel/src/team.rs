@@ -544,31 +544,36 @@ mod tests {
     fn a_thread_that_stalls_is_done_without_for_a_while() {
         let team = Team::new(2);
         let caller = std::thread::current().id();
-        let others = AtomicUsize::new(0);
-        let count_others = |_| {
-            let is_other = std::thread::current().id() != caller;
-            others.fetch_add(usize::from(is_other), Ordering::SeqCst)
-        };
-        // Many, so that a task on the average is short beside the stall.
-        team.run(1000, |i| {
-            if count_others(i) == 0 && std::thread::current().id() != caller {
+        // Tasks that each of them has begun. Many tasks, so that one on the average is short beside the stall.
+        let [own, others] = [0, 0].map(AtomicUsize::new);
+        let tasks = 1000;
+        team.run(tasks, |_| {
+            if std::thread::current().id() == caller {
+                own.fetch_add(1, Ordering::SeqCst);
+                // Not before the other thread has its task.
+                while others.load(Ordering::SeqCst) == 0 {
+                    std::thread::yield_now();
+                }
+            } else if others.fetch_add(1, Ordering::SeqCst) == 0 {
+                // Until the caller has nothing left to do but wait.
+                while own.load(Ordering::SeqCst) < tasks - 1 {
+                    std::thread::yield_now();
+                }
                 std::thread::sleep(Duration::from_millis(100));
-            }
-            // Not before the other thread has its task.
-            while others.load(Ordering::SeqCst) == 0 {
-                std::thread::yield_now();
             }
         });
         assert!(lock(&team.caller).is_some_and(|until| until > Instant::now()));
         others.store(0, Ordering::SeqCst);
-        team.run(1000, |i| {
-            count_others(i);
-        });
+        let count_others = || {
+            let is_other = std::thread::current().id() != caller;
+            others.fetch_add(usize::from(is_other), Ordering::SeqCst);
+        };
+        team.run(tasks, |_| count_others());
         assert_eq!(others.load(Ordering::SeqCst), 0);
         // And after that it is back.
         *lock(&team.caller) = None;
-        team.run(1000, |i| {
-            count_others(i);
+        team.run(tasks, |_| {
+            count_others();
             while others.load(Ordering::SeqCst) == 0 {
                 std::thread::yield_now();
             }

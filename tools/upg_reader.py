@@ -44,46 +44,54 @@ def mdcsr(layer, get):
     return out
 
 
-def grouped(layer, get):
-    cols, group = layer["cols"], layer["group"]
-    if layer["encoding"] == "q8":
-        levels = get("values")
-    else:
-        codes = get("codes").reshape(layer["rows"], -1, group // 2)
-        levels = get("codebook")[np.concatenate([codes & 15, codes >> 4], axis=2)]
-        levels = levels.reshape(layer["rows"], -1)
-    primes = np.repeat(get("prime_indices"), group, axis=1)
-    return weight(get("scales")[:, None], primes, levels)[:, :cols]
+def places(layer):
+    """The strip of every weight, and its number in this strip."""
+    row, col = np.indices((layer["rows"], layer["cols"]))
+    return row // 64, (col // 4) * 256 + (row % 64) * 4 + col % 4
+
+
+def group_primes(layer, get):
+    """The prime index of every weight."""
+    row, col = np.indices((layer["rows"], layer["cols"]))
+    return get("prime_indices")[row // 64, col // layer["group"], row % 64]
+
+
+def q8(layer, get):
+    levels = get("values")[places(layer)]
+    return weight(get("scales")[:, None], group_primes(layer, get), levels)
+
+
+def q4(layer, get):
+    row, col = np.indices((layer["rows"], layer["cols"]))
+    codes = get("codes")[row // 64, (col // 8) * 256 + (row % 64) * 4 + col % 4]
+    codes = np.where(col % 8 < 4, codes & 15, codes >> 4)
+    return weight(get("scales")[:, None], group_primes(layer, get), get("codebook")[codes])
 
 
 def bitmap(layer, get):
-    rows, cols = layer["rows"], layer["cols"]
-    kept = np.unpackbits(get("bitmap"), axis=1, bitorder="little").astype(bool)
-    pointers, scales, primes = get("row_pointers"), get("scales"), get("prime_indices")
-    out = np.zeros((rows, kept.shape[1]), F32)
-    for row in range(rows):
-        at = pointers[row]
-        for group in range(kept.shape[1] // 64):
-            columns = group * 64 + np.flatnonzero(kept[row, group * 64 : group * 64 + 64])
-            n = len(columns)
+    bits = np.unpackbits(get("bitmap"), axis=1, bitorder="little").astype(bool)
+    levels = np.zeros(bits.shape, np.int8)
+    for strip, kept in enumerate(bits):
+        at = get("strip_pointers")[strip]
+        for word in range(0, len(kept), 64):
+            numbers = word + np.flatnonzero(kept[word : word + 64])
+            count = len(numbers)
             if layer["encoding"] == "s8":
-                levels, at = get("values")[at : at + n], at + n
+                levels[strip, numbers], at = get("values")[at : at + count], at + count
             else:
-                codes = get("codes")[at : at + (n + 1) // 2]
-                pairs = np.stack([codes & 15, codes >> 4], axis=1).reshape(-1)[:n]
-                levels, at = get("codebook")[pairs], at + (n + 1) // 2
-            out[row, columns] = weight(scales[row], primes[row, group], levels)
-    return out[:, :cols]
+                codes = get("codes")[at : at + (count + 1) // 2]
+                codes, at = np.stack([codes & 15, codes >> 4], axis=1).reshape(-1), at + len(codes)
+                levels[strip, numbers] = get("codebook")[codes[:count]]
+    return weight(get("scales")[:, None], group_primes(layer, get), levels[places(layer)])
 
 
 def trellis(layer, get):
-    k, rows, cols = int(layer["encoding"][1]), layer["rows"], layer["cols"]
+    k = int(layer["encoding"][1])
     bits = np.unpackbits(get("codes"), axis=1, bitorder="little")
-    row, col = np.meshgrid(np.arange(rows), np.arange(cols), indexing="ij")
-    n = (col // 4) * 256 + (row % 64) * 4 + col % 4
-    state = np.zeros((rows, cols), np.int64)
+    strip, n = places(layer)
+    state = np.zeros(n.shape, np.int64)
     for bit in range(13):
-        state += bits[row // 64, k * n + bit].astype(np.int64) << bit
+        state += bits[strip, k * n + bit].astype(np.int64) << bit
     table = get("level_table")
     levels = table[(get("shift_table")[state % 64] + state // 64) % len(table)]
     w = weight(get("scales")[:, None], get("prime_indices"), levels)
@@ -111,7 +119,7 @@ def hadamard(w):
     return w * F32(1 / np.sqrt(float(size)))
 
 
-DECODERS = {"mdcsr": mdcsr, "q8": grouped, "q4": grouped, "s8": bitmap, "s4": bitmap}
+DECODERS = {"mdcsr": mdcsr, "q8": q8, "q4": q4, "s8": bitmap, "s4": bitmap}
 DECODERS |= {"t2": trellis, "t3": trellis, "t4": trellis}
 
 

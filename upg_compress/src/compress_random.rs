@@ -11,11 +11,9 @@ use bytemuck::Pod;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::path::Path;
+use upg_kernel::matrix::strips::{self, STRIP_ROWS, TILE_COLS};
 use upg_kernel::matrix::{GroupedMatrix, Levels, TrellisMatrix, TrellisParts};
 use upg_kernel::{Array, Error, ErrorKind, Matrix, Result};
-
-/// Rows that are encoded: those that the trellis encodings chain.
-const STRIP: usize = 64;
 
 /// [`compress`](crate::compress::compress) for a random model, of which only a strip of 64 rows is encoded
 /// for each width and encoding, and repeated: the file has the size, the layout and the speed of one that
@@ -32,7 +30,7 @@ pub fn compress_random(
     let mut strips: HashMap<(usize, usize, String), Matrix> = HashMap::new();
     compress_with(source, out, options, progress, |index, layer| {
         let mut first = layer.clone();
-        first.rows = layer.rows.min(STRIP);
+        first.rows = layer.rows.min(STRIP_ROWS);
         let strip = match strips.entry((first.rows, first.cols, layer.encoding_name().to_owned())) {
             Entry::Occupied(strip) => strip.into_mut(),
             Entry::Vacant(place) => {
@@ -47,30 +45,30 @@ pub fn compress_random(
 
 /// The strip, over and over, as a matrix of `rows` rows.
 fn repeated(strip: &Matrix, rows: usize) -> Result<Matrix> {
+    let cols = strip.cols();
     match strip {
         Matrix::Grouped(m) => {
             let levels = match m.levels() {
-                Levels::Bytes(values) => Levels::Bytes(by_row(values, strip, rows)),
+                Levels::Bytes(values) => Levels::Bytes(by_strip(values, TILE_COLS, rows)),
                 Levels::Nibbles { codes, codebook } => Levels::Nibbles {
-                    codes: by_row(codes, strip, rows),
+                    codes: by_strip(codes, TILE_COLS, rows),
                     codebook: codebook.clone(),
                 },
             };
-            let primes = by_row(m.prime_indices(), strip, rows);
-            let scales = by_row(m.scales(), strip, rows);
-            GroupedMatrix::new(rows, strip.cols(), m.group(), levels, primes, scales)
-                .map(Matrix::Grouped)
+            let primes = by_strip(m.prime_indices(), 1, rows);
+            let scales = cycled(m.scales(), rows);
+            let matrix = GroupedMatrix::new(rows, cols, m.group(), levels, primes, scales.into());
+            matrix.map(Matrix::Grouped)
         }
         Matrix::Trellis(m) => {
             let parts = m.parts();
             let parts = TrellisParts {
-                // Codes are chained through the whole strip, also through rows that pad it.
-                codes: cycled(&parts.codes, rows.div_ceil(STRIP) * parts.codes.len()),
-                prime_indices: by_row(&parts.prime_indices, strip, rows),
-                scales: by_row(&parts.scales, strip, rows),
+                codes: cycled(&parts.codes, strips::count(rows) * parts.codes.len()).into(),
+                prime_indices: cycled(&parts.prime_indices, rows).into(),
+                scales: cycled(&parts.scales, rows).into(),
                 ..parts.clone()
             };
-            TrellisMatrix::new(rows, strip.cols(), m.k(), parts).map(Matrix::Trellis)
+            TrellisMatrix::new(rows, cols, m.k(), parts).map(Matrix::Trellis)
         }
         _ => Err(Error::new(
             ErrorKind::Unsupported,
@@ -79,18 +77,25 @@ fn repeated(strip: &Matrix, rows: usize) -> Result<Matrix> {
     }
 }
 
-/// `values`, of which every row of the strip has as many, for `rows` rows.
-fn by_row<T: Pod>(values: &[T], strip: &Matrix, rows: usize) -> Array<T> {
-    cycled(values, values.len() / strip.rows() * rows)
+/// `values` of one strip, which come in blocks of 64 rows with `width` each, for `rows` rows: zeros in those
+/// that the last strip has not.
+fn by_strip<T: Pod>(values: &[T], width: usize, rows: usize) -> Array<T> {
+    let mut out = cycled(values, strips::count(rows) * values.len());
+    let rows_of_last = (rows - 1) % STRIP_ROWS + 1;
+    let last = out.len() - values.len();
+    for block in out[last..].chunks_exact_mut(STRIP_ROWS * width) {
+        block[rows_of_last * width..].fill(T::zeroed());
+    }
+    out.into()
 }
 
 /// `len` values: `values` from the start, over and over.
-fn cycled<T: Pod>(values: &[T], len: usize) -> Array<T> {
+fn cycled<T: Pod>(values: &[T], len: usize) -> Vec<T> {
     let mut out = Vec::with_capacity(len);
     while out.len() < len {
         out.extend_from_slice(&values[..values.len().min(len - out.len())]);
     }
-    out.into()
+    out
 }
 
 #[cfg(test)]
@@ -125,7 +130,7 @@ mod tests {
                 .matrix(file.layer_id("lm_head.weight").unwrap())
                 .unwrap();
             assert_eq!((head.rows(), head.cols()), (256, 96));
-            let (weights, strip) = (head.to_dense(), STRIP * 96);
+            let (weights, strip) = (head.to_dense(), STRIP_ROWS * 96);
             assert!(weights.iter().any(|&w| w != 0.0));
             assert!(
                 weights.chunks(strip).all(|s| s == &weights[..strip]),

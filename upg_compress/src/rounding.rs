@@ -3,11 +3,13 @@
 #![forbid(unsafe_code)]
 
 mod levels;
+mod packing;
 
 pub use levels::{Codebook, LevelSet, Linear8};
 
 use rayon::prelude::*;
-use upg_kernel::matrix::{BITMAP_GROUP, BitmapArrays, BitmapMatrix, GroupedMatrix, Levels};
+use upg_kernel::matrix::strips::{STRIP_ROWS, nibble, position};
+use upg_kernel::matrix::{BITMAP_GROUP, BitmapMatrix, GroupedMatrix, Levels};
 use upg_kernel::prime_lut::PRIME_LUT;
 use upg_kernel::{Error, ErrorKind, Result};
 
@@ -27,59 +29,38 @@ const FIT_ROUNDS: usize = 4;
 /// weight that is not finite.
 pub fn round_q8(weights: &[f32], rows: usize, cols: usize, group: usize) -> Result<GroupedMatrix> {
     let encoded = encode_rows(weights, rows, cols, group, false, &Linear8)?;
-    let groups = cols.div_ceil(group);
-    let mut values = vec![0i8; rows * groups * group];
-    for (row, out) in encoded
-        .iter()
-        .zip(values.chunks_exact_mut((groups * group).max(1)))
-    {
-        for (out, &code) in out.iter_mut().zip(&row.codes) {
-            *out = Linear8.level(code);
-        }
-    }
-    grouped(encoded, rows, cols, group, Levels::Bytes(values.into()))
+    let strip = cols.div_ceil(group) * group * STRIP_ROWS;
+    let values = packing::pack_all(&encoded, strip, |strip: &mut [i8], row, col, code| {
+        strip[position(row, col)] = Linear8.level(code);
+    });
+    packing::grouped(&encoded, cols, group, Levels::Bytes(values.into()))
 }
 
 /// Rounds a matrix to `q4`: a codebook is fitted to a sample of its rows, then as [`round_q8`].
 pub fn round_q4(weights: &[f32], rows: usize, cols: usize, group: usize) -> Result<GroupedMatrix> {
     let codebook = fit_codebook(weights, rows, cols, group, false)?;
     let encoded = encode_rows(weights, rows, cols, group, false, &codebook)?;
-    let (groups, half) = (cols.div_ceil(group), group / 2);
-    let mut codes = vec![0u8; rows * groups * half];
-    for (row, out) in encoded
-        .iter()
-        .zip(codes.chunks_exact_mut((groups * half).max(1)))
-    {
-        for (codes, out) in row.codes.chunks(group).zip(out.chunks_exact_mut(half)) {
-            for (column, &code) in codes.iter().enumerate() {
-                out[column % half] |= code << (column / half * 4);
-            }
-        }
-    }
+    let strip = cols.div_ceil(group) * group * STRIP_ROWS / 2;
+    let codes = packing::pack_all(&encoded, strip, |strip: &mut [u8], row, col, code| {
+        let (byte, shift) = nibble(row, col);
+        strip[byte] |= code << shift;
+    });
     let levels = Levels::Nibbles {
         codes: codes.into(),
         codebook: codebook.levels().to_vec().into(),
     };
-    grouped(encoded, rows, cols, group, levels)
+    packing::grouped(&encoded, cols, group, levels)
 }
 
 /// Rounds the weights that are not zero to `s8`; zeros stay exactly zero. Errors as [`round_q8`], and
 /// `TooLarge` from 4 GiB of codes on.
 pub fn round_s8(weights: &[f32], rows: usize, cols: usize) -> Result<BitmapMatrix> {
     let encoded = encode_rows(weights, rows, cols, BITMAP_GROUP, true, &Linear8)?;
-    let pack = |codes: &[u8], out: &mut Vec<u8>| {
-        out.extend(codes.iter().map(|&code| Linear8.level(code) as u8));
+    let pack = |codes: &[u8], out: &mut Vec<i8>| {
+        out.extend(codes.iter().map(|&code| Linear8.level(code)));
     };
-    let (bytes, row_pointers) = pack_kept(weights, cols, &encoded, pack)?;
-    let values: Vec<i8> = bytes.into_iter().map(|byte| byte as i8).collect();
-    bitmap(
-        weights,
-        rows,
-        cols,
-        encoded,
-        Levels::Bytes(values.into()),
-        row_pointers,
-    )
+    let levels = |values: Vec<i8>| Levels::Bytes(values.into());
+    packing::bitmap(weights, &encoded, cols, pack, levels)
 }
 
 /// Rounds the weights that are not zero to `s4`; zeros stay exactly zero. Errors as [`round_s8`].
@@ -87,18 +68,14 @@ pub fn round_s4(weights: &[f32], rows: usize, cols: usize) -> Result<BitmapMatri
     let codebook = fit_codebook(weights, rows, cols, BITMAP_GROUP, true)?;
     let encoded = encode_rows(weights, rows, cols, BITMAP_GROUP, true, &codebook)?;
     let pack = |codes: &[u8], out: &mut Vec<u8>| {
-        out.extend(
-            codes
-                .chunks(2)
-                .map(|pair| pair[0] | pair.get(1).unwrap_or(&0) << 4),
-        );
+        let pairs = codes.chunks(2);
+        out.extend(pairs.map(|pair| pair[0] | pair.get(1).unwrap_or(&0) << 4));
     };
-    let (codes, row_pointers) = pack_kept(weights, cols, &encoded, pack)?;
-    let levels = Levels::Nibbles {
+    let levels = |codes: Vec<u8>| Levels::Nibbles {
         codes: codes.into(),
         codebook: codebook.levels().to_vec().into(),
     };
-    bitmap(weights, rows, cols, encoded, levels, row_pointers)
+    packing::bitmap(weights, &encoded, cols, pack, levels)
 }
 
 /// A row on its way into the arrays: codes of the weights that are stored, in column order.
@@ -304,78 +281,4 @@ fn check(weights: &[f32], rows: usize, cols: usize) -> Result<()> {
             ),
         )),
     }
-}
-
-fn grouped(
-    encoded: Vec<EncodedRow>,
-    rows: usize,
-    cols: usize,
-    group: usize,
-    levels: Levels,
-) -> Result<GroupedMatrix> {
-    let (primes, scales) = primes_and_scales(&encoded);
-    GroupedMatrix::new(rows, cols, group, levels, primes.into(), scales.into())
-}
-
-fn primes_and_scales(encoded: &[EncodedRow]) -> (Vec<u8>, Vec<f32>) {
-    let primes = encoded
-        .iter()
-        .flat_map(|row| row.primes.iter().copied())
-        .collect();
-    (primes, encoded.iter().map(|row| row.scale).collect())
-}
-
-/// The packed codes of the kept weights, every group by itself, and where each row starts.
-fn pack_kept(
-    weights: &[f32],
-    cols: usize,
-    encoded: &[EncodedRow],
-    pack: impl Fn(&[u8], &mut Vec<u8>),
-) -> Result<(Vec<u8>, Vec<u32>)> {
-    let mut out = Vec::new();
-    let mut row_pointers = vec![0u32];
-    for (row, weights) in encoded.iter().zip(weights.chunks_exact(cols.max(1))) {
-        let mut rest = row.codes.as_slice();
-        for group in weights.chunks(BITMAP_GROUP) {
-            let kept = group.iter().filter(|w| **w != 0.0).count();
-            let (codes, after) = rest.split_at(kept);
-            pack(codes, &mut out);
-            rest = after;
-        }
-        let end = u32::try_from(out.len()).map_err(|_| {
-            Error::new(
-                ErrorKind::TooLarge,
-                "more than 4 GiB of codes in one matrix",
-            )
-        })?;
-        row_pointers.push(end);
-    }
-    Ok((out, row_pointers))
-}
-
-fn bitmap(
-    weights: &[f32],
-    rows: usize,
-    cols: usize,
-    encoded: Vec<EncodedRow>,
-    levels: Levels,
-    row_pointers: Vec<u32>,
-) -> Result<BitmapMatrix> {
-    let groups = cols.div_ceil(BITMAP_GROUP);
-    let mut bits = Vec::with_capacity(rows * groups * 8);
-    for row in weights.chunks_exact(cols.max(1)) {
-        for group in row.chunks(BITMAP_GROUP) {
-            let set = |word: u64, (column, w): (usize, &f32)| word | u64::from(*w != 0.0) << column;
-            bits.extend(group.iter().enumerate().fold(0, set).to_le_bytes());
-        }
-    }
-    let (primes, scales) = primes_and_scales(&encoded);
-    let arrays = BitmapArrays {
-        bitmap: bits.into(),
-        levels,
-        row_pointers: row_pointers.into(),
-        prime_indices: primes.into(),
-        scales: scales.into(),
-    };
-    BitmapMatrix::new(rows, cols, arrays)
 }

@@ -21,7 +21,8 @@ use crate::progress::Progress;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use rayon::prelude::*;
-use upg_kernel::matrix::trellis::{STATE_BITS, STRIP_ROWS, position, strip_bytes, strip_weights};
+use upg_kernel::matrix::strips::{self, STRIP_ROWS, position};
+use upg_kernel::matrix::trellis::{STATE_BITS, strip_bytes, strip_weights};
 use upg_kernel::matrix::{TrellisMatrix, TrellisParts};
 use upg_kernel::prime_lut::PRIME_LUT;
 use upg_kernel::rotation::Rotation;
@@ -105,8 +106,7 @@ pub fn encode_with(
     let rotation = rotation(cols, signs_seed)?;
     let too_large = || Error::new(ErrorKind::TooLarge, format!("matrix [{rows}, {cols}]"));
     let strip_bytes = strip_bytes(cols, code.k()).ok_or_else(too_large)?;
-    let len = rows
-        .div_ceil(STRIP_ROWS)
+    let len = strips::count(rows)
         .checked_mul(strip_bytes)
         .ok_or_else(too_large)?;
     let (mut codes, mut scales) = (vec![0; len], vec![0.0; rows]);

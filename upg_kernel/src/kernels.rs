@@ -17,12 +17,13 @@ pub mod scalar;
 pub(crate) mod views;
 
 use crate::error::{Error, ErrorKind, Result};
-use activations::{Activations, Order};
+use crate::rotation::Rotation;
+use activations::Activations;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use std::env::VarError;
 use std::sync::LazyLock;
-use views::Rows;
+use views::Strip;
 
 /// The environment variable that names the kernels to use instead of the fastest.
 const VARIABLE: &str = "UPG_KERNEL";
@@ -33,6 +34,44 @@ pub(crate) use avx512::Panel;
 #[cfg(not(target_arch = "x86_64"))]
 #[derive(Debug, Default)]
 pub(crate) struct Panel;
+
+/// What weights are decoded to: `f32`, `f16` or `bf16`.
+pub trait Float: Copy + Default + Element {
+    /// [`Kernels::to_bf16`] or [`Kernels::to_f16`], or a copy.
+    fn round(kernels: Kernels, x: &[f32], out: &mut [Self]);
+
+    /// `None`, if these are not f32.
+    fn as_f32(_values: &mut [Self]) -> Option<&mut [f32]> {
+        None
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+use Copy as Element;
+#[cfg(target_arch = "x86_64")]
+use avx512::Element;
+
+impl Float for f32 {
+    fn round(_: Kernels, x: &[f32], out: &mut [Self]) {
+        out.copy_from_slice(x);
+    }
+
+    fn as_f32(values: &mut [Self]) -> Option<&mut [f32]> {
+        Some(values)
+    }
+}
+
+impl Float for f16 {
+    fn round(kernels: Kernels, x: &[f32], out: &mut [Self]) {
+        kernels.to_f16(x, out);
+    }
+}
+
+impl Float for bf16 {
+    fn round(kernels: Kernels, x: &[f32], out: &mut [Self]) {
+        kernels.to_bf16(x, out);
+    }
+}
 
 /// Kernels for one instruction set. A value is the proof that this machine has it.
 #[derive(Debug, Clone, Copy)]
@@ -151,18 +190,24 @@ impl Kernels {
         dispatch!(self.0, scalar::gated_silu(gate, up, out), kernels => kernels.gated_silu(gate, up, out))
     }
 
-    /// `out [rows, cols]`: every row in the stored basis, as [`crate::matrix::StoredMatrix::decode_rows`] gives it,
-    /// to the bit. `false` without doing anything: there is no such kernel.
-    pub(crate) fn decode(self, rows: Rows<'_>, cols: usize, out: &mut [f32]) -> bool {
+    /// `out [rows, cols]`: every row as [`crate::matrix::StoredMatrix::decode_rows`] gives it, to the bit, turned
+    /// back if there is a rotation, and rounded to nearest, ties to even. `false` without doing anything: there is
+    /// no such kernel.
+    pub(crate) fn decode<T: Float>(
+        self,
+        strip: Strip<'_>,
+        rotation: Option<&Rotation>,
+        out: &mut [T],
+    ) -> bool {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
             Set::Avx512(kernels) => {
-                kernels.decode(rows, cols, out);
+                kernels.decode(strip, rotation, out);
                 true
             }
             _ => {
                 // Machines without such kernels have no other use for them.
-                let _ = (rows, cols, out);
+                let _ = (strip, rotation, out);
                 false
             }
         }
@@ -194,8 +239,8 @@ impl Kernels {
     }
 
     /// [`activations::quantize`], the same to the bit.
-    pub(crate) fn quantize(self, x: &[f32], order: Order, out: &mut Activations) {
-        dispatch!(self.0, activations::quantize(x, order, out), kernels => kernels.quantize(x, order, out))
+    pub(crate) fn quantize(self, x: &[f32], out: &mut Activations) {
+        dispatch!(self.0, activations::quantize(x, out), kernels => kernels.quantize(x, out))
     }
 
     /// Whether there is [`Kernels::multiply_many`].
@@ -207,35 +252,31 @@ impl Kernels {
         }
     }
 
-    /// `out [n, rows]`: up to 64 rows times every vector, all of them in [`Order::Natural`].
+    /// `out [n, rows]`: the rows of a strip times every vector.
     ///
     /// Panics without [`Kernels::has_many`].
     pub(crate) fn multiply_many(
         self,
-        rows: Rows<'_>,
+        strip: Strip<'_>,
         vectors: &[Activations],
         panel: &mut Panel,
         out: &mut [f32],
     ) {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
-            Set::Avx512(kernels) => kernels.multiply_many(rows, vectors, panel, out),
-            _ => unreachable!("{rows:?} {vectors:?} {panel:?} {out:?}"),
+            Set::Avx512(kernels) => kernels.multiply_many(strip, vectors, panel, out),
+            _ => unreachable!("{strip:?} {vectors:?} {panel:?} {out:?}"),
         }
     }
 
-    /// `out[i] = ` row `i` of `rows` times `x`, which is in the order of the rows.
+    /// `out[i] = ` row `i` of a strip times `x`.
     ///
     /// Panics if there are other kernels than [`Kernels::is_integer`] allows.
-    pub(crate) fn multiply(self, rows: Rows<'_>, x: &Activations, out: &mut [f32]) {
+    pub(crate) fn multiply(self, strip: Strip<'_>, x: &Activations, out: &mut [f32]) {
         dispatch!(
             self.0,
-            unreachable!("scalar products decode {rows:?} {x:?} {out:?}"),
-            kernels => match rows {
-                Rows::Grouped(rows) => kernels.grouped(rows, x, out),
-                Rows::Bitmap(rows) => kernels.bitmap(rows, x, out),
-                Rows::Trellis(strip) => kernels.trellis(strip, x, out),
-            }
+            unreachable!("scalar products decode {strip:?} {x:?} {out:?}"),
+            kernels => kernels.multiply(strip, x, out)
         )
     }
 }

@@ -8,9 +8,10 @@ mod bitmap;
 mod dense;
 mod grouped;
 pub(crate) mod product;
+pub mod strips;
 pub mod trellis;
 
-pub use bitmap::{BITMAP_GROUP, BitmapArrays, BitmapMatrix};
+pub use bitmap::{BITMAP_GROUP, BitmapArrays, BitmapMatrix, WORD};
 pub use dense::{DenseMatrix, DenseValues};
 pub use grouped::GroupedMatrix;
 pub use trellis::{TrellisMatrix, TrellisParts};
@@ -18,16 +19,13 @@ pub use trellis::{TrellisMatrix, TrellisParts};
 use crate::array::Array;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::rules;
-use crate::kernels::Kernels;
-use crate::kernels::activations::Order;
-use crate::kernels::views::{LevelsView, Rows};
+use crate::kernels::views::Strip;
+use crate::kernels::{Float, Kernels};
 use crate::rotation::Rotation;
 use crate::sparse::MdCSRMatrix;
 use product::{Scratch, Write};
 use rayon::prelude::*;
-
-/// How many rows are decoded into one scratch tile: a strip of the trellis encodings.
-pub(crate) const TILE_ROWS: usize = 64;
+use strips::STRIP_ROWS;
 
 /// The largest magnitude of a scale. A weight is below 2^24 times it, and turning a row of 2^20 such
 /// weights back adds 20 bits at most: nothing overflows an f32.
@@ -72,18 +70,8 @@ pub(crate) trait StoredMatrix: Send + Sync {
     fn rotation(&self) -> Option<&Rotation> {
         None
     }
-    /// The order of activations that rows as [`StoredMatrix::rows_view`] gives them ask for; `None` if
-    /// there is no such view.
-    fn order(&self) -> Option<Order> {
-        None
-    }
-    /// Rows that lie together: [`StoredMatrix::rows_view`] gives out a multiple of it, or all that are left.
-    fn rows_together(&self) -> usize {
-        1
-    }
-    /// Rows `first..first + n` in place, for kernels that multiply without decoding; `first` is a
-    /// multiple of [`StoredMatrix::rows_together`] and `n` at most [`TILE_ROWS`].
-    fn rows_view(&self, _first: usize, _n: usize) -> Option<Rows<'_>> {
+    /// Strip `index` in place, for kernels that need no decoded weights; `None` if there is none.
+    fn strip(&self, _index: usize) -> Option<Strip<'_>> {
         None
     }
 }
@@ -100,20 +88,6 @@ pub enum Levels {
         /// The 16 levels.
         codebook: Array<i8>,
     },
-}
-
-impl Levels {
-    /// The bytes of all codes, and what they are. `None`: a codebook of another length than 16, which
-    /// no matrix has.
-    fn view(&self) -> Option<(&[u8], LevelsView<'_>)> {
-        match self {
-            Self::Bytes(values) => Some((bytemuck::cast_slice(values), LevelsView::Bytes)),
-            Self::Nibbles { codes, codebook } => {
-                let codebook = codebook.first_chunk()?;
-                Some((codes, LevelsView::Nibbles(codebook)))
-            }
-        }
-    }
 }
 
 /// A weight matrix `[rows, cols]` in one of the encodings; multiplies from the right: `W x`.
@@ -172,14 +146,46 @@ impl Matrix {
         if out.is_empty() {
             return Ok(());
         }
-        let stored = self.stored();
-        let kernels = Kernels::active()?;
-        decode(stored, kernels, first, out);
-        if let Some(rotation) = stored.rotation() {
-            out.chunks_exact_mut(cols)
-                .for_each(|row| rotation.invert_with(kernels, row));
-        }
+        self.decode(Kernels::active()?, first, out, &mut Vec::new());
         Ok(())
+    }
+
+    /// Whole rows from `first` on, of which there are some, inside of the matrix; strips of which all rows are
+    /// wanted by a kernel where there is one. `scratch` takes rows that are not f32, without one.
+    pub(crate) fn decode<T: Float>(
+        &self,
+        kernels: Kernels,
+        mut first: usize,
+        mut out: &mut [T],
+        scratch: &mut Vec<f32>,
+    ) {
+        let stored = self.stored();
+        let (cols, rotation) = (stored.cols(), stored.rotation());
+        let by_row = |first: usize, out: &mut [f32]| {
+            stored.decode_rows(first, out);
+            if let Some(rotation) = rotation {
+                let rows = out.chunks_exact_mut(cols);
+                rows.for_each(|row| rotation.invert_with(kernels, row));
+            }
+        };
+        while !out.is_empty() {
+            let rows = STRIP_ROWS - first % STRIP_ROWS;
+            let (now, rest) = out.split_at_mut(out.len().min(rows * cols));
+            let strip = stored.strip(first / STRIP_ROWS);
+            let whole = strip.filter(|strip| strip.scales.len() * cols == now.len());
+            if !whole.is_some_and(|strip| kernels.decode(strip, rotation, now)) {
+                match T::as_f32(now) {
+                    Some(now) => by_row(first, now),
+                    None => {
+                        scratch.resize(now.len(), 0.0);
+                        by_row(first, &mut scratch[..now.len()]);
+                        T::round(kernels, &scratch[..now.len()], now);
+                    }
+                }
+            }
+            first += rows;
+            out = rest;
+        }
     }
 
     /// The whole matrix `[rows, cols]` in f32, original basis. Allocates 4 bytes per weight.
@@ -187,11 +193,11 @@ impl Matrix {
         let (rows, cols) = (self.rows(), self.cols());
         let mut out = vec![0.0; rows * cols];
         if cols > 0 {
-            out.par_chunks_mut(TILE_ROWS * cols)
+            out.par_chunks_mut(STRIP_ROWS * cols)
                 .enumerate()
-                .for_each(|(tile, out)| {
-                    self.rows_into(tile * TILE_ROWS, out)
-                        .expect("a tile of whole rows inside the matrix");
+                .for_each(|(strip, out)| {
+                    self.rows_into(strip * STRIP_ROWS, out)
+                        .expect("whole rows inside the matrix");
                 });
         }
         out
@@ -230,20 +236,5 @@ impl Matrix {
     /// Errors: `Argument` if `x` or `out` has another length; those of [`Kernels::active`].
     pub fn spmm_into(&self, x: &[f32], n: usize, out: &mut [f32]) -> Result<()> {
         product::multiply([Some(self)], x, n, Write::Set, &mut Scratch::default(), out)
-    }
-}
-
-/// [`StoredMatrix::decode_rows`], by a kernel where there is one for these rows. `out` is not empty.
-fn decode(stored: &dyn StoredMatrix, kernels: Kernels, first: usize, out: &mut [f32]) {
-    let cols = stored.cols();
-    let together = stored.rows_together();
-    for (i, out) in out.chunks_mut(TILE_ROWS * cols).enumerate() {
-        let (first, rows) = (first + i * TILE_ROWS, out.len() / cols);
-        let is_whole = first.is_multiple_of(together)
-            && (rows.is_multiple_of(together) || first + rows == stored.rows());
-        let view = stored.rows_view(first, rows).filter(|_| is_whole);
-        if !view.is_some_and(|view| kernels.decode(view, cols, out)) {
-            stored.decode_rows(first, out);
-        }
     }
 }

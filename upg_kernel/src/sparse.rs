@@ -56,7 +56,7 @@ impl MdCSRMatrix {
             rules::length(name, len, &[nnz])?;
         }
         checked_scales(&arrays.scales, rows)?;
-        rules::row_pointers(&arrays.row_pointers, rows, nnz)?;
+        rules::pointers(&arrays.row_pointers, "row", rows, nnz)?;
         let primes = &arrays.prime_indices;
         if let Some(i) = primes.iter().position(|&p| usize::from(p) >= PRIME_COUNT) {
             return Err(Error::new(

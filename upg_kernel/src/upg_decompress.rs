@@ -3,8 +3,9 @@
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{LayerInfo, UpgFile};
-use crate::kernels::Kernels;
-use crate::matrix::{Matrix, TILE_ROWS};
+use crate::kernels::{Float, Kernels};
+use crate::matrix::Matrix;
+use crate::matrix::strips::STRIP_ROWS;
 use crate::prime_lut::PrimeIndex;
 use candle_core::{DType, Device, Tensor, WithDType};
 use half::{bf16, f16};
@@ -12,32 +13,19 @@ use rayon::prelude::*;
 use std::path::Path;
 use std::sync::Arc;
 
-/// A weight type that a matrix can be decompressed to; every value is rounded to nearest from f32.
-pub trait WeightFloat: Copy + Default + Send + WithDType {
-    /// The nearest value of each weight, ties to even. Both have the same length.
-    fn from_weights(weights: &[f32], out: &mut [Self]) -> Result<()>;
-}
-
-impl WeightFloat for f32 {
+/// A weight type that a matrix can be decompressed to: `f32`, `f16` or `bf16`.
+pub trait WeightFloat: WithDType + Float {
+    /// The nearest value of each weight, ties to even. Errors: those of [`Kernels::active`]. Panics if the lengths
+    /// differ.
     fn from_weights(weights: &[f32], out: &mut [Self]) -> Result<()> {
-        out.copy_from_slice(weights);
+        Self::round(Kernels::active()?, weights, out);
         Ok(())
     }
 }
 
-impl WeightFloat for f16 {
-    fn from_weights(weights: &[f32], out: &mut [Self]) -> Result<()> {
-        Kernels::active()?.to_f16(weights, out);
-        Ok(())
-    }
-}
-
-impl WeightFloat for bf16 {
-    fn from_weights(weights: &[f32], out: &mut [Self]) -> Result<()> {
-        Kernels::active()?.to_bf16(weights, out);
-        Ok(())
-    }
-}
+impl WeightFloat for f32 {}
+impl WeightFloat for f16 {}
+impl WeightFloat for bf16 {}
 
 /// A layer by its number or by the name of its source tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -188,16 +176,13 @@ fn fill<T: WeightFloat>(matrix: &Matrix, out: &mut [T]) -> Result<()> {
     if out.is_empty() {
         return Ok(());
     }
-    out.par_chunks_mut(TILE_ROWS * cols)
+    let kernels = Kernels::active()?;
+    out.par_chunks_mut(STRIP_ROWS * cols)
         .enumerate()
-        .try_for_each_init(
-            || vec![0.0f32; TILE_ROWS * cols],
-            |tile, (index, out)| {
-                let tile = &mut tile[..out.len()];
-                matrix.rows_into(index * TILE_ROWS, tile)?;
-                T::from_weights(tile, out)
-            },
-        )
+        .for_each_init(Vec::new, |scratch, (strip, out)| {
+            matrix.decode(kernels, strip * STRIP_ROWS, out, scratch);
+        });
+    Ok(())
 }
 
 #[cfg(test)]

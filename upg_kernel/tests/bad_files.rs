@@ -69,11 +69,19 @@ const TABLE: &[(&str, Damage, ErrorKind, u8, When)] = &[
     ("t2 with hadamard 128 for 70 columns", |d| d.layers[3]["hadamard"] = 128.into(), Invalid, 6, Opening),
     ("array missing", |d| remove(d, "layer_1_values"), Missing, 7, Opening),
     ("array of another dtype", |d| d.tensor("layer_1_values").dtype = Dtype::U8, Shape, 7, Opening),
-    ("array of another shape", |d| d.tensor("layer_1_values").shape = vec![ROWS * 128], Shape, 7, Opening),
-    ("one scale too few", |d| resize(d, "layer_1_scales", &[2], 8), Shape, 7, Opening),
+    ("array of another shape", |d| d.tensor("layer_1_values").shape = vec![2 * 128 * 64], Shape, 7, Opening),
+    ("one scale too few", |d| resize(d, "layer_1_scales", &[ROWS - 1], 4 * ROWS - 4), Shape, 7, Opening),
+    ("one strip too few", |d| resize(d, "layer_1_values", &[1, 128 * 64], 128 * 64), Shape, 7, Opening),
+    ("only as many rows as there are", |d| resize(d, "layer_2_codes", &[ROWS, 48], ROWS * 48), Shape, 7, Opening),
+    ("columns that no group has", |d| resize(d, "layer_2_codes", &[2, 32 * 70], 64 * 70), Shape, 7, Opening),
+    ("prime indices row by row", |d| resize(d, "layer_1_prime_indices", &[128, 2], 256), Shape, 7, Opening),
+    ("prime indices of a group too few", |d| resize(d, "layer_6_prime_indices", &[2, 1, 64], 128), Shape, 7, Opening),
+    ("bitmap of a strip too few", |d| resize(d, "layer_7_bitmap", &[1, 1024], 1024), Shape, 7, Opening),
+    ("one strip pointer too few", |d| resize(d, "layer_6_strip_pointers", &[2], 8), Shape, 7, Opening),
+    ("no strip pointers", |d| remove(d, "layer_7_strip_pointers"), Missing, 7, Opening),
     ("group does not fit the arrays", |d| d.layers[1]["group"] = 32.into(), Shape, 7, Opening),
     ("codebook of 15", |d| resize(d, "layer_2_codebook", &[15], 15), Shape, 7, Opening),
-    ("strip without tail", |d| resize(d, "layer_3_codes", &[1, 64 * 18], 64 * 18), Shape, 7, Opening),
+    ("strip without tail", |d| resize(d, "layer_3_codes", &[2, 64 * 18], 2 * 64 * 18), Shape, 7, Opening),
     ("level table of 100", |d| resize(d, "layer_3_level_table", &[100], 100), Shape, 7, Opening),
     ("shift table of 32", |d| resize(d, "layer_3_shift_table", &[32], 32), Shape, 7, Opening),
     ("fewer deltas than values", |d| resize(d, "layer_0_delta_indices", &[3], 3), Shape, 7, Opening),
@@ -84,16 +92,25 @@ const TABLE: &[(&str, Damage, ErrorKind, u8, When)] = &[
     ("huge scale", |d| word(d, "layer_0_scales", 0, 1.9e19f32.to_bits()), Invalid, 9, Opening),
     ("first row pointer not 0", |d| word(d, "layer_0_row_pointers", 0, 1), Invalid, 10, Opening),
     ("row pointers descend", |d| word(d, "layer_0_row_pointers", 1, 3), Invalid, 10, Opening),
-    ("row pointers end early", |d| word(d, "layer_0_row_pointers", 3, 3), Invalid, 10, Opening),
-    ("row pointer far outside", |d| word(d, "layer_6_row_pointers", 3, u32::MAX), Invalid, 10, Opening),
+    ("row pointers end early", |d| word(d, "layer_0_row_pointers", ROWS, 3), Invalid, 10, Opening),
+    ("first strip pointer not 0", |d| word(d, "layer_6_strip_pointers", 0, 1), Invalid, 10, Opening),
+    ("strip pointers descend", |d| word(d, "layer_7_strip_pointers", 1, 6), Invalid, 10, Opening),
+    ("strip pointers end early", |d| word(d, "layer_6_strip_pointers", 2, 5), Invalid, 10, Opening),
+    ("strip pointer far outside", |d| word(d, "layer_7_strip_pointers", 2, u32::MAX), Invalid, 10, Opening),
     ("column outside", |d| d.tensor("layer_0_delta_indices").bytes[1] = 70, Invalid, 11, FirstUse),
     ("column twice", |d| d.tensor("layer_0_delta_indices").bytes[1] = 0, Invalid, 11, FirstUse),
     ("prime index 10,000", |d| d.tensor("layer_0_prime_indices").bytes[4] = 0x10, Invalid, 12, FirstUse),
-    ("bit too many", |d| d.tensor("layer_6_bitmap").bytes[0] = 3, Invalid, 13, FirstUse),
-    ("bit too few", |d| d.tensor("layer_7_bitmap").bytes[0] = 0, Invalid, 13, FirstUse),
-    ("bit past the columns", |d| d.tensor("layer_6_bitmap").bytes[8] = 1 << 6, Invalid, 13, FirstUse),
+    ("bit too many", |d| bytes(d, "layer_6_bitmap", &[(0, 3)]), Invalid, 13, FirstUse),
+    ("bit too few", |d| bytes(d, "layer_7_bitmap", &[(0, 0)]), Invalid, 13, FirstUse),
+    ("bit in another strip", |d| bytes(d, "layer_6_bitmap", &[(63, 0), (1024, 15 << 4)]), Invalid, 13, FirstUse),
+    ("bit in another word", |d| bytes(d, "layer_7_bitmap", &[(63, 0), (0, 3)]), Invalid, 13, FirstUse),
+    ("bit past the columns of a tile", |d| bytes(d, "layer_6_bitmap", &[(544, 1 << 2)]), Invalid, 13, FirstUse),
+    ("bit past the last tile", |d| bytes(d, "layer_7_bitmap", &[(544, 0), (576, 2)]), Invalid, 13, FirstUse),
+    ("bits past the rows of a word", |d| bytes(d, "layer_6_bitmap", &[(1024, 0), (1025, 7)]), Invalid, 13, FirstUse),
+    ("bits past the last word", |d| bytes(d, "layer_7_bitmap", &[(1024, 0), (1032, 7)]), Invalid, 13, FirstUse),
     ("kept tensor of integers", |d| kept(d, "x", Dtype::I32), Unsupported, 14, Opening),
     ("codes of a layer that has none", |d| stray(d, "layer_7_values"), Unsupported, 14, Opening),
+    ("row pointers of a layer that has strips", |d| stray(d, "layer_7_row_pointers"), Unsupported, 14, Opening),
     ("array of no layer", |d| kept(d, "layer_9_values", Dtype::F32), Unsupported, 14, Opening),
     ("tensor with the name of a layer", |d| kept(d, "q8.weight", Dtype::F32), Unsupported, 14, Opening),
     ("tokenizer of floats", |d| retype(d, "tokenizer.json"), Unsupported, 14, Opening),
@@ -128,6 +145,11 @@ fn resize(d: &mut Draft, name: &str, shape: &[usize], bytes: usize) {
 
 fn word(d: &mut Draft, name: &str, index: usize, value: u32) {
     d.tensor(name).bytes[4 * index..4 * index + 4].copy_from_slice(&value.to_le_bytes());
+}
+
+fn bytes(d: &mut Draft, name: &str, values: &[(usize, u8)]) {
+    let bytes = &mut d.tensor(name).bytes;
+    values.iter().for_each(|&(at, value)| bytes[at] = value);
 }
 
 fn kept(d: &mut Draft, name: &str, dtype: Dtype) {

@@ -68,17 +68,21 @@ fn parse_weight(text: &str) -> (usize, usize, f32) {
 /// Dtype and shape of an array as rule 7 has them.
 fn described(info: &LayerInfo, name: &str, len: usize) -> (Dtype, Vec<usize>) {
     let encoding = info.encoding().unwrap();
+    let strips = info.rows.div_ceil(64);
+    let by_strip = vec![strips, len / strips];
     match (encoding, name) {
         (_, "scales") => (Dtype::F32, vec![info.rows]),
         (_, "row_pointers") => (Dtype::U32, vec![info.rows + 1]),
+        (_, "strip_pointers") => (Dtype::U32, vec![strips + 1]),
         (_, "codebook" | "level_table") => (Dtype::I8, vec![len]),
         (_, "signs" | "shift_table") => (Dtype::U8, vec![len]),
         (Encoding::MdCsr, "values") | (Encoding::S8, "values") => (Dtype::I8, vec![len]),
         (Encoding::MdCsr, "prime_indices") => (Dtype::U16, vec![len / 2]),
         (Encoding::MdCsr, "delta_indices") | (Encoding::S4, "codes") => (Dtype::U8, vec![len]),
-        (Encoding::T2 | Encoding::T3 | Encoding::T4, "codes") => (Dtype::U8, vec![1, len]),
-        (_, "values") => (Dtype::I8, vec![info.rows, len / info.rows]),
-        (_, "codes" | "bitmap" | "prime_indices") => (Dtype::U8, vec![info.rows, len / info.rows]),
+        (Encoding::T2 | Encoding::T3 | Encoding::T4, "prime_indices") => (Dtype::U8, vec![len, 1]),
+        (_, "values") => (Dtype::I8, by_strip),
+        (_, "codes" | "bitmap") => (Dtype::U8, by_strip),
+        (_, "prime_indices") => (Dtype::U8, vec![strips, len / strips / 64, 64]),
         other => panic!("{other:?}"),
     }
 }

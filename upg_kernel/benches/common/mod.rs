@@ -1,9 +1,11 @@
 //! Matrices of random codes in every packed encoding, for the benchmarks.
 #![allow(dead_code, reason = "no benchmark needs all of it")]
 
+use upg_kernel::matrix::strips::{self, STRIP_ROWS};
 use upg_kernel::matrix::trellis::strip_bytes;
 use upg_kernel::matrix::{
-    BitmapArrays, BitmapMatrix, GroupedMatrix, Levels, TrellisMatrix, TrellisParts,
+    BITMAP_GROUP, BitmapArrays, BitmapMatrix, GroupedMatrix, Levels, TrellisMatrix, TrellisParts,
+    WORD,
 };
 use upg_kernel::rotation::Rotation;
 use upg_kernel::{Array, Matrix};
@@ -54,10 +56,11 @@ fn ones(rows: usize) -> Array<f32> {
 
 fn grouped(rows: usize, cols: usize, nibbles: bool) -> (Matrix, usize) {
     let group = if nibbles { 32 } else { 64 };
-    let groups = cols.div_ceil(group);
-    let per_group = if nibbles { 16 } else { 64 };
-    let codes = noise(rows * groups * per_group, 1);
-    let bytes = codes.len() + rows * groups + 4 * rows;
+    let groups = strips::count(rows) * cols.div_ceil(group);
+    let weights = groups * group * STRIP_ROWS;
+    let codes = noise(if nibbles { weights / 2 } else { weights }, 1);
+    let primes = noise(groups * STRIP_ROWS, 3);
+    let bytes = codes.len() + primes.len() + 4 * rows;
     let levels = match nibbles {
         false => Levels::Bytes(signed(codes)),
         true => Levels::Nibbles {
@@ -65,13 +68,14 @@ fn grouped(rows: usize, cols: usize, nibbles: bool) -> (Matrix, usize) {
             codebook: signed(noise(16, 2)),
         },
     };
-    let primes = noise(rows * groups, 3).into();
-    let m = GroupedMatrix::new(rows, cols, group, levels, primes, ones(rows));
+    let m = GroupedMatrix::new(rows, cols, group, levels, primes.into(), ones(rows));
     (Matrix::Grouped(m.expect("fitting parts")), bytes)
 }
 
+/// Whole strips and groups only: no bit may say that a weight is kept which the matrix does not have.
 fn bitmap(rows: usize, cols: usize, nibbles: bool) -> (Matrix, usize) {
-    let groups = cols.div_ceil(64);
+    assert!(rows.is_multiple_of(STRIP_ROWS) && cols.is_multiple_of(BITMAP_GROUP));
+    let words = cols * STRIP_ROWS / WORD;
     let kept = |random: u64| {
         // Exactly so many bits, at random places.
         let mut word = random;
@@ -86,19 +90,21 @@ fn bitmap(rows: usize, cols: usize, nibbles: bool) -> (Matrix, usize) {
         }
         word
     };
-    let random = noise(rows * groups * 8, 4);
+    let strips = strips::count(rows);
+    let random = noise(strips * words * 8, 4);
     let bits: Vec<u8> = random
         .as_chunks::<8>()
         .0
         .iter()
         .flat_map(|r| kept(u64::from_le_bytes(*r)).to_le_bytes())
         .collect();
-    let per_group = KEPT_OF_64 as usize / if nibbles { 2 } else { 1 };
-    let codes = noise(rows * groups * per_group, 5);
-    let pointers: Vec<u32> = (0..=rows)
-        .map(|r| (r * groups * per_group) as u32)
+    let bytes_of_word = KEPT_OF_64 as usize / if nibbles { 2 } else { 1 };
+    let codes = noise(strips * words * bytes_of_word, 5);
+    let pointers: Vec<u32> = (0..=strips)
+        .map(|strip| (strip * words * bytes_of_word) as u32)
         .collect();
-    let bytes = bits.len() + codes.len() + 4 * pointers.len() + rows * groups + 4 * rows;
+    let primes = noise(rows * cols / BITMAP_GROUP, 7);
+    let bytes = bits.len() + codes.len() + 4 * pointers.len() + primes.len() + 4 * rows;
     let levels = match nibbles {
         false => Levels::Bytes(signed(codes)),
         true => Levels::Nibbles {
@@ -109,8 +115,8 @@ fn bitmap(rows: usize, cols: usize, nibbles: bool) -> (Matrix, usize) {
     let arrays = BitmapArrays {
         bitmap: bits.into(),
         levels,
-        row_pointers: pointers.into(),
-        prime_indices: noise(rows * groups, 7).into(),
+        strip_pointers: pointers.into(),
+        prime_indices: primes.into(),
         scales: ones(rows),
     };
     let m = BitmapMatrix::new(rows, cols, arrays).expect("fitting parts");
@@ -120,7 +126,7 @@ fn bitmap(rows: usize, cols: usize, nibbles: bool) -> (Matrix, usize) {
 fn trellis(rows: usize, cols: usize, k: u8) -> (Matrix, usize) {
     let levels = if k == 4 { 256 } else { 128 };
     let codes = noise(
-        rows.div_ceil(64) * strip_bytes(cols, k).expect("a size in memory"),
+        strips::count(rows) * strip_bytes(cols, k).expect("a size in memory"),
         8,
     );
     let bytes = codes.len() + 5 * rows;

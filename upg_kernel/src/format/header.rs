@@ -7,7 +7,7 @@ use super::{checksum, layout, rules};
 use crate::array::Array;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mapped::MappedFile;
-use crate::matrix::{Matrix, checked_scales};
+use crate::matrix::{Matrix, checked_scales, strips};
 use bytemuck::Pod;
 use rayon::prelude::*;
 use safetensors::{Dtype, SafeTensors};
@@ -31,7 +31,7 @@ pub(super) struct TensorEntry {
 
 /// An open UPG file: its metadata, its layers and its uncompressed tensors, all read in place.
 ///
-/// Opening reads the header, the scales and the row pointers, nothing else: the time does not grow
+/// Opening reads the header, the scales and the pointers, nothing else: the time does not grow
 /// with the weights. What is checked when, is listed in `upg_format_v2.md`, "When a reader checks".
 pub struct UpgFile {
     file: Arc<MappedFile>,
@@ -103,23 +103,24 @@ impl UpgFile {
         })
     }
 
-    /// Shapes of all arrays, scales and row pointers.
+    /// Shapes of all arrays, scales and pointers.
     fn check_layer(&self, index: usize) -> Result<()> {
         let layer = &self.layers[index];
         layout::check(self, index, layer)?;
         let scales_name = layout::array_name(index, "scales");
         let scales = self.array::<f32>(&scales_name)?;
         checked_scales(&scales, layer.rows).map_err(|e| e.tensor(scales_name))?;
-        let codes = match layer.encoding()? {
-            Encoding::MdCsr | Encoding::S8 => "values",
-            Encoding::S4 => "codes",
+        let (codes, of, n) = match layer.encoding()? {
+            Encoding::MdCsr => ("values", "row", layer.rows),
+            Encoding::S8 => ("values", "strip", strips::count(layer.rows)),
+            Encoding::S4 => ("codes", "strip", strips::count(layer.rows)),
             _ => return Ok(()),
         };
         let codes = self.entry(&layout::array_name(index, codes));
         let stored = codes.map_or(0, |t| t.range.len());
-        let pointers_name = layout::array_name(index, "row_pointers");
+        let pointers_name = layout::array_name(index, &format!("{of}_pointers"));
         let pointers = self.array::<u32>(&pointers_name)?;
-        rules::row_pointers(&pointers, layer.rows, stored).map_err(|e| e.tensor(pointers_name))
+        rules::pointers(&pointers, of, n, stored).map_err(|e| e.tensor(pointers_name))
     }
 
     /// Every tensor has a place: an array of a layer, the tokenizer, padding, or kept as it was.

@@ -6,10 +6,13 @@ use super::index::{Encoding, LayerInfo};
 use super::{UpgFile, rules};
 use crate::array::Array;
 use crate::error::{Error, ErrorKind, Result};
-use crate::matrix::trellis;
 use crate::matrix::{
-    BITMAP_GROUP, BitmapArrays, BitmapMatrix, GroupedMatrix, Levels, Matrix, TILE_ROWS,
-    TrellisMatrix, TrellisParts,
+    BITMAP_GROUP, BitmapArrays, BitmapMatrix, GroupedMatrix, Levels, Matrix, TrellisMatrix,
+    TrellisParts,
+};
+use crate::matrix::{
+    strips::{self, STRIP_ROWS},
+    trellis,
 };
 use crate::rotation::Rotation;
 use crate::sparse::{MdCSRArrays, MdCSRMatrix};
@@ -45,11 +48,14 @@ pub(super) fn arrays(layer: &LayerInfo) -> Result<Vec<ArraySpec>> {
     let (rows, cols) = (layer.rows, layer.cols);
     let group = layer.group.unwrap_or(BITMAP_GROUP);
     let groups = cols.div_ceil(group);
-    let prime_indices = spec("prime_indices", Dtype::U8, &[rows, groups]);
+    let strips = strips::count(rows);
+    let weights = strips::padded_weights(cols, group).map_err(|e| e.rule(rules::LAYERS))?;
+    let prime_indices = spec("prime_indices", Dtype::U8, &[strips, groups, STRIP_ROWS]);
     let scales = spec("scales", Dtype::F32, &[rows]);
     let row_pointers = spec("row_pointers", Dtype::U32, &[rows + 1]);
+    let strip_pointers = spec("strip_pointers", Dtype::U32, &[strips + 1]);
     let codebook = spec("codebook", Dtype::I8, &[16]);
-    let bitmap = spec("bitmap", Dtype::U8, &[rows, groups * BITMAP_GROUP / 8]);
+    let bitmap = spec("bitmap", Dtype::U8, &[strips, weights / 8]);
     Ok(match encoding {
         Encoding::MdCsr => vec![
             counted("values", Dtype::I8),
@@ -59,12 +65,12 @@ pub(super) fn arrays(layer: &LayerInfo) -> Result<Vec<ArraySpec>> {
             scales,
         ],
         Encoding::Q8 => vec![
-            spec("values", Dtype::I8, &[rows, groups * group]),
+            spec("values", Dtype::I8, &[strips, weights]),
             prime_indices,
             scales,
         ],
         Encoding::Q4 => vec![
-            spec("codes", Dtype::U8, &[rows, groups * group / 2]),
+            spec("codes", Dtype::U8, &[strips, weights / 2]),
             prime_indices,
             scales,
             codebook,
@@ -72,14 +78,14 @@ pub(super) fn arrays(layer: &LayerInfo) -> Result<Vec<ArraySpec>> {
         Encoding::S8 => vec![
             bitmap,
             counted("values", Dtype::I8),
-            row_pointers,
+            strip_pointers,
             prime_indices,
             scales,
         ],
         Encoding::S4 => vec![
             bitmap,
             counted("codes", Dtype::U8),
-            row_pointers,
+            strip_pointers,
             prime_indices,
             scales,
             codebook,
@@ -91,7 +97,7 @@ pub(super) fn arrays(layer: &LayerInfo) -> Result<Vec<ArraySpec>> {
                 Error::new(ErrorKind::TooLarge, message).rule(rules::LAYERS)
             })?;
             vec![
-                spec("codes", Dtype::U8, &[rows.div_ceil(TILE_ROWS), strip]),
+                spec("codes", Dtype::U8, &[strips, strip]),
                 spec("prime_indices", Dtype::U8, &[rows, 1]),
                 scales,
                 spec("signs", Dtype::U8, &[cols.div_ceil(8)]),
@@ -200,7 +206,7 @@ pub(super) fn matrix(file: &UpgFile, index: usize, layer: &LayerInfo) -> Result<
         let arrays = BitmapArrays {
             bitmap: get.array("bitmap")?,
             levels,
-            row_pointers: get.array("row_pointers")?,
+            strip_pointers: get.array("strip_pointers")?,
             prime_indices: get.array("prime_indices")?,
             scales: get.array("scales")?,
         };

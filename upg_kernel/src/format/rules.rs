@@ -22,7 +22,7 @@ pub const ALIGNMENT: u8 = 8;
 /// Scales are at most 2^64 in magnitude.
 pub const SCALES: u8 = 9;
 /// Row pointers ascend from 0 to the number of codes.
-pub const ROW_POINTERS: u8 = 10;
+pub const POINTERS: u8 = 10;
 /// Columns of sparse entries are inside the matrix.
 pub const COLUMNS: u8 = 11;
 /// Prime indices are below 10,000.
@@ -120,25 +120,24 @@ pub fn name(name: &str, rule: u8) -> Result<()> {
         .tensor(name))
 }
 
-/// `rows + 1` pointers that ascend from 0 to `stored`.
-pub fn row_pointers(pointers: &[u32], rows: usize, stored: usize) -> Result<()> {
-    if rows.checked_add(1) != Some(pointers.len()) {
-        return Err(shape(format!(
-            "{} row pointers for {rows} rows",
-            pointers.len()
-        )));
+/// `n + 1` pointers to what belongs to each of `n` rows or strips (`what`), which ascend from 0 to `stored`.
+pub fn pointers(pointers: &[u32], what: &str, n: usize, stored: usize) -> Result<()> {
+    if n.checked_add(1) != Some(pointers.len()) {
+        let found = pointers.len();
+        return Err(shape(format!("{found} {what} pointers for {n} {what}s")));
     }
-    let invalid = |message| Err(Error::new(ErrorKind::Invalid, message).rule(ROW_POINTERS));
+    let invalid = |message| Err(Error::new(ErrorKind::Invalid, message).rule(POINTERS));
     if pointers[0] != 0 {
-        return invalid(format!("the first row pointer is {}, not 0", pointers[0]));
+        let found = pointers[0];
+        return invalid(format!("the first {what} pointer is {found}, not 0"));
     }
-    if let Some(row) = pointers.windows(2).position(|w| w[0] > w[1]) {
-        return invalid(format!("row {row} ends before it starts"));
+    if let Some(i) = pointers.windows(2).position(|w| w[0] > w[1]) {
+        return invalid(format!("{what} {i} ends before it starts"));
     }
-    if pointers[rows] as usize != stored {
+    if pointers[n] as usize != stored {
+        let found = pointers[n];
         return invalid(format!(
-            "the last row pointer is {}, the codes end at {stored}",
-            pointers[rows]
+            "the last {what} pointer is {found}, the codes end at {stored}"
         ));
     }
     Ok(())

@@ -271,7 +271,7 @@ fn array_bytes<'a>(matrix: &'a Matrix, suffix: &str) -> Option<&'a [u8]> {
             let arrays = m.arrays();
             match suffix {
                 "bitmap" => Some(&arrays.bitmap),
-                "row_pointers" => Some(cast_slice(&arrays.row_pointers)),
+                "strip_pointers" => Some(cast_slice(&arrays.strip_pointers)),
                 "prime_indices" => Some(&arrays.prime_indices),
                 "scales" => Some(cast_slice(&arrays.scales)),
                 _ => level_bytes(&arrays.levels, suffix),

@@ -1,4 +1,4 @@
-//! Activations as integers, in the order in which a kernel meets them.
+//! Activations as integers.
 #![forbid(unsafe_code)]
 
 /// Columns that share a scale.
@@ -8,47 +8,19 @@ pub(crate) const GROUP: usize = 64;
 /// that instructions that add up two products `level * plane` in int16 never saturate.
 const LARGEST: f32 = 8_127.0;
 
-/// The column of each slot of a register of weights.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Order {
-    /// Slot `s` is column `s`.
-    Natural,
-    /// As 4-bit codes lie in bytes: 64 bytes hold 64 columns in their low and 64 in their high
-    /// halves, which are the two halves of each group of so many columns.
-    Nibbles(usize),
-}
-
-impl Order {
-    /// The slot of `column`. 16 columns from a multiple of 16 on are 16 slots.
-    pub(super) fn slot(self, column: usize) -> usize {
-        match self {
-            Self::Natural => column,
-            Self::Nibbles(group) => {
-                let (register, column) = (column / (2 * GROUP), column % (2 * GROUP));
-                let (in_group, half) = (column % group, group / 2);
-                let byte = column / group * half + in_group % half;
-                register * 2 * GROUP + in_group / half * GROUP + byte
-            }
-        }
-    }
-}
-
-/// 64 slots of quantized activations: one register of int8 values for each plane.
+/// 64 quantized activations: 64 bytes for each plane.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(C, align(64))]
 pub(crate) struct Block {
     /// The value is `128 * high + low`.
     pub high: [i8; GROUP],
     pub low: [i8; GROUP],
-    /// -128 times the sum of four values: what is too much when levels are read as `level + 128`.
-    pub offset: [i32; GROUP / 4],
 }
 
 impl Block {
     const ZERO: Self = Self {
         high: [0; GROUP],
         low: [0; GROUP],
-        offset: [0; GROUP / 4],
     };
 }
 
@@ -58,59 +30,53 @@ impl Block {
 /// largest of 64 neighbours) is far below that of any encoding.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Activations {
-    /// Whole registers: slots past the last column are 0.
+    /// What is past the last column is 0.
     pub blocks: Vec<Block>,
-    /// The sums of the offsets in both halves of each block.
+    /// -128 times the sum of each half of a block: what is too much when levels are read as `level + 128`.
     pub offsets: Vec<[i32; 2]>,
-    /// One for each 64 columns, a multiple of 32 of them, 0 past the last column.
+    /// One for each block.
     pub scales: Vec<f32>,
 }
 
 impl Activations {
     /// [`quantize`] into new memory.
     #[cfg(test)]
-    pub(crate) fn new(x: &[f32], order: Order) -> Self {
+    pub(crate) fn new(x: &[f32]) -> Self {
         let mut activations = Self::default();
-        quantize(x, order, &mut activations);
+        quantize(x, &mut activations);
         activations
     }
 
     /// Gives every part the length for so many columns; what is past them is 0, all else anything.
     pub(super) fn resize(&mut self, cols: usize) {
-        let blocks = cols.div_ceil(2 * GROUP) * 2;
+        let blocks = cols.div_ceil(GROUP);
         self.blocks.resize(blocks, Block::ZERO);
-        self.blocks[cols / GROUP / 2 * 2..].fill(Block::ZERO);
-        self.offsets.clear();
+        if !cols.is_multiple_of(GROUP) {
+            self.blocks[blocks - 1] = Block::ZERO;
+        }
         self.offsets.resize(blocks, [0; 2]);
-        self.scales.clear();
-        self.scales
-            .resize(cols.div_ceil(GROUP).next_multiple_of(32), 0.0);
+        self.scales.resize(blocks, 0.0);
     }
 }
 
 /// Rounds `x` to nearest, ties to even. Values that are not finite give results that are not.
 #[inline(always)]
-pub(super) fn quantize(x: &[f32], order: Order, out: &mut Activations) {
+pub(super) fn quantize(x: &[f32], out: &mut Activations) {
     out.resize(x.len());
-    for (group, (x, scale)) in x.chunks(GROUP).zip(&mut out.scales).enumerate() {
+    let blocks = out.blocks.iter_mut().zip(&mut out.offsets);
+    for ((x, (block, offsets)), scale) in x.chunks(GROUP).zip(blocks).zip(&mut out.scales) {
         let mut values = [0; GROUP];
         *scale = quantize_group(x, &mut values);
-        for (i, value) in values.into_iter().enumerate() {
-            let slot = order.slot(group * GROUP + i);
-            let block = &mut out.blocks[slot / GROUP];
+        for (i, &value) in values.iter().enumerate() {
             let high = (value + 64) >> 7;
-            block.high[slot % GROUP] = high as i8;
-            block.low[slot % GROUP] = (value - (high << 7)) as i8;
+            block.high[i] = high as i8;
+            block.low[i] = (value - (high << 7)) as i8;
         }
-    }
-    for (block, sums) in out.blocks.iter_mut().zip(&mut out.offsets) {
-        let planes = block.high.chunks_exact(4).zip(block.low.chunks_exact(4));
-        for (offset, (high, low)) in block.offset.iter_mut().zip(planes) {
-            let sum = |plane: &[i8]| plane.iter().map(|&x| i32::from(x)).sum::<i32>();
-            *offset = -128 * (128 * sum(high) + sum(low));
-        }
-        let (first, second) = block.offset.split_at(GROUP / 8);
-        *sums = [first, second].map(|half| half.iter().sum());
+        let (first, second) = values.split_at(GROUP / 2);
+        *offsets = [first, second].map(|half| {
+            let sum: i32 = half.iter().map(|&value| i32::from(value)).sum();
+            -128 * sum
+        });
     }
 }
 
@@ -144,63 +110,46 @@ fn quantize_group(x: &[f32], values: &mut [i16]) -> f32 {
 mod tests {
     use super::*;
 
-    /// Every column once, in any order, and the values within half a step.
+    /// Values within half a step, and zeros after the last.
     #[test]
     fn both_planes_give_the_values_back() {
-        for order in [Order::Natural, Order::Nibbles(32), Order::Nibbles(64)] {
-            for cols in [1usize, 63, 64, 65, 128, 200, 576] {
-                let x: Vec<f32> = (0..cols)
-                    .map(|i| ((i * 37 % 101) as f32 - 50.0) * 0.3)
+        // One buffer, so that nothing of a longer vector may be left.
+        let mut a = Activations::default();
+        for cols in [576usize, 200, 128, 65, 64, 63, 1] {
+            let x: Vec<f32> = (0..cols)
+                .map(|i| ((i * 37 % 101) as f32 - 50.0) * 0.3)
+                .collect();
+            quantize(&x, &mut a);
+            let blocks = cols.div_ceil(GROUP);
+            let lengths = [a.blocks.len(), a.offsets.len(), a.scales.len()];
+            assert_eq!(lengths, [blocks; 3]);
+            for (i, block) in a.blocks.iter().enumerate() {
+                let values: Vec<i32> = (block.high.iter().zip(&block.low))
+                    .map(|(&high, &low)| 128 * i32::from(high) + i32::from(low))
                     .collect();
-                let a = Activations::new(&x, order);
-                assert_eq!(a.blocks.len() * GROUP, cols.next_multiple_of(128));
-                let mut seen = vec![0; a.blocks.len() * GROUP];
-                for column in 0..seen.len() {
-                    let slot = order.slot(column);
-                    let (block, i) = (&a.blocks[slot / GROUP], slot % GROUP);
-                    let value = 128 * i32::from(block.high[i]) + i32::from(block.low[i]);
-                    seen[slot] += 1;
-                    let (x, scale) = match column < cols {
-                        true => (x[column], a.scales[column / GROUP]),
-                        false => (0.0, 1.0),
-                    };
+                let planes = block.high.iter().chain(&block.low);
+                assert!(planes.into_iter().all(|plane| (-64..64).contains(plane)));
+                let (scale, x) = (a.scales[i], &x[i * GROUP..cols.min((i + 1) * GROUP)]);
+                for (value, x) in values.iter().zip(x) {
                     assert!(
-                        (value as f32 * scale - x).abs() <= 0.5001 * scale,
-                        "{order:?} {column}"
+                        (*value as f32 * scale - x).abs() <= 0.5001 * scale,
+                        "{cols}"
                     );
                 }
-                assert!(seen.iter().all(|&n| n == 1), "{order:?}");
-                let planes = a.blocks.iter().flat_map(|b| b.high.iter().chain(&b.low));
-                assert!(planes.into_iter().all(|plane| (-64..64).contains(plane)));
-                let block = a.blocks[0];
-                for (four, offset) in block.offset.iter().enumerate() {
-                    let sum: i32 = (4 * four..4 * four + 4)
-                        .map(|i| 128 * i32::from(block.high[i]) + i32::from(block.low[i]))
-                        .sum();
-                    assert_eq!(*offset, -128 * sum);
-                }
+                assert!(values[x.len()..].iter().all(|&value| value == 0), "{cols}");
+                let halves = values.chunks(GROUP / 2);
+                let sums: Vec<i32> = halves.map(|half| -128 * half.iter().sum::<i32>()).collect();
+                assert_eq!(a.offsets[i].as_slice(), sums);
             }
         }
     }
 
     #[test]
-    fn a_nibble_order_by_hand() {
-        // Columns 33 and 49 are in the two halves of byte 17: the second of the second group of 32.
-        assert_eq!(Order::Nibbles(32).slot(33), 17);
-        assert_eq!(Order::Nibbles(32).slot(49), 64 + 17);
-        assert_eq!(Order::Nibbles(64).slot(65), 33);
-        assert_eq!(Order::Nibbles(64).slot(128 + 97), 128 + 64 + 33);
-    }
-
-    #[test]
     fn tiny_values_vanish_and_wild_ones_stay_wild() {
-        assert_eq!(
-            Activations::new(&[1e-44, -1e-44], Order::Natural).scales[0],
-            0.0
-        );
+        assert_eq!(Activations::new(&[1e-44, -1e-44]).scales[0], 0.0);
         for wild in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-            assert!(Activations::new(&[wild, 1.0], Order::Natural).scales[0].is_nan());
-            assert!(Activations::new(&[wild, 1e-44], Order::Natural).scales[0].is_nan());
+            assert!(Activations::new(&[wild, 1.0]).scales[0].is_nan());
+            assert!(Activations::new(&[wild, 1e-44]).scales[0].is_nan());
         }
     }
 }

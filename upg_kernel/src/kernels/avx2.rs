@@ -5,31 +5,29 @@
 //! which cannot saturate: 255 * 64 * 2 = 32,640. `vpmaddwd` adds up two of those in int32, those of the high
 //! plane times 128, so that every sum is exact. A step is 64 columns, which share a scale of the activations.
 
-mod bitmap;
-mod grouped;
+mod levels;
+mod product;
 mod trellis;
 
 use super::activations::{Activations, Block, GROUP};
 use super::lanes::Lanes;
-use super::views::{BitmapRows, GroupedRows, TrellisStrip};
+use super::views::{Codes, Primes, Strip};
 use super::{attention, scalar};
 use crate::prime_lut::PRIME_LUT;
 use half::f16;
 use std::arch::x86_64::*;
+use std::ops::Range;
 
-/// The first 256 primes, four times each: what half a register of sums is multiplied with.
-static PRIMES: Primes = Primes({
-    let mut primes = [[0.0; 4]; 256];
+/// The first 256 primes.
+static PRIMES: [f32; 256] = {
+    let mut primes = [0.0; 256];
     let mut i = 0;
     while i < 256 {
-        primes[i] = [PRIME_LUT[i] as f32; 4];
+        primes[i] = PRIME_LUT[i] as f32;
         i += 1;
     }
     primes
-});
-
-#[repr(align(64))]
-struct Primes([[f32; 4]; 256]);
+};
 
 /// A value is the proof that this machine has the instructions.
 #[derive(Debug, Clone, Copy)]
@@ -45,10 +43,10 @@ impl Avx2 {
         has.then_some(Self(()))
     }
 
-    /// `out[i] = ` row `i` of `rows` times `x`, whose order is that of the codes.
-    pub(crate) fn grouped(self, rows: GroupedRows<'_>, x: &Activations, out: &mut [f32]) {
+    /// `out[i] = ` row `i` of a strip times `x`.
+    pub(crate) fn multiply(self, strip: Strip<'_>, x: &Activations, out: &mut [f32]) {
         // SAFETY: `self` proves that the processor has the features.
-        unsafe { grouped::multiply(rows, x, out) }
+        unsafe { product::multiply(strip, x, out) }
     }
 
     /// As [`scalar::hadamard`] from span 1 on.
@@ -65,18 +63,6 @@ impl Avx2 {
         }
         // SAFETY: `self` proves that the processor has the features.
         unsafe { compiled(self, task) }
-    }
-
-    /// As [`Avx2::grouped`], in natural order.
-    pub(crate) fn bitmap(self, rows: BitmapRows<'_>, x: &Activations, out: &mut [f32]) {
-        // SAFETY: as above.
-        unsafe { bitmap::multiply(rows, x, out) }
-    }
-
-    /// The (up to 64) rows of a strip times `x`, in natural order.
-    pub(crate) fn trellis(self, strip: TrellisStrip<'_>, x: &Activations, out: &mut [f32]) {
-        // SAFETY: as above.
-        unsafe { trellis::multiply(strip, x, out) }
     }
 }
 
@@ -199,49 +185,6 @@ fn twice(bytes: &[u8; 16]) -> __m256i {
     _mm256_broadcastsi128_si256(load_half(bytes))
 }
 
-/// A prime in every lane.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn prime(index: u8) -> __m256 {
-    let four = &PRIMES.0[usize::from(index)];
-    // SAFETY: the reference is to four floats; the load needs no alignment.
-    _mm256_broadcast_ps(&unsafe { _mm_loadu_ps(four.as_ptr()) })
-}
-
-/// A prime in each half.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn primes(indices: [u8; 2]) -> __m256 {
-    let [low, high] = indices.map(|index| &PRIMES.0[usize::from(index)]);
-    // SAFETY: the references are to four floats; the loads need no alignment.
-    let (low, high) = unsafe { (_mm_loadu_ps(low.as_ptr()), _mm_loadu_ps(high.as_ptr())) };
-    _mm256_set_m128(high, low)
-}
-
-/// Half a block of activations.
-#[derive(Clone, Copy)]
-struct Half<'a> {
-    high: &'a [u8; 32],
-    low: &'a [u8; 32],
-    offset: &'a [i32; 8],
-}
-
-impl<'a> Half<'a> {
-    /// The first half of a block, or the second.
-    #[inline]
-    fn of(block: &'a Block, second: bool) -> Self {
-        let high: &[[u8; 32]; 2] = bytemuck::cast_ref(&block.high);
-        let low: &[[u8; 32]; 2] = bytemuck::cast_ref(&block.low);
-        let offset: &[[i32; 8]; 2] = bytemuck::cast_ref(&block.offset);
-        let half = usize::from(second);
-        Self {
-            high: &high[half],
-            low: &low[half],
-            offset: &offset[half],
-        }
-    }
-}
-
 /// Sums of four products a lane, `sum((level + 128) * x)`, for 32 biased levels. Exact.
 #[inline]
 #[target_feature(enable = "avx2")]
@@ -254,14 +197,9 @@ fn dot(levels: __m256i, high: __m256i, low: __m256i) -> __m256i {
     )
 }
 
-/// The sum of all lanes.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn sum_of(lanes: __m256) -> f32 {
-    let four = _mm_add_ps(
-        _mm256_castps256_ps128(lanes),
-        _mm256_extractf128_ps::<1>(lanes),
-    );
-    let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+fn store(register: __m256i, bytes: &mut [u8; 32]) {
+    // SAFETY: the reference is to 32 bytes; the store needs no alignment.
+    unsafe { _mm256_storeu_si256(bytes.as_mut_ptr().cast(), register) }
 }

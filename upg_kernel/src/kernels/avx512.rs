@@ -1,29 +1,30 @@
 //! AVX-512 with VBMI, VBMI2 and VNNI (Ice Lake, Zen 4 and later).
 //!
 //! Weights become `level + 128` as unsigned bytes, activations are two planes of signed bytes
-//! ([`Activations`]), and one `vpdpbusd` a plane multiplies 64 pairs. Sums of four or eight products are exact;
+//! ([`Activations`]), and one `vpdpbusd` a plane multiplies 64 pairs. Sums of up to 64 products are exact;
 //! what the 128 adds is taken off again by the offsets that come with the activations.
 
-mod bitmap;
 mod decode;
-mod grouped;
+mod hadamard;
+mod levels;
 mod many;
+mod product;
 mod quantize;
-mod trellis;
 
-use super::activations::{Activations, Block, Order};
+use super::activations::{Activations, Block, GROUP};
 use super::lanes::Lanes;
-use super::views::{BitmapRows, GroupedRows, LevelsView, Rows, TrellisStrip};
+use super::views::{Codes, Primes, Strip};
 use super::{attention, scalar};
 use crate::prime_lut::PRIME_LUT;
-use bitmap::{expand_bytes, expand_nibbles};
+use crate::rotation::Rotation;
+pub use decode::Element;
 use half::{bf16, f16};
 pub(crate) use many::Panel;
 use std::arch::x86_64::*;
-use trellis::{Decoder, TILE};
+use std::ops::Range;
 
 /// The first 256 primes as 16-bit numbers, a register of them in each row.
-static PRIMES: Primes = Primes({
+static PRIMES: PrimeTable = PrimeTable({
     let mut rows = [[0; 32]; 8];
     let mut i = 0;
     while i < 256 {
@@ -34,10 +35,7 @@ static PRIMES: Primes = Primes({
 });
 
 #[repr(align(64))]
-struct Primes([[u16; 32]; 8]);
-
-/// Groups whose factors are computed at once.
-const CHUNK: usize = 32;
+struct PrimeTable([[u16; 32]; 8]);
 
 /// A value is the proof that this machine has the instructions.
 #[derive(Debug, Clone, Copy)]
@@ -56,16 +54,33 @@ impl Avx512 {
         has.then_some(Self(()))
     }
 
-    /// `out[i] = ` row `i` of `rows` times `x`, whose order is that of the codes.
-    pub(crate) fn grouped(self, rows: GroupedRows<'_>, x: &Activations, out: &mut [f32]) {
+    /// `out[i] = ` row `i` of a strip times `x`.
+    pub(crate) fn multiply(self, strip: Strip<'_>, x: &Activations, out: &mut [f32]) {
         // SAFETY: `self` proves that the processor has the features.
-        unsafe { grouped::grouped(rows, x, out) }
+        unsafe { product::multiply(strip, x, out) }
     }
 
-    /// As the reference decodes rows, to the bit.
-    pub(crate) fn decode(self, rows: Rows<'_>, cols: usize, out: &mut [f32]) {
-        // SAFETY: `self` proves that the processor has the features.
-        unsafe { decode::decode(rows, cols, out) }
+    /// `out [n, rows]`: the rows of a strip times every vector.
+    pub(crate) fn multiply_many(
+        self,
+        strip: Strip<'_>,
+        vectors: &[Activations],
+        panel: &mut Panel,
+        out: &mut [f32],
+    ) {
+        // SAFETY: as above.
+        unsafe { many::multiply(strip, vectors, panel, out) }
+    }
+
+    /// As [`super::Kernels::decode`].
+    pub(crate) fn decode<T: Element>(
+        self,
+        strip: Strip<'_>,
+        rotation: Option<&Rotation>,
+        out: &mut [T],
+    ) {
+        // SAFETY: as above.
+        unsafe { decode::decode(self, strip, rotation, out) }
     }
 
     /// [`bf16::from_f32`] of each, into as many.
@@ -91,55 +106,21 @@ impl Avx512 {
     }
 
     /// As [`super::activations::quantize`].
-    pub(crate) fn quantize(self, x: &[f32], order: Order, out: &mut Activations) {
+    pub(crate) fn quantize(self, x: &[f32], out: &mut Activations) {
         // SAFETY: `self` proves that the processor has the features.
-        unsafe { quantize::quantize(x, order, out) }
+        unsafe { quantize::quantize(x, out) }
     }
 
     /// As [`scalar::flip`].
     pub(crate) fn flip(self, x: &mut [f32], signs: &[u8]) {
         // SAFETY: `self` proves that the processor has the features.
-        unsafe { flip(x, signs) }
+        unsafe { hadamard::flip(x, signs) }
     }
 
     /// As [`scalar::hadamard`] from span 1 on.
     pub(crate) fn hadamard(self, x: &mut [f32]) {
         // SAFETY: `self` proves that the processor has the features.
-        unsafe { hadamard(x) }
-    }
-
-    /// As [`Avx512::grouped`], in natural order.
-    pub(crate) fn bitmap(self, rows: BitmapRows<'_>, x: &Activations, out: &mut [f32]) {
-        // SAFETY: as above.
-        unsafe { bitmap::bitmap(rows, x, out) }
-    }
-
-    /// `out [n, rows]`: up to 64 rows times every vector, all of them in natural order.
-    pub(crate) fn multiply_many(
-        self,
-        rows: Rows<'_>,
-        vectors: &[Activations],
-        panel: &mut Panel,
-        out: &mut [f32],
-    ) {
-        // SAFETY: as above.
-        unsafe { many::multiply(rows, vectors, panel, out) }
-    }
-
-    /// The (up to 64) rows of a strip times `x`, in natural order.
-    pub(crate) fn trellis(self, strip: TrellisStrip<'_>, x: &Activations, out: &mut [f32]) {
-        let is_wide = strip.level_table.len() > 128;
-        // SAFETY: as above.
-        unsafe {
-            match (strip.k, is_wide) {
-                (2, false) => trellis::trellis::<2, false>(strip, x, out),
-                (2, true) => trellis::trellis::<2, true>(strip, x, out),
-                (3, false) => trellis::trellis::<3, false>(strip, x, out),
-                (3, true) => trellis::trellis::<3, true>(strip, x, out),
-                (_, false) => trellis::trellis::<4, false>(strip, x, out),
-                (_, true) => trellis::trellis::<4, true>(strip, x, out),
-            }
-        }
+        unsafe { hadamard::hadamard(x) }
     }
 }
 
@@ -182,39 +163,6 @@ impl Lanes for Register {
     }
 }
 
-#[target_feature(enable = "avx512f")]
-fn flip(x: &mut [f32], signs: &[u8]) {
-    let (blocks, rest) = x.as_chunks_mut::<16>();
-    let (pairs, _) = signs.as_chunks::<2>();
-    for (block, signs) in blocks.iter_mut().zip(pairs) {
-        let bits = _mm512_castps_si512(load_f32(block));
-        let sign = _mm512_maskz_set1_epi32(u16::from_le_bytes(*signs), i32::MIN);
-        *block = to_array(_mm512_castsi512_ps(_mm512_xor_si512(bits, sign)));
-    }
-    scalar::flip(rest, &signs[2 * blocks.len()..]);
-}
-
-/// The unscaled Walsh-Hadamard transform, with the additions of the reference in its order.
-#[target_feature(enable = "avx512f")]
-fn hadamard(x: &mut [f32]) {
-    let (blocks, rest) = x.as_chunks_mut::<16>();
-    if blocks.is_empty() {
-        return scalar::hadamard(rest, 1);
-    }
-    for block in blocks {
-        let mut v = load_f32(block);
-        // Lanes whose bit is set are the second of their pair: they become first - second.
-        let pairs =
-            |v, other, second| _mm512_mask_sub_ps(_mm512_add_ps(v, other), second, other, v);
-        v = pairs(v, _mm512_permute_ps::<0b10_11_00_01>(v), 0xAAAA);
-        v = pairs(v, _mm512_permute_ps::<0b01_00_11_10>(v), 0xCCCC);
-        v = pairs(v, _mm512_shuffle_f32x4::<0b10_11_00_01>(v, v), 0xF0F0);
-        v = pairs(v, _mm512_shuffle_f32x4::<0b01_00_11_10>(v, v), 0xFF00);
-        *block = to_array(v);
-    }
-    scalar::hadamard(x, 16);
-}
-
 /// All 64 bytes.
 #[target_feature(enable = "avx512f")]
 fn load(bytes: &[u8; 64]) -> __m512i {
@@ -228,11 +176,6 @@ fn load_i8(bytes: &[i8; 64]) -> __m512i {
 }
 
 #[target_feature(enable = "avx512f")]
-fn load_i32(values: &[i32; 16]) -> __m512i {
-    load(bytemuck::cast_ref(values))
-}
-
-#[target_feature(enable = "avx512f")]
 fn load_u16(values: &[u16; 32]) -> __m512i {
     load(bytemuck::cast_ref(values))
 }
@@ -243,16 +186,9 @@ fn load_f32(values: &[f32; 16]) -> __m512 {
 }
 
 #[target_feature(enable = "avx512f")]
-fn store(out: &mut [i32; 16], values: __m512i) {
-    // SAFETY: 16 values are 64 bytes; the store needs no alignment.
-    unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), values) };
-}
-
-#[target_feature(enable = "avx512f")]
-fn to_bytes(values: __m512i) -> [u8; 64] {
-    let mut out = [0i32; 16];
-    store(&mut out, values);
-    bytemuck::cast(out)
+fn store(out: &mut [u8; 64], bytes: __m512i) {
+    // SAFETY: the reference is to 64 bytes; the store needs no alignment.
+    unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), bytes) };
 }
 
 /// Up to 64 bytes, zeros after them.
@@ -273,14 +209,11 @@ fn load_at(bytes: &[u8], at: usize) -> __m512i {
     }
 }
 
-/// 32 bytes at `at`; fewer, with zeros after them, where the slice ends.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn load_half_at(bytes: &[u8], at: usize) -> __m256i {
-    match bytes.get(at..).and_then(<[u8]>::first_chunk::<32>) {
-        // SAFETY: the reference is to 32 readable bytes; the load needs no alignment.
-        Some(bytes) => unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) },
-        None => _mm512_castsi512_si256(load_some(bytes.get(at..).unwrap_or_default())),
-    }
+/// All 32 bytes.
+#[target_feature(enable = "avx512f")]
+fn load_half(bytes: &[u8; 32]) -> __m256i {
+    // SAFETY: the reference is to 32 readable bytes; the load needs no alignment.
+    unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) }
 }
 
 /// Asks for the cache line `at` bytes after the start of `bytes`, which may lie past its end.
@@ -304,61 +237,31 @@ fn codebook_register(codebook: &[i8; 16]) -> __m512i {
     biased(load(&bytes))
 }
 
-/// Sums of four products a lane, `sum(level * x)`, for 64 levels in each of `N` rows. Exact.
-#[target_feature(enable = "avx512f,avx512vnni")]
-fn dot<const N: usize>(biased_levels: [__m512i; N], x: &Block) -> [__m512i; N] {
-    let (x_high, x_low) = (load_i8(&x.high), load_i8(&x.low));
-    let offset = load_i32(&x.offset);
-    let mut products = [offset; N];
-    // Loops, here and below: the compiler does not always put the body of a closure that it hands to
-    // `map` or `from_fn` in its place, because those are compiled for any processor.
-    for i in 0..N {
-        let high = _mm512_dpbusd_epi32(_mm512_setzero_si512(), biased_levels[i], x_high);
-        let low = _mm512_dpbusd_epi32(offset, biased_levels[i], x_low);
-        products[i] = _mm512_add_epi32(_mm512_slli_epi32::<7>(high), low);
-    }
-    products
-}
-
-/// [`dot`] of levels.
-#[target_feature(enable = "avx512f,avx512vnni")]
-fn dot_bytes<const N: usize>(mut levels: [__m512i; N], x: &Block) -> [__m512i; N] {
-    for levels in &mut levels {
-        *levels = biased(*levels);
-    }
-    dot(levels, x)
-}
-
-/// [`dot`] of 128 codes, those in the low halves with the first block and those in the high halves with
-/// the second. Eight products a lane: at most 8 * 128 * 8,127, which is below 2^23.
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn dot_nibbles<const N: usize>(
-    codes: [__m512i; N],
-    table: __m512i,
-    x: [&Block; 2],
-) -> [__m512i; N] {
-    let x_high = [load_i8(&x[0].high), load_i8(&x[1].high)];
-    let x_low = [load_i8(&x[0].low), load_i8(&x[1].low)];
-    let offset = _mm512_add_epi32(load_i32(&x[0].offset), load_i32(&x[1].offset));
-    let low_half = _mm512_set1_epi8(15);
-    let mut products = [offset; N];
-    for i in 0..N {
-        let first = _mm512_shuffle_epi8(table, _mm512_and_si512(codes[i], low_half));
-        let second = _mm512_and_si512(_mm512_srli_epi16::<4>(codes[i]), low_half);
-        let second = _mm512_shuffle_epi8(table, second);
-        let high = _mm512_dpbusd_epi32(_mm512_setzero_si512(), first, x_high[0]);
-        let high = _mm512_dpbusd_epi32(high, second, x_high[1]);
-        let low = _mm512_dpbusd_epi32(offset, first, x_low[0]);
-        let low = _mm512_dpbusd_epi32(low, second, x_low[1]);
-        products[i] = _mm512_add_epi32(_mm512_slli_epi32::<7>(high), low);
-    }
-    products
-}
-
-/// The primes of the first 32 indices, as 16-bit numbers; that of index 0 where there are fewer.
+/// The primes of 64 indices.
+#[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn primes_of(indices: &[u8]) -> __m512i {
-    let indices = _mm512_cvtepu8_epi16(load_half_at(indices, 0));
+fn primes_of(indices: &[u8; 64]) -> [__m512; 4] {
+    let [low, high] = bytemuck::cast_ref::<_, [[u8; 32]; 2]>(indices);
+    let (low, high) = (primes_of_half(low), primes_of_half(high));
+    [
+        to_floats(_mm512_castsi512_si256(low)),
+        to_floats(_mm512_extracti64x4_epi64::<1>(low)),
+        to_floats(_mm512_castsi512_si256(high)),
+        to_floats(_mm512_extracti64x4_epi64::<1>(high)),
+    ]
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn to_floats(values: __m256i) -> __m512 {
+    _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(values))
+}
+
+/// The primes of 32 indices, as 16-bit numbers.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn primes_of_half(indices: &[u8; 32]) -> __m512i {
+    let indices = _mm512_cvtepu8_epi16(load_half(indices));
     // Four tables of 64 entries each; bits 6 and 7 of an index say which.
     let bit6 = _mm512_test_epi16_mask(indices, _mm512_set1_epi16(64));
     let bit7 = _mm512_test_epi16_mask(indices, _mm512_set1_epi16(128));
@@ -372,56 +275,10 @@ fn primes_of(indices: &[u8]) -> __m512i {
     _mm512_mask_blend_epi16(bit7, halves[0], halves[1])
 }
 
-/// What the sums of each of 32 groups are multiplied with: prime times scale of the activations.
-/// The four entries more are there for loads of four at any of them.
-type Factors = [f32; CHUNK + 4];
-
-/// Factors of 32 groups from number `first` on, whose indices come first; those past the last column are 0.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn factors(indices: &[u8], first: usize, group: usize, scales: &[f32], out: &mut Factors) {
-    let primes = primes_of(indices);
-    let low = _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(primes)));
-    let high = _mm512_extracti64x4_epi64::<1>(primes);
-    let high = _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(high));
-    let scales = match group {
-        64 => [scales_at(scales, first), scales_at(scales, first + 16)],
-        _ => {
-            // Two groups of 32 share a scale.
-            let pairs = scales_at(scales, first / 2);
-            let half = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
-            let other = _mm512_add_epi32(half, _mm512_set1_epi32(8));
-            [
-                _mm512_permutexvar_ps(half, pairs),
-                _mm512_permutexvar_ps(other, pairs),
-            ]
-        }
-    };
-    out[..16].copy_from_slice(&to_array(_mm512_mul_ps(low, scales[0])));
-    out[16..32].copy_from_slice(&to_array(_mm512_mul_ps(high, scales[1])));
-}
-
-/// 16 scales; zeros where there are none.
-#[target_feature(enable = "avx512f")]
-fn scales_at(scales: &[f32], at: usize) -> __m512 {
-    match scales.get(at..).and_then(<[f32]>::first_chunk) {
-        Some(scales) => load_f32(scales),
-        None => _mm512_setzero_ps(),
-    }
-}
-
 #[target_feature(enable = "avx512f")]
 fn to_array(values: __m512) -> [f32; 16] {
     let mut out = [0.0; 16];
     // SAFETY: 16 floats are 64 bytes; the store needs no alignment.
     unsafe { _mm512_storeu_ps(out.as_mut_ptr(), values) };
     out
-}
-
-/// The factor of each lane, four entries from `at` on spread as `spread` says.
-#[target_feature(enable = "avx512f")]
-fn spread(factors: &Factors, at: usize, spread: __m512i) -> __m512 {
-    let four: &[f32] = &factors[at..at + 4];
-    // SAFETY: the slice has four floats; the load needs no alignment.
-    let four = unsafe { _mm_loadu_ps(four.as_ptr()) };
-    _mm512_permutexvar_ps(spread, _mm512_castps128_ps512(four))
 }

@@ -1,7 +1,7 @@
 //! Plain loops of the reference, compiled for the instructions of each set of kernels: the same results to the
 //! bit, more of them at a time.
 
-use super::activations::{self, Activations, Order};
+use super::activations::{self, Activations};
 use super::scalar;
 
 /// Methods that call plain loops which are always put in their place, from functions with these features.
@@ -32,5 +32,5 @@ compiled!(super::avx2::Avx2, "avx2", [
     scalar::scale => scale(x: &mut [f32], factor: f32);
     scalar::rms_norm => rms_norm(x: &mut [f32], gain: &[f32], eps: f32);
     scalar::gated_silu => gated_silu(gate: &[f32], up: &[f32], out: &mut [f32]);
-    activations::quantize => quantize(x: &[f32], order: Order, out: &mut Activations);
+    activations::quantize => quantize(x: &[f32], out: &mut Activations);
 ]);

@@ -1,11 +1,12 @@
 //! Every kernel of this machine against sums in f64 over the weights that the reference decodes.
 
-use super::activations::{Activations, Order};
+use super::activations::Activations;
 use super::*;
 use crate::array::Array;
 use crate::matrix::{
-    BitmapArrays, BitmapMatrix, GroupedMatrix, Levels, StoredMatrix, TILE_ROWS, TrellisMatrix,
-    TrellisParts, trellis::strip_bytes,
+    BitmapArrays, BitmapMatrix, GroupedMatrix, Levels, StoredMatrix, TrellisMatrix, TrellisParts,
+    strips::{self, STRIP_ROWS},
+    trellis::strip_bytes,
 };
 use crate::rotation::Rotation;
 use crate::test_data::{noise, signed};
@@ -35,44 +36,51 @@ fn scales(rows: usize) -> Array<f32> {
 }
 
 fn grouped(rows: usize, cols: usize, group: usize, nibbles: bool) -> GroupedMatrix {
-    let groups = cols.div_ceil(group);
+    let groups = strips::count(rows) * cols.div_ceil(group);
+    let weights = groups * group * STRIP_ROWS;
     let levels = match nibbles {
-        false => Levels::Bytes(signed(noise(rows * groups * group, 1))),
+        false => Levels::Bytes(signed(noise(weights, 1))),
         true => Levels::Nibbles {
-            codes: noise(rows * groups * group / 2, 2).into(),
+            codes: noise(weights / 2, 2).into(),
             codebook: signed(noise(16, 3)),
         },
     };
-    let primes = noise(rows * groups, 4).into();
+    let primes = noise(groups * STRIP_ROWS, 4).into();
     GroupedMatrix::new(rows, cols, group, levels, primes, scales(rows)).unwrap()
 }
 
-/// Bits of every density: empty groups, full ones, and all between.
+/// Words of every density: empty ones, full ones, and all between.
 fn bitmap(rows: usize, cols: usize, nibbles: bool) -> BitmapMatrix {
-    let groups = cols.div_ceil(64);
+    let groups = strips::count(rows) * cols.div_ceil(64);
     let (mut bits, mut pointers, mut stored) = (Vec::new(), vec![0u32], 0);
-    let random = noise(rows * groups * 16, 5);
-    for row in 0..rows {
-        for group in 0..groups {
-            let at = (row * groups + group) * 16;
-            let word = |at: usize| u64::from_le_bytes(random[at..at + 8].try_into().unwrap());
-            let dense = match (row + group) % 4 {
-                0 => 0,
-                1 => u64::MAX,
-                2 => word(at),
-                _ => word(at) & word(at + 8),
-            };
-            let columns = (cols - group * 64).min(64);
-            let dense = if columns < 64 {
-                dense & ((1 << columns) - 1)
-            } else {
-                dense
-            };
-            bits.extend(dense.to_le_bytes());
-            let n = dense.count_ones() as usize;
-            stored += if nibbles { n.div_ceil(2) } else { n };
+    let words = groups * 64;
+    let random = noise(words * 16, 5);
+    for (i, random) in random.as_chunks().0.iter().enumerate() {
+        let random = u128::from_le_bytes(*random);
+        let (a, b) = (random as u64, (random >> 64) as u64);
+        // Each kind is met in every quarter of a tile.
+        let dense = match (i + i / 4) % 4 {
+            0 => 0,
+            1 => u64::MAX,
+            2 => a,
+            _ => a & b,
+        };
+        let strip = i / (cols.div_ceil(64) * 64);
+        let in_strip = i % (cols.div_ceil(64) * 64);
+        let mut word = 0;
+        for bit in 0..64 {
+            let row = strip * STRIP_ROWS + in_strip % 4 * 16 + bit / 4;
+            let col = in_strip / 4 * 4 + bit % 4;
+            if row < rows && col < cols {
+                word |= dense & 1 << bit;
+            }
         }
-        pointers.push(stored as u32);
+        bits.extend(word.to_le_bytes());
+        let n = word.count_ones() as usize;
+        stored += if nibbles { n.div_ceil(2) } else { n };
+        if (i + 1) % (cols.div_ceil(64) * 64) == 0 {
+            pointers.push(stored as u32);
+        }
     }
     let levels = match nibbles {
         false => Levels::Bytes(signed(noise(stored, 6))),
@@ -84,8 +92,8 @@ fn bitmap(rows: usize, cols: usize, nibbles: bool) -> BitmapMatrix {
     let arrays = BitmapArrays {
         bitmap: bits.into(),
         levels,
-        row_pointers: pointers.into(),
-        prime_indices: noise(rows * groups, 9).into(),
+        strip_pointers: pointers.into(),
+        prime_indices: noise(groups * STRIP_ROWS, 9).into(),
         scales: scales(rows),
     };
     BitmapMatrix::new(rows, cols, arrays).unwrap()
@@ -122,11 +130,10 @@ fn activations(cols: usize) -> Vec<f32> {
     random.iter().enumerate().map(value).collect()
 }
 
-/// What the quantized activations stand for, in natural order.
-fn dequantized(x: &Activations, order: Order, cols: usize) -> Vec<f64> {
+/// What the quantized activations stand for.
+fn dequantized(x: &Activations, cols: usize) -> Vec<f64> {
     let value = |column: usize| {
-        let slot = order.slot(column);
-        let (block, i) = (&x.blocks[slot / 64], slot % 64);
+        let (block, i) = (&x.blocks[column / 64], column % 64);
         let value = 128 * i32::from(block.high[i]) + i32::from(block.low[i]);
         f64::from(value) * f64::from(x.scales[column / 64])
     };
@@ -136,18 +143,15 @@ fn dequantized(x: &Activations, order: Order, cols: usize) -> Vec<f64> {
 fn check(kernels: Kernels, matrix: &dyn StoredMatrix, what: &str) {
     check_decode(kernels, matrix, what);
     let (rows, cols) = (matrix.rows(), matrix.cols());
-    let order = matrix.order().unwrap();
-    let x = Activations::new(&activations(cols), order);
-    let exact = dequantized(&x, order, cols);
+    let x = Activations::new(&activations(cols));
+    let exact = dequantized(&x, cols);
     let mut weights = vec![0.0; rows * cols];
     matrix.decode_rows(0, &mut weights);
-    for first in (0..rows).step_by(TILE_ROWS) {
-        let n = TILE_ROWS.min(rows - first);
-        let mut out = vec![f32::NAN; n];
-        let view = matrix.rows_view(first, n).unwrap();
-        kernels.multiply(view, &x, &mut out);
-        let what = format!("{} {what} [{rows}, {cols}] from {first}", kernels.name());
-        compare(&weights[first * cols..], &exact, &out, &what);
+    for (strip, weights) in weights.chunks(STRIP_ROWS * cols).enumerate() {
+        let mut out = vec![f32::NAN; weights.len() / cols];
+        kernels.multiply(matrix.strip(strip).unwrap(), &x, &mut out);
+        let what = format!("{} {what} [{rows}, {cols}], {strip}", kernels.name());
+        compare(weights, &exact, &out, &what);
     }
 }
 
@@ -171,21 +175,19 @@ fn compare(weights: &[f32], x: &[f64], out: &[f32], what: &str) {
 fn check_many(kernels: Kernels, matrix: &dyn StoredMatrix, n: usize, what: &str) {
     let (rows, cols) = (matrix.rows(), matrix.cols());
     let x = activations(cols + n);
-    let vectors: Vec<_> = (0..n)
-        .map(|i| Activations::new(&x[i..i + cols], Order::Natural))
-        .collect();
+    let vectors: Vec<_> = (0..n).map(|i| Activations::new(&x[i..i + cols])).collect();
     let mut weights = vec![0.0; rows * cols];
     matrix.decode_rows(0, &mut weights);
     let mut panel = Panel::default();
-    for first in (0..rows).step_by(TILE_ROWS) {
-        let count = TILE_ROWS.min(rows - first);
+    for (strip, weights) in weights.chunks(STRIP_ROWS * cols).enumerate() {
+        let count = weights.len() / cols;
         let mut out = vec![f32::NAN; n * count];
-        let view = matrix.rows_view(first, count).unwrap();
+        let view = matrix.strip(strip).unwrap();
         kernels.multiply_many(view, &vectors, &mut panel, &mut out);
         for (i, out) in out.chunks_exact(count).enumerate() {
-            let exact = dequantized(&vectors[i], Order::Natural, cols);
+            let exact = dequantized(&vectors[i], cols);
             let what = format!("{} {what} [{rows}, {cols}] x {i} of {n}", kernels.name());
-            compare(&weights[first * cols..], &exact, out, &what);
+            compare(weights, &exact, out, &what);
         }
     }
 }
@@ -222,20 +224,44 @@ fn every_kernel_multiplies_many_vectors_as_the_reference_does() {
     }
 }
 
-/// [`Kernels::decode`] against [`StoredMatrix::decode_rows`].
+/// [`Kernels::decode`] against [`StoredMatrix::decode_rows`], turned back and not, in every type.
 fn check_decode(kernels: Kernels, matrix: &dyn StoredMatrix, what: &str) {
     let (rows, cols) = (matrix.rows(), matrix.cols());
-    let mut expected = vec![0.0; rows * cols];
-    matrix.decode_rows(0, &mut expected);
-    for (tile, expected) in expected.chunks(TILE_ROWS * cols).enumerate() {
-        let view = matrix.rows_view(tile * TILE_ROWS, expected.len() / cols);
-        let mut out = vec![f32::NAN; expected.len()];
-        let is_done = kernels.decode(view.unwrap(), cols, &mut out);
+    let signs = noise(cols.div_ceil(8), 15).into();
+    let rotation = Rotation::new(cols, 1 << cols.ilog2(), signs).unwrap();
+    for rotation in [None, Some(&rotation)] {
+        let mut expected = vec![0.0; rows * cols];
+        matrix.decode_rows(0, &mut expected);
+        if let Some(rotation) = rotation {
+            let rows = expected.chunks_mut(cols);
+            rows.for_each(|row| rotation.invert(row));
+        }
+        let what = format!("{what} [{rows}, {cols}]");
+        check_decode_to::<f32>(kernels, matrix, rotation, &expected, &what);
+        check_decode_to::<f16>(kernels, matrix, rotation, &expected, &what);
+        check_decode_to::<bf16>(kernels, matrix, rotation, &expected, &what);
+    }
+}
+
+fn check_decode_to<T: Float + PartialEq>(
+    kernels: Kernels,
+    matrix: &dyn StoredMatrix,
+    rotation: Option<&Rotation>,
+    weights: &[f32],
+    what: &str,
+) {
+    let cols = matrix.cols();
+    for (strip, weights) in weights.chunks(STRIP_ROWS * cols).enumerate() {
+        let mut expected = vec![T::default(); weights.len()];
+        T::round(Kernels::scalar(), weights, &mut expected);
+        let mut out = vec![T::default(); weights.len()];
+        let is_done = kernels.decode(matrix.strip(strip).unwrap(), rotation, &mut out);
         assert_eq!(is_done, kernels.name() == "avx512");
-        let name = kernels.name();
+        let dtype = std::any::type_name::<T>();
         assert!(
             !is_done || out == expected,
-            "{name} {what} [{rows}, {cols}]"
+            "{} {what} {dtype}",
+            kernels.name()
         );
     }
 }
@@ -303,18 +329,18 @@ fn extreme_values_are_exact() {
     let cols = 128;
     for kernels in integer_kernels() {
         for (level, activation) in [(-128, 1.0), (-128, -1.0), (127, 1.0), (127, -1.0)] {
-            let bytes = Levels::Bytes(vec![level; cols].into());
+            let bytes = Levels::Bytes(vec![level; 64 * cols].into());
             let nibbles = Levels::Nibbles {
-                codes: vec![0; cols / 2].into(),
+                codes: vec![0; 32 * cols].into(),
                 codebook: vec![level; 16].into(),
             };
             for levels in [bytes, nibbles] {
-                let m =
-                    GroupedMatrix::new(1, cols, 64, levels, vec![0; 2].into(), vec![0.5].into());
+                let primes = vec![0; 128].into();
+                let m = GroupedMatrix::new(1, cols, 64, levels, primes, vec![0.5].into());
                 let m = m.unwrap();
-                let x = Activations::new(&vec![activation; cols], m.order().unwrap());
+                let x = Activations::new(&vec![activation; cols]);
                 let mut out = [0.0];
-                kernels.multiply(m.rows_view(0, 1).unwrap(), &x, &mut out);
+                kernels.multiply(m.strip(0).unwrap(), &x, &mut out);
                 let expected = f32::from(level) * activation * cols as f32;
                 assert!(
                     (out[0] - expected).abs() <= 1e-6 * expected.abs(),
@@ -331,19 +357,17 @@ fn every_kernel_rounds_activations_as_the_reference_does() {
     (wild[3], wild[70], wild[299]) = (f32::NAN, f32::INFINITY, f32::NEG_INFINITY);
     let tiny = vec![1e-44; 65];
     for kernels in Kernels::available() {
-        for order in [Order::Natural, Order::Nibbles(32), Order::Nibbles(64)] {
-            // One buffer for all: nothing of a longer vector may be left.
-            let mut found = Activations::default();
-            let sizes = COLS.into_iter().rev().map(activations);
-            for x in sizes.chain([wild.clone(), tiny.clone()]) {
-                let expected = Activations::new(&x, order);
-                kernels.quantize(&x, order, &mut found);
-                let what = format!("{} {order:?} {}", kernels.name(), x.len());
-                assert_eq!(found.blocks, expected.blocks, "{what}");
-                assert_eq!(found.offsets, expected.offsets, "{what}");
-                let bits = |scales: &[f32]| scales.iter().map(|s| s.to_bits()).collect::<Vec<_>>();
-                assert_eq!(bits(&found.scales), bits(&expected.scales), "{what}");
-            }
+        // One buffer for all: nothing of a longer vector may be left.
+        let mut found = Activations::default();
+        let sizes = COLS.into_iter().rev().map(activations);
+        for x in sizes.chain([wild.clone(), tiny.clone()]) {
+            let expected = Activations::new(&x);
+            kernels.quantize(&x, &mut found);
+            let what = format!("{} {}", kernels.name(), x.len());
+            assert_eq!(found.blocks, expected.blocks, "{what}");
+            assert_eq!(found.offsets, expected.offsets, "{what}");
+            let bits = |scales: &[f32]| scales.iter().map(|s| s.to_bits()).collect::<Vec<_>>();
+            assert_eq!(bits(&found.scales), bits(&expected.scales), "{what}");
         }
     }
 }
@@ -357,7 +381,13 @@ fn rotations_are_the_same_to_the_bit_with_every_kernel() {
         (16, 16),
         (33, 32),
         (70, 64),
+        (200, 128),
+        (256, 256),
         (576, 512),
+        (1030, 1024),
+        (2048, 2048),
+        (5120, 4096),
+        (8200, 8192),
     ] {
         let signs = noise(cols.div_ceil(8), 15);
         let rotation = Rotation::new(cols, size, signs.into()).unwrap();

@@ -1,68 +1,72 @@
 //! What a kernel sees of a matrix: slices whose lengths the matrix has checked.
 #![forbid(unsafe_code)]
 
-/// What the bytes of codes are.
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum LevelsView<'a> {
-    /// The levels themselves.
-    Bytes,
-    /// Two codes a byte into this codebook.
-    Nibbles(&'a [i8; 16]),
-}
+use crate::prime_lut::PRIME_LUT;
 
-/// Some rows of a matrix.
+/// A strip of a packed matrix: 64 rows, or those that are left, in tiles of 4 columns
+/// ([`crate::matrix::strips`]).
 #[derive(Debug, Clone, Copy)]
-pub(crate) enum Rows<'a> {
-    Grouped(GroupedRows<'a>),
-    Bitmap(BitmapRows<'a>),
-    /// All rows of a strip.
-    Trellis(TrellisStrip<'a>),
-}
-
-/// Rows of a `q8` or `q4` matrix.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct GroupedRows<'a> {
-    pub levels: LevelsView<'a>,
-    /// `[rows, row_bytes]`.
-    pub codes: &'a [u8],
-    pub row_bytes: usize,
-    /// `[rows, groups]`.
-    pub prime_indices: &'a [u8],
-    pub groups: usize,
-    /// Columns that share a prime index, 32 or 64.
-    pub group: usize,
-    /// `[rows]`.
-    pub scales: &'a [f32],
-}
-
-/// Rows of an `s8` or `s4` matrix.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct BitmapRows<'a> {
-    pub levels: LevelsView<'a>,
-    /// `[rows, groups]`, one bit a column.
-    pub bitmap: &'a [[u8; 8]],
-    /// Of all rows of the matrix.
-    pub codes: &'a [u8],
-    /// `[rows + 1]`.
-    pub row_pointers: &'a [u32],
-    /// `[rows, groups]`.
-    pub prime_indices: &'a [u8],
-    pub groups: usize,
-    /// `[rows]`.
-    pub scales: &'a [f32],
-}
-
-/// A strip of a `t2`, `t3` or `t4` matrix.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct TrellisStrip<'a> {
-    pub k: u8,
+pub(crate) struct Strip<'a> {
+    pub codes: Codes<'a>,
     pub cols: usize,
-    /// The stream.
-    pub codes: &'a [u8],
-    pub shift_table: &'a [u8; 64],
-    /// 128 or 256 entries.
-    pub level_table: &'a [i8],
-    /// One for each row that the strip really has, as the next.
-    pub prime_indices: &'a [u8],
+    pub primes: Primes<'a>,
+    /// One for each row that the strip really has.
     pub scales: &'a [f32],
+}
+
+impl Strip<'_> {
+    /// The rows of a product, given their sums without what all of a row is multiplied with.
+    pub(super) fn put_rows(&self, sums: &[f32; 64], out: &mut [f32]) {
+        let sums = sums.iter().zip(self.scales);
+        match self.primes {
+            Primes::Rows(indices) => {
+                for ((out, (sum, scale)), index) in out.iter_mut().zip(sums).zip(indices) {
+                    *out = scale * (PRIME_LUT[usize::from(*index)] as f32 * sum);
+                }
+            }
+            Primes::Groups { .. } => {
+                for (out, (sum, scale)) in out.iter_mut().zip(sums) {
+                    *out = scale * sum;
+                }
+            }
+        }
+    }
+}
+
+/// What stands for the levels of a strip.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Codes<'a> {
+    /// A level for each weight, whole groups of columns.
+    Bytes(&'a [u8]),
+    /// Two codes a byte into this codebook, whole groups of columns.
+    Nibbles(&'a [u8], &'a [i8; 16]),
+    /// Codes of those weights only whose bit is set.
+    Kept {
+        /// Sixteen rows of a tile each, whole groups of 64 columns.
+        bitmap: &'a [[u8; 8]],
+        /// From the first of this strip to the end of the matrix.
+        codes: &'a [u8],
+        /// `None`: the levels themselves.
+        codebook: Option<&'a [i8; 16]>,
+    },
+    /// A stream of `k` bits a weight.
+    Trellis {
+        k: u8,
+        stream: &'a [u8],
+        shift_table: &'a [u8; 64],
+        /// 128 or 256 entries.
+        level_table: &'a [i8],
+    },
+}
+
+/// The prime indices of a strip.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Primes<'a> {
+    /// One for each row that the strip really has.
+    Rows(&'a [u8]),
+    /// One for each row of each group of so many columns, 32 or 64.
+    Groups {
+        indices: &'a [[u8; 64]],
+        cols: usize,
+    },
 }

@@ -1,23 +1,29 @@
 //! `s8` and `s4`: one bit a weight says kept or zero; levels are stored for the kept ones only.
 #![forbid(unsafe_code)]
 
+use super::strips::{self, STRIP_ROWS, TILE_COLS, TILE_WEIGHTS};
 use super::{Levels, StoredMatrix, checked_scales, weight};
 use crate::array::Array;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::rules;
-use crate::kernels::activations::Order;
-use crate::kernels::views::{BitmapRows, Rows};
+use crate::kernels::views::{Codes, Primes, Strip};
 use crate::prime_lut::PRIME_LUT;
 
-/// How many columns share a prime index and a run of codes.
+/// How many columns share a prime index.
 pub const BITMAP_GROUP: usize = 64;
 
-const BITMAP_BYTES: usize = BITMAP_GROUP / 8;
+/// Weights that share a word of the bitmap: sixteen rows of a tile.
+pub const WORD: usize = 64;
+
+const WORD_BYTES: usize = WORD / 8;
+
+const WORDS_PER_TILE: usize = TILE_WEIGHTS / WORD;
 
 /// A matrix `[rows, cols]` whose zeros are kept exactly.
 ///
-/// The codes of a row follow each other, group by group in column order. A group of `n` kept weights
-/// takes `n` bytes (`s8`), or `ceil(n / 2)` (`s4`: low half first, every group starts on a byte).
+/// In [`strips`], whose columns are padded to a whole number of groups. The codes of a strip follow each other in
+/// the order of [`strips::position`], word by word of the bitmap. A word with `n` kept weights takes `n` bytes
+/// (`s8`), or `ceil(n / 2)` (`s4`: low half first, every word starts on a byte).
 #[derive(Debug, Clone)]
 pub struct BitmapMatrix {
     rows: usize,
@@ -25,16 +31,17 @@ pub struct BitmapMatrix {
     arrays: BitmapArrays,
 }
 
-/// The arrays of a [`BitmapMatrix`], as they stand in a file.
+/// The arrays of a [`BitmapMatrix`], as they stand in a file: with `S = ceil(rows / 64)` and
+/// `G = ceil(cols / 64)`
 #[derive(Debug, Clone)]
 pub struct BitmapArrays {
-    /// `[rows, ceil(cols / 64), 8]`, least significant bit first; 1 means kept.
+    /// `[S, 512 * G]`: the bit of each weight at its [`strips::position`], least significant bit first; 1 means kept.
     pub bitmap: Array<u8>,
     /// Levels or codes of the kept weights.
     pub levels: Levels,
-    /// `[rows + 1]`, in bytes of the codes.
-    pub row_pointers: Array<u32>,
-    /// `[rows, ceil(cols / 64)]` indices into the first 256 primes.
+    /// `[S + 1]`, in bytes of the codes.
+    pub strip_pointers: Array<u32>,
+    /// `[S, G, 64]` indices into the first 256 primes.
     pub prime_indices: Array<u8>,
     /// `[rows]`.
     pub scales: Array<f32>,
@@ -43,12 +50,15 @@ pub struct BitmapArrays {
 impl BitmapMatrix {
     /// Checks all lengths and counts every bit once, so that nothing has to be checked later.
     ///
-    /// Errors: `Shape` for a wrong length; `Invalid` for row pointers that are not ascending or do
-    /// not match the bits, for bits past the last column, and for scales that are not finite.
+    /// Errors: `Shape` for a wrong length; `Invalid` for strip pointers that are not ascending or do
+    /// not match the bits, for bits past the last row or column, and for scales that are not finite; `TooLarge`
+    /// if sizes overflow.
     pub fn new(rows: usize, cols: usize, arrays: BitmapArrays) -> Result<Self> {
-        let groups = cols.div_ceil(BITMAP_GROUP);
-        rules::length("bitmap", arrays.bitmap.len(), &[rows, groups, BITMAP_BYTES])?;
-        rules::length("prime_indices", arrays.prime_indices.len(), &[rows, groups])?;
+        let (strips, groups) = (strips::count(rows), cols.div_ceil(BITMAP_GROUP));
+        let bytes = strips::padded_weights(cols, BITMAP_GROUP)? / 8;
+        rules::length("bitmap", arrays.bitmap.len(), &[strips, bytes])?;
+        let per_strip = [strips, groups, STRIP_ROWS];
+        rules::length("prime_indices", arrays.prime_indices.len(), &per_strip)?;
         checked_scales(&arrays.scales, rows)?;
         let stored = match &arrays.levels {
             Levels::Bytes(values) => values.len(),
@@ -57,30 +67,33 @@ impl BitmapMatrix {
                 codes.len()
             }
         };
-        rules::row_pointers(&arrays.row_pointers, rows, stored)?;
+        rules::pointers(&arrays.strip_pointers, "strip", strips, stored)?;
         let matrix = Self { rows, cols, arrays };
-        (0..rows).try_for_each(|row| matrix.check_bits(row))?;
+        (0..strips).try_for_each(|strip| matrix.check_bits(strip))?;
         Ok(matrix)
     }
 
-    fn check_bits(&self, row: usize) -> Result<()> {
+    fn check_bits(&self, strip: usize) -> Result<()> {
         let invalid = |message| Err(Error::new(ErrorKind::Invalid, message).rule(rules::BITMAP));
+        let rows = strips::rows(strip, self.rows).len();
         let mut bytes = 0;
-        for (g, bits) in self.words(row).enumerate() {
-            let columns = (self.cols - g * BITMAP_GROUP).min(BITMAP_GROUP);
-            if columns < BITMAP_GROUP && bits >> columns != 0 {
-                return invalid(format!("row {row} keeps weights past column {}", self.cols));
+        for (i, bits) in self.words(strip).enumerate() {
+            let (tile, row) = (i / WORDS_PER_TILE, i % WORDS_PER_TILE * WORD / TILE_COLS);
+            let cols = self.cols.saturating_sub(tile * TILE_COLS).min(TILE_COLS);
+            let allowed = rows.saturating_sub(row).min(WORD / TILE_COLS);
+            if bits & !first_bits(allowed, cols) != 0 {
+                return invalid(format!(
+                    "strip {strip} keeps weights past row {} or column {}",
+                    self.rows, self.cols
+                ));
             }
             bytes += self.code_bytes(bits);
         }
-        let (start, end) = (
-            self.arrays.row_pointers[row],
-            self.arrays.row_pointers[row + 1],
-        );
-        if bytes != (end - start) as usize {
+        let pointers = &self.arrays.strip_pointers;
+        let given = pointers[strip + 1] - pointers[strip];
+        if bytes != given as usize {
             return invalid(format!(
-                "the bits of row {row} ask for {bytes} bytes of codes, its row pointers give {}",
-                end - start
+                "the bits of strip {strip} ask for {bytes} bytes of codes, its pointers give {given}"
             ));
         }
         Ok(())
@@ -91,13 +104,14 @@ impl BitmapMatrix {
         &self.arrays
     }
 
-    fn words(&self, row: usize) -> impl Iterator<Item = u64> {
-        let row_bytes = self.cols.div_ceil(BITMAP_GROUP) * BITMAP_BYTES;
-        self.arrays.bitmap[row * row_bytes..(row + 1) * row_bytes]
-            .as_chunks::<BITMAP_BYTES>()
-            .0
-            .iter()
-            .map(|bytes| u64::from_le_bytes(*bytes))
+    fn strip_words(&self) -> usize {
+        self.cols.div_ceil(BITMAP_GROUP) * BITMAP_GROUP * STRIP_ROWS / WORD
+    }
+
+    fn words(&self, strip: usize) -> impl Iterator<Item = u64> {
+        let n = self.strip_words();
+        let words = &self.arrays.bitmap.as_chunks::<WORD_BYTES>().0[strip * n..(strip + 1) * n];
+        words.iter().map(|bytes| u64::from_le_bytes(*bytes))
     }
 
     fn code_bytes(&self, bits: u64) -> usize {
@@ -108,7 +122,7 @@ impl BitmapMatrix {
         }
     }
 
-    /// The level of the `i`-th kept weight of the group whose codes start at byte `start`.
+    /// The level of the `i`-th kept weight of the word whose codes start at byte `start`.
     fn level(&self, start: usize, i: usize) -> i8 {
         match &self.arrays.levels {
             Levels::Bytes(values) => values[start + i],
@@ -117,6 +131,51 @@ impl BitmapMatrix {
             }
         }
     }
+
+    /// Decodes some rows of a strip, the first of which is number `first` of the strip.
+    fn decode_in_strip(&self, strip: usize, first: usize, out: &mut [f32]) {
+        let groups = self.cols.div_ceil(BITMAP_GROUP);
+        let (primes, _) = self.arrays.prime_indices.as_chunks::<STRIP_ROWS>();
+        let mut start = self.arrays.strip_pointers[strip] as usize;
+        for (i, bits) in self.words(strip).enumerate() {
+            let tile = i / WORDS_PER_TILE;
+            for in_word in 0..WORD / TILE_COLS {
+                let in_strip = i % WORDS_PER_TILE * (WORD / TILE_COLS) + in_word;
+                let Some(row) = in_strip.checked_sub(first) else {
+                    continue;
+                };
+                let Some(out) = out.get_mut(row * self.cols..(row + 1) * self.cols) else {
+                    break;
+                };
+                let scale = self.arrays.scales[strip * STRIP_ROWS + in_strip];
+                for (col, out) in out
+                    .iter_mut()
+                    .enumerate()
+                    .skip(tile * TILE_COLS)
+                    .take(TILE_COLS)
+                {
+                    let bit = in_word * TILE_COLS + col % TILE_COLS;
+                    *out = 0.0;
+                    if bits >> bit & 1 == 1 {
+                        let kept = (bits & ((1 << bit) - 1)).count_ones() as usize;
+                        let index = primes[strip * groups + col / BITMAP_GROUP][in_strip];
+                        let prime = PRIME_LUT[usize::from(index)];
+                        *out = weight(scale, prime, self.level(start, kept));
+                    }
+                }
+            }
+            start += self.code_bytes(bits);
+        }
+    }
+}
+
+/// The bits of the first so many rows and columns of a word.
+fn first_bits(rows: usize, cols: usize) -> u64 {
+    if (rows, cols) == (WORD / TILE_COLS, TILE_COLS) {
+        return u64::MAX;
+    }
+    let row = (1 << cols) - 1;
+    (0..rows).fold(0, |bits, i| bits | row << (i * TILE_COLS))
 }
 
 impl StoredMatrix for BitmapMatrix {
@@ -128,48 +187,172 @@ impl StoredMatrix for BitmapMatrix {
         self.cols
     }
 
-    fn order(&self) -> Option<Order> {
-        Some(Order::Natural)
+    fn strip(&self, index: usize) -> Option<Strip<'_>> {
+        let (codes, codebook) = match &self.arrays.levels {
+            Levels::Bytes(values) => (bytemuck::cast_slice(values), None),
+            Levels::Nibbles { codes, codebook } => (&codes[..], Some(codebook.first_chunk()?)),
+        };
+        let start = *self.arrays.strip_pointers.get(index)? as usize;
+        let (words, _) = self.arrays.bitmap.as_chunks::<WORD_BYTES>();
+        let (n, groups) = (self.strip_words(), self.cols.div_ceil(BITMAP_GROUP));
+        let (indices, _) = self.arrays.prime_indices.as_chunks();
+        Some(Strip {
+            codes: Codes::Kept {
+                bitmap: words.get(index * n..(index + 1) * n)?,
+                codes: codes.get(start..)?,
+                codebook,
+            },
+            cols: self.cols,
+            primes: Primes::Groups {
+                indices: indices.get(index * groups..(index + 1) * groups)?,
+                cols: BITMAP_GROUP,
+            },
+            scales: self.arrays.scales.get(strips::rows(index, self.rows))?,
+        })
     }
 
-    fn rows_view(&self, first: usize, n: usize) -> Option<Rows<'_>> {
-        let (codes, levels) = self.arrays.levels.view()?;
-        let groups = self.cols.div_ceil(BITMAP_GROUP);
-        let of_groups = first * groups..(first + n) * groups;
-        let words = self.arrays.bitmap.as_chunks::<BITMAP_BYTES>().0;
-        Some(Rows::Bitmap(BitmapRows {
-            levels,
-            bitmap: words.get(of_groups.clone())?,
-            codes,
-            row_pointers: self.arrays.row_pointers.get(first..first + n + 1)?,
-            prime_indices: self.arrays.prime_indices.get(of_groups)?,
-            groups,
-            scales: self.arrays.scales.get(first..first + n)?,
-        }))
+    fn decode_rows(&self, mut first: usize, mut out: &mut [f32]) {
+        while !out.is_empty() {
+            let (strip, row) = (first / STRIP_ROWS, first % STRIP_ROWS);
+            let rows = STRIP_ROWS - row;
+            let (now, rest) = out.split_at_mut(out.len().min(rows * self.cols));
+            self.decode_in_strip(strip, row, now);
+            first += rows;
+            out = rest;
+        }
     }
+}
 
-    fn decode_rows(&self, first: usize, out: &mut [f32]) {
-        let groups = self.cols.div_ceil(BITMAP_GROUP);
-        for (i, out) in out.chunks_exact_mut(self.cols).enumerate() {
-            let row = first + i;
-            let scale = self.arrays.scales[row];
-            let mut start = self.arrays.row_pointers[row] as usize;
-            for (g, (bits, out)) in self
-                .words(row)
-                .zip(out.chunks_mut(BITMAP_GROUP))
-                .enumerate()
-            {
-                let prime = PRIME_LUT[usize::from(self.arrays.prime_indices[row * groups + g])];
-                let mut kept = 0;
-                for (column, out) in out.iter_mut().enumerate() {
-                    *out = 0.0;
-                    if bits >> column & 1 == 1 {
-                        *out = weight(scale, prime, self.level(start, kept));
-                        kept += 1;
-                    }
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::test_data::{noise, signed};
+
+    /// Arrays for random bits, of which those past the last row or column are 0.
+    fn arrays(rows: usize, cols: usize, is_s8: bool) -> BitmapArrays {
+        let (strips, groups) = (rows.div_ceil(64), cols.div_ceil(64));
+        let mut bitmap = noise(strips * groups * 512, 1);
+        for (i, byte) in bitmap.iter_mut().enumerate() {
+            for bit in 0..8 {
+                let n = i % (groups * 512) * 8 + bit;
+                let row = i / (groups * 512) * 64 + n % 256 / 4;
+                let col = n / 256 * 4 + n % 4;
+                if row >= rows || col >= cols {
+                    *byte &= !(1 << bit);
                 }
-                start += self.code_bytes(bits);
             }
         }
+        let mut pointers = vec![0];
+        for strip in bitmap.chunks(groups * 512) {
+            let kept = strip.chunks(8).map(|word| {
+                let bits = word.iter().map(|byte| byte.count_ones()).sum::<u32>();
+                if is_s8 { bits } else { bits.div_ceil(2) }
+            });
+            pointers.push(pointers[pointers.len() - 1] + kept.sum::<u32>());
+        }
+        let stored = pointers[strips] as usize;
+        let levels = match is_s8 {
+            true => Levels::Bytes(signed(noise(stored, 2))),
+            false => Levels::Nibbles {
+                codes: noise(stored, 3).into(),
+                codebook: signed(noise(16, 4)),
+            },
+        };
+        let scales: Vec<f32> = (0..rows).map(|row| 0.5 + row as f32).collect();
+        BitmapArrays {
+            bitmap: bitmap.into(),
+            levels,
+            strip_pointers: pointers.into(),
+            prime_indices: noise(strips * groups * 64, 5).into(),
+            scales: scales.into(),
+        }
+    }
+
+    /// The codes of all weights in the order in which they are stored.
+    #[test]
+    fn every_weight_follows_the_layout_and_any_range_is_a_part_of_the_whole() {
+        for (rows, cols) in [(1, 1), (3, 70), (63, 5), (64, 64), (130, 67)] {
+            for is_s8 in [true, false] {
+                let m = BitmapMatrix::new(rows, cols, arrays(rows, cols, is_s8)).unwrap();
+                let mut all = vec![f32::NAN; rows * cols];
+                m.decode_rows(0, &mut all);
+                let groups = cols.div_ceil(64);
+                let mut expected = vec![0.0; rows * cols];
+                let mut half_bytes = 0;
+                for n in 0..rows.div_ceil(64) * groups * 64 * 64 {
+                    if n % 64 == 0 {
+                        half_bytes += half_bytes % 2;
+                    }
+                    if m.arrays.bitmap[n / 8] >> (n % 8) & 1 == 0 {
+                        continue;
+                    }
+                    let (strip, n) = (n / (groups * 4096), n % (groups * 4096));
+                    let (row, col) = (strip * 64 + n % 256 / 4, n / 256 * 4 + n % 4);
+                    let level = match &m.arrays.levels {
+                        Levels::Bytes(values) => {
+                            half_bytes += 2;
+                            values[half_bytes / 2 - 1]
+                        }
+                        Levels::Nibbles { codes, codebook } => {
+                            let code = codes[half_bytes / 2] >> (half_bytes % 2 * 4) & 15;
+                            half_bytes += 1;
+                            codebook[usize::from(code)]
+                        }
+                    };
+                    let index = m.arrays.prime_indices[(strip * groups + col / 64) * 64 + row % 64];
+                    let product = PRIME_LUT[usize::from(index)] as i32 * i32::from(level);
+                    expected[row * cols + col] = (0.5 + row as f32) * product as f32;
+                }
+                assert_eq!(all, expected, "[{rows}, {cols}]");
+                for (first, end) in [(0, 1), (rows / 2, rows), (rows - 1, rows)] {
+                    let mut some = vec![f32::NAN; (end - first) * cols];
+                    m.decode_rows(first, &mut some);
+                    assert_eq!(some, all[first * cols..end * cols]);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn bits_and_pointers_that_do_not_fit_are_refused() {
+        let (rows, cols) = (65, 66);
+        let refused = |damage: fn(&mut Vec<u8>, &mut Vec<u32>)| {
+            let mut arrays = arrays(rows, cols, true);
+            let (mut bitmap, mut pointers) =
+                (arrays.bitmap.to_vec(), arrays.strip_pointers.to_vec());
+            damage(&mut bitmap, &mut pointers);
+            arrays.bitmap = bitmap.into();
+            arrays.strip_pointers = pointers.into();
+            BitmapMatrix::new(rows, cols, arrays)
+                .map_err(|e| e.kind())
+                .err()
+        };
+        assert_eq!(refused(|_, _| {}), None);
+        // Row 65, and column 66 of row 0, which do not exist; then a weight less.
+        assert_eq!(
+            refused(|bits, _| bits[1024] |= 1 << 4),
+            Some(ErrorKind::Invalid)
+        );
+        assert_eq!(
+            refused(|bits, _| bits[16 * 32] |= 1 << 2),
+            Some(ErrorKind::Invalid)
+        );
+        assert_eq!(refused(|bits, _| bits[0] ^= 1), Some(ErrorKind::Invalid));
+        assert_eq!(
+            refused(|_, pointers| pointers[1] += 1),
+            Some(ErrorKind::Invalid)
+        );
+        assert_eq!(
+            refused(|_, pointers| pointers[0] = 1),
+            Some(ErrorKind::Invalid)
+        );
+        assert_eq!(
+            refused(|_, pointers| pointers.truncate(2)),
+            Some(ErrorKind::Shape)
+        );
+        assert_eq!(
+            refused(|bits, _| bits.truncate(1024)),
+            Some(ErrorKind::Shape)
+        );
     }
 }

@@ -1,18 +1,17 @@
 //! `q8` and `q4`: a level for every weight, a prime index for every group of columns.
 #![forbid(unsafe_code)]
 
+use super::strips::{self, STRIP_ROWS};
 use super::{Levels, StoredMatrix, checked_scales, weight};
 use crate::array::Array;
 use crate::error::Result;
 use crate::format::rules;
-use crate::kernels::activations::Order;
-use crate::kernels::views::{GroupedRows, Rows};
+use crate::kernels::views::{Codes, Primes, Strip};
 use crate::prime_lut::PRIME_LUT;
 
 /// A matrix `[rows, cols]` of int8 levels (`q8`) or 4-bit codes into a codebook (`q4`).
 ///
-/// Rows are padded to a whole number of groups. A `q4` group of `g` columns takes `g / 2` bytes: byte
-/// `j` holds the code of column `j` in its low half and of column `j + g / 2` in its high half.
+/// In [`strips`], whose columns are padded to a whole number of groups.
 #[derive(Debug, Clone)]
 pub struct GroupedMatrix {
     rows: usize,
@@ -26,9 +25,11 @@ pub struct GroupedMatrix {
 impl GroupedMatrix {
     /// Checks all lengths; the content of every array but `scales` is valid whatever it is.
     ///
-    /// `prime_indices` is `[rows, ceil(cols / group)]`, `scales` `[rows]`; `levels` as the type says.
+    /// With `S = ceil(rows / 64)` and `G = ceil(cols / group)`, `levels` is `[S, 64 * G * group]` levels at
+    /// their [`strips::position`] or half as many bytes with codes at their [`strips::nibble`],
+    /// `prime_indices` `[S, G, 64]`, and `scales` `[rows]`.
     /// Errors: `Shape` for a wrong length, `Invalid` for a group other than 32 or 64 or a scale that
-    /// is not finite.
+    /// is not finite, `TooLarge` if sizes overflow.
     pub fn new(
         rows: usize,
         cols: usize,
@@ -38,16 +39,18 @@ impl GroupedMatrix {
         scales: Array<f32>,
     ) -> Result<Self> {
         rules::group(group)?;
-        let groups = cols.div_ceil(group);
-        let (found, per_group) = match &levels {
-            Levels::Bytes(values) => (values.len(), group),
+        let weights = strips::padded_weights(cols, group)?;
+        let (found, per_strip) = match &levels {
+            Levels::Bytes(values) => (values.len(), weights),
             Levels::Nibbles { codes, codebook } => {
                 rules::codebook(codebook)?;
-                (codes.len(), group / 2)
+                (codes.len(), weights / 2)
             }
         };
-        rules::length("codes", found, &[rows, groups, per_group])?;
-        rules::length("prime_indices", prime_indices.len(), &[rows, groups])?;
+        let strips = strips::count(rows);
+        rules::length("codes", found, &[strips, per_strip])?;
+        let per_strip = [strips, cols.div_ceil(group), STRIP_ROWS];
+        rules::length("prime_indices", prime_indices.len(), &per_strip)?;
         checked_scales(&scales, rows)?;
         Ok(Self {
             rows,
@@ -69,7 +72,7 @@ impl GroupedMatrix {
         &self.levels
     }
 
-    /// `[rows, ceil(cols / group)]` indices into the first 256 primes.
+    /// `[ceil(rows / 64), ceil(cols / group), 64]` indices into the first 256 primes.
     pub fn prime_indices(&self) -> &Array<u8> {
         &self.prime_indices
     }
@@ -79,29 +82,22 @@ impl GroupedMatrix {
         &self.scales
     }
 
-    /// Decodes up to a group of weights that share `scale` and `prime`.
-    fn decode_group(&self, group_index: usize, scale: f32, prime: u32, out: &mut [f32]) {
+    fn groups(&self) -> usize {
+        self.cols.div_ceil(self.group)
+    }
+
+    /// Weights of a strip, padding included.
+    fn strip_weights(&self) -> usize {
+        self.groups() * self.group * STRIP_ROWS
+    }
+
+    fn level(&self, row: usize, col: usize) -> i8 {
+        let strip = row / STRIP_ROWS * self.strip_weights();
         match &self.levels {
-            Levels::Bytes(values) => {
-                let values = &values[group_index * self.group..][..out.len()];
-                for (out, &value) in out.iter_mut().zip(values) {
-                    *out = weight(scale, prime, value);
-                }
-            }
+            Levels::Bytes(values) => values[strip + strips::position(row, col)],
             Levels::Nibbles { codes, codebook } => {
-                let mut weights = [0.0; 16];
-                for (weight_of, &level) in weights.iter_mut().zip(codebook.iter()) {
-                    *weight_of = weight(scale, prime, level);
-                }
-                let half = self.group / 2;
-                let codes = &codes[group_index * half..][..half];
-                let (low, high) = out.split_at_mut(half.min(out.len()));
-                for (out, &code) in low.iter_mut().zip(codes) {
-                    *out = weights[usize::from(code & 15)];
-                }
-                for (out, &code) in high.iter_mut().zip(codes) {
-                    *out = weights[usize::from(code >> 4)];
-                }
+                let (byte, shift) = strips::nibble(row, col);
+                codebook[usize::from(codes[strip / 2 + byte] >> shift & 15)]
             }
         }
     }
@@ -116,39 +112,131 @@ impl StoredMatrix for GroupedMatrix {
         self.cols
     }
 
-    fn order(&self) -> Option<Order> {
-        Some(match self.levels {
-            Levels::Bytes(_) => Order::Natural,
-            Levels::Nibbles { .. } => Order::Nibbles(self.group),
+    fn strip(&self, index: usize) -> Option<Strip<'_>> {
+        let weights = self.strip_weights();
+        let codes = match &self.levels {
+            Levels::Bytes(values) => {
+                let values = values.get(index * weights..(index + 1) * weights)?;
+                Codes::Bytes(bytemuck::cast_slice(values))
+            }
+            Levels::Nibbles { codes, codebook } => {
+                let half = weights / 2;
+                let codes = codes.get(index * half..(index + 1) * half)?;
+                Codes::Nibbles(codes, codebook.first_chunk()?)
+            }
+        };
+        let groups = self.groups();
+        let (indices, _) = self.prime_indices.as_chunks();
+        Some(Strip {
+            codes,
+            cols: self.cols,
+            primes: Primes::Groups {
+                indices: indices.get(index * groups..(index + 1) * groups)?,
+                cols: self.group,
+            },
+            scales: self.scales.get(strips::rows(index, self.rows))?,
         })
     }
 
-    fn rows_view(&self, first: usize, n: usize) -> Option<Rows<'_>> {
-        let (codes, levels) = self.levels.view()?;
-        let groups = self.cols.div_ceil(self.group);
-        let row_bytes = codes.len() / self.rows;
-        Some(Rows::Grouped(GroupedRows {
-            levels,
-            codes: codes.get(first * row_bytes..(first + n) * row_bytes)?,
-            row_bytes,
-            prime_indices: self
-                .prime_indices
-                .get(first * groups..(first + n) * groups)?,
-            groups,
-            group: self.group,
-            scales: self.scales.get(first..first + n)?,
-        }))
-    }
-
     fn decode_rows(&self, first: usize, out: &mut [f32]) {
-        let groups = self.cols.div_ceil(self.group);
+        let groups = self.groups();
         for (i, out) in out.chunks_exact_mut(self.cols).enumerate() {
             let row = first + i;
-            for (g, out) in out.chunks_mut(self.group).enumerate() {
-                let group_index = row * groups + g;
-                let prime = PRIME_LUT[usize::from(self.prime_indices[group_index])];
-                self.decode_group(group_index, self.scales[row], prime, out);
+            let scale = self.scales[row];
+            for (col, out) in out.iter_mut().enumerate() {
+                let group = row / STRIP_ROWS * groups + col / self.group;
+                let index = self.prime_indices[group * STRIP_ROWS + row % STRIP_ROWS];
+                let prime = PRIME_LUT[usize::from(index)];
+                *out = weight(scale, prime, self.level(row, col));
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::ErrorKind;
+    use crate::test_data::{noise, signed};
+
+    /// Random codes for all that is stored, padding included.
+    fn matrix(rows: usize, cols: usize, group: usize, is_q8: bool) -> GroupedMatrix {
+        let groups = rows.div_ceil(64) * cols.div_ceil(group);
+        let levels = match is_q8 {
+            true => Levels::Bytes(signed(noise(groups * group * 64, 1))),
+            false => Levels::Nibbles {
+                codes: noise(groups * group * 32, 2).into(),
+                codebook: signed(noise(16, 3)),
+            },
+        };
+        let scales: Vec<f32> = (0..rows).map(|row| 0.5 + row as f32).collect();
+        let primes = noise(groups * 64, 4).into();
+        GroupedMatrix::new(rows, cols, group, levels, primes, scales.into()).unwrap()
+    }
+
+    #[test]
+    fn every_weight_follows_the_layout_and_any_range_is_a_part_of_the_whole() {
+        for (rows, cols) in [(1, 1), (3, 34), (63, 70), (64, 8), (130, 65)] {
+            for (group, is_q8) in [(32, true), (64, true), (32, false), (64, false)] {
+                let m = matrix(rows, cols, group, is_q8);
+                let groups = cols.div_ceil(group);
+                let mut all = vec![f32::NAN; rows * cols];
+                m.decode_rows(0, &mut all);
+                for (i, &found) in all.iter().enumerate() {
+                    let (row, col) = (i / cols, i % cols);
+                    let strip = row / 64 * groups * group * 64;
+                    let level = match &m.levels {
+                        Levels::Bytes(values) => {
+                            values[strip + (col / 4) * 256 + (row % 64) * 4 + col % 4]
+                        }
+                        Levels::Nibbles { codes, codebook } => {
+                            let byte = (col / 8) * 256 + (row % 64) * 4 + col % 4;
+                            let code = codes[strip / 2 + byte] >> (col % 8 / 4 * 4) & 15;
+                            codebook[usize::from(code)]
+                        }
+                    };
+                    let index = (row / 64 * groups + col / group) * 64 + row % 64;
+                    let prime = PRIME_LUT[usize::from(m.prime_indices[index])] as i32;
+                    let expected = (0.5 + row as f32) * (prime * i32::from(level)) as f32;
+                    assert_eq!(found, expected, "[{rows}, {cols}] at {row}, {col}");
+                }
+                for (first, end) in [(0, rows), (rows / 2, rows), (rows - 1, rows)] {
+                    let mut some = vec![f32::NAN; (end - first) * cols];
+                    m.decode_rows(first, &mut some);
+                    assert_eq!(some, all[first * cols..end * cols]);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn parts_of_another_size_are_refused() {
+        let new = |values: usize, primes: usize, scales: usize, group: usize| {
+            let levels = Levels::Bytes(vec![0; values].into());
+            let (primes, scales) = (vec![0; primes].into(), vec![0.0; scales].into());
+            let m = GroupedMatrix::new(65, 33, group, levels, primes, scales);
+            m.map_err(|e| e.kind()).map(|_| ())
+        };
+        assert_eq!(new(2 * 64 * 64, 2 * 2 * 64, 65, 32), Ok(()));
+        assert_eq!(
+            new(2 * 64 * 64 - 1, 2 * 2 * 64, 65, 32),
+            Err(ErrorKind::Shape)
+        );
+        assert_eq!(new(2 * 64 * 64, 65 * 2, 65, 32), Err(ErrorKind::Shape));
+        assert_eq!(new(2 * 64 * 64, 2 * 2 * 64, 64, 32), Err(ErrorKind::Shape));
+        assert_eq!(
+            new(2 * 64 * 64, 2 * 2 * 64, 65, 48),
+            Err(ErrorKind::Invalid)
+        );
+        let levels = Levels::Bytes(Vec::new().into());
+        let e = GroupedMatrix::new(
+            1,
+            usize::MAX,
+            64,
+            levels,
+            Vec::new().into(),
+            vec![0.0].into(),
+        );
+        assert_eq!(e.unwrap_err().kind(), ErrorKind::TooLarge);
     }
 }

@@ -1,9 +1,11 @@
 //! Products of matrices that have the same input, one or several vectors of it.
 #![forbid(unsafe_code)]
 
-use super::{Matrix, StoredMatrix, TILE_ROWS};
+use super::strips::STRIP_ROWS;
+use super::{Matrix, StoredMatrix};
 use crate::error::{Error, ErrorKind, Result};
-use crate::kernels::activations::{Activations, Order};
+use crate::kernels::activations::Activations;
+use crate::kernels::views::Strip;
 use crate::kernels::{Kernels, Panel, gemm, scalar};
 use crate::team::{Region, Team, Tile, Tiles};
 use std::cell::RefCell;
@@ -21,11 +23,9 @@ const DECODED: usize = 40;
 /// From this many vectors on, the blocked product beats one dot product after the other.
 const BLOCKED_VECTORS: usize = 4;
 
-/// Rows of the smallest tile: enough that taking the task does not count.
-const SMALLEST_TILE: usize = 16;
-
-/// Tiles for each thread, where a matrix has as many rows: a thread that is late leaves its share to others.
-const TILES_PER_THREAD: usize = 16;
+/// Tasks for each thread, where there are few strips and many vectors: a thread that is late leaves its share to
+/// others.
+const TASKS_PER_THREAD: usize = 8;
 
 /// The fewest vectors of a task that decodes a tile for itself.
 const SMALLEST_BAND: usize = 96;
@@ -132,7 +132,12 @@ fn check(
 
 /// Whether two matrices want their input prepared in the same way.
 fn same_input(a: &dyn StoredMatrix, b: &dyn StoredMatrix) -> bool {
-    a.order() == b.order() && a.rotation() == b.rotation()
+    is_packed(a) == is_packed(b) && a.rotation() == b.rotation()
+}
+
+/// Whether there are kernels for the weights as they are.
+fn is_packed(matrix: &dyn StoredMatrix) -> bool {
+    matrix.strip(0).is_some()
 }
 
 /// Some of the parts of a product, which want the same input.
@@ -165,17 +170,15 @@ impl Parts<'_> {
                 &*rotated
             }
         };
-        let (has_many, cols) = (kernels.has_many(), first.cols());
-        match first.order() {
-            Some(_) if has_many && n >= MANY => {
-                quantize(kernels, x, Order::Natural, cols, n, vectors);
-                self.multiply_many(kernels, &vectors[..n], write, out);
-            }
-            Some(order) if kernels.is_integer() && n < DECODED => {
-                quantize(kernels, x, order, cols, n, vectors);
-                self.multiply_packed(kernels, &vectors[..n], write, out);
-            }
-            _ => self.multiply_decoded(x, n, write, out),
+        let (is_packed, cols) = (is_packed(first), first.cols());
+        if is_packed && kernels.has_many() && n >= MANY {
+            quantize(kernels, x, cols, n, vectors);
+            self.multiply_many(kernels, &vectors[..n], write, out);
+        } else if is_packed && kernels.is_integer() && n < DECODED {
+            quantize(kernels, x, cols, n, vectors);
+            self.multiply_packed(kernels, &vectors[..n], write, out);
+        } else {
+            self.multiply_decoded(x, n, write, out);
         }
     }
 
@@ -183,8 +186,13 @@ impl Parts<'_> {
         self.stored[index].expect("a part for every index of the range")
     }
 
-    fn parts(&self) -> impl Iterator<Item = &dyn StoredMatrix> {
-        self.stored[self.range.clone()].iter().flatten().copied()
+    fn tiles(&self) -> Tiles<'_> {
+        Tiles::new(self.rows, self.range.clone(), STRIP_ROWS)
+    }
+
+    fn strip(&self, tile: Tile) -> Strip<'_> {
+        let strip = self.part(tile.part).strip(tile.first / STRIP_ROWS);
+        strip.expect("a strip for all rows of a packed matrix")
     }
 
     /// Few vectors: kernels that multiply packed weights as they are.
@@ -196,20 +204,12 @@ impl Parts<'_> {
         out: &mut [f32],
     ) {
         let team = Team::global();
-        let rows: usize = self.parts().map(StoredMatrix::rows).sum();
-        let wanted = rows / (team.threads() * TILES_PER_THREAD) / SMALLEST_TILE * SMALLEST_TILE;
-        let together = self.parts().map(StoredMatrix::rows_together).max();
-        let size = wanted
-            .clamp(SMALLEST_TILE, TILE_ROWS)
-            .max(together.unwrap_or(1));
-        let tiles = Tiles::new(self.rows, self.range.clone(), size);
-        team.tiles(out, vectors.len(), &tiles, |tile, mut out| {
-            let rows = self.part(tile.part).rows_view(tile.first, tile.rows);
-            let rows = rows.expect("rows of a matrix that has an order");
-            let mut products = [0.0; TILE_ROWS];
+        team.tiles(out, vectors.len(), &self.tiles(), |tile, mut out| {
+            let strip = self.strip(tile);
+            let mut products = [0.0; STRIP_ROWS];
             let products = &mut products[..tile.rows];
             for (i, x) in vectors.iter().enumerate() {
-                kernels.multiply(rows, x, products);
+                kernels.multiply(strip, x, products);
                 put(products, write, out.row(i));
             }
         });
@@ -224,20 +224,19 @@ impl Parts<'_> {
         out: &mut [f32],
     ) {
         let team = Team::global();
-        let tiles = Tiles::new(self.rows, self.range.clone(), TILE_ROWS);
+        let tiles = self.tiles();
         // Few tiles are shared out better if each is a task for some of the vectors.
-        let wanted = (team.threads() * TILES_PER_THREAD / 2).div_ceil(tiles.count().max(1));
+        let wanted = (team.threads() * TASKS_PER_THREAD).div_ceil(tiles.count().max(1));
         let height = vectors.len().div_ceil(wanted).max(SMALLEST_BAND);
         team.tiles(out, height, &tiles, |tile, mut out| {
-            let rows = self.part(tile.part).rows_view(tile.first, tile.rows);
-            let rows = rows.expect("rows of a matrix that has an order");
+            let strip = self.strip(tile);
             let vectors = &vectors[out.rows()];
             TILE.with_borrow_mut(|scratch| {
                 let TileScratch {
                     panel, products, ..
                 } = scratch;
                 products.resize(tile.rows * vectors.len(), 0.0);
-                kernels.multiply_many(rows, vectors, panel, products);
+                kernels.multiply_many(strip, vectors, panel, products);
                 let products = products.chunks_exact(tile.rows);
                 for (i, products) in out.rows().zip(products) {
                     put(products, write, out.row(i));
@@ -248,7 +247,7 @@ impl Parts<'_> {
 
     /// Weights that are decoded once for all vectors.
     fn multiply_decoded(&self, x: &[f32], n: usize, write: Write, out: &mut [f32]) {
-        let tiles = Tiles::new(self.rows, self.range.clone(), TILE_ROWS);
+        let tiles = self.tiles();
         let multiply_tile = |tile: Tile, out: &mut Region<'_>, scratch: &mut TileScratch| {
             let part = self.part(tile.part);
             let cols = part.cols();
@@ -270,19 +269,12 @@ impl Parts<'_> {
     }
 }
 
-fn quantize(
-    kernels: Kernels,
-    x: &[f32],
-    order: Order,
-    cols: usize,
-    n: usize,
-    vectors: &mut Vec<Activations>,
-) {
+fn quantize(kernels: Kernels, x: &[f32], cols: usize, n: usize, vectors: &mut Vec<Activations>) {
     if vectors.len() < n {
         vectors.resize_with(n, Activations::default);
     }
     Team::global().chunks(&mut vectors[..n], 1, |i, vector| {
-        kernels.quantize(&x[i * cols..(i + 1) * cols], order, &mut vector[0]);
+        kernels.quantize(&x[i * cols..(i + 1) * cols], &mut vector[0]);
     });
 }
 
@@ -318,9 +310,9 @@ mod tests {
     }
 
     fn q8(rows: usize, cols: usize) -> Matrix {
-        let groups = cols.div_ceil(64);
-        let levels = Levels::Bytes(signed(noise(rows * groups * 64, 1)));
-        let primes = noise(rows * groups, 2).into();
+        let groups = rows.div_ceil(64) * cols.div_ceil(64);
+        let levels = Levels::Bytes(signed(noise(groups * 64 * 64, 1)));
+        let primes = noise(groups * 64, 2).into();
         let scales = vec![1e-5; rows].into();
         Matrix::Grouped(GroupedMatrix::new(rows, cols, 64, levels, primes, scales).unwrap())
     }

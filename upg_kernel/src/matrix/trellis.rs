@@ -7,29 +7,20 @@
 //! decoded on its own. Source: QTIP (arXiv 2406.11235), with a table of its own.
 #![forbid(unsafe_code)]
 
-use super::{StoredMatrix, TILE_ROWS, checked_scales, weight};
+use super::strips::{self, STRIP_ROWS, TILE_COLS, TILE_WEIGHTS};
+use super::{StoredMatrix, checked_scales, weight};
 use crate::array::Array;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::rules;
-use crate::kernels::activations::Order;
-use crate::kernels::views::{Rows, TrellisStrip};
+use crate::kernels::views::{Codes, Primes, Strip};
 use crate::prime_lut::PRIME_LUT;
 use crate::rotation::Rotation;
 
 /// Bits of the stream that select one level.
 pub const STATE_BITS: u32 = 13;
 
-/// Rows of a strip; the last strip of a matrix is padded to as many.
-pub const STRIP_ROWS: usize = TILE_ROWS;
-
-/// Columns of a tile; the last tile of a strip is padded to as many.
-pub const TILE_COLS: usize = 4;
-
 /// Entries of the shift table: one for each value of the oldest six bits of a state.
 pub const SHIFT_TABLE_LEN: usize = 64;
-
-/// Weights in a tile of a strip, padding included.
-const TILE_WEIGHTS: usize = STRIP_ROWS * TILE_COLS;
 
 /// Bytes after the last tile of a strip: the end of the last state, and room for wide loads.
 const STRIP_TAIL: usize = 16;
@@ -47,13 +38,6 @@ pub fn level(state: u16, shift_table: &[u8], level_table: &[i8]) -> i8 {
     let shift = usize::from(shift_table[usize::from(state) % SHIFT_TABLE_LEN]);
     let index = shift + usize::from(state) / SHIFT_TABLE_LEN;
     level_table[index & (level_table.len() - 1)]
-}
-
-/// Where the weight of `row`, `col` stands in the stream of its strip, counted in weights.
-///
-/// Its state is bits `[k * p, k * p + 13)` of the strip, bit `i` being bit `i % 8` of byte `i / 8`.
-pub fn position(row: usize, col: usize) -> usize {
-    col / TILE_COLS * TILE_WEIGHTS + row % STRIP_ROWS * TILE_COLS + col % TILE_COLS
 }
 
 /// Weights in the stream of a strip for `cols` columns, padding included. `None`: overflow.
@@ -119,7 +103,7 @@ impl TrellisMatrix {
             let message = format!("trellis matrix [{rows}, {cols}]");
             Error::new(ErrorKind::TooLarge, message)
         })?;
-        let strips = rows.div_ceil(STRIP_ROWS);
+        let strips = strips::count(rows);
         rules::length("codes", parts.codes.len(), &[strips, strip_bytes])?;
         rules::length("shift_table", parts.shift_table.len(), &[SHIFT_TABLE_LEN])?;
         rules::level_table(parts.level_table.len())?;
@@ -194,25 +178,20 @@ impl StoredMatrix for TrellisMatrix {
         self.cols
     }
 
-    fn order(&self) -> Option<Order> {
-        Some(Order::Natural)
-    }
-
-    fn rows_together(&self) -> usize {
-        STRIP_ROWS
-    }
-
-    fn rows_view(&self, first: usize, n: usize) -> Option<Rows<'_>> {
-        let start = first / STRIP_ROWS * self.strip_bytes;
-        Some(Rows::Trellis(TrellisStrip {
-            k: self.k,
+    fn strip(&self, index: usize) -> Option<Strip<'_>> {
+        let start = index * self.strip_bytes;
+        let rows = strips::rows(index, self.rows);
+        Some(Strip {
+            codes: Codes::Trellis {
+                k: self.k,
+                stream: self.parts.codes.get(start..start + self.strip_bytes)?,
+                shift_table: self.parts.shift_table.first_chunk()?,
+                level_table: &self.parts.level_table,
+            },
             cols: self.cols,
-            codes: self.parts.codes.get(start..start + self.strip_bytes)?,
-            shift_table: self.parts.shift_table.first_chunk()?,
-            level_table: &self.parts.level_table,
-            prime_indices: self.parts.prime_indices.get(first..first + n)?,
-            scales: self.parts.scales.get(first..first + n)?,
-        }))
+            primes: Primes::Rows(self.parts.prime_indices.get(rows.clone())?),
+            scales: self.parts.scales.get(rows)?,
+        })
     }
 
     fn decode_rows(&self, mut first: usize, mut out: &mut [f32]) {

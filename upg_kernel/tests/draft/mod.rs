@@ -5,8 +5,11 @@ use safetensors::Dtype;
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 
-pub const ROWS: usize = 3;
+/// Two strips, the second with two rows.
+pub const ROWS: usize = 66;
 pub const COLS: usize = 70;
+
+const STRIPS: usize = ROWS.div_ceil(64);
 
 #[derive(Clone)]
 pub struct Tensor {
@@ -74,20 +77,21 @@ impl Draft {
     }
 
     fn scales(&mut self, prefix: &str) {
-        let scales: Vec<u8> = [0.5f32, 1.0, 0.25]
-            .iter()
-            .flat_map(|s| s.to_le_bytes())
-            .collect();
+        let scales = [0.5f32, 1.0, 0.25].iter().cycle().take(ROWS);
+        let scales: Vec<u8> = scales.flat_map(|s| s.to_le_bytes()).collect();
         self.push(format!("{prefix}scales"), Dtype::F32, &[ROWS], &scales);
     }
 
+    /// Entries in rows 0 and 2.
     fn mdcsr(&mut self) {
         let p = self.begin("mdcsr");
+        let mut pointers = [4; ROWS + 1];
+        pointers[..3].copy_from_slice(&[0, 2, 2]);
         self.push(
             format!("{p}row_pointers"),
             Dtype::U32,
             &[ROWS + 1],
-            &words(&[0, 2, 2, 4]),
+            &words(&pointers),
         );
         self.scales(&p);
         self.push(
@@ -104,27 +108,29 @@ impl Draft {
         let p = self.begin(encoding);
         self.last()["group"] = group.into();
         let groups = COLS.div_ceil(group);
-        let width = if dtype == Dtype::I8 {
-            groups * group
-        } else {
-            groups * group / 2
+        let weights = 64 * groups * group;
+        let strip = match dtype {
+            Dtype::I8 => weights,
+            _ => weights / 2,
         };
         self.scales(&p);
-        self.push(
-            format!("{p}{array}"),
-            dtype,
-            &[ROWS, width],
-            &noise(ROWS * width),
-        );
-        self.push(
-            format!("{p}prime_indices"),
-            Dtype::U8,
-            &[ROWS, groups],
-            &noise(ROWS * groups),
-        );
+        let codes = noise(STRIPS * strip);
+        self.push(format!("{p}{array}"), dtype, &[STRIPS, strip], &codes);
+        self.prime_indices(&p, groups);
         if dtype == Dtype::U8 {
             self.push(format!("{p}codebook"), Dtype::I8, &[16], &noise(16));
         }
+    }
+
+    fn prime_indices(&mut self, prefix: &str, groups: usize) {
+        let indices = noise(STRIPS * groups * 64);
+        let shape = [STRIPS, groups, 64];
+        self.push(
+            format!("{prefix}prime_indices"),
+            Dtype::U8,
+            &shape,
+            &indices,
+        );
     }
 
     fn trellis(&mut self, k: usize) {
@@ -132,7 +138,8 @@ impl Draft {
         self.last()["hadamard"] = 64.into();
         let strip = 32 * k * COLS.div_ceil(4) + 16;
         self.scales(&p);
-        self.push(format!("{p}codes"), Dtype::U8, &[1, strip], &noise(strip));
+        let codes = noise(STRIPS * strip);
+        self.push(format!("{p}codes"), Dtype::U8, &[STRIPS, strip], &codes);
         self.push(
             format!("{p}prime_indices"),
             Dtype::U8,
@@ -155,31 +162,28 @@ impl Draft {
         );
     }
 
-    /// Row 0 keeps columns 0 and 69, row 1 none, row 2 the first three.
+    /// Row 0 keeps columns 0 and 69, row 63 column 5, and row 65 the first three.
     fn bitmap(&mut self, encoding: &str, array: &str, dtype: Dtype) {
         let p = self.begin(encoding);
         self.last()["group"] = 64.into();
-        let mut bitmap = [0u8; ROWS * 16];
-        (bitmap[0], bitmap[8], bitmap[32]) = (1, 1 << 5, 7);
+        let mut bitmap = [0u8; STRIPS * 1024];
+        (bitmap[0], bitmap[17 * 32]) = (1, 1 << 1);
+        bitmap[63] = 1 << 5;
+        bitmap[1024] = 7 << 4;
         let (codes, pointers) = match dtype {
-            Dtype::I8 => (5, [0, 2, 2, 5]),
-            _ => (4, [0, 2, 2, 4]),
+            Dtype::I8 => (6, [0, 3, 6]),
+            _ => (5, [0, 3, 5]),
         };
         self.push(
-            format!("{p}row_pointers"),
+            format!("{p}strip_pointers"),
             Dtype::U32,
-            &[ROWS + 1],
+            &[STRIPS + 1],
             &words(&pointers),
         );
         self.scales(&p);
-        self.push(format!("{p}bitmap"), Dtype::U8, &[ROWS, 16], &bitmap);
+        self.push(format!("{p}bitmap"), Dtype::U8, &[STRIPS, 1024], &bitmap);
         self.push(format!("{p}{array}"), dtype, &[codes], &noise(codes));
-        self.push(
-            format!("{p}prime_indices"),
-            Dtype::U8,
-            &[ROWS, 2],
-            &noise(ROWS * 2),
-        );
+        self.prime_indices(&p, 2);
         if dtype == Dtype::U8 {
             self.push(format!("{p}codebook"), Dtype::I8, &[16], &noise(16));
         }

@@ -15,16 +15,25 @@ const TILES: usize = 16;
 /// Registers of eight rows each to a strip.
 const REGISTERS: usize = 8;
 
-/// The (up to 64) rows of a strip times `x`, in natural order.
+/// The stream of a strip and its tables.
+#[derive(Clone, Copy)]
+pub(super) struct Trellis<'a> {
+    pub k: u8,
+    pub stream: &'a [u8],
+    pub shift_table: &'a [u8; 64],
+    pub level_table: &'a [i8],
+}
+
+/// The 64 rows of a strip of `cols` columns times `x`, without what all of a row is multiplied with.
 #[target_feature(enable = "avx2,fma,popcnt")]
-pub(super) fn multiply(strip: TrellisStrip<'_>, x: &Activations, out: &mut [f32]) {
-    match (strip.k, strip.level_table.len() > 128) {
-        (2, false) => multiply_strip::<2, false>(strip, x, out),
-        (2, true) => multiply_strip::<2, true>(strip, x, out),
-        (3, false) => multiply_strip::<3, false>(strip, x, out),
-        (3, true) => multiply_strip::<3, true>(strip, x, out),
-        (_, false) => multiply_strip::<4, false>(strip, x, out),
-        (_, true) => multiply_strip::<4, true>(strip, x, out),
+pub(super) fn multiply(trellis: Trellis<'_>, cols: usize, x: &Activations) -> [[f32; 8]; 8] {
+    match (trellis.k, trellis.level_table.len() > 128) {
+        (2, false) => multiply_strip::<2, false>(trellis, cols, x),
+        (2, true) => multiply_strip::<2, true>(trellis, cols, x),
+        (3, false) => multiply_strip::<3, false>(trellis, cols, x),
+        (3, true) => multiply_strip::<3, true>(trellis, cols, x),
+        (_, false) => multiply_strip::<4, false>(trellis, cols, x),
+        (_, true) => multiply_strip::<4, true>(trellis, cols, x),
     }
 }
 
@@ -46,12 +55,12 @@ const fn columns(k: usize) -> [usize; TILE] {
 
 #[target_feature(enable = "avx2,fma,popcnt")]
 fn multiply_strip<const K: usize, const WIDE: bool>(
-    strip: TrellisStrip<'_>,
+    trellis: Trellis<'_>,
+    cols: usize,
     x: &Activations,
-    out: &mut [f32],
-) {
-    let decoder = Decoder::new(K, strip.shift_table, strip.level_table);
-    let tiles = strip.cols.div_ceil(TILE);
+) -> [[f32; 8]; 8] {
+    let decoder = Decoder::new(K, trellis.shift_table, trellis.level_table);
+    let tiles = cols.div_ceil(TILE);
     let mut indices = [[[0; 32]; REGISTERS]; TILES];
     let mut sums = [_mm256_setzero_ps(); REGISTERS];
     let groups = x.blocks.iter().zip(&x.offsets).zip(&x.scales);
@@ -60,7 +69,7 @@ fn multiply_strip<const K: usize, const WIDE: bool>(
         let tiles = TILES.min(tiles.saturating_sub(first));
         // In two passes, of which each has registers enough for its tables.
         for (tile, indices) in indices.iter_mut().take(tiles).enumerate() {
-            let codes = &strip.codes[(first + tile) * 32 * K..];
+            let codes = &trellis.stream[(first + tile) * 32 * K..];
             for (register, index) in indices.iter_mut().enumerate() {
                 // After the last tile a strip has 16 bytes more: there are 32 from every such quad on.
                 let bytes = codes[2 * K * quad(K, register)..].first_chunk();
@@ -93,11 +102,7 @@ fn multiply_strip<const K: usize, const WIDE: bool>(
             unsafe { _mm_storeu_ps(rows[quad].as_mut_ptr(), sum) };
         }
     }
-    let rows = rows.as_flattened();
-    let factors = strip.scales.iter().zip(strip.prime_indices);
-    for ((out, sum), (scale, prime)) in out.iter_mut().zip(rows).zip(factors) {
-        *out = scale * (PRIME_LUT[usize::from(*prime)] as f32 * sum);
-    }
+    bytemuck::cast(rows)
 }
 
 /// A plane of activations, the four columns of a tile as one number, in the order of [`columns`].
@@ -258,11 +263,4 @@ fn look_up(table: [__m256i; 4], places: [__m256i; 4]) -> __m256i {
         _mm256_shuffle_epi8(table[3], places[3]),
     );
     _mm256_xor_si256(first, second)
-}
-
-#[inline]
-#[target_feature(enable = "avx2")]
-fn store(register: __m256i, bytes: &mut [u8; 32]) {
-    // SAFETY: the reference is to 32 bytes; the store needs no alignment.
-    unsafe { _mm256_storeu_si256(bytes.as_mut_ptr().cast(), register) }
 }

@@ -1,166 +1,242 @@
-//! Packed weights to f32, and f32 to 16-bit floats.
+//! Packed weights to floats, and f32 to 16-bit floats.
 
+use super::levels::{self, Levels, with_levels};
 use super::*;
-use half::bf16;
+use crate::kernels::{Kernels, Set};
+use std::cell::RefCell;
 
-/// `out [rows, cols]`: every row in the stored basis, as the reference decodes it, to the bit.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,popcnt")]
-pub(super) fn decode(rows: Rows<'_>, cols: usize, out: &mut [f32]) {
-    match rows {
-        Rows::Grouped(rows) => match rows.levels {
-            LevelsView::Bytes => decode_bytes(rows, cols, out),
-            LevelsView::Nibbles(codebook) => decode_nibbles(rows, codebook, cols, out),
-        },
-        Rows::Bitmap(rows) => decode_bitmap(rows, cols, out),
-        Rows::Trellis(strip) => match (strip.k, strip.level_table.len() > 128) {
-            (2, false) => decode_strip::<2, false>(strip, out),
-            (2, true) => decode_strip::<2, true>(strip, out),
-            (3, false) => decode_strip::<3, false>(strip, out),
-            (3, true) => decode_strip::<3, true>(strip, out),
-            (_, false) => decode_strip::<4, false>(strip, out),
-            (_, true) => decode_strip::<4, true>(strip, out),
-        },
-    }
-}
-
-/// What turns levels into weights: `scale * (prime * level)`, of which the product in brackets is exact.
+/// 64 levels of a row.
 #[derive(Clone, Copy)]
-struct Factors {
-    scale: __m512,
-    prime: __m512,
+#[repr(align(64))]
+struct Levels64([u8; GROUP]);
+
+/// Tiles of so many columns.
+const TILES: usize = GROUP / 4;
+
+thread_local! {
+    static ROWS: RefCell<(Vec<Levels64>, Vec<f32>)> = RefCell::default();
 }
 
-impl Factors {
-    #[target_feature(enable = "avx512f")]
-    fn new(scale: f32, prime_index: u8) -> Self {
-        Self {
-            scale: _mm512_set1_ps(scale),
-            prime: _mm512_set1_ps(PRIME_LUT[usize::from(prime_index)] as f32),
+/// `out [rows, cols]`: every row as the reference decodes it, to the bit, and turned back if there is a rotation.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,popcnt")]
+pub(super) fn decode<T: Element>(
+    proof: Avx512,
+    strip: Strip<'_>,
+    rotation: Option<&Rotation>,
+    out: &mut [T],
+) {
+    ROWS.with_borrow_mut(|(rows, row)| {
+        let blocks = strip.cols.div_ceil(GROUP);
+        rows.resize(blocks * 64, Levels64([0; GROUP]));
+        with_levels!(strip, levels => put_in_rows(levels, &strip, rows));
+        let out = out.chunks_exact_mut(strip.cols);
+        for (i, (levels, out)) in rows.chunks_exact(blocks).zip(out).enumerate() {
+            match rotation {
+                None => put_row(proof, levels, &strip, i, out),
+                Some(rotation) => {
+                    row.resize(strip.cols, 0.0);
+                    put_row(proof, levels, &strip, i, row);
+                    rotation.invert_with(Kernels(Set::Avx512(proof)), row);
+                    convert(proof, row, out);
+                }
+            }
         }
-    }
-
-    /// Up to 16 weights.
-    #[target_feature(enable = "avx512f")]
-    fn put(self, levels: __m128i, out: &mut [f32]) {
-        let levels = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(levels));
-        let weights = _mm512_mul_ps(self.scale, _mm512_mul_ps(self.prime, levels));
-        match out.first_chunk_mut() {
-            Some(out) => *out = to_array(weights),
-            None => out.copy_from_slice(&to_array(weights)[..out.len()]),
-        }
-    }
-
-    /// Up to 64 weights.
-    #[target_feature(enable = "avx512f")]
-    fn put_register(self, levels: &[u8; 64], out: &mut [f32]) {
-        let levels = levels.as_chunks().0;
-        for (levels, out) in levels.iter().zip(out.chunks_mut(16)) {
-            self.put(load_16(levels), out);
-        }
-    }
+    });
 }
 
-#[target_feature(enable = "avx512f")]
-fn load_16(bytes: &[u8; 16]) -> __m128i {
-    // SAFETY: the reference is to 16 readable bytes; the load needs no alignment.
-    unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) }
-}
-
-#[target_feature(enable = "avx512f")]
-fn decode_bytes(rows: GroupedRows<'_>, cols: usize, out: &mut [f32]) {
-    let codes = rows.codes.chunks_exact(rows.row_bytes);
-    let primes = rows.prime_indices.chunks_exact(rows.groups);
-    for (row, (codes, primes)) in codes.zip(primes).enumerate() {
-        let out = &mut out[row * cols..(row + 1) * cols];
-        let groups = codes.chunks_exact(rows.group).zip(primes);
-        for (out, (codes, prime)) in out.chunks_mut(rows.group).zip(groups) {
-            let factors = Factors::new(rows.scales[row], *prime);
-            for (codes, out) in codes.as_chunks().0.iter().zip(out.chunks_mut(16)) {
-                factors.put(load_16(codes), out);
+/// The levels of a strip, row by row: `[64, blocks]`.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,popcnt")]
+fn put_in_rows<L: Levels>(mut levels: L, strip: &Strip<'_>, rows: &mut [Levels64]) {
+    let blocks = strip.cols.div_ceil(GROUP);
+    let mut tiles = [[[0u8; 64]; 4]; TILES];
+    for block in 0..blocks {
+        let cols = (strip.cols - block * GROUP).min(GROUP);
+        for pair in &mut tiles.as_chunks_mut::<2>().0[..cols.div_ceil(8)] {
+            for (out, tile) in pair.iter_mut().zip(levels.next()) {
+                for (out, levels) in out.iter_mut().zip(tile) {
+                    store(out, levels);
+                }
+            }
+        }
+        for (quarter, rows) in rows.chunks_exact_mut(16 * blocks).enumerate() {
+            let mut registers = [_mm512_setzero_si512(); TILES];
+            for (register, tile) in registers.iter_mut().zip(&tiles) {
+                *register = biased(load(&tile[quarter]));
+            }
+            transpose(&mut registers);
+            for (row, register) in rows.chunks_exact_mut(blocks).zip(registers) {
+                store(&mut row[block].0, register);
             }
         }
     }
 }
 
+/// 16 registers of 16 lanes: lane `j` of register `i` becomes lane `i` of register `j`.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn transpose(r: &mut [__m512i; 16]) {
+    let mut t = *r;
+    for i in 0..8 {
+        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+    // Of each four registers the lanes of one column in each quarter.
+    for i in 0..4 {
+        let [a, b, c, d] = [t[4 * i], t[4 * i + 1], t[4 * i + 2], t[4 * i + 3]];
+        r[4 * i] = _mm512_unpacklo_epi64(a, c);
+        r[4 * i + 1] = _mm512_unpackhi_epi64(a, c);
+        r[4 * i + 2] = _mm512_unpacklo_epi64(b, d);
+        r[4 * i + 3] = _mm512_unpackhi_epi64(b, d);
+    }
+    for i in 0..4 {
+        let [a, b, c, d] = [r[i], r[i + 4], r[i + 8], r[i + 12]];
+        let even = [
+            _mm512_shuffle_i32x4::<0b10_00_10_00>(a, b),
+            _mm512_shuffle_i32x4::<0b10_00_10_00>(c, d),
+        ];
+        let odd = [
+            _mm512_shuffle_i32x4::<0b11_01_11_01>(a, b),
+            _mm512_shuffle_i32x4::<0b11_01_11_01>(c, d),
+        ];
+        t[i] = _mm512_shuffle_i32x4::<0b10_00_10_00>(even[0], even[1]);
+        t[i + 4] = _mm512_shuffle_i32x4::<0b10_00_10_00>(odd[0], odd[1]);
+        t[i + 8] = _mm512_shuffle_i32x4::<0b11_01_11_01>(even[0], even[1]);
+        t[i + 12] = _mm512_shuffle_i32x4::<0b11_01_11_01>(odd[0], odd[1]);
+    }
+    *r = t;
+}
+
+/// The weights of row `row` of a strip.
+#[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn decode_nibbles(rows: GroupedRows<'_>, codebook: &[i8; 16], cols: usize, out: &mut [f32]) {
-    let table = load_16(bytemuck::cast_ref(codebook));
-    let low_half = _mm_set1_epi8(15);
-    let codes = rows.codes.chunks_exact(rows.row_bytes);
-    let primes = rows.prime_indices.chunks_exact(rows.groups);
-    for (row, (codes, primes)) in codes.zip(primes).enumerate() {
-        let out = &mut out[row * cols..(row + 1) * cols];
-        let groups = codes.chunks_exact(rows.group / 2).zip(primes);
-        for (out, (codes, prime)) in out.chunks_mut(rows.group).zip(groups) {
-            let factors = Factors::new(rows.scales[row], *prime);
-            let half = out.len().min(rows.group / 2);
-            let (first, second) = out.split_at_mut(half);
-            let codes = codes.as_chunks().0;
-            for (codes, out) in codes.iter().zip(first.chunks_mut(16)) {
-                let codes = _mm_and_si128(load_16(codes), low_half);
-                factors.put(_mm_shuffle_epi8(table, codes), out);
+fn put_row<T: Element>(
+    proof: Avx512,
+    levels: &[Levels64],
+    strip: &Strip<'_>,
+    row: usize,
+    out: &mut [T],
+) {
+    let scale = _mm512_set1_ps(strip.scales[row]);
+    for (block, (levels, out)) in levels.iter().zip(out.chunks_mut(GROUP)).enumerate() {
+        let indices = match strip.primes {
+            Primes::Rows(indices) => [indices[row]; 2],
+            Primes::Groups {
+                indices,
+                cols: GROUP,
+            } => [indices[block][row]; 2],
+            Primes::Groups { indices, .. } => {
+                let first = indices[2 * block][row];
+                [first, indices.get(2 * block + 1).map_or(first, |i| i[row])]
             }
-            for (codes, out) in codes.iter().zip(second.chunks_mut(16)) {
-                let codes = _mm_and_si128(_mm_srli_epi16::<4>(load_16(codes)), low_half);
-                factors.put(_mm_shuffle_epi8(table, codes), out);
+        };
+        let mut weights = [scale; 4];
+        for i in 0..4 {
+            let prime = PRIME_LUT[usize::from(indices[i / 2])];
+            let levels: &[u8; 16] = &levels.0.as_chunks().0[i];
+            // SAFETY: the reference is to 16 readable bytes; the load needs no alignment.
+            let levels = unsafe { _mm_loadu_si128(levels.as_ptr().cast()) };
+            let levels = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(levels));
+            // Exact: there is one rounding, that of the scale.
+            let product = _mm512_mul_ps(_mm512_set1_ps(prime as f32), levels);
+            weights[i] = _mm512_mul_ps(scale, product);
+        }
+        put_block(proof, weights, out);
+    }
+}
+
+/// [`Element::put`] of up to 64 weights.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn put_block<T: Element>(proof: Avx512, weights: [__m512; 4], out: &mut [T]) {
+    match out.first_chunk_mut() {
+        Some(out) => T::put(proof, weights, out),
+        None => {
+            let mut block = [T::default(); GROUP];
+            T::put(proof, weights, &mut block);
+            out.copy_from_slice(&block[..out.len()]);
+        }
+    }
+}
+
+/// Rounds finite weights.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn convert<T: Element>(proof: Avx512, row: &[f32], out: &mut [T]) {
+    for (x, out) in row.chunks(GROUP).zip(out.chunks_mut(GROUP)) {
+        let mut last = [0.0; GROUP];
+        let x: &[f32; GROUP] = match x.first_chunk() {
+            Some(x) => x,
+            None => {
+                last[..x.len()].copy_from_slice(x);
+                &last
+            }
+        };
+        let mut weights = [_mm512_setzero_ps(); 4];
+        for (weights, x) in weights.iter_mut().zip(x.as_chunks().0) {
+            *weights = load_f32(x);
+        }
+        put_block(proof, weights, out);
+    }
+}
+
+/// What a weight can be rounded to.
+pub trait Element: Copy + Default {
+    /// 64 finite weights, rounded to nearest, ties to even.
+    fn put(proof: Avx512, weights: [__m512; 4], out: &mut [Self; GROUP]);
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    fn put(_: Avx512, weights: [__m512; 4], out: &mut [Self; GROUP]) {
+        for (weights, out) in weights.into_iter().zip(out.as_chunks_mut().0) {
+            // SAFETY: the argument proves that the processor has the features.
+            *out = unsafe { to_array(weights) };
+        }
+    }
+}
+
+impl Element for bf16 {
+    #[inline(always)]
+    fn put(_: Avx512, weights: [__m512; 4], out: &mut [Self; GROUP]) {
+        let halves = out.as_chunks_mut::<32>().0;
+        for (weights, out) in weights.as_chunks::<2>().0.iter().zip(halves) {
+            // SAFETY: the argument proves that the processor has the features.
+            unsafe { store(bytemuck::cast_mut(out), upper_halves(*weights)) };
+        }
+    }
+}
+
+impl Element for f16 {
+    #[inline(always)]
+    fn put(_: Avx512, weights: [__m512; 4], out: &mut [Self; GROUP]) {
+        for (weights, out) in weights.into_iter().zip(out.as_chunks_mut().0) {
+            // SAFETY: the argument proves that the processor has the features.
+            unsafe {
+                let halves = _mm512_cvtps_ph::<NEAREST>(weights);
+                store_16(bytemuck::cast_mut::<[f16; 16], _>(out), halves);
             }
         }
     }
 }
 
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi2,popcnt")]
-fn decode_bitmap(rows: BitmapRows<'_>, cols: usize, out: &mut [f32]) {
-    let table = match rows.levels {
-        LevelsView::Bytes => None,
-        LevelsView::Nibbles(codebook) => Some(codebook_register(codebook)),
-    };
-    let words = rows.bitmap.chunks_exact(rows.groups);
-    let primes = rows.prime_indices.chunks_exact(rows.groups);
-    for (row, (words, primes)) in words.zip(primes).enumerate() {
-        let mut at = rows.row_pointers[row] as usize;
-        let out = &mut out[row * cols..(row + 1) * cols];
-        for (out, (word, prime)) in out.chunks_mut(64).zip(words.iter().zip(primes)) {
-            let kept = u64::from_le_bytes(*word);
-            let (levels, bytes) = match table {
-                None => expand_bytes(rows.codes, at, kept),
-                Some(table) => expand_nibbles(rows.codes, at, kept, table),
-            };
-            at += bytes;
-            let factors = Factors::new(rows.scales[row], *prime);
-            factors.put_register(&to_bytes(biased(levels)), out);
-        }
-    }
-}
+/// To nearest, ties to even.
+const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
 
-/// Tiles that are decoded before they become rows: a register of each row.
-const TILES_AT_ONCE: usize = 16;
-
-#[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
-fn decode_strip<const K: usize, const WIDE: bool>(strip: TrellisStrip<'_>, out: &mut [f32]) {
-    let decoder = Decoder::new(K, strip.shift_table, strip.level_table);
-    let cols = strip.cols;
-    let mut tiles = [[[0u8; 4]; 64]; TILES_AT_ONCE];
-    for first in (0..cols).step_by(TILE * TILES_AT_ONCE) {
-        let cols_now = (cols - first).min(TILE * TILES_AT_ONCE);
-        let needed = cols_now.div_ceil(TILE);
-        for (i, tile) in tiles.iter_mut().enumerate().take(needed) {
-            let at = (first / TILE + i) * 32 * K;
-            for quarter in 0..4 {
-                let bytes = load_at(strip.codes, at + quarter * 8 * K);
-                let levels = to_bytes(biased(decoder.levels::<WIDE>(bytes)));
-                let rows: &mut [[u8; 4]] = &mut tile[16 * quarter..16 * quarter + 16];
-                rows.as_flattened_mut().copy_from_slice(&levels);
-            }
-        }
-        for (row, (scale, prime)) in strip.scales.iter().zip(strip.prime_indices).enumerate() {
-            let mut levels = [[0; 4]; TILES_AT_ONCE];
-            for i in 0..TILES_AT_ONCE {
-                levels[i] = tiles[i][row];
-            }
-            let out = &mut out[row * cols + first..][..cols_now];
-            Factors::new(*scale, *prime).put_register(bytemuck::cast_ref(&levels), out);
-        }
+/// Finite numbers, rounded to BF16.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn upper_halves(weights: [__m512; 2]) -> __m512i {
+    let mut rounded = [_mm512_setzero_si512(); 2];
+    for (rounded, weights) in rounded.iter_mut().zip(weights) {
+        let bits = _mm512_castps_si512(weights);
+        let is_odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+        let half_less = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF));
+        *rounded = _mm512_add_epi32(half_less, is_odd);
     }
+    let mut odd = [0u16; 32];
+    for (i, word) in odd.iter_mut().enumerate() {
+        *word = 2 * i as u16 + 1;
+    }
+    _mm512_permutex2var_epi16(rounded[0], load_u16(&odd), rounded[1])
 }
 
 /// [`half::bf16::from_f32`] of each.
@@ -194,8 +270,7 @@ pub(super) fn to_f16(x: &[f32], out: &mut [f16]) {
     let (blocks, rest) = x.as_chunks::<16>();
     let (out_blocks, out_rest) = out.as_chunks_mut::<16>();
     for (x, out) in blocks.iter().zip(out_blocks) {
-        let values =
-            _mm512_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(load_f32(x));
+        let values = _mm512_cvtps_ph::<NEAREST>(load_f32(x));
         store_16(bytemuck::cast_mut(out), values);
     }
     for (out, x) in out_rest.iter_mut().zip(rest) {

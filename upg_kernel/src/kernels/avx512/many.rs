@@ -1,17 +1,15 @@
 //! Packed weights times many vectors.
 //!
-//! A panel is 64 rows of levels, decoded once for all vectors and laid out so that the 16 lanes of a
-//! register are 16 rows with four columns each: four activations are broadcast to all lanes, and
-//! nothing is summed up across lanes.
+//! A panel has the tiles of a strip, decoded once for all vectors.
 
+use super::levels::{self, Levels, with_levels};
 use super::*;
-use crate::kernels::activations::GROUP;
 
-/// Rows of a panel.
-const ROWS: usize = 64;
+/// Columns of a tile.
+const TILE: usize = 4;
 
-/// Registers of rows.
-const QUARTERS: usize = ROWS / 16;
+/// Registers of a tile.
+const QUARTERS: usize = 4;
 
 /// Blocks of columns that are decoded at once: a panel of 128 KiB, and what it is multiplied with, stay in the
 /// L2 cache.
@@ -24,98 +22,114 @@ const TOGETHER: usize = 6;
 type Quad = [[u8; 64]; QUARTERS];
 
 /// The quads of a block.
-const QUADS: usize = GROUP / 4;
+const QUADS: usize = GROUP / TILE;
 
 /// Memory for a panel.
 #[derive(Debug, Default)]
 pub(crate) struct Panel {
     quads: Vec<Quad>,
-    /// What the sums of a group are multiplied with: `[groups, 64]`.
-    factors: Vec<[f32; ROWS]>,
+    /// The primes of a group: `[groups, 64]`.
+    factors: Vec<[[f32; 16]; QUARTERS]>,
     /// Of each vector: `[n, 64]`.
-    sums: Vec<[f32; ROWS]>,
-    /// Where the codes of each row of a bitmap go on.
-    places: Vec<usize>,
+    sums: Vec<[[f32; 16]; QUARTERS]>,
 }
 
-/// `out [n, rows]`: every row times every vector. The vectors are in natural order.
+/// `out [n, rows]`: every row times every vector.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,popcnt")]
 pub(super) fn multiply(
-    rows: Rows<'_>,
+    strip: Strip<'_>,
     vectors: &[Activations],
     panel: &mut Panel,
     out: &mut [f32],
 ) {
-    let (scales, primes) = match rows {
-        Rows::Grouped(rows) => (rows.scales, None),
-        Rows::Bitmap(rows) => (rows.scales, None),
-        Rows::Trellis(strip) => (strip.scales, Some(strip.prime_indices)),
+    with_levels!(strip, levels => multiply_levels(levels, &strip, vectors, panel, out));
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,popcnt")]
+fn multiply_levels<L: Levels>(
+    mut levels: L,
+    strip: &Strip<'_>,
+    vectors: &[Activations],
+    panel: &mut Panel,
+    out: &mut [f32],
+) {
+    let rows = strip.scales.len();
+    assert_eq!(vectors.len() * rows, out.len());
+    let Panel {
+        quads,
+        factors,
+        sums,
+    } = panel;
+    sums.clear();
+    sums.resize(vectors.len(), [[0.0; 16]; QUARTERS]);
+    let all = strip.cols.div_ceil(TILE);
+    let (indices, group) = match strip.primes {
+        Primes::Groups { indices, cols } => (indices, cols),
+        Primes::Rows(_) => (&[][..], GROUP),
     };
-    let count = scales.len();
-    assert!(count <= ROWS && vectors.len() * count == out.len());
-    panel.sums.clear();
-    panel.sums.resize(vectors.len(), [0.0; ROWS]);
-    if let Rows::Bitmap(rows) = rows {
-        let starts = rows.row_pointers.iter().map(|&start| start as usize);
-        panel.places.clear();
-        panel.places.extend(starts);
-    }
-    let blocks = vectors.first().map_or(0, |x| x.blocks.len());
-    for first in (0..blocks).step_by(BLOCKS) {
-        let blocks = first..blocks.min(first + BLOCKS);
-        panel
-            .quads
-            .resize(blocks.len() * QUADS, [[128; 64]; QUARTERS]);
-        let group = match rows {
-            Rows::Grouped(rows) => rows.group,
-            _ => GROUP,
-        };
-        panel.factors.clear();
-        panel
-            .factors
-            .resize(blocks.len() * GROUP / group, [1.0; ROWS]);
-        match rows {
-            Rows::Grouped(rows) => decode_grouped(rows, first, panel),
-            Rows::Bitmap(rows) => decode_bitmap(rows, first, panel),
-            Rows::Trellis(strip) => decode_trellis(strip, first, panel),
-        }
-        let Panel {
-            quads,
-            factors,
-            sums,
-            ..
-        } = &mut *panel;
+    for first in (0..all).step_by(BLOCKS * QUADS) {
+        let tiles = first..all.min(first + BLOCKS * QUADS);
+        decode(&mut levels, tiles.len(), quads);
+        factors.clear();
+        let groups = indices.iter().skip(first * TILE / group);
+        let groups_of_panel = quads.len() * TILE / group;
+        factors.extend(groups.take(groups_of_panel).map(|indices| primes(indices)));
+        // Those of rows come later; past the last group all sums are 0.
+        factors.resize(groups_of_panel, [[1.0; 16]; QUARTERS]);
+        let block = first / QUADS;
         let together = vectors.chunks(TOGETHER).zip(sums.chunks_mut(TOGETHER));
         for (vectors, sums) in together {
             let of_panel = (&quads[..], &factors[..]);
             match vectors.len() {
-                1 => multiply_panel::<1>(of_panel, vectors, first, sums),
-                2 => multiply_panel::<2>(of_panel, vectors, first, sums),
-                3 => multiply_panel::<3>(of_panel, vectors, first, sums),
-                4 => multiply_panel::<4>(of_panel, vectors, first, sums),
-                5 => multiply_panel::<5>(of_panel, vectors, first, sums),
-                _ => multiply_panel::<TOGETHER>(of_panel, vectors, first, sums),
+                1 => multiply_panel::<1>(of_panel, vectors, block, sums),
+                2 => multiply_panel::<2>(of_panel, vectors, block, sums),
+                3 => multiply_panel::<3>(of_panel, vectors, block, sums),
+                4 => multiply_panel::<4>(of_panel, vectors, block, sums),
+                5 => multiply_panel::<5>(of_panel, vectors, block, sums),
+                _ => multiply_panel::<TOGETHER>(of_panel, vectors, block, sums),
             }
         }
     }
-    for (sums, out) in panel.sums.iter().zip(out.chunks_exact_mut(count)) {
-        for (row, out) in out.iter_mut().enumerate() {
-            let prime = primes.map_or(1.0, |primes| PRIME_LUT[usize::from(primes[row])] as f32);
-            *out = scales[row] * (prime * sums[row]);
+    for (sums, out) in sums.iter().zip(out.chunks_exact_mut(rows.max(1))) {
+        strip.put_rows(bytemuck::cast_ref(sums), out);
+    }
+}
+
+/// The next so many tiles, and some to fill up the last block of columns.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,popcnt")]
+fn decode<L: Levels>(levels: &mut L, tiles: usize, quads: &mut Vec<Quad>) {
+    quads.resize(tiles.next_multiple_of(QUADS), [[0; 64]; QUARTERS]);
+    let (pairs, _) = quads.as_chunks_mut::<2>();
+    // What is past the last pair is multiplied with zeros.
+    for pair in &mut pairs[..tiles.div_ceil(2)] {
+        for (quad, tile) in pair.iter_mut().zip(levels.next()) {
+            for (quarter, levels) in quad.iter_mut().zip(tile) {
+                store(quarter, levels);
+            }
         }
     }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn primes(indices: &[u8; 64]) -> [[f32; 16]; QUARTERS] {
+    let mut primes = [[0.0; 16]; QUARTERS];
+    for (primes, register) in primes.iter_mut().zip(primes_of(indices)) {
+        *primes = to_array(register);
+    }
+    primes
 }
 
 /// Adds the products of a panel, whose first block is `first`, with `T` vectors to their sums.
 #[target_feature(enable = "avx512f,avx512vnni")]
 fn multiply_panel<const T: usize>(
-    (quads, factors): (&[Quad], &[[f32; ROWS]]),
+    (quads, factors): (&[Quad], &[[[f32; 16]; QUARTERS]]),
     vectors: &[Activations],
     first: usize,
-    sums: &mut [[f32; ROWS]],
+    sums: &mut [[[f32; 16]; QUARTERS]],
 ) {
     let vectors: &[Activations; T] = vectors.first_chunk().expect("as many vectors as asked for");
-    let sums: &mut [[f32; ROWS]; T] = sums.first_chunk_mut().expect("sums of every vector");
+    let sums: &mut [[[f32; 16]; QUARTERS]; T] =
+        sums.first_chunk_mut().expect("sums of every vector");
     let per_group = quads.len() / factors.len();
     for (group, (quads, factors)) in quads.chunks_exact(per_group).zip(factors).enumerate() {
         let at = group * per_group;
@@ -139,10 +153,9 @@ fn multiply_panel<const T: usize>(
         }
         let planes: [&[i32; QUADS]; T] = std::array::from_fn(|t| bytemuck::cast_ref(&x[t].low));
         add_quads(quads, planes, half, &mut products);
-        let (factors, _) = factors.as_chunks::<16>();
         for t in 0..T {
             let scale = _mm512_set1_ps(vectors[t].scales[block]);
-            let (sums, _) = sums[t].as_chunks_mut::<16>();
+            let sums = &mut sums[t];
             for quarter in 0..QUARTERS {
                 let factor = _mm512_mul_ps(load_f32(&factors[quarter]), scale);
                 let product = _mm512_cvtepi32_ps(products[t][quarter]);
@@ -178,121 +191,4 @@ fn add_quads<const T: usize>(
         }
     }
     *products = sums;
-}
-
-/// Puts 64 levels each of 16 rows into one quarter of the quads whose numbers `place` gives.
-#[target_feature(enable = "avx512f")]
-fn put_levels(
-    rows: &[[u8; 64]; 16],
-    quarter: usize,
-    quads: &mut [Quad],
-    place: impl Fn(usize) -> usize,
-) {
-    for i in 0..QUADS {
-        let quad = &mut quads[place(i)][quarter];
-        for (row, levels) in rows.iter().enumerate() {
-            quad[4 * row..4 * row + 4].copy_from_slice(&levels[4 * i..4 * i + 4]);
-        }
-    }
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn decode_grouped(rows: GroupedRows<'_>, first: usize, panel: &mut Panel) {
-    let blocks = panel.quads.len() / QUADS;
-    let groups = panel.factors.len();
-    let first_group = first * GROUP / rows.group;
-    for (row, primes) in rows.prime_indices.chunks_exact(rows.groups).enumerate() {
-        let primes = &primes[first_group..rows.groups.min(first_group + groups)];
-        for (factors, prime) in panel.factors.iter_mut().zip(primes) {
-            factors[row] = PRIME_LUT[usize::from(*prime)] as f32;
-        }
-    }
-    // Level 0 for the rows that a panel has and the matrix has not.
-    let mut levels = [[[128u8; 64]; 16]; 2];
-    for (quarter, codes) in rows.codes.chunks(16 * rows.row_bytes).enumerate() {
-        let codes = codes.chunks_exact(rows.row_bytes);
-        match rows.levels {
-            LevelsView::Bytes => {
-                for block in 0..blocks {
-                    for (levels, codes) in levels[0].iter_mut().zip(codes.clone()) {
-                        let codes = load_at(codes, (first + block) * GROUP);
-                        *levels = to_bytes(biased(codes));
-                    }
-                    put_levels(&levels[0], quarter, &mut panel.quads, |i| block * QUADS + i);
-                }
-            }
-            LevelsView::Nibbles(codebook) => {
-                let table = codebook_register(codebook);
-                let low_half = _mm512_set1_epi8(15);
-                let half = rows.group / 2;
-                for pair in 0..blocks / 2 {
-                    for (i, codes) in codes.clone().enumerate() {
-                        let codes = load_at(codes, (first / 2 + pair) * GROUP);
-                        let low = _mm512_and_si512(codes, low_half);
-                        let high = _mm512_and_si512(_mm512_srli_epi16::<4>(codes), low_half);
-                        levels[0][i] = to_bytes(_mm512_shuffle_epi8(table, low));
-                        levels[1][i] = to_bytes(_mm512_shuffle_epi8(table, high));
-                    }
-                    for (is_high, levels) in levels.iter().enumerate() {
-                        // Back from the order of codes in bytes to that of columns.
-                        put_levels(levels, quarter, &mut panel.quads, |i| {
-                            let (group, byte) = (4 * i / half, 4 * i % half);
-                            let column = group * rows.group + is_high * half + byte;
-                            pair * 2 * QUADS + column / 4
-                        });
-                    }
-                }
-            }
-        }
-    }
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi2,popcnt")]
-fn decode_bitmap(rows: BitmapRows<'_>, first: usize, panel: &mut Panel) {
-    let blocks = (panel.quads.len() / QUADS).min(rows.groups - first.min(rows.groups));
-    let mut levels = [[128u8; 64]; 16];
-    let table = match rows.levels {
-        LevelsView::Bytes => None,
-        LevelsView::Nibbles(codebook) => Some(codebook_register(codebook)),
-    };
-    let count = rows.scales.len();
-    for block in 0..blocks {
-        for quarter in 0..count.div_ceil(16) {
-            for (i, levels) in levels.iter_mut().enumerate().take(count - 16 * quarter) {
-                let row = 16 * quarter + i;
-                let group = row * rows.groups + first + block;
-                let prime = PRIME_LUT[usize::from(rows.prime_indices[group])];
-                panel.factors[block][row] = prime as f32;
-                let kept = u64::from_le_bytes(rows.bitmap[group]);
-                let place = &mut panel.places[row];
-                let (register, bytes) = match table {
-                    None => expand_bytes(rows.codes, *place, kept),
-                    Some(table) => expand_nibbles(rows.codes, *place, kept, table),
-                };
-                *place += bytes;
-                *levels = to_bytes(register);
-            }
-            put_levels(&levels, quarter, &mut panel.quads, |i| block * QUADS + i);
-        }
-    }
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
-fn decode_trellis(strip: TrellisStrip<'_>, first: usize, panel: &mut Panel) {
-    let k = usize::from(strip.k);
-    let decoder = Decoder::new(k, strip.shift_table, strip.level_table);
-    let is_wide = strip.level_table.len() > 128;
-    let first = first * QUADS;
-    let tiles = strip.cols.div_ceil(TILE) - first.min(strip.cols.div_ceil(TILE));
-    for (tile, quad) in panel.quads.iter_mut().take(tiles).enumerate() {
-        for (quarter, levels) in quad.iter_mut().enumerate() {
-            let at = (first + tile) * 32 * k + quarter * 8 * k;
-            let bytes = load_at(strip.codes, at);
-            let register = match is_wide {
-                false => decoder.levels::<false>(bytes),
-                true => decoder.levels::<true>(bytes),
-            };
-            *levels = to_bytes(register);
-        }
-    }
 }

@@ -1,13 +1,14 @@
 //! Activations to integers.
 
-use super::{load_i8, store};
-use crate::kernels::activations::{Activations, Block, GROUP, Order, scales_for};
+use super::load_i8;
+use crate::kernels::activations::{Activations, Block, GROUP, scales_for};
 use std::arch::x86_64::*;
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-pub(super) fn quantize(x: &[f32], order: Order, out: &mut Activations) {
+pub(super) fn quantize(x: &[f32], out: &mut Activations) {
     out.resize(x.len());
-    for (group, (x, scale)) in x.chunks(GROUP).zip(&mut out.scales).enumerate() {
+    let blocks = out.blocks.iter_mut().zip(&mut out.offsets);
+    for ((x, (block, offsets)), scale) in x.chunks(GROUP).zip(blocks).zip(&mut out.scales) {
         let mut quarters = [_mm512_setzero_ps(); 4];
         for (quarter, x) in quarters.iter_mut().zip(x.chunks(16)) {
             *quarter = load_floats(x);
@@ -22,14 +23,10 @@ pub(super) fn quantize(x: &[f32], order: Order, out: &mut Activations) {
                 _mm512_maskz_cvtps_epi32(finite, _mm512_mul_ps(quarter, _mm512_set1_ps(inverse)));
             let high = _mm512_srai_epi32::<7>(_mm512_add_epi32(values, _mm512_set1_epi32(64)));
             let low = _mm512_sub_epi32(values, _mm512_slli_epi32::<7>(high));
-            let slot = order.slot(group * GROUP + 16 * i);
-            let block = &mut out.blocks[slot / GROUP];
-            store_16(&mut block.high, slot % GROUP, _mm512_cvtepi32_epi8(high));
-            store_16(&mut block.low, slot % GROUP, _mm512_cvtepi32_epi8(low));
+            store_16(&mut block.high, 16 * i, _mm512_cvtepi32_epi8(high));
+            store_16(&mut block.low, 16 * i, _mm512_cvtepi32_epi8(low));
         }
-    }
-    for (block, sum) in out.blocks.iter_mut().zip(&mut out.offsets) {
-        *sum = set_offset(block);
+        *offsets = offsets_of(block);
     }
 }
 
@@ -65,17 +62,15 @@ fn store_16(plane: &mut [i8; GROUP], at: usize, values: __m128i) {
     unsafe { _mm_storeu_si128(out.as_mut_ptr().cast(), values) };
 }
 
-/// Fills in the offsets of four slots each; returns their sums over each half.
+/// -128 times the sum of each half.
 #[target_feature(enable = "avx512f,avx512vnni")]
-fn set_offset(block: &mut Block) -> [i32; 2] {
+fn offsets_of(block: &Block) -> [i32; 2] {
     let ones = _mm512_set1_epi8(1);
     let sum_of_four = |plane| _mm512_dpbusd_epi32(_mm512_setzero_si512(), ones, load_i8(plane));
     let (high, low) = (sum_of_four(&block.high), sum_of_four(&block.low));
     let values = _mm512_add_epi32(_mm512_slli_epi32::<7>(high), low);
-    let offset = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32::<7>(values));
-    store(&mut block.offset, offset);
     [
-        _mm512_mask_reduce_add_epi32(0x00FF, offset),
-        _mm512_mask_reduce_add_epi32(0xFF00, offset),
+        -128 * _mm512_mask_reduce_add_epi32(0x00FF, values),
+        -128 * _mm512_mask_reduce_add_epi32(0xFF00, values),
     ]
 }

@@ -1,0 +1,107 @@
+//! The two parts of a rotation.
+
+use super::*;
+
+/// Sign changes as in [`scalar::flip`].
+#[target_feature(enable = "avx512f")]
+pub(super) fn flip(x: &mut [f32], signs: &[u8]) {
+    let (blocks, rest) = x.as_chunks_mut::<16>();
+    let (pairs, _) = signs.as_chunks::<2>();
+    for (block, signs) in blocks.iter_mut().zip(pairs) {
+        let bits = _mm512_castps_si512(load_f32(block));
+        let sign = _mm512_maskz_set1_epi32(u16::from_le_bytes(*signs), i32::MIN);
+        *block = to_array(_mm512_castsi512_ps(_mm512_xor_si512(bits, sign)));
+    }
+    scalar::flip(rest, &signs[2 * blocks.len()..]);
+}
+
+/// The unscaled Walsh-Hadamard transform, with the additions of the reference in its order.
+///
+/// As many spans as registers allow are done in one pass over memory: 4,096 elements take two.
+#[target_feature(enable = "avx512f")]
+pub(super) fn hadamard(x: &mut [f32]) {
+    let (blocks, rest) = x.as_chunks_mut::<16>();
+    let mut span = match blocks.len() {
+        0 => return scalar::hadamard(rest, 1),
+        1 => first_pass::<1>(blocks),
+        2 => first_pass::<2>(blocks),
+        4 => first_pass::<4>(blocks),
+        8 => first_pass::<8>(blocks),
+        _ => first_pass::<16>(blocks),
+    };
+    while span < blocks.len() {
+        span = match blocks.len() / span {
+            2 => pass::<2>(blocks, span),
+            4 => pass::<4>(blocks, span),
+            8 => pass::<8>(blocks, span),
+            _ => pass::<16>(blocks, span),
+        };
+    }
+}
+
+/// Spans below 16 in each register, and those between `N` registers; returns the next span in registers.
+#[target_feature(enable = "avx512f")]
+fn first_pass<const N: usize>(blocks: &mut [[f32; 16]]) -> usize {
+    for blocks in blocks.as_chunks_mut::<N>().0 {
+        let mut registers = [_mm512_setzero_ps(); N];
+        for (v, block) in registers.iter_mut().zip(&*blocks) {
+            *v = within(load_f32(block));
+        }
+        between(&mut registers);
+        for (block, v) in blocks.iter_mut().zip(registers) {
+            *block = to_array(v);
+        }
+    }
+    N
+}
+
+/// `N` registers at a distance of `span` registers each; returns the next span.
+#[target_feature(enable = "avx512f")]
+fn pass<const N: usize>(blocks: &mut [[f32; 16]], span: usize) -> usize {
+    for blocks in blocks.chunks_exact_mut(N * span) {
+        for first in 0..span {
+            let mut registers = [_mm512_setzero_ps(); N];
+            for i in 0..N {
+                registers[i] = load_f32(&blocks[first + i * span]);
+            }
+            between(&mut registers);
+            for i in 0..N {
+                blocks[first + i * span] = to_array(registers[i]);
+            }
+        }
+    }
+    N * span
+}
+
+/// Spans 1, 2, 4 and 8.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn within(mut v: __m512) -> __m512 {
+    v = pairs(v, _mm512_permute_ps::<0b10_11_00_01>(v), 0xAAAA);
+    v = pairs(v, _mm512_permute_ps::<0b01_00_11_10>(v), 0xCCCC);
+    v = pairs(v, _mm512_shuffle_f32x4::<0b10_11_00_01>(v, v), 0xF0F0);
+    pairs(v, _mm512_shuffle_f32x4::<0b01_00_11_10>(v, v), 0xFF00)
+}
+
+/// Lanes whose bit is set are the second of their pair: they become first - second.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn pairs(v: __m512, other: __m512, second: u16) -> __m512 {
+    _mm512_mask_sub_ps(_mm512_add_ps(v, other), second, other, v)
+}
+
+/// The transform across registers, lane by lane.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn between<const N: usize>(registers: &mut [__m512; N]) {
+    let mut span = 1;
+    while span < N {
+        for i in 0..N / 2 {
+            let first = i / span * 2 * span + i % span;
+            let (a, b) = (registers[first], registers[first + span]);
+            registers[first] = _mm512_add_ps(a, b);
+            registers[first + span] = _mm512_sub_ps(a, b);
+        }
+        span *= 2;
+    }
+}

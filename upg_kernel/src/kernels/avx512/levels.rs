@@ -1,0 +1,320 @@
+//! The levels of a strip from each kind of code.
+
+use super::*;
+
+/// Bytes of codes that are asked for ahead of their use.
+const AHEAD: usize = 4096;
+
+/// Four columns of 64 rows as `level + 128`, sixteen rows in each register.
+pub(super) type Tile = [__m512i; 4];
+
+/// Level 0.
+const ZERO: i8 = -128;
+
+/// The tiles of a strip in their order.
+///
+/// A value exists only where the processor has the features: every constructor asks for them.
+pub(super) trait Levels {
+    /// The next two tiles; of any levels where a tile starts past the last column.
+    fn next(&mut self) -> [Tile; 2];
+}
+
+/// Evaluates the second expression with the [`Levels`] of a strip.
+macro_rules! with_levels {
+    ($strip:expr, $levels:ident => $call:expr) => {
+        match $strip.codes {
+            Codes::Bytes(codes) => {
+                let $levels = levels::Bytes::new(codes);
+                $call
+            }
+            Codes::Nibbles(codes, codebook) => {
+                let $levels = levels::Nibbles::new(codes, codebook);
+                $call
+            }
+            Codes::Kept {
+                bitmap,
+                codes,
+                codebook,
+            } => match codebook {
+                None => {
+                    let $levels = levels::Kept::<false>::new(bitmap, codes, &[0; 16]);
+                    $call
+                }
+                Some(codebook) => {
+                    let $levels = levels::Kept::<true>::new(bitmap, codes, codebook);
+                    $call
+                }
+            },
+            Codes::Trellis {
+                k,
+                stream,
+                shift_table,
+                level_table,
+            } => match (k, level_table.len() > 128) {
+                (2, false) => {
+                    let $levels =
+                        levels::Trellis::<2, false>::new(stream, shift_table, level_table);
+                    $call
+                }
+                (2, true) => {
+                    let $levels = levels::Trellis::<2, true>::new(stream, shift_table, level_table);
+                    $call
+                }
+                (3, false) => {
+                    let $levels =
+                        levels::Trellis::<3, false>::new(stream, shift_table, level_table);
+                    $call
+                }
+                (3, true) => {
+                    let $levels = levels::Trellis::<3, true>::new(stream, shift_table, level_table);
+                    $call
+                }
+                (_, false) => {
+                    let $levels =
+                        levels::Trellis::<4, false>::new(stream, shift_table, level_table);
+                    $call
+                }
+                (_, true) => {
+                    let $levels = levels::Trellis::<4, true>::new(stream, shift_table, level_table);
+                    $call
+                }
+            },
+        }
+    };
+}
+pub(super) use with_levels;
+
+/// `q8`.
+pub(super) struct Bytes<'a>(&'a [u8]);
+
+impl<'a> Bytes<'a> {
+    #[target_feature(enable = "avx512f")]
+    pub(super) fn new(codes: &'a [u8]) -> Self {
+        Self(codes)
+    }
+}
+
+impl Levels for Bytes<'_> {
+    #[inline(always)]
+    fn next(&mut self) -> [Tile; 2] {
+        // SAFETY: `self` proves that the processor has the features.
+        unsafe {
+            let mut tiles = [[_mm512_set1_epi8(ZERO); 4]; 2];
+            if let Some((codes, rest)) = self.0.split_first_chunk::<512>() {
+                self.0 = rest;
+                let codes = codes.as_chunks().0;
+                for (i, codes) in codes.iter().enumerate() {
+                    prefetch(codes, AHEAD);
+                    tiles[i / 4][i % 4] = biased(load(codes));
+                }
+            }
+            tiles
+        }
+    }
+}
+
+/// `q4`.
+pub(super) struct Nibbles<'a> {
+    codes: &'a [u8],
+    codebook: __m512i,
+}
+
+impl<'a> Nibbles<'a> {
+    #[target_feature(enable = "avx512f,avx512vl")]
+    pub(super) fn new(codes: &'a [u8], codebook: &[i8; 16]) -> Self {
+        let codebook = codebook_register(codebook);
+        Self { codes, codebook }
+    }
+}
+
+impl Levels for Nibbles<'_> {
+    #[inline(always)]
+    fn next(&mut self) -> [Tile; 2] {
+        // SAFETY: `self` proves that the processor has the features.
+        unsafe {
+            let mut tiles = [[_mm512_set1_epi8(ZERO); 4]; 2];
+            if let Some((codes, rest)) = self.codes.split_first_chunk::<256>() {
+                self.codes = rest;
+                let half = _mm512_set1_epi8(15);
+                for (i, codes) in codes.as_chunks().0.iter().enumerate() {
+                    prefetch(codes, AHEAD);
+                    let codes = load(codes);
+                    let low = _mm512_and_si512(codes, half);
+                    let high = _mm512_and_si512(_mm512_srli_epi16::<4>(codes), half);
+                    tiles[0][i] = _mm512_shuffle_epi8(self.codebook, low);
+                    tiles[1][i] = _mm512_shuffle_epi8(self.codebook, high);
+                }
+            }
+            tiles
+        }
+    }
+}
+
+/// `s8`, or with `NIBBLES` `s4`.
+pub(super) struct Kept<'a, const NIBBLES: bool> {
+    bitmap: &'a [[u8; 8]],
+    codes: &'a [u8],
+    codebook: __m512i,
+    /// For the codes of the last words.
+    end: [u8; 512],
+}
+
+impl<'a, const NIBBLES: bool> Kept<'a, NIBBLES> {
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi2,popcnt")]
+    pub(super) fn new(bitmap: &'a [[u8; 8]], codes: &'a [u8], codebook: &[i8; 16]) -> Self {
+        Self {
+            bitmap,
+            codes,
+            codebook: codebook_register(codebook),
+            end: [0; 512],
+        }
+    }
+}
+
+impl<const NIBBLES: bool> Levels for Kept<'_, NIBBLES> {
+    #[inline(always)]
+    fn next(&mut self) -> [Tile; 2] {
+        // SAFETY: `self` proves that the processor has the features.
+        unsafe {
+            let mut tiles = [[_mm512_set1_epi8(ZERO); 4]; 2];
+            if let Some((words, rest)) = self.bitmap.split_first_chunk::<8>() {
+                self.bitmap = rest;
+                prefetch(words.as_flattened(), AHEAD);
+                let codes = window(self.codes, &mut self.end);
+                let mut at = 0;
+                for (i, word) in words.iter().enumerate() {
+                    let kept = u64::from_le_bytes(*word);
+                    let n = kept.count_ones() as usize;
+                    // What lies after the codes of this word is not expanded. Each of the words before took at
+                    // most 64 bytes.
+                    let start = codes.as_ptr().add(at);
+                    prefetch(codes, at + AHEAD);
+                    let levels = if NIBBLES {
+                        at += n.div_ceil(2);
+                        let codes = in_order(_mm256_loadu_si256(start.cast()));
+                        _mm512_shuffle_epi8(self.codebook, codes)
+                    } else {
+                        at += n;
+                        biased(_mm512_loadu_si512(start.cast()))
+                    };
+                    // What is not stored is level 0.
+                    let zero = _mm512_set1_epi8(ZERO);
+                    tiles[i / 4][i % 4] = _mm512_mask_expand_epi8(zero, kept, levels);
+                }
+                self.codes = &self.codes[at..];
+            }
+            tiles
+        }
+    }
+}
+
+/// The first `N` bytes; where there are fewer, those and any others, in `end`.
+#[inline(always)]
+fn window<'a, const N: usize>(bytes: &'a [u8], end: &'a mut [u8; N]) -> &'a [u8; N] {
+    match bytes.first_chunk() {
+        Some(bytes) => bytes,
+        None => {
+            end[..bytes.len()].copy_from_slice(bytes);
+            end
+        }
+    }
+}
+
+/// The codes in 32 bytes, low halves first.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn in_order(codes: __m256i) -> __m512i {
+    // 0x00HL -> 0x0H0L
+    let wide = _mm512_cvtepu8_epi16(codes);
+    let pairs = _mm512_or_si512(wide, _mm512_slli_epi16::<4>(wide));
+    _mm512_and_si512(pairs, _mm512_set1_epi8(15))
+}
+
+/// `t2`, `t3` and `t4`. With more than 128 levels `WIDE` has to be true.
+pub(super) struct Trellis<'a, const K: usize, const WIDE: bool> {
+    stream: &'a [u8],
+    decoder: Decoder<WIDE>,
+    /// For the last bytes of the stream.
+    end: [u8; 320],
+}
+
+impl<'a, const K: usize, const WIDE: bool> Trellis<'a, K, WIDE> {
+    #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
+    pub(super) fn new(stream: &'a [u8], shift_table: &[u8; 64], level_table: &[i8]) -> Self {
+        Self {
+            stream,
+            decoder: Decoder::new(K, shift_table, level_table),
+            end: [0; 320],
+        }
+    }
+}
+
+/// What turns the bits of 64 weights into their levels.
+struct Decoder<const WIDE: bool> {
+    /// Byte `b` of word `i` comes from byte `k * i + b`: the bits of eight weights.
+    spread: __m512i,
+    /// Bit `k * j` of its word for byte `j`: the low bits of the state.
+    low: __m512i,
+    /// Six bits on: the high bits.
+    high: __m512i,
+    shifts: __m512i,
+    /// Biased.
+    levels: [__m512i; 4],
+}
+
+impl<const WIDE: bool> Decoder<WIDE> {
+    #[target_feature(enable = "avx512f,avx512bw")]
+    fn new(k: usize, shift_table: &[u8; 64], level_table: &[i8]) -> Self {
+        let bytes = |f: fn(usize, usize, usize) -> usize| -> [u8; 64] {
+            std::array::from_fn(|i| f(k, i / 8, i % 8) as u8)
+        };
+        let table: &[u8] = bytemuck::cast_slice(level_table);
+        Self {
+            spread: load(&bytes(|k, word, byte| k * word + byte)),
+            low: load(&bytes(|k, _, byte| k * byte)),
+            high: load(&bytes(|k, _, byte| k * byte + 6)),
+            shifts: load(shift_table),
+            levels: std::array::from_fn(|i| biased(load_at(table, 64 * i))),
+        }
+    }
+
+    /// The levels of 64 weights whose bits start with those of `bytes`.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
+    fn levels(&self, bytes: __m512i) -> __m512i {
+        let words = _mm512_permutexvar_epi8(self.spread, bytes);
+        let low = _mm512_multishift_epi64_epi8(self.low, words);
+        let high = _mm512_multishift_epi64_epi8(self.high, words);
+        // The look-ups take the low 6 and 7 bits of each byte and ignore the rest.
+        let shift = _mm512_permutexvar_epi8(low, self.shifts);
+        let [a, b, c, d] = self.levels;
+        if !WIDE {
+            return _mm512_permutex2var_epi8(a, _mm512_add_epi8(shift, high), b);
+        }
+        let high = _mm512_and_si512(high, _mm512_set1_epi8(127));
+        let index = _mm512_add_epi8(shift, high);
+        let upper = _mm512_movepi8_mask(index);
+        let low = _mm512_permutex2var_epi8(a, index, b);
+        _mm512_mask_blend_epi8(upper, low, _mm512_permutex2var_epi8(c, index, d))
+    }
+}
+
+impl<const K: usize, const WIDE: bool> Levels for Trellis<'_, K, WIDE> {
+    #[inline(always)]
+    fn next(&mut self) -> [Tile; 2] {
+        // SAFETY: `self` proves that the processor has the features.
+        unsafe {
+            let mut tiles = [[_mm512_set1_epi8(ZERO); 4]; 2];
+            let stream = window(self.stream, &mut self.end);
+            for line in (0..64 * K).step_by(64) {
+                prefetch(stream, line + AHEAD);
+            }
+            for i in 0..8 {
+                let bytes = stream[i * 8 * K..].first_chunk();
+                tiles[i / 4][i % 4] = self.decoder.levels(load(bytes.expect("64 bytes of 320")));
+            }
+            self.stream = self.stream.get(64 * K..).unwrap_or_default();
+            tiles
+        }
+    }
+}

@@ -164,27 +164,32 @@ impl Lanes for Register {
 }
 
 /// All 64 bytes.
+#[inline]
 #[target_feature(enable = "avx512f")]
 fn load(bytes: &[u8; 64]) -> __m512i {
     // SAFETY: the reference is to 64 readable bytes; the load needs no alignment.
     unsafe { _mm512_loadu_si512(bytes.as_ptr().cast()) }
 }
 
+#[inline]
 #[target_feature(enable = "avx512f")]
 fn load_i8(bytes: &[i8; 64]) -> __m512i {
     load(bytemuck::cast_ref(bytes))
 }
 
+#[inline]
 #[target_feature(enable = "avx512f")]
 fn load_u16(values: &[u16; 32]) -> __m512i {
     load(bytemuck::cast_ref(values))
 }
 
+#[inline]
 #[target_feature(enable = "avx512f")]
 fn load_f32(values: &[f32; 16]) -> __m512 {
     _mm512_castsi512_ps(load(bytemuck::cast_ref(values)))
 }
 
+#[inline]
 #[target_feature(enable = "avx512f")]
 fn store(out: &mut [u8; 64], bytes: __m512i) {
     // SAFETY: the reference is to 64 bytes; the store needs no alignment.
@@ -192,6 +197,7 @@ fn store(out: &mut [u8; 64], bytes: __m512i) {
 }
 
 /// Up to 64 bytes, zeros after them.
+#[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
 fn load_some(bytes: &[u8]) -> __m512i {
     let n = bytes.len().min(64);
@@ -201,6 +207,7 @@ fn load_some(bytes: &[u8]) -> __m512i {
 }
 
 /// 64 bytes at `at`; fewer, with zeros after them, where the slice ends.
+#[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
 fn load_at(bytes: &[u8], at: usize) -> __m512i {
     match bytes.get(at..).and_then(<[u8]>::first_chunk) {
@@ -210,6 +217,7 @@ fn load_at(bytes: &[u8], at: usize) -> __m512i {
 }
 
 /// All 32 bytes.
+#[inline]
 #[target_feature(enable = "avx512f")]
 fn load_half(bytes: &[u8; 32]) -> __m256i {
     // SAFETY: the reference is to 32 readable bytes; the load needs no alignment.
@@ -217,6 +225,7 @@ fn load_half(bytes: &[u8; 32]) -> __m256i {
 }
 
 /// Asks for the cache line `at` bytes after the start of `bytes`, which may lie past its end.
+#[inline]
 #[target_feature(enable = "avx512f")]
 fn prefetch(bytes: &[u8], at: usize) {
     // A prefetch reads nothing that a program could see and never faults.
@@ -224,12 +233,14 @@ fn prefetch(bytes: &[u8], at: usize) {
 }
 
 /// Levels as unsigned bytes, `level + 128`.
+#[inline]
 #[target_feature(enable = "avx512f")]
 fn biased(levels: __m512i) -> __m512i {
     _mm512_xor_si512(levels, _mm512_set1_epi8(-128))
 }
 
 /// A codebook of 16 biased levels in each quarter of a register.
+#[inline]
 #[target_feature(enable = "avx512f,avx512vl")]
 fn codebook_register(codebook: &[i8; 16]) -> __m512i {
     let quarter = u128::from_le_bytes(bytemuck::cast(*codebook));
@@ -275,6 +286,7 @@ fn primes_of_half(indices: &[u8; 32]) -> __m512i {
     _mm512_mask_blend_epi16(bit7, halves[0], halves[1])
 }
 
+#[inline]
 #[target_feature(enable = "avx512f")]
 fn to_array(values: __m512) -> [f32; 16] {
     let mut out = [0.0; 16];

@@ -278,6 +278,7 @@ pub(super) fn to_f16(x: &[f32], out: &mut [f16]) {
     }
 }
 
+#[inline]
 #[target_feature(enable = "avx512f")]
 fn store_16(out: &mut [u16; 16], values: __m256i) {
     // SAFETY: 16 values are 32 bytes; the store needs no alignment.

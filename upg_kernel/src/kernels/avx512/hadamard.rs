@@ -44,12 +44,12 @@ pub(super) fn hadamard(x: &mut [f32]) {
 fn first_pass<const N: usize>(blocks: &mut [[f32; 16]]) -> usize {
     for blocks in blocks.as_chunks_mut::<N>().0 {
         let mut registers = [_mm512_setzero_ps(); N];
-        for (v, block) in registers.iter_mut().zip(&*blocks) {
-            *v = within(load_f32(block));
+        for i in 0..N {
+            registers[i] = within(load_f32(&blocks[i]));
         }
         between(&mut registers);
-        for (block, v) in blocks.iter_mut().zip(registers) {
-            *block = to_array(v);
+        for i in 0..N {
+            blocks[i] = to_array(registers[i]);
         }
     }
     N
@@ -94,14 +94,28 @@ fn pairs(v: __m512, other: __m512, second: u16) -> __m512 {
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn between<const N: usize>(registers: &mut [__m512; N]) {
-    let mut span = 1;
-    while span < N {
-        for i in 0..N / 2 {
-            let first = i / span * 2 * span + i % span;
-            let (a, b) = (registers[first], registers[first + span]);
-            registers[first] = _mm512_add_ps(a, b);
-            registers[first + span] = _mm512_sub_ps(a, b);
-        }
-        span *= 2;
+    // Spans that are constants: only then all of it stays in registers.
+    if N > 1 {
+        between_at::<N, 1>(registers);
+    }
+    if N > 2 {
+        between_at::<N, 2>(registers);
+    }
+    if N > 4 {
+        between_at::<N, 4>(registers);
+    }
+    if N > 8 {
+        between_at::<N, 8>(registers);
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn between_at<const N: usize, const SPAN: usize>(registers: &mut [__m512; N]) {
+    for i in 0..N / 2 {
+        let first = i / SPAN * 2 * SPAN + i % SPAN;
+        let (a, b) = (registers[first], registers[first + SPAN]);
+        registers[first] = _mm512_add_ps(a, b);
+        registers[first + SPAN] = _mm512_sub_ps(a, b);
     }
 }

@@ -45,8 +45,9 @@ fn first_pass<const N: usize>(blocks: &mut [[f32; 16]]) -> usize {
     for blocks in blocks.as_chunks_mut::<N>().0 {
         let mut registers = [_mm512_setzero_ps(); N];
         for i in 0..N {
-            registers[i] = within(load_f32(&blocks[i]));
+            registers[i] = load_f32(&blocks[i]);
         }
+        within(&mut registers);
         between(&mut registers);
         for i in 0..N {
             blocks[i] = to_array(registers[i]);
@@ -73,21 +74,36 @@ fn pass<const N: usize>(blocks: &mut [[f32; 16]], span: usize) -> usize {
     N * span
 }
 
-/// Spans 1, 2, 4 and 8.
+/// Spans 1, 2, 4 and 8 in each register.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn within(mut v: __m512) -> __m512 {
-    v = pairs(v, _mm512_permute_ps::<0b10_11_00_01>(v), 0xAAAA);
-    v = pairs(v, _mm512_permute_ps::<0b01_00_11_10>(v), 0xCCCC);
-    v = pairs(v, _mm512_shuffle_f32x4::<0b10_11_00_01>(v, v), 0xF0F0);
-    pairs(v, _mm512_shuffle_f32x4::<0b01_00_11_10>(v, v), 0xFF00)
+fn within<const N: usize>(registers: &mut [__m512; N]) {
+    for i in 0..N {
+        let v = registers[i];
+        registers[i] = pairs::<0xAAAA>(v, _mm512_permute_ps::<0b10_11_00_01>(v));
+    }
+    for i in 0..N {
+        let v = registers[i];
+        registers[i] = pairs::<0xCCCC>(v, _mm512_permute_ps::<0b01_00_11_10>(v));
+    }
+    for i in 0..N {
+        let v = registers[i];
+        registers[i] = pairs::<0xF0F0>(v, _mm512_shuffle_f32x4::<0b10_11_00_01>(v, v));
+    }
+    for i in 0..N {
+        let v = registers[i];
+        registers[i] = pairs::<0xFF00>(v, _mm512_shuffle_f32x4::<0b01_00_11_10>(v, v));
+    }
 }
 
-/// Lanes whose bit is set are the second of their pair: they become first - second.
+/// `v + other`; in lanes whose bit is set, which are the second of their pair, `other - v`. A product with 1 or -1
+/// is exact: there is one rounding, that of the sum.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn pairs(v: __m512, other: __m512, second: u16) -> __m512 {
-    _mm512_mask_sub_ps(_mm512_add_ps(v, other), second, other, v)
+fn pairs<const SECOND: u16>(v: __m512, other: __m512) -> __m512 {
+    let one = _mm512_set1_ps(1.0);
+    let sign = _mm512_mask_sub_ps(one, SECOND, _mm512_setzero_ps(), one);
+    _mm512_fmadd_ps(v, sign, other)
 }
 
 /// The transform across registers, lane by lane.

@@ -11,9 +11,9 @@ use crate::team::{Region, Team, Tile, Tiles};
 use std::cell::RefCell;
 use std::ops::Range;
 
-/// From this many vectors on, decoding levels once for all of them pays. With SmolLM2 on two cores with AVX-512
-/// the two ways met at 6 vectors as t3, at 8 as q4 and above 8 as q8 (`upg eval FILE --text emma.txt --windows 2
-/// --chunk N` with this at 1 and at 1000, November 2026).
+/// From this many vectors on, decoding levels once for all of them pays. With SmolLM2 on two cores with AVX-512 the
+/// two ways met at 3 vectors as t3 and above 6 as q4 and q8 (`upg eval FILE --text emma.txt --windows 1 --chunk N` with
+/// this at 2 and at 1000, November 2026).
 const MANY: usize = 8;
 
 /// Without kernels for that, the same for decoding weights to f32: where it was measured to pay with one

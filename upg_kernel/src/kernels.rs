@@ -1,19 +1,29 @@
 //! The arithmetic kernels: plain loops, a blocked matrix product for many vectors at once, and products
 //! with one vector that multiply packed weights as integers.
 
-#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+#[cfg_attr(
+    not(any(target_arch = "x86_64", target_arch = "aarch64")),
+    allow(dead_code)
+)]
 pub(crate) mod activations;
 pub(crate) mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod compiled;
 pub mod gemm;
 mod lanes;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+mod places;
 pub mod scalar;
-#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+#[cfg_attr(
+    not(any(target_arch = "x86_64", target_arch = "aarch64")),
+    allow(dead_code)
+)]
 pub(crate) mod views;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -31,7 +41,9 @@ const VARIABLE: &str = "UPG_KERNEL";
 /// Memory for [`Kernels::multiply_many`], used again from call to call.
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx512::Panel;
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(target_arch = "aarch64")]
+pub(crate) use neon::Panel;
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 #[derive(Debug, Default)]
 pub(crate) struct Panel;
 
@@ -84,6 +96,8 @@ enum Set {
     Avx2(avx2::Avx2),
     #[cfg(target_arch = "x86_64")]
     Avx512(avx512::Avx512),
+    #[cfg(target_arch = "aarch64")]
+    Neon(neon::Neon),
 }
 
 /// The first expression for the reference, the second for all other kernels, which have the same methods.
@@ -95,6 +109,8 @@ macro_rules! dispatch {
             Set::Avx2($kernels) => $call,
             #[cfg(target_arch = "x86_64")]
             Set::Avx512($kernels) => $call,
+            #[cfg(target_arch = "aarch64")]
+            Set::Neon($kernels) => $call,
         }
     };
 }
@@ -108,6 +124,8 @@ impl Kernels {
             avx2::Avx2::new().map(Set::Avx2),
             #[cfg(target_arch = "x86_64")]
             avx512::Avx512::new().map(Set::Avx512),
+            #[cfg(target_arch = "aarch64")]
+            neon::Neon::new().map(Set::Neon),
         ];
         all.into_iter().flatten().map(Self).collect()
     }
@@ -149,7 +167,7 @@ impl Kernels {
             .map_err(|message| Error::new(ErrorKind::Unsupported, format!("{VARIABLE}: {message}")))
     }
 
-    /// `scalar`, `avx2` or `avx512`.
+    /// `scalar`, `avx2`, `avx512` or `neon`.
     pub fn name(self) -> &'static str {
         match self.0 {
             Set::Scalar => "scalar",
@@ -157,6 +175,8 @@ impl Kernels {
             Set::Avx2(_) => "avx2",
             #[cfg(target_arch = "x86_64")]
             Set::Avx512(_) => "avx512",
+            #[cfg(target_arch = "aarch64")]
+            Set::Neon(_) => "neon",
         }
     }
 
@@ -248,6 +268,8 @@ impl Kernels {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
             Set::Avx512(_) => true,
+            #[cfg(target_arch = "aarch64")]
+            Set::Neon(_) => true,
             _ => false,
         }
     }
@@ -265,6 +287,8 @@ impl Kernels {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
             Set::Avx512(kernels) => kernels.multiply_many(strip, vectors, panel, out),
+            #[cfg(target_arch = "aarch64")]
+            Set::Neon(kernels) => kernels.multiply_many(strip, vectors, panel, out),
             _ => unreachable!("{strip:?} {vectors:?} {panel:?} {out:?}"),
         }
     }

@@ -205,7 +205,8 @@ fn every_kernel_multiplies_many_vectors_as_the_reference_does() {
         (66, 2115),
     ];
     let all = Kernels::available();
-    assert!(all.iter().all(|k| k.has_many() == (k.name() == "avx512")));
+    let has_many = |k: &Kernels| ["avx512", "neon"].contains(&k.name());
+    assert!(all.iter().all(|k| k.has_many() == has_many(k)));
     for kernels in all.into_iter().filter(|k| k.has_many()) {
         for (rows, cols) in sizes {
             for n in [1, 2, 3, 4, 5, 6, 7, 13] {
@@ -460,6 +461,21 @@ fn kernels_that_the_processor_can_run_are_available() {
             println!("skipped: the kernels {name}, which this processor cannot run");
         }
     }
+}
+
+/// The same on 64-bit ARM. An emulator shows the processor of its host: its caller knows what the last line has to be.
+#[cfg(all(target_os = "linux", target_arch = "aarch64"))]
+#[test]
+fn kernels_that_the_processor_can_run_are_available() {
+    let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap();
+    let Set::Neon(kernels) = Kernels::best().0 else {
+        panic!("every 64-bit ARM has NEON");
+    };
+    if let Some(features) = cpu.lines().find(|l| l.starts_with("Features")) {
+        let expected = features.split_whitespace().any(|f| f == "asimddp");
+        assert_eq!(kernels.has_sdot(), expected);
+    }
+    println!("dot products: {}", kernels.has_sdot());
 }
 
 #[test]

@@ -1,0 +1,39 @@
+//! Where the levels of kept weights are among those that are stored.
+#![forbid(unsafe_code)]
+
+/// Where each of 16 weights finds its level among those that are stored: one register for the first eight
+/// bits, one for the next eight, which added up are the control of a shuffle.
+///
+/// The first has the places of eight weights (those that are not stored get a byte with its highest bit set,
+/// which is 0 after the shuffle), and in the other half the number of stored ones. The second has nothing
+/// and the places of the next eight weights, counted from the first of them.
+pub(super) static PLACES: Places = Places({
+    let mut places = [[[0; 16]; 256]; 2];
+    let mut bits = 0;
+    while bits < 256 {
+        let (mut i, mut stored) = (0, 0);
+        while i < 8 {
+            let place = if bits >> i & 1 == 1 { stored } else { 0x80 };
+            places[0][bits][i] = place;
+            places[1][bits][i + 8] = place;
+            stored += (bits >> i & 1) as u8;
+            i += 1;
+        }
+        while i < 16 {
+            places[0][bits][i] = stored;
+            i += 1;
+        }
+        bits += 1;
+    }
+    places
+});
+
+#[repr(align(64))]
+pub(super) struct Places(pub [[[u8; 16]; 256]; 2]);
+
+/// 16 codes of 4 bits from the first (0) or the second (1) on.
+#[inline(always)]
+pub(super) fn sixteen_codes([low, high]: [u64; 2], first: usize) -> u64 {
+    let bits = 4 * first as u32;
+    low >> bits | high << 1 << (63 - bits)
+}

@@ -75,14 +75,28 @@ fn within(v: float32x4_t) -> float32x4_t {
 #[inline]
 #[target_feature(enable = "neon")]
 fn between<const N: usize>(registers: &mut [float32x4_t; N]) {
-    let mut span = 1;
-    while span < N {
-        for i in 0..N / 2 {
-            let first = i / span * 2 * span + i % span;
-            let (a, b) = (registers[first], registers[first + span]);
-            registers[first] = vaddq_f32(a, b);
-            registers[first + span] = vsubq_f32(a, b);
-        }
-        span *= 2;
+    // Spans that are constants: only then all of it stays in registers.
+    if N > 1 {
+        between_at::<N, 1>(registers);
+    }
+    if N > 2 {
+        between_at::<N, 2>(registers);
+    }
+    if N > 4 {
+        between_at::<N, 4>(registers);
+    }
+    if N > 8 {
+        between_at::<N, 8>(registers);
+    }
+}
+
+#[inline]
+#[target_feature(enable = "neon")]
+fn between_at<const N: usize, const SPAN: usize>(registers: &mut [float32x4_t; N]) {
+    for i in 0..N / 2 {
+        let first = i / SPAN * 2 * SPAN + i % SPAN;
+        let (a, b) = (registers[first], registers[first + SPAN]);
+        registers[first] = vaddq_f32(a, b);
+        registers[first + SPAN] = vsubq_f32(a, b);
     }
 }

@@ -102,7 +102,7 @@ fn cycled<T: Pod>(values: &[T], len: usize) -> Vec<T> {
 mod tests {
     use super::*;
     use crate::plan::Choice;
-    use upg_kernel::format::{Encoding, UpgFile};
+    use upg_kernel::format::{Encoding, LayerInfo, UpgFile};
 
     /// Rows of every kind: less than a strip (48), no multiple of it (80, 112, 96), several (256).
     const CONFIG: &str = r#"{"model_type": "llama", "hidden_size": 96, "intermediate_size": 80,
@@ -137,6 +137,38 @@ mod tests {
                 "{encoding}"
             );
             upg_kernel::UPGModel::from_file(&out).unwrap();
+        }
+    }
+
+    /// The rows that the last strip has not are written as zeros, though the strip before has them.
+    #[test]
+    fn rows_that_fill_up_a_strip_are_zeros() {
+        let w: Vec<f32> = (1..=64 * 40).map(|i| i as f32).collect();
+        for encoding in [Encoding::Q8, Encoding::Q4] {
+            let mut layer = LayerInfo::new("w", 64, 40, encoding);
+            layer.group = Some(32);
+            let strip = encode_matrix(&w, &layer, 0, &()).unwrap();
+            for rows in [1, 63, 64, 65, 128, 130] {
+                let matrix = repeated(&strip, rows).unwrap();
+                let expected: Vec<f32> = (strip.to_dense().iter().cycle().copied())
+                    .take(rows * 40)
+                    .collect();
+                assert_eq!(matrix.to_dense(), expected, "{encoding}, {rows} rows");
+                let Matrix::Grouped(m) = &matrix else {
+                    panic!("{encoding} has groups");
+                };
+                let codes: &[u8] = match m.levels() {
+                    Levels::Bytes(values) => bytemuck::cast_slice(values),
+                    Levels::Nibbles { codes, .. } => codes,
+                };
+                let used = rows % STRIP_ROWS;
+                for (array, width) in [(codes, TILE_COLS), (m.prime_indices(), 1)] {
+                    let last = &array[array.len() / rows.div_ceil(64) * (rows / 64)..];
+                    for block in last.chunks_exact(STRIP_ROWS * width) {
+                        assert!(block[used * width..].iter().all(|&b| b == 0), "{rows} rows");
+                    }
+                }
+            }
         }
     }
 

@@ -1,7 +1,7 @@
 //! Rounds matrices to the trellis encodings `t2`, `t3`, `t4`.
 //!
 //! Rotate the input so that the weights look Gaussian, give each row a scale, then search the
-//! cheapest chain of states through each strip of 64 rows (see `upg_kernel::matrix::trellis` for
+//! cheapest chain of states through each strip of 64 rows (see `upg_kernel::matrix::{strips, trellis}` for
 //! the layout). Sources: QuaRot (arXiv 2404.00456), QTIP (arXiv 2406.11235).
 #![deny(unsafe_code)]
 

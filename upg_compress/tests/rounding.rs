@@ -5,6 +5,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use upg_compress::rounding::{round_q4, round_q8, round_s4, round_s8};
 use upg_kernel::Matrix;
+use upg_kernel::matrix::Levels;
 use upg_kernel::sparse::MdCSRMatrix;
 
 /// Relative Frobenius errors on Gaussian weights that a change must not exceed (measured: 0.0058,
@@ -108,6 +109,60 @@ fn ragged_sizes_round_and_multiply_like_their_dense_form() {
             matrix.rows_into(rows - 1, &mut one).unwrap();
             assert_eq!(one, dense[(rows - 1) * cols..], "{name} {rows}x{cols}");
         }
+    }
+}
+
+/// What a matrix does not have takes room in a strip; every byte of it is 0, so that files depend on weights only.
+#[test]
+fn what_fills_up_a_strip_is_zeros() {
+    let (rows, cols) = (65, 69);
+    let w = gaussian(rows * cols, 8, 0);
+    // The row of prime index `i`, of so many in a strip.
+    let has_row = |i: usize, strip: usize| i / strip * 64 + i % 64 < rows;
+    for (group, is_q8) in [(32, true), (64, true), (32, false), (64, false)] {
+        let round = if is_q8 { round_q8 } else { round_q4 };
+        let m = round(&w, rows, cols, group).unwrap();
+        let groups = cols.div_ceil(group);
+        let strip = 64 * groups * group;
+        let levels: Vec<u8> = match m.levels() {
+            Levels::Bytes(values) => values.iter().map(|&v| v as u8).collect(),
+            // Two tiles share their bytes: the first has the low halves.
+            Levels::Nibbles { codes, .. } => {
+                let pairs = codes.chunks_exact(256);
+                let tiles = pairs.flat_map(|pair| [pair, pair]).enumerate();
+                tiles
+                    .flat_map(|(i, tile)| tile.iter().map(move |b| b >> (i % 2 * 4) & 15))
+                    .collect()
+            }
+        };
+        assert_eq!(levels.len(), 2 * strip);
+        for (i, &level) in levels.iter().enumerate() {
+            let n = i % strip;
+            let (row, col) = (i / strip * 64 + n % 256 / 4, n / 256 * 4 + n % 4);
+            assert!(level == 0 || (row < rows && col < cols), "{row}, {col}");
+        }
+        for (i, &prime) in m.prime_indices().iter().enumerate() {
+            assert!(prime == 0 || has_row(i, groups * 64), "{i}");
+        }
+    }
+    for m in [round_s8(&w, rows, cols), round_s4(&w, rows, cols)] {
+        let m = m.unwrap();
+        let arrays = m.arrays();
+        for (i, &prime) in arrays.prime_indices.iter().enumerate() {
+            assert!(prime == 0 || has_row(i, 128), "{i}");
+        }
+        let Levels::Nibbles { codes, .. } = &arrays.levels else {
+            continue;
+        };
+        // One word has one weight, that of the last row and column: half of its byte is left.
+        let (mut at, mut halves) = (0, 0);
+        for word in arrays.bitmap.chunks_exact(8) {
+            let kept: u32 = word.iter().map(|byte| byte.count_ones()).sum();
+            at += kept.div_ceil(2) as usize;
+            halves += kept % 2;
+            assert!(kept.is_multiple_of(2) || codes[at - 1] < 16);
+        }
+        assert_eq!((at, halves), (codes.len(), 1));
     }
 }
 

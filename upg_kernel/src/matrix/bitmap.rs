@@ -313,6 +313,59 @@ mod tests {
         }
     }
 
+    /// Each in place of a bit that was set, so that there are as many as before.
+    #[test]
+    fn every_bit_of_a_weight_that_the_matrix_does_not_have_is_refused() {
+        let (rows, cols) = (65, 66);
+        let good = arrays(rows, cols, true);
+        for (row, col) in (0..128 * 128).map(|i| (i / 128, i % 128)) {
+            if row < rows && col < cols {
+                continue;
+            }
+            let mut bitmap = good.bitmap.to_vec();
+            let strip = &mut bitmap[row / 64 * 1024..][..1024];
+            let set = strip.iter().position(|&byte| byte != 0).unwrap();
+            strip[set] &= strip[set] - 1;
+            let n = (col / 4) * 256 + (row % 64) * 4 + col % 4;
+            strip[n / 8] |= 1 << (n % 8);
+            let arrays = BitmapArrays {
+                bitmap: bitmap.into(),
+                ..good.clone()
+            };
+            let e = BitmapMatrix::new(rows, cols, arrays).unwrap_err();
+            assert_eq!(e.broken_rule(), Some(rules::BITMAP));
+            let message = e.to_string();
+            assert!(message.contains("past row 65 or column 66"), "{message}");
+        }
+    }
+
+    #[test]
+    fn words_by_hand() {
+        // One, two and three codes in words of the first tile, from rows 0, 16 and 32 on; one in the second tile.
+        let mut bitmap = vec![0u8; 512];
+        (bitmap[0], bitmap[8], bitmap[16], bitmap[32]) = (0b1, 0b1001, 0b111, 0b1000);
+        let arrays = BitmapArrays {
+            bitmap: bitmap.into(),
+            levels: Levels::Nibbles {
+                codes: vec![0x01, 0x32, 0x54, 0x06, 0x07].into(),
+                codebook: signed((0..16).collect()),
+            },
+            strip_pointers: vec![0, 5].into(),
+            prime_indices: vec![0; 64].into(),
+            scales: vec![-0.5; 33].into(),
+        };
+        let m = BitmapMatrix::new(33, 8, arrays).unwrap();
+        let mut all = vec![f32::NAN; 33 * 8];
+        m.decode_rows(0, &mut all);
+        let kept = [(0, 0), (16, 0), (16, 3), (32, 0), (32, 1), (32, 2), (0, 7)];
+        for (level, (row, col)) in (1..).zip(kept) {
+            let w = std::mem::take(&mut all[row * 8 + col]);
+            assert_eq!(w, -(level as f32), "{row}, {col}");
+        }
+        // Not kept is 0, not -0.
+        assert!(all.iter().all(|w| w.to_bits() == 0));
+    }
+
     #[test]
     fn bits_and_pointers_that_do_not_fit_are_refused() {
         let (rows, cols) = (65, 66);

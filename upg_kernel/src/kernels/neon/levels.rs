@@ -20,6 +20,10 @@ pub(super) trait Levels {
     /// Panics where there is no group of columns.
     fn pair(&self, pair: usize, quad: usize) -> [int8x16_t; 2];
 
+    /// Asks for what lies ahead of this and the next three quads.
+    #[inline(always)]
+    fn prefetch(&self, _pair: usize, _quad: usize) {}
+
     /// Activations of four tiles in the order that the levels of a row have, or levels in the order of their columns.
     #[inline(always)]
     fn ordered(x: int8x16_t) -> int8x16_t {
@@ -106,12 +110,18 @@ impl<const STREAMED: bool> Levels for Bytes<'_, STREAMED> {
         let codes = self.now[pair].as_chunks().0;
         let codes = [&codes[quad], &codes[quad + 16]];
         // SAFETY: `self` proves that the processor has the features.
-        codes.map(|codes| unsafe {
-            if STREAMED && quad.is_multiple_of(4) {
-                prefetch(codes, AHEAD);
+        codes.map(|codes| unsafe { vreinterpretq_s8_u8(load(codes)) })
+    }
+
+    #[inline(always)]
+    fn prefetch(&self, pair: usize, quad: usize) {
+        if STREAMED {
+            // SAFETY: as above.
+            unsafe {
+                prefetch(&self.now[pair], 16 * quad + AHEAD);
+                prefetch(&self.now[pair], 16 * quad + 256 + AHEAD);
             }
-            vreinterpretq_s8_u8(load(codes))
-        })
+        }
     }
 }
 
@@ -144,15 +154,18 @@ impl Levels for Nibbles<'_> {
         let codes = &self.now[pair].as_chunks().0[quad];
         // SAFETY: `self` proves that the processor has the features.
         unsafe {
-            if quad.is_multiple_of(4) {
-                prefetch(codes, AHEAD);
-            }
             let codes = load(codes);
             [
                 vqtbl1q_s8(self.codebook, vandq_u8(codes, vdupq_n_u8(15))),
                 vqtbl1q_s8(self.codebook, vshrq_n_u8::<4>(codes)),
             ]
         }
+    }
+
+    #[inline(always)]
+    fn prefetch(&self, pair: usize, quad: usize) {
+        // SAFETY: as above.
+        unsafe { prefetch(&self.now[pair], 16 * quad + AHEAD) };
     }
 }
 
@@ -178,6 +191,7 @@ impl<'a, const NIBBLES: bool> Kept<'a, NIBBLES> {
         }
     }
 
+    #[inline(never)]
     #[target_feature(enable = "neon")]
     fn expand_block(&mut self) {
         let words = take(8 * PAIRS, &mut self.bitmap);

@@ -89,7 +89,7 @@ fn add_group<const N: usize, L: Levels>(
 }
 
 /// The products of `N` registers of rows from `first` on. Exact.
-#[inline]
+#[inline(never)]
 #[target_feature(enable = "neon")]
 fn products<const N: usize, L: Levels>(
     levels: &L,
@@ -106,6 +106,10 @@ fn products<const N: usize, L: Levels>(
         let (high, low) = (load_i8(&high[four]), load_i8(&low[four]));
         let (high, low) = (L::ordered(high), L::ordered(low));
         for i in 0..N {
+            if i.is_multiple_of(4) {
+                levels.prefetch(2 * four, first + i);
+                levels.prefetch(2 * four + 1, first + i);
+            }
             let [a, b] = levels.pair(2 * four, first + i);
             highs[i] = dot.add::<0>(highs[i], a, high);
             lows[i] = dot.add::<0>(lows[i], a, low);

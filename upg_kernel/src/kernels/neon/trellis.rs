@@ -4,15 +4,19 @@
 //! A table look-up brings its bytes there, a few shifts make four bytes of the low six bits of the states and four
 //! of the high seven. A look-up in four registers is one in 64 entries.
 
-use super::levels::Levels;
+use super::levels::{Levels, PAIRS};
 use super::*;
 
 /// Bytes of the stream that are asked for ahead of their use.
 const AHEAD: usize = 2048;
 
-/// The stream of a strip from the next block on. With more than 128 levels `WIDE` has to be true.
+/// Bytes of the stream for a block if `K` is 4, and up to a whole vector more.
+const MOST: usize = 512 * 4 + 16;
+
+/// `t2`, `t3` and `t4`. With more than 128 levels `WIDE` has to be true.
 pub(super) struct Trellis<'a, const K: usize, const WIDE: bool> {
-    now: &'a [u8],
+    /// Of this block.
+    now: [u8; MOST],
     rest: &'a [u8],
     decoder: Decoder,
 }
@@ -21,7 +25,7 @@ impl<'a, const K: usize, const WIDE: bool> Trellis<'a, K, WIDE> {
     #[target_feature(enable = "neon")]
     pub(super) fn new(stream: &'a [u8], shift_table: &[u8; 64], level_table: &[i8]) -> Self {
         Self {
-            now: &[],
+            now: [0; MOST],
             rest: stream,
             decoder: Decoder::new(K, shift_table, level_table),
         }
@@ -31,28 +35,25 @@ impl<'a, const K: usize, const WIDE: bool> Trellis<'a, K, WIDE> {
 impl<const K: usize, const WIDE: bool> Levels for Trellis<'_, K, WIDE> {
     #[inline(always)]
     fn next(&mut self) {
-        self.now = self.rest;
-        self.rest = self.rest.get(512 * K..).unwrap_or_default();
-        for line in (0..512 * K).step_by(64) {
+        let size = 512 * K;
+        for line in (0..size).step_by(64) {
             // SAFETY: `self` proves that the processor has the features.
-            unsafe { prefetch(self.now, line + AHEAD) };
+            unsafe { prefetch(self.rest, line + AHEAD) };
         }
+        // After the last tile a strip has 16 bytes more. What is past them is multiplied with zeros.
+        let bytes = self.rest.len().min(size + 16);
+        self.now[..bytes].copy_from_slice(&self.rest[..bytes]);
+        self.rest = self.rest.get(size..).unwrap_or_default();
     }
 
     #[inline(always)]
     fn pair(&self, pair: usize, quad: usize) -> [int8x16_t; 2] {
-        let starts = [64 * K * pair, 64 * K * pair + 32 * K];
-        starts.map(|tile| {
-            // After the last tile a strip has 16 bytes more: there are 16 from every quad on.
-            let bytes = self
-                .now
-                .get(tile + 2 * K * quad..)
-                .and_then(<[u8]>::first_chunk);
+        // The remainders show that no bound has to be checked.
+        let first = 64 * K * (pair % PAIRS) + 2 * K * (quad % 16);
+        [first, first + 32 * K].map(|at| {
+            let bytes = self.now[at..].first_chunk().expect("a vector more");
             // SAFETY: as above.
-            unsafe {
-                let bytes = load(bytes.unwrap_or(&[0; 16]));
-                self.decoder.levels::<K, WIDE>(bytes)
-            }
+            unsafe { self.decoder.levels::<K, WIDE>(load(bytes)) }
         })
     }
 
@@ -118,12 +119,12 @@ impl Decoder {
         if !WIDE {
             index = vandq_u8(index, vdupq_n_u8(127));
         }
-        // What is not among 64 entries is 0, or stays what it was.
+        // What is not among 64 entries is 0.
         let [first, rest @ ..] = self.levels;
         let mut levels = vqtbl4q_u8(first, index);
         for table in rest.into_iter().take(if WIDE { 3 } else { 1 }) {
             index = vsubq_u8(index, vdupq_n_u8(64));
-            levels = vqtbx4q_u8(levels, table, index);
+            levels = vorrq_u8(levels, vqtbl4q_u8(table, index));
         }
         vreinterpretq_s8_u8(levels)
     }
@@ -133,30 +134,37 @@ impl Decoder {
     #[inline]
     #[target_feature(enable = "neon")]
     fn split<const K: usize>(&self, rows: uint8x16_t) -> (uint8x16_t, uint8x16_t) {
-        let rows = vreinterpretq_u32_u8(rows);
+        let row = vreinterpretq_u32_u8(rows);
+        // What is to be in the upper halves of each lane or each pair comes from the second argument.
+        let pairs_of =
+            |first, second| vtrn1q_u16(vreinterpretq_u16_u32(first), vreinterpretq_u16_u32(second));
+        let lower =
+            |first, second| vtrn1q_u8(vreinterpretq_u8_u16(first), vreinterpretq_u8_u16(second));
+        let upper =
+            |first, second| vtrn2q_u8(vreinterpretq_u8_u16(first), vreinterpretq_u8_u16(second));
         match K {
             2 => {
                 // Columns 2 and 3 start 4 bits later, and of these pairs the second ones 2 bits.
-                let pairs = vsliq_n_u32::<16>(rows, vshrq_n_u32::<4>(rows));
-                let pairs = vreinterpretq_u16_u32(pairs);
-                let low = vsliq_n_u16::<8>(pairs, vshrq_n_u16::<2>(pairs));
-                let high = vsriq_n_u16::<8>(pairs, vshlq_n_u16::<2>(pairs));
-                (vreinterpretq_u8_u16(low), vreinterpretq_u8_u16(high))
+                let pairs = pairs_of(row, vshrq_n_u32::<4>(row));
+                (
+                    lower(pairs, vshrq_n_u16::<2>(pairs)),
+                    upper(vshlq_n_u16::<2>(pairs), pairs),
+                )
             }
             3 => {
                 // 6 bits and 3 bits.
-                let rows = vshlq_u32(rows, self.starts);
-                let pairs = vsliq_n_u32::<16>(rows, vshrq_n_u32::<6>(rows));
-                let pairs = vreinterpretq_u16_u32(pairs);
-                let low = vsliq_n_u16::<8>(pairs, vshrq_n_u16::<3>(pairs));
-                let high = vsliq_n_u16::<8>(vshrq_n_u16::<6>(pairs), vshrq_n_u16::<9>(pairs));
-                (vreinterpretq_u8_u16(low), vreinterpretq_u8_u16(high))
+                let row = vshlq_u32(row, self.starts);
+                let pairs = pairs_of(row, vshrq_n_u32::<6>(row));
+                (
+                    lower(pairs, vshrq_n_u16::<3>(pairs)),
+                    upper(vshlq_n_u16::<2>(pairs), vshrq_n_u16::<1>(pairs)),
+                )
             }
             _ => {
                 // Columns 1 and 3 start 4 bits later than 0 and 2, and 2 and 3 a whole byte later than 0 and 1.
-                let low = vsliq_n_u32::<16>(rows, vshrq_n_u32::<4>(rows));
-                let high = vsliq_n_u32::<16>(vshrq_n_u32::<6>(rows), vshrq_n_u32::<10>(rows));
-                (vreinterpretq_u8_u32(low), vreinterpretq_u8_u32(high))
+                let low = pairs_of(row, vshrq_n_u32::<4>(row));
+                let high = pairs_of(vshrq_n_u32::<6>(row), vshrq_n_u32::<10>(row));
+                (vreinterpretq_u8_u16(low), vreinterpretq_u8_u16(high))
             }
         }
     }

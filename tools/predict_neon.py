@@ -1,0 +1,96 @@
+#!/usr/bin/env python3
+"""Cycles that llvm-mca predicts for the inner loops of the kernels for 64-bit ARM. Nothing is measured: all loads
+hit the L1 cache, all branches are predicted.
+
+Usage: tools/predict_neon.py [LLVM_MCA]
+
+Needs Rust with the standard library for aarch64-unknown-linux-gnu (tools/test_neon.sh adds it) and llvm-mca
+(Debian, Ubuntu: apt install llvm-19, then llvm-mca-19).
+"""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+TARGET = "aarch64-unknown-linux-gnu"
+PROCESSORS = ["neoverse-v2", "apple-m1"]
+# What a function's mangled name contains; the loops that a weight passes through.
+ENCODINGS = {
+    "q8": [r"products.*5BytesKb1"],
+    "q4": [r"products.*7Nibbles"],
+    "s8": [r"KeptKb0_E12expand_block", r"products.*4Kept"],
+    "s4": [r"KeptKb1_E12expand_block", r"products.*4Kept"],
+    **{
+        f"t{k}, {128 << wide} levels": [rf"products.*7TrellisKj{k}_Kb{wide}"]
+        for k in (2, 3, 4)
+        for wide in (0, 1)
+    },
+}
+
+
+def assembly():
+    """The assembly of the crate, as `cargo build --release` compiles it."""
+    command = f"cargo rustc --package upg_kernel --lib --locked --target {TARGET} --message-format json"
+    flags = "-C opt-level=3 -C overflow-checks=off -C debug-assertions=off -C codegen-units=1"
+    flags += " -C debuginfo=0 -C symbol-mangling-version=v0 --emit asm"
+    out = subprocess.run(
+        [*command.split(), "--", *flags.split()], check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
+    folder = re.findall(r'"([^"]*/deps)/libupg_kernel-[^"]*rmeta"', out)[-1]
+    return max(Path(folder).glob("upg_kernel-*.s"), key=lambda f: f.stat().st_mtime).read_text()
+
+
+def functions(text):
+    """Pairs of a mangled name and the lines of its function."""
+    for match in re.finditer(r"^(_R\w+):\n(.*?)^\.Lfunc_end", text, re.M | re.S):
+        # Names repeat no constant: `KB13_` is the one that came before.
+        name = re.sub(r"^(.*?products(Kj\d_).*?Trellis)KB\w+?_", r"\1\2", match[1])
+        yield name, [line.split("//")[0].strip() for line in match[2].splitlines()]
+
+
+def innermost_loops(lines):
+    """Lists of instructions, each from a label to the branch that goes back to it."""
+    at = {line[:-1]: i for i, line in enumerate(lines) if line.endswith(":")}
+    loops = []
+    for i, line in enumerate(lines):
+        target = re.fullmatch(r"(?:b|b\.\w+|c?bn?z|tbn?z)\s.*?(\.L\w+)", line)
+        start = at.get(target[1], i) if target else i
+        if start < i:
+            loops.append((start, i))
+    for start, end in loops:
+        if not any(start <= s and e <= end and (s, e) != (start, end) for s, e in loops):
+            yield [l for l in lines[start:end] if l and not l.startswith(".")]
+
+
+def cycles(mca, processor, loop):
+    """Of one iteration of many."""
+    command = [mca, "-march=aarch64", f"-mcpu={processor}", "-iterations=500"]
+    out = subprocess.run(
+        command, check=True, input="\n".join(loop), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ).stdout
+    return int(re.search(r"Total Cycles:\s+(\d+)", out)[1]) / 500
+
+
+def main():
+    mca = sys.argv[1] if len(sys.argv) > 1 else "llvm-mca-19"
+    found = list(functions(assembly()))
+    print("| | " + " | ".join(PROCESSORS) + " |")
+    print("|---" * (len(PROCESSORS) + 1) + "|")
+    for encoding, names in ENCODINGS.items():
+        totals = [0.0] * len(PROCESSORS)
+        for name in names:
+            bodies = [lines for symbol, lines in found if re.search(name, symbol) and "Widened" not in symbol]
+            assert bodies, f"no function for {name}"
+            # The longest, but for those that also deal with an end.
+            loops = [l for l in innermost_loops(bodies[0]) if not any(i.startswith("bl\t") for i in l)]
+            loop = max(loops, key=len)
+            dots = sum(line.startswith("sdot") for line in loop)
+            # 16 levels are multiplied with two planes; a loop without products expands 64 weights.
+            weights = 8 * dots or 64
+            for i, processor in enumerate(PROCESSORS):
+                totals[i] += cycles(mca, processor, loop) * 64 / weights
+        print(f"| `{encoding}` | ".replace(", ", "`, ").replace(" levels`", " levels") + " | ".join(f"{t:.1f}" for t in totals) + " |")
+
+
+main()

@@ -1,0 +1,93 @@
+#!/usr/bin/env bash
+# The kernels for 64-bit ARM on a machine that is none, in an emulator. Run it again as you like: what is there is
+# not fetched again.
+set -euo pipefail
+
+usage() {
+    cat <<'END'
+Usage: tools/test_neon.sh
+
+Builds the tests of the kernels for 64-bit ARM and runs them in QEMU, as a processor with dot products of bytes
+and as one without; checks them with clippy, and their types for macOS where there is a compiler for that.
+
+Needs Rust (cargo), 2 GB of disk and, the first time, a network. Installs where they are missing: with apt-get
+(Debian, Ubuntu; as root) a C compiler and library for ARM and QEMU, with rustup the standard libraries of Rust for
+64-bit ARM. Writes where cargo builds (target/).
+END
+}
+
+case "${1-}" in
+-h | --help) usage && exit ;;
+?*) usage >&2 && exit 2 ;;
+esac
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+linux=aarch64-unknown-linux-gnu
+macos=aarch64-apple-darwin
+
+install() {
+    if ! command -v apt-get >/dev/null; then
+        echo "Missing: $*, or what your system calls them; this script can install them with apt-get only" >&2
+        exit 1
+    fi
+    apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
+}
+
+has_linker() {
+    command -v aarch64-linux-gnu-gcc >/dev/null && [ -e "$(aarch64-linux-gnu-gcc -print-file-name=libc.a)" ]
+}
+
+has_std() {
+    local folder
+    folder=$(rustc --print target-libdir --target "$1" 2>/dev/null) && ls "$folder"/libstd-* >/dev/null 2>&1
+}
+
+# add_std TARGET: fails where rustup is missing or cannot add it.
+add_std() {
+    has_std "$1" || { command -v rustup >/dev/null && timeout 300 rustup target add "$1" && has_std "$1"; }
+}
+
+has_linker || install gcc-aarch64-linux-gnu libc6-dev-arm64-cross
+command -v qemu-aarch64 >/dev/null || install qemu-user
+if ! add_std $linux; then
+    echo "Missing: the standard library of Rust for $linux. Get it: rustup target add $linux" >&2
+    exit 1
+fi
+
+export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
+export CC_aarch64_unknown_linux_gnu=aarch64-linux-gnu-gcc
+# Without libraries to load, the emulator finds all it needs in the program.
+export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUSTFLAGS="-C target-feature=+crt-static"
+unset RUSTFLAGS CARGO_ENCODED_RUSTFLAGS CARGO_BUILD_RUSTFLAGS
+
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+
+# test_as PROCESSOR true|false: whether it has dot products, which one of the tests prints.
+test_as() {
+    echo "As $1:"
+    CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -cpu $1" \
+        cargo test --package upg_kernel --lib --locked --target $linux -- \
+        kernels:: --nocapture --test-threads 1 2>&1 | tee "$log"
+    for line in "dot products: $2" \
+        "every_kernel_multiplies_every_encoding_as_the_reference_does ... ok" \
+        "every_kernel_multiplies_many_vectors_as_the_reference_does ... ok"; do
+        if ! grep -qF "$line" "$log"; then
+            echo "As $1, the tests did not say '$line'" >&2
+            exit 1
+        fi
+    done
+}
+
+test_as max true
+test_as cortex-a53 false
+
+cargo clippy --package upg_kernel --lib --tests --locked --target $linux -- -D warnings
+if add_std $macos; then
+    # Types only: C code of dependencies would need Apple's headers.
+    cargo check --package upg_kernel --lib --locked --target $macos
+else
+    echo "Skipped: types for macOS, for which there is no standard library of Rust here"
+fi
+echo "All tests of the kernels for 64-bit ARM passed."

@@ -17,16 +17,14 @@ TARGET = "aarch64-unknown-linux-gnu"
 PROCESSORS = ["neoverse-v2", "apple-m1"]
 # What a function's mangled name contains; the loops that a weight passes through.
 ENCODINGS = {
-    "q8": [r"products.*5BytesKb1"],
-    "q4": [r"products.*7Nibbles"],
-    "s8": [r"KeptKb0_E12expand_block", r"products.*4Kept"],
-    "s4": [r"KeptKb1_E12expand_block", r"products.*4Kept"],
-    **{
-        f"t{k}, {128 << wide} levels": [rf"products.*7TrellisKj{k}_Kb{wide}"]
-        for k in (2, 3, 4)
-        for wide in (0, 1)
-    },
+    "`q8`": ["products.*5BytesKb1"],
+    "`q4`": ["products.*7Nibbles"],
+    "`s8`": ["KeptKb0_E12expand_block", "products.*4Kept"],
+    "`s4`": ["KeptKb1_E12expand_block", "products.*4Kept"],
 }
+for k in (2, 3, 4):
+    for levels, wide in ((128, 0), (256, 1)):
+        ENCODINGS[f"`t{k}`, {levels} levels"] = [f"products.*7TrellisKj{k}_Kb{wide}"]
 
 
 def assembly():
@@ -66,31 +64,28 @@ def innermost_loops(lines):
 def cycles(mca, processor, loop):
     """Of one iteration of many."""
     command = [mca, "-march=aarch64", f"-mcpu={processor}", "-iterations=500"]
-    out = subprocess.run(
-        command, check=True, input="\n".join(loop), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ).stdout
+    out = subprocess.run(command, check=True, input="\n".join(loop), capture_output=True, text=True).stdout
     return int(re.search(r"Total Cycles:\s+(\d+)", out)[1]) / 500
 
 
 def main():
     mca = sys.argv[1] if len(sys.argv) > 1 else "llvm-mca-19"
-    found = list(functions(assembly()))
-    print("| | " + " | ".join(PROCESSORS) + " |")
+    found = [f for f in functions(assembly()) if "Widened" not in f[0]]
+    print("| |", " | ".join(PROCESSORS), "|")
     print("|---" * (len(PROCESSORS) + 1) + "|")
     for encoding, names in ENCODINGS.items():
         totals = [0.0] * len(PROCESSORS)
         for name in names:
-            bodies = [lines for symbol, lines in found if re.search(name, symbol) and "Widened" not in symbol]
-            assert bodies, f"no function for {name}"
+            lines = next((lines for symbol, lines in found if re.search(name, symbol)), None)
+            assert lines, f"no function {name}"
             # The longest, but for those that also deal with an end.
-            loops = [l for l in innermost_loops(bodies[0]) if not any(i.startswith("bl\t") for i in l)]
+            loops = [l for l in innermost_loops(lines) if not any(i.startswith("bl\t") for i in l)]
             loop = max(loops, key=len)
-            dots = sum(line.startswith("sdot") for line in loop)
             # 16 levels are multiplied with two planes; a loop without products expands 64 weights.
-            weights = 8 * dots or 64
+            weights = 8 * sum(i.startswith("sdot") for i in loop) or 64
             for i, processor in enumerate(PROCESSORS):
                 totals[i] += cycles(mca, processor, loop) * 64 / weights
-        print(f"| `{encoding}` | ".replace(", ", "`, ").replace(" levels`", " levels") + " | ".join(f"{t:.1f}" for t in totals) + " |")
+        print(f"| {encoding} |", " | ".join(f"{total:.1f}" for total in totals), "|")
 
 
 main()

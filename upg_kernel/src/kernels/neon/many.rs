@@ -35,10 +35,7 @@ pub(super) fn multiply(
     assert_eq!(vectors.len() * rows, out.len());
     panel.sums.clear();
     panel.sums.resize(vectors.len(), [[0.0; 4]; QUADS]);
-    with_levels!(strip, levels, N => {
-        const { assert!(N <= TOGETHER) };
-        add_panels(levels, dot, &strip, vectors, panel);
-    });
+    with_levels!(strip, levels, _N => add_panels(levels, dot, &strip, vectors, panel));
     for (sums, out) in panel.sums.iter().zip(out.chunks_exact_mut(rows.max(1))) {
         strip.put_rows(bytemuck::cast_ref(sums), out);
     }

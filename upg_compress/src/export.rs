@@ -264,8 +264,12 @@ fn header(model: &UPGDecompressor, dtype: FloatType) -> Result<Vec<u8>> {
     let metadata = HashMap::from(metadata);
     let table = Metadata::new(Some(metadata), tensors)
         .map_err(|e| Error::new(ErrorKind::Invalid, e.to_string()).with_source(e))?;
-    let mut json = serde_json::to_vec(&table)
-        .map_err(|e| Error::new(ErrorKind::Invalid, e.to_string()).with_source(e))?;
+    let malformed =
+        |e: serde_json::Error| Error::new(ErrorKind::Invalid, e.to_string()).with_source(e);
+    let mut header = serde_json::to_value(&table).map_err(malformed)?;
+    // The metadata are a `HashMap`, in any order.
+    header.sort_all_objects();
+    let mut json = serde_json::to_vec(&header).map_err(malformed)?;
     // Spaces, so that the data starts at a multiple of 8.
     json.resize(json.len().next_multiple_of(8), b' ');
     Ok([&(json.len() as u64).to_le_bytes(), json.as_slice()].concat())

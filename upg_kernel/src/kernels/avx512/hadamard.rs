@@ -78,21 +78,17 @@ fn pass<const N: usize>(blocks: &mut [[f32; 16]], span: usize) -> usize {
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn within<const N: usize>(registers: &mut [__m512; N]) {
-    for i in 0..N {
-        let v = registers[i];
-        registers[i] = pairs::<0xAAAA>(v, _mm512_permute_ps::<0b10_11_00_01>(v));
+    for v in registers.iter_mut() {
+        *v = pairs::<0xAAAA>(*v, _mm512_permute_ps::<0b10_11_00_01>(*v));
     }
-    for i in 0..N {
-        let v = registers[i];
-        registers[i] = pairs::<0xCCCC>(v, _mm512_permute_ps::<0b01_00_11_10>(v));
+    for v in registers.iter_mut() {
+        *v = pairs::<0xCCCC>(*v, _mm512_permute_ps::<0b01_00_11_10>(*v));
     }
-    for i in 0..N {
-        let v = registers[i];
-        registers[i] = pairs::<0xF0F0>(v, _mm512_shuffle_f32x4::<0b10_11_00_01>(v, v));
+    for v in registers.iter_mut() {
+        *v = pairs::<0xF0F0>(*v, _mm512_shuffle_f32x4::<0b10_11_00_01>(*v, *v));
     }
-    for i in 0..N {
-        let v = registers[i];
-        registers[i] = pairs::<0xFF00>(v, _mm512_shuffle_f32x4::<0b01_00_11_10>(v, v));
+    for v in registers.iter_mut() {
+        *v = pairs::<0xFF00>(*v, _mm512_shuffle_f32x4::<0b01_00_11_10>(*v, *v));
     }
 }
 

@@ -49,7 +49,7 @@ pub(crate) struct Panel;
 
 /// What weights are decoded to: `f32`, `f16` or `bf16`.
 pub trait Float: Copy + Default + Element {
-    /// [`Kernels::to_bf16`] or [`Kernels::to_f16`], or a copy.
+    /// Each of `x`, rounded to nearest, ties to even. Panics if the lengths differ.
     fn round(kernels: Kernels, x: &[f32], out: &mut [Self]);
 
     /// `None`, if these are not f32.

@@ -1,4 +1,4 @@
-//! Where the levels of kept weights are among those that are stored.
+//! Codes of kept weights: where they are, and whole loads of them.
 #![forbid(unsafe_code)]
 
 /// Where each of 16 weights finds its level among those that are stored: one register for the first eight
@@ -36,4 +36,16 @@ pub(super) struct Places(pub [[[u8; 16]; 256]; 2]);
 pub(super) fn sixteen_codes([low, high]: [u64; 2], first: usize) -> u64 {
     let bits = 4 * first as u32;
     low >> bits | high << 1 << (63 - bits)
+}
+
+/// The first `N` bytes; where there are fewer, those and any others, in `end`.
+#[inline(always)]
+pub(super) fn window<'a, const N: usize>(bytes: &'a [u8], end: &'a mut [u8; N]) -> &'a [u8; N] {
+    match bytes.first_chunk() {
+        Some(bytes) => bytes,
+        None => {
+            end[..bytes.len()].copy_from_slice(bytes);
+            end
+        }
+    }
 }

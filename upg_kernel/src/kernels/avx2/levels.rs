@@ -1,7 +1,7 @@
 //! The levels of a `q8`, `q4`, `s8` or `s4` strip.
 
 use super::*;
-use crate::kernels::places::{PLACES, sixteen_codes};
+use crate::kernels::places::{PLACES, sixteen_codes, window};
 
 /// Bytes of codes that are asked for ahead of their use.
 const AHEAD: usize = 4096;
@@ -15,6 +15,14 @@ pub(super) trait Levels {
 
     /// `level + 128` of eight rows of one of these tiles (0 or 1).
     fn eight_rows(&self, tile: usize, eight: usize) -> __m256i;
+}
+
+/// Takes the next `N` bytes of the rest, if there are.
+#[inline(always)]
+fn go_on<'a, const N: usize>(now: &mut &'a [u8; N], rest: &mut &'a [u8]) {
+    if let Some((first, after)) = rest.split_first_chunk() {
+        (*now, *rest) = (first, after);
+    }
 }
 
 /// `q8`.
@@ -36,9 +44,7 @@ impl<'a> Bytes<'a> {
 impl Levels for Bytes<'_> {
     #[inline(always)]
     fn next(&mut self) {
-        if let Some((now, rest)) = self.rest.split_first_chunk() {
-            (self.now, self.rest) = (now, rest);
-        }
+        go_on(&mut self.now, &mut self.rest);
     }
 
     #[inline(always)]
@@ -74,9 +80,7 @@ impl<'a> Nibbles<'a> {
 impl Levels for Nibbles<'_> {
     #[inline(always)]
     fn next(&mut self) {
-        if let Some((now, rest)) = self.rest.split_first_chunk() {
-            (self.now, self.rest) = (now, rest);
-        }
+        go_on(&mut self.now, &mut self.rest);
     }
 
     #[inline(always)]
@@ -129,13 +133,7 @@ impl<'a, const NIBBLES: bool> Kept<'a, NIBBLES> {
             let kept = u64::from_le_bytes(*word);
             let n = kept.count_ones() as usize;
             prefetch(self.codes, AHEAD);
-            let codes: &[u8; 64] = match self.codes.first_chunk() {
-                Some(codes) => codes,
-                None => {
-                    self.end[..self.codes.len()].copy_from_slice(self.codes);
-                    &self.end
-                }
-            };
+            let codes = window(self.codes, &mut self.end);
             expand::<NIBBLES>(codes, self.codebook, kept, now);
             let bytes = if NIBBLES { n.div_ceil(2) } else { n };
             self.codes = &self.codes[bytes..];

@@ -1,6 +1,7 @@
 //! The levels of a strip from each kind of code.
 
 use super::*;
+use crate::kernels::places::window;
 
 /// Bytes of codes that are asked for ahead of their use.
 const AHEAD: usize = 4096;
@@ -21,66 +22,39 @@ pub(super) trait Levels {
 
 /// Evaluates the second expression with the [`Levels`] of a strip.
 macro_rules! with_levels {
-    ($strip:expr, $levels:ident => $call:expr) => {
+    ($strip:expr, $levels:ident => $call:expr) => {{
+        macro_rules! with {
+            ($new:expr) => {{
+                let $levels = $new;
+                $call
+            }};
+        }
         match $strip.codes {
-            Codes::Bytes(codes) => {
-                let $levels = levels::Bytes::new(codes);
-                $call
-            }
-            Codes::Nibbles(codes, codebook) => {
-                let $levels = levels::Nibbles::new(codes, codebook);
-                $call
-            }
+            Codes::Bytes(codes) => with!(levels::Bytes::new(codes)),
+            Codes::Nibbles(codes, codebook) => with!(levels::Nibbles::new(codes, codebook)),
             Codes::Kept {
                 bitmap,
                 codes,
                 codebook,
             } => match codebook {
-                None => {
-                    let $levels = levels::Kept::<false>::new(bitmap, codes, &[0; 16]);
-                    $call
-                }
-                Some(codebook) => {
-                    let $levels = levels::Kept::<true>::new(bitmap, codes, codebook);
-                    $call
-                }
+                None => with!(levels::Kept::<false>::new(bitmap, codes, &[0; 16])),
+                Some(codebook) => with!(levels::Kept::<true>::new(bitmap, codes, codebook)),
             },
             Codes::Trellis {
                 k,
                 stream,
-                shift_table,
-                level_table,
-            } => match (k, level_table.len() > 128) {
-                (2, false) => {
-                    let $levels =
-                        levels::Trellis::<2, false>::new(stream, shift_table, level_table);
-                    $call
-                }
-                (2, true) => {
-                    let $levels = levels::Trellis::<2, true>::new(stream, shift_table, level_table);
-                    $call
-                }
-                (3, false) => {
-                    let $levels =
-                        levels::Trellis::<3, false>::new(stream, shift_table, level_table);
-                    $call
-                }
-                (3, true) => {
-                    let $levels = levels::Trellis::<3, true>::new(stream, shift_table, level_table);
-                    $call
-                }
-                (_, false) => {
-                    let $levels =
-                        levels::Trellis::<4, false>::new(stream, shift_table, level_table);
-                    $call
-                }
-                (_, true) => {
-                    let $levels = levels::Trellis::<4, true>::new(stream, shift_table, level_table);
-                    $call
-                }
+                shift_table: shifts,
+                level_table: table,
+            } => match (k, table.len() > 128) {
+                (2, false) => with!(levels::Trellis::<2, false>::new(stream, shifts, table)),
+                (2, true) => with!(levels::Trellis::<2, true>::new(stream, shifts, table)),
+                (3, false) => with!(levels::Trellis::<3, false>::new(stream, shifts, table)),
+                (3, true) => with!(levels::Trellis::<3, true>::new(stream, shifts, table)),
+                (_, false) => with!(levels::Trellis::<4, false>::new(stream, shifts, table)),
+                (_, true) => with!(levels::Trellis::<4, true>::new(stream, shifts, table)),
             },
         }
-    };
+    }};
 }
 pub(super) use with_levels;
 
@@ -185,10 +159,11 @@ impl<const NIBBLES: bool> Levels for Kept<'_, NIBBLES> {
                 for (i, word) in words.iter().enumerate() {
                     let kept = u64::from_le_bytes(*word);
                     let n = kept.count_ones() as usize;
-                    // What lies after the codes of this word is not expanded. Each of the words before took at
-                    // most 64 bytes.
-                    let start = codes.as_ptr().add(at);
                     prefetch(codes, at + AHEAD);
+                    // SAFETY: each of at most 7 words before took at most 64 bytes: 64 from there on end inside of
+                    // the 512 of the reference. The loads need no alignment.
+                    let start = codes.as_ptr().add(at);
+                    // What lies after the codes of this word is not expanded.
                     let levels = if NIBBLES {
                         at += n.div_ceil(2);
                         let codes = in_order(_mm256_loadu_si256(start.cast()));
@@ -204,18 +179,6 @@ impl<const NIBBLES: bool> Levels for Kept<'_, NIBBLES> {
                 self.codes = &self.codes[at..];
             }
             tiles
-        }
-    }
-}
-
-/// The first `N` bytes; where there are fewer, those and any others, in `end`.
-#[inline(always)]
-fn window<'a, const N: usize>(bytes: &'a [u8], end: &'a mut [u8; N]) -> &'a [u8; N] {
-    match bytes.first_chunk() {
-        Some(bytes) => bytes,
-        None => {
-            end[..bytes.len()].copy_from_slice(bytes);
-            end
         }
     }
 }

@@ -2,7 +2,7 @@
 
 pub(super) use super::trellis::Trellis;
 use super::*;
-use crate::kernels::places::{PLACES, sixteen_codes};
+use crate::kernels::places::{PLACES, sixteen_codes, window};
 
 /// Bytes of codes that are asked for ahead of their use.
 const AHEAD: usize = 4096;
@@ -79,8 +79,7 @@ macro_rules! with_levels {
 }
 pub(super) use with_levels;
 
-/// Pairs of tiles in a block.
-pub(super) const PAIRS: usize = GROUP / 8;
+pub(super) use crate::kernels::views::PAIRS;
 
 /// The levels of two tiles.
 pub(super) type Pair = [u8; 512];
@@ -200,13 +199,7 @@ impl<'a, const NIBBLES: bool> Kept<'a, NIBBLES> {
                 prefetch(word, AHEAD);
             }
             prefetch(self.codes, AHEAD);
-            let codes: &[u8; 64] = match self.codes.first_chunk() {
-                Some(codes) => codes,
-                None => {
-                    self.end[..self.codes.len()].copy_from_slice(self.codes);
-                    &self.end
-                }
-            };
+            let codes = window(self.codes, &mut self.end);
             let n = expand::<NIBBLES>(codes, self.codebook, *word, now);
             let bytes = if NIBBLES { n.div_ceil(2) } else { n };
             self.codes = &self.codes[bytes..];

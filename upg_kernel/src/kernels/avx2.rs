@@ -11,7 +11,7 @@ mod trellis;
 
 use super::activations::{Activations, Block, GROUP};
 use super::lanes::Lanes;
-use super::views::{Codes, Primes, Strip};
+use super::views::{Codes, Strip};
 use super::{attention, scalar};
 use crate::prime_lut::PRIME_LUT;
 use half::f16;

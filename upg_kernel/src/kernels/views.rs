@@ -1,7 +1,15 @@
 //! What a kernel sees of a matrix: slices whose lengths the matrix has checked.
 #![forbid(unsafe_code)]
 
+use super::activations::GROUP;
+#[cfg(target_arch = "x86_64")]
+use super::activations::{Activations, Block};
 use crate::prime_lut::PRIME_LUT;
+#[cfg(target_arch = "x86_64")]
+use std::ops::Range;
+
+/// Pairs of tiles in a block of activations.
+pub(super) const PAIRS: usize = GROUP / 8;
 
 /// A strip of a packed matrix: 64 rows, or those that are left, in tiles of 4 columns
 /// ([`crate::matrix::strips`]).
@@ -14,7 +22,47 @@ pub(crate) struct Strip<'a> {
     pub scales: &'a [f32],
 }
 
-impl Strip<'_> {
+/// Columns that are multiplied before their sums become floats: they share a prime index and a scale.
+#[cfg(target_arch = "x86_64")]
+pub(super) struct Group<'a> {
+    /// Their activations, and which pairs of tiles of this block they are.
+    pub block: &'a Block,
+    pub pairs: Range<usize>,
+    /// What is too much when levels are read as `level + 128`, with its sign changed.
+    pub offset: i32,
+    /// Of the activations.
+    pub scale: f32,
+    /// Of the rows; `None` where a row has one for all columns.
+    pub primes: Option<&'a [u8; 64]>,
+}
+
+impl<'a> Strip<'a> {
+    /// The groups of a product with `x`, in the order of their columns.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    pub(super) fn groups(&self, x: &'a Activations) -> impl Iterator<Item = Group<'a>> {
+        let (indices, per_block) = match self.primes {
+            Primes::Rows(_) => (None, 1),
+            Primes::Groups { indices, cols } => (Some(indices), GROUP / cols),
+        };
+        let all = self.cols.div_ceil(8);
+        let width = PAIRS / per_block;
+        (0..all.div_ceil(width)).map(move |group| {
+            let (block, first) = (group / per_block, group % per_block * width);
+            let offsets = x.offsets[block];
+            Group {
+                block: &x.blocks[block],
+                pairs: first..(first + width).min(all - block * PAIRS),
+                offset: match per_block {
+                    1 => offsets[0] + offsets[1],
+                    _ => offsets[group % per_block],
+                },
+                scale: x.scales[block],
+                primes: indices.map(|indices| &indices[group]),
+            }
+        })
+    }
+
     /// The rows of a product, given their sums without what all of a row is multiplied with.
     pub(super) fn put_rows(&self, sums: &[f32; 64], out: &mut [f32]) {
         let sums = sums.iter().zip(self.scales);

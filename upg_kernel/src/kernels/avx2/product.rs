@@ -3,9 +3,7 @@
 use super::levels::{Bytes, Kept, Levels, Nibbles};
 use super::trellis::{self, Trellis};
 use super::*;
-
-/// Pairs of tiles in a block of activations.
-const PAIRS: usize = GROUP / 8;
+use crate::kernels::views::PAIRS;
 
 #[target_feature(enable = "avx2,fma,popcnt")]
 pub(super) fn multiply(strip: Strip<'_>, x: &Activations, out: &mut [f32]) {
@@ -44,30 +42,9 @@ pub(super) fn multiply(strip: Strip<'_>, x: &Activations, out: &mut [f32]) {
 #[target_feature(enable = "avx2,fma,popcnt")]
 fn sums<L: Levels>(mut levels: L, strip: &Strip<'_>, x: &Activations) -> [[f32; 8]; 8] {
     let mut sums = [[0.0; 8]; 8];
-    let pairs = strip.cols.div_ceil(8);
-    let blocks = x.blocks.iter().zip(&x.offsets).zip(&x.scales);
-    for (i, ((block, offsets), scale)) in blocks.enumerate() {
-        let pairs = PAIRS.min(pairs - i * PAIRS);
-        let of_block = offsets[0] + offsets[1];
-        match strip.primes {
-            Primes::Rows(_) => {
-                let products = products(&mut levels, block, 0..pairs, of_block);
-                add(products, None, *scale, &mut sums);
-            }
-            Primes::Groups { indices, cols: 64 } => {
-                let products = products(&mut levels, block, 0..pairs, of_block);
-                add(products, Some(&indices[i]), *scale, &mut sums);
-            }
-            Primes::Groups { indices, .. } => {
-                let half = PAIRS / 2;
-                let first = products(&mut levels, block, 0..pairs.min(half), offsets[0]);
-                add(first, Some(&indices[2 * i]), *scale, &mut sums);
-                if pairs > half {
-                    let second = products(&mut levels, block, half..pairs, offsets[1]);
-                    add(second, Some(&indices[2 * i + 1]), *scale, &mut sums);
-                }
-            }
-        }
+    for group in strip.groups(x) {
+        let products = products(&mut levels, group.block, group.pairs, group.offset);
+        add(products, group.primes, group.scale, &mut sums);
     }
     sums
 }

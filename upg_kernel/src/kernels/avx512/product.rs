@@ -2,9 +2,7 @@
 
 use super::levels::{self, Levels, with_levels};
 use super::*;
-
-/// Pairs of tiles in a block of activations.
-const PAIRS: usize = GROUP / 8;
+use crate::kernels::views::PAIRS;
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,popcnt")]
 pub(super) fn multiply(strip: Strip<'_>, x: &Activations, out: &mut [f32]) {
@@ -14,29 +12,15 @@ pub(super) fn multiply(strip: Strip<'_>, x: &Activations, out: &mut [f32]) {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,popcnt")]
 fn multiply_levels<L: Levels>(mut levels: L, strip: &Strip<'_>, x: &Activations, out: &mut [f32]) {
     let mut sums = [_mm512_setzero_ps(); 4];
-    let pairs = strip.cols.div_ceil(8);
-    let blocks = x.blocks.iter().zip(&x.offsets).zip(&x.scales);
-    for (i, ((block, offsets), scale)) in blocks.enumerate() {
-        let (scale, pairs) = (_mm512_set1_ps(*scale), PAIRS.min(pairs - i * PAIRS));
-        let of_block = offsets[0] + offsets[1];
-        match strip.primes {
-            Primes::Rows(_) => {
-                let products = products(&mut levels, block, 0..pairs, of_block);
-                add(products, [scale; 4], &mut sums);
-            }
-            Primes::Groups { indices, cols: 64 } => {
-                let products = products(&mut levels, block, 0..pairs, of_block);
-                add(products, factors(&indices[i], scale), &mut sums);
-            }
-            Primes::Groups { indices, .. } => {
-                let half = PAIRS / 2;
-                let first = products(&mut levels, block, 0..pairs.min(half), offsets[0]);
-                add(first, factors(&indices[2 * i], scale), &mut sums);
-                if pairs > half {
-                    let second = products(&mut levels, block, half..pairs, offsets[1]);
-                    add(second, factors(&indices[2 * i + 1], scale), &mut sums);
-                }
-            }
+    for group in strip.groups(x) {
+        let scale = _mm512_set1_ps(group.scale);
+        let factors = match group.primes {
+            None => [scale; 4],
+            Some(indices) => factors(indices, scale),
+        };
+        let products = products(&mut levels, group.block, group.pairs, group.offset);
+        for i in 0..4 {
+            sums[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products[i]), factors[i], sums[i]);
         }
     }
     let mut rows = [[0.0; 16]; 4];
@@ -75,14 +59,6 @@ fn products<L: Levels>(
         products[i] = _mm512_add_epi32(_mm512_slli_epi32::<7>(high[i]), low[i]);
     }
     products
-}
-
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn add(products: [__m512i; 4], factors: [__m512; 4], sums: &mut [__m512; 4]) {
-    for i in 0..4 {
-        sums[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products[i]), factors[i], sums[i]);
-    }
 }
 
 /// The primes of a group times the scale of its activations.

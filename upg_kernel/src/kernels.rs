@@ -14,6 +14,8 @@ mod avx512;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod compiled;
 pub mod gemm;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+mod hadamard;
 mod lanes;
 #[cfg(target_arch = "aarch64")]
 mod neon;

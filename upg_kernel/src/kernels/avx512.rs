@@ -120,7 +120,7 @@ impl Avx512 {
     /// As [`scalar::hadamard`] from span 1 on.
     pub(crate) fn hadamard(self, x: &mut [f32]) {
         // SAFETY: `self` proves that the processor has the features.
-        unsafe { hadamard::hadamard(x) }
+        unsafe { hadamard::hadamard(self, x) }
     }
 }
 

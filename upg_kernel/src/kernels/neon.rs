@@ -13,9 +13,9 @@ mod product;
 mod trellis;
 
 use super::activations::{Activations, Block, GROUP};
+use super::attention;
 use super::lanes::Lanes;
 use super::views::{Codes, Primes, Strip};
-use super::{attention, scalar};
 use crate::prime_lut::PRIME_LUT;
 use dot::{Dot, Sdot, Widened};
 use half::f16;
@@ -74,10 +74,10 @@ impl Neon {
         }
     }
 
-    /// As [`scalar::hadamard`] from span 1 on.
+    /// As [`super::scalar::hadamard`] from span 1 on.
     pub(crate) fn hadamard(self, x: &mut [f32]) {
         // SAFETY: as above.
-        unsafe { hadamard::hadamard(x) }
+        unsafe { hadamard::hadamard(self, x) }
     }
 
     /// As [`attention::attend`].

@@ -38,6 +38,8 @@ if ! "$venv/bin/python" -c 'import numpy, safetensors' 2>/dev/null; then
 fi
 
 cargo test --workspace --locked
+# Without rounded activations the text has to be that of transformers, token by token.
+UPG_KERNEL=scalar cargo test --package upg_compress --test smollm2 --locked q8_continues_as_transformers_does
 cargo build --package upg_cli --locked
 "$venv/bin/python" tests/test_python_reader.py "$target/debug/upg"
 echo "All tests passed."

@@ -16,6 +16,7 @@ use upg_kernel::format::Encoding;
 use upg_kernel::inference::{
     CacheType, GenerateOptions, Sampler, SamplingOptions, SessionOptions, TokenStream,
 };
+use upg_kernel::kernels::Kernels;
 
 /// Sums of 576 to 1,536 products over 30 layers in another order than torch adds them, at logits up
 /// to 20; measured: 4e-5.
@@ -116,7 +117,8 @@ fn kept_weights_give_the_logits_and_tokens_of_transformers() {
 /// Every token of transformers' is the most likely one after those before it, or as good as that one.
 ///
 /// The third prompt of the oracle has two tokens 0.0007 apart: it is left to the test above. In the second one q8
-/// brings two tokens within 0.005 of each other, and which of them wins depends on the last bits of sums.
+/// brings two tokens within 0.005 of each other, and which of them wins depends on the last bits of sums. With `scalar`
+/// kernels, whose activations are not rounded, every token is the most likely one.
 #[test]
 fn q8_continues_as_transformers_does() {
     let folder = tempfile::tempdir().unwrap();
@@ -136,7 +138,11 @@ fn q8_continues_as_transformers_does() {
             logits = session.step(id).unwrap();
         }
     }
-    assert!(close <= 1, "{close} tokens are not the most likely ones");
+    let most = match Kernels::active().unwrap().name() {
+        "scalar" => 0,
+        _ => 1,
+    };
+    assert!(close <= most, "{close} tokens are not the most likely ones");
 }
 
 #[test]

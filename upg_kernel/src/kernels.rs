@@ -33,6 +33,7 @@ use crate::rotation::Rotation;
 use activations::Activations;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
+use scalar::Signs;
 use std::env::VarError;
 use std::sync::LazyLock;
 use views::Strip;
@@ -187,19 +188,18 @@ impl Kernels {
         !matches!(self.0, Set::Scalar)
     }
 
-    /// [`scalar::hadamard`] from span 1 on, the same to the bit.
-    pub(crate) fn hadamard(self, x: &mut [f32]) {
-        dispatch!(self.0, scalar::hadamard(x, 1), kernels => kernels.hadamard(x))
+    /// [`scalar::transform`], the same to the bit; the length is a power of two.
+    pub(crate) fn transform(self, x: &mut [f32], factor: f32, signs: Signs<'_>) {
+        dispatch!(
+            self.0,
+            scalar::transform(x, factor, signs),
+            kernels => kernels.transform(x, factor, signs)
+        )
     }
 
     /// [`scalar::flip`].
     pub(crate) fn flip(self, x: &mut [f32], signs: &[u8]) {
         dispatch!(self.0, scalar::flip(x, signs), kernels => kernels.flip(x, signs))
-    }
-
-    /// [`scalar::scale`], the same to the bit.
-    pub(crate) fn scale(self, x: &mut [f32], factor: f32) {
-        dispatch!(self.0, scalar::scale(x, factor), kernels => kernels.scale(x, factor))
     }
 
     /// [`scalar::rms_norm`], the same to the bit.
@@ -213,23 +213,24 @@ impl Kernels {
     }
 
     /// `out [rows, cols]`: every row as [`crate::matrix::StoredMatrix::decode_rows`] gives it, to the bit, turned
-    /// back if there is a rotation, and rounded to nearest, ties to even. `false` without doing anything: there is
-    /// no such kernel.
+    /// back if there is a rotation, and rounded to nearest, ties to even. Past the caches if `streamed`. `false`
+    /// without doing anything: there is no such kernel.
     pub(crate) fn decode<T: Float>(
         self,
         strip: Strip<'_>,
         rotation: Option<&Rotation>,
+        streamed: bool,
         out: &mut [T],
     ) -> bool {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
             Set::Avx512(kernels) => {
-                kernels.decode(strip, rotation, out);
+                kernels.decode(strip, rotation, streamed, out);
                 true
             }
             _ => {
                 // Machines without such kernels have no other use for them.
-                let _ = (strip, rotation, out);
+                let _ = (strip, rotation, streamed, out);
                 false
             }
         }

@@ -146,16 +146,17 @@ impl Matrix {
         if out.is_empty() {
             return Ok(());
         }
-        self.decode(Kernels::active()?, first, out, &mut Vec::new());
+        self.decode(Kernels::active()?, first, false, out, &mut Vec::new());
         Ok(())
     }
 
     /// Whole rows from `first` on, of which there are some, inside of the matrix; strips of which all rows are
-    /// wanted by a kernel where there is one. `scratch` takes rows that are not f32, without one.
+    /// wanted by a kernel where there is one, past the caches if `streamed`. `scratch` takes rows that are not f32, without one.
     pub(crate) fn decode<T: Float>(
         &self,
         kernels: Kernels,
         mut first: usize,
+        streamed: bool,
         mut out: &mut [T],
         scratch: &mut Vec<f32>,
     ) {
@@ -173,7 +174,7 @@ impl Matrix {
             let (now, rest) = out.split_at_mut(out.len().min(rows * cols));
             let strip = stored.strip(first / STRIP_ROWS);
             let whole = strip.filter(|strip| strip.scales.len() * cols == now.len());
-            if !whole.is_some_and(|strip| kernels.decode(strip, rotation, now)) {
+            if !whole.is_some_and(|strip| kernels.decode(strip, rotation, streamed, now)) {
                 match T::as_f32(now) {
                     Some(now) => by_row(first, now),
                     None => {

@@ -5,6 +5,7 @@ use crate::array::Array;
 use crate::error::Result;
 use crate::format::rules;
 use crate::kernels::Kernels;
+use crate::kernels::scalar::Signs;
 
 /// `R = H D`: `D` flips signs, `H` is one or two orthogonal Hadamard transforms of `size` columns.
 ///
@@ -51,10 +52,20 @@ impl Rotation {
 
     /// [`Rotation::apply`] with these kernels: the same result to the bit.
     pub(crate) fn apply_with(&self, kernels: Kernels, x: &mut [f32]) {
-        kernels.flip(x, &self.signs);
-        self.transform(kernels, &mut x[..self.size]);
+        let signs = match self.size.is_multiple_of(8) {
+            true => {
+                kernels.flip(&mut x[self.size..], &self.signs[self.size / 8..]);
+                Signs::FlippedBefore(&self.signs)
+            }
+            false => {
+                kernels.flip(x, &self.signs);
+                Signs::Kept
+            }
+        };
+        kernels.transform(&mut x[..self.size], self.norm(), signs);
         if self.size < self.cols {
-            self.transform(kernels, &mut x[self.cols - self.size..]);
+            let last = &mut x[self.cols - self.size..];
+            kernels.transform(last, self.norm(), Signs::Kept);
         }
     }
 
@@ -66,16 +77,25 @@ impl Rotation {
     /// [`Rotation::invert`] with these kernels: the same result to the bit.
     pub(crate) fn invert_with(&self, kernels: Kernels, x: &mut [f32]) {
         if self.size < self.cols {
-            self.transform(kernels, &mut x[self.cols - self.size..]);
+            let last = &mut x[self.cols - self.size..];
+            kernels.transform(last, self.norm(), Signs::Kept);
         }
-        self.transform(kernels, &mut x[..self.size]);
-        kernels.flip(x, &self.signs);
+        let first = &mut x[..self.size];
+        match self.size.is_multiple_of(8) {
+            true => {
+                kernels.transform(first, self.norm(), Signs::FlippedAfter(&self.signs));
+                kernels.flip(&mut x[self.size..], &self.signs[self.size / 8..]);
+            }
+            false => {
+                kernels.transform(first, self.norm(), Signs::Kept);
+                kernels.flip(x, &self.signs);
+            }
+        }
     }
 
-    fn transform(&self, kernels: Kernels, x: &mut [f32]) {
-        let norm = (1.0 / (self.size as f64).sqrt()) as f32;
-        kernels.hadamard(x);
-        kernels.scale(x, norm);
+    /// What makes a transform orthogonal.
+    pub(crate) fn norm(&self) -> f32 {
+        (1.0 / (self.size as f64).sqrt()) as f32
     }
 }
 

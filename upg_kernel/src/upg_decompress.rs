@@ -13,6 +13,10 @@ use rayon::prelude::*;
 use std::path::Path;
 use std::sync::Arc;
 
+/// From so many bytes on a matrix is written past the caches: it would not stay in them, and memory that is only
+/// overwritten need not be read. Few processors have more cache than that for a core.
+const STREAMED: usize = 8 << 20;
+
 /// A weight type that a matrix can be decompressed to: `f32`, `f16` or `bf16`.
 pub trait WeightFloat: WithDType + Float {
     /// The nearest value of each weight, ties to even. Errors: those of [`Kernels::active`]. Panics if the lengths
@@ -177,10 +181,11 @@ fn fill<T: WeightFloat>(matrix: &Matrix, out: &mut [T]) -> Result<()> {
         return Ok(());
     }
     let kernels = Kernels::active()?;
+    let streamed = size_of_val(out) >= STREAMED;
     out.par_chunks_mut(STRIP_ROWS * cols)
         .enumerate()
         .for_each_init(Vec::new, |scratch, (strip, out)| {
-            matrix.decode(kernels, strip * STRIP_ROWS, out, scratch);
+            matrix.decode(kernels, strip * STRIP_ROWS, streamed, out, scratch);
         });
     Ok(())
 }

@@ -5,14 +5,16 @@
 //! which cannot saturate: 255 * 64 * 2 = 32,640. `vpmaddwd` adds up two of those in int32, those of the high
 //! plane times 128, so that every sum is exact. A step is 64 columns, which share a scale of the activations.
 
+mod hadamard;
 mod levels;
 mod product;
 mod trellis;
 
 use super::activations::{Activations, Block, GROUP};
+use super::attention;
 use super::lanes::Lanes;
+use super::scalar::Signs;
 use super::views::{Codes, Strip};
-use super::{attention, scalar};
 use crate::prime_lut::PRIME_LUT;
 use half::f16;
 use std::arch::x86_64::*;
@@ -49,10 +51,10 @@ impl Avx2 {
         unsafe { product::multiply(strip, x, out) }
     }
 
-    /// As [`scalar::hadamard`] from span 1 on.
-    pub(crate) fn hadamard(self, x: &mut [f32]) {
+    /// As [`super::scalar::transform`].
+    pub(crate) fn transform(self, x: &mut [f32], factor: f32, signs: Signs<'_>) {
         // SAFETY: as above.
-        unsafe { hadamard(x) }
+        unsafe { hadamard::transform(self, x, factor, signs) }
     }
 
     /// As [`attention::attend`].
@@ -116,29 +118,6 @@ impl Lanes for Registers {
             _mm256_storeu_ps(start.add(8), self.0[1]);
         }
     }
-}
-
-/// The unscaled Walsh-Hadamard transform, with the additions of the reference in its order.
-#[target_feature(enable = "avx2")]
-fn hadamard(x: &mut [f32]) {
-    let (blocks, rest) = x.as_chunks_mut::<8>();
-    if blocks.is_empty() {
-        return scalar::hadamard(rest, 1);
-    }
-    for block in blocks {
-        // SAFETY: the reference is to 8 floats; neither load nor store needs an alignment.
-        let v = unsafe { _mm256_loadu_ps(block.as_ptr()) };
-        // The second of each pair becomes first - second.
-        let other = _mm256_permute_ps::<0b10_11_00_01>(v);
-        let v = _mm256_blend_ps::<0b1010_1010>(_mm256_add_ps(v, other), _mm256_sub_ps(other, v));
-        let other = _mm256_permute_ps::<0b01_00_11_10>(v);
-        let v = _mm256_blend_ps::<0b1100_1100>(_mm256_add_ps(v, other), _mm256_sub_ps(other, v));
-        let other = _mm256_permute2f128_ps::<0b0000_0001>(v, v);
-        let v = _mm256_blend_ps::<0b1111_0000>(_mm256_add_ps(v, other), _mm256_sub_ps(other, v));
-        // SAFETY: as above.
-        unsafe { _mm256_storeu_ps(block.as_mut_ptr(), v) };
-    }
-    scalar::hadamard(x, 8);
 }
 
 /// All 32 bytes.

@@ -13,6 +13,7 @@ mod quantize;
 
 use super::activations::{Activations, Block, GROUP};
 use super::lanes::Lanes;
+use super::scalar::Signs;
 use super::views::{Codes, Primes, Strip};
 use super::{attention, scalar};
 use crate::prime_lut::PRIME_LUT;
@@ -77,10 +78,11 @@ impl Avx512 {
         self,
         strip: Strip<'_>,
         rotation: Option<&Rotation>,
+        streamed: bool,
         out: &mut [T],
     ) {
         // SAFETY: as above.
-        unsafe { decode::decode(self, strip, rotation, out) }
+        unsafe { decode::decode(self, strip, rotation, streamed, out) }
     }
 
     /// [`bf16::from_f32`] of each, into as many.
@@ -117,10 +119,10 @@ impl Avx512 {
         unsafe { hadamard::flip(x, signs) }
     }
 
-    /// As [`scalar::hadamard`] from span 1 on.
-    pub(crate) fn hadamard(self, x: &mut [f32]) {
+    /// As [`scalar::transform`].
+    pub(crate) fn transform(self, x: &mut [f32], factor: f32, signs: Signs<'_>) {
         // SAFETY: `self` proves that the processor has the features.
-        unsafe { hadamard::hadamard(self, x) }
+        unsafe { hadamard::transform(self, x, factor, signs) }
     }
 }
 

@@ -1,7 +1,7 @@
 //! The transform of a rotation, written once over registers of any width.
 #![forbid(unsafe_code)]
 
-use super::scalar;
+use super::scalar::{self, Signs};
 
 /// A register of f32.
 pub(super) trait Register: Copy {
@@ -14,72 +14,169 @@ pub(super) trait Register: Copy {
     fn store(self, block: &mut Self::Block);
     fn add(self, other: Self) -> Self;
     fn sub(self, other: Self) -> Self;
+    /// Every element times `factor`.
+    fn scale(self, factor: f32) -> Self;
+    /// As [`scalar::flip`] for register `index` of what the signs belong to.
+    fn flip(self, signs: &[u8], index: usize) -> Self;
 
     /// The transforms of each register by itself.
     fn within<const N: usize>(registers: &mut [Self; N]);
 }
 
-/// The unscaled Walsh-Hadamard transform, with the additions of the reference in its order, of so many blocks and
-/// of what is too short for one.
-///
-/// As many spans as sixteen registers allow are done in one pass over memory.
-#[inline(always)]
-pub(super) fn hadamard<R: Register>(proof: R::Proof, blocks: &mut [R::Block], rest: &mut [f32]) {
-    let mut span = match blocks.len() {
-        0 => return scalar::hadamard(rest, 1),
-        1 => first_pass::<R, 1>(proof, blocks),
-        2 => first_pass::<R, 2>(proof, blocks),
-        4 => first_pass::<R, 4>(proof, blocks),
-        8 => first_pass::<R, 8>(proof, blocks),
-        _ => first_pass::<R, 16>(proof, blocks),
-    };
-    while span < blocks.len() {
-        span = match blocks.len() / span {
-            2 => pass::<R, 2>(proof, blocks, span),
-            4 => pass::<R, 4>(proof, blocks, span),
-            8 => pass::<R, 8>(proof, blocks, span),
-            _ => pass::<R, 16>(proof, blocks, span),
-        };
+/// Where the first pass over memory finds the registers of a vector.
+pub(super) trait Source<R: Register> {
+    fn load(&self, proof: R::Proof, blocks: &[R::Block], index: usize) -> R;
+}
+
+/// Where the last pass over memory leaves them.
+pub(super) trait Sink<R: Register> {
+    fn store(&mut self, blocks: &mut [R::Block], index: usize, register: R);
+}
+
+/// The vector itself.
+pub(super) struct Same;
+
+/// The same with changed signs, which [`Register::flip`] knows.
+struct Flipped<'a>(&'a [u8]);
+
+/// Every element times a factor.
+pub(super) struct Scaled(pub(super) f32);
+
+/// With changed signs after that.
+struct ScaledAndFlipped<'a>(f32, &'a [u8]);
+
+impl<R: Register> Source<R> for Same {
+    #[inline(always)]
+    fn load(&self, proof: R::Proof, blocks: &[R::Block], index: usize) -> R {
+        R::load(proof, &blocks[index])
     }
 }
 
-/// Spans in each register, and those between `N` registers; returns the next span in registers.
+impl<R: Register> Sink<R> for Same {
+    #[inline(always)]
+    fn store(&mut self, blocks: &mut [R::Block], index: usize, register: R) {
+        register.store(&mut blocks[index]);
+    }
+}
+
+impl<R: Register> Source<R> for Flipped<'_> {
+    #[inline(always)]
+    fn load(&self, proof: R::Proof, blocks: &[R::Block], index: usize) -> R {
+        R::load(proof, &blocks[index]).flip(self.0, index)
+    }
+}
+
+impl<R: Register> Sink<R> for Scaled {
+    #[inline(always)]
+    fn store(&mut self, blocks: &mut [R::Block], index: usize, register: R) {
+        register.scale(self.0).store(&mut blocks[index]);
+    }
+}
+
+impl<R: Register> Sink<R> for ScaledAndFlipped<'_> {
+    #[inline(always)]
+    fn store(&mut self, blocks: &mut [R::Block], index: usize, register: R) {
+        let register = register.scale(self.0).flip(self.1, index);
+        register.store(&mut blocks[index]);
+    }
+}
+
+/// As [`scalar::transform`] of so many blocks, or of what is too short for one.
 #[inline(always)]
-fn first_pass<R: Register, const N: usize>(proof: R::Proof, blocks: &mut [R::Block]) -> usize {
-    for blocks in blocks.as_chunks_mut::<N>().0 {
-        let mut registers = [R::load(proof, &blocks[0]); N];
+pub(super) fn transform_in_place<R: Register>(
+    proof: R::Proof,
+    blocks: &mut [R::Block],
+    rest: &mut [f32],
+    factor: f32,
+    signs: Signs<'_>,
+) {
+    if blocks.is_empty() {
+        return scalar::transform(rest, factor, signs);
+    }
+    match signs {
+        Signs::Kept => transform::<R>(proof, blocks, Same, Scaled(factor)),
+        Signs::FlippedBefore(signs) => {
+            transform::<R>(proof, blocks, Flipped(signs), Scaled(factor));
+        }
+        Signs::FlippedAfter(signs) => {
+            transform::<R>(proof, blocks, Same, ScaledAndFlipped(factor, signs));
+        }
+    }
+}
+
+/// The unscaled Walsh-Hadamard transform, with the additions of the reference in its order. In between registers lie
+/// in `blocks`, a power of two of them.
+///
+/// As many spans as sixteen registers allow are done in one pass over memory.
+#[inline(always)]
+pub(super) fn transform<R: Register>(
+    proof: R::Proof,
+    blocks: &mut [R::Block],
+    source: impl Source<R>,
+    mut sink: impl Sink<R>,
+) {
+    match blocks.len() {
+        1 => return first_pass::<R, 1>(proof, blocks, &source, &mut sink),
+        2 => return first_pass::<R, 2>(proof, blocks, &source, &mut sink),
+        4 => return first_pass::<R, 4>(proof, blocks, &source, &mut sink),
+        8 => return first_pass::<R, 8>(proof, blocks, &source, &mut sink),
+        16 => return first_pass::<R, 16>(proof, blocks, &source, &mut sink),
+        _ => first_pass::<R, 16>(proof, blocks, &source, &mut Same),
+    }
+    let mut span = 16;
+    while blocks.len() / span > 16 {
+        pass::<R, 16>(proof, blocks, span, &mut Same);
+        span *= 16;
+    }
+    match blocks.len() / span {
+        2 => pass::<R, 2>(proof, blocks, span, &mut sink),
+        4 => pass::<R, 4>(proof, blocks, span, &mut sink),
+        8 => pass::<R, 8>(proof, blocks, span, &mut sink),
+        _ => pass::<R, 16>(proof, blocks, span, &mut sink),
+    }
+}
+
+/// Spans in each register, and those between `N` registers.
+#[inline(always)]
+fn first_pass<R: Register, const N: usize>(
+    proof: R::Proof,
+    blocks: &mut [R::Block],
+    source: &impl Source<R>,
+    sink: &mut impl Sink<R>,
+) {
+    for first in (0..blocks.len()).step_by(N) {
+        let mut registers = [source.load(proof, blocks, first); N];
         for i in 1..N {
-            registers[i] = R::load(proof, &blocks[i]);
+            registers[i] = source.load(proof, blocks, first + i);
         }
         R::within(&mut registers);
         between(&mut registers);
         for i in 0..N {
-            registers[i].store(&mut blocks[i]);
+            sink.store(blocks, first + i, registers[i]);
         }
     }
-    N
 }
 
-/// `N` registers at a distance of `span` registers each; returns the next span.
+/// `N` registers at a distance of `span` registers each.
 #[inline(always)]
 fn pass<R: Register, const N: usize>(
     proof: R::Proof,
     blocks: &mut [R::Block],
     span: usize,
-) -> usize {
-    for blocks in blocks.chunks_exact_mut(N * span) {
-        for first in 0..span {
+    sink: &mut impl Sink<R>,
+) {
+    for start in (0..blocks.len()).step_by(N * span) {
+        for first in start..start + span {
             let mut registers = [R::load(proof, &blocks[first]); N];
             for i in 1..N {
                 registers[i] = R::load(proof, &blocks[first + i * span]);
             }
             between(&mut registers);
             for i in 0..N {
-                registers[i].store(&mut blocks[first + i * span]);
+                sink.store(blocks, first + i * span, registers[i]);
             }
         }
     }
-    N * span
 }
 
 /// The transform across registers, lane by lane.

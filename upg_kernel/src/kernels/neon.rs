@@ -15,6 +15,7 @@ mod trellis;
 use super::activations::{Activations, Block, GROUP};
 use super::attention;
 use super::lanes::Lanes;
+use super::scalar::Signs;
 use super::views::{Codes, Primes, Strip};
 use crate::prime_lut::PRIME_LUT;
 use dot::{Dot, Sdot, Widened};
@@ -74,10 +75,10 @@ impl Neon {
         }
     }
 
-    /// As [`super::scalar::hadamard`] from span 1 on.
-    pub(crate) fn hadamard(self, x: &mut [f32]) {
+    /// As [`super::scalar::transform`].
+    pub(crate) fn transform(self, x: &mut [f32], factor: f32, signs: Signs<'_>) {
         // SAFETY: as above.
-        unsafe { hadamard::hadamard(self, x) }
+        unsafe { hadamard::transform(self, x, factor, signs) }
     }
 
     /// As [`attention::attend`].

@@ -44,6 +44,29 @@ pub fn flip(x: &mut [f32], signs: &[u8]) {
     }
 }
 
+/// What a [`transform`] does with the signs of those elements whose bit is set.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Signs<'a> {
+    /// Nothing.
+    Kept,
+    /// Changes them before.
+    FlippedBefore(&'a [u8]),
+    /// Changes them after it.
+    FlippedAfter(&'a [u8]),
+}
+
+/// [`hadamard`] from span 1 on, times `factor`, with changes of signs as in [`flip`].
+pub(crate) fn transform(x: &mut [f32], factor: f32, signs: Signs<'_>) {
+    if let Signs::FlippedBefore(signs) = signs {
+        flip(x, signs);
+    }
+    hadamard(x, 1);
+    scale(x, factor);
+    if let Signs::FlippedAfter(signs) = signs {
+        flip(x, signs);
+    }
+}
+
 /// Multiplies every element with `factor`.
 #[inline(always)]
 pub fn scale(x: &mut [f32], factor: f32) {

@@ -255,15 +255,18 @@ fn check_decode_to<T: Float + PartialEq>(
     for (strip, weights) in weights.chunks(STRIP_ROWS * cols).enumerate() {
         let mut expected = vec![T::default(); weights.len()];
         T::round(Kernels::scalar(), weights, &mut expected);
-        let mut out = vec![T::default(); weights.len()];
-        let is_done = kernels.decode(matrix.strip(strip).unwrap(), rotation, &mut out);
-        assert_eq!(is_done, kernels.name() == "avx512");
-        let dtype = std::any::type_name::<T>();
-        assert!(
-            !is_done || out == expected,
-            "{} {what} {dtype}",
-            kernels.name()
-        );
+        for streamed in [false, true] {
+            let mut out = vec![T::default(); weights.len()];
+            let strip = matrix.strip(strip).unwrap();
+            let is_done = kernels.decode(strip, rotation, streamed, &mut out);
+            assert_eq!(is_done, kernels.name() == "avx512");
+            let dtype = std::any::type_name::<T>();
+            assert!(
+                !is_done || out == expected,
+                "{} {what} {dtype}",
+                kernels.name()
+            );
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::kernels::hadamard;
+use crate::kernels::scalar::Signs;
 
 /// Sign changes as in [`scalar::flip`].
 #[target_feature(enable = "avx512f")]
@@ -9,18 +10,16 @@ pub(super) fn flip(x: &mut [f32], signs: &[u8]) {
     let (blocks, rest) = x.as_chunks_mut::<16>();
     let (pairs, _) = signs.as_chunks::<2>();
     for (block, signs) in blocks.iter_mut().zip(pairs) {
-        let bits = _mm512_castps_si512(load_f32(block));
-        let sign = _mm512_maskz_set1_epi32(u16::from_le_bytes(*signs), i32::MIN);
-        *block = to_array(_mm512_castsi512_ps(_mm512_xor_si512(bits, sign)));
+        *block = to_array(flip_register(load_f32(block), u16::from_le_bytes(*signs)));
     }
     scalar::flip(rest, &signs[2 * blocks.len()..]);
 }
 
-/// As [`scalar::hadamard`] from span 1 on; 4,096 elements take two passes over memory.
+/// As [`scalar::transform`]; 4,096 elements take two passes over memory.
 #[target_feature(enable = "avx512f")]
-pub(super) fn hadamard(proof: Avx512, x: &mut [f32]) {
+pub(super) fn transform(proof: Avx512, x: &mut [f32], factor: f32, signs: Signs<'_>) {
     let (blocks, rest) = x.as_chunks_mut::<16>();
-    hadamard::hadamard::<Register>(proof, blocks, rest);
+    hadamard::transform_in_place::<Register>(proof, blocks, rest, factor, signs);
 }
 
 // These are always put in their place, in a function that is compiled for the instructions.
@@ -52,6 +51,19 @@ impl hadamard::Register for Register {
         Self(unsafe { _mm512_sub_ps(self.0, other.0) })
     }
 
+    #[inline(always)]
+    fn scale(self, factor: f32) -> Self {
+        // SAFETY: as above.
+        Self(unsafe { _mm512_mul_ps(self.0, _mm512_set1_ps(factor)) })
+    }
+
+    #[inline(always)]
+    fn flip(self, signs: &[u8], index: usize) -> Self {
+        let signs = u16::from_le_bytes(signs.as_chunks().0[index]);
+        // SAFETY: as above.
+        Self(unsafe { flip_register(self.0, signs) })
+    }
+
     /// Spans 1, 2, 4 and 8.
     #[inline(always)]
     fn within<const N: usize>(registers: &mut [Self; N]) {
@@ -71,6 +83,14 @@ impl hadamard::Register for Register {
             }
         }
     }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn flip_register(v: __m512, signs: u16) -> __m512 {
+    let bits = _mm512_castps_si512(v);
+    let sign = _mm512_set1_epi32(i32::MIN);
+    _mm512_castsi512_ps(_mm512_mask_xor_epi32(bits, signs, bits, sign))
 }
 
 /// `v + other`; in lanes whose bit is set, which are the second of their pair, `other - v`. A product with 1 or -1

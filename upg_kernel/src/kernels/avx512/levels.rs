@@ -16,8 +16,49 @@ const ZERO: i8 = -128;
 ///
 /// A value exists only where the processor has the features: every constructor asks for them.
 pub(super) trait Levels {
+    /// Whether the lanes of the registers 0 and 1, and those of 2 and 3, have two of their rows each in turn:
+    /// 0, 1, 4, 5, 8 ... and 2, 3, 6, 7, 10 ... instead of sixteen in a row. See [`Levels::row`].
+    const IN_TURN: bool = false;
+
     /// The next two tiles; of any levels where a tile starts past the last column.
     fn next(&mut self) -> [Tile; 2];
+
+    /// The row of a lane of a register.
+    #[inline(always)]
+    fn row(register: usize, lane: usize) -> usize {
+        match Self::IN_TURN {
+            false => 16 * register + lane,
+            true => register / 2 * 32 + lane / 2 * 4 + register % 2 * 2 + lane % 2,
+        }
+    }
+}
+
+/// Numbers of the 64 rows, from the order in which `L` has them.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) fn in_order_of_rows<L: Levels>(registers: [__m512; 4]) -> [[f32; 16]; 4] {
+    let mut rows = [[0.0; 16]; 4];
+    for (pair, registers) in rows
+        .as_chunks_mut::<2>()
+        .0
+        .iter_mut()
+        .zip(registers.as_chunks::<2>().0)
+    {
+        let [a, b] = *registers;
+        let (a, b) = (_mm512_castps_pd(a), _mm512_castps_pd(b));
+        let [first, second] = match L::IN_TURN {
+            false => [a, b],
+            true => [
+                _mm512_permutex2var_pd(a, _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), b),
+                _mm512_permutex2var_pd(a, _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15), b),
+            ],
+        };
+        *pair = [
+            to_array(_mm512_castpd_ps(first)),
+            to_array(_mm512_castpd_ps(second)),
+        ];
+    }
+    rows
 }
 
 /// Evaluates the second expression with the [`Levels`] of a strip.
@@ -46,12 +87,12 @@ macro_rules! with_levels {
                 shift_table: shifts,
                 level_table: table,
             } => match (k, table.len() > 128) {
-                (2, false) => with!(levels::Trellis::<2, false>::new(stream, shifts, table)),
-                (2, true) => with!(levels::Trellis::<2, true>::new(stream, shifts, table)),
-                (3, false) => with!(levels::Trellis::<3, false>::new(stream, shifts, table)),
-                (3, true) => with!(levels::Trellis::<3, true>::new(stream, shifts, table)),
-                (_, false) => with!(levels::Trellis::<4, false>::new(stream, shifts, table)),
-                (_, true) => with!(levels::Trellis::<4, true>::new(stream, shifts, table)),
+                (2, false) => with!(levels::Trellis::<2, 2, false>::new(stream, shifts, table)),
+                (2, true) => with!(levels::Trellis::<2, 2, true>::new(stream, shifts, table)),
+                (3, false) => with!(levels::Trellis::<3, 2, false>::new(stream, shifts, table)),
+                (3, true) => with!(levels::Trellis::<3, 2, true>::new(stream, shifts, table)),
+                (_, false) => with!(levels::Trellis::<4, 1, false>::new(stream, shifts, table)),
+                (_, true) => with!(levels::Trellis::<4, 1, true>::new(stream, shifts, table)),
             },
         }
     }};
@@ -193,61 +234,105 @@ fn in_order(codes: __m256i) -> __m512i {
     _mm512_and_si512(pairs, _mm512_set1_epi8(15))
 }
 
-/// `t2`, `t3` and `t4`. With more than 128 levels `WIDE` has to be true.
-pub(super) struct Trellis<'a, const K: usize, const WIDE: bool> {
+/// `t2`, `t3` and `t4`. With more than 128 levels `WIDE` has to be true; `TOGETHER` is how many eights of weights
+/// are cut from a word of 64 bits, 2 where they fit.
+pub(super) struct Trellis<'a, const K: usize, const TOGETHER: usize, const WIDE: bool> {
     stream: &'a [u8],
     decoder: Decoder<WIDE>,
     /// For the last bytes of the stream.
     end: [u8; 320],
 }
 
-impl<'a, const K: usize, const WIDE: bool> Trellis<'a, K, WIDE> {
+impl<'a, const K: usize, const TOGETHER: usize, const WIDE: bool> Trellis<'a, K, TOGETHER, WIDE> {
     #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
     pub(super) fn new(stream: &'a [u8], shift_table: &[u8; 64], level_table: &[i8]) -> Self {
         Self {
             stream,
-            decoder: Decoder::new(K, shift_table, level_table),
+            decoder: Decoder::new::<K, TOGETHER>(shift_table, level_table),
             end: [0; 320],
         }
     }
 }
 
-/// What turns the bits of 64 weights into their levels.
+/// Bits that a level depends on.
+const STATE_BITS: usize = crate::matrix::trellis::STATE_BITS as usize;
+
+/// Those of them that are looked up in the shift table.
+const SHIFT_BITS: usize = 6;
+
+/// What turns the bits of weights into their levels.
 struct Decoder<const WIDE: bool> {
-    /// Byte `b` of word `i` comes from byte `k * i + b`: the bits of eight weights.
+    /// Where the bytes of each word of 64 bits come from: the bits of eight weights, or of sixteen.
     spread: __m512i,
-    /// Bit `k * j` of its word for byte `j`: the low bits of the state.
-    low: __m512i,
-    /// Six bits on: the high bits.
-    high: __m512i,
+    /// Of the first eight weights of each word, and of the next eight.
+    cuts: [Cut; 2],
     shifts: __m512i,
     /// Biased.
     levels: [__m512i; 4],
 }
 
+/// Where the bits of eight weights are in their word.
+#[derive(Clone, Copy)]
+struct Cut {
+    /// Bit `k * j` of its word for byte `j`: the low bits of the state.
+    low: __m512i,
+    /// Six bits on: the high bits.
+    high: __m512i,
+}
+
+/// Byte `j` of word `i` is `step_of_word * i + step_of_byte * j + first`.
+const fn places(step_of_word: usize, step_of_byte: usize, first: usize) -> [u8; 64] {
+    let mut places = [0; 64];
+    let mut i = 0;
+    while i < 64 {
+        places[i] = (step_of_word * (i / 8) + step_of_byte * (i % 8) + first) as u8;
+        i += 1;
+    }
+    places
+}
+
 impl<const WIDE: bool> Decoder<WIDE> {
+    #[inline]
     #[target_feature(enable = "avx512f,avx512bw")]
-    fn new(k: usize, shift_table: &[u8; 64], level_table: &[i8]) -> Self {
-        let bytes = |f: fn(usize, usize, usize) -> usize| -> [u8; 64] {
-            std::array::from_fn(|i| f(k, i / 8, i % 8) as u8)
-        };
+    fn new<const K: usize, const TOGETHER: usize>(
+        shift_table: &[u8; 64],
+        level_table: &[i8],
+    ) -> Self {
         let table: &[u8] = bytemuck::cast_slice(level_table);
+        let mut levels = [_mm512_setzero_si512(); 4];
+        for (i, levels) in levels.iter_mut().enumerate() {
+            *levels = biased(load_at(table, 64 * i));
+        }
         Self {
-            spread: load(&bytes(|k, word, byte| k * word + byte)),
-            low: load(&bytes(|k, _, byte| k * byte)),
-            high: load(&bytes(|k, _, byte| k * byte + 6)),
+            spread: load(const { &places(K * TOGETHER, 1, 0) }),
+            cuts: [
+                Cut {
+                    low: load(const { &places(0, K, 0) }),
+                    high: load(const { &places(0, K, SHIFT_BITS) }),
+                },
+                Cut {
+                    low: load(const { &places(0, K, 8 * K) }),
+                    high: load(const { &places(0, K, 8 * K + SHIFT_BITS) }),
+                },
+            ],
             shifts: load(shift_table),
-            levels: std::array::from_fn(|i| biased(load_at(table, 64 * i))),
+            levels,
         }
     }
 
-    /// The levels of 64 weights whose bits start with those of `bytes`.
+    /// The bits of 64 weights, or of 128, which start with those of `bytes`.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512vbmi")]
+    fn words(&self, bytes: &[u8; 64]) -> __m512i {
+        _mm512_permutexvar_epi8(self.spread, load(bytes))
+    }
+
+    /// The levels of eight weights of each word.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
-    fn levels(&self, bytes: __m512i) -> __m512i {
-        let words = _mm512_permutexvar_epi8(self.spread, bytes);
-        let low = _mm512_multishift_epi64_epi8(self.low, words);
-        let high = _mm512_multishift_epi64_epi8(self.high, words);
+    fn levels(&self, words: __m512i, cut: Cut) -> __m512i {
+        let low = _mm512_multishift_epi64_epi8(cut.low, words);
+        let high = _mm512_multishift_epi64_epi8(cut.high, words);
         // The look-ups take the low 6 and 7 bits of each byte and ignore the rest.
         let shift = _mm512_permutexvar_epi8(low, self.shifts);
         let [a, b, c, d] = self.levels;
@@ -262,7 +347,17 @@ impl<const WIDE: bool> Decoder<WIDE> {
     }
 }
 
-impl<const K: usize, const WIDE: bool> Levels for Trellis<'_, K, WIDE> {
+impl<const K: usize, const TOGETHER: usize, const WIDE: bool> Levels
+    for Trellis<'_, K, TOGETHER, WIDE>
+{
+    const IN_TURN: bool = {
+        assert!(
+            (8 * TOGETHER - 1) * K + STATE_BITS <= 64,
+            "the last state ends in the word"
+        );
+        TOGETHER == 2
+    };
+
     #[inline(always)]
     fn next(&mut self) -> [Tile; 2] {
         // SAFETY: `self` proves that the processor has the features.
@@ -272,9 +367,12 @@ impl<const K: usize, const WIDE: bool> Levels for Trellis<'_, K, WIDE> {
             for line in (0..64 * K).step_by(64) {
                 prefetch(stream, line + AHEAD);
             }
-            for i in 0..8 {
+            for i in (0..8).step_by(TOGETHER) {
                 let bytes = stream[i * 8 * K..].first_chunk();
-                tiles[i / 4][i % 4] = self.decoder.levels(load(bytes.expect("64 bytes of 320")));
+                let words = self.decoder.words(bytes.expect("64 bytes of 320"));
+                for (j, cut) in self.decoder.cuts[..TOGETHER].iter().enumerate() {
+                    tiles[i / 4][(i + j) % 4] = self.decoder.levels(words, *cut);
+                }
             }
             self.stream = self.stream.get(64 * K..).unwrap_or_default();
             tiles

@@ -91,7 +91,12 @@ fn multiply_levels<L: Levels>(
         }
     }
     for (sums, out) in sums.iter().zip(out.chunks_exact_mut(rows.max(1))) {
-        strip.put_rows(bytemuck::cast_ref(sums), out);
+        let mut registers = [_mm512_setzero_ps(); QUARTERS];
+        for (register, sums) in registers.iter_mut().zip(sums) {
+            *register = load_f32(sums);
+        }
+        let rows = levels::in_order_of_rows::<L>(registers);
+        strip.put_rows(bytemuck::cast_ref(&rows), out);
     }
 }
 

@@ -23,10 +23,7 @@ fn multiply_levels<L: Levels>(mut levels: L, strip: &Strip<'_>, x: &Activations,
             sums[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products[i]), factors[i], sums[i]);
         }
     }
-    let mut rows = [[0.0; 16]; 4];
-    for (rows, sum) in rows.iter_mut().zip(sums) {
-        *rows = to_array(sum);
-    }
+    let rows = levels::in_order_of_rows::<L>(sums);
     strip.put_rows(bytemuck::cast_ref(&rows), out);
 }
 

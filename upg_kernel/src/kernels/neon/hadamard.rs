@@ -2,12 +2,13 @@
 
 use super::*;
 use crate::kernels::hadamard;
+use crate::kernels::scalar::Signs;
 
-/// As [`crate::kernels::scalar::hadamard`] from span 1 on; 4,096 elements take three passes over memory.
+/// As [`crate::kernels::scalar::transform`]; 4,096 elements take three passes over memory.
 #[target_feature(enable = "neon")]
-pub(super) fn hadamard(proof: Neon, x: &mut [f32]) {
+pub(super) fn transform(proof: Neon, x: &mut [f32], factor: f32, signs: Signs<'_>) {
     let (blocks, rest) = x.as_chunks_mut::<4>();
-    hadamard::hadamard::<Four>(proof, blocks, rest);
+    hadamard::transform_in_place::<Four>(proof, blocks, rest, factor, signs);
 }
 
 /// Four f32. A value is the proof that this machine has the instructions.
@@ -41,6 +42,26 @@ impl hadamard::Register for Four {
     fn sub(self, other: Self) -> Self {
         // SAFETY: as above.
         Self(unsafe { vsubq_f32(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    fn scale(self, factor: f32) -> Self {
+        // SAFETY: as above.
+        Self(unsafe { vmulq_n_f32(self.0, factor) })
+    }
+
+    #[inline(always)]
+    fn flip(self, signs: &[u8], index: usize) -> Self {
+        let signs = u32::from(signs[index / 2] >> (4 * (index % 2)));
+        // SAFETY: as above.
+        unsafe {
+            // The bit of each element in the place of its sign.
+            let places = load_i32(&[31, 30, 29, 28]);
+            let bits = vshlq_u32(vdupq_n_u32(signs), places);
+            let sign = vandq_u32(bits, vdupq_n_u32(1 << 31));
+            let flipped = veorq_u32(vreinterpretq_u32_f32(self.0), sign);
+            Self(vreinterpretq_f32_u32(flipped))
+        }
     }
 
     /// Spans 1 and 2.

@@ -21,6 +21,7 @@ use crate::rotation::Rotation;
 pub use decode::Element;
 use half::{bf16, f16};
 pub(crate) use many::Panel;
+use std::arch::asm;
 use std::arch::x86_64::*;
 use std::ops::Range;
 
@@ -40,7 +41,10 @@ struct PrimeTable([[u16; 32]; 8]);
 
 /// A value is the proof that this machine has the instructions.
 #[derive(Debug, Clone, Copy)]
-pub struct Avx512(());
+pub struct Avx512 {
+    /// Whether it can also round to BF16 in one instruction.
+    bf16: bool,
+}
 
 impl Avx512 {
     /// `None` where the processor or the system lacks one of AVX-512 F, BW, VL, VBMI, VBMI2, VNNI.
@@ -52,7 +56,14 @@ impl Avx512 {
             && is_x86_feature_detected!("avx512vbmi2")
             && is_x86_feature_detected!("avx512vnni")
             && is_x86_feature_detected!("popcnt");
-        has.then_some(Self(()))
+        let bf16 = is_x86_feature_detected!("avx512bf16");
+        has.then_some(Self { bf16 })
+    }
+
+    /// The same without the instruction for BF16.
+    #[cfg(test)]
+    pub(super) fn without_bf16(self) -> Self {
+        Self { bf16: false }
     }
 
     /// `out[i] = ` row `i` of a strip times `x`.

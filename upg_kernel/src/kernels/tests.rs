@@ -35,6 +35,20 @@ fn scales(rows: usize) -> Array<f32> {
     (0..rows).map(scale).collect::<Vec<_>>().into()
 }
 
+/// Those of this machine, and what they would be on machines with fewer instructions.
+fn with_fallbacks() -> Vec<Kernels> {
+    let all = Kernels::available();
+    #[cfg(target_arch = "x86_64")]
+    let all = {
+        let without = all.iter().filter_map(|kernels| match kernels.0 {
+            Set::Avx512(kernels) => Some(Kernels(Set::Avx512(kernels.without_bf16()))),
+            _ => None,
+        });
+        without.chain(all.iter().copied()).collect()
+    };
+    all
+}
+
 fn grouped(rows: usize, cols: usize, group: usize, nibbles: bool) -> GroupedMatrix {
     let groups = strips::count(rows) * cols.div_ceil(group);
     let weights = groups * group * STRIP_ROWS;
@@ -270,6 +284,26 @@ fn check_decode_to<T: Float + PartialEq>(
     }
 }
 
+/// What a processor may take for zero.
+#[test]
+fn subnormal_weights_are_decoded_as_the_reference_does() {
+    let scales = [
+        1e-45,
+        -1e-40,
+        f32::MIN_POSITIVE / 2.0,
+        f32::MIN_POSITIVE,
+        -0.0,
+    ];
+    let cols = 130;
+    let levels = Levels::Bytes(signed(noise(64 * 192, 1)));
+    let primes = vec![0; 3 * 64].into();
+    let scales = scales.to_vec().into();
+    let matrix = GroupedMatrix::new(5, cols, 64, levels, primes, scales).unwrap();
+    for kernels in with_fallbacks() {
+        check_decode(kernels, &matrix, "q8 with tiny scales");
+    }
+}
+
 #[test]
 fn floats_of_16_bits_are_those_of_the_library() {
     let special = [
@@ -303,7 +337,7 @@ fn floats_of_16_bits_are_those_of_the_library() {
 }
 
 fn integer_kernels() -> Vec<Kernels> {
-    let all = Kernels::available().into_iter();
+    let all = with_fallbacks().into_iter();
     all.filter(|k| k.is_integer()).collect()
 }
 

@@ -166,7 +166,10 @@ fn put_row<T: Element>(
     row: usize,
     out: &mut [T],
 ) {
-    let scale = _mm512_set1_ps(strip.scales[row]);
+    let scale = strip.scales[row];
+    // A weight is 0 or at least twice its scale.
+    let is_normal = scale == 0.0 || scale.is_normal();
+    let scale = _mm512_set1_ps(scale);
     for (block, (levels, out)) in levels.iter().zip(out.chunks_mut(GROUP)).enumerate() {
         let indices = match strip.primes {
             Primes::Rows(indices) => [indices[row]; 2],
@@ -184,7 +187,7 @@ fn put_row<T: Element>(
             let prime = PRIME_LUT[usize::from(indices[i / 2])] as f32;
             block[i] = weights(&levels.0.as_chunks().0[i], _mm512_set1_ps(prime), scale);
         }
-        put_block(proof, block, out);
+        put_block(proof, block, is_normal, out);
     }
 }
 
@@ -288,12 +291,12 @@ fn weights(levels: &[u8; 16], prime: __m512, scale: __m512) -> __m512 {
 /// [`Element::put`] of up to 64 weights.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn put_block<T: Element>(proof: Avx512, weights: [__m512; 4], out: &mut [T]) {
+fn put_block<T: Element>(proof: Avx512, weights: [__m512; 4], is_normal: bool, out: &mut [T]) {
     match out.first_chunk_mut() {
-        Some(out) => T::put(proof, weights, out),
+        Some(out) => T::put(proof, weights, is_normal, out),
         None => {
             let mut block = [T::default(); GROUP];
-            T::put(proof, weights, &mut block);
+            T::put(proof, weights, is_normal, &mut block);
             out.copy_from_slice(&block[..out.len()]);
         }
     }
@@ -315,14 +318,14 @@ fn convert<T: Element>(proof: Avx512, row: &[f32], out: &mut [T]) {
         for (weights, x) in weights.iter_mut().zip(x.as_chunks().0) {
             *weights = load_f32(x);
         }
-        put_block(proof, weights, out);
+        put_block(proof, weights, false, out);
     }
 }
 
 /// What a weight can be rounded to.
 pub trait Element: Copy + Default + Pod {
-    /// 64 finite weights, rounded to nearest, ties to even.
-    fn put(proof: Avx512, weights: [__m512; 4], out: &mut [Self; GROUP]);
+    /// 64 finite weights, rounded to nearest, ties to even. `is_normal`: each is a normal number or 0.
+    fn put(proof: Avx512, weights: [__m512; 4], is_normal: bool, out: &mut [Self; GROUP]);
 
     /// The same of 16.
     fn put_16(proof: Avx512, weights: __m512, out: &mut [Self; 16]);
@@ -330,7 +333,7 @@ pub trait Element: Copy + Default + Pod {
 
 impl Element for f32 {
     #[inline(always)]
-    fn put(proof: Avx512, weights: [__m512; 4], out: &mut [Self; GROUP]) {
+    fn put(proof: Avx512, weights: [__m512; 4], _: bool, out: &mut [Self; GROUP]) {
         for (weights, out) in weights.into_iter().zip(out.as_chunks_mut().0) {
             Self::put_16(proof, weights, out);
         }
@@ -345,11 +348,17 @@ impl Element for f32 {
 
 impl Element for bf16 {
     #[inline(always)]
-    fn put(_: Avx512, weights: [__m512; 4], out: &mut [Self; GROUP]) {
+    fn put(proof: Avx512, weights: [__m512; 4], is_normal: bool, out: &mut [Self; GROUP]) {
         let halves = out.as_chunks_mut::<32>().0;
         for (weights, out) in weights.as_chunks::<2>().0.iter().zip(halves) {
             // SAFETY: the argument proves that the processor has the features.
-            unsafe { store(bytemuck::cast_mut(out), upper_halves(*weights)) };
+            unsafe {
+                let halves = match is_normal && proof.bf16 {
+                    true => rounded(*weights),
+                    false => upper_halves(*weights),
+                };
+                store(bytemuck::cast_mut(out), halves);
+            }
         }
     }
 
@@ -365,7 +374,7 @@ impl Element for bf16 {
 
 impl Element for f16 {
     #[inline(always)]
-    fn put(proof: Avx512, weights: [__m512; 4], out: &mut [Self; GROUP]) {
+    fn put(proof: Avx512, weights: [__m512; 4], _: bool, out: &mut [Self; GROUP]) {
         for (weights, out) in weights.into_iter().zip(out.as_chunks_mut().0) {
             Self::put_16(proof, weights, out);
         }
@@ -392,6 +401,27 @@ fn rounded_up(weights: __m512) -> __m512i {
     let is_odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
     let half_less = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF));
     _mm512_add_epi32(half_less, is_odd)
+}
+
+/// Normal numbers and zeros, rounded to BF16 by the instruction for it, which takes all others for 0.
+///
+/// Only for processors that have it, avx512bf16.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn rounded([low, high]: [__m512; 2]) -> __m512i {
+    let halves;
+    // Not the intrinsic: it is only put in its place in functions that are compiled for nothing but such processors.
+    // SAFETY: registers only; the caller has made sure that the processor has the instruction.
+    unsafe {
+        asm!(
+            "vcvtne2ps2bf16 {halves}, {high}, {low}",
+            halves = lateout(zmm_reg) halves,
+            high = in(zmm_reg) high,
+            low = in(zmm_reg) low,
+            options(pure, nomem, nostack, preserves_flags),
+        );
+    }
+    halves
 }
 
 /// Finite numbers, rounded to BF16.

@@ -146,13 +146,13 @@ fn first_pass<R: Register, const N: usize>(
 ) {
     for first in (0..blocks.len()).step_by(N) {
         let mut registers = [source.load(proof, blocks, first); N];
-        for i in 1..N {
-            registers[i] = source.load(proof, blocks, first + i);
+        for (i, register) in registers.iter_mut().enumerate() {
+            *register = source.load(proof, blocks, first + i);
         }
         R::within(&mut registers);
         between(&mut registers);
-        for i in 0..N {
-            sink.store(blocks, first + i, registers[i]);
+        for (i, register) in registers.into_iter().enumerate() {
+            sink.store(blocks, first + i, register);
         }
     }
 }
@@ -168,12 +168,12 @@ fn pass<R: Register, const N: usize>(
     for start in (0..blocks.len()).step_by(N * span) {
         for first in start..start + span {
             let mut registers = [R::load(proof, &blocks[first]); N];
-            for i in 1..N {
-                registers[i] = R::load(proof, &blocks[first + i * span]);
+            for (i, register) in registers.iter_mut().enumerate() {
+                *register = R::load(proof, &blocks[first + i * span]);
             }
             between(&mut registers);
-            for i in 0..N {
-                sink.store(blocks, first + i * span, registers[i]);
+            for (i, register) in registers.into_iter().enumerate() {
+                sink.store(blocks, first + i * span, register);
             }
         }
     }

@@ -17,6 +17,8 @@ pub mod gemm;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod hadamard;
 mod lanes;
+#[cfg(target_arch = "x86_64")]
+mod many;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
@@ -42,7 +44,7 @@ const VARIABLE: &str = "UPG_KERNEL";
 
 /// Memory for [`Kernels::multiply_many`], used again from call to call.
 #[cfg(target_arch = "x86_64")]
-pub(crate) use avx512::Panel;
+pub(crate) use many::Panel;
 #[cfg(target_arch = "aarch64")]
 pub(crate) use neon::Panel;
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
@@ -269,7 +271,7 @@ impl Kernels {
     pub(crate) fn has_many(self) -> bool {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
-            Set::Avx512(_) => true,
+            Set::Avx2(_) | Set::Avx512(_) => true,
             #[cfg(target_arch = "aarch64")]
             Set::Neon(_) => true,
             _ => false,
@@ -287,6 +289,8 @@ impl Kernels {
         out: &mut [f32],
     ) {
         match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx2(kernels) => kernels.multiply_many(strip, vectors, panel, out),
             #[cfg(target_arch = "x86_64")]
             Set::Avx512(kernels) => kernels.multiply_many(strip, vectors, panel, out),
             #[cfg(target_arch = "aarch64")]

@@ -6,12 +6,14 @@
 //! plane times 128, so that every sum is exact. A step is 64 columns, which share a scale of the activations.
 
 mod levels;
+mod many;
 mod product;
 mod trellis;
 
-use super::activations::{Activations, Block, GROUP};
+use super::activations::{Activations, Block};
 use super::lanes::Lanes;
-use super::views::{Codes, Strip};
+use super::many::Panel;
+use super::views::{Codes, Strip, with_levels};
 use super::{attention, scalar};
 use crate::prime_lut::PRIME_LUT;
 use half::f16;
@@ -34,12 +36,13 @@ static PRIMES: [f32; 256] = {
 pub struct Avx2(());
 
 impl Avx2 {
-    /// `None` where the processor or the system lacks one of AVX2, FMA, F16C, POPCNT.
+    /// `None` where the processor or the system lacks one of AVX2, FMA, F16C, POPCNT, BMI2.
     pub fn new() -> Option<Self> {
         let has = is_x86_feature_detected!("avx2")
             && is_x86_feature_detected!("fma")
             && is_x86_feature_detected!("f16c")
-            && is_x86_feature_detected!("popcnt");
+            && is_x86_feature_detected!("popcnt")
+            && is_x86_feature_detected!("bmi2");
         has.then_some(Self(()))
     }
 
@@ -47,6 +50,18 @@ impl Avx2 {
     pub(crate) fn multiply(self, strip: Strip<'_>, x: &Activations, out: &mut [f32]) {
         // SAFETY: `self` proves that the processor has the features.
         unsafe { product::multiply(strip, x, out) }
+    }
+
+    /// `out [n, rows]`: the rows of a strip times every vector.
+    pub(crate) fn multiply_many(
+        self,
+        strip: Strip<'_>,
+        vectors: &[Activations],
+        panel: &mut Panel,
+        out: &mut [f32],
+    ) {
+        // SAFETY: as above.
+        unsafe { many::multiply(strip, vectors, panel, out) }
     }
 
     /// As [`scalar::hadamard`] from span 1 on.
@@ -202,4 +217,33 @@ fn dot(levels: __m256i, high: __m256i, low: __m256i) -> __m256i {
 fn store(register: __m256i, bytes: &mut [u8; 32]) {
     // SAFETY: the reference is to 32 bytes; the store needs no alignment.
     unsafe { _mm256_storeu_si256(bytes.as_mut_ptr().cast(), register) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn store_half(register: __m128i, bytes: &mut [u8; 16]) {
+    // SAFETY: the reference is to 16 bytes; the store needs no alignment.
+    unsafe { _mm_storeu_si128(bytes.as_mut_ptr().cast(), register) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load_f32(values: &[f32; 8]) -> __m256 {
+    _mm256_castsi256_ps(load(bytemuck::cast_ref(values)))
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn store_f32(register: __m256, values: &mut [f32; 8]) {
+    // SAFETY: the reference is to 8 floats; the store needs no alignment.
+    unsafe { _mm256_storeu_ps(values.as_mut_ptr(), register) }
+}
+
+/// The primes of some indices.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn primes(indices: &[u8; 8]) -> __m256 {
+    let indices = _mm_cvtsi64_si128(i64::from_le_bytes(*indices));
+    // SAFETY: a byte is the index of one of the 256 entries, which are 4 bytes apart.
+    unsafe { _mm256_i32gather_ps::<4>(PRIMES.as_ptr(), _mm256_cvtepu8_epi32(indices)) }
 }

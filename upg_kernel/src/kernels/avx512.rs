@@ -13,13 +13,13 @@ mod quantize;
 
 use super::activations::{Activations, Block, GROUP};
 use super::lanes::Lanes;
-use super::views::{Codes, Primes, Strip};
+use super::many::Panel;
+use super::views::{Codes, Primes, Strip, with_levels};
 use super::{attention, scalar};
 use crate::prime_lut::PRIME_LUT;
 use crate::rotation::Rotation;
 pub use decode::Element;
 use half::{bf16, f16};
-pub(crate) use many::Panel;
 use std::arch::x86_64::*;
 use std::ops::Range;
 

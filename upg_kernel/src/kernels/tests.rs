@@ -194,18 +194,19 @@ fn check_many(kernels: Kernels, matrix: &dyn StoredMatrix, n: usize, what: &str)
 
 #[test]
 fn every_kernel_multiplies_many_vectors_as_the_reference_does() {
-    // Around the edges of panels (2048 columns), with every number of vectors that are taken together.
+    // Around the edges of panels (1024 or 2048 columns), with every number of vectors that are taken together.
     let sizes = [
         (1, 1),
         (3, 33),
         (17, 64),
         (64, 200),
         (67, 576),
+        (3, 1090),
         (5, 2048),
         (66, 2115),
     ];
     let all = Kernels::available();
-    let has_many = |k: &Kernels| ["avx512", "neon"].contains(&k.name());
+    let has_many = |k: &Kernels| ["avx2", "avx512", "neon"].contains(&k.name());
     assert!(all.iter().all(|k| k.has_many() == has_many(k)));
     for kernels in all.into_iter().filter(|k| k.has_many()) {
         for (rows, cols) in sizes {
@@ -450,7 +451,7 @@ fn kernels_that_the_processor_can_run_are_available() {
         "popcnt",
     ];
     let sets = [
-        ("avx2", &["avx2", "fma", "f16c", "popcnt"][..]),
+        ("avx2", &["avx2", "fma", "f16c", "popcnt", "bmi2"][..]),
         ("avx512", &avx512),
     ];
     for (name, needed) in sets {

@@ -1,6 +1,6 @@
 //! Packed weights to floats, and f32 to 16-bit floats.
 
-use super::levels::{self, Levels, with_levels};
+use super::levels::{self, Levels};
 use super::*;
 use crate::kernels::{Kernels, Set};
 use std::cell::RefCell;

@@ -20,44 +20,6 @@ pub(super) trait Levels {
     fn next(&mut self) -> [Tile; 2];
 }
 
-/// Evaluates the second expression with the [`Levels`] of a strip.
-macro_rules! with_levels {
-    ($strip:expr, $levels:ident => $call:expr) => {{
-        macro_rules! with {
-            ($new:expr) => {{
-                let $levels = $new;
-                $call
-            }};
-        }
-        match $strip.codes {
-            Codes::Bytes(codes) => with!(levels::Bytes::new(codes)),
-            Codes::Nibbles(codes, codebook) => with!(levels::Nibbles::new(codes, codebook)),
-            Codes::Kept {
-                bitmap,
-                codes,
-                codebook,
-            } => match codebook {
-                None => with!(levels::Kept::<false>::new(bitmap, codes, &[0; 16])),
-                Some(codebook) => with!(levels::Kept::<true>::new(bitmap, codes, codebook)),
-            },
-            Codes::Trellis {
-                k,
-                stream,
-                shift_table: shifts,
-                level_table: table,
-            } => match (k, table.len() > 128) {
-                (2, false) => with!(levels::Trellis::<2, false>::new(stream, shifts, table)),
-                (2, true) => with!(levels::Trellis::<2, true>::new(stream, shifts, table)),
-                (3, false) => with!(levels::Trellis::<3, false>::new(stream, shifts, table)),
-                (3, true) => with!(levels::Trellis::<3, true>::new(stream, shifts, table)),
-                (_, false) => with!(levels::Trellis::<4, false>::new(stream, shifts, table)),
-                (_, true) => with!(levels::Trellis::<4, true>::new(stream, shifts, table)),
-            },
-        }
-    }};
-}
-pub(super) use with_levels;
-
 /// `q8`.
 pub(super) struct Bytes<'a>(&'a [u8]);
 
@@ -124,23 +86,30 @@ impl Levels for Nibbles<'_> {
     }
 }
 
+/// Bytes for the codes of the last words, and any others after them.
+pub(super) const END: usize = 512;
+
 /// `s8`, or with `NIBBLES` `s4`.
 pub(super) struct Kept<'a, const NIBBLES: bool> {
     bitmap: &'a [[u8; 8]],
     codes: &'a [u8],
     codebook: __m512i,
-    /// For the codes of the last words.
-    end: [u8; 512],
+    end: &'a mut [u8; END],
 }
 
 impl<'a, const NIBBLES: bool> Kept<'a, NIBBLES> {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi2,popcnt")]
-    pub(super) fn new(bitmap: &'a [[u8; 8]], codes: &'a [u8], codebook: &[i8; 16]) -> Self {
+    pub(super) fn new(
+        bitmap: &'a [[u8; 8]],
+        codes: &'a [u8],
+        codebook: &[i8; 16],
+        end: &'a mut [u8; END],
+    ) -> Self {
         Self {
             bitmap,
             codes,
             codebook: codebook_register(codebook),
-            end: [0; 512],
+            end,
         }
     }
 }
@@ -154,7 +123,7 @@ impl<const NIBBLES: bool> Levels for Kept<'_, NIBBLES> {
             if let Some((words, rest)) = self.bitmap.split_first_chunk::<8>() {
                 self.bitmap = rest;
                 prefetch(words.as_flattened(), AHEAD);
-                let codes = window(self.codes, &mut self.end);
+                let codes = window(self.codes, self.end);
                 let mut at = 0;
                 for (i, word) in words.iter().enumerate() {
                     let kept = u64::from_le_bytes(*word);

@@ -1,6 +1,6 @@
 //! A strip times a vector.
 
-use super::levels::{self, Levels, with_levels};
+use super::levels::{self, Levels};
 use super::*;
 use crate::kernels::views::PAIRS;
 

@@ -13,6 +13,8 @@ mod avx2;
 mod avx512;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod compiled;
+#[cfg(target_arch = "x86_64")]
+mod decode;
 pub mod gemm;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod hadamard;
@@ -65,7 +67,7 @@ pub trait Float: Copy + Default + Element {
 #[cfg(not(target_arch = "x86_64"))]
 use Copy as Element;
 #[cfg(target_arch = "x86_64")]
-use avx512::Element;
+use decode::Element;
 
 impl Float for f32 {
     fn round(_: Kernels, x: &[f32], out: &mut [Self]) {
@@ -225,6 +227,11 @@ impl Kernels {
     ) -> bool {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
+            Set::Avx2(kernels) => {
+                kernels.decode(strip, rotation, out);
+                true
+            }
+            #[cfg(target_arch = "x86_64")]
             Set::Avx512(kernels) => {
                 kernels.decode(strip, rotation, out);
                 true
@@ -242,6 +249,8 @@ impl Kernels {
         assert_eq!(x.len(), out.len());
         match self.0 {
             #[cfg(target_arch = "x86_64")]
+            Set::Avx2(kernels) => kernels.to_bf16(x, out),
+            #[cfg(target_arch = "x86_64")]
             Set::Avx512(kernels) => kernels.to_bf16(x, out),
             _ => out.convert_from_f32_slice(x),
         }
@@ -251,6 +260,8 @@ impl Kernels {
     pub(crate) fn to_f16(self, x: &[f32], out: &mut [f16]) {
         assert_eq!(x.len(), out.len());
         match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx2(kernels) => kernels.to_f16(x, out),
             #[cfg(target_arch = "x86_64")]
             Set::Avx512(kernels) => kernels.to_f16(x, out),
             _ => out.convert_from_f32_slice(x),

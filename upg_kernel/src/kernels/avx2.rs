@@ -5,18 +5,22 @@
 //! which cannot saturate: 255 * 64 * 2 = 32,640. `vpmaddwd` adds up two of those in int32, those of the high
 //! plane times 128, so that every sum is exact. A step is 64 columns, which share a scale of the activations.
 
+mod decode;
+mod hadamard;
 mod levels;
 mod many;
 mod product;
 mod trellis;
 
-use super::activations::{Activations, Block};
+use super::activations::{Activations, Block, GROUP};
+use super::attention;
+use super::decode::Element;
 use super::lanes::Lanes;
 use super::many::Panel;
 use super::views::{Codes, Strip, with_levels};
-use super::{attention, scalar};
 use crate::prime_lut::PRIME_LUT;
-use half::f16;
+use crate::rotation::Rotation;
+use half::{bf16, f16};
 use std::arch::x86_64::*;
 use std::ops::Range;
 
@@ -64,10 +68,39 @@ impl Avx2 {
         unsafe { many::multiply(strip, vectors, panel, out) }
     }
 
-    /// As [`scalar::hadamard`] from span 1 on.
+    /// As [`super::scalar::hadamard`] from span 1 on.
     pub(crate) fn hadamard(self, x: &mut [f32]) {
         // SAFETY: as above.
-        unsafe { hadamard(x) }
+        unsafe { hadamard::hadamard(self, x) }
+    }
+
+    /// As [`super::scalar::flip`].
+    pub(crate) fn flip(self, x: &mut [f32], signs: &[u8]) {
+        // SAFETY: as above.
+        unsafe { hadamard::flip(x, signs) }
+    }
+
+    /// As [`super::Kernels::decode`].
+    pub(crate) fn decode<T: Element>(
+        self,
+        strip: Strip<'_>,
+        rotation: Option<&Rotation>,
+        out: &mut [T],
+    ) {
+        // SAFETY: as above.
+        unsafe { decode::decode(self, strip, rotation, out) }
+    }
+
+    /// [`bf16::from_f32`] of each, into as many.
+    pub(crate) fn to_bf16(self, x: &[f32], out: &mut [bf16]) {
+        // SAFETY: as above.
+        unsafe { decode::to_bf16(x, out) }
+    }
+
+    /// [`f16::from_f32`] of each, into as many.
+    pub(crate) fn to_f16(self, x: &[f32], out: &mut [f16]) {
+        // SAFETY: as above.
+        unsafe { decode::to_f16(x, out) }
     }
 
     /// As [`attention::attend`].
@@ -131,29 +164,6 @@ impl Lanes for Registers {
             _mm256_storeu_ps(start.add(8), self.0[1]);
         }
     }
-}
-
-/// The unscaled Walsh-Hadamard transform, with the additions of the reference in its order.
-#[target_feature(enable = "avx2")]
-fn hadamard(x: &mut [f32]) {
-    let (blocks, rest) = x.as_chunks_mut::<8>();
-    if blocks.is_empty() {
-        return scalar::hadamard(rest, 1);
-    }
-    for block in blocks {
-        // SAFETY: the reference is to 8 floats; neither load nor store needs an alignment.
-        let v = unsafe { _mm256_loadu_ps(block.as_ptr()) };
-        // The second of each pair becomes first - second.
-        let other = _mm256_permute_ps::<0b10_11_00_01>(v);
-        let v = _mm256_blend_ps::<0b1010_1010>(_mm256_add_ps(v, other), _mm256_sub_ps(other, v));
-        let other = _mm256_permute_ps::<0b01_00_11_10>(v);
-        let v = _mm256_blend_ps::<0b1100_1100>(_mm256_add_ps(v, other), _mm256_sub_ps(other, v));
-        let other = _mm256_permute2f128_ps::<0b0000_0001>(v, v);
-        let v = _mm256_blend_ps::<0b1111_0000>(_mm256_add_ps(v, other), _mm256_sub_ps(other, v));
-        // SAFETY: as above.
-        unsafe { _mm256_storeu_ps(block.as_mut_ptr(), v) };
-    }
-    scalar::hadamard(x, 8);
 }
 
 /// All 32 bytes.

@@ -12,13 +12,13 @@ mod product;
 mod quantize;
 
 use super::activations::{Activations, Block, GROUP};
+use super::decode::Element;
 use super::lanes::Lanes;
 use super::many::Panel;
-use super::views::{Codes, Primes, Strip, with_levels};
+use super::views::{Codes, Strip, with_levels};
 use super::{attention, scalar};
 use crate::prime_lut::PRIME_LUT;
 use crate::rotation::Rotation;
-pub use decode::Element;
 use half::{bf16, f16};
 use std::arch::x86_64::*;
 use std::ops::Range;

@@ -9,6 +9,8 @@ pub(super) trait Register: Copy {
     type Proof: Copy;
     /// What it holds.
     type Block;
+    /// The most that are transformed at once: as many as there are, with what a transform needs beside them, or 16.
+    const TOGETHER: usize = 16;
 
     fn load(proof: Self::Proof, block: &Self::Block) -> Self;
     fn store(self, block: &mut Self::Block);
@@ -22,10 +24,10 @@ pub(super) trait Register: Copy {
 /// The unscaled Walsh-Hadamard transform, with the additions of the reference in its order, of so many blocks and
 /// of what is too short for one.
 ///
-/// As many spans as sixteen registers allow are done in one pass over memory.
+/// As many spans as [`Register::TOGETHER`] registers allow are done in one pass over memory.
 #[inline(always)]
 pub(super) fn hadamard<R: Register>(proof: R::Proof, blocks: &mut [R::Block], rest: &mut [f32]) {
-    let mut span = match blocks.len() {
+    let mut span = match blocks.len().min(R::TOGETHER) {
         0 => return scalar::hadamard(rest, 1),
         1 => first_pass::<R, 1>(proof, blocks),
         2 => first_pass::<R, 2>(proof, blocks),
@@ -34,7 +36,7 @@ pub(super) fn hadamard<R: Register>(proof: R::Proof, blocks: &mut [R::Block], re
         _ => first_pass::<R, 16>(proof, blocks),
     };
     while span < blocks.len() {
-        span = match blocks.len() / span {
+        span = match (blocks.len() / span).min(R::TOGETHER) {
             2 => pass::<R, 2>(proof, blocks, span),
             4 => pass::<R, 4>(proof, blocks, span),
             8 => pass::<R, 8>(proof, blocks, span),

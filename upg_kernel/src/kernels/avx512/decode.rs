@@ -2,20 +2,8 @@
 
 use super::levels::{self, Levels};
 use super::*;
+use crate::kernels::decode::{self, Element, Levels64, TILES, Weights};
 use crate::kernels::{Kernels, Set};
-use std::cell::RefCell;
-
-/// 64 levels of a row.
-#[derive(Clone, Copy)]
-#[repr(align(64))]
-struct Levels64([u8; GROUP]);
-
-/// Tiles of so many columns.
-const TILES: usize = GROUP / 4;
-
-thread_local! {
-    static ROWS: RefCell<(Vec<Levels64>, Vec<f32>)> = RefCell::default();
-}
 
 /// `out [rows, cols]`: every row as the reference decodes it, to the bit, and turned back if there is a rotation.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,popcnt")]
@@ -25,32 +13,20 @@ pub(super) fn decode<T: Element>(
     rotation: Option<&Rotation>,
     out: &mut [T],
 ) {
-    ROWS.with_borrow_mut(|(rows, row)| {
-        let blocks = strip.cols.div_ceil(GROUP);
-        rows.resize(blocks * 64, Levels64([0; GROUP]));
-        with_levels!(strip, levels => put_in_rows(levels, &strip, rows));
-        let out = out.chunks_exact_mut(strip.cols);
-        for (i, (levels, out)) in rows.chunks_exact(blocks).zip(out).enumerate() {
-            match rotation {
-                None => put_row(proof, levels, &strip, i, out),
-                Some(rotation) => {
-                    row.resize(strip.cols, 0.0);
-                    put_row(proof, levels, &strip, i, row);
-                    rotation.invert_with(Kernels(Set::Avx512(proof)), row);
-                    convert(proof, row, out);
-                }
-            }
-        }
+    decode::with_memory(|memory| {
+        with_levels!(strip, levels => put_in_rows(levels, strip.cols, memory.rows(strip.cols)));
+        let kernels = (proof, Kernels(Set::Avx512(proof)));
+        memory.put::<Sixteens, T>(kernels, &strip, rotation, out);
     });
 }
 
 /// The levels of a strip, row by row: `[64, blocks]`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,popcnt")]
-fn put_in_rows<L: Levels>(mut levels: L, strip: &Strip<'_>, rows: &mut [Levels64]) {
-    let blocks = strip.cols.div_ceil(GROUP);
+fn put_in_rows<L: Levels>(mut levels: L, cols: usize, rows: &mut [Levels64]) {
+    let blocks = cols.div_ceil(GROUP);
     let mut tiles = [[[0u8; 64]; 4]; TILES];
     for block in 0..blocks {
-        let cols = (strip.cols - block * GROUP).min(GROUP);
+        let cols = (cols - block * GROUP).min(GROUP);
         for pair in &mut tiles.as_chunks_mut::<2>().0[..cols.div_ceil(8)] {
             for (out, tile) in pair.iter_mut().zip(levels.next()) {
                 for (out, levels) in out.iter_mut().zip(tile) {
@@ -106,114 +82,69 @@ fn transpose(r: &mut [__m512i; 16]) {
     *r = t;
 }
 
-/// The weights of row `row` of a strip.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn put_row<T: Element>(
-    proof: Avx512,
-    levels: &[Levels64],
-    strip: &Strip<'_>,
-    row: usize,
-    out: &mut [T],
-) {
-    let scale = _mm512_set1_ps(strip.scales[row]);
-    for (block, (levels, out)) in levels.iter().zip(out.chunks_mut(GROUP)).enumerate() {
-        let indices = match strip.primes {
-            Primes::Rows(indices) => [indices[row]; 2],
-            Primes::Groups {
-                indices,
-                cols: GROUP,
-            } => [indices[block][row]; 2],
-            Primes::Groups { indices, .. } => {
-                let first = indices[2 * block][row];
-                [first, indices.get(2 * block + 1).map_or(first, |i| i[row])]
-            }
-        };
-        let mut weights = [scale; 4];
-        for i in 0..4 {
-            let prime = PRIME_LUT[usize::from(indices[i / 2])];
-            let levels: &[u8; 16] = &levels.0.as_chunks().0[i];
-            // SAFETY: the reference is to 16 readable bytes; the load needs no alignment.
-            let levels = unsafe { _mm_loadu_si128(levels.as_ptr().cast()) };
-            let levels = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(levels));
-            // Exact: there is one rounding, that of the scale.
-            let product = _mm512_mul_ps(_mm512_set1_ps(prime as f32), levels);
-            weights[i] = _mm512_mul_ps(scale, product);
-        }
-        put_block(proof, weights, out);
-    }
-}
+/// 64 weights. A value is the proof that this machine has the instructions.
+#[derive(Clone, Copy)]
+struct Sixteens([__m512; 4]);
 
-/// [`Element::put`] of up to 64 weights.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn put_block<T: Element>(proof: Avx512, weights: [__m512; 4], out: &mut [T]) {
-    match out.first_chunk_mut() {
-        Some(out) => T::put(proof, weights, out),
-        None => {
-            let mut block = [T::default(); GROUP];
-            T::put(proof, weights, &mut block);
-            out.copy_from_slice(&block[..out.len()]);
-        }
-    }
-}
+impl Weights for Sixteens {
+    type Proof = Avx512;
 
-/// Rounds finite weights.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn convert<T: Element>(proof: Avx512, row: &[f32], out: &mut [T]) {
-    for (x, out) in row.chunks(GROUP).zip(out.chunks_mut(GROUP)) {
-        let mut last = [0.0; GROUP];
-        let x: &[f32; GROUP] = match x.first_chunk() {
-            Some(x) => x,
-            None => {
-                last[..x.len()].copy_from_slice(x);
-                &last
-            }
-        };
-        let mut weights = [_mm512_setzero_ps(); 4];
-        for (weights, x) in weights.iter_mut().zip(x.as_chunks().0) {
-            *weights = load_f32(x);
-        }
-        put_block(proof, weights, out);
-    }
-}
-
-/// What a weight can be rounded to.
-pub trait Element: Copy + Default {
-    /// 64 finite weights, rounded to nearest, ties to even.
-    fn put(proof: Avx512, weights: [__m512; 4], out: &mut [Self; GROUP]);
-}
-
-impl Element for f32 {
     #[inline(always)]
-    fn put(_: Avx512, weights: [__m512; 4], out: &mut [Self; GROUP]) {
-        for (weights, out) in weights.into_iter().zip(out.as_chunks_mut().0) {
-            // SAFETY: the argument proves that the processor has the features.
+    fn new(_: Avx512, levels: &[u8; GROUP], primes: [f32; 2], scale: f32) -> Self {
+        // SAFETY: the argument proves that the processor has the features, and below `self` does.
+        unsafe {
+            let scale = _mm512_set1_ps(scale);
+            let mut weights = [scale; 4];
+            for i in 0..4 {
+                let levels: &[u8; 16] = &levels.as_chunks().0[i];
+                // SAFETY: the reference is to 16 readable bytes; the load needs no alignment.
+                let levels = _mm_loadu_si128(levels.as_ptr().cast());
+                let levels = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(levels));
+                // Exact: there is one rounding, that of the scale.
+                let product = _mm512_mul_ps(_mm512_set1_ps(primes[i / 2]), levels);
+                weights[i] = _mm512_mul_ps(scale, product);
+            }
+            Self(weights)
+        }
+    }
+
+    #[inline(always)]
+    fn load(_: Avx512, weights: &[f32; GROUP]) -> Self {
+        // SAFETY: as above.
+        unsafe {
+            let mut registers = [_mm512_setzero_ps(); 4];
+            for (register, weights) in registers.iter_mut().zip(weights.as_chunks().0) {
+                *register = load_f32(weights);
+            }
+            Self(registers)
+        }
+    }
+
+    #[inline(always)]
+    fn put_f32(self, out: &mut [f32; GROUP]) {
+        for (weights, out) in self.0.into_iter().zip(out.as_chunks_mut().0) {
+            // SAFETY: as above.
             *out = unsafe { to_array(weights) };
         }
     }
-}
 
-impl Element for bf16 {
     #[inline(always)]
-    fn put(_: Avx512, weights: [__m512; 4], out: &mut [Self; GROUP]) {
-        let halves = out.as_chunks_mut::<32>().0;
-        for (weights, out) in weights.as_chunks::<2>().0.iter().zip(halves) {
-            // SAFETY: the argument proves that the processor has the features.
-            unsafe { store(bytemuck::cast_mut(out), upper_halves(*weights)) };
-        }
-    }
-}
-
-impl Element for f16 {
-    #[inline(always)]
-    fn put(_: Avx512, weights: [__m512; 4], out: &mut [Self; GROUP]) {
-        for (weights, out) in weights.into_iter().zip(out.as_chunks_mut().0) {
-            // SAFETY: the argument proves that the processor has the features.
+    fn put_f16(self, out: &mut [f16; GROUP]) {
+        for (weights, out) in self.0.into_iter().zip(out.as_chunks_mut().0) {
+            // SAFETY: as above.
             unsafe {
                 let halves = _mm512_cvtps_ph::<NEAREST>(weights);
                 store_16(bytemuck::cast_mut::<[f16; 16], _>(out), halves);
             }
+        }
+    }
+
+    #[inline(always)]
+    fn put_bf16(self, out: &mut [bf16; GROUP]) {
+        let halves = out.as_chunks_mut::<32>().0;
+        for (weights, out) in self.0.as_chunks::<2>().0.iter().zip(halves) {
+            // SAFETY: as above.
+            unsafe { store(bytemuck::cast_mut(out), upper_halves(*weights)) };
         }
     }
 }

@@ -1,0 +1,83 @@
+//! The two parts of a rotation.
+
+use super::*;
+use crate::kernels::hadamard;
+use crate::kernels::scalar;
+
+/// Sign changes as in [`scalar::flip`].
+#[target_feature(enable = "avx2")]
+pub(super) fn flip(x: &mut [f32], signs: &[u8]) {
+    let (blocks, rest) = x.as_chunks_mut::<8>();
+    // Bit `i` of a byte becomes the highest of lane `i`.
+    let shifts = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
+    for (block, signs) in blocks.iter_mut().zip(signs) {
+        let bits = _mm256_sllv_epi32(_mm256_set1_epi32(i32::from(*signs)), shifts);
+        let sign = _mm256_and_si256(bits, _mm256_set1_epi32(i32::MIN));
+        let flipped = _mm256_xor_ps(load_f32(block), _mm256_castsi256_ps(sign));
+        store_f32(flipped, block);
+    }
+    scalar::flip(rest, &signs[blocks.len()..]);
+}
+
+/// As [`scalar::hadamard`] from span 1 on; 4,096 elements take three passes over memory.
+#[target_feature(enable = "avx2")]
+pub(super) fn hadamard(proof: Avx2, x: &mut [f32]) {
+    let (blocks, rest) = x.as_chunks_mut::<8>();
+    hadamard::hadamard::<Eight>(proof, blocks, rest);
+}
+
+/// Eight f32. A value is the proof that this machine has the instructions.
+#[derive(Clone, Copy)]
+struct Eight(__m256);
+
+// These are always put in their place, in a function that is compiled for the instructions.
+impl hadamard::Register for Eight {
+    type Proof = Avx2;
+    type Block = [f32; 8];
+    /// Half of all: sums and differences take one more.
+    const TOGETHER: usize = 8;
+
+    #[inline(always)]
+    fn load(_: Avx2, block: &[f32; 8]) -> Self {
+        // SAFETY: the argument proves that the processor has the features, and below `self` or an element does.
+        Self(unsafe { load_f32(block) })
+    }
+
+    #[inline(always)]
+    fn store(self, block: &mut [f32; 8]) {
+        // SAFETY: as above.
+        unsafe { store_f32(self.0, block) }
+    }
+
+    #[inline(always)]
+    fn add(self, other: Self) -> Self {
+        // SAFETY: as above.
+        Self(unsafe { _mm256_add_ps(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    fn sub(self, other: Self) -> Self {
+        // SAFETY: as above.
+        Self(unsafe { _mm256_sub_ps(self.0, other.0) })
+    }
+
+    /// Spans 1, 2 and 4.
+    #[inline(always)]
+    fn within<const N: usize>(registers: &mut [Self; N]) {
+        for Self(v) in registers {
+            // SAFETY: as above.
+            unsafe {
+                // The second of each pair becomes first - second.
+                let other = _mm256_permute_ps::<0b10_11_00_01>(*v);
+                let (sum, difference) = (_mm256_add_ps(*v, other), _mm256_sub_ps(other, *v));
+                *v = _mm256_blend_ps::<0b1010_1010>(sum, difference);
+                let other = _mm256_permute_ps::<0b01_00_11_10>(*v);
+                let (sum, difference) = (_mm256_add_ps(*v, other), _mm256_sub_ps(other, *v));
+                *v = _mm256_blend_ps::<0b1100_1100>(sum, difference);
+                let other = _mm256_permute2f128_ps::<0b0000_0001>(*v, *v);
+                let (sum, difference) = (_mm256_add_ps(*v, other), _mm256_sub_ps(other, *v));
+                *v = _mm256_blend_ps::<0b1111_0000>(sum, difference);
+            }
+        }
+    }
+}

@@ -21,6 +21,7 @@ use super::views::{Codes, Strip, with_levels};
 use crate::prime_lut::PRIME_LUT;
 use crate::rotation::Rotation;
 use half::{bf16, f16};
+use std::arch::asm;
 use std::arch::x86_64::*;
 use std::ops::Range;
 
@@ -216,10 +217,16 @@ fn twice(bytes: &[u8; 16]) -> __m256i {
 fn dot(levels: __m256i, high: __m256i, low: __m256i) -> __m256i {
     let high = _mm256_maddubs_epi16(levels, high);
     let low = _mm256_maddubs_epi16(levels, low);
-    _mm256_add_epi32(
+    let mut sums = _mm256_add_epi32(
         _mm256_madd_epi16(high, _mm256_set1_epi16(128)),
         _mm256_madd_epi16(low, _mm256_set1_epi16(1)),
-    )
+    );
+    // SAFETY: there is no instruction. It keeps the compiler from adding all high parts first and the low ones later,
+    // for which it would need twice as many registers.
+    unsafe {
+        asm!("/* {} */", inout(ymm_reg) sums, options(pure, nomem, nostack, preserves_flags))
+    };
+    sums
 }
 
 #[inline]

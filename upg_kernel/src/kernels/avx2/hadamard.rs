@@ -20,7 +20,7 @@ pub(super) fn flip(x: &mut [f32], signs: &[u8]) {
 }
 
 /// As [`scalar::hadamard`] from span 1 on; 4,096 elements take three passes over memory.
-#[target_feature(enable = "avx2")]
+#[target_feature(enable = "avx2,fma")]
 pub(super) fn hadamard(proof: Avx2, x: &mut [f32]) {
     let (blocks, rest) = x.as_chunks_mut::<8>();
     hadamard::hadamard::<Eight>(proof, blocks, rest);
@@ -67,17 +67,19 @@ impl hadamard::Register for Eight {
         for Self(v) in registers {
             // SAFETY: as above.
             unsafe {
-                // The second of each pair becomes first - second.
-                let other = _mm256_permute_ps::<0b10_11_00_01>(*v);
-                let (sum, difference) = (_mm256_add_ps(*v, other), _mm256_sub_ps(other, *v));
-                *v = _mm256_blend_ps::<0b1010_1010>(sum, difference);
-                let other = _mm256_permute_ps::<0b01_00_11_10>(*v);
-                let (sum, difference) = (_mm256_add_ps(*v, other), _mm256_sub_ps(other, *v));
-                *v = _mm256_blend_ps::<0b1100_1100>(sum, difference);
-                let other = _mm256_permute2f128_ps::<0b0000_0001>(*v, *v);
-                let (sum, difference) = (_mm256_add_ps(*v, other), _mm256_sub_ps(other, *v));
-                *v = _mm256_blend_ps::<0b1111_0000>(sum, difference);
+                *v = pairs::<0b1010_1010>(*v, _mm256_permute_ps::<0b10_11_00_01>(*v));
+                *v = pairs::<0b1100_1100>(*v, _mm256_permute_ps::<0b01_00_11_10>(*v));
+                *v = pairs::<0b1111_0000>(*v, _mm256_permute2f128_ps::<0b0000_0001>(*v, *v));
             }
         }
     }
+}
+
+/// `v + other`; in lanes whose bit is set, which are the second of their pair, `other - v`. A product with 1 or -1
+/// is exact: there is one rounding, that of the sum.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn pairs<const SECOND: i32>(v: __m256, other: __m256) -> __m256 {
+    let sign = _mm256_blend_ps::<SECOND>(_mm256_set1_ps(1.0), _mm256_set1_ps(-1.0));
+    _mm256_fmadd_ps(v, sign, other)
 }

@@ -153,9 +153,10 @@ fn products<const T: usize>(
             }
         }
     }
-    let mut products = sums;
-    for t in 0..T {
-        products[t] = sums[t];
+    // Not the sums themselves, which would be stored each time.
+    let mut products = [[_mm256_setzero_si256(); 2]; T];
+    for (products, sums) in products.iter_mut().zip(sums) {
+        *products = sums;
     }
     products
 }

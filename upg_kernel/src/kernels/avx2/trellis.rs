@@ -4,7 +4,7 @@
 //! A shuffle brings its bytes there, a few shifts make four bytes of the low six bits of the states and four
 //! of the high seven. Tables are looked up 16 entries at a time: with 128 levels that is 12 shuffles for 32
 //! weights, which is what these kernels spend their time with. (Loads from a table of all states, one by one or
-//! gathered, were slower on Zen 5.)
+//! gathered, were slower on Zen 5, and on Sapphire Rapids gathered ones were no faster.)
 
 use super::levels::Levels;
 use super::*;

@@ -153,13 +153,13 @@ impl<'a, const NIBBLES: bool> Kept<'a, NIBBLES> {
     #[inline]
     #[target_feature(enable = "avx2,popcnt,bmi2")]
     fn go_on(&mut self) {
+        self.codes = self.codes.get(self.taken..).unwrap_or_default();
+        self.taken = 0;
         let Some((words, rest)) = self.bitmap.split_first_chunk::<8>() else {
             return;
         };
         (self.now, self.bitmap) = (words, rest);
         prefetch(words.as_flattened(), AHEAD);
-        self.codes = self.codes.get(self.taken..).unwrap_or_default();
-        self.taken = 0;
         if self.codes.len() < CODES
             && let Some(end) = self.end.take()
         {
@@ -205,6 +205,7 @@ impl<const NIBBLES: bool> Levels for Kept<'_, NIBBLES> {
             if NIBBLES {
                 return expand(word, &self.stored[4 * tile + quarter]).0;
             }
+            debug_assert!(self.taken <= CODES - 64, "each quarter once");
             prefetch(self.codes, self.taken + AHEAD);
             // SAFETY: each of at most 7 words before took at most 64 bytes: 64 from there on end inside of the window.
             let stored = &*self.window.as_ptr().add(self.taken).cast();

@@ -13,10 +13,14 @@ mod avx2;
 mod avx512;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod compiled;
+#[cfg(target_arch = "x86_64")]
+mod decode;
 pub mod gemm;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod hadamard;
 mod lanes;
+#[cfg(target_arch = "x86_64")]
+mod many;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
@@ -43,7 +47,7 @@ const VARIABLE: &str = "UPG_KERNEL";
 
 /// Memory for [`Kernels::multiply_many`], used again from call to call.
 #[cfg(target_arch = "x86_64")]
-pub(crate) use avx512::Panel;
+pub(crate) use many::Panel;
 #[cfg(target_arch = "aarch64")]
 pub(crate) use neon::Panel;
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
@@ -64,7 +68,7 @@ pub trait Float: Copy + Default + Element {
 #[cfg(not(target_arch = "x86_64"))]
 use Copy as Element;
 #[cfg(target_arch = "x86_64")]
-use avx512::Element;
+use decode::Element;
 
 impl Float for f32 {
     fn round(_: Kernels, x: &[f32], out: &mut [Self]) {
@@ -224,6 +228,11 @@ impl Kernels {
     ) -> bool {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
+            Set::Avx2(kernels) => {
+                kernels.decode(strip, rotation, streamed, out);
+                true
+            }
+            #[cfg(target_arch = "x86_64")]
             Set::Avx512(kernels) => {
                 kernels.decode(strip, rotation, streamed, out);
                 true
@@ -241,6 +250,8 @@ impl Kernels {
         assert_eq!(x.len(), out.len());
         match self.0 {
             #[cfg(target_arch = "x86_64")]
+            Set::Avx2(kernels) => kernels.to_bf16(x, out),
+            #[cfg(target_arch = "x86_64")]
             Set::Avx512(kernels) => kernels.to_bf16(x, out),
             _ => out.convert_from_f32_slice(x),
         }
@@ -250,6 +261,8 @@ impl Kernels {
     pub(crate) fn to_f16(self, x: &[f32], out: &mut [f16]) {
         assert_eq!(x.len(), out.len());
         match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx2(kernels) => kernels.to_f16(x, out),
             #[cfg(target_arch = "x86_64")]
             Set::Avx512(kernels) => kernels.to_f16(x, out),
             _ => out.convert_from_f32_slice(x),
@@ -270,7 +283,7 @@ impl Kernels {
     pub(crate) fn has_many(self) -> bool {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
-            Set::Avx512(_) => true,
+            Set::Avx2(_) | Set::Avx512(_) => true,
             #[cfg(target_arch = "aarch64")]
             Set::Neon(_) => true,
             _ => false,
@@ -288,6 +301,8 @@ impl Kernels {
         out: &mut [f32],
     ) {
         match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx2(kernels) => kernels.multiply_many(strip, vectors, panel, out),
             #[cfg(target_arch = "x86_64")]
             Set::Avx512(kernels) => kernels.multiply_many(strip, vectors, panel, out),
             #[cfg(target_arch = "aarch64")]

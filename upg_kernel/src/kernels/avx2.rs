@@ -5,18 +5,24 @@
 //! which cannot saturate: 255 * 64 * 2 = 32,640. `vpmaddwd` adds up two of those in int32, those of the high
 //! plane times 128, so that every sum is exact. A step is 64 columns, which share a scale of the activations.
 
+mod decode;
 mod hadamard;
 mod levels;
+mod many;
 mod product;
 mod trellis;
 
 use super::activations::{Activations, Block, GROUP};
 use super::attention;
+use super::decode::Element;
 use super::lanes::Lanes;
+use super::many::Panel;
 use super::scalar::Signs;
-use super::views::{Codes, Strip};
+use super::views::{Codes, Strip, with_levels};
 use crate::prime_lut::PRIME_LUT;
-use half::f16;
+use crate::rotation::Rotation;
+use half::{bf16, f16};
+use std::arch::asm;
 use std::arch::x86_64::*;
 use std::ops::Range;
 
@@ -36,12 +42,13 @@ static PRIMES: [f32; 256] = {
 pub struct Avx2(());
 
 impl Avx2 {
-    /// `None` where the processor or the system lacks one of AVX2, FMA, F16C, POPCNT.
+    /// `None` where the processor or the system lacks one of AVX2, FMA, F16C, POPCNT, BMI2.
     pub fn new() -> Option<Self> {
         let has = is_x86_feature_detected!("avx2")
             && is_x86_feature_detected!("fma")
             && is_x86_feature_detected!("f16c")
-            && is_x86_feature_detected!("popcnt");
+            && is_x86_feature_detected!("popcnt")
+            && is_x86_feature_detected!("bmi2");
         has.then_some(Self(()))
     }
 
@@ -51,10 +58,52 @@ impl Avx2 {
         unsafe { product::multiply(strip, x, out) }
     }
 
+    /// `out [n, rows]`: the rows of a strip times every vector.
+    pub(crate) fn multiply_many(
+        self,
+        strip: Strip<'_>,
+        vectors: &[Activations],
+        panel: &mut Panel,
+        out: &mut [f32],
+    ) {
+        // SAFETY: as above.
+        unsafe { many::multiply(strip, vectors, panel, out) }
+    }
+
     /// As [`super::scalar::transform`].
     pub(crate) fn transform(self, x: &mut [f32], factor: f32, signs: Signs<'_>) {
         // SAFETY: as above.
         unsafe { hadamard::transform(self, x, factor, signs) }
+    }
+
+    /// As [`super::scalar::flip`].
+    pub(crate) fn flip(self, x: &mut [f32], signs: &[u8]) {
+        // SAFETY: as above.
+        unsafe { hadamard::flip(x, signs) }
+    }
+
+    /// As [`super::Kernels::decode`].
+    pub(crate) fn decode<T: Element>(
+        self,
+        strip: Strip<'_>,
+        rotation: Option<&Rotation>,
+        streamed: bool,
+        out: &mut [T],
+    ) {
+        // SAFETY: as above.
+        unsafe { decode::decode(self, strip, rotation, streamed, out) }
+    }
+
+    /// [`bf16::from_f32`] of each, into as many.
+    pub(crate) fn to_bf16(self, x: &[f32], out: &mut [bf16]) {
+        // SAFETY: as above.
+        unsafe { decode::to_bf16(x, out) }
+    }
+
+    /// [`f16::from_f32`] of each, into as many.
+    pub(crate) fn to_f16(self, x: &[f32], out: &mut [f16]) {
+        // SAFETY: as above.
+        unsafe { decode::to_f16(x, out) }
     }
 
     /// As [`attention::attend`].
@@ -170,10 +219,16 @@ fn twice(bytes: &[u8; 16]) -> __m256i {
 fn dot(levels: __m256i, high: __m256i, low: __m256i) -> __m256i {
     let high = _mm256_maddubs_epi16(levels, high);
     let low = _mm256_maddubs_epi16(levels, low);
-    _mm256_add_epi32(
+    let mut sums = _mm256_add_epi32(
         _mm256_madd_epi16(high, _mm256_set1_epi16(128)),
         _mm256_madd_epi16(low, _mm256_set1_epi16(1)),
-    )
+    );
+    // SAFETY: there is no instruction. It keeps the compiler from adding all high parts first and the low ones later,
+    // for which it would need twice as many registers.
+    unsafe {
+        asm!("/* {} */", inout(ymm_reg) sums, options(pure, nomem, nostack, preserves_flags))
+    };
+    sums
 }
 
 #[inline]
@@ -181,4 +236,42 @@ fn dot(levels: __m256i, high: __m256i, low: __m256i) -> __m256i {
 fn store(register: __m256i, bytes: &mut [u8; 32]) {
     // SAFETY: the reference is to 32 bytes; the store needs no alignment.
     unsafe { _mm256_storeu_si256(bytes.as_mut_ptr().cast(), register) }
+}
+
+/// Past the caches; `out` is aligned.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn stream(register: __m256i, out: &mut [u8; 32]) {
+    assert!(out.as_ptr().cast::<__m256i>().is_aligned());
+    // SAFETY: the reference is to 32 bytes, aligned as the store needs it.
+    unsafe { _mm256_stream_si256(out.as_mut_ptr().cast(), register) };
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn store_half(register: __m128i, bytes: &mut [u8; 16]) {
+    // SAFETY: the reference is to 16 bytes; the store needs no alignment.
+    unsafe { _mm_storeu_si128(bytes.as_mut_ptr().cast(), register) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load_f32(values: &[f32; 8]) -> __m256 {
+    _mm256_castsi256_ps(load(bytemuck::cast_ref(values)))
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn store_f32(register: __m256, values: &mut [f32; 8]) {
+    // SAFETY: the reference is to 8 floats; the store needs no alignment.
+    unsafe { _mm256_storeu_ps(values.as_mut_ptr(), register) }
+}
+
+/// The primes of some indices.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn primes(indices: &[u8; 8]) -> __m256 {
+    let indices = _mm_cvtsi64_si128(i64::from_le_bytes(*indices));
+    // SAFETY: a byte is the index of one of the 256 entries, which are 4 bytes apart.
+    unsafe { _mm256_i32gather_ps::<4>(PRIMES.as_ptr(), _mm256_cvtepu8_epi32(indices)) }
 }

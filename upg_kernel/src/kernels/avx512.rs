@@ -12,15 +12,15 @@ mod product;
 mod quantize;
 
 use super::activations::{Activations, Block, GROUP};
+use super::decode::Element;
 use super::lanes::Lanes;
+use super::many::Panel;
 use super::scalar::Signs;
-use super::views::{Codes, Primes, Strip};
+use super::views::{Codes, Strip, with_levels};
 use super::{attention, scalar};
 use crate::prime_lut::PRIME_LUT;
 use crate::rotation::Rotation;
-pub use decode::Element;
 use half::{bf16, f16};
-pub(crate) use many::Panel;
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -207,6 +207,15 @@ fn load_f32(values: &[f32; 16]) -> __m512 {
 fn store(out: &mut [u8; 64], bytes: __m512i) {
     // SAFETY: the reference is to 64 bytes; the store needs no alignment.
     unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), bytes) };
+}
+
+/// Past the caches; `out` lies where a cache line starts.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn stream(bytes: __m512i, out: &mut [u8; 64]) {
+    assert!(out.as_ptr().cast::<__m512i>().is_aligned());
+    // SAFETY: the reference is to 64 bytes, aligned as the store needs it.
+    unsafe { _mm512_stream_si512(out.as_mut_ptr().cast(), bytes) };
 }
 
 /// Up to 64 bytes, zeros after them.

@@ -29,7 +29,6 @@ compiled!(super::avx512::Avx512, "avx512f,avx512bw,avx512vl", [
 
 #[cfg(target_arch = "x86_64")]
 compiled!(super::avx2::Avx2, "avx2", [
-    scalar::flip => flip(x: &mut [f32], signs: &[u8]);
     scalar::rms_norm => rms_norm(x: &mut [f32], gain: &[f32], eps: f32);
     scalar::gated_silu => gated_silu(gate: &[f32], up: &[f32], out: &mut [f32]);
     activations::quantize => quantize(x: &[f32], out: &mut Activations);

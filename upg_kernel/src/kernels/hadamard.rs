@@ -9,6 +9,8 @@ pub(super) trait Register: Copy {
     type Proof: Copy;
     /// What it holds.
     type Block;
+    /// The most that are transformed at once, 8 or 16: as many as there are beside what a transform needs.
+    const TOGETHER: usize = 16;
 
     fn load(proof: Self::Proof, block: &Self::Block) -> Self;
     fn store(self, block: &mut Self::Block);
@@ -107,7 +109,7 @@ pub(super) fn transform_in_place<R: Register>(
 /// The unscaled Walsh-Hadamard transform, with the additions of the reference in its order. In between registers lie
 /// in `blocks`, a power of two of them.
 ///
-/// As many spans as sixteen registers allow are done in one pass over memory.
+/// As many spans as [`Register::TOGETHER`] registers allow are done in one pass over memory.
 #[inline(always)]
 pub(super) fn transform<R: Register>(
     proof: R::Proof,
@@ -115,18 +117,22 @@ pub(super) fn transform<R: Register>(
     source: impl Source<R>,
     mut sink: impl Sink<R>,
 ) {
+    let mut span = R::TOGETHER;
     match blocks.len() {
         1 => return first_pass::<R, 1>(proof, blocks, &source, &mut sink),
         2 => return first_pass::<R, 2>(proof, blocks, &source, &mut sink),
         4 => return first_pass::<R, 4>(proof, blocks, &source, &mut sink),
         8 => return first_pass::<R, 8>(proof, blocks, &source, &mut sink),
+        _ if span == 8 => first_pass::<R, 8>(proof, blocks, &source, &mut Same),
         16 => return first_pass::<R, 16>(proof, blocks, &source, &mut sink),
         _ => first_pass::<R, 16>(proof, blocks, &source, &mut Same),
     }
-    let mut span = 16;
-    while blocks.len() / span > 16 {
-        pass::<R, 16>(proof, blocks, span, &mut Same);
-        span *= 16;
+    while blocks.len() / span > R::TOGETHER {
+        match R::TOGETHER {
+            8 => pass::<R, 8>(proof, blocks, span, &mut Same),
+            _ => pass::<R, 16>(proof, blocks, span, &mut Same),
+        }
+        span *= R::TOGETHER;
     }
     match blocks.len() / span {
         2 => pass::<R, 2>(proof, blocks, span, &mut sink),

@@ -32,6 +32,7 @@ pub(super) static PLACES: Places = Places({
 pub(super) struct Places(pub [[[u8; 16]; 256]; 2]);
 
 /// 16 codes of 4 bits from the first (0) or the second (1) on.
+#[cfg(target_arch = "aarch64")]
 #[inline(always)]
 pub(super) fn sixteen_codes([low, high]: [u64; 2], first: usize) -> u64 {
     let bits = 4 * first as u32;

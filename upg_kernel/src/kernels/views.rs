@@ -118,3 +118,49 @@ pub(crate) enum Primes<'a> {
         cols: usize,
     },
 }
+
+/// Evaluates the second expression with the levels of a strip, by the types of the module `levels`, which are named
+/// alike for each instruction set of x86-64.
+#[cfg(target_arch = "x86_64")]
+macro_rules! with_levels {
+    ($strip:expr, $levels:ident => $call:expr) => {{
+        macro_rules! with {
+            ($new:expr) => {{
+                let $levels = $new;
+                $call
+            }};
+        }
+        match $strip.codes {
+            Codes::Bytes(codes) => with!(levels::Bytes::new(codes)),
+            Codes::Nibbles(codes, codebook) => with!(levels::Nibbles::new(codes, codebook)),
+            Codes::Kept {
+                bitmap,
+                codes,
+                codebook,
+            } => {
+                let end = &mut [0; levels::END];
+                match codebook {
+                    None => with!(levels::Kept::<false>::new(bitmap, codes, &[0; 16], end)),
+                    Some(codebook) => {
+                        with!(levels::Kept::<true>::new(bitmap, codes, codebook, end))
+                    }
+                }
+            }
+            Codes::Trellis {
+                k,
+                stream,
+                shift_table: shifts,
+                level_table: table,
+            } => match (k, table.len() > 128) {
+                (2, false) => with!(levels::Trellis::<2, false>::new(stream, shifts, table)),
+                (2, true) => with!(levels::Trellis::<2, true>::new(stream, shifts, table)),
+                (3, false) => with!(levels::Trellis::<3, false>::new(stream, shifts, table)),
+                (3, true) => with!(levels::Trellis::<3, true>::new(stream, shifts, table)),
+                (_, false) => with!(levels::Trellis::<4, false>::new(stream, shifts, table)),
+                (_, true) => with!(levels::Trellis::<4, true>::new(stream, shifts, table)),
+            },
+        }
+    }};
+}
+#[cfg(target_arch = "x86_64")]
+pub(super) use with_levels;

@@ -1,10 +1,21 @@
-//! The transform of a rotation.
+//! The two parts of a rotation.
 
 use super::*;
 use crate::kernels::hadamard;
+use crate::kernels::scalar::{self, Signs};
 
-/// As [`crate::kernels::scalar::transform`]; 4,096 elements take three passes over memory.
+/// Sign changes as in [`scalar::flip`].
 #[target_feature(enable = "avx2")]
+pub(super) fn flip(x: &mut [f32], signs: &[u8]) {
+    let (blocks, rest) = x.as_chunks_mut::<8>();
+    for (block, signs) in blocks.iter_mut().zip(signs) {
+        store_f32(flip_register(load_f32(block), *signs), block);
+    }
+    scalar::flip(rest, signs.get(blocks.len()..).unwrap_or_default());
+}
+
+/// As [`scalar::transform`]; 4,096 elements take three passes over memory.
+#[target_feature(enable = "avx2,fma")]
 pub(super) fn transform(proof: Avx2, x: &mut [f32], factor: f32, signs: Signs<'_>) {
     let (blocks, rest) = x.as_chunks_mut::<8>();
     hadamard::transform_in_place::<Eight>(proof, blocks, rest, factor, signs);
@@ -18,18 +29,19 @@ struct Eight(__m256);
 impl hadamard::Register for Eight {
     type Proof = Avx2;
     type Block = [f32; 8];
+    /// Half of all: sums and differences take one more.
+    const TOGETHER: usize = 8;
 
     #[inline(always)]
     fn load(_: Avx2, block: &[f32; 8]) -> Self {
-        // SAFETY: the argument proves that the processor has the features, and below `self` or an element does; the
-        // reference is to 8 floats, and neither load nor store needs an alignment.
-        Self(unsafe { _mm256_loadu_ps(block.as_ptr()) })
+        // SAFETY: the argument proves that the processor has the features, and below `self` or an element does.
+        Self(unsafe { load_f32(block) })
     }
 
     #[inline(always)]
     fn store(self, block: &mut [f32; 8]) {
         // SAFETY: as above.
-        unsafe { _mm256_storeu_ps(block.as_mut_ptr(), self.0) }
+        unsafe { store_f32(self.0, block) }
     }
 
     #[inline(always)]
@@ -53,36 +65,38 @@ impl hadamard::Register for Eight {
     #[inline(always)]
     fn flip(self, signs: &[u8], index: usize) -> Self {
         // SAFETY: as above.
-        unsafe {
-            // The bit of each element in the place of its sign.
-            let places = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
-            let bits = _mm256_sllv_epi32(_mm256_set1_epi32(i32::from(signs[index])), places);
-            let sign = _mm256_and_si256(bits, _mm256_set1_epi32(i32::MIN));
-            Self(_mm256_xor_ps(self.0, _mm256_castsi256_ps(sign)))
-        }
+        Self(unsafe { flip_register(self.0, signs[index]) })
     }
 
     /// Spans 1, 2 and 4.
     #[inline(always)]
     fn within<const N: usize>(registers: &mut [Self; N]) {
-        // SAFETY: as above.
-        unsafe {
-            for Self(v) in registers.iter_mut() {
-                // The second of each pair becomes first - second.
-                let other = _mm256_permute_ps::<0b10_11_00_01>(*v);
-                let (sum, difference) = (_mm256_add_ps(*v, other), _mm256_sub_ps(other, *v));
-                *v = _mm256_blend_ps::<0b1010_1010>(sum, difference);
-            }
-            for Self(v) in registers.iter_mut() {
-                let other = _mm256_permute_ps::<0b01_00_11_10>(*v);
-                let (sum, difference) = (_mm256_add_ps(*v, other), _mm256_sub_ps(other, *v));
-                *v = _mm256_blend_ps::<0b1100_1100>(sum, difference);
-            }
-            for Self(v) in registers.iter_mut() {
-                let other = _mm256_permute2f128_ps::<0b0000_0001>(*v, *v);
-                let (sum, difference) = (_mm256_add_ps(*v, other), _mm256_sub_ps(other, *v));
-                *v = _mm256_blend_ps::<0b1111_0000>(sum, difference);
+        for Self(v) in registers {
+            // SAFETY: as above.
+            unsafe {
+                *v = pairs::<0b1010_1010>(*v, _mm256_permute_ps::<0b10_11_00_01>(*v));
+                *v = pairs::<0b1100_1100>(*v, _mm256_permute_ps::<0b01_00_11_10>(*v));
+                *v = pairs::<0b1111_0000>(*v, _mm256_permute2f128_ps::<0b0000_0001>(*v, *v));
             }
         }
     }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn flip_register(v: __m256, signs: u8) -> __m256 {
+    // Bit `i` becomes the highest of lane `i`.
+    let places = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
+    let bits = _mm256_sllv_epi32(_mm256_set1_epi32(i32::from(signs)), places);
+    let sign = _mm256_and_si256(bits, _mm256_set1_epi32(i32::MIN));
+    _mm256_xor_ps(v, _mm256_castsi256_ps(sign))
+}
+
+/// `v + other`; in lanes whose bit is set, which are the second of their pair, `other - v`. A product with 1 or -1
+/// is exact: there is one rounding, that of the sum.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn pairs<const SECOND: i32>(v: __m256, other: __m256) -> __m256 {
+    let sign = _mm256_blend_ps::<SECOND>(_mm256_set1_ps(1.0), _mm256_set1_ps(-1.0));
+    _mm256_fmadd_ps(v, sign, other)
 }

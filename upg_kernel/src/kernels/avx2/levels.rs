@@ -1,7 +1,8 @@
-//! The levels of a `q8`, `q4`, `s8` or `s4` strip.
+//! The levels of a strip from each kind of code; [`Trellis`] has its own file.
 
+pub(super) use super::trellis::Trellis;
 use super::*;
-use crate::kernels::places::{PLACES, sixteen_codes, window};
+use crate::kernels::places::PLACES;
 
 /// Bytes of codes that are asked for ahead of their use.
 const AHEAD: usize = 4096;
@@ -13,8 +14,9 @@ pub(super) trait Levels {
     /// Goes on to the next two tiles, if there are.
     fn next(&mut self);
 
-    /// `level + 128` of eight rows of one of these tiles (0 or 1).
-    fn eight_rows(&self, tile: usize, eight: usize) -> __m256i;
+    /// `level + 128` of sixteen rows, a quarter of one of these tiles (0 or 1), eight in each register. Each quarter
+    /// once, in their order.
+    fn sixteen_rows(&mut self, tile: usize, quarter: usize) -> [__m256i; 2];
 }
 
 /// Takes the next `N` bytes of the rest, if there are.
@@ -48,12 +50,13 @@ impl Levels for Bytes<'_> {
     }
 
     #[inline(always)]
-    fn eight_rows(&self, tile: usize, eight: usize) -> __m256i {
-        let codes = &self.now.as_chunks().0[8 * tile + eight];
+    fn sixteen_rows(&mut self, tile: usize, quarter: usize) -> [__m256i; 2] {
+        let codes: &[u8; 64] = &self.now.as_chunks().0[4 * tile + quarter];
+        let [a, b] = bytemuck::cast_ref::<_, [[u8; 32]; 2]>(codes);
         // SAFETY: `self` proves that the processor has the features.
         unsafe {
             prefetch(codes, AHEAD);
-            biased(load(codes))
+            [biased(load(a)), biased(load(b))]
         }
     }
 }
@@ -84,59 +87,105 @@ impl Levels for Nibbles<'_> {
     }
 
     #[inline(always)]
-    fn eight_rows(&self, tile: usize, eight: usize) -> __m256i {
-        let codes = &self.now.as_chunks().0[eight];
+    fn sixteen_rows(&mut self, tile: usize, quarter: usize) -> [__m256i; 2] {
+        let codes: &[u8; 64] = &self.now.as_chunks().0[quarter];
+        let [a, b] = bytemuck::cast_ref::<_, [[u8; 32]; 2]>(codes);
         // SAFETY: `self` proves that the processor has the features.
         unsafe {
-            prefetch(codes, AHEAD);
-            let codes = match tile {
-                0 => load(codes),
-                _ => _mm256_srli_epi16::<4>(load(codes)),
-            };
-            let codes = _mm256_and_si256(codes, _mm256_set1_epi8(15));
-            _mm256_shuffle_epi8(self.codebook, codes)
+            let (mut a, mut b) = (load(a), load(b));
+            if tile == 0 {
+                prefetch(codes, AHEAD);
+            } else {
+                (a, b) = (_mm256_srli_epi16::<4>(a), _mm256_srli_epi16::<4>(b));
+            }
+            let half = _mm256_set1_epi8(15);
+            [
+                _mm256_shuffle_epi8(self.codebook, _mm256_and_si256(a, half)),
+                _mm256_shuffle_epi8(self.codebook, _mm256_and_si256(b, half)),
+            ]
         }
     }
 }
+
+/// Bytes for the codes of the last words, and any others after them.
+pub(super) const END: usize = 2 * CODES;
+
+/// The most codes of two tiles.
+const CODES: usize = 512;
 
 /// `s8`, or with `NIBBLES` `s4`.
 pub(super) struct Kept<'a, const NIBBLES: bool> {
+    /// Of two tiles.
+    now: &'a [[u8; 8]; 8],
     bitmap: &'a [[u8; 8]],
+    /// From the first of these tiles on.
     codes: &'a [u8],
+    /// Those of these tiles, and any others after them.
+    window: &'a [u8; CODES],
+    /// How many of them are taken.
+    taken: usize,
     codebook: __m256i,
-    /// Of two tiles, `level + 128`.
-    now: [[u8; 64]; 8],
-    /// For the codes of the last words.
-    end: [u8; 64],
+    /// The levels that `s4` stores for each word of two tiles.
+    stored: [[u8; 64]; 8],
+    end: Option<&'a mut [u8; END]>,
 }
 
 impl<'a, const NIBBLES: bool> Kept<'a, NIBBLES> {
-    #[target_feature(enable = "avx2,popcnt")]
-    pub(super) fn new(bitmap: &'a [[u8; 8]], codes: &'a [u8], codebook: &[i8; 16]) -> Self {
+    #[target_feature(enable = "avx2,popcnt,bmi2")]
+    pub(super) fn new(
+        bitmap: &'a [[u8; 8]],
+        codes: &'a [u8],
+        codebook: &[i8; 16],
+        end: &'a mut [u8; END],
+    ) -> Self {
         Self {
+            now: &[[0; 8]; 8],
             bitmap,
             codes,
+            window: &[0; CODES],
+            taken: 0,
             codebook: twice(bytemuck::cast_ref(codebook)),
-            now: [[128; 64]; 8],
-            end: [0; 64],
+            stored: [[0; 64]; 8],
+            end: Some(end),
         }
     }
 
-    #[target_feature(enable = "avx2,popcnt")]
-    fn expand_next(&mut self) {
+    #[inline]
+    #[target_feature(enable = "avx2,popcnt,bmi2")]
+    fn go_on(&mut self) {
+        self.codes = self.codes.get(self.taken..).unwrap_or_default();
+        self.taken = 0;
         let Some((words, rest)) = self.bitmap.split_first_chunk::<8>() else {
             return;
         };
-        self.bitmap = rest;
+        (self.now, self.bitmap) = (words, rest);
         prefetch(words.as_flattened(), AHEAD);
-        for (word, now) in words.iter().zip(&mut self.now) {
-            let kept = u64::from_le_bytes(*word);
-            let n = kept.count_ones() as usize;
-            prefetch(self.codes, AHEAD);
-            let codes = window(self.codes, &mut self.end);
-            expand::<NIBBLES>(codes, self.codebook, kept, now);
-            let bytes = if NIBBLES { n.div_ceil(2) } else { n };
-            self.codes = &self.codes[bytes..];
+        if self.codes.len() < CODES
+            && let Some(end) = self.end.take()
+        {
+            end[..self.codes.len()].copy_from_slice(self.codes);
+            self.codes = end;
+        }
+        // There are as many: at the end more than half of the bytes are not codes.
+        if let Some(window) = self.codes.first_chunk() {
+            self.window = window;
+        }
+        if NIBBLES {
+            self.look_up();
+        }
+    }
+
+    /// All words before the first is expanded: a load that begins in one store and ends in another waits for both.
+    #[inline]
+    #[target_feature(enable = "avx2,popcnt,bmi2")]
+    fn look_up(&mut self) {
+        for (word, stored) in self.now.iter().zip(&mut self.stored) {
+            let n = u64::from_le_bytes(*word).count_ones() as usize;
+            prefetch(self.codes, self.taken + AHEAD);
+            // SAFETY: each of at most 7 words before took at most 32 bytes: 32 from there on end inside of the window.
+            let codes = unsafe { &*self.window.as_ptr().add(self.taken).cast() };
+            look_up(codes, self.codebook, stored);
+            self.taken += n.div_ceil(2);
         }
     }
 }
@@ -145,45 +194,77 @@ impl<const NIBBLES: bool> Levels for Kept<'_, NIBBLES> {
     #[inline(always)]
     fn next(&mut self) {
         // SAFETY: `self` proves that the processor has the features.
-        unsafe { self.expand_next() }
+        unsafe { self.go_on() }
     }
 
     #[inline(always)]
-    fn eight_rows(&self, tile: usize, eight: usize) -> __m256i {
-        let levels = &self.now.as_flattened().as_chunks().0[8 * tile + eight];
+    fn sixteen_rows(&mut self, tile: usize, quarter: usize) -> [__m256i; 2] {
+        let word = &self.now[4 * tile + quarter];
         // SAFETY: as above.
-        unsafe { load(levels) }
+        unsafe {
+            if NIBBLES {
+                return expand(word, &self.stored[4 * tile + quarter]).0;
+            }
+            debug_assert!(self.taken <= CODES - 64, "each quarter once");
+            prefetch(self.codes, self.taken + AHEAD);
+            // SAFETY: each of at most 7 words before took at most 64 bytes: 64 from there on end inside of the window.
+            let stored = &*self.window.as_ptr().add(self.taken).cast();
+            let (levels, n) = expand(word, stored);
+            self.taken += n;
+            levels
+        }
     }
 }
 
-/// 64 times `level + 128`: the levels of the kept weights from `codes`, in their order, and level 0.
+/// The levels of 64 codes of 4 bits.
 #[inline]
-#[target_feature(enable = "avx2,popcnt")]
-fn expand<const NIBBLES: bool>(codes: &[u8; 64], codebook: __m256i, kept: u64, out: &mut [u8; 64]) {
-    for (i, out) in out.as_chunks_mut::<16>().0.iter_mut().enumerate() {
-        let before = (kept & ((1 << (16 * i)) - 1)).count_ones() as usize;
-        let bits = kept >> (16 * i);
-        let (low, high) = (bits & 255, bits >> 8 & 255);
-        let places = _mm_add_epi8(
-            load_half(&PLACES.0[0][low as usize]),
-            load_half(&PLACES.0[1][high as usize]),
-        );
-        // SAFETY: `before` counts up to 16 * i of 64 bits, and i is at most 3: the 16 bytes from there or from
-        // half of it on end inside of the 64 of the reference. No load needs an alignment.
-        let stored = unsafe {
-            let start = codes.as_ptr();
-            if NIBBLES {
-                let codes = start.add(before / 2).cast::<[u64; 2]>().read_unaligned();
-                let codes = _mm_cvtsi64_si128(sixteen_codes(codes, before % 2) as i64);
-                let pairs = _mm_unpacklo_epi8(codes, _mm_srli_epi16::<4>(codes));
-                let codes = _mm_and_si128(pairs, _mm_set1_epi8(15));
-                _mm_shuffle_epi8(_mm256_castsi256_si128(codebook), codes)
-            } else {
-                _mm_loadu_si128(start.add(before).cast())
-            }
-        };
-        let found = _mm_xor_si128(_mm_shuffle_epi8(stored, places), _mm_set1_epi8(-128));
-        // SAFETY: the reference is to 16 bytes; the store needs no alignment.
-        unsafe { _mm_storeu_si128(out.as_mut_ptr().cast(), found) };
-    }
+#[target_feature(enable = "avx2")]
+fn look_up(codes: &[u8; 32], codebook: __m256i, levels: &mut [u8; 64]) {
+    // Unpacking works within halves: the second eight bytes become the first ones of the upper half.
+    let codes = _mm256_permute4x64_epi64::<0b11_01_10_00>(load(codes));
+    let half = _mm256_set1_epi8(15);
+    let even = _mm256_shuffle_epi8(codebook, _mm256_and_si256(codes, half));
+    let odd = _mm256_and_si256(_mm256_srli_epi16::<4>(codes), half);
+    let odd = _mm256_shuffle_epi8(codebook, odd);
+    let [first, second] = bytemuck::cast_mut::<_, [[u8; 32]; 2]>(levels);
+    store(_mm256_unpacklo_epi8(even, odd), first);
+    store(_mm256_unpackhi_epi8(even, odd), second);
 }
+
+/// 64 times `level + 128`: of the kept weights, whose bits are those of `word`, the `stored` levels in their order,
+/// of all others level 0. Also how many were kept.
+#[inline]
+#[target_feature(enable = "avx2,popcnt,bmi2")]
+fn expand(word: &[u8; 8], stored: &[u8; 64]) -> ([__m256i; 2], usize) {
+    // SAFETY: the reference is to 8 readable bytes. Volatile, so that the bytes below are loaded one by one, which
+    // takes half as many instructions as getting them out of this number.
+    let kept = u64::from_le(unsafe { word.as_ptr().cast::<Unaligned>().read_volatile() }.0);
+    // How many are stored before each sixteen weights.
+    let before = [
+        0,
+        (kept as u16).count_ones() as usize,
+        (kept as u32).count_ones() as usize,
+        (kept << 16).count_ones() as usize,
+    ];
+    let place = |eight: usize| load_half(&PLACES.0[eight % 2][usize::from(word[eight])]);
+    let levels = |sixteen: usize| {
+        // SAFETY: these count up to 48 of 64 bits: the 16 bytes from there on end inside of the 64 of the reference.
+        // The load needs no alignment.
+        unsafe { _mm_loadu_si128(stored.as_ptr().add(before[sixteen]).cast()) }
+    };
+    let mut halves = [_mm256_setzero_si256(); 2];
+    for (i, half) in halves.iter_mut().enumerate() {
+        let places = _mm256_add_epi8(
+            _mm256_set_m128i(place(4 * i + 2), place(4 * i)),
+            _mm256_set_m128i(place(4 * i + 3), place(4 * i + 1)),
+        );
+        let levels = _mm256_set_m128i(levels(2 * i + 1), levels(2 * i));
+        *half = biased(_mm256_shuffle_epi8(levels, places));
+    }
+    (halves, kept.count_ones() as usize)
+}
+
+/// A number at any address.
+#[derive(Clone, Copy)]
+#[repr(C, packed)]
+struct Unaligned(u64);

@@ -1,45 +1,17 @@
 //! A strip times a vector.
 
-use super::levels::{Bytes, Kept, Levels, Nibbles};
-use super::trellis::{self, Trellis};
+use super::levels::{self, Levels};
 use super::*;
 use crate::kernels::views::PAIRS;
 
-#[target_feature(enable = "avx2,fma,popcnt")]
+#[target_feature(enable = "avx2,fma,popcnt,bmi2")]
 pub(super) fn multiply(strip: Strip<'_>, x: &Activations, out: &mut [f32]) {
-    let sums = match strip.codes {
-        Codes::Bytes(codes) => sums(Bytes::new(codes), &strip, x),
-        Codes::Nibbles(codes, codebook) => sums(Nibbles::new(codes, codebook), &strip, x),
-        Codes::Kept {
-            bitmap,
-            codes,
-            codebook: None,
-        } => sums(Kept::<false>::new(bitmap, codes, &[0; 16]), &strip, x),
-        Codes::Kept {
-            bitmap,
-            codes,
-            codebook: Some(codebook),
-        } => sums(Kept::<true>::new(bitmap, codes, codebook), &strip, x),
-        Codes::Trellis {
-            k,
-            stream,
-            shift_table,
-            level_table,
-        } => {
-            let trellis = Trellis {
-                k,
-                stream,
-                shift_table,
-                level_table,
-            };
-            trellis::multiply(trellis, strip.cols, x)
-        }
-    };
+    let sums = with_levels!(strip, levels => sums(levels, &strip, x));
     strip.put_rows(bytemuck::cast_ref(&sums), out);
 }
 
 /// The rows times `x`, without what all of a row is multiplied with.
-#[target_feature(enable = "avx2,fma,popcnt")]
+#[target_feature(enable = "avx2,fma,popcnt,bmi2")]
 fn sums<L: Levels>(mut levels: L, strip: &Strip<'_>, x: &Activations) -> [[f32; 8]; 8] {
     let mut sums = [[0.0; 8]; 8];
     for group in strip.groups(x) {
@@ -51,7 +23,7 @@ fn sums<L: Levels>(mut levels: L, strip: &Strip<'_>, x: &Activations) -> [[f32; 
 
 /// The sums of the products of some pairs of tiles with their columns of a block. Exact.
 #[inline]
-#[target_feature(enable = "avx2,fma,popcnt")]
+#[target_feature(enable = "avx2,fma,popcnt,bmi2")]
 fn products<L: Levels>(
     levels: &mut L,
     block: &Block,
@@ -63,15 +35,36 @@ fn products<L: Levels>(
     let mut sums = [_mm256_set1_epi32(offset); 8];
     for (high, low) in high[pairs.clone()].iter().zip(&low[pairs]) {
         levels.next();
-        for tile in 0..2 {
-            let (high, low) = (_mm256_set1_epi32(high[tile]), _mm256_set1_epi32(low[tile]));
-            for (eight, sum) in sums.iter_mut().enumerate() {
-                let products = dot(levels.eight_rows(tile, eight), high, low);
-                *sum = _mm256_add_epi32(*sum, products);
-            }
-        }
+        add_tile::<L, 0>(levels, high[0], low[0], &mut sums);
+        add_tile::<L, 1>(levels, high[1], low[1], &mut sums);
     }
     sums
+}
+
+/// Adds the products of a tile. Not a loop, of which the compiler would leave the sums in memory.
+#[inline(always)]
+fn add_tile<L: Levels, const TILE: usize>(
+    levels: &mut L,
+    high: i32,
+    low: i32,
+    sums: &mut [__m256i; 8],
+) {
+    // SAFETY: `levels` proves that the processor has the features.
+    unsafe {
+        let (high, low) = (_mm256_set1_epi32(high), _mm256_set1_epi32(low));
+        let [a, b] = levels.sixteen_rows(TILE, 0);
+        sums[0] = _mm256_add_epi32(sums[0], dot(a, high, low));
+        sums[1] = _mm256_add_epi32(sums[1], dot(b, high, low));
+        let [a, b] = levels.sixteen_rows(TILE, 1);
+        sums[2] = _mm256_add_epi32(sums[2], dot(a, high, low));
+        sums[3] = _mm256_add_epi32(sums[3], dot(b, high, low));
+        let [a, b] = levels.sixteen_rows(TILE, 2);
+        sums[4] = _mm256_add_epi32(sums[4], dot(a, high, low));
+        sums[5] = _mm256_add_epi32(sums[5], dot(b, high, low));
+        let [a, b] = levels.sixteen_rows(TILE, 3);
+        sums[6] = _mm256_add_epi32(sums[6], dot(a, high, low));
+        sums[7] = _mm256_add_epi32(sums[7], dot(b, high, low));
+    }
 }
 
 /// Adds the products of a group, times its primes and the scale of its activations.
@@ -83,20 +76,7 @@ fn add(products: [__m256i; 8], indices: Option<&[u8; 64]>, scale: f32, sums: &mu
         if let Some(indices) = indices {
             factor = _mm256_mul_ps(factor, primes(&indices.as_chunks().0[i]));
         }
-        // SAFETY: the reference is to 8 floats; neither load nor store needs an alignment.
-        unsafe {
-            let before = _mm256_loadu_ps(sum.as_ptr());
-            let after = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products), factor, before);
-            _mm256_storeu_ps(sum.as_mut_ptr(), after);
-        }
+        let after = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products), factor, load_f32(sum));
+        store_f32(after, sum);
     }
-}
-
-/// The primes of some indices.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn primes(indices: &[u8; 8]) -> __m256 {
-    let indices = _mm_cvtsi64_si128(i64::from_le_bytes(*indices));
-    // SAFETY: a byte is the index of one of the 256 entries, which are 4 bytes apart.
-    unsafe { _mm256_i32gather_ps::<4>(PRIMES.as_ptr(), _mm256_cvtepu8_epi32(indices)) }
 }

@@ -4,36 +4,75 @@
 //! A shuffle brings its bytes there, a few shifts make four bytes of the low six bits of the states and four
 //! of the high seven. Tables are looked up 16 entries at a time: with 128 levels that is 12 shuffles for 32
 //! weights, which is what these kernels spend their time with. (Loads from a table of all states, one by one or
-//! gathered, were slower on Zen 5.)
+//! gathered, were slower on Zen 5, and on Sapphire Rapids gathered ones were no faster.)
 
+use super::levels::Levels;
 use super::*;
+use crate::kernels::places::window;
 
-/// Columns of a tile, and tiles to a group of activations.
-const TILE: usize = 4;
-const TILES: usize = 16;
-
-/// Registers of eight rows each to a strip.
+/// Registers of eight rows each to a tile.
 const REGISTERS: usize = 8;
 
-/// The stream of a strip and its tables.
-#[derive(Clone, Copy)]
-pub(super) struct Trellis<'a> {
-    pub k: u8,
-    pub stream: &'a [u8],
-    pub shift_table: &'a [u8; 64],
-    pub level_table: &'a [i8],
+/// `t2`, `t3` and `t4`. With more than 128 levels `WIDE` has to be true.
+pub(super) struct Trellis<'a, const K: usize, const WIDE: bool> {
+    stream: &'a [u8],
+    decoder: Decoder,
+    /// Biased levels of two tiles, four rows in each part.
+    now: [[[u8; 16]; 2 * REGISTERS]; 2],
+    /// For the last bytes of the stream.
+    end: [u8; 272],
 }
 
-/// The 64 rows of a strip of `cols` columns times `x`, without what all of a row is multiplied with.
-#[target_feature(enable = "avx2,fma,popcnt")]
-pub(super) fn multiply(trellis: Trellis<'_>, cols: usize, x: &Activations) -> [[f32; 8]; 8] {
-    match (trellis.k, trellis.level_table.len() > 128) {
-        (2, false) => multiply_strip::<2, false>(trellis, cols, x),
-        (2, true) => multiply_strip::<2, true>(trellis, cols, x),
-        (3, false) => multiply_strip::<3, false>(trellis, cols, x),
-        (3, true) => multiply_strip::<3, true>(trellis, cols, x),
-        (_, false) => multiply_strip::<4, false>(trellis, cols, x),
-        (_, true) => multiply_strip::<4, true>(trellis, cols, x),
+impl<'a, const K: usize, const WIDE: bool> Trellis<'a, K, WIDE> {
+    #[target_feature(enable = "avx2")]
+    pub(super) fn new(stream: &'a [u8], shift_table: &[u8; 64], level_table: &[i8]) -> Self {
+        Self {
+            stream,
+            decoder: Decoder::new(K, shift_table, level_table),
+            now: [[[0; 16]; 2 * REGISTERS]; 2],
+            end: [0; 272],
+        }
+    }
+
+    #[target_feature(enable = "avx2")]
+    fn go_on(&mut self) {
+        let stream = window(self.stream, &mut self.end);
+        // In two passes, of which each has registers enough for its tables.
+        let mut indices = [[[0; 32]; REGISTERS]; 2];
+        for (tile, indices) in indices.iter_mut().enumerate() {
+            let codes = &stream[32 * K * tile..];
+            for (register, index) in indices.iter_mut().enumerate() {
+                // Two quads and what is between them: at most 16 bytes after those of a tile.
+                let bytes = codes[2 * K * quad(K, register)..].first_chunk();
+                let bytes = load(bytes.expect("32 bytes of 272"));
+                store(self.decoder.indices::<K, WIDE>(bytes), index);
+            }
+        }
+        for (indices, now) in indices.iter().zip(&mut self.now) {
+            for (register, indices) in indices.iter().enumerate() {
+                let levels = self.decoder.levels::<WIDE>(load(indices));
+                let quad = quad(K, register);
+                store_half(_mm256_castsi256_si128(levels), &mut now[quad]);
+                let upper = _mm256_extracti128_si256::<1>(levels);
+                store_half(upper, &mut now[quad + distance(K)]);
+            }
+        }
+        self.stream = self.stream.get(64 * K..).unwrap_or_default();
+    }
+}
+
+impl<const K: usize, const WIDE: bool> Levels for Trellis<'_, K, WIDE> {
+    #[inline(always)]
+    fn next(&mut self) {
+        // SAFETY: `self` proves that the processor has the features.
+        unsafe { self.go_on() }
+    }
+
+    #[inline(always)]
+    fn sixteen_rows(&mut self, tile: usize, quarter: usize) -> [__m256i; 2] {
+        let levels = self.now[tile].as_flattened().as_chunks().0;
+        // SAFETY: as above.
+        unsafe { [load(&levels[2 * quarter]), load(&levels[2 * quarter + 1])] }
     }
 }
 
@@ -46,76 +85,6 @@ const fn distance(k: usize) -> usize {
 /// The quad in the low half of a register.
 const fn quad(k: usize, register: usize) -> usize {
     register / distance(k) * 2 * distance(k) + register % distance(k)
-}
-
-/// The columns that the bytes of a lane belong to.
-const fn columns(k: usize) -> [usize; TILE] {
-    if k == 4 { [0, 2, 1, 3] } else { [0, 1, 2, 3] }
-}
-
-#[target_feature(enable = "avx2,fma,popcnt")]
-fn multiply_strip<const K: usize, const WIDE: bool>(
-    trellis: Trellis<'_>,
-    cols: usize,
-    x: &Activations,
-) -> [[f32; 8]; 8] {
-    let decoder = Decoder::new(K, trellis.shift_table, trellis.level_table);
-    let tiles = cols.div_ceil(TILE);
-    let mut indices = [[[0; 32]; REGISTERS]; TILES];
-    let mut sums = [_mm256_setzero_ps(); REGISTERS];
-    let groups = x.blocks.iter().zip(&x.offsets).zip(&x.scales);
-    for (group, ((block, offset), scale)) in groups.enumerate() {
-        let first = group * TILES;
-        let tiles = TILES.min(tiles.saturating_sub(first));
-        // In two passes, of which each has registers enough for its tables.
-        for (tile, indices) in indices.iter_mut().take(tiles).enumerate() {
-            let codes = &trellis.stream[(first + tile) * 32 * K..];
-            for (register, index) in indices.iter_mut().enumerate() {
-                // After the last tile a strip has 16 bytes more: there are 32 from every such quad on.
-                let bytes = codes[2 * K * quad(K, register)..].first_chunk();
-                let bytes = load(bytes.expect("two quads and what is between them"));
-                store(decoder.indices::<K, WIDE>(bytes), index);
-            }
-        }
-        let (high, low) = (ordered::<K>(&block.high), ordered::<K>(&block.low));
-        let offset = _mm256_set1_epi32(offset[0] + offset[1]);
-        let scale = _mm256_set1_ps(*scale);
-        for (register, sum) in sums.iter_mut().enumerate() {
-            let mut products = offset;
-            for (tile, indices) in indices.iter().take(tiles).enumerate() {
-                let levels = decoder.levels::<WIDE>(load(&indices[register]));
-                let (high, low) = (_mm256_set1_epi32(high[tile]), _mm256_set1_epi32(low[tile]));
-                products = _mm256_add_epi32(products, dot(levels, high, low));
-            }
-            *sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products), scale, *sum);
-        }
-    }
-    let mut rows = [[0.0; 4]; 2 * REGISTERS];
-    for (register, sum) in sums.into_iter().enumerate() {
-        let quad = quad(K, register);
-        let halves = [
-            (quad, _mm256_castps256_ps128(sum)),
-            (quad + distance(K), _mm256_extractf128_ps::<1>(sum)),
-        ];
-        for (quad, sum) in halves {
-            // SAFETY: a quad of `rows` is four floats; the store needs no alignment.
-            unsafe { _mm_storeu_ps(rows[quad].as_mut_ptr(), sum) };
-        }
-    }
-    bytemuck::cast(rows)
-}
-
-/// A plane of activations, the four columns of a tile as one number, in the order of [`columns`].
-#[inline]
-#[target_feature(enable = "avx2")]
-fn ordered<const K: usize>(plane: &[i8; GROUP]) -> [i32; TILES] {
-    let mut tiles = [[0; TILE]; TILES];
-    for (tile, x) in tiles.iter_mut().zip(plane.as_chunks::<TILE>().0) {
-        for (byte, column) in tile.iter_mut().zip(columns(K)) {
-            *byte = x[column];
-        }
-    }
-    bytemuck::cast(tiles)
 }
 
 /// What turns the bits of 32 weights into their levels.
@@ -165,7 +134,13 @@ impl Decoder {
         if WIDE {
             high = _mm256_and_si256(high, _mm256_set1_epi8(127));
         }
-        _mm256_add_epi8(look_up(self.shifts, places(low)), high)
+        let indices = _mm256_add_epi8(look_up(self.shifts, places(low)), high);
+        if K != 4 {
+            return indices;
+        }
+        // The two in the middle change places.
+        let order = [0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15];
+        _mm256_shuffle_epi8(indices, twice(&order))
     }
 
     /// The biased levels at these indices.

@@ -1,37 +1,14 @@
 //! Packed weights to floats, and f32 to 16-bit floats.
 
-use super::levels::{self, Levels, with_levels};
+use super::levels::{self, Levels};
 use super::*;
-use crate::kernels::hadamard::{self, Register as _, Sink, Source};
+use crate::kernels::decode::{self, Element, Line, Numbers, Row, TILES, Weights};
+use crate::kernels::hadamard::{self, Register as _, Same, Scaled, Sink, Source};
+use crate::kernels::views::Primes;
 use crate::kernels::{Kernels, Set};
-use bytemuck::{Pod, Zeroable};
-use std::cell::RefCell;
 
-/// 64 bytes in one cache line.
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C, align(64))]
-struct Line([u8; GROUP]);
-
-/// Tiles of so many columns.
-const TILES: usize = GROUP / 4;
-
-/// Memory of one thread.
-#[derive(Default)]
-struct Scratch {
-    /// The levels of a strip, row by row: `[64, blocks]`.
-    rows: Vec<Line>,
-    /// A row that is turned back.
-    turned: Vec<Line>,
-    /// A row on its way past the caches.
-    rounded: Vec<Line>,
-}
-
-thread_local! {
-    static SCRATCH: RefCell<Scratch> = RefCell::default();
-}
-
-/// `out [rows, cols]`: every row as the reference decodes it, to the bit, and turned back if there is a rotation.
-/// Past the caches if `streamed`.
+/// `out [rows, cols]`: every row as the reference decodes it, to the bit, and turned back if there is a rotation. Past
+/// the caches if `streamed`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,popcnt")]
 pub(super) fn decode<T: Element>(
     proof: Avx512,
@@ -40,66 +17,19 @@ pub(super) fn decode<T: Element>(
     streamed: bool,
     out: &mut [T],
 ) {
-    SCRATCH.with_borrow_mut(|scratch| {
-        let Scratch {
-            rows,
-            turned,
-            rounded,
-        } = scratch;
-        let blocks = strip.cols.div_ceil(GROUP);
-        rows.resize(blocks * 64, Line([0; GROUP]));
-        with_levels!(strip, levels => put_in_rows(levels, &strip, rows));
-        let out = out.chunks_exact_mut(strip.cols);
-        for (i, (levels, out)) in rows.chunks_exact(blocks).zip(out).enumerate() {
-            let mut put = |out: &mut [T]| match rotation {
-                None => put_row(proof, levels, &strip, i, out),
-                Some(rotation) => {
-                    let turned = numbers(turned, strip.cols);
-                    put_turned_row(proof, levels, &strip, i, rotation, turned, out);
-                }
-            };
-            if streamed {
-                let row = numbers(rounded, strip.cols);
-                put(row);
-                stream(bytemuck::cast_slice(row), bytemuck::cast_slice_mut(out));
-            } else {
-                put(out);
-            }
-        }
-        // Other threads see what was streamed before anything that is written from here on.
-        _mm_sfence();
+    decode::with_memory(|memory| {
+        with_levels!(strip, levels => put_in_rows(levels, strip.cols, memory.rows(strip.cols)));
+        memory.put::<Sixteens, T>(proof, &strip, rotation, streamed, out);
     });
-}
-
-/// So many numbers of any value.
-fn numbers<T: Element>(memory: &mut Vec<Line>, len: usize) -> &mut [T] {
-    memory.resize((len * size_of::<T>()).div_ceil(GROUP), Line([0; GROUP]));
-    &mut bytemuck::cast_slice_mut(memory)[..len]
-}
-
-/// Copies into memory past the caches: nothing is read there to be overwritten.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn stream(from: &[u8], to: &mut [u8]) {
-    let start = to.as_ptr().align_offset(64).min(to.len());
-    let (first, to) = to.split_at_mut(start);
-    first.copy_from_slice(&from[..start]);
-    let (lines, last) = to.as_chunks_mut::<64>();
-    let (from, from_last) = from[start..].as_chunks::<64>();
-    for (to, from) in lines.iter_mut().zip(from) {
-        // SAFETY: the reference is to 64 bytes, and the first of them lies where a line starts.
-        unsafe { _mm512_stream_si512(to.as_mut_ptr().cast(), load(from)) };
-    }
-    last.copy_from_slice(from_last);
 }
 
 /// The levels of a strip, row by row: `[64, blocks]`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,popcnt")]
-fn put_in_rows<L: Levels>(mut levels: L, strip: &Strip<'_>, rows: &mut [Line]) {
-    let blocks = strip.cols.div_ceil(GROUP);
+fn put_in_rows<L: Levels>(mut levels: L, cols: usize, rows: &mut [Line]) {
+    let blocks = cols.div_ceil(GROUP);
     let mut tiles = [[[0u8; 64]; 4]; TILES];
     for block in 0..blocks {
-        let cols = (strip.cols - block * GROUP).min(GROUP);
+        let cols = (cols - block * GROUP).min(GROUP);
         for pair in &mut tiles.as_chunks_mut::<2>().0[..cols.div_ceil(8)] {
             for (out, tile) in pair.iter_mut().zip(levels.next()) {
                 for (out, levels) in out.iter_mut().zip(tile) {
@@ -156,87 +86,142 @@ fn transpose(r: &mut [__m512i; 16]) {
     *r = t;
 }
 
-/// The weights of row `row` of a strip.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn put_row<T: Element>(
-    proof: Avx512,
-    levels: &[Line],
-    strip: &Strip<'_>,
-    row: usize,
-    out: &mut [T],
-) {
-    let scale = strip.scales[row];
-    // A weight is 0 or at least twice its scale.
-    let is_normal = scale == 0.0 || scale.is_normal();
-    let scale = _mm512_set1_ps(scale);
-    for (block, (levels, out)) in levels.iter().zip(out.chunks_mut(GROUP)).enumerate() {
-        let indices = match strip.primes {
-            Primes::Rows(indices) => [indices[row]; 2],
-            Primes::Groups {
-                indices,
-                cols: GROUP,
-            } => [indices[block][row]; 2],
-            Primes::Groups { indices, .. } => {
-                let first = indices[2 * block][row];
-                [first, indices.get(2 * block + 1).map_or(first, |i| i[row])]
+/// 64 weights. A value is the proof that this machine has the instructions.
+#[derive(Clone, Copy)]
+struct Sixteens {
+    weights: [__m512; 4],
+    /// Whether the processor can round them to BF16: it takes subnormal numbers for zero.
+    has_bf16: bool,
+}
+
+impl Weights for Sixteens {
+    type Proof = Avx512;
+
+    #[inline(always)]
+    fn new(proof: Avx512, levels: &[u8; GROUP], primes: [f32; 2], scale: f32) -> Self {
+        // A weight is 0 or at least twice its scale.
+        let has_bf16 = proof.bf16 && (scale == 0.0 || scale.is_normal());
+        // SAFETY: the argument proves that the processor has the features, and below `self` does.
+        unsafe {
+            let scale = _mm512_set1_ps(scale);
+            let mut weights = [scale; 4];
+            for i in 0..4 {
+                let prime = _mm512_set1_ps(primes[i / 2]);
+                weights[i] = sixteen_weights(&levels.as_chunks().0[i], prime, scale);
             }
-        };
-        let mut block = [scale; 4];
-        for i in 0..4 {
-            let prime = PRIME_LUT[usize::from(indices[i / 2])] as f32;
-            block[i] = weights(&levels.0.as_chunks().0[i], _mm512_set1_ps(prime), scale);
+            Self { weights, has_bf16 }
         }
-        put_block(proof, block, is_normal, out);
+    }
+
+    #[inline(always)]
+    fn load(_: Avx512, weights: &[f32; GROUP]) -> Self {
+        // SAFETY: as above.
+        unsafe {
+            let mut registers = [_mm512_setzero_ps(); 4];
+            for (register, weights) in registers.iter_mut().zip(weights.as_chunks().0) {
+                *register = load_f32(weights);
+            }
+            Self {
+                weights: registers,
+                has_bf16: false,
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn kernels(proof: Avx512) -> Kernels {
+        Kernels(Set::Avx512(proof))
+    }
+
+    /// Decoding is part of the first pass over memory, and rounding part of the last.
+    #[inline(always)]
+    fn put_turned<T: Element>(
+        proof: Avx512,
+        row: Row<'_>,
+        rotation: &Rotation,
+        turned: &mut [f32],
+        out: &mut [T],
+    ) {
+        let (size, signs) = (rotation.size(), rotation.signs());
+        let first = row.strip.cols - size;
+        let primes = match row.strip.primes {
+            Primes::Rows(indices) if first.is_multiple_of(GROUP) && size >= GROUP => indices,
+            _ => return decode::put_turned::<Self, T>(proof, row, rotation, turned, out),
+        };
+        let (before, last) = row.levels.split_at(first / GROUP);
+        let before = Row {
+            levels: before,
+            ..row
+        };
+        decode::put_row::<Self, f32>(proof, before, &mut turned[..first]);
+        let decoded = Decoded {
+            levels: last,
+            prime: PRIME_LUT[usize::from(primes[row.i])] as f32,
+            scale: row.strip.scales[row.i],
+        };
+        let norm = rotation.norm();
+        let (out, out_rest) = out.split_at_mut(size);
+        let rounded = Rounded {
+            norm,
+            signs,
+            out: out.as_chunks_mut().0,
+        };
+        let blocks = turned[first..].as_chunks_mut().0;
+        if first == 0 {
+            return hadamard::transform::<Register>(proof, blocks, decoded, rounded);
+        }
+        hadamard::transform::<Register>(proof, blocks, decoded, Scaled(norm));
+        let blocks = turned[..size].as_chunks_mut().0;
+        hadamard::transform::<Register>(proof, blocks, Same, rounded);
+        let rest = &mut turned[size..];
+        proof.flip(rest, &signs[size / 8..]);
+        decode::convert::<Self, T>(proof, rest, out_rest);
+    }
+
+    #[inline(always)]
+    fn stream(_: Avx512, from: &[u8; 64], to: &mut [u8; 64]) {
+        // SAFETY: as above.
+        unsafe { stream(load(from), to) };
+    }
+
+    #[inline(always)]
+    fn end_stream(_: Avx512) {
+        // SAFETY: as above.
+        unsafe { _mm_sfence() };
     }
 }
 
-/// The weights of row `i` of a strip, turned back; `row` is memory for them.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn put_turned_row<T: Element>(
-    proof: Avx512,
-    levels: &[Line],
-    strip: &Strip<'_>,
-    i: usize,
-    rotation: &Rotation,
-    row: &mut [f32],
-    out: &mut [T],
-) {
-    let size = rotation.size();
-    let first = strip.cols - size;
-    let primes = match strip.primes {
-        Primes::Rows(indices) if first.is_multiple_of(GROUP) && size >= GROUP => indices,
-        _ => {
-            put_row(proof, levels, strip, i, row);
-            rotation.invert_with(Kernels(Set::Avx512(proof)), row);
-            return convert(proof, row, out);
+impl Numbers<GROUP> for Sixteens {
+    #[inline(always)]
+    fn put_f32(self, out: &mut [f32; GROUP]) {
+        for (weights, out) in self.weights.into_iter().zip(out.as_chunks_mut().0) {
+            // SAFETY: as above.
+            *out = unsafe { to_array(weights) };
         }
-    };
-    let (before, last) = levels.split_at(first / GROUP);
-    put_row(proof, before, strip, i, &mut row[..first]);
-    let decoded = Decoded {
-        levels: last,
-        prime: PRIME_LUT[usize::from(primes[i])] as f32,
-        scale: strip.scales[i],
-    };
-    let norm = rotation.norm();
-    let (out, rest) = out.split_at_mut(size);
-    let rounded = Rounded {
-        proof,
-        norm,
-        signs: rotation.signs(),
-        out: out.as_chunks_mut().0,
-    };
-    let blocks = row[first..].as_chunks_mut().0;
-    if first == 0 {
-        return hadamard::transform::<Register>(proof, blocks, decoded, rounded);
     }
-    hadamard::transform::<Register>(proof, blocks, decoded, hadamard::Scaled(norm));
-    let blocks = row[..size].as_chunks_mut().0;
-    hadamard::transform::<Register>(proof, blocks, hadamard::Same, rounded);
-    super::hadamard::flip(&mut row[size..], &rotation.signs()[size / 8..]);
-    convert(proof, &row[size..], rest);
+
+    #[inline(always)]
+    fn put_f16(self, out: &mut [f16; GROUP]) {
+        for (weights, out) in self.weights.into_iter().zip(out.as_chunks_mut().0) {
+            // SAFETY: as above.
+            unsafe { store_f16(weights, out) };
+        }
+    }
+
+    #[inline(always)]
+    fn put_bf16(self, out: &mut [bf16; GROUP]) {
+        let halves = out.as_chunks_mut::<32>().0;
+        for (weights, out) in self.weights.as_chunks::<2>().0.iter().zip(halves) {
+            // SAFETY: as above.
+            unsafe {
+                let halves = match self.has_bf16 {
+                    true => rounded(*weights),
+                    false => upper_halves(*weights),
+                };
+                store(bytemuck::cast_mut(out), halves);
+            }
+        }
+    }
 }
 
 /// Weights of a row, before it is turned back.
@@ -252,7 +237,7 @@ impl Source<Register> for Decoded<'_> {
         let levels: &[u8; 16] = &self.levels[index / 4].0.as_chunks().0[index % 4];
         // SAFETY: the argument proves that the processor has the features.
         Register(unsafe {
-            weights(
+            sixteen_weights(
                 levels,
                 _mm512_set1_ps(self.prime),
                 _mm512_set1_ps(self.scale),
@@ -263,7 +248,6 @@ impl Source<Register> for Decoded<'_> {
 
 /// Weights that were turned back, with the signs of the columns, and rounded.
 struct Rounded<'a, T> {
-    proof: Avx512,
     norm: f32,
     signs: &'a [u8],
     out: &'a mut [[T; 16]],
@@ -273,14 +257,14 @@ impl<T: Element> Sink<Register> for Rounded<'_, T> {
     #[inline(always)]
     fn store(&mut self, _: &mut [[f32; 16]], index: usize, register: Register) {
         let register = register.scale(self.norm).flip(self.signs, index);
-        T::put_16(self.proof, register.0, &mut self.out[index]);
+        T::put(register, &mut self.out[index]);
     }
 }
 
 /// `scale * (prime * level)` for sixteen levels.
 #[inline]
 #[target_feature(enable = "avx512f,avx512vl")]
-fn weights(levels: &[u8; 16], prime: __m512, scale: __m512) -> __m512 {
+fn sixteen_weights(levels: &[u8; 16], prime: __m512, scale: __m512) -> __m512 {
     // SAFETY: the reference is to 16 readable bytes; the load needs no alignment.
     let levels = unsafe { _mm_loadu_si128(levels.as_ptr().cast()) };
     let levels = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(levels));
@@ -288,104 +272,24 @@ fn weights(levels: &[u8; 16], prime: __m512, scale: __m512) -> __m512 {
     _mm512_mul_ps(scale, _mm512_mul_ps(prime, levels))
 }
 
-/// [`Element::put`] of up to 64 weights.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn put_block<T: Element>(proof: Avx512, weights: [__m512; 4], is_normal: bool, out: &mut [T]) {
-    match out.first_chunk_mut() {
-        Some(out) => T::put(proof, weights, is_normal, out),
-        None => {
-            let mut block = [T::default(); GROUP];
-            T::put(proof, weights, is_normal, &mut block);
-            out.copy_from_slice(&block[..out.len()]);
-        }
-    }
-}
-
-/// Rounds finite weights.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn convert<T: Element>(proof: Avx512, row: &[f32], out: &mut [T]) {
-    for (x, out) in row.chunks(GROUP).zip(out.chunks_mut(GROUP)) {
-        let mut last = [0.0; GROUP];
-        let x: &[f32; GROUP] = match x.first_chunk() {
-            Some(x) => x,
-            None => {
-                last[..x.len()].copy_from_slice(x);
-                &last
-            }
-        };
-        let mut weights = [_mm512_setzero_ps(); 4];
-        for (weights, x) in weights.iter_mut().zip(x.as_chunks().0) {
-            *weights = load_f32(x);
-        }
-        put_block(proof, weights, false, out);
-    }
-}
-
-/// What a weight can be rounded to.
-pub trait Element: Copy + Default + Pod {
-    /// 64 finite weights, rounded to nearest, ties to even. `is_normal`: each is a normal number or 0.
-    fn put(proof: Avx512, weights: [__m512; 4], is_normal: bool, out: &mut [Self; GROUP]);
-
-    /// The same of 16.
-    fn put_16(proof: Avx512, weights: __m512, out: &mut [Self; 16]);
-}
-
-impl Element for f32 {
+impl Numbers<16> for Register {
     #[inline(always)]
-    fn put(proof: Avx512, weights: [__m512; 4], _: bool, out: &mut [Self; GROUP]) {
-        for (weights, out) in weights.into_iter().zip(out.as_chunks_mut().0) {
-            Self::put_16(proof, weights, out);
-        }
+    fn put_f32(self, out: &mut [f32; 16]) {
+        hadamard::Register::store(self, out);
     }
 
     #[inline(always)]
-    fn put_16(_: Avx512, weights: __m512, out: &mut [Self; 16]) {
-        // SAFETY: the argument proves that the processor has the features.
-        *out = unsafe { to_array(weights) };
-    }
-}
-
-impl Element for bf16 {
-    #[inline(always)]
-    fn put(proof: Avx512, weights: [__m512; 4], is_normal: bool, out: &mut [Self; GROUP]) {
-        let halves = out.as_chunks_mut::<32>().0;
-        for (weights, out) in weights.as_chunks::<2>().0.iter().zip(halves) {
-            // SAFETY: the argument proves that the processor has the features.
-            unsafe {
-                let halves = match is_normal && proof.bf16 {
-                    true => rounded(*weights),
-                    false => upper_halves(*weights),
-                };
-                store(bytemuck::cast_mut(out), halves);
-            }
-        }
+    fn put_f16(self, out: &mut [f16; 16]) {
+        // SAFETY: `self` proves that the processor has the features.
+        unsafe { store_f16(self.0, out) }
     }
 
     #[inline(always)]
-    fn put_16(_: Avx512, weights: __m512, out: &mut [Self; 16]) {
-        // SAFETY: the argument proves that the processor has the features.
+    fn put_bf16(self, out: &mut [bf16; 16]) {
+        // SAFETY: as above.
         unsafe {
-            let halves = _mm512_srli_epi32::<16>(rounded_up(weights));
+            let halves = _mm512_srli_epi32::<16>(rounded_up(self.0));
             store_16(bytemuck::cast_mut(out), _mm512_cvtepi32_epi16(halves));
-        }
-    }
-}
-
-impl Element for f16 {
-    #[inline(always)]
-    fn put(proof: Avx512, weights: [__m512; 4], _: bool, out: &mut [Self; GROUP]) {
-        for (weights, out) in weights.into_iter().zip(out.as_chunks_mut().0) {
-            Self::put_16(proof, weights, out);
-        }
-    }
-
-    #[inline(always)]
-    fn put_16(_: Avx512, weights: __m512, out: &mut [Self; 16]) {
-        // SAFETY: the argument proves that the processor has the features.
-        unsafe {
-            let halves = _mm512_cvtps_ph::<NEAREST>(weights);
-            store_16(bytemuck::cast_mut(out), halves);
         }
     }
 }
@@ -465,12 +369,17 @@ pub(super) fn to_f16(x: &[f32], out: &mut [f16]) {
     let (blocks, rest) = x.as_chunks::<16>();
     let (out_blocks, out_rest) = out.as_chunks_mut::<16>();
     for (x, out) in blocks.iter().zip(out_blocks) {
-        let values = _mm512_cvtps_ph::<NEAREST>(load_f32(x));
-        store_16(bytemuck::cast_mut(out), values);
+        store_f16(load_f32(x), out);
     }
     for (out, x) in out_rest.iter_mut().zip(rest) {
         *out = f16::from_f32(*x);
     }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn store_f16(weights: __m512, out: &mut [f16; 16]) {
+    store_16(bytemuck::cast_mut(out), _mm512_cvtps_ph::<NEAREST>(weights));
 }
 
 #[inline]

@@ -36,16 +36,11 @@ pub(super) trait Levels {
 /// Numbers of the 64 rows, from the order in which `L` has them.
 #[inline]
 #[target_feature(enable = "avx512f")]
-pub(super) fn in_order_of_rows<L: Levels>(registers: [__m512; 4]) -> [[f32; 16]; 4] {
+pub(super) fn in_order_of_rows<L: Levels>(registers: [__m512; 4]) -> [f32; 64] {
     let mut rows = [[0.0; 16]; 4];
-    for (pair, registers) in rows
-        .as_chunks_mut::<2>()
-        .0
-        .iter_mut()
-        .zip(registers.as_chunks::<2>().0)
-    {
-        let [a, b] = *registers;
-        let (a, b) = (_mm512_castps_pd(a), _mm512_castps_pd(b));
+    let pairs = rows.as_chunks_mut::<2>().0.iter_mut();
+    for (rows, [a, b]) in pairs.zip(registers.as_chunks().0) {
+        let (a, b) = (_mm512_castps_pd(*a), _mm512_castps_pd(*b));
         let [first, second] = match L::IN_TURN {
             false => [a, b],
             true => [
@@ -53,51 +48,13 @@ pub(super) fn in_order_of_rows<L: Levels>(registers: [__m512; 4]) -> [[f32; 16];
                 _mm512_permutex2var_pd(a, _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15), b),
             ],
         };
-        *pair = [
+        *rows = [
             to_array(_mm512_castpd_ps(first)),
             to_array(_mm512_castpd_ps(second)),
         ];
     }
-    rows
+    bytemuck::cast(rows)
 }
-
-/// Evaluates the second expression with the [`Levels`] of a strip.
-macro_rules! with_levels {
-    ($strip:expr, $levels:ident => $call:expr) => {{
-        macro_rules! with {
-            ($new:expr) => {{
-                let $levels = $new;
-                $call
-            }};
-        }
-        match $strip.codes {
-            Codes::Bytes(codes) => with!(levels::Bytes::new(codes)),
-            Codes::Nibbles(codes, codebook) => with!(levels::Nibbles::new(codes, codebook)),
-            Codes::Kept {
-                bitmap,
-                codes,
-                codebook,
-            } => match codebook {
-                None => with!(levels::Kept::<false>::new(bitmap, codes, &[0; 16])),
-                Some(codebook) => with!(levels::Kept::<true>::new(bitmap, codes, codebook)),
-            },
-            Codes::Trellis {
-                k,
-                stream,
-                shift_table: shifts,
-                level_table: table,
-            } => match (k, table.len() > 128) {
-                (2, false) => with!(levels::Trellis::<2, 2, false>::new(stream, shifts, table)),
-                (2, true) => with!(levels::Trellis::<2, 2, true>::new(stream, shifts, table)),
-                (3, false) => with!(levels::Trellis::<3, 2, false>::new(stream, shifts, table)),
-                (3, true) => with!(levels::Trellis::<3, 2, true>::new(stream, shifts, table)),
-                (_, false) => with!(levels::Trellis::<4, 1, false>::new(stream, shifts, table)),
-                (_, true) => with!(levels::Trellis::<4, 1, true>::new(stream, shifts, table)),
-            },
-        }
-    }};
-}
-pub(super) use with_levels;
 
 /// `q8`.
 pub(super) struct Bytes<'a>(&'a [u8]);
@@ -165,23 +122,30 @@ impl Levels for Nibbles<'_> {
     }
 }
 
+/// Bytes for the codes of the last words, and any others after them.
+pub(super) const END: usize = 512;
+
 /// `s8`, or with `NIBBLES` `s4`.
 pub(super) struct Kept<'a, const NIBBLES: bool> {
     bitmap: &'a [[u8; 8]],
     codes: &'a [u8],
     codebook: __m512i,
-    /// For the codes of the last words.
-    end: [u8; 512],
+    end: &'a mut [u8; END],
 }
 
 impl<'a, const NIBBLES: bool> Kept<'a, NIBBLES> {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi2,popcnt")]
-    pub(super) fn new(bitmap: &'a [[u8; 8]], codes: &'a [u8], codebook: &[i8; 16]) -> Self {
+    pub(super) fn new(
+        bitmap: &'a [[u8; 8]],
+        codes: &'a [u8],
+        codebook: &[i8; 16],
+        end: &'a mut [u8; END],
+    ) -> Self {
         Self {
             bitmap,
             codes,
             codebook: codebook_register(codebook),
-            end: [0; 512],
+            end,
         }
     }
 }
@@ -195,7 +159,7 @@ impl<const NIBBLES: bool> Levels for Kept<'_, NIBBLES> {
             if let Some((words, rest)) = self.bitmap.split_first_chunk::<8>() {
                 self.bitmap = rest;
                 prefetch(words.as_flattened(), AHEAD);
-                let codes = window(self.codes, &mut self.end);
+                let codes = window(self.codes, self.end);
                 let mut at = 0;
                 for (i, word) in words.iter().enumerate() {
                     let kept = u64::from_le_bytes(*word);
@@ -234,21 +198,20 @@ fn in_order(codes: __m256i) -> __m512i {
     _mm512_and_si512(pairs, _mm512_set1_epi8(15))
 }
 
-/// `t2`, `t3` and `t4`. With more than 128 levels `WIDE` has to be true; `TOGETHER` is how many eights of weights
-/// are cut from a word of 64 bits, 2 where they fit.
-pub(super) struct Trellis<'a, const K: usize, const TOGETHER: usize, const WIDE: bool> {
+/// `t2`, `t3` and `t4`. With more than 128 levels `WIDE` has to be true.
+pub(super) struct Trellis<'a, const K: usize, const WIDE: bool> {
     stream: &'a [u8],
     decoder: Decoder<WIDE>,
     /// For the last bytes of the stream.
     end: [u8; 320],
 }
 
-impl<'a, const K: usize, const TOGETHER: usize, const WIDE: bool> Trellis<'a, K, TOGETHER, WIDE> {
+impl<'a, const K: usize, const WIDE: bool> Trellis<'a, K, WIDE> {
     #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
     pub(super) fn new(stream: &'a [u8], shift_table: &[u8; 64], level_table: &[i8]) -> Self {
         Self {
             stream,
-            decoder: Decoder::new::<K, TOGETHER>(shift_table, level_table),
+            decoder: Decoder::new::<K>(shift_table, level_table),
             end: [0; 320],
         }
     }
@@ -280,6 +243,11 @@ struct Cut {
     high: __m512i,
 }
 
+/// How many eights of weights are cut from a word of 64 bits: two, if the last state ends in it.
+const fn together(k: usize) -> usize {
+    if 15 * k + STATE_BITS <= 64 { 2 } else { 1 }
+}
+
 /// Byte `j` of word `i` is `step_of_word * i + step_of_byte * j + first`.
 const fn places(step_of_word: usize, step_of_byte: usize, first: usize) -> [u8; 64] {
     let mut places = [0; 64];
@@ -294,17 +262,14 @@ const fn places(step_of_word: usize, step_of_byte: usize, first: usize) -> [u8; 
 impl<const WIDE: bool> Decoder<WIDE> {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw")]
-    fn new<const K: usize, const TOGETHER: usize>(
-        shift_table: &[u8; 64],
-        level_table: &[i8],
-    ) -> Self {
+    fn new<const K: usize>(shift_table: &[u8; 64], level_table: &[i8]) -> Self {
         let table: &[u8] = bytemuck::cast_slice(level_table);
         let mut levels = [_mm512_setzero_si512(); 4];
         for (i, levels) in levels.iter_mut().enumerate() {
             *levels = biased(load_at(table, 64 * i));
         }
         Self {
-            spread: load(const { &places(K * TOGETHER, 1, 0) }),
+            spread: load(const { &places(K * together(K), 1, 0) }),
             cuts: [
                 Cut {
                     low: load(const { &places(0, K, 0) }),
@@ -347,16 +312,8 @@ impl<const WIDE: bool> Decoder<WIDE> {
     }
 }
 
-impl<const K: usize, const TOGETHER: usize, const WIDE: bool> Levels
-    for Trellis<'_, K, TOGETHER, WIDE>
-{
-    const IN_TURN: bool = {
-        assert!(
-            (8 * TOGETHER - 1) * K + STATE_BITS <= 64,
-            "the last state ends in the word"
-        );
-        TOGETHER == 2
-    };
+impl<const K: usize, const WIDE: bool> Levels for Trellis<'_, K, WIDE> {
+    const IN_TURN: bool = together(K) == 2;
 
     #[inline(always)]
     fn next(&mut self) -> [Tile; 2] {
@@ -367,10 +324,10 @@ impl<const K: usize, const TOGETHER: usize, const WIDE: bool> Levels
             for line in (0..64 * K).step_by(64) {
                 prefetch(stream, line + AHEAD);
             }
-            for i in (0..8).step_by(TOGETHER) {
+            for i in (0..8).step_by(together(K)) {
                 let bytes = stream[i * 8 * K..].first_chunk();
                 let words = self.decoder.words(bytes.expect("64 bytes of 320"));
-                for (j, cut) in self.decoder.cuts[..TOGETHER].iter().enumerate() {
+                for (j, cut) in self.decoder.cuts[..together(K)].iter().enumerate() {
                     tiles[i / 4][(i + j) % 4] = self.decoder.levels(words, *cut);
                 }
             }

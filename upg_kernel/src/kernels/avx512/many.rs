@@ -1,38 +1,14 @@
 //! Packed weights times many vectors.
-//!
-//! A panel has the tiles of a strip, decoded once for all vectors.
 
-use super::levels::{self, Levels, with_levels};
+use super::levels::{self, Levels};
 use super::*;
-
-/// Columns of a tile.
-const TILE: usize = 4;
+use crate::kernels::many::{self, Decoded, Many, Panel, Rows, TILES};
 
 /// Registers of a tile.
 const QUARTERS: usize = 4;
 
-/// Blocks of columns that are decoded at once: a panel of 128 KiB, and what it is multiplied with, stay in the
-/// L2 cache.
-const BLOCKS: usize = 32;
-
-/// Vectors that are multiplied together: 24 registers hold their sums.
-const TOGETHER: usize = 6;
-
 /// Four columns of 64 rows, as `level + 128`.
 type Quad = [[u8; 64]; QUARTERS];
-
-/// The quads of a block.
-const QUADS: usize = GROUP / TILE;
-
-/// Memory for a panel.
-#[derive(Debug, Default)]
-pub(crate) struct Panel {
-    quads: Vec<Quad>,
-    /// The primes of a group: `[groups, 64]`.
-    factors: Vec<[[f32; 16]; QUARTERS]>,
-    /// Of each vector: `[n, 64]`.
-    sums: Vec<[[f32; 16]; QUARTERS]>,
-}
 
 /// `out [n, rows]`: every row times every vector.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,popcnt")]
@@ -42,68 +18,45 @@ pub(super) fn multiply(
     panel: &mut Panel,
     out: &mut [f32],
 ) {
-    with_levels!(strip, levels => multiply_levels(levels, &strip, vectors, panel, out));
+    with_levels!(strip, levels => many::multiply(Multiplier(levels), &strip, vectors, panel, out));
 }
 
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,popcnt")]
-fn multiply_levels<L: Levels>(
-    mut levels: L,
-    strip: &Strip<'_>,
-    vectors: &[Activations],
-    panel: &mut Panel,
-    out: &mut [f32],
-) {
-    let rows = strip.scales.len();
-    assert_eq!(vectors.len() * rows, out.len());
-    let Panel {
-        quads,
-        factors,
-        sums,
-    } = panel;
-    sums.clear();
-    sums.resize(vectors.len(), [[0.0; 16]; QUARTERS]);
-    let all = strip.cols.div_ceil(TILE);
-    let (indices, group) = match strip.primes {
-        Primes::Groups { indices, cols } => (indices, cols),
-        Primes::Rows(_) => (&[][..], GROUP),
-    };
-    for first in (0..all).step_by(BLOCKS * QUADS) {
-        let tiles = first..all.min(first + BLOCKS * QUADS);
-        decode(&mut levels, tiles.len(), quads);
-        factors.clear();
-        let groups = indices.iter().skip(first * TILE / group);
-        let groups_of_panel = quads.len() * TILE / group;
-        factors.extend(groups.take(groups_of_panel).map(|indices| primes(indices)));
-        // Those of rows come later; past the last group all sums are 0.
-        factors.resize(groups_of_panel, [[1.0; 16]; QUARTERS]);
-        let block = first / QUADS;
-        let together = vectors.chunks(TOGETHER).zip(sums.chunks_mut(TOGETHER));
-        for (vectors, sums) in together {
-            let of_panel = (&quads[..], &factors[..]);
-            match vectors.len() {
-                1 => multiply_panel::<1>(of_panel, vectors, block, sums),
-                2 => multiply_panel::<2>(of_panel, vectors, block, sums),
-                3 => multiply_panel::<3>(of_panel, vectors, block, sums),
-                4 => multiply_panel::<4>(of_panel, vectors, block, sums),
-                5 => multiply_panel::<5>(of_panel, vectors, block, sums),
-                _ => multiply_panel::<TOGETHER>(of_panel, vectors, block, sums),
-            }
-        }
+/// The kernels for some levels. Those exist only where the processor has the features.
+struct Multiplier<L>(L);
+
+impl<L: Levels> Many for Multiplier<L> {
+    const TILE: usize = size_of::<Quad>();
+    /// 128 KiB.
+    const BLOCKS: usize = 32;
+
+    fn decode(&mut self, tiles: usize, levels: &mut [u8]) {
+        // SAFETY: `self` proves that the processor has the features, also below.
+        unsafe { decode(&mut self.0, tiles, bytemuck::cast_slice_mut(levels)) }
     }
-    for (sums, out) in sums.iter().zip(out.chunks_exact_mut(rows.max(1))) {
-        let mut registers = [_mm512_setzero_ps(); QUARTERS];
-        for (register, sums) in registers.iter_mut().zip(sums) {
-            *register = load_f32(sums);
-        }
-        let rows = levels::in_order_of_rows::<L>(registers);
-        strip.put_rows(bytemuck::cast_ref(&rows), out);
+
+    fn primes(&self, indices: &[u8; 64]) -> Rows {
+        // SAFETY: as above.
+        unsafe { primes(indices) }
+    }
+
+    fn in_order(&self, sums: &Rows) -> Rows {
+        // SAFETY: as above.
+        unsafe { in_order::<L>(sums) }
+    }
+
+    fn add<const T: usize>(
+        &self,
+        decoded: Decoded<'_>,
+        vectors: &[Activations; T],
+        sums: &mut [Rows; T],
+    ) {
+        // SAFETY: as above.
+        unsafe { add(decoded, vectors, sums) }
     }
 }
 
-/// The next so many tiles, and some to fill up the last block of columns.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,popcnt")]
-fn decode<L: Levels>(levels: &mut L, tiles: usize, quads: &mut Vec<Quad>) {
-    quads.resize(tiles.next_multiple_of(QUADS), [[0; 64]; QUARTERS]);
+fn decode<L: Levels>(levels: &mut L, tiles: usize, quads: &mut [Quad]) {
     let (pairs, _) = quads.as_chunks_mut::<2>();
     // What is past the last pair is multiplied with zeros.
     for pair in &mut pairs[..tiles.div_ceil(2)] {
@@ -116,51 +69,56 @@ fn decode<L: Levels>(levels: &mut L, tiles: usize, quads: &mut Vec<Quad>) {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn primes(indices: &[u8; 64]) -> [[f32; 16]; QUARTERS] {
+fn primes(indices: &[u8; 64]) -> Rows {
     let mut primes = [[0.0; 16]; QUARTERS];
     for (primes, register) in primes.iter_mut().zip(primes_of(indices)) {
         *primes = to_array(register);
     }
-    primes
+    bytemuck::cast(primes)
 }
 
-/// Adds the products of a panel, whose first block is `first`, with `T` vectors to their sums.
+#[target_feature(enable = "avx512f")]
+fn in_order<L: Levels>(sums: &Rows) -> Rows {
+    let sums: &[[f32; 16]; QUARTERS] = bytemuck::cast_ref(sums);
+    let mut registers = [_mm512_setzero_ps(); QUARTERS];
+    for (register, sums) in registers.iter_mut().zip(sums) {
+        *register = load_f32(sums);
+    }
+    levels::in_order_of_rows::<L>(registers)
+}
+
+/// [`Many::add`]. 24 registers hold the sums of six vectors.
 #[target_feature(enable = "avx512f,avx512vnni")]
-fn multiply_panel<const T: usize>(
-    (quads, factors): (&[Quad], &[[[f32; 16]; QUARTERS]]),
-    vectors: &[Activations],
-    first: usize,
-    sums: &mut [[[f32; 16]; QUARTERS]],
-) {
-    let vectors: &[Activations; T] = vectors.first_chunk().expect("as many vectors as asked for");
-    let sums: &mut [[[f32; 16]; QUARTERS]; T] =
-        sums.first_chunk_mut().expect("sums of every vector");
-    let per_group = quads.len() / factors.len();
-    for (group, (quads, factors)) in quads.chunks_exact(per_group).zip(factors).enumerate() {
+fn add<const T: usize>(decoded: Decoded<'_>, vectors: &[Activations; T], sums: &mut [Rows; T]) {
+    let quads: &[Quad] = bytemuck::cast_slice(decoded.levels);
+    let per_group = quads.len() / decoded.factors.len();
+    let groups = quads.chunks_exact(per_group).zip(decoded.factors);
+    for (group, (quads, factors)) in groups.enumerate() {
+        let factors: &[[f32; 16]; QUARTERS] = bytemuck::cast_ref(factors);
         let at = group * per_group;
-        let block = first + at / QUADS;
+        let block = decoded.first + at / TILES;
         let x: [&Block; T] = std::array::from_fn(|t| &vectors[t].blocks[block]);
         // The quads of a group of 32 are one half of a block.
-        let half = at % QUADS;
+        let half = at % TILES;
         let mut products = [[_mm512_setzero_si512(); QUARTERS]; T];
-        let planes: [&[i32; QUADS]; T] = std::array::from_fn(|t| bytemuck::cast_ref(&x[t].high));
+        let planes: [&[i32; TILES]; T] = std::array::from_fn(|t| bytemuck::cast_ref(&x[t].high));
         add_quads(quads, planes, half, &mut products);
         for t in 0..T {
             let offsets = &vectors[t].offsets[block];
             let offset = match per_group {
-                QUADS => offsets[0] + offsets[1],
-                _ => offsets[half / (QUADS / 2)],
+                TILES => offsets[0] + offsets[1],
+                _ => offsets[half / (TILES / 2)],
             };
             let offset = _mm512_set1_epi32(offset);
             for product in &mut products[t] {
                 *product = _mm512_add_epi32(_mm512_slli_epi32::<7>(*product), offset);
             }
         }
-        let planes: [&[i32; QUADS]; T] = std::array::from_fn(|t| bytemuck::cast_ref(&x[t].low));
+        let planes: [&[i32; TILES]; T] = std::array::from_fn(|t| bytemuck::cast_ref(&x[t].low));
         add_quads(quads, planes, half, &mut products);
         for t in 0..T {
             let scale = _mm512_set1_ps(vectors[t].scales[block]);
-            let sums = &mut sums[t];
+            let sums: &mut [[f32; 16]; QUARTERS] = bytemuck::cast_mut(&mut sums[t]);
             for quarter in 0..QUARTERS {
                 let factor = _mm512_mul_ps(load_f32(&factors[quarter]), scale);
                 let product = _mm512_cvtepi32_ps(products[t][quarter]);
@@ -176,7 +134,7 @@ fn multiply_panel<const T: usize>(
 #[target_feature(enable = "avx512f,avx512vnni")]
 fn add_quads<const T: usize>(
     quads: &[Quad],
-    planes: [&[i32; QUADS]; T],
+    planes: [&[i32; TILES]; T],
     half: usize,
     products: &mut [[__m512i; QUARTERS]; T],
 ) {
@@ -189,7 +147,7 @@ fn add_quads<const T: usize>(
             load(&quad[3]),
         ];
         for t in 0..T {
-            let x = _mm512_set1_epi32(planes[t][(half + i) % QUADS]);
+            let x = _mm512_set1_epi32(planes[t][(half + i) % TILES]);
             for quarter in 0..QUARTERS {
                 sums[t][quarter] = _mm512_dpbusd_epi32(sums[t][quarter], levels[quarter], x);
             }

@@ -1,6 +1,6 @@
 //! A strip times a vector.
 
-use super::levels::{self, Levels, with_levels};
+use super::levels::{self, Levels};
 use super::*;
 use crate::kernels::views::PAIRS;
 
@@ -24,7 +24,7 @@ fn multiply_levels<L: Levels>(mut levels: L, strip: &Strip<'_>, x: &Activations,
         }
     }
     let rows = levels::in_order_of_rows::<L>(sums);
-    strip.put_rows(bytemuck::cast_ref(&rows), out);
+    strip.put_rows(&rows, out);
 }
 
 /// The sums of the products of some pairs of tiles with their columns of a block. Exact.

@@ -66,27 +66,35 @@ impl Memory {
         let out = out.chunks_exact_mut(strip.cols);
         for (i, (levels, out)) in rows.zip(out).enumerate() {
             let row = Row { levels, strip, i };
-            let mut put = |out: &mut [T]| match rotation {
-                None => put_row::<W, T>(proof, row, out),
-                Some(rotation) => {
-                    let turned = numbers(turned, strip.cols);
-                    W::put_turned(proof, row, rotation, turned, out);
-                }
-            };
             if streamed {
-                let row = numbers(rounded, strip.cols);
-                put(row);
-                stream::<W>(
-                    proof,
-                    bytemuck::cast_slice(row),
-                    bytemuck::cast_slice_mut(out),
-                );
+                let rounded = numbers(rounded, strip.cols);
+                put::<W, T>(proof, row, rotation, turned, rounded);
+                let (from, to) = (bytemuck::cast_slice(rounded), bytemuck::cast_slice_mut(out));
+                stream::<W>(proof, from, to);
             } else {
-                put(out);
+                put::<W, T>(proof, row, rotation, turned, out);
             }
         }
         if streamed {
             W::end_stream(proof);
+        }
+    }
+}
+
+/// The weights of a row, turned back if there is a rotation.
+#[inline(always)]
+fn put<W: Weights, T: Element>(
+    proof: W::Proof,
+    row: Row<'_>,
+    rotation: Option<&Rotation>,
+    turned: &mut Vec<Line>,
+    out: &mut [T],
+) {
+    match rotation {
+        None => put_row::<W, T>(proof, row, out),
+        Some(rotation) => {
+            let turned = numbers(turned, row.strip.cols);
+            W::put_turned(proof, row, rotation, turned, out);
         }
     }
 }

@@ -11,8 +11,9 @@ mod trellis;
 
 use super::activations::{Activations, Block, GROUP};
 use super::lanes::Lanes;
+use super::sparse::Entries;
 use super::views::{Codes, Strip};
-use super::{attention, scalar};
+use super::{attention, scalar, sparse};
 use crate::prime_lut::PRIME_LUT;
 use half::f16;
 use std::arch::x86_64::*;
@@ -53,6 +54,16 @@ impl Avx2 {
     pub(crate) fn hadamard(self, x: &mut [f32]) {
         // SAFETY: as above.
         unsafe { hadamard(x) }
+    }
+
+    /// As [`sparse::dot`].
+    pub(crate) fn dot_entries(self, entries: Entries<'_>, x: &[f32]) -> f32 {
+        #[target_feature(enable = "avx2,fma")]
+        fn compiled(proof: Avx2, entries: Entries<'_>, x: &[f32]) -> f32 {
+            sparse::dot::<Registers>(proof, entries, x)
+        }
+        // SAFETY: `self` proves that the processor has the features.
+        unsafe { compiled(self, entries, x) }
     }
 
     /// As [`attention::attend`].

@@ -10,9 +10,11 @@ mod levels;
 mod many;
 mod product;
 mod quantize;
+mod sparse;
 
 use super::activations::{Activations, Block, GROUP};
 use super::lanes::Lanes;
+use super::sparse::Entries;
 use super::views::{Codes, Primes, Strip};
 use super::{attention, scalar};
 use crate::prime_lut::PRIME_LUT;
@@ -81,6 +83,18 @@ impl Avx512 {
     ) {
         // SAFETY: as above.
         unsafe { decode::decode(self, strip, rotation, out) }
+    }
+
+    /// As [`super::sparse::decode`].
+    pub(crate) fn decode_entries<T: Element>(self, entries: Entries<'_>, out: &mut [T]) {
+        // SAFETY: as above.
+        unsafe { sparse::decode(self, entries, out) }
+    }
+
+    /// As [`super::sparse::dot`] to rounding.
+    pub(crate) fn dot_entries(self, entries: Entries<'_>, x: &[f32]) -> f32 {
+        // SAFETY: as above.
+        unsafe { sparse::dot(entries, x) }
     }
 
     /// [`bf16::from_f32`] of each, into as many.

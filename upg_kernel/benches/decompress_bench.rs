@@ -11,7 +11,7 @@
 
 mod common;
 
-use common::{PACKED, noise};
+use common::{PACKED, SPARSE};
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main};
 use half::{bf16, f16};
@@ -19,7 +19,6 @@ use rayon::prelude::*;
 use std::collections::BTreeMap;
 use std::path::Path;
 use upg_kernel::format::{Encoding, FileWriter, LayerInfo, header_capacity};
-use upg_kernel::sparse::MdCSRMatrix;
 use upg_kernel::{Matrix, UPGDecompressor, WeightFloat};
 
 /// Fused query, key and value of Phi-4; 79 MB as BF16.
@@ -33,17 +32,10 @@ const CHECKED_ROWS: usize = 70;
 
 const LAYER: &str = "layer";
 
-fn mdcsr(rows: usize, cols: usize) -> Matrix {
-    let weights: Vec<f32> = noise(rows * cols, 12)
-        .into_iter()
-        .map(|b| f32::from(b as i8) * 1e-4)
-        .collect();
-    Matrix::MdCsr(MdCSRMatrix::from_dense(&weights, rows, cols).expect("finite weights"))
-}
-
 /// The one layer of a file with this matrix.
 fn described(name: &str, matrix: &Matrix) -> LayerInfo {
-    let encoding: Encoding = name.parse().expect("the name of an encoding");
+    let encoding = name.split('-').next().map(str::parse::<Encoding>);
+    let encoding = encoding.expect("a name").expect("that of an encoding");
     let mut layer = LayerInfo::new(LAYER, matrix.rows(), matrix.cols(), encoding);
     match matrix {
         Matrix::Grouped(m) => layer.group = Some(m.group()),
@@ -97,10 +89,8 @@ fn one_type<T: WeightFloat + PartialEq>(
 fn decompress(c: &mut Criterion) {
     let folder = tempfile::tempdir().expect("a folder for temporary files");
     let path = folder.path().join("matrix");
-    for name in ["q8", "q4", "s8", "s4", "mdcsr", "t2", "t3", "t4"] {
-        let make = PACKED.iter().find(|(packed, _)| *packed == name);
-        let (rows, cols) = SHAPE;
-        let matrix = make.map_or_else(|| mdcsr(rows, cols), |(_, make)| make(rows, cols).0);
+    for (name, make) in PACKED.into_iter().chain(SPARSE) {
+        let (matrix, _) = make(SHAPE.0, SHAPE.1);
         write(&path, name, &matrix);
         drop(matrix);
         let file = UPGDecompressor::from_safetensors(&path).expect("a file that was just written");

@@ -49,7 +49,7 @@ fn check(matrix: &Matrix, x: &[f32], y: &[f32]) {
 }
 
 fn spmv(c: &mut Criterion) {
-    for (name, make) in common::PACKED {
+    for (name, make) in common::PACKED.into_iter().chain(common::SPARSE) {
         let mut group = c.benchmark_group(name);
         for (rows, cols) in SHAPES {
             let (matrix, bytes) = make(rows, cols);

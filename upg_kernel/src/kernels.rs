@@ -25,7 +25,17 @@ mod many;
 mod neon;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod places;
+#[cfg_attr(
+    not(any(target_arch = "x86_64", target_arch = "aarch64")),
+    allow(dead_code)
+)]
+mod rows;
 pub mod scalar;
+#[cfg_attr(
+    not(any(target_arch = "x86_64", target_arch = "aarch64")),
+    allow(dead_code)
+)]
+pub(crate) mod sparse;
 #[cfg_attr(
     not(any(target_arch = "x86_64", target_arch = "aarch64")),
     allow(dead_code)
@@ -38,6 +48,7 @@ use activations::Activations;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use scalar::Signs;
+use sparse::Entries;
 use std::env::VarError;
 use std::sync::LazyLock;
 use views::Strip;
@@ -243,6 +254,44 @@ impl Kernels {
                 false
             }
         }
+    }
+
+    /// `out [cols]`: row `row` of a strip, as [`crate::matrix::StoredMatrix::decode_rows`] gives it, to the bit.
+    ///
+    /// Panics without [`Kernels::is_integer`], as do the two below.
+    pub(crate) fn decode_row(self, strip: Strip<'_>, row: usize, out: &mut [f32]) {
+        dispatch!(
+            self.0,
+            unreachable!("the reference decodes {strip:?}"),
+            kernels => kernels.decode_row(strip, row, out)
+        )
+    }
+
+    /// Whether entries of `mdcsr` are looked up sixteen at a time, not one by one.
+    pub(crate) fn gathers_entries(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return matches!(self.0, Set::Avx512(_));
+        #[cfg(not(target_arch = "x86_64"))]
+        false
+    }
+
+    /// A row of `mdcsr`, as [`crate::matrix::StoredMatrix::decode_rows`] gives it, to the bit, rounded to nearest, ties to
+    /// even; `out` has its columns.
+    pub(crate) fn decode_entries<T: Float>(self, entries: Entries<'_>, out: &mut [T]) {
+        dispatch!(
+            self.0,
+            unreachable!("the reference decodes {entries:?}"),
+            kernels => kernels.decode_entries(entries, out)
+        )
+    }
+
+    /// [`sparse::dot`], to rounding.
+    pub(crate) fn dot_entries(self, entries: Entries<'_>, x: &[f32]) -> f32 {
+        dispatch!(
+            self.0,
+            unreachable!("the reference decodes {entries:?}"),
+            kernels => kernels.dot_entries(entries, x)
+        )
     }
 
     /// [`bf16::from_f32`] of each, into as many.

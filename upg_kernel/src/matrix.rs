@@ -19,10 +19,12 @@ pub use trellis::{TrellisMatrix, TrellisParts};
 use crate::array::Array;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::rules;
+use crate::kernels::sparse::Entries;
 use crate::kernels::views::Strip;
 use crate::kernels::{Float, Kernels};
 use crate::rotation::Rotation;
 use crate::sparse::MdCSRMatrix;
+use crate::team::Team;
 use product::{Scratch, Write};
 use rayon::prelude::*;
 use strips::STRIP_ROWS;
@@ -72,6 +74,10 @@ pub(crate) trait StoredMatrix: Send + Sync {
     }
     /// Strip `index` in place, for kernels that need no decoded weights; `None` if there is none.
     fn strip(&self, _index: usize) -> Option<Strip<'_>> {
+        None
+    }
+    /// What is stored of a row, for kernels that touch nothing else; `None` where all of it is.
+    fn entries(&self, _row: usize) -> Option<Entries<'_>> {
         None
     }
 }
@@ -150,43 +156,55 @@ impl Matrix {
         Ok(())
     }
 
-    /// Whole rows from `first` on, of which there are some, inside of the matrix; strips of which all rows are
-    /// wanted by a kernel where there is one, past the caches if `streamed`. `scratch` takes rows that are not f32, without one.
+    /// Row `rows[i]` into row `i` of `out` (`[n, cols]`, f32, original basis), of any rows in any order, in parallel.
+    ///
+    /// Every element of `out` is overwritten. Errors: `Argument` if `out` has another length, or a row is past the last
+    /// one; those of [`Kernels::active`].
+    pub fn gather(&self, rows: &[u32], out: &mut [f32]) -> Result<()> {
+        let cols = self.cols();
+        let past = rows.iter().find(|&&row| row as usize >= self.rows());
+        if past.is_some() || rows.len().checked_mul(cols) != Some(out.len()) {
+            return Err(Error::new(
+                ErrorKind::Argument,
+                format!(
+                    "{} values for {} rows of [{}, {cols}]{}",
+                    out.len(),
+                    rows.len(),
+                    self.rows(),
+                    past.map_or(String::new(), |row| format!(", one of them number {row}"))
+                ),
+            ));
+        }
+        if out.is_empty() {
+            return Ok(());
+        }
+        let kernels = Kernels::active()?;
+        Team::global().chunks(out, cols, |i, out| {
+            self.decode(kernels, rows[i] as usize, false, out, &mut Vec::new());
+        });
+        Ok(())
+    }
+
+    /// Whole rows from `first` on, of which there are some, inside of the matrix; by kernels where there are some for
+    /// them, which write past the caches if `streamed`. `scratch` takes rows that are not f32, without one.
     pub(crate) fn decode<T: Float>(
         &self,
         kernels: Kernels,
-        mut first: usize,
+        first: usize,
         streamed: bool,
-        mut out: &mut [T],
+        out: &mut [T],
         scratch: &mut Vec<f32>,
     ) {
         let stored = self.stored();
-        let (cols, rotation) = (stored.cols(), stored.rotation());
-        let by_row = |first: usize, out: &mut [f32]| {
-            stored.decode_rows(first, out);
-            if let Some(rotation) = rotation {
-                let rows = out.chunks_exact_mut(cols);
-                rows.for_each(|row| rotation.invert_with(kernels, row));
-            }
-        };
-        while !out.is_empty() {
-            let rows = STRIP_ROWS - first % STRIP_ROWS;
-            let (now, rest) = out.split_at_mut(out.len().min(rows * cols));
-            let strip = stored.strip(first / STRIP_ROWS);
-            let whole = strip.filter(|strip| strip.scales.len() * cols == now.len());
-            if !whole.is_some_and(|strip| kernels.decode(strip, rotation, streamed, now)) {
-                match T::as_f32(now) {
-                    Some(now) => by_row(first, now),
-                    None => {
-                        scratch.resize(now.len(), 0.0);
-                        by_row(first, &mut scratch[..now.len()]);
-                        T::round(kernels, &scratch[..now.len()], now);
-                    }
-                }
-            }
-            first += rows;
-            out = rest;
-        }
+        decode(
+            stored,
+            kernels,
+            stored.rotation(),
+            first,
+            streamed,
+            out,
+            scratch,
+        );
     }
 
     /// The whole matrix `[rows, cols]` in f32, original basis. Allocates 4 bytes per weight.
@@ -229,8 +247,8 @@ impl Matrix {
     /// [`Matrix::spmm`] into the caller's `out [n, rows]`; every element is overwritten.
     ///
     /// With few vectors, and kernels for it ([`Kernels::active`]), packed weights are multiplied as they
-    /// are with activations rounded to 14 bits; else rows are decoded 64 at a time, once for all `n`
-    /// vectors. `docs/numerics.md` says what each way adds to the error. In parallel; the result does not
+    /// are with activations rounded to 14 bits, and `mdcsr` entry by entry in f32; else rows are decoded 64 at a
+    /// time, once for all `n` vectors. `docs/numerics.md` says what each way adds to the error. In parallel; the result does not
     /// depend on the number of threads. Scratch: 3 bytes per column and vector or 256 bytes per column and
     /// thread, and 4 more per column and vector where the input is rotated.
     ///
@@ -239,3 +257,64 @@ impl Matrix {
         product::multiply([Some(self)], x, n, Write::Set, &mut Scratch::default(), out)
     }
 }
+
+/// [`Matrix::decode`], turned back if there is a rotation.
+pub(crate) fn decode<T: Float>(
+    stored: &dyn StoredMatrix,
+    kernels: Kernels,
+    rotation: Option<&Rotation>,
+    mut first: usize,
+    streamed: bool,
+    mut out: &mut [T],
+    scratch: &mut Vec<f32>,
+) {
+    let cols = stored.cols();
+    // Without gathers, entry by entry is as fast where rows are not rounded.
+    let by_entries = kernels.gathers_entries() || kernels.is_integer() && size_of::<T>() < 4;
+    if by_entries && stored.entries(first).is_some() {
+        for (row, out) in (first..).zip(out.chunks_exact_mut(cols)) {
+            let entries = stored.entries(row).expect("as the first row has");
+            kernels.decode_entries(entries, out);
+        }
+        return;
+    }
+    let by_row = |first: usize, strip: Option<Strip<'_>>, out: &mut [f32]| {
+        match strip.filter(|_| kernels.is_integer()) {
+            None => stored.decode_rows(first, out),
+            Some(strip) => {
+                for (row, out) in (first % STRIP_ROWS..).zip(out.chunks_exact_mut(cols)) {
+                    kernels.decode_row(strip, row, out);
+                }
+            }
+        }
+        if let Some(rotation) = rotation {
+            let rows = out.chunks_exact_mut(cols);
+            rows.for_each(|row| rotation.invert_with(kernels, row));
+        }
+    };
+    while !out.is_empty() {
+        let rows = STRIP_ROWS - first % STRIP_ROWS;
+        let (now, rest) = out.split_at_mut(out.len().min(rows * cols));
+        let strip = stored.strip(first / STRIP_ROWS);
+        let is_whole = |strip: &Strip<'_>| strip.scales.len() * cols == now.len();
+        let (whole, part) = (
+            strip.filter(is_whole),
+            strip.filter(|strip| !is_whole(strip)),
+        );
+        if !whole.is_some_and(|strip| kernels.decode(strip, rotation, streamed, now)) {
+            match T::as_f32(now) {
+                Some(now) => by_row(first, part, now),
+                None => {
+                    scratch.resize(now.len(), 0.0);
+                    by_row(first, part, &mut scratch[..now.len()]);
+                    T::round(kernels, &scratch[..now.len()], now);
+                }
+            }
+        }
+        first += rows;
+        out = rest;
+    }
+}
+
+#[cfg(test)]
+mod tests;

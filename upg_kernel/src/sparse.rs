@@ -8,6 +8,7 @@
 use crate::array::Array;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::rules;
+use crate::kernels::sparse::Entries;
 use crate::matrix::{StoredMatrix, checked_scales, weight};
 use crate::prime_lut::{LARGEST_PRIME, PRIME_COUNT, PRIME_LUT};
 use rayon::prelude::*;
@@ -76,7 +77,7 @@ impl MdCSRMatrix {
     fn check_columns(&self, row: usize) -> Result<()> {
         let invalid = |message| Err(Error::new(ErrorKind::Invalid, message).rule(rules::COLUMNS));
         let mut column = 0;
-        for (i, &delta) in self.arrays.delta_indices[self.entries(row)]
+        for (i, &delta) in self.arrays.delta_indices[self.range(row)]
             .iter()
             .enumerate()
         {
@@ -239,13 +240,13 @@ impl MdCSRMatrix {
         Ok((0..self.rows).into_par_iter().map(dot).collect())
     }
 
-    fn entries(&self, row: usize) -> std::ops::Range<usize> {
+    fn range(&self, row: usize) -> std::ops::Range<usize> {
         self.arrays.row_pointers[row] as usize..self.arrays.row_pointers[row + 1] as usize
     }
 
     /// The entries of a row as `(column, weight)`.
     fn row(&self, row: usize) -> impl Iterator<Item = (usize, f32)> {
-        let range = self.entries(row);
+        let range = self.range(row);
         let scale = self.arrays.scales[row];
         let mut column = 0;
         self.arrays.delta_indices[range.clone()]
@@ -260,6 +261,16 @@ impl MdCSRMatrix {
 }
 
 impl StoredMatrix for MdCSRMatrix {
+    fn entries(&self, row: usize) -> Option<Entries<'_>> {
+        let range = self.range(row);
+        Some(Entries {
+            scale: self.arrays.scales[row],
+            values: &self.arrays.values[range.clone()],
+            deltas: &self.arrays.delta_indices[range.clone()],
+            primes: &self.arrays.prime_indices[range],
+        })
+    }
+
     fn rows(&self) -> usize {
         self.rows
     }

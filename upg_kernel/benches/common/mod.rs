@@ -8,6 +8,7 @@ use upg_kernel::matrix::{
     WORD,
 };
 use upg_kernel::rotation::Rotation;
+use upg_kernel::sparse::{MdCSRArrays, MdCSRMatrix};
 use upg_kernel::{Array, Matrix};
 
 /// Share of kept weights in `s8` and `s4`.
@@ -25,6 +26,14 @@ pub const PACKED: [(&str, Make); 7] = [
     ("t4", |rows, cols| trellis(rows, cols, 4)),
     ("s8", |rows, cols| bitmap(rows, cols, false)),
     ("s4", |rows, cols| bitmap(rows, cols, true)),
+];
+
+/// `mdcsr`, by the percentage of stored weights.
+pub const SPARSE: [(&str, Make); 4] = [
+    ("mdcsr-100", |rows, cols| sparse(rows, cols, 100)),
+    ("mdcsr-50", |rows, cols| sparse(rows, cols, 50)),
+    ("mdcsr-10", |rows, cols| sparse(rows, cols, 10)),
+    ("mdcsr-2", |rows, cols| sparse(rows, cols, 2)),
 ];
 
 /// A plain sequence of pseudo-random bytes (xorshift), eight at a time.
@@ -142,4 +151,40 @@ fn trellis(rows: usize, cols: usize, k: u8) -> (Matrix, usize) {
     };
     let m = TrellisMatrix::new(rows, cols, k, parts).expect("fitting parts");
     (Matrix::Trellis(m), bytes)
+}
+
+/// Columns are stored or not by chance.
+fn sparse(rows: usize, cols: usize, percent: u8) -> (Matrix, usize) {
+    let (mut deltas, mut row_pointers) = (Vec::new(), vec![0]);
+    // Some bits of a word each: a byte would not do for a percentage.
+    let mut x = 12u64;
+    let mut is_stored = || {
+        x ^= x << 13;
+        x ^= x >> 7;
+        x ^= x << 17;
+        (x >> 32) * 100 < u64::from(percent) << 32
+    };
+    for _ in 0..rows {
+        let mut last = 0;
+        for column in 0..cols {
+            if is_stored() || column - last == 255 {
+                deltas.push((column - last) as u8);
+                last = column;
+            }
+        }
+        row_pointers.push(deltas.len() as u32);
+    }
+    let nnz = deltas.len();
+    let primes: Vec<u16> = (noise(2 * nnz, 13).as_chunks().0.iter())
+        .map(|pair| u16::from_le_bytes(*pair) % 10_000)
+        .collect();
+    let arrays = MdCSRArrays {
+        values: signed(noise(nnz, 14)),
+        delta_indices: deltas.into(),
+        row_pointers: row_pointers.into(),
+        prime_indices: primes.into(),
+        scales: ones(rows),
+    };
+    let m = MdCSRMatrix::new(rows, cols, arrays).expect("columns inside of the matrix");
+    (Matrix::MdCsr(m), 4 * nnz + 8 * rows + 4)
 }

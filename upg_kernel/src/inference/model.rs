@@ -132,8 +132,7 @@ impl Model {
     fn embed(&self, tokens: &[u32], x: &mut Vec<f32>) -> Result<()> {
         let hidden = self.config.hidden_size;
         x.resize(tokens.len() * hidden, 0.0);
-        let mut rows = x.chunks_exact_mut(hidden).zip(tokens);
-        rows.try_for_each(|(row, &token)| self.weights.embedding.rows_into(token as usize, row))
+        self.weights.embedding.gather(tokens, x)
     }
 
     /// `x += o_proj(attention(norm(x)))`.

@@ -18,6 +18,7 @@ use super::decode::Element;
 use super::lanes::Lanes;
 use super::many::Panel;
 use super::scalar::Signs;
+use super::sparse::{self, Entries};
 use super::views::{Codes, Strip, with_levels};
 use crate::prime_lut::PRIME_LUT;
 use crate::rotation::Rotation;
@@ -104,6 +105,16 @@ impl Avx2 {
     pub(crate) fn to_f16(self, x: &[f32], out: &mut [f16]) {
         // SAFETY: as above.
         unsafe { decode::to_f16(x, out) }
+    }
+
+    /// As [`sparse::dot`].
+    pub(crate) fn dot_entries(self, entries: Entries<'_>, x: &[f32]) -> f32 {
+        #[target_feature(enable = "avx2,fma")]
+        fn compiled(proof: Avx2, entries: Entries<'_>, x: &[f32]) -> f32 {
+            sparse::dot::<Registers>(proof, entries, x)
+        }
+        // SAFETY: `self` proves that the processor has the features.
+        unsafe { compiled(self, entries, x) }
     }
 
     /// As [`attention::attend`].

@@ -10,12 +10,14 @@ mod levels;
 mod many;
 mod product;
 mod quantize;
+mod sparse;
 
 use super::activations::{Activations, Block, GROUP};
 use super::decode::Element;
 use super::lanes::Lanes;
 use super::many::Panel;
 use super::scalar::Signs;
+use super::sparse::Entries;
 use super::views::{Codes, Strip, with_levels};
 use super::{attention, scalar};
 use crate::prime_lut::PRIME_LUT;
@@ -94,6 +96,18 @@ impl Avx512 {
     ) {
         // SAFETY: as above.
         unsafe { decode::decode(self, strip, rotation, streamed, out) }
+    }
+
+    /// As [`super::sparse::decode`].
+    pub(crate) fn decode_entries<T: Element>(self, entries: Entries<'_>, out: &mut [T]) {
+        // SAFETY: as above.
+        unsafe { sparse::decode(self, entries, out) }
+    }
+
+    /// As [`super::sparse::dot`] to rounding.
+    pub(crate) fn dot_entries(self, entries: Entries<'_>, x: &[f32]) -> f32 {
+        // SAFETY: as above.
+        unsafe { sparse::dot(entries, x) }
     }
 
     /// [`bf16::from_f32`] of each, into as many.

@@ -2,7 +2,9 @@
 //! bit, more of them at a time.
 
 use super::activations::{self, Activations};
-use super::scalar;
+use super::views::Strip;
+use super::{Float, Kernels, Set, rows, scalar, sparse};
+use sparse::Entries;
 
 /// Methods that call plain loops which are always put in their place, from functions with these features.
 macro_rules! compiled {
@@ -22,15 +24,17 @@ macro_rules! compiled {
 }
 
 #[cfg(target_arch = "x86_64")]
-compiled!(super::avx512::Avx512, "avx512f,avx512bw,avx512vl", [
+compiled!(super::avx512::Avx512, "avx512f,avx512bw,avx512vl,popcnt", [
     scalar::rms_norm => rms_norm(x: &mut [f32], gain: &[f32], eps: f32);
     scalar::gated_silu => gated_silu(gate: &[f32], up: &[f32], out: &mut [f32]);
+    rows::decode => decode_row(strip: Strip<'_>, row: usize, out: &mut [f32]);
 ]);
 
 #[cfg(target_arch = "x86_64")]
-compiled!(super::avx2::Avx2, "avx2", [
+compiled!(super::avx2::Avx2, "avx2,popcnt", [
     scalar::rms_norm => rms_norm(x: &mut [f32], gain: &[f32], eps: f32);
     scalar::gated_silu => gated_silu(gate: &[f32], up: &[f32], out: &mut [f32]);
+    rows::decode => decode_row(strip: Strip<'_>, row: usize, out: &mut [f32]);
     activations::quantize => quantize(x: &[f32], out: &mut Activations);
 ]);
 
@@ -39,5 +43,28 @@ compiled!(super::neon::Neon, "neon", [
     scalar::flip => flip(x: &mut [f32], signs: &[u8]);
     scalar::rms_norm => rms_norm(x: &mut [f32], gain: &[f32], eps: f32);
     scalar::gated_silu => gated_silu(gate: &[f32], up: &[f32], out: &mut [f32]);
+    rows::decode => decode_row(strip: Strip<'_>, row: usize, out: &mut [f32]);
     activations::quantize => quantize(x: &[f32], out: &mut Activations);
 ]);
+
+/// [`sparse::decode`] with the kernels that `$set` makes of a value.
+macro_rules! decode_entries {
+    ($kernels:ty, $features:literal, $set:path) => {
+        impl $kernels {
+            #[doc = "As [`sparse::decode`]."]
+            pub(crate) fn decode_entries<T: Float>(self, entries: Entries<'_>, out: &mut [T]) {
+                #[target_feature(enable = $features)]
+                fn compiled<T: Float>(kernels: Kernels, entries: Entries<'_>, out: &mut [T]) {
+                    sparse::decode(kernels, entries, out)
+                }
+                // SAFETY: `self` proves that the processor has the features.
+                unsafe { compiled(Kernels($set(self)), entries, out) }
+            }
+        }
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+decode_entries!(super::avx2::Avx2, "avx2", Set::Avx2);
+#[cfg(target_arch = "aarch64")]
+decode_entries!(super::neon::Neon, "neon", Set::Neon);

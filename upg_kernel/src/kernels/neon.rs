@@ -13,10 +13,11 @@ mod product;
 mod trellis;
 
 use super::activations::{Activations, Block, GROUP};
-use super::attention;
 use super::lanes::Lanes;
 use super::scalar::Signs;
+use super::sparse::Entries;
 use super::views::{Codes, Primes, Strip};
+use super::{attention, sparse};
 use crate::prime_lut::PRIME_LUT;
 use dot::{Dot, Sdot, Widened};
 use half::f16;
@@ -79,6 +80,16 @@ impl Neon {
     pub(crate) fn transform(self, x: &mut [f32], factor: f32, signs: Signs<'_>) {
         // SAFETY: as above.
         unsafe { hadamard::transform(self, x, factor, signs) }
+    }
+
+    /// As [`sparse::dot`].
+    pub(crate) fn dot_entries(self, entries: Entries<'_>, x: &[f32]) -> f32 {
+        #[target_feature(enable = "neon")]
+        fn compiled(proof: Neon, entries: Entries<'_>, x: &[f32]) -> f32 {
+            sparse::dot::<Registers>(proof, entries, x)
+        }
+        // SAFETY: `self` proves that the processor has the features.
+        unsafe { compiled(self, entries, x) }
     }
 
     /// As [`attention::attend`].

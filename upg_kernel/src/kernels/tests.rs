@@ -156,6 +156,7 @@ fn dequantized(x: &Activations, cols: usize) -> Vec<f64> {
 
 fn check(kernels: Kernels, matrix: &dyn StoredMatrix, what: &str) {
     check_decode(kernels, matrix, what);
+    check_rows(kernels, matrix, what);
     let (rows, cols) = (matrix.rows(), matrix.cols());
     let x = Activations::new(&activations(cols));
     let exact = dequantized(&x, cols);
@@ -166,6 +167,24 @@ fn check(kernels: Kernels, matrix: &dyn StoredMatrix, what: &str) {
         kernels.multiply(matrix.strip(strip).unwrap(), &x, &mut out);
         let what = format!("{} {what} [{rows}, {cols}], {strip}", kernels.name());
         compare(weights, &exact, &out, &what);
+    }
+}
+
+/// [`Kernels::decode_row`] of every row.
+fn check_rows(kernels: Kernels, matrix: &dyn StoredMatrix, what: &str) {
+    let cols = matrix.cols();
+    let (mut expected, mut found) = (vec![0.0; cols], vec![f32::NAN; cols]);
+    for row in 0..matrix.rows() {
+        matrix.decode_rows(row, &mut expected);
+        let strip = matrix.strip(row / STRIP_ROWS).unwrap();
+        kernels.decode_row(strip, row % STRIP_ROWS, &mut found);
+        let bits = |row: &[f32]| row.iter().map(|w| w.to_bits()).collect::<Vec<_>>();
+        let name = kernels.name();
+        assert_eq!(
+            bits(&found),
+            bits(&expected),
+            "{name} {what} row {row} of {cols} columns"
+        );
     }
 }
 

@@ -88,10 +88,22 @@ fn transpose(r: &mut [__m512i; 16]) {
 
 /// 64 weights. A value is the proof that this machine has the instructions.
 #[derive(Clone, Copy)]
-struct Sixteens {
+pub(super) struct Sixteens {
     weights: [__m512; 4],
     /// Whether the processor can round them to BF16: it takes subnormal numbers for zero.
     has_bf16: bool,
+}
+
+impl Sixteens {
+    /// Weights `scale * (prime * level)`.
+    #[inline(always)]
+    pub(super) fn of(proof: Avx512, weights: [__m512; 4], scale: f32) -> Self {
+        Self {
+            weights,
+            // A weight is 0 or at least twice its scale.
+            has_bf16: proof.bf16 && (scale == 0.0 || scale.is_normal()),
+        }
+    }
 }
 
 impl Weights for Sixteens {
@@ -99,17 +111,15 @@ impl Weights for Sixteens {
 
     #[inline(always)]
     fn new(proof: Avx512, levels: &[u8; GROUP], primes: [f32; 2], scale: f32) -> Self {
-        // A weight is 0 or at least twice its scale.
-        let has_bf16 = proof.bf16 && (scale == 0.0 || scale.is_normal());
         // SAFETY: the argument proves that the processor has the features, and below `self` does.
         unsafe {
-            let scale = _mm512_set1_ps(scale);
-            let mut weights = [scale; 4];
+            let factor = _mm512_set1_ps(scale);
+            let mut weights = [factor; 4];
             for i in 0..4 {
                 let prime = _mm512_set1_ps(primes[i / 2]);
-                weights[i] = sixteen_weights(&levels.as_chunks().0[i], prime, scale);
+                weights[i] = sixteen_weights(&levels.as_chunks().0[i], prime, factor);
             }
-            Self { weights, has_bf16 }
+            Self::of(proof, weights, scale)
         }
     }
 

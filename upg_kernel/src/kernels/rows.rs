@@ -1,0 +1,159 @@
+//! Single rows of a strip, as embeddings want them: plain loops that read nothing of other rows but the bits that say
+//! where the codes of this one are, compiled for each instruction set.
+#![forbid(unsafe_code)]
+
+use super::activations::GROUP;
+use super::views::{Codes, Primes, Strip};
+use crate::matrix::strips::{STRIP_ROWS, TILE_COLS, TILE_WEIGHTS};
+use crate::matrix::{WORD, trellis, weight};
+use crate::prime_lut::PRIME_LUT;
+
+/// Tiles that are decoded together.
+const TILES: usize = GROUP / TILE_COLS;
+
+/// Rows of a tile that share a word of the bitmap.
+const WORD_ROWS: usize = WORD / TILE_COLS;
+
+/// Words of a tile.
+const WORDS: usize = STRIP_ROWS / WORD_ROWS;
+
+type Tile = [i8; TILE_COLS];
+
+/// `out [cols]`: row `row` of a strip, as [`crate::matrix::StoredMatrix::decode_rows`] gives it, to the bit.
+#[inline(always)]
+pub(super) fn decode(strip: Strip<'_>, row: usize, out: &mut [f32]) {
+    let scale = strip.scales[row];
+    let mut kept = 0;
+    for (block, out) in out.chunks_mut(GROUP).enumerate() {
+        let mut levels = [[0; TILE_COLS]; TILES];
+        let tiles = &mut levels[..out.len().div_ceil(TILE_COLS)];
+        let first = block * TILES;
+        match strip.codes {
+            Codes::Bytes(codes) => bytes(codes, first, row, tiles),
+            Codes::Nibbles(codes, codebook) => nibbles(codes, codebook, first, row, tiles),
+            Codes::Kept {
+                bitmap,
+                codes,
+                codebook,
+            } => {
+                kept += kept_codes(
+                    &bitmap[first * WORDS..],
+                    &codes[kept..],
+                    codebook,
+                    row,
+                    tiles,
+                )
+            }
+            Codes::Trellis {
+                k,
+                stream,
+                shift_table,
+                level_table,
+            } => {
+                let level = |state| trellis::level(state, shift_table, level_table);
+                states(k, stream, first, row, tiles, level);
+            }
+        }
+        let group = match strip.primes {
+            Primes::Rows(_) => GROUP,
+            Primes::Groups { cols, .. } => cols,
+        };
+        let groups = out
+            .chunks_mut(group)
+            .zip(levels.as_flattened().chunks(group));
+        for (i, (out, levels)) in groups.enumerate() {
+            let index = match strip.primes {
+                Primes::Rows(indices) => indices[row],
+                Primes::Groups { indices, .. } => indices[block * (GROUP / group) + i][row],
+            };
+            let prime = PRIME_LUT[usize::from(index)];
+            for (out, level) in out.iter_mut().zip(levels) {
+                *out = weight(scale, prime, *level);
+            }
+        }
+    }
+}
+
+/// The levels of a row in the tiles from `first` on, of one byte each.
+#[inline(always)]
+fn bytes(codes: &[u8], first: usize, row: usize, tiles: &mut [Tile]) {
+    for (tile, levels) in (first..).zip(tiles) {
+        let at = tile * TILE_WEIGHTS + row * TILE_COLS;
+        let codes: &Tile = bytemuck::cast_ref(
+            codes[at..]
+                .first_chunk::<TILE_COLS>()
+                .expect("a whole tile"),
+        );
+        *levels = *codes;
+    }
+}
+
+/// The same of half a byte each; tiles share their bytes in pairs.
+#[inline(always)]
+fn nibbles(codes: &[u8], codebook: &[i8; 16], first: usize, row: usize, tiles: &mut [Tile]) {
+    for (tile, levels) in (first..).zip(tiles) {
+        let at = tile / 2 * TILE_WEIGHTS + row * TILE_COLS;
+        for (level, code) in levels.iter_mut().zip(&codes[at..at + TILE_COLS]) {
+            *level = codebook[usize::from(code >> (tile % 2 * 4) & 15)];
+        }
+    }
+}
+
+/// The same of those weights whose bit is set; others are 0. Returns how many bytes the codes of all rows take.
+#[inline(always)]
+fn kept_codes(
+    bitmap: &[[u8; 8]],
+    codes: &[u8],
+    codebook: Option<&[i8; 16]>,
+    row: usize,
+    tiles: &mut [Tile],
+) -> usize {
+    let mut start = 0;
+    for (words, levels) in bitmap.as_chunks::<WORDS>().0.iter().zip(tiles) {
+        for (i, word) in words.iter().enumerate() {
+            let bits = u64::from_le_bytes(*word);
+            if i == row / WORD_ROWS {
+                let below = row % WORD_ROWS * TILE_COLS;
+                let mut place = (bits & ((1 << below) - 1)).count_ones() as usize;
+                for (col, level) in levels.iter_mut().enumerate() {
+                    let is_kept = bits >> (below + col) & 1;
+                    // Without a branch, which nobody could predict: past the last code is no level that is kept.
+                    let found = match codebook {
+                        None => codes.get(start + place).map_or(0, |code| *code as i8),
+                        Some(codebook) => codes.get(start + place / 2).map_or(0, |pair| {
+                            codebook[usize::from(pair >> (place % 2 * 4) & 15)]
+                        }),
+                    };
+                    *level = found * is_kept as i8;
+                    place += is_kept as usize;
+                }
+            }
+            let n = bits.count_ones() as usize;
+            start += if codebook.is_none() { n } else { n.div_ceil(2) };
+        }
+    }
+    start
+}
+
+/// The same of the states of a stream of `k` bits a weight.
+#[inline(always)]
+fn states(
+    k: u8,
+    stream: &[u8],
+    first: usize,
+    row: usize,
+    tiles: &mut [Tile],
+    level: impl Fn(u16) -> i8,
+) {
+    let k = usize::from(k);
+    for (tile, levels) in (first..).zip(tiles) {
+        // 4 k bits a row: states begin at a half byte at most, and four of them end inside of 32 bits, which the
+        // end of a strip has room for.
+        let bit = k * (tile * TILE_WEIGHTS + row * TILE_COLS);
+        let bytes = stream[bit / 8..].first_chunk().expect("the end of a strip");
+        let bits = u32::from_le_bytes(*bytes) >> (bit % 8);
+        for (i, out) in levels.iter_mut().enumerate() {
+            *out = level((bits >> (k * i)) as u16 % (1 << trellis::STATE_BITS));
+        }
+    }
+}

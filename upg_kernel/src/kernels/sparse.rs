@@ -1,0 +1,222 @@
+//! Rows of `mdcsr`, in blocks of 64 entries: plain loops, compiled for each instruction set that has no kernel of its own.
+#![forbid(unsafe_code)]
+
+use super::lanes::Lanes;
+use super::{Float, Kernels};
+use crate::prime_lut::PRIME_LUT;
+
+/// Entries that are taken together.
+pub(super) const BLOCK: usize = 64;
+
+/// A row of a [`crate::sparse::MdCSRMatrix`], which has checked it: as many deltas and prime indices as values, every
+/// index in the table, columns that ascend and are inside of the matrix.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Entries<'a> {
+    pub scale: f32,
+    pub values: &'a [i8],
+    pub deltas: &'a [u8],
+    pub primes: &'a [u16],
+}
+
+/// Neighbours among the entries of a row.
+pub(super) struct Block<'a> {
+    pub values: &'a [i8; BLOCK],
+    pub deltas: &'a [u8; BLOCK],
+    pub primes: &'a [u16; BLOCK],
+    /// How many there are. What comes after them has value 0, delta 1 and prime index 0.
+    pub len: usize,
+    pub place: Place,
+}
+
+/// Where the entries of a block are.
+#[derive(Clone, Copy)]
+pub(super) enum Place {
+    /// Side by side from this column on.
+    From(usize),
+    /// Each its delta after the one before.
+    Apart,
+}
+
+/// The entries of a row, block by block.
+pub(super) struct Blocks<'a> {
+    entries: Entries<'a>,
+    /// Whether every column has an entry.
+    pub is_full: bool,
+    /// Entries before the next block.
+    before: usize,
+    /// What stands in for a last block that is not whole.
+    ends: ([i8; BLOCK], [u8; BLOCK], [u16; BLOCK]),
+}
+
+impl<'a> Blocks<'a> {
+    #[inline(always)]
+    pub fn new(entries: Entries<'a>, cols: usize) -> Self {
+        Self {
+            entries,
+            // Columns ascend: as many entries as columns leave none out.
+            is_full: entries.values.len() == cols,
+            before: 0,
+            ends: ([0; BLOCK], [1; BLOCK], [0; BLOCK]),
+        }
+    }
+
+    /// `column` is that of the last entry before; where the entries of a block lie apart, who walks along them moves it.
+    // Neither an iterator nor a function that takes a closure: all of it is compiled for the instructions of the caller.
+    #[inline(always)]
+    pub fn next(&mut self, column: &mut usize) -> Option<Block<'_>> {
+        let before = self.before;
+        let len = BLOCK.min(self.entries.values.len() - before);
+        if len == 0 {
+            return None;
+        }
+        self.before += len;
+        let values = window(&self.entries.values[before..], &mut self.ends.0);
+        let deltas = window(&self.entries.deltas[before..], &mut self.ends.1);
+        let primes = window(&self.entries.primes[before..], &mut self.ends.2);
+        let place = if self.is_full {
+            Place::From(before)
+        } else if is_run(deltas) {
+            let first = *column + usize::from(deltas[0]);
+            *column = first + len - 1;
+            Place::From(first)
+        } else {
+            Place::Apart
+        };
+        Some(Block {
+            values,
+            deltas,
+            primes,
+            len,
+            place,
+        })
+    }
+}
+
+/// Whether all entries but the first come right after the one before.
+#[inline(always)]
+fn is_run(deltas: &[u8; BLOCK]) -> bool {
+    let odd = |delta: u8| u32::from(delta ^ 1);
+    deltas.iter().fold(0, |sum, delta| sum + odd(*delta)) == odd(deltas[0])
+}
+
+/// As [`crate::matrix::StoredMatrix::decode_rows`] gives this row, to the bit, rounded to nearest, ties to even.
+#[inline(always)]
+pub(super) fn decode<T: Float>(kernels: Kernels, entries: Entries<'_>, out: &mut [T]) {
+    let mut blocks = Blocks::new(entries, out.len());
+    if !blocks.is_full {
+        out.fill(T::default());
+    }
+    let (mut primes, mut weights) = ([0; BLOCK], [0.0; BLOCK]);
+    let (mut rounded, mut column) = ([T::default(); BLOCK], 0);
+    while let Some(block) = blocks.next(&mut column) {
+        put_weights(&block, entries.scale, &mut primes, &mut weights);
+        match block.place {
+            Place::From(first) => {
+                let out = &mut out[first..first + block.len];
+                T::round(kernels, &weights[..block.len], out);
+            }
+            Place::Apart => {
+                T::round(kernels, &weights, &mut rounded);
+                // As many turns as can be unrolled, where there are so many.
+                column = match block.len {
+                    BLOCK => put_apart(block.deltas, &rounded, column, out),
+                    len => put_apart(&block.deltas[..len], &rounded, column, out),
+                };
+            }
+        }
+    }
+}
+
+/// Puts weights where they belong, from the column of the entry before on. Returns the last column.
+#[inline(always)]
+fn put_apart<T: Copy>(deltas: &[u8], weights: &[T], mut column: usize, out: &mut [T]) -> usize {
+    for (delta, weight) in deltas.iter().zip(weights) {
+        column += usize::from(*delta);
+        out[column] = *weight;
+    }
+    column
+}
+
+/// The product with `x [cols]`, in f32: 64 partial sums, of which each gets every 64th entry in order.
+#[inline(always)]
+pub(super) fn dot<L: Lanes>(proof: L::Proof, entries: Entries<'_>, x: &[f32]) -> f32 {
+    let mut blocks = Blocks::new(entries, x.len());
+    let (mut primes, mut weights) = ([0; BLOCK], [0.0; BLOCK]);
+    let (mut picked, mut column) = ([0.0; BLOCK], 0);
+    let mut sums = [L::splat(proof, 0.0); BLOCK / 16];
+    while let Some(block) = blocks.next(&mut column) {
+        put_weights(&block, entries.scale, &mut primes, &mut weights);
+        let run = match block.place {
+            Place::From(first) => Some(&x[first..first + block.len]),
+            Place::Apart => None,
+        };
+        let x = match run.and_then(<[f32]>::first_chunk) {
+            Some(run) => run,
+            None => {
+                match run {
+                    Some(run) => picked[..block.len].copy_from_slice(run),
+                    None => {
+                        column = match block.len {
+                            BLOCK => pick_apart(block.deltas, x, column, &mut picked),
+                            len => pick_apart(&block.deltas[..len], x, column, &mut picked),
+                        }
+                    }
+                }
+                // A weight of 0 would not make 0 of what is left of the block before, if that is not finite.
+                picked[block.len..].fill(0.0);
+                &picked
+            }
+        };
+        let pairs = weights.as_chunks().0.iter().zip(x.as_chunks().0);
+        for (sum, (weights, x)) in sums.iter_mut().zip(pairs) {
+            *sum = L::load(proof, weights).mul_add(L::load(proof, x), *sum);
+        }
+    }
+    let mut lanes = [[0.0; 16]; BLOCK / 16];
+    for (lanes, sum) in lanes.iter_mut().zip(sums) {
+        sum.store(lanes);
+    }
+    lanes.as_flattened().iter().sum()
+}
+
+/// The other way round: what is in their columns.
+#[inline(always)]
+fn pick_apart(deltas: &[u8], x: &[f32], mut column: usize, picked: &mut [f32]) -> usize {
+    for (delta, picked) in deltas.iter().zip(picked) {
+        column += usize::from(*delta);
+        *picked = x[column];
+    }
+    column
+}
+
+/// The weights of a block.
+#[inline(always)]
+fn put_weights(
+    block: &Block<'_>,
+    scale: f32,
+    primes: &mut [i32; BLOCK],
+    weights: &mut [f32; BLOCK],
+) {
+    for (prime, index) in primes.iter_mut().zip(block.primes) {
+        *prime = PRIME_LUT[usize::from(*index)] as i32;
+    }
+    let pairs = primes.iter().zip(block.values);
+    for (weight, (prime, value)) in weights.iter_mut().zip(pairs) {
+        *weight = scale * (prime * i32::from(*value)) as f32;
+    }
+}
+
+/// The first [`BLOCK`] elements; where there are fewer, those and then what is in `end`.
+#[inline(always)]
+fn window<'a, T: Copy>(slice: &'a [T], end: &'a mut [T; BLOCK]) -> &'a [T; BLOCK] {
+    match slice.first_chunk() {
+        Some(block) => block,
+        None => {
+            end[..slice.len()].copy_from_slice(slice);
+            end
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,44 @@
+//! What all encodings have in common.
+
+use super::*;
+use crate::test_data::{noise, signed};
+
+fn q8(rows: usize, cols: usize) -> Matrix {
+    let groups = rows.div_ceil(64) * cols.div_ceil(64);
+    let levels = Levels::Bytes(signed(noise(groups * 64 * 64, 1)));
+    let primes = noise(groups * 64, 2).into();
+    let scales = vec![0.5; rows].into();
+    Matrix::Grouped(GroupedMatrix::new(rows, cols, 64, levels, primes, scales).unwrap())
+}
+
+#[test]
+fn rows_are_gathered_in_any_order_and_more_than_once() {
+    let (rows, cols) = (70, 33);
+    let dense: Vec<f32> = (0..rows * cols).map(|i| i as f32).collect();
+    let sparse = MdCSRMatrix::from_dense(&dense, rows, cols).unwrap();
+    let dense = DenseMatrix::new(rows, cols, DenseValues::F32(dense.into())).unwrap();
+    for matrix in [q8(rows, cols), Matrix::MdCsr(sparse), Matrix::Dense(dense)] {
+        let all = matrix.to_dense();
+        for numbers in [&[][..], &[69], &[3, 64, 3, 0, 63]] {
+            let mut out = vec![f32::NAN; numbers.len() * cols];
+            matrix.gather(numbers, &mut out).unwrap();
+            for (row, out) in numbers.iter().zip(out.chunks(cols)) {
+                assert_eq!(out, &all[*row as usize * cols..][..cols]);
+            }
+        }
+    }
+}
+
+#[test]
+fn rows_that_the_matrix_does_not_have_are_not_gathered() {
+    let matrix = q8(70, 33);
+    for (numbers, len) in [
+        (&[70][..], 33),
+        (&[u32::MAX], 33),
+        (&[0], 32),
+        (&[0, 1], 33),
+    ] {
+        let e = matrix.gather(numbers, &mut vec![0.0; len]).unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::Argument);
+    }
+}

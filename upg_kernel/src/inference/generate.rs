@@ -1,7 +1,7 @@
 //! Generation as iterators: token ids, and text that ends at stop strings.
 #![forbid(unsafe_code)]
 
-use super::model::Session;
+use super::session::Session;
 use super::sampler::Sampler;
 use crate::error::{Error, ErrorKind, Result};
 use std::fmt;

@@ -18,6 +18,7 @@ pub mod model;
 pub mod rope;
 pub mod sampler;
 pub mod session;
+mod text_batch;
 pub mod tokenizer;
 mod upg_model;
 pub mod weights;
@@ -29,5 +30,6 @@ pub use generate::{FinishReason, GenerateOptions, StopStrings, TextStream, Timin
 pub use model::Model;
 pub use sampler::{Sampler, SamplingOptions};
 pub use session::{CacheType, Session, SessionOptions};
+pub use text_batch::{Request, TextBatch};
 pub use upg_model::UPGModel;
 pub use weights::WeightSource;

@@ -303,6 +303,7 @@ medians.
 Examples:
   upg bench model.safetensors
   upg bench model.safetensors -p 2048 -n 64 --depth 4096 --threads 1 --json
+  upg bench model.safetensors -p 0 --sequences 1,2,4,8,16
   upg bench model.safetensors --compare-llama model.gguf
   upg bench synth --arch phi-4 --encoding t3 -o phi4-random.safetensors"
 )]
@@ -332,6 +333,9 @@ pub struct MeasureArgs {
     /// Positions of context that are there when --generate begins
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub depth: usize,
+    /// Also generate with so many sequences at once; may be several numbers, separated by commas
+    #[arg(long, value_delimiter = ',', value_name = "N")]
+    pub sequences: Vec<NonZeroUsize>,
     /// How often each figure is measured, at least
     #[arg(long, default_value = "5", value_name = "N")]
     pub repetitions: NonZeroUsize,

@@ -45,7 +45,8 @@ fn kinds(list: &Value) -> Vec<(u64, u64, String)> {
 fn every_figure_is_there() {
     let folder = tempfile::tempdir().unwrap();
     let file = compress_tiny(folder.path(), "model", "t3", &["--embedding", "q8"]);
-    let json = bench(&file, &["--depth", "7", "--threads", "1"]);
+    let more = ["--depth", "7", "--threads", "1", "--sequences", "1,3"];
+    let json = bench(&file, &more);
     for key in [
         "read_gbps",
         "read_bytes",
@@ -79,6 +80,13 @@ fn every_figure_is_there() {
     // More than there are is not to be used.
     if let Some(percent) = json["others_percent"].as_f64() {
         assert!((0.0..=100.0).contains(&percent), "{percent}");
+    }
+    let batches = json["batches"].as_array().unwrap();
+    assert_eq!(batches.len(), 2);
+    for (batch, sequences) in batches.iter().zip([1, 3]) {
+        assert_eq!(batch["sequences"], sequences);
+        let each = positive(batch, "decode_tps") / f64::from(sequences);
+        assert_eq!(positive(batch, "decode_tps_per_sequence"), each);
     }
     let least = json["decode_tps_spread"][0].as_f64().unwrap();
     assert!(least <= positive(&json, "decode_tps"));
@@ -118,7 +126,8 @@ fn the_table_names_what_the_json_has() {
     let folder = tempfile::tempdir().unwrap();
     let file = compress_tiny(folder.path(), "model", "keep", &[]);
     let args = ["bench", file.to_str().unwrap()];
-    let text = succeed([&args[..], &SMALL[..SMALL.len() - 1]].concat());
+    let two = ["--sequences", "2"];
+    let text = succeed([&args[..], &SMALL[..SMALL.len() - 1], &two].concat());
     for word in [
         "read",
         "load, cold",
@@ -126,17 +135,17 @@ fn the_table_names_what_the_json_has() {
         "peak memory",
         "prefill",
         "decode",
+        "2 at once",
         "256 x 96  BF16",
     ] {
         assert!(text.contains(word), "{word}: {text}");
     }
     assert!(!text.contains("decompressed"), "{text}");
     let none = ["-p", "0", "-n", "0", "--repetitions", "1"];
-    let text = succeed([&args[..], &none].concat());
-    assert!(
-        !text.contains("prefill") && !text.contains("decode"),
-        "{text}"
-    );
+    let text = succeed([&args[..], &none, &two].concat());
+    for word in ["prefill", "decode", "at once"] {
+        assert!(!text.contains(word), "{word}: {text}");
+    }
 }
 
 #[test]
@@ -254,6 +263,7 @@ const BAD: &[(&[&str], i32, &[&str])] = &[
     (&["bench", "{}/model", "-p", "257"], 2, &["257", "context of 256", "--prompt-tokens"]),
     (&["bench", "{}/model", "-p", "0", "-n", "200", "--depth", "57"], 2, &["257", "--depth"]),
     (&["bench", "{}/model", "--repetitions", "0"], 2, &["--repetitions"]),
+    (&["bench", "{}/model", "--sequences", "2,0"], 2, &["--sequences"]),
     (&["bench", "{}/model", "--compare-llama", "{}/none"], 1, &["none", "No such file"]),
     (&["bench", "{}/model", "--compare-llama", "{}/text"], 1, &["'llama-bench'", "--llama-bench"]),
     (&["bench", "{}/model", "--compare-llama", "{}/text", "--llama-bench", "{}/none"], 1, &["none", "install llama.cpp"]),

@@ -14,7 +14,7 @@ use upg_compress::compress::compress;
 use upg_compress::plan::CompressOptions;
 use upg_compress::source;
 use upg_kernel::UPGModel;
-use upg_kernel::inference::SessionOptions;
+use upg_kernel::inference::{Batch, SessionOptions};
 
 static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
 
@@ -64,6 +64,19 @@ fn a_step_allocates_nothing() {
         for token in 2..10 {
             session.step_into(token, &mut logits).unwrap();
         }
+        assert_eq!(ALLOCATIONS.load(Ordering::Relaxed), before, "{encoding}");
+
+        let mut other = model.session(&SessionOptions::default()).unwrap();
+        let mut batch = Batch::new();
+        let mut step = |one: &[u32], two: &[u32], logits: &mut Vec<f32>| {
+            let mut parts = [(&mut session, one), (&mut other, two)];
+            batch.extend(&mut parts, logits).unwrap();
+        };
+        // One of them has its prompt computed while the other one takes a step.
+        step(&[1], &[7; 18], &mut logits);
+        step(&[1], &[1], &mut logits);
+        let before = ALLOCATIONS.load(Ordering::Relaxed);
+        step(&[2], &[3], &mut logits);
         assert_eq!(ALLOCATIONS.load(Ordering::Relaxed), before, "{encoding}");
     }
     assert!(ALLOCATIONS.load(Ordering::Relaxed) > 0);

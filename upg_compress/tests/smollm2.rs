@@ -14,7 +14,8 @@ use upg_compress::source;
 use upg_kernel::UPGModel;
 use upg_kernel::format::Encoding;
 use upg_kernel::inference::{
-    CacheType, GenerateOptions, Sampler, SamplingOptions, SessionOptions, TokenStream,
+    CacheType, FinishReason, GenerateOptions, Request, Sampler, SamplingOptions, SessionOptions,
+    TokenStream,
 };
 use upg_kernel::kernels::Kernels;
 
@@ -151,4 +152,65 @@ fn q4_knows_the_capital_of_france() {
     let model = compressed(Choice::Encode(Encoding::Q4), folder.path());
     let text = model.generate("The capital of France is", 8).unwrap();
     assert!(text.starts_with(" Paris"), "{text}");
+    several_prompts_at_once_get_what_each_gets_alone(&model);
+}
+
+/// More of them than are computed at once, of other lengths, samplers and ends; prompts in pieces.
+fn several_prompts_at_once_get_what_each_gets_alone(model: &UPGModel) {
+    let long = "All happy families are alike; each unhappy family is unhappy in its own way. ";
+    let requests = || {
+        let of = |(seed, (prompt, max_tokens, stop)): (usize, (&str, usize, &str))| Request {
+            prompt: model.tokenizer().unwrap().encode(prompt, true).unwrap(),
+            sampler: Sampler::new(SamplingOptions {
+                temperature: [0.0, 0.8][seed % 2],
+                seed: seed as u64,
+                ..SamplingOptions::default()
+            })
+            .unwrap(),
+            max_tokens,
+            stop_strings: vec![stop.to_owned()],
+        };
+        let all = [
+            ("The capital of France is", 12, "never"),
+            (&*long.repeat(3), 5, "never"),
+            ("1, 2, 3, 4,", 20, " 8"),
+            ("Once upon a time", 9, "never"),
+            (long, 0, "never"),
+            ("The capital of Italy is", 7, "never"),
+        ];
+        all.into_iter().enumerate().map(of).collect::<Vec<_>>()
+    };
+    let options = SessionOptions {
+        prefill_chunk: 24,
+        ..SessionOptions::default()
+    };
+    let mut stream = model.stream_batch(requests(), 3, &options).unwrap();
+    let mut texts = vec![String::new(); 6];
+    for piece in stream.by_ref() {
+        let (number, text) = piece.unwrap();
+        assert!(!text.is_empty());
+        texts[number].push_str(&text);
+    }
+    for (number, mut request) in requests().into_iter().enumerate() {
+        let mut session = model.session(&options).unwrap();
+        let Request {
+            prompt,
+            sampler,
+            max_tokens,
+            stop_strings,
+        } = &mut request;
+        let stops = std::mem::take(stop_strings);
+        let mut alone = model
+            .stream(&mut session, sampler, prompt, *max_tokens, stops)
+            .unwrap();
+        let text: String = alone.by_ref().map(Result::unwrap).collect();
+        assert_eq!(texts[number], text, "request {number}");
+        assert_eq!(stream.finish_reason(number), alone.finish_reason());
+    }
+    assert_eq!(stream.finish_reason(2), Some(FinishReason::StopString(0)));
+    assert!(model.stream_batch(requests(), 0, &options).is_err());
+    let texts = model
+        .generate_batch(&["The capital of France is"], 8)
+        .unwrap();
+    assert!(texts[0].starts_with(" Paris"), "{texts:?}");
 }

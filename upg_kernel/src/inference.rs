@@ -2,10 +2,12 @@
 //!
 //! `config.json` -> [`ModelConfig`]; with a [`WeightSource`] -> [`Model`] (shared, read-only);
 //! with a KV cache -> [`Session`]; with a [`Sampler`] -> [`TokenStream`] -> [`TextStream`].
+//! A [`Batch`] computes several sessions at once.
 //! [`UPGModel`] has all of it from one file.
 #![forbid(unsafe_code)]
 
 mod attention;
+mod batch;
 pub mod chat_template;
 pub mod config;
 mod evaluate;
@@ -15,14 +17,19 @@ mod layers;
 pub mod model;
 pub mod rope;
 pub mod sampler;
+pub mod session;
+mod text_batch;
 pub mod tokenizer;
 mod upg_model;
 pub mod weights;
 
+pub use batch::Batch;
 pub use config::ModelConfig;
 pub use evaluate::{Evaluation, EvaluationOptions, EvaluationProgress, evaluate};
 pub use generate::{FinishReason, GenerateOptions, StopStrings, TextStream, Timings, TokenStream};
-pub use model::{CacheType, Model, Session, SessionOptions};
+pub use model::Model;
 pub use sampler::{Sampler, SamplingOptions};
+pub use session::{CacheType, Session, SessionOptions};
+pub use text_batch::{Request, TextBatch};
 pub use upg_model::UPGModel;
 pub use weights::WeightSource;

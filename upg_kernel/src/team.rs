@@ -311,6 +311,25 @@ impl Team {
         });
     }
 
+    /// [`Team::run`] over pieces of `out`: each ends at its number of `ends` and begins where the one before ends.
+    ///
+    /// Panics if one ends before it begins, or beyond `out`.
+    pub(crate) fn pieces<T: Send>(
+        &self,
+        out: &mut [T],
+        ends: &[usize],
+        task: impl Fn(usize, &mut [T]) + Sync,
+    ) {
+        assert!(ends.is_sorted(), "pieces follow one another");
+        let out = Pieces::new(out);
+        self.run(ends.len(), |index| {
+            let start = index.checked_sub(1).map_or(0, |before| ends[before]);
+            // SAFETY: ends rise, so that no two of the ranges have an element in common, and `run` calls with
+            // each number once.
+            task(index, unsafe { out.get(start..ends[index]) });
+        });
+    }
+
     /// [`Team::run`] over tiles of `out [n, rows of all matrices]`.
     ///
     /// A task gets `height` rows of `out`, the last ones maybe fewer, and there the columns of one tile.
@@ -582,7 +601,7 @@ mod tests {
     }
 
     #[test]
-    fn chunks_and_tiles_cover_every_element_once() {
+    fn chunks_pieces_and_tiles_cover_every_element_once() {
         let team = Team::new(2);
         let mut out = vec![0; 103];
         team.chunks(&mut out, 10, |index, chunk| {
@@ -590,6 +609,12 @@ mod tests {
             chunk.iter_mut().for_each(|x| *x += index + 1);
         });
         assert!(out.iter().enumerate().all(|(i, &x)| x == i / 10 + 1));
+        team.pieces(&mut out, &[5, 5, 90, 103], |index, piece| {
+            assert_eq!(piece.len(), [5, 0, 85, 13][index]);
+            piece.iter_mut().for_each(|x| *x = index);
+        });
+        let expected = |i: usize| [5, 5, 90].iter().filter(|&&end| end <= i).count();
+        assert!(out.iter().enumerate().all(|(i, &x)| x == expected(i)));
 
         let rows = [70, 0, 64, 1];
         let mut out = vec![0.0; 3 * 135];

@@ -4,49 +4,19 @@
 
 mod common;
 
-use common::DenseSource;
-use common::tiny::{MODELS, cases, largest_difference, model_file};
+use common::tiny::{MODELS, cases, largest_difference};
+use common::{CUT_TOLERANCE, config, model, options, session, source};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use upg_kernel::inference::config::FAMILIES;
 use upg_kernel::inference::{
-    CacheType, FinishReason, GenerateOptions, Model, ModelConfig, Sampler, SamplingOptions,
-    Session, SessionOptions, StopStrings, TextStream, TokenStream,
+    FinishReason, GenerateOptions, Model, ModelConfig, Sampler, SamplingOptions, Session,
+    SessionOptions, StopStrings, TextStream, TokenStream,
 };
 use upg_kernel::{Error, ErrorKind};
 
 /// Both sides compute in f32, in another order; measured: 4e-6 at logits up to 5.
 const LOGIT_TOLERANCE: f32 = 3e-5;
-
-/// The same arithmetic cut into other pieces: products with one and with many vectors add up in
-/// another order. Measured: 3e-6.
-const CUT_TOLERANCE: f32 = 2e-5;
-
-fn config(name: &str) -> ModelConfig {
-    let text = std::fs::read_to_string(model_file(name, "config.json")).expect("a config");
-    ModelConfig::from_json(&text, None).expect("a good config")
-}
-
-fn source(name: &str) -> DenseSource {
-    DenseSource::open(&model_file(name, "model.safetensors"))
-}
-
-fn model(name: &str) -> Arc<Model> {
-    let (_, weights) = MODELS.iter().find(|m| m.0 == name).expect("a known model");
-    Arc::new(Model::load(config(name), &source(weights)).expect("a good model"))
-}
-
-fn session(model: &Arc<Model>) -> Session {
-    Session::new(Arc::clone(model), &options()).expect("a session")
-}
-
-/// Keys and values as they are computed: the reference keeps them so.
-fn options() -> SessionOptions {
-    SessionOptions {
-        cache_type: CacheType::F32,
-        ..SessionOptions::default()
-    }
-}
 
 fn largest(values: &[f32]) -> f32 {
     values.iter().fold(0.0, |m, v| m.max(v.abs()))

@@ -1,8 +1,8 @@
 //! Generation as iterators: token ids, and text that ends at stop strings.
 #![forbid(unsafe_code)]
 
-use super::model::Session;
 use super::sampler::Sampler;
+use super::session::Session;
 use crate::error::{Error, ErrorKind, Result};
 use std::fmt;
 use std::time::{Duration, Instant};
@@ -83,13 +83,9 @@ impl fmt::Display for Timings {
 pub struct TokenStream<'a> {
     session: &'a mut Session,
     sampler: &'a mut Sampler,
-    options: GenerateOptions,
+    choices: Choices,
     logits: Vec<f32>,
-    /// Chosen, but not yet part of the session: computed only if another token is asked for.
-    pending: Option<u32>,
-    generated: usize,
     timings: Timings,
-    finish: Option<FinishReason>,
 }
 
 impl<'a> TokenStream<'a> {
@@ -110,26 +106,23 @@ impl<'a> TokenStream<'a> {
             logits,
             session,
             sampler,
-            options,
-            pending: None,
-            generated: 0,
+            choices: Choices::new(options),
             timings: Timings {
                 prompt_tokens: prompt.len() - held,
                 prompt_time: started.elapsed(),
                 ..Timings::default()
             },
-            finish: None,
         })
     }
 
     /// Why the stream ended; `None` while it has not.
     pub fn finish_reason(&self) -> Option<FinishReason> {
-        self.finish
+        self.choices.finish
     }
 
     /// How many tokens were given out.
     pub fn generated(&self) -> usize {
-        self.generated
+        self.choices.generated
     }
 
     /// What it has taken so far.
@@ -137,30 +130,22 @@ impl<'a> TokenStream<'a> {
         self.timings
     }
 
-    fn advance(&mut self) -> Result<std::result::Result<u32, FinishReason>> {
-        if self.generated >= self.options.max_tokens {
-            return Ok(Err(FinishReason::MaxTokens));
-        }
+    fn advance(&mut self) -> Result<Option<u32>> {
         let started = Instant::now();
-        let stepped = self.pending.is_some();
-        if let Some(token) = self.pending {
-            if self.session.tokens().len() >= self.session.context() {
-                return Ok(Err(FinishReason::ContextFull));
-            }
-            self.session.step_into(token, &mut self.logits)?;
-            self.pending = None;
+        if self.choices.is_over(self.session) {
+            return Ok(None);
         }
-        let token = self.sampler.sample(&self.logits, self.session.tokens())?;
-        if stepped {
+        let pending = self.choices.pending;
+        if let Some(token) = pending {
+            self.session.step_into(token, &mut self.logits)?;
+        }
+        let history = self.session.tokens();
+        let token = self.choices.choose(self.sampler, &self.logits, history);
+        if pending.is_some() {
             self.timings.steps += 1;
             self.timings.step_time += started.elapsed();
         }
-        if self.options.stop_ids.contains(&token) {
-            return Ok(Err(FinishReason::StopToken(token)));
-        }
-        self.pending = Some(token);
-        self.generated += 1;
-        Ok(Ok(token))
+        token
     }
 }
 
@@ -168,20 +153,63 @@ impl Iterator for TokenStream<'_> {
     type Item = Result<u32>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        if self.finish.is_some() {
-            return None;
+        let token = self.advance();
+        if token.is_err() {
+            self.choices.finish = Some(FinishReason::Failed);
         }
-        match self.advance() {
-            Ok(Ok(token)) => Some(Ok(token)),
-            Ok(Err(reason)) => {
-                self.finish = Some(reason);
-                None
-            }
-            Err(error) => {
-                self.finish = Some(FinishReason::Failed);
-                Some(Err(error))
-            }
+        token.transpose()
+    }
+}
+
+/// What a generation has chosen, whoever computes the logits.
+#[derive(Debug)]
+pub(super) struct Choices {
+    options: GenerateOptions,
+    /// Chosen, but not yet part of the session: computed only if another token is asked for.
+    pub(super) pending: Option<u32>,
+    pub(super) generated: usize,
+    pub(super) finish: Option<FinishReason>,
+}
+
+impl Choices {
+    pub(super) fn new(options: GenerateOptions) -> Self {
+        Self {
+            options,
+            pending: None,
+            generated: 0,
+            finish: None,
         }
+    }
+
+    /// Whether there is nothing more to choose after what `session` holds and the pending token.
+    pub(super) fn is_over(&mut self, session: &Session) -> bool {
+        if self.finish.is_none() {
+            let is_full = session.tokens().len() >= session.context();
+            self.finish = match self.pending {
+                _ if self.generated >= self.options.max_tokens => Some(FinishReason::MaxTokens),
+                Some(_) if is_full => Some(FinishReason::ContextFull),
+                _ => None,
+            };
+        }
+        self.finish.is_some()
+    }
+
+    /// The token after `history`, whose last one has these logits; `None` if it ends the sequence. It is pending now.
+    pub(super) fn choose(
+        &mut self,
+        sampler: &mut Sampler,
+        logits: &[f32],
+        history: &[u32],
+    ) -> Result<Option<u32>> {
+        let token = sampler.sample(logits, history)?;
+        self.pending = None;
+        if self.options.stop_ids.contains(&token) {
+            self.finish = Some(FinishReason::StopToken(token));
+            return Ok(None);
+        }
+        self.pending = Some(token);
+        self.generated += 1;
+        Ok(self.pending)
     }
 }
 
@@ -206,9 +234,7 @@ impl<F: FnMut(u32) -> Result<String>> PieceDecoder for F {
 #[derive(Debug)]
 pub struct TextStream<'a, D> {
     tokens: TokenStream<'a>,
-    decoder: D,
-    stops: StopStrings,
-    finish: Option<FinishReason>,
+    text: Text<D>,
 }
 
 impl<'a, D: PieceDecoder> TextStream<'a, D> {
@@ -216,15 +242,13 @@ impl<'a, D: PieceDecoder> TextStream<'a, D> {
     pub fn new(tokens: TokenStream<'a>, decoder: D, stops: StopStrings) -> Self {
         Self {
             tokens,
-            decoder,
-            stops,
-            finish: None,
+            text: Text::new(decoder, stops),
         }
     }
 
     /// Why the stream ended; `None` while it has not.
     pub fn finish_reason(&self) -> Option<FinishReason> {
-        self.finish
+        self.text.finish
     }
 
     /// How many tokens were generated.
@@ -238,33 +262,16 @@ impl<'a, D: PieceDecoder> TextStream<'a, D> {
     }
 
     fn advance(&mut self) -> Result<String> {
-        while self.finish.is_none() {
+        while self.text.finish.is_none() {
             let text = match self.tokens.next().transpose()? {
-                Some(token) => {
-                    let piece = self.decoder.piece(token)?;
-                    self.push(&piece)
-                }
-                None => {
-                    let rest = self.decoder.finish()?;
-                    let mut text = self.push(&rest);
-                    text.push_str(&self.stops.flush());
-                    self.finish = self.finish.or(self.tokens.finish_reason());
-                    text
-                }
+                Some(token) => self.text.token(token)?,
+                None => self.text.end(self.tokens.finish_reason())?,
             };
             if !text.is_empty() {
                 return Ok(text);
             }
         }
         Ok(String::new())
-    }
-
-    fn push(&mut self, piece: &str) -> String {
-        let (text, stopped) = self.stops.push(piece);
-        if let Some(index) = stopped {
-            self.finish = Some(FinishReason::StopString(index));
-        }
-        text
     }
 }
 
@@ -276,10 +283,51 @@ impl<D: PieceDecoder> Iterator for TextStream<'_, D> {
             Ok(text) if text.is_empty() => None,
             Ok(text) => Some(Ok(text)),
             Err(error) => {
-                self.finish = Some(FinishReason::Failed);
+                self.text.finish = Some(FinishReason::Failed);
                 Some(Err(error))
             }
         }
+    }
+}
+
+/// The text of tokens that come one by one, up to a stop string.
+#[derive(Debug)]
+pub(super) struct Text<D> {
+    decoder: D,
+    stops: StopStrings,
+    pub(super) finish: Option<FinishReason>,
+}
+
+impl<D: PieceDecoder> Text<D> {
+    pub(super) fn new(decoder: D, stops: StopStrings) -> Self {
+        Self {
+            decoder,
+            stops,
+            finish: None,
+        }
+    }
+
+    /// What is certain after one more token; empty if nothing is.
+    pub(super) fn token(&mut self, token: u32) -> Result<String> {
+        let piece = self.decoder.piece(token)?;
+        Ok(self.push(&piece))
+    }
+
+    /// What was held back, after the last token; the text ends for this reason unless a stop string is in it.
+    pub(super) fn end(&mut self, reason: Option<FinishReason>) -> Result<String> {
+        let rest = self.decoder.finish()?;
+        let mut text = self.push(&rest);
+        text.push_str(&self.stops.flush());
+        self.finish = self.finish.or(reason);
+        Ok(text)
+    }
+
+    fn push(&mut self, piece: &str) -> String {
+        let (text, stopped) = self.stops.push(piece);
+        if let Some(index) = stopped {
+            self.finish = Some(FinishReason::StopString(index));
+        }
+        text
     }
 }
 

@@ -128,8 +128,8 @@ impl KvCache {
     }
 
     /// Appends a key and a value for each row of `rows`: the keys of all heads and then their values
-    /// are its last elements. They count only after [`KvCache::commit`]. Returns the layer.
-    pub(crate) fn append(&mut self, layer: usize, rows: &[f32], width: usize) -> &LayerCache {
+    /// are its last elements. They count only after [`KvCache::commit`].
+    pub(crate) fn append(&mut self, layer: usize, rows: &[f32], width: usize) {
         let layer = &mut self.layers[layer];
         let head_dim = layer.heads.first().map_or(1, |head| head.dim);
         let kv = layer.heads.len() * head_dim;
@@ -144,7 +144,11 @@ impl KvCache {
                 head.len += 1;
             }
         }
-        layer
+    }
+
+    /// What a layer remembers, appended positions included.
+    pub(crate) fn layer(&self, layer: usize) -> &LayerCache {
+        &self.layers[layer]
     }
 
     /// Counts `n` positions that were appended to every layer.

@@ -17,7 +17,7 @@ pub struct Rope {
     attention_factor: f64,
 }
 
-/// Cos and sin for consecutive positions, `[n, dim / 2]` each.
+/// Cos and sin for some positions, `[n, dim / 2]` each.
 #[derive(Debug, Default)]
 pub struct RopeTable {
     half: usize,
@@ -91,16 +91,14 @@ impl Rope {
     /// Cos and sin for the positions `first..first + n`. Costs 8 bytes per position and frequency.
     pub fn table(&self, first: usize, n: usize, long: bool) -> RopeTable {
         let mut table = RopeTable::default();
-        self.fill(&mut table, first, n, long);
+        self.extend(&mut table, first, n, long);
         table
     }
 
-    /// [`Rope::table`] in the memory of an older one.
-    pub fn fill(&self, table: &mut RopeTable, first: usize, n: usize, long: bool) {
+    /// Adds what [`Rope::table`] has to a table of the same model.
+    pub fn extend(&self, table: &mut RopeTable, first: usize, n: usize, long: bool) {
         let frequencies = self.frequencies(long);
         table.half = frequencies.len();
-        table.cos.clear();
-        table.sin.clear();
         for position in first..first + n {
             for frequency in frequencies {
                 let (s, c) = (position as f64 * frequency).sin_cos();
@@ -112,6 +110,12 @@ impl Rope {
 }
 
 impl RopeTable {
+    /// Takes all positions out; the memory stays.
+    pub fn clear(&mut self) {
+        self.cos.clear();
+        self.sin.clear();
+    }
+
     /// Turns the heads of `row`, `head_dim` elements each, to the position of number `index`, in place.
     ///
     /// Elements of a head from `dim` on keep their values. Panics beyond the table.

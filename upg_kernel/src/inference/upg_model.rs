@@ -3,6 +3,7 @@
 
 use super::chat_template::{ChatTemplate, Date};
 use super::generate::{GenerateOptions, PieceDecoder, StopStrings, TextStream, TokenStream};
+use super::text_batch::{Request, TextBatch};
 use super::tokenizer::{DecodeStream, SpecialIds, Tokenizer};
 use super::weights::{WeightSource, shape_mismatch};
 use super::{Model, ModelConfig, Sampler, SamplingOptions, Session, SessionOptions};
@@ -12,6 +13,9 @@ use crate::matrix::Matrix;
 use candle_core::{Device, Tensor};
 use std::path::Path;
 use std::sync::Arc;
+
+/// Sequences of [`UPGModel::generate_batch`] in a forward pass.
+const AT_ONCE: usize = 16;
 
 /// A model that is ready to generate; shared by any number of [`Session`]s.
 pub struct UPGModel {
@@ -148,10 +152,7 @@ impl UPGModel {
         stop_strings: Vec<String>,
     ) -> Result<TextStream<'a, DecodeStream<'a>>> {
         let tokenizer = self.tokenizer()?;
-        let options = GenerateOptions {
-            max_tokens,
-            stop_ids: tokenizer.special_ids().eos.clone(),
-        };
+        let options = self.generate_options(max_tokens)?;
         let stops = StopStrings::new(stop_strings)?;
         let tokens = TokenStream::new(session, sampler, prompt, options)?;
         Ok(TextStream::new(
@@ -159,6 +160,84 @@ impl UPGModel {
             tokenizer.decode_stream(true),
             stops,
         ))
+    }
+
+    /// Ends at the stop tokens of the model. Errors (`Missing`): no tokenizer.
+    pub(super) fn generate_options(&self, max_tokens: usize) -> Result<GenerateOptions> {
+        Ok(GenerateOptions {
+            max_tokens,
+            stop_ids: self.tokenizer()?.special_ids().eos.clone(),
+        })
+    }
+
+    /// [`UPGModel::generate`] for several prompts, 16 of them at once; the texts in the order of the prompts.
+    ///
+    /// Errors: those of [`UPGModel::stream_batch`].
+    ///
+    /// ```no_run
+    /// # fn main() -> upg_kernel::Result<()> {
+    /// let model = upg_kernel::UPGModel::from_file("smollm2-q4.safetensors")?;
+    /// let prompts = ["The capital of France is", "The capital of Italy is"];
+    /// for (prompt, text) in prompts.iter().zip(model.generate_batch(&prompts, 20)?) {
+    ///     println!("{prompt}{text}");
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn generate_batch(&self, prompts: &[&str], max_tokens: usize) -> Result<Vec<String>> {
+        let tokenizer = self.tokenizer()?;
+        let request = |prompt: &&str| {
+            Ok(Request {
+                prompt: tokenizer.encode(prompt, true)?,
+                sampler: Sampler::new(SamplingOptions::default())?,
+                max_tokens,
+                stop_strings: Vec::new(),
+            })
+        };
+        let requests = prompts.iter().map(request).collect::<Result<Vec<_>>>()?;
+        let mut texts = vec![String::new(); prompts.len()];
+        for piece in self.stream_batch(requests, AT_ONCE, &SessionOptions::default())? {
+            let (request, text) = piece?;
+            texts[request].push_str(&text);
+        }
+        Ok(texts)
+    }
+
+    /// Continues several prompts, up to `at_once` of them in one forward pass; whatever ends makes room for the next.
+    /// Text piece by piece, each with the number of its request.
+    ///
+    /// Each gets its own session with these options and ends by itself. Errors: `Missing` tokenizer, `Argument` (an
+    /// empty or too long prompt, an empty stop string, an `at_once` of 0), those of [`Session::new`] and of the items.
+    ///
+    /// ```no_run
+    /// # fn main() -> upg_kernel::Result<()> {
+    /// use upg_kernel::UPGModel;
+    /// use upg_kernel::inference::{Request, Sampler, SamplingOptions, SessionOptions};
+    ///
+    /// let model = UPGModel::from_file("smollm2-q4.safetensors")?;
+    /// let request = |prompt: &str, temperature| -> upg_kernel::Result<Request> {
+    ///     Ok(Request {
+    ///         prompt: model.tokenizer()?.encode(prompt, true)?,
+    ///         sampler: Sampler::new(SamplingOptions { temperature, ..SamplingOptions::default() })?,
+    ///         max_tokens: 20,
+    ///         stop_strings: vec!["\n".into()],
+    ///     })
+    /// };
+    /// let requests = vec![request("Once upon a time", 0.8)?, request("1, 2, 3,", 0.0)?];
+    /// for piece in model.stream_batch(requests, 8, &SessionOptions::default())? {
+    ///     let (number, text) = piece?;
+    ///     println!("{number}: {text}");
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn stream_batch(
+        &self,
+        requests: Vec<Request>,
+        at_once: usize,
+        options: &SessionOptions,
+    ) -> Result<TextBatch<'_>> {
+        TextBatch::new(self, requests, at_once, options)
     }
 }
 

@@ -441,6 +441,29 @@ mod tests {
         }
     }
 
+    /// A sequence in a batch gets what it gets alone.
+    #[test]
+    fn packed_products_with_many_vectors_are_those_with_one() {
+        let cols = 200;
+        for matrix in [q8(130, cols), t3(130, cols, 7)] {
+            let rows = matrix.rows();
+            let mut scratch = Scratch::default();
+            let mut product = |x: &[f32], n: usize| {
+                let mut out = vec![0.0; n * rows];
+                let parts = [Some(&matrix)];
+                multiply(parts, x, n, Write::Set, &mut scratch, &mut out).unwrap();
+                out
+            };
+            let n = DECODED - 1;
+            let x: Vec<f32> = (0..n * cols).map(|i| (i as f32 * 0.7).sin()).collect();
+            let one_by_one: Vec<f32> = x.chunks(cols).flat_map(|x| product(x, 1)).collect();
+            for n in [2, MANY - 1, MANY, n] {
+                let found = product(&x[..n * cols], n);
+                assert!(found == one_by_one[..n * rows], "{n} vectors");
+            }
+        }
+    }
+
     #[test]
     fn lengths_that_do_not_fit_are_refused() {
         let (a, b) = (q8(2, 3), q8(1, 4));

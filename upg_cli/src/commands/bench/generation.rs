@@ -5,7 +5,7 @@ use super::figure::{Figure, seconds};
 use super::llama::Llama;
 use crate::cli::MeasureArgs;
 use upg_kernel::format::UpgFile;
-use upg_kernel::inference::{Session, SessionOptions};
+use upg_kernel::inference::{Batch, Session, SessionOptions};
 use upg_kernel::{Error, ErrorKind, Result, UPGModel};
 
 /// Tokens per second of one program.
@@ -17,6 +17,8 @@ pub struct Speeds {
 /// What was measured.
 pub struct Generation<'a> {
     pub speeds: Speeds,
+    /// With some sequences at once: how many, and tokens per second of all of them.
+    pub batches: Vec<(usize, Figure)>,
     /// Of the weights that one token takes.
     pub token_bytes: u64,
     pub llamas: Vec<(&'a Llama, Speeds)>,
@@ -50,30 +52,44 @@ pub fn measure<'a>(args: &MeasureArgs, llamas: &'a [Llama]) -> Result<Generation
     let ids = random_ids(longest, vocab);
     let (prompt, history) = (&ids[..args.prompt_tokens], &ids[..args.depth]);
     let answer = &ids[..args.generate];
-    let mut session = model.session(&SessionOptions::default())?;
+    let counts = args.sequences.iter().map(|count| count.get());
+    let sessions = counts.clone().max().unwrap_or(0).max(1);
+    let mut sessions = (0..sessions)
+        .map(|_| model.session(&SessionOptions::default()))
+        .collect::<Result<Vec<_>>>()?;
 
     let mut ours = Samples::default();
+    let mut batches: Vec<_> = counts.map(|count| (count, Vec::new())).collect();
     let mut theirs: Vec<Samples> = llamas.iter().map(|_| Samples::default()).collect();
     // The first round warms up; llama-bench does that by itself each time.
     for round in 0..=args.repetitions.get() {
         let counts = round > 0;
         if !prompt.is_empty() {
-            let rate = prefill(&mut session, prompt)?;
+            let rate = prefill(&mut sessions[0], prompt)?;
             ours.prefill.extend(counts.then_some(rate));
             for (llama, samples) in llamas.iter().zip(&mut theirs).filter(|_| counts) {
                 samples.prefill.push(llama.prefill(prompt.len())?);
             }
         }
         if !answer.is_empty() {
-            let rate = decode(&mut session, history, answer)?;
+            let rate = decode(&mut sessions[..1], history, answer)?;
             ours.decode.extend(counts.then_some(rate));
+            for (count, rates) in &mut batches {
+                let rate = decode(&mut sessions[..*count], history, answer)?;
+                rates.extend(counts.then_some(rate));
+            }
             for (llama, samples) in llamas.iter().zip(&mut theirs).filter(|_| counts) {
                 samples.decode.push(llama.decode(answer.len(), args.depth)?);
             }
         }
     }
+    batches.retain(|(_, rates)| !rates.is_empty());
     Ok(Generation {
         speeds: ours.speeds(),
+        batches: batches
+            .into_iter()
+            .map(|(count, rates)| (count, Figure::of(rates)))
+            .collect(),
         token_bytes: token_bytes(model.file(), config.tie_word_embeddings, vocab),
         llamas: llamas
             .iter()
@@ -106,16 +122,25 @@ fn prefill(session: &mut Session, prompt: &[u32]) -> Result<f64> {
     Ok(prompt.len() as f64 / took)
 }
 
-/// Tokens per second one by one, after `history`, which is not timed.
-fn decode(session: &mut Session, history: &[u32], answer: &[u32]) -> Result<f64> {
-    session.truncate(0);
-    if !history.is_empty() {
-        session.prefill(history)?;
+/// Tokens per second of all sessions together, which generate `answer` one by one in one batch, each after
+/// `history`, which is not timed.
+fn decode(sessions: &mut [Session], history: &[u32], answer: &[u32]) -> Result<f64> {
+    for session in &mut *sessions {
+        session.truncate(0);
+        if !history.is_empty() {
+            session.prefill(history)?;
+        }
     }
-    let mut logits = Vec::new();
-    let mut steps = answer.iter();
-    let took = seconds(|| steps.try_for_each(|id| session.step_into(*id, &mut logits)))?;
-    Ok(answer.len() as f64 / took)
+    let (mut batch, mut logits) = (Batch::new(), Vec::new());
+    let mut steps = answer.chunks(1);
+    let count = answer.len() * sessions.len();
+    let took = seconds(|| {
+        steps.try_for_each(|id| {
+            let mut parts: Vec<_> = sessions.iter_mut().map(|session| (session, id)).collect();
+            batch.extend(&mut parts, &mut logits)
+        })
+    })?;
+    Ok(count as f64 / took)
 }
 
 /// Always the same ids, without order (splitmix64).

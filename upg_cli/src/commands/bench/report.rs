@@ -73,6 +73,15 @@ impl Report<'_> {
                 "gbps_spread": spread(d.gbps),
             })
         });
+        let batches = self.generation.iter().flat_map(|g| &g.batches);
+        let batches = batches.map(|(sequences, rate)| {
+            json!({
+                "sequences": sequences,
+                "decode_tps": rate.median,
+                "decode_tps_spread": spread(*rate),
+                "decode_tps_per_sequence": rate.median / *sequences as f64,
+            })
+        });
         let llamas = self.generation.iter().flat_map(|g| &g.llamas);
         let llamas = llamas.map(|(llama, theirs)| {
             let about = llama.about();
@@ -119,6 +128,7 @@ impl Report<'_> {
             "decode_tps_spread": decode.map(spread),
             "decode_token_bytes": self.generation.map(|g| g.token_bytes),
             "decode_percent_of_read": self.decode_gbps().map(|gbps| self.percent_of_read(gbps)),
+            "batches": batches.collect::<Vec<_>>(),
             "matvec": products.collect::<Vec<_>>(),
             "matvec_bytes": self.swept_bytes,
             "decompress": decompressed.collect::<Vec<_>>(),
@@ -219,7 +229,16 @@ impl Report<'_> {
                 bytes(generation.token_bytes)
             )
         });
-        prefill.into_iter().chain(decode).chain(weights).collect()
+        let batches = generation.batches.iter().map(|(sequences, rate)| {
+            format!(
+                "             {:>9.1} tokens/s {sequences} at once, {:.1} each, {}",
+                rate.median,
+                rate.median / *sequences as f64,
+                between(*rate)
+            )
+        });
+        let lines = prefill.into_iter().chain(decode).chain(weights);
+        lines.chain(batches).collect()
     }
 
     fn multiplied(&self) -> Vec<String> {

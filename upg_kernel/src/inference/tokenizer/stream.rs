@@ -17,6 +17,7 @@ const MAX_PENDING: usize = 256;
 /// What an id decodes to depends on its neighbours: a space is stripped at the start of a text
 /// only, and bytes join to characters. So each step decodes the ids whose text was returned last
 /// together with the new ones, and returns what the new ones add.
+#[derive(Debug)]
 pub struct DecodeStream<'a> {
     tokenizer: &'a Tokenizer,
     skip_special: bool,

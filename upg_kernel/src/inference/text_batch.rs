@@ -1,0 +1,182 @@
+//! Text of several prompts at once.
+#![forbid(unsafe_code)]
+
+use super::generate::{Choices, FinishReason, StopStrings, Text};
+use super::tokenizer::DecodeStream;
+use super::{Batch, Sampler, Session, SessionOptions, UPGModel};
+use crate::error::{Error, ErrorKind, Result};
+use std::collections::VecDeque;
+
+/// What to continue, how to choose, and when to end.
+#[derive(Debug)]
+pub struct Request {
+    /// Token ids of the prompt.
+    pub prompt: Vec<u32>,
+    /// Chooses the tokens of this request alone.
+    pub sampler: Sampler,
+    /// Most tokens to generate.
+    pub max_tokens: usize,
+    /// Texts that end the answer, and are not given out.
+    pub stop_strings: Vec<String>,
+}
+
+/// Text of several requests, some of which are computed together: an iterator of non-empty pieces, each with the
+/// number of its request. Ends for good after an error, which is one of all requests.
+///
+/// In a forward pass, every sequence that generates has one token; prompts share what `prefill_chunk` leaves, so
+/// that a long one holds up nobody for longer than that.
+#[derive(Debug)]
+pub struct TextBatch<'a> {
+    batch: Batch,
+    logits: Vec<f32>,
+    active: Vec<Sequence<'a>>,
+    waiting: VecDeque<Sequence<'a>>,
+    at_once: usize,
+    chunk: usize,
+    pieces: VecDeque<(usize, String)>,
+    finished: Vec<Option<FinishReason>>,
+}
+
+/// A request on its way.
+#[derive(Debug)]
+struct Sequence<'a> {
+    number: usize,
+    session: Session,
+    prompt: Vec<u32>,
+    sampler: Sampler,
+    choices: Choices,
+    text: Text<DecodeStream<'a>>,
+}
+
+impl<'a> TextBatch<'a> {
+    /// [`UPGModel::stream_batch`].
+    pub(super) fn new(
+        model: &'a UPGModel,
+        requests: Vec<Request>,
+        at_once: usize,
+        options: &SessionOptions,
+    ) -> Result<Self> {
+        if at_once == 0 {
+            let message = "no sequences at once, expected at least 1";
+            return Err(Error::new(ErrorKind::Argument, message));
+        }
+        let finished = vec![None; requests.len()];
+        let requests = requests.into_iter().enumerate();
+        let waiting = requests
+            .map(|(number, request)| Sequence::new(model, number, request, options))
+            .collect::<Result<_>>()?;
+        Ok(Self {
+            batch: Batch::new(),
+            logits: Vec::new(),
+            active: Vec::new(),
+            waiting,
+            at_once,
+            chunk: options.prefill_chunk,
+            pieces: VecDeque::new(),
+            finished,
+        })
+    }
+
+    /// Why request `number` ended; `None` while it has not, and for a number that there is not.
+    pub fn finish_reason(&self, number: usize) -> Option<FinishReason> {
+        self.finished.get(number).copied().flatten()
+    }
+
+    /// One forward pass, and what follows from it.
+    fn pass(&mut self) -> Result<()> {
+        let free = self.at_once - self.active.len();
+        let joining = self.waiting.drain(..free.min(self.waiting.len()));
+        self.active.extend(joining);
+        let mut left = self.chunk.saturating_sub(self.active.len());
+        let mut parts = Vec::with_capacity(self.active.len());
+        for sequence in &mut self.active {
+            let part = sequence.due(left);
+            left -= part.1.len().saturating_sub(1);
+            parts.push(part);
+        }
+        self.batch.extend(&mut parts, &mut self.logits)?;
+        let vocab = self.logits.len() / self.active.len().max(1);
+        for (sequence, logits) in self.active.iter_mut().zip(self.logits.chunks_exact(vocab)) {
+            let text = sequence.advance(logits)?;
+            if !text.is_empty() {
+                self.pieces.push_back((sequence.number, text));
+            }
+            self.finished[sequence.number] = sequence.text.finish;
+        }
+        self.active
+            .retain(|sequence| sequence.text.finish.is_none());
+        Ok(())
+    }
+
+    fn fail(&mut self) {
+        self.pieces.clear();
+        for sequence in self.active.drain(..).chain(self.waiting.drain(..)) {
+            self.finished[sequence.number] = Some(FinishReason::Failed);
+        }
+    }
+}
+
+impl<'a> Sequence<'a> {
+    fn new(
+        model: &'a UPGModel,
+        number: usize,
+        request: Request,
+        options: &SessionOptions,
+    ) -> Result<Self> {
+        let session = model.session(options)?;
+        session.check(0, &request.prompt)?;
+        let stops = StopStrings::new(request.stop_strings)?;
+        Ok(Self {
+            number,
+            session,
+            prompt: request.prompt,
+            sampler: request.sampler,
+            choices: Choices::new(model.generate_options(request.max_tokens)?),
+            text: Text::new(model.tokenizer()?.decode_stream(true), stops),
+        })
+    }
+
+    /// What to compute next: of the prompt up to `more` tokens beside the one that it has in any case.
+    fn due(&mut self, more: usize) -> (&mut Session, &[u32]) {
+        let tokens = match &self.choices.pending {
+            Some(token) => std::slice::from_ref(token),
+            None => {
+                let rest = &self.prompt[self.session.tokens().len()..];
+                &rest[..rest.len().min(1 + more)]
+            }
+        };
+        (&mut self.session, tokens)
+    }
+
+    /// Takes the logits of what was computed; returns the text that comes of them.
+    fn advance(&mut self, logits: &[f32]) -> Result<String> {
+        if self.session.tokens().len() < self.prompt.len() {
+            return Ok(String::new());
+        }
+        let mut text = String::new();
+        if !self.choices.is_over(&self.session) {
+            let history = self.session.tokens();
+            if let Some(token) = self.choices.choose(&mut self.sampler, logits, history)? {
+                text = self.text.token(token)?;
+            }
+        }
+        if self.text.finish.is_none() && self.choices.is_over(&self.session) {
+            text.push_str(&self.text.end(self.choices.finish)?);
+        }
+        Ok(text)
+    }
+}
+
+impl Iterator for TextBatch<'_> {
+    type Item = Result<(usize, String)>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        while self.pieces.is_empty() && !(self.active.is_empty() && self.waiting.is_empty()) {
+            if let Err(error) = self.pass() {
+                self.fail();
+                return Some(Err(error));
+            }
+        }
+        self.pieces.pop_front().map(Ok)
+    }
+}

@@ -1,0 +1,159 @@
+//! Sequences in a batch against the same sequences by themselves.
+
+#[allow(dead_code, reason = "helpers of other tests")]
+mod common;
+
+use common::tiny::{MODELS, cases, largest_difference};
+use common::{CUT_TOLERANCE, config, model, options, session, source};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use upg_kernel::ErrorKind;
+use upg_kernel::inference::{Batch, Model, Session, SessionOptions};
+
+/// One sequence of a schedule: what it still has to compute, and the session that does it alone.
+struct Twin {
+    joins: usize,
+    tokens: Vec<u32>,
+    batched: Session,
+    alone: Session,
+}
+
+impl Twin {
+    /// Prompts that differ, cut so that windows and the longrope switch come up at other passes.
+    fn new(model: &Arc<Model>, index: usize, prompt: &[u32]) -> Self {
+        let mut tokens = prompt.to_vec();
+        tokens.rotate_left(index);
+        tokens.truncate([80, 33, 64, 7][index % 4]);
+        let options = SessionOptions {
+            prefill_chunk: [512, 5, 16][index % 3],
+            ..options()
+        };
+        let session = || Session::new(Arc::clone(model), &options).expect("good options");
+        Self {
+            joins: index * 2,
+            tokens,
+            batched: session(),
+            alone: session(),
+        }
+    }
+
+    /// How many tokens it takes in a pass: one by one or a piece of a prompt.
+    fn takes(&self, pass: usize) -> usize {
+        let left = self.tokens.len() - self.alone.tokens().len();
+        left.min([1, 20, 1, 3, 1, 1, 9][(pass + self.joins) % 7])
+    }
+}
+
+#[test]
+fn logits_are_those_of_a_sequence_alone() {
+    for (name, _) in MODELS {
+        let model = model(name);
+        let vocab = model.config().vocab_size;
+        let prompt = cases(name).pop().unwrap().prompt;
+        for count in [1, 2, 3, 5, 9] {
+            let mut twins: Vec<_> = (0..count).map(|i| Twin::new(&model, i, &prompt)).collect();
+            let (mut batch, mut logits) = (Batch::new(), Vec::new());
+            let mut worst = 0f32;
+            let mut pass = 0;
+            while twins.iter().any(|twin| twin.takes(pass) > 0) {
+                let mut expected = Vec::new();
+                let mut parts = Vec::new();
+                for twin in twins.iter_mut().filter(|twin| twin.joins <= pass) {
+                    let n = twin.takes(pass);
+                    let start = twin.alone.tokens().len();
+                    let tokens = &twin.tokens[start..start + n];
+                    if n > 0 {
+                        expected.extend(twin.alone.prefill(tokens).unwrap());
+                        parts.push((&mut twin.batched, tokens));
+                    }
+                }
+                batch.extend(&mut parts, &mut logits).unwrap();
+                assert_eq!(logits.len(), parts.len() * vocab);
+                worst = worst.max(largest_difference(&logits, &expected));
+                pass += 1;
+            }
+            println!("{name}, {count} sequences: largest difference {worst:.1e}");
+            assert!(worst <= CUT_TOLERANCE, "{name} {count}: {worst}");
+            assert!(twins.iter().all(|t| t.batched.tokens() == t.tokens));
+        }
+    }
+}
+
+/// Over the longrope switch, where the cache is computed again, while another one stays below it.
+#[test]
+fn every_sequence_has_its_own_frequencies() {
+    let model = model("phi4-mini-longrope");
+    let prompts =
+        [28, 3].map(|n| -> Vec<u32> { (0..n).map(|i| 3 + (i * 37 + 11) % 250).collect() });
+    let [mut long, mut short] = [session(&model), session(&model)];
+    let [mut long_alone, mut short_alone] = [session(&model), session(&model)];
+    let (mut batch, mut logits) = (Batch::new(), Vec::new());
+    let mut pieces = prompts.clone();
+    for step in 0..12 {
+        let [a, b] = &pieces;
+        batch
+            .extend(&mut [(&mut long, a), (&mut short, b)], &mut logits)
+            .unwrap();
+        let expected = [
+            long_alone.prefill(a).unwrap(),
+            short_alone.prefill(b).unwrap(),
+        ]
+        .concat();
+        let difference = largest_difference(&logits, &expected);
+        assert!(difference <= CUT_TOLERANCE, "step {step}: {difference}");
+        pieces = [vec![step + 3], vec![step + 90]];
+    }
+    assert_eq!((long.tokens().len(), short.tokens().len()), (39, 14));
+}
+
+#[test]
+fn after_an_error_every_sequence_is_as_before() {
+    let name = "mistral";
+    let model = model(name);
+    let interrupt = Arc::new(AtomicBool::new(false));
+    let small = SessionOptions {
+        context: Some(42),
+        interrupt: Some(Arc::clone(&interrupt)),
+        ..options()
+    };
+    let prompt = cases(name).pop().unwrap().prompt;
+    let mut one = session(&model);
+    let mut two = Session::new(Arc::clone(&model), &small).unwrap();
+    let mut stranger = session(&Arc::new(Model::load(config(name), &source(name)).unwrap()));
+    let (mut batch, mut logits) = (Batch::new(), Vec::new());
+    batch
+        .extend(
+            &mut [(&mut one, &prompt), (&mut two, &prompt[..40])],
+            &mut logits,
+        )
+        .unwrap();
+    let mut refused = |tokens: &[u32], kind: ErrorKind| {
+        let mut parts = [(&mut one, &[5, 6][..]), (&mut two, tokens)];
+        let error = batch.extend(&mut parts, &mut logits).unwrap_err();
+        assert_eq!(error.kind(), kind, "{error}");
+        assert_eq!(one.tokens(), prompt);
+        assert_eq!(two.tokens(), &prompt[..40]);
+        let mut parts = [(&mut one, &[5, 6][..]), (&mut stranger, &[1])];
+        let error = batch.extend(&mut parts, &mut logits).unwrap_err();
+        assert!(error.to_string().contains("different models"), "{error}");
+        assert!(one.tokens() == prompt && stranger.tokens().is_empty());
+    };
+    refused(&[], ErrorKind::Argument);
+    refused(&[256], ErrorKind::Argument);
+    refused(&[1, 2, 3], ErrorKind::Argument);
+    interrupt.store(true, Ordering::Relaxed);
+    refused(&[1], ErrorKind::Interrupted);
+    interrupt.store(false, Ordering::Relaxed);
+
+    let mut parts = [(&mut one, &[5, 6][..]), (&mut two, &[7])];
+    batch.extend(&mut parts, &mut logits).unwrap();
+    let mut expected = Vec::new();
+    for (prompt, tokens) in [(&prompt[..], &[5, 6][..]), (&prompt[..40], &[7])] {
+        let mut alone = session(&model);
+        expected.extend(alone.prefill(&[prompt, tokens].concat()).unwrap());
+    }
+    assert!(largest_difference(&logits, &expected) <= CUT_TOLERANCE);
+
+    batch.extend(&mut [], &mut logits).unwrap();
+    assert!(logits.is_empty());
+}

@@ -58,13 +58,15 @@ target=$(target_folder)
 upg=$target/release/upg
 
 version=$(sed -n 's/^llama-cpp-python==\([^ ]*\).*/\1/p' bench/llama-cpp.txt)
-llama=$target/llama.cpp/$version
-echo "2/4  Building llama.cpp (of llama-cpp-python $version)" >&2
-if [ ! -x "$llama/bin/llama-bench" ] || [ ! -x "$llama/bin/llama-quantize" ]; then
+
+# build_llama FOLDER [FLAGS]: llama-bench and llama-quantize for this processor in FOLDER/bin, unless they are there.
+build_llama() {
+    local llama=$1 flags=${2-}
+    if [ -x "$llama/bin/llama-bench" ] && [ -x "$llama/bin/llama-quantize" ]; then return; fi
     rm -rf "$llama"
     mkdir -p "$llama"
     python3 -m venv "$llama/venv"
-    pip=("$llama/venv/bin/python" -m pip --disable-pip-version-check --no-input)
+    local pip=("$llama/venv/bin/python" -m pip --disable-pip-version-check --no-input)
     # scikit-build-core is what the source package is described with; nothing is built by it.
     "${pip[@]}" install --quiet 'cmake>=3.28,<5' 'ninja>=1.11,<2' 'scikit-build-core>=0.10,<2'
     "${pip[@]}" download --quiet --progress-bar off --no-deps --no-build-isolation --require-hashes \
@@ -74,14 +76,19 @@ if [ ! -x "$llama/bin/llama-bench" ] || [ ! -x "$llama/bin/llama-quantize" ]; th
     export GIT_CEILING_DIRECTORIES=$llama
     PATH=$llama/venv/bin:$PATH cmake -G Ninja \
         -S "$llama/llama_cpp_python-$version/vendor/llama.cpp" -B "$llama/build" \
-        -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DBUILD_SHARED_LIBS=OFF -DLLAMA_OPENSSL=OFF \
+        -DCMAKE_BUILD_TYPE=Release -DCMAKE_C_FLAGS="$flags" -DCMAKE_CXX_FLAGS="$flags" \
+        -DGGML_NATIVE=ON -DBUILD_SHARED_LIBS=OFF -DLLAMA_OPENSSL=OFF \
         -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_APP=OFF \
         >"$llama/cmake.log" 2>&1 || fail "llama.cpp cannot be built here: see $llama/cmake.log"
     "$llama/venv/bin/ninja" -C "$llama/build" llama-bench llama-quantize >"$llama/ninja.log" 2>&1 ||
         fail "llama.cpp does not build: see $llama/ninja.log"
     mv "$llama/build/bin" "$llama/bin"
     rm -rf "$llama/build" "$llama/venv" "$llama/llama_cpp_python-$version"*
-fi
+}
+
+llama=$target/llama.cpp/$version
+echo "2/4  Building llama.cpp (of llama-cpp-python $version)" >&2
+build_llama "$llama"
 
 echo "3/4  Making the models" >&2
 source=$(python3 tools/get_smollm2.py models)
@@ -113,6 +120,21 @@ for encoding in "${encodings[@]}"; do
     done
 done
 
+# works: whether llama-bench computes a prompt here.
+works() {
+    "$llama/bin/llama-bench" -m "$folder/smollm2-Q8_0.gguf" -t 1 -p 64 -n 0 -r 1 >"$folder/llama-bench.log" 2>&1
+}
+
+built="built for this processor"
+if ! works && grep -qw amx_int8 /proc/cpuinfo; then
+    # Its kernels for AMX end with a segmentation fault on some machines.
+    echo "     llama.cpp fails with AMX here; building it without" >&2
+    llama=$llama-without-amx
+    built="$built without AMX, with which it crashed"
+    build_llama "$llama" "-mno-amx-tile -mno-amx-int8"
+fi
+works || fail "llama-bench fails: see $folder/llama-bench.log"
+
 echo "4/4  Measuring ($rounds rounds)" >&2
 raw=$(mktemp -d)
 trap 'rm -rf "$raw"' EXIT
@@ -133,4 +155,4 @@ for threads in $(printf '%s\n' 1 "$cores" | uniq); do
 done
 commit=$(git rev-parse --short HEAD 2>/dev/null || echo unknown)
 if [ -n "$(git status --porcelain 2>/dev/null)" ]; then commit="$commit with changes"; fi
-python3 bench/table.py --commit "$commit" --bindings "$version" ${record:+--record bench/record} "$raw"/*.json
+python3 bench/table.py --commit "$commit" --bindings "$version" --built "$built" ${record:+--record bench/record} "$raw"/*.json

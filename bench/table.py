@@ -1,6 +1,6 @@
 """Prints what bench/compare.sh measured as a table; called by it.
 
-    python3 bench/table.py --commit COMMIT --bindings VERSION [--record FOLDER] JSON...
+    python3 bench/table.py --commit COMMIT --bindings VERSION --built HOW [--record FOLDER] JSON...
 
 Each JSON is the output of `upg bench --compare-llama ... --json`. FOLDER gets DATE-PROCESSOR.md and, with
 all figures, DATE-PROCESSOR.json.
@@ -21,7 +21,7 @@ HEAD = """\
 # Beside llama.cpp: SmolLM2-135M-Instruct
 
 {date}, commit {commit}, {cpu}, kernels `{kernels}`, upg {version}; llama.cpp {build} (vendored by
-llama-cpp-python {bindings}), built for this processor. Tokens per second: prompts of {prompt} tokens,
+llama-cpp-python {bindings}), {built}. Tokens per second: prompts of {prompt} tokens,
 then {generate} tokens one by one without a prompt; medians of {rounds} rounds in which the programs take
 turns. Load average when the runs began: {least:.2f} to {most:.2f} (the runs before are part of it);
 other processes used {others} of the processors meanwhile.
@@ -40,6 +40,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--commit", required=True)
     parser.add_argument("--bindings", required=True)
+    parser.add_argument("--built", required=True)
     parser.add_argument("--record", type=pathlib.Path)
     parser.add_argument("runs", nargs="+", type=pathlib.Path)
     args = parser.parse_args()
@@ -73,6 +74,7 @@ def head(runs, args, today):
         version=first["version"],
         build=first["llama"][0]["build"],
         bindings=args.bindings,
+        built=args.built,
         prompt=first["prompt_tokens"],
         generate=first["generate"],
         rounds=first["repetitions"],

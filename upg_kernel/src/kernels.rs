@@ -198,7 +198,7 @@ impl Kernels {
         }
     }
 
-    /// Whether [`Kernels::multiply`] does anything; `scalar` products decode weights to f32 instead.
+    /// Whether there are [`Kernels::multiply`] and [`Kernels::multiply_many`]; `scalar` products decode weights to f32 instead.
     pub(crate) fn is_integer(self) -> bool {
         !matches!(self.0, Set::Scalar)
     }
@@ -328,20 +328,9 @@ impl Kernels {
         dispatch!(self.0, activations::quantize(x, out), kernels => kernels.quantize(x, out))
     }
 
-    /// Whether there is [`Kernels::multiply_many`].
-    pub(crate) fn has_many(self) -> bool {
-        match self.0 {
-            #[cfg(target_arch = "x86_64")]
-            Set::Avx2(_) | Set::Avx512(_) => true,
-            #[cfg(target_arch = "aarch64")]
-            Set::Neon(_) => true,
-            _ => false,
-        }
-    }
-
     /// `out [n, rows]`: the rows of a strip times every vector.
     ///
-    /// Panics without [`Kernels::has_many`].
+    /// Panics if there are other kernels than [`Kernels::is_integer`] allows.
     pub(crate) fn multiply_many(
         self,
         strip: Strip<'_>,
@@ -349,15 +338,11 @@ impl Kernels {
         panel: &mut Panel,
         out: &mut [f32],
     ) {
-        match self.0 {
-            #[cfg(target_arch = "x86_64")]
-            Set::Avx2(kernels) => kernels.multiply_many(strip, vectors, panel, out),
-            #[cfg(target_arch = "x86_64")]
-            Set::Avx512(kernels) => kernels.multiply_many(strip, vectors, panel, out),
-            #[cfg(target_arch = "aarch64")]
-            Set::Neon(kernels) => kernels.multiply_many(strip, vectors, panel, out),
-            _ => unreachable!("{strip:?} {vectors:?} {panel:?} {out:?}"),
-        }
+        dispatch!(
+            self.0,
+            unreachable!("scalar products decode {strip:?} {vectors:?} {panel:?} {out:?}"),
+            kernels => kernels.multiply_many(strip, vectors, panel, out)
+        )
     }
 
     /// `out[i] = ` row `i` of a strip times `x`.

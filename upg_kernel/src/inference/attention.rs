@@ -4,7 +4,7 @@
 use super::kv_cache::LayerCache;
 use super::model::Segment;
 use crate::kernels::Kernels;
-use crate::kernels::attention::{Scratch, Task};
+use crate::kernels::attention::{Scratch, Task, Total};
 use crate::team::Team;
 use std::cell::RefCell;
 use std::iter::repeat_n;
@@ -17,12 +17,25 @@ const MANY: usize = 8;
 /// Positions of a task, then.
 const TOGETHER: usize = 16;
 
+/// Positions whose values are summed up with one softmax; the sums of such pieces of a context are joined in order.
+/// Pieces begin at multiples of this in the sequence, so that a result does not depend on who computes them.
+const PIECE: usize = 512;
+
+/// Pieces are tasks of their own where there are fewer tasks than this for each thread: one more or less would make
+/// a difference.
+const TASKS_PER_THREAD: usize = 4;
+
 /// Memory of one thread.
 #[derive(Default)]
 struct TaskScratch {
     queries: Vec<f32>,
+    /// What the queries see in all, and in a piece.
     seen: Vec<Range<usize>>,
+    seen_here: Vec<Range<usize>>,
+    totals: Vec<Total>,
+    totals_here: Vec<Total>,
     out: Vec<f32>,
+    out_here: Vec<f32>,
     kernel: Scratch,
 }
 
@@ -58,6 +71,10 @@ pub(crate) struct Plan {
     cuts: Vec<Cut>,
     /// Where each of them ends in the output.
     ends: Vec<usize>,
+    /// Whether each is one row and one head.
+    is_single: bool,
+    /// Of each task and piece: sums of the values, the largest scores and the sums of weights.
+    sums: Vec<f32>,
 }
 
 /// A task: some rows of a segment and some key/value heads, which lie together in the output.
@@ -73,6 +90,7 @@ impl Plan {
     pub(crate) fn make(&mut self, segments: &[Segment], shape: Shape) {
         self.cuts.clear();
         self.ends.clear();
+        self.is_single = segments.iter().all(|segment| segment.rows.len() < MANY);
         let heads = shape.num_kv_heads;
         for (segment, Segment { rows, .. }) in segments.iter().enumerate() {
             let (rows_at_once, heads_at_once) = match rows.len() < MANY {
@@ -111,60 +129,153 @@ impl<'a, F: Fn(usize) -> &'a LayerCache + Sync> Attention<'_, F> {
     ///
     /// The caches already hold the keys and values of all positions; every element of `out [n, num_heads *
     /// head_dim]` is overwritten. `plan` was made for the segments. Neither the number of threads nor `n` changes the
-    /// result. Memory: up to 32 bytes per seen position and thread.
-    pub(crate) fn compute(&self, kernels: Kernels, plan: &Plan, out: &mut [f32]) {
+    /// result. Memory of a thread: 32 bytes for each position of a piece.
+    pub(crate) fn compute(&self, kernels: Kernels, plan: &mut Plan, out: &mut [f32]) {
+        let threads = Team::global().threads();
+        let is_few = threads > 1 && plan.cuts.len() < threads * TASKS_PER_THREAD;
+        let pieces = plan.cuts.iter().map(|cut| self.pieces(cut).len());
+        match pieces.max().unwrap_or(0) {
+            pieces @ 2.. if is_few && plan.is_single => self.split(kernels, plan, pieces, out),
+            _ => self.whole(kernels, plan, out),
+        }
+    }
+
+    /// Every task with all that it sees.
+    fn whole(&self, kernels: Kernels, plan: &Plan, out: &mut [f32]) {
         let of_kv_head = self.shape.group() * self.shape.head_dim;
         Team::global().pieces(out, &plan.ends, |index, out| {
             let cut = &plan.cuts[index];
             // Elements between two rows, of which a cut with some heads only has one.
             let row = self.shape.row();
-            for (head, kv_head) in cut.kv_heads.clone().enumerate() {
-                self.attend(kernels, cut, kv_head, |i, found| {
-                    out[i * row + head * of_kv_head..][..of_kv_head].copy_from_slice(found);
-                });
+            SCRATCH.with_borrow_mut(|scratch| {
+                for (head, kv_head) in cut.kv_heads.clone().enumerate() {
+                    self.attend(kernels, cut, kv_head, self.pieces(cut), scratch);
+                    let TaskScratch {
+                        out: found, totals, ..
+                    } = &mut *scratch;
+                    let heads = found.chunks_exact_mut(self.shape.head_dim);
+                    heads.zip(totals).for_each(|(out, total)| total.divide(out));
+                    for (i, found) in found.chunks_exact(of_kv_head).enumerate() {
+                        out[i * row + head * of_kv_head..][..of_kv_head].copy_from_slice(found);
+                    }
+                }
+            });
+        });
+    }
+
+    /// Every piece of a task by itself, at most `pieces` of them, then joined as [`Attention::attend`] does it.
+    fn split(&self, kernels: Kernels, plan: &mut Plan, pieces: usize, out: &mut [f32]) {
+        let Plan {
+            cuts, ends, sums, ..
+        } = plan;
+        let (group, dim) = (self.shape.group(), self.shape.head_dim);
+        let width = group * (dim + 2);
+        sums.resize(cuts.len() * pieces * width, 0.0);
+        Team::global().chunks(sums, width, |index, sums| {
+            let cut = &cuts[index / pieces];
+            let piece = self.pieces(cut).start + index % pieces;
+            SCRATCH.with_borrow_mut(|scratch| {
+                self.attend(kernels, cut, cut.kv_heads.start, piece..piece + 1, scratch);
+                let (sums, totals) = sums.split_at_mut(group * dim);
+                sums.copy_from_slice(&scratch.out);
+                for (to, total) in totals.as_chunks_mut().0.iter_mut().zip(&scratch.totals) {
+                    *to = [total.largest, total.sum];
+                }
+            });
+        });
+        Team::global().pieces(out, ends, |index, out| {
+            let sums = &sums[index * pieces * width..(index + 1) * pieces * width];
+            for (head, out) in out.chunks_exact_mut(dim).enumerate() {
+                let mut total = Total::NONE;
+                for piece in sums.chunks_exact(width) {
+                    let (sums, totals) = piece.split_at(group * dim);
+                    let [largest, sum] = totals.as_chunks().0[head];
+                    total.join(out, Total { largest, sum }, &sums[head * dim..][..dim]);
+                }
+                total.divide(out);
             }
         });
     }
 
-    /// The query heads that share `kv_head` in the rows of a cut; `put` gets the number and the output of each row.
+    /// The pieces of the sequence that the rows of a cut see.
+    fn pieces(&self, cut: &Cut) -> Range<usize> {
+        let cache = (self.cache)(cut.segment);
+        let start = cache.seen(self.position(cut, cut.rows.start)).start;
+        let end = cache.seen(self.position(cut, cut.rows.end - 1)).end;
+        (cache.first() + start) / PIECE..(cache.first() + end).div_ceil(PIECE)
+    }
+
+    /// Where a row of a cut is in its sequence.
+    fn position(&self, cut: &Cut, row: usize) -> usize {
+        let segment = &self.segments[cut.segment];
+        segment.first + row - segment.rows.start
+    }
+
+    /// Sums and totals, into `scratch`, of the query heads that share `kv_head` in the rows of a cut, over what they
+    /// see in some pieces.
     fn attend(
         &self,
         kernels: Kernels,
         cut: &Cut,
         kv_head: usize,
-        mut put: impl FnMut(usize, &[f32]),
+        pieces: Range<usize>,
+        scratch: &mut TaskScratch,
     ) {
         let shape = self.shape;
         let scale = 1.0 / (shape.head_dim as f32).sqrt();
         let of_kv_head = shape.group() * shape.head_dim;
-        let segment = &self.segments[cut.segment];
         let cache = (self.cache)(cut.segment);
-        SCRATCH.with_borrow_mut(|scratch| {
-            let TaskScratch {
-                queries,
-                seen,
-                out,
-                kernel,
-            } = scratch;
-            queries.clear();
-            seen.clear();
-            for row in cut.rows.clone() {
-                let unscaled = &self.queries[row * shape.width + kv_head * of_kv_head..];
-                queries.extend(unscaled[..of_kv_head].iter().map(|q| q * scale));
-                let position = segment.first + row - segment.rows.start;
-                seen.extend(repeat_n(cache.seen(position), shape.group()));
+        let TaskScratch {
+            queries,
+            seen,
+            seen_here,
+            totals,
+            totals_here,
+            out,
+            out_here,
+            kernel,
+        } = scratch;
+        queries.clear();
+        seen.clear();
+        for row in cut.rows.clone() {
+            let unscaled = &self.queries[row * shape.width + kv_head * of_kv_head..];
+            queries.extend(unscaled[..of_kv_head].iter().map(|q| q * scale));
+            seen.extend(repeat_n(cache.seen(self.position(cut, row)), shape.group()));
+        }
+        totals.clear();
+        totals.resize(seen.len(), Total::NONE);
+        totals_here.resize(seen.len(), Total::NONE);
+        out.resize(queries.len(), 0.0);
+        out_here.resize(queries.len(), 0.0);
+        for piece in pieces {
+            let entries = |position: usize| position.saturating_sub(cache.first());
+            let (start, end) = (entries(piece * PIECE), entries((piece + 1) * PIECE));
+            seen_here.clear();
+            let here = seen
+                .iter()
+                .map(|seen| seen.start.clamp(start, end)..seen.end.clamp(start, end));
+            seen_here.extend(here);
+            if seen_here.iter().all(Range::is_empty) {
+                continue;
             }
-            out.resize(queries.len(), 0.0);
             kernels.attend(Task {
                 head: cache.head(kv_head),
                 queries,
-                seen,
+                seen: seen_here,
                 scratch: kernel,
-                out,
+                totals: totals_here,
+                out: out_here,
             });
-            for (i, out) in out.chunks_exact(of_kv_head).enumerate() {
-                put(i, out);
+            let heads = out.chunks_exact_mut(shape.head_dim);
+            let heads = heads.zip(out_here.chunks_exact(shape.head_dim));
+            for ((out, here), (total, total_here)) in
+                heads.zip(totals.iter_mut().zip(&*totals_here))
+            {
+                total.join(out, *total_here, here);
             }
-        });
+        }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -205,6 +205,11 @@ impl LayerCache {
         }
     }
 
+    /// The position of the first entry, a multiple of [`BLOCK`].
+    pub(crate) fn first(&self) -> usize {
+        self.first
+    }
+
     /// Which entries the query at `position` sees.
     pub(crate) fn seen(&self, position: usize) -> std::ops::Range<usize> {
         first_seen(self.window, position) - self.first..position + 1 - self.first

@@ -35,11 +35,59 @@ pub(crate) struct Task<'a> {
     pub head: Head<'a>,
     /// `[n, head_dim]`, scaled.
     pub queries: &'a [f32],
-    /// The positions that each query sees, none of them empty.
+    /// The positions that each query sees.
     pub seen: &'a [Range<usize>],
     pub scratch: &'a mut Scratch,
+    /// Of each query; overwritten.
+    pub totals: &'a mut [Total],
     /// `[n, head_dim]`; every element is overwritten.
     pub out: &'a mut [f32],
+}
+
+/// What the weights of the values in a sum add up to. A weight is `exp(score - largest)`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Total {
+    pub largest: f32,
+    pub sum: f32,
+}
+
+impl Total {
+    /// Of no values.
+    pub(crate) const NONE: Self = Self {
+        largest: f32::NEG_INFINITY,
+        sum: 0.0,
+    };
+
+    /// Adds `found`, a sum over other positions with weights of their own, to `out`, whose total this is.
+    ///
+    /// Flash-Decoding, <https://crfm.stanford.edu/2023/10/12/flashdecoding.html>. The result depends on the order of
+    /// the calls to rounding.
+    pub(crate) fn join(&mut self, out: &mut [f32], other: Self, found: &[f32]) {
+        if other.sum == 0.0 {
+            return;
+        }
+        if self.sum == 0.0 {
+            *self = other;
+            out.copy_from_slice(found);
+            return;
+        }
+        let largest = match other.largest > self.largest {
+            true => other.largest,
+            false => self.largest,
+        };
+        let [own, others] = [self.largest, other.largest].map(|l| exp(l - largest));
+        for (out, found) in out.iter_mut().zip(found) {
+            *out = *out * own + found * others;
+        }
+        let sum = self.sum * own + other.sum * others;
+        *self = Self { largest, sum };
+    }
+
+    /// Makes the sum `out` the average.
+    pub(crate) fn divide(self, out: &mut [f32]) {
+        let inverse = 1.0 / self.sum;
+        out.iter_mut().for_each(|out| *out *= inverse);
+    }
 }
 
 /// Memory of [`attend`], used again from call to call.
@@ -50,7 +98,7 @@ pub(crate) struct Scratch {
     block: Vec<f32>,
 }
 
-/// `out[i] = softmax(queries[i] K^T) V` over the positions `seen[i]`.
+/// `out[i] / totals[i].sum = softmax(queries[i] K^T) V` over the positions `seen[i]`; zeros and a sum of 0 if there are none.
 ///
 /// `MOST` queries, a power of two up to 8, are taken together: as many as there are registers for their sums.
 #[inline(always)]
@@ -60,6 +108,7 @@ pub(crate) fn attend<L: Lanes, const MOST: usize>(proof: L::Proof, task: Task<'_
         queries,
         seen,
         scratch,
+        totals,
         out,
     } = task;
     let mut first = 0;
@@ -72,12 +121,13 @@ pub(crate) fn attend<L: Lanes, const MOST: usize>(proof: L::Proof, task: Task<'_
         let range = first * head.head_dim..(first + rows) * head.head_dim;
         let (queries, out) = (&queries[range.clone()], &mut out[range]);
         let seen = &seen[first..first + rows];
+        let totals = &mut totals[first..first + rows];
         match rows {
-            8 => attend_rows::<L, 8>(proof, head, queries, seen, scratch, out),
-            4 => attend_rows::<L, 4>(proof, head, queries, seen, scratch, out),
-            3 => attend_rows::<L, 3>(proof, head, queries, seen, scratch, out),
-            2 => attend_rows::<L, 2>(proof, head, queries, seen, scratch, out),
-            _ => attend_rows::<L, 1>(proof, head, queries, seen, scratch, out),
+            8 => attend_rows::<L, 8>(proof, head, queries, seen, scratch, totals, out),
+            4 => attend_rows::<L, 4>(proof, head, queries, seen, scratch, totals, out),
+            3 => attend_rows::<L, 3>(proof, head, queries, seen, scratch, totals, out),
+            2 => attend_rows::<L, 2>(proof, head, queries, seen, scratch, totals, out),
+            _ => attend_rows::<L, 1>(proof, head, queries, seen, scratch, totals, out),
         }
         first += rows;
     }
@@ -90,6 +140,7 @@ fn attend_rows<L: Lanes, const ROWS: usize>(
     queries: &[f32],
     seen: &[Range<usize>],
     scratch: &mut Scratch,
+    totals: &mut [Total],
     out: &mut [f32],
 ) {
     let dim = head.head_dim;
@@ -126,10 +177,9 @@ fn attend_rows<L: Lanes, const ROWS: usize>(
         }
     }
 
-    let mut inverse = [0.0; ROWS];
     for (row, scores) in scores.chunks_exact_mut(width).enumerate() {
         let seen = seen[row].start - blocks.start * BLOCK..seen[row].end - blocks.start * BLOCK;
-        inverse[row] = 1.0 / softmax(scores, seen);
+        totals[row] = softmax(scores, seen);
     }
 
     out.fill(0.0);
@@ -161,9 +211,6 @@ fn attend_rows<L: Lanes, const ROWS: usize>(
             }
         }
     }
-    for (out, inverse) in out.chunks_exact_mut(dim).zip(inverse) {
-        out.iter_mut().for_each(|out| *out *= inverse);
-    }
 }
 
 /// Up to 16 numbers, zeros after them.
@@ -179,9 +226,9 @@ fn load_some<L: Lanes>(proof: L::Proof, values: &[f32]) -> L {
     }
 }
 
-/// Replaces scores by `exp(score - largest)`, those that are not seen by 0; returns the sum.
+/// Replaces scores by `exp(score - largest)`, those that are not seen by 0; returns their total.
 #[inline(always)]
-fn softmax(scores: &mut [[f32; BLOCK]], seen: Range<usize>) -> f32 {
+fn softmax(scores: &mut [[f32; BLOCK]], seen: Range<usize>) -> Total {
     let flat = scores.as_flattened_mut();
     flat[..seen.start].fill(f32::NEG_INFINITY);
     flat[seen.end..].fill(f32::NEG_INFINITY);
@@ -210,7 +257,8 @@ fn softmax(scores: &mut [[f32; BLOCK]], seen: Range<usize>) -> f32 {
             sums[lane] += block[lane];
         }
     }
-    sums.iter().sum()
+    let sum = sums.iter().sum();
+    Total { largest, sum }
 }
 
 /// A block of keys or values as f32, in `memory` if it is stored otherwise.
@@ -335,13 +383,18 @@ mod tests {
                         })
                         .collect();
                     let mut out = vec![f32::NAN; n * dim];
+                    let mut totals = vec![Total::NONE; n];
                     kernels.attend(Task {
                         head,
                         queries: &queries,
                         seen: &seen,
                         scratch: &mut scratch,
+                        totals: &mut totals,
                         out: &mut out,
                     });
+                    for (out, total) in out.chunks_exact_mut(dim).zip(totals) {
+                        total.divide(out);
+                    }
                     for (i, out) in out.chunks_exact(dim).enumerate() {
                         let query = &queries[i * dim..(i + 1) * dim];
                         let expected = expected(query, &keys, &values, seen[i].clone());

@@ -16,10 +16,6 @@ use std::ops::Range;
 /// this at 2 and at 1000, November 2026).
 const MANY: usize = 8;
 
-/// Without kernels for that, the same for decoding weights to f32: where it was measured to pay with one
-/// vector after the other on AVX-512.
-const DECODED: usize = 40;
-
 /// From this many vectors on, the blocked product beats one dot product after the other.
 const BLOCKED_VECTORS: usize = 4;
 
@@ -171,12 +167,12 @@ impl Parts<'_> {
             }
         };
         let (is_packed, cols) = (is_packed(first), first.cols());
-        if is_packed && kernels.has_many() && n >= MANY {
+        if is_packed && kernels.is_integer() {
             quantize(kernels, x, cols, n, vectors);
-            self.multiply_many(kernels, &vectors[..n], write, out);
-        } else if is_packed && kernels.is_integer() && n < DECODED {
-            quantize(kernels, x, cols, n, vectors);
-            self.multiply_packed(kernels, &vectors[..n], write, out);
+            match n < MANY {
+                true => self.multiply_packed(kernels, &vectors[..n], write, out),
+                false => self.multiply_many(kernels, &vectors[..n], write, out),
+            }
         } else {
             self.multiply_decoded(kernels, x, n, write, out);
         }
@@ -414,7 +410,7 @@ mod tests {
         for parts in &joints {
             let width: usize = parts.iter().flatten().map(Matrix::rows).sum();
             let weights: Vec<f32> = parts.iter().flatten().flat_map(Matrix::to_dense).collect();
-            for n in [1, 2, MANY, DECODED + 1, 2 * SMALLEST_BAND + 7] {
+            for n in [1, 2, MANY, 41, 2 * SMALLEST_BAND + 7] {
                 let x: Vec<f32> = (0..n * cols).map(|i| (i as f32 * 0.7).sin()).collect();
                 let mut out = vec![0.5; n * width];
                 let parts: [_; 3] = std::array::from_fn(|i| parts[i].as_ref());
@@ -454,7 +450,7 @@ mod tests {
                 multiply(parts, x, n, Write::Set, &mut scratch, &mut out).unwrap();
                 out
             };
-            let n = DECODED - 1;
+            let n = 39;
             let x: Vec<f32> = (0..n * cols).map(|i| (i as f32 * 0.7).sin()).collect();
             let one_by_one: Vec<f32> = x.chunks(cols).flat_map(|x| product(x, 1)).collect();
             for n in [2, MANY - 1, MANY, n] {

@@ -1,0 +1,108 @@
+use super::*;
+use crate::inference::config::ModelConfig;
+use crate::inference::kv_cache::KvCache;
+use crate::inference::session::CacheType;
+
+/// Of averages of values up to 1; measured: 3e-7.
+const TOLERANCE: f64 = 3e-6;
+
+const SHAPE: Shape = Shape {
+    num_heads: 4,
+    num_kv_heads: 2,
+    head_dim: 2,
+    width: 16,
+};
+
+const WINDOW: usize = 700;
+
+/// Queries, keys and values of a position: each head is as long as it is wide.
+fn row(position: usize) -> [f32; 16] {
+    std::array::from_fn(|i| ((position * 16 + i) * 7919 % 1009) as f32 / 504.5 - 1.0)
+}
+
+/// With so many positions; the second of two layers has a window.
+fn cache(positions: usize) -> KvCache {
+    let json = r#"{"model_type": "llama", "vocab_size": 9, "hidden_size": 8,
+        "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 4096}"#;
+    let mut config = ModelConfig::from_json(json, None).unwrap();
+    config.windows[1] = Some(WINDOW);
+    let mut cache = KvCache::new(&config, 4096, 100, CacheType::F32);
+    let positions: Vec<_> = (0..positions).collect();
+    for positions in positions.chunks(100) {
+        let rows: Vec<f32> = positions.iter().flat_map(|&p| row(p)).collect();
+        cache.reserve(positions.len()).unwrap();
+        (0..2).for_each(|layer| cache.append(layer, &rows, SHAPE.width));
+        cache.commit(positions.len());
+    }
+    cache
+}
+
+/// Of query head `head` at a position, in f64.
+fn expected(position: usize, first: usize, head: usize) -> [f64; 2] {
+    let part = |p: usize, start: usize| [0, 1].map(|i| f64::from(row(p)[start + i]));
+    let [a, b] = part(position, head * 2);
+    let (mut sum, mut total) = ([0.0; 2], 0.0);
+    for p in first..=position {
+        let ([c, d], value) = (part(p, 8 + head / 2 * 2), part(p, 12 + head / 2 * 2));
+        let weight = ((a * c + b * d) / 2f64.sqrt()).exp();
+        total += weight;
+        sum = [0, 1].map(|i| sum[i] + weight * value[i]);
+    }
+    sum.map(|sum| sum / total)
+}
+
+#[test]
+fn pieces_and_tasks_do_not_change_a_result() {
+    let lens = [1300, 30, 2 * PIECE, 2 * PIECE + 1];
+    let caches = lens.map(cache);
+    for layer in 0..2 {
+        let run = |n: usize, split: bool| {
+            let segment = |i: usize| Segment {
+                rows: i * n..(i + 1) * n,
+                first: lens[i] - n,
+            };
+            let segments = [0, 1, 2, 3].map(segment);
+            let positions = lens.iter().flat_map(|&len| len - n..len);
+            let queries: Vec<f32> = positions.flat_map(row).collect();
+            let attention = Attention {
+                cache: |i: usize| caches[i].layer(layer),
+                segments: &segments,
+                queries: &queries,
+                shape: SHAPE,
+            };
+            let mut plan = Plan::default();
+            plan.make(&segments, SHAPE);
+            // What is left from before must not matter.
+            plan.sums = vec![f32::NAN; 1000];
+            let mut out = vec![f32::NAN; 4 * n * SHAPE.row()];
+            let kernels = Kernels::best();
+            match split {
+                true => attention.split(kernels, &mut plan, 3, &mut out),
+                false => attention.whole(kernels, &plan, &mut out),
+            }
+            out
+        };
+        let many = run(20, false);
+        for (n, split) in [(1, false), (1, true), (3, false), (3, true)] {
+            let few = run(n, split);
+            for (i, few) in few.chunks_exact(n * SHAPE.row()).enumerate() {
+                let end = (i + 1) * 20 * SHAPE.row();
+                assert_eq!(few, &many[end - few.len()..end], "{n} {split}");
+            }
+        }
+        for (i, out) in many.chunks_exact(20 * SHAPE.row()).enumerate() {
+            for (row, out) in out.chunks_exact(SHAPE.row()).enumerate() {
+                let position = lens[i] - 20 + row;
+                let first = (position + 1).saturating_sub([4096, WINDOW][layer]);
+                for (head, found) in out.chunks_exact(2).enumerate() {
+                    let expected = expected(position, first, head);
+                    for (found, expected) in found.iter().zip(expected) {
+                        let error = (f64::from(*found) - expected).abs();
+                        assert!(error <= TOLERANCE, "{position} {head}: {error}");
+                    }
+                }
+            }
+        }
+    }
+}

@@ -126,7 +126,7 @@ works() {
 }
 
 built="built for this processor"
-if ! works && grep -qw amx_int8 /proc/cpuinfo; then
+if ! (works) 2>/dev/null && grep -qw amx_int8 /proc/cpuinfo; then
     # Its kernels for AMX end with a segmentation fault on some machines.
     echo "     llama.cpp fails with AMX here; building it without" >&2
     llama=$llama-without-amx

@@ -53,10 +53,10 @@ impl hadamard::Register for Four {
     #[inline(always)]
     fn flip(self, signs: &[u8], index: usize) -> Self {
         let signs = u32::from(signs[index / 2] >> (4 * (index % 2)));
-        // SAFETY: as above.
+        // SAFETY: as above; four places are readable.
         unsafe {
             // The bit of each element in the place of its sign.
-            let places = load_i32(&[31, 30, 29, 28]);
+            let places = vld1q_s32([31, 30, 29, 28].as_ptr());
             let bits = vshlq_u32(vdupq_n_u32(signs), places);
             let sign = vandq_u32(bits, vdupq_n_u32(1 << 31));
             let flipped = veorq_u32(vreinterpretq_u32_f32(self.0), sign);

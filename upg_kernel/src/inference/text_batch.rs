@@ -24,7 +24,8 @@ pub struct Request {
 /// number of its request. Ends for good after an error, which is one of all requests.
 ///
 /// In a forward pass, every sequence that generates has one token; prompts share what `prefill_chunk` leaves, so
-/// that a long one holds up nobody for longer than that.
+/// that a long one holds up nobody for longer than that (but a longrope model computes a prompt again, all at once, where
+/// it grows past the switch of its frequencies).
 #[derive(Debug)]
 pub struct TextBatch<'a> {
     batch: Batch,

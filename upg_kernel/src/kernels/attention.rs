@@ -148,6 +148,12 @@ fn attend_rows<L: Lanes, const ROWS: usize>(
     let end = seen.iter().map(|seen| seen.end).max().unwrap_or(0);
     let blocks = start / BLOCK..end.div_ceil(BLOCK);
     let width = blocks.len();
+    // All that these queries see may lie in other pieces.
+    if width == 0 {
+        totals.fill(Total::NONE);
+        out.fill(0.0);
+        return;
+    }
     let Scratch {
         columns,
         scores,

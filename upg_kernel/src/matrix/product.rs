@@ -283,6 +283,10 @@ impl Parts<'_> {
 /// stored at 1, 2 and 8 to 10 vectors), without gathers at a fourth of that (strips of 5,120 columns, AVX-512 and AVX2 of
 /// one Xeon, November 2026).
 fn is_sparse(kernels: Kernels, part: &dyn StoredMatrix, tile: &Tile, n: usize) -> bool {
+    // Kernels gather by i32.
+    if i32::try_from(part.cols()).is_err() {
+        return false;
+    }
     let entries = |row| part.entries(row).map(|entries| entries.values.len());
     let stored: Option<usize> = (tile.first..tile.first + tile.rows).map(entries).sum();
     let cost = if kernels.gathers_entries() { 1 } else { 4 };

@@ -8,6 +8,9 @@ use upg_kernel::format::UpgFile;
 use upg_kernel::inference::{Batch, Session, SessionOptions};
 use upg_kernel::{Error, ErrorKind, Result, UPGModel};
 
+/// Each has a KV cache of its own.
+const MOST_SEQUENCES: usize = 1024;
+
 /// Tokens per second of one program.
 pub struct Speeds {
     pub prefill: Option<Figure>,
@@ -24,7 +27,7 @@ pub struct Generation<'a> {
     pub llamas: Vec<(&'a Llama, Speeds)>,
 }
 
-/// Errors (`Argument`): more positions than the model has.
+/// Errors (`Argument`): more positions than the model has, or more than 1,024 sequences.
 pub fn check(args: &MeasureArgs, context: usize) -> Result<()> {
     let decoded = match args.generate {
         0 => 0,
@@ -34,6 +37,10 @@ pub fn check(args: &MeasureArgs, context: usize) -> Result<()> {
         (args.prompt_tokens, "--prompt-tokens"),
         (decoded, "--generate and --depth"),
     ];
+    if let Some(most) = args.sequences.iter().find(|n| n.get() > MOST_SEQUENCES) {
+        let message = format!("{most} sequences at once, expected at most {MOST_SEQUENCES}");
+        return Err(Error::new(ErrorKind::Argument, message).hint("make --sequences smaller"));
+    }
     match counts.iter().find(|(n, _)| *n > context) {
         None => Ok(()),
         Some((n, options)) => {
@@ -52,14 +59,22 @@ pub fn measure<'a>(args: &MeasureArgs, llamas: &'a [Llama]) -> Result<Generation
     let ids = random_ids(longest, vocab);
     let (prompt, history) = (&ids[..args.prompt_tokens], &ids[..args.depth]);
     let answer = &ids[..args.generate];
-    let counts = args.sequences.iter().map(|count| count.get());
-    let sessions = counts.clone().max().unwrap_or(0).max(1);
+    let mut counts: Vec<_> = args.sequences.iter().map(|count| count.get()).collect();
+    counts.sort_unstable();
+    counts.dedup();
+    let sessions = match answer.is_empty() {
+        true => 1,
+        false => counts.last().copied().unwrap_or(1),
+    };
     let mut sessions = (0..sessions)
         .map(|_| model.session(&SessionOptions::default()))
         .collect::<Result<Vec<_>>>()?;
 
     let mut ours = Samples::default();
-    let mut batches: Vec<_> = counts.map(|count| (count, Vec::new())).collect();
+    let mut batches: Vec<_> = counts
+        .into_iter()
+        .map(|count| (count, Vec::new()))
+        .collect();
     let mut theirs: Vec<Samples> = llamas.iter().map(|_| Samples::default()).collect();
     // The first round warms up; llama-bench does that by itself each time.
     for round in 0..=args.repetitions.get() {
@@ -126,9 +141,11 @@ fn prefill(session: &mut Session, prompt: &[u32]) -> Result<f64> {
 /// `history`, which is not timed.
 fn decode(sessions: &mut [Session], history: &[u32], answer: &[u32]) -> Result<f64> {
     for session in &mut *sessions {
-        session.truncate(0);
-        if !history.is_empty() {
-            session.prefill(history)?;
+        // What is there already are the same ids.
+        session.truncate(history.len());
+        let missing = &history[session.tokens().len()..];
+        if !missing.is_empty() {
+            session.prefill(missing)?;
         }
     }
     let (mut batch, mut logits) = (Batch::new(), Vec::new());

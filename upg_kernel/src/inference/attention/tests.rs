@@ -15,6 +15,9 @@ const SHAPE: Shape = Shape {
 
 const WINDOW: usize = 700;
 
+/// Rows of each sequence.
+const MOST: usize = 40;
+
 /// Queries, keys and values of a position: each head is as long as it is wide.
 fn row(position: usize) -> [f32; 16] {
     std::array::from_fn(|i| ((position * 16 + i) * 7919 % 1009) as f32 / 504.5 - 1.0)
@@ -29,7 +32,9 @@ fn cache(positions: usize) -> KvCache {
     config.windows[1] = Some(WINDOW);
     let mut cache = KvCache::new(&config, 4096, 100, CacheType::F32);
     let positions: Vec<_> = (0..positions).collect();
-    for positions in positions.chunks(100) {
+    // A window keeps what those see that come together.
+    let (before, last) = positions.split_at(positions.len() - MOST);
+    for positions in before.chunks(100).chain([last]) {
         let rows: Vec<f32> = positions.iter().flat_map(|&p| row(p)).collect();
         cache.reserve(positions.len()).unwrap();
         (0..2).for_each(|layer| cache.append(layer, &rows, SHAPE.width));
@@ -54,15 +59,23 @@ fn expected(position: usize, first: usize, head: usize) -> [f64; 2] {
 
 #[test]
 fn pieces_and_tasks_do_not_change_a_result() {
-    let lens = [1300, 30, 2 * PIECE, 2 * PIECE + 1];
+    // Some queries of a task, or all that are taken together, may see nothing of a piece.
+    let lens = [
+        1300,
+        45,
+        2 * PIECE,
+        2 * PIECE + 1,
+        2 * PIECE + 7,
+        PIECE + 30,
+    ];
     let caches = lens.map(cache);
     for layer in 0..2 {
-        let run = |n: usize, split: bool| {
+        let run = |kernels: Kernels, n: usize, split: bool| {
             let segment = |i: usize| Segment {
                 rows: i * n..(i + 1) * n,
                 first: lens[i] - n,
             };
-            let segments = [0, 1, 2, 3].map(segment);
+            let segments = [0, 1, 2, 3, 4, 5].map(segment);
             let positions = lens.iter().flat_map(|&len| len - n..len);
             let queries: Vec<f32> = positions.flat_map(row).collect();
             let attention = Attention {
@@ -75,31 +88,38 @@ fn pieces_and_tasks_do_not_change_a_result() {
             plan.make(&segments, SHAPE);
             // What is left from before must not matter.
             plan.sums = vec![f32::NAN; 1000];
-            let mut out = vec![f32::NAN; 4 * n * SHAPE.row()];
-            let kernels = Kernels::best();
+            let mut out = vec![f32::NAN; lens.len() * n * SHAPE.row()];
             match split {
                 true => attention.split(kernels, &mut plan, 3, &mut out),
                 false => attention.whole(kernels, &plan, &mut out),
             }
             out
         };
-        let many = run(20, false);
-        for (n, split) in [(1, false), (1, true), (3, false), (3, true)] {
-            let few = run(n, split);
-            for (i, few) in few.chunks_exact(n * SHAPE.row()).enumerate() {
-                let end = (i + 1) * 20 * SHAPE.row();
-                assert_eq!(few, &many[end - few.len()..end], "{n} {split}");
+        for kernels in Kernels::available() {
+            let many = run(kernels, MOST, false);
+            for n in [1, 3, 7, 8, 9, 12, 16, 17, 20, 33] {
+                for split in [false, true] {
+                    if split && n >= MANY {
+                        continue;
+                    }
+                    let few = run(kernels, n, split);
+                    for (i, few) in few.chunks_exact(n * SHAPE.row()).enumerate() {
+                        let end = (i + 1) * MOST * SHAPE.row();
+                        let name = kernels.name();
+                        assert_eq!(few, &many[end - few.len()..end], "{name} {n} {split}");
+                    }
+                }
             }
-        }
-        for (i, out) in many.chunks_exact(20 * SHAPE.row()).enumerate() {
-            for (row, out) in out.chunks_exact(SHAPE.row()).enumerate() {
-                let position = lens[i] - 20 + row;
-                let first = (position + 1).saturating_sub([4096, WINDOW][layer]);
-                for (head, found) in out.chunks_exact(2).enumerate() {
-                    let expected = expected(position, first, head);
-                    for (found, expected) in found.iter().zip(expected) {
-                        let error = (f64::from(*found) - expected).abs();
-                        assert!(error <= TOLERANCE, "{position} {head}: {error}");
+            for (i, out) in many.chunks_exact(MOST * SHAPE.row()).enumerate() {
+                for (row, out) in out.chunks_exact(SHAPE.row()).enumerate() {
+                    let position = lens[i] - MOST + row;
+                    let first = (position + 1).saturating_sub([4096, WINDOW][layer]);
+                    for (head, found) in out.chunks_exact(2).enumerate() {
+                        let expected = expected(position, first, head);
+                        for (found, expected) in found.iter().zip(expected) {
+                            let error = (f64::from(*found) - expected).abs();
+                            assert!(error <= TOLERANCE, "{position} {head}: {error}");
+                        }
                     }
                 }
             }

@@ -205,7 +205,7 @@ impl<const NIBBLES: bool> Levels for Kept<'_, NIBBLES> {
             if NIBBLES {
                 return expand(word, &self.stored[4 * tile + quarter]).0;
             }
-            debug_assert!(self.taken <= CODES - 64, "each quarter once");
+            assert!(self.taken <= CODES - 64, "each quarter once");
             prefetch(self.codes, self.taken + AHEAD);
             // SAFETY: each of at most 7 words before took at most 64 bytes: 64 from there on end inside of the window.
             let stored = &*self.window.as_ptr().add(self.taken).cast();

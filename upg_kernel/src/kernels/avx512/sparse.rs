@@ -71,6 +71,10 @@ fn last_column(block: &Block<'_>, column: usize) -> usize {
 /// The product with `x [cols]`, in f32: 64 partial sums, of which each gets every 64th entry in order.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 pub(super) fn dot(entries: Entries<'_>, x: &[f32]) -> f32 {
+    assert!(
+        i32::try_from(x.len()).is_ok(),
+        "columns are gathered by i32"
+    );
     let mut blocks = Blocks::new(entries, x.len());
     let scale = _mm512_set1_ps(entries.scale);
     let (mut sums, mut column) = ([_mm512_setzero_ps(); 4], 0);

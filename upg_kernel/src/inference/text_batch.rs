@@ -36,6 +36,8 @@ pub struct TextBatch<'a> {
     chunk: usize,
     pieces: VecDeque<(usize, String)>,
     finished: Vec<Option<FinishReason>>,
+    /// What is still to be told.
+    error: Option<Error>,
 }
 
 /// A request on its way.
@@ -75,6 +77,7 @@ impl<'a> TextBatch<'a> {
             chunk: options.prefill_chunk,
             pieces: VecDeque::new(),
             finished,
+            error: None,
         })
     }
 
@@ -110,9 +113,8 @@ impl<'a> TextBatch<'a> {
     }
 
     fn fail(&mut self) {
-        self.pieces.clear();
         for sequence in self.active.drain(..).chain(self.waiting.drain(..)) {
-            self.finished[sequence.number] = Some(FinishReason::Failed);
+            self.finished[sequence.number].get_or_insert(FinishReason::Failed);
         }
     }
 }
@@ -175,9 +177,11 @@ impl Iterator for TextBatch<'_> {
         while self.pieces.is_empty() && !(self.active.is_empty() && self.waiting.is_empty()) {
             if let Err(error) = self.pass() {
                 self.fail();
-                return Some(Err(error));
+                self.error = Some(error);
             }
         }
-        self.pieces.pop_front().map(Ok)
+        // What others got in the same pass comes first.
+        let piece = self.pieces.pop_front().map(Ok);
+        piece.or_else(|| self.error.take().map(Err))
     }
 }

@@ -1,10 +1,12 @@
 //! The arithmetic kernels: plain loops, a blocked matrix product for many vectors at once, and products
 //! with one vector that multiply packed weights as integers.
 
-#[cfg_attr(
+// What only the kernels of these two want stands idle on all other machines.
+#![cfg_attr(
     not(any(target_arch = "x86_64", target_arch = "aarch64")),
     allow(dead_code)
 )]
+
 pub(crate) mod activations;
 pub(crate) mod attention;
 #[cfg(target_arch = "x86_64")]
@@ -25,21 +27,9 @@ mod many;
 mod neon;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod places;
-#[cfg_attr(
-    not(any(target_arch = "x86_64", target_arch = "aarch64")),
-    allow(dead_code)
-)]
 mod rows;
 pub mod scalar;
-#[cfg_attr(
-    not(any(target_arch = "x86_64", target_arch = "aarch64")),
-    allow(dead_code)
-)]
 pub(crate) mod sparse;
-#[cfg_attr(
-    not(any(target_arch = "x86_64", target_arch = "aarch64")),
-    allow(dead_code)
-)]
 pub(crate) mod views;
 
 use crate::error::{Error, ErrorKind, Result};

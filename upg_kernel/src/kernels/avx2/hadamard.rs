@@ -11,7 +11,7 @@ pub(super) fn flip(x: &mut [f32], signs: &[u8]) {
     for (block, signs) in blocks.iter_mut().zip(signs) {
         store_f32(flip_register(load_f32(block), *signs), block);
     }
-    scalar::flip(rest, signs.get(blocks.len()..).unwrap_or_default());
+    scalar::flip(rest, &signs[blocks.len()..]);
 }
 
 /// As [`scalar::transform`]; 4,096 elements take three passes over memory.

@@ -23,8 +23,7 @@ ENCODINGS = {
     "`s4`": ["KeptKb1_E12expand_block", "products.*4Kept"],
 }
 for k in (2, 3, 4):
-    for levels, wide in ((128, 0), (256, 1)):
-        ENCODINGS[f"`t{k}`, {levels} levels"] = [f"products.*7TrellisKj{k}_Kb{wide}"]
+    ENCODINGS[f"`t{k}`"] = [f"products.*7TrellisKj{k}_"]
 
 
 def assembly():

@@ -33,6 +33,26 @@ def weight(scale, prime_index, value):
     return scale.astype(F32) * product.astype(F32)
 
 
+# multiplier, coarse, fine
+TRELLIS_CODES = {
+    2: (
+        16920,
+        np.array([16, 56, 69, 76, 82, 88, 92, 95, 100, 104, 108, 111, 114, 118, 121, 123]),
+        np.array([0, 0, 23, 23, 27, 27, 34, 34, 0, 0, 1, 1, 3, 3, 4, 4]),
+    ),
+    3: (
+        8680,
+        np.array([9, 57, 69, 76, 82, 88, 92, 96, 100, 104, 108, 111, 114, 118, 121, 123]),
+        np.array([0, 0, 21, 21, 33, 33, 38, 38, 0, 0, 1, 1, 3, 3, 4, 4]),
+    ),
+    4: (
+        4292,
+        np.array([0, 58, 68, 76, 82, 87, 92, 96, 100, 104, 107, 111, 114, 117, 121, 123]),
+        np.array([0, 21, 32, 39, 44, 48, 51, 52, 0, 1, 1, 2, 3, 3, 4, 4]),
+    ),
+}
+
+
 def mdcsr(layer, get):
     out = np.zeros((layer["rows"], layer["cols"]), F32)
     values, deltas, primes = get("values"), get("delta_indices"), get("prime_indices")
@@ -85,6 +105,14 @@ def bitmap(layer, get):
     return weight(get("scales")[:, None], group_primes(layer, get), levels[places(layer)])
 
 
+def trellis_levels(k, state):
+    multiplier, coarse, fine = TRELLIS_CODES[k]
+    point = (state * multiplier & 0xFFFF) >> 8
+    mirror = np.where(point < 128, 0, 255)
+    depth = point ^ mirror
+    return ((coarse[depth >> 3] + fine[np.where(depth < 8, depth, 8 + depth % 8)]) ^ mirror) - 128
+
+
 def trellis(layer, get):
     k = int(layer["encoding"][1])
     bits = np.unpackbits(get("codes"), axis=1, bitorder="little")
@@ -92,8 +120,7 @@ def trellis(layer, get):
     state = np.zeros(n.shape, np.int64)
     for bit in range(13):
         state += bits[strip, k * n + bit].astype(np.int64) << bit
-    table = get("level_table")
-    levels = table[(get("shift_table")[state % 64] + state // 64) % len(table)]
+    levels = trellis_levels(k, state)
     w = weight(get("scales")[:, None], get("prime_indices"), levels)
     return unrotate(w, layer["hadamard"], get("signs"))
 

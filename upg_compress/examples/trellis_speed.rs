@@ -25,7 +25,7 @@ fn main() -> Result<()> {
     .collect();
     for k in [2, 3, 4] {
         let code = Code::standard(k)?;
-        println!("t{k}, {} levels", code.levels().len());
+        println!("t{k}");
         for path in Path::available() {
             measure(path.name(), Search::with_path(&code, path), &weights)?;
         }

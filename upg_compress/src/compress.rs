@@ -5,7 +5,7 @@ use crate::plan::{CompressOptions, Plan};
 use crate::progress::Progress;
 use crate::rounding::{round_q4, round_q8, round_s4, round_s8};
 use crate::source::{RawTensor, Source};
-use crate::trellis::{self, Code};
+use crate::trellis;
 use rayon::prelude::*;
 use safetensors::Dtype;
 use std::collections::BTreeMap;
@@ -185,8 +185,7 @@ pub fn encode_matrix(
     let group = layer.group.unwrap_or(64);
     let encoding = layer.encoding()?;
     if let Some(k) = encoding.trellis_bits() {
-        let code = Code::standard(k)?;
-        let matrix = trellis::encode_with(&code, weights, rows, cols, seed, progress)?;
+        let matrix = trellis::encode_with_progress(weights, rows, cols, k, seed, progress)?;
         return Ok(Matrix::Trellis(matrix));
     }
     let matrix = match encoding {

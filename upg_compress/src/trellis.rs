@@ -5,27 +5,28 @@
 //! the layout). Sources: QuaRot (arXiv 2404.00456), QTIP (arXiv 2406.11235).
 #![deny(unsafe_code)]
 
+mod code;
 mod forward;
 mod search;
 #[allow(unsafe_code)]
 mod simd;
-mod tables;
 #[cfg(test)]
 mod tests;
 
+pub use code::Code;
 pub use search::Search;
 pub use simd::Path;
-pub use tables::Code;
 
 use crate::progress::Progress;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use rayon::prelude::*;
 use upg_kernel::matrix::strips::{self, STRIP_ROWS, position};
-use upg_kernel::matrix::trellis::{STATE_BITS, strip_bytes, strip_weights};
+use upg_kernel::matrix::trellis::{strip_bytes, strip_weights};
 use upg_kernel::matrix::{TrellisMatrix, TrellisParts};
 use upg_kernel::prime_lut::PRIME_LUT;
 use upg_kernel::rotation::Rotation;
+use upg_kernel::trellis_code::STATE_BITS;
 use upg_kernel::{Error, ErrorKind, Result};
 
 /// The prime of every row. One f32 scale a row says all there is to say about its size, so any
@@ -61,8 +62,7 @@ pub fn hadamard_size(cols: usize) -> Option<usize> {
     cols.checked_ilog2().map(|bits| 1 << bits)
 }
 
-/// Encodes `w [rows, cols]` (row by row, original basis) with `k` = 2, 3 or 4 bits a weight and the
-/// built-in tables.
+/// Encodes `w [rows, cols]` (row by row, original basis) with `k` = 2, 3 or 4 bits a weight.
 ///
 /// `signs_seed` chooses the random signs of the [`rotation`]. The result depends on the arguments
 /// only, not on threads or machine. Cost: 0.31 to 0.68 microseconds a weight and thread on a core
@@ -77,20 +77,21 @@ pub fn encode(
     k: u8,
     signs_seed: u64,
 ) -> Result<TrellisMatrix> {
-    encode_with(&Code::standard(k)?, w, rows, cols, signs_seed, &())
+    encode_with_progress(w, rows, cols, k, signs_seed, &())
 }
 
-/// [`encode`] with tables of the caller's; `progress` advances with every strip.
+/// [`encode`]; `progress` advances with every strip.
 ///
 /// Errors: also `Interrupted`, at most a strip of each thread after `progress` is cancelled.
-pub fn encode_with(
-    code: &Code,
+pub fn encode_with_progress(
     w: &[f32],
     rows: usize,
     cols: usize,
+    k: u8,
     signs_seed: u64,
     progress: &dyn Progress,
 ) -> Result<TrellisMatrix> {
+    let code = &Code::standard(k)?;
     if rows == 0 || cols == 0 || rows.checked_mul(cols) != Some(w.len()) {
         return Err(Error::new(
             ErrorKind::Argument,
@@ -133,8 +134,6 @@ pub fn encode_with(
     }
     let parts = TrellisParts {
         codes: codes.into(),
-        shift_table: code.shifts().to_vec().into(),
-        level_table: code.levels().to_vec().into(),
         prime_indices: vec![PRIME_INDEX; rows].into(),
         scales: scales.into(),
         rotation,

@@ -88,6 +88,7 @@ pub mod sparse;
 mod team;
 #[cfg(test)]
 mod test_data;
+pub mod trellis_code;
 mod upg_decompress;
 mod whole_file;
 

@@ -82,8 +82,6 @@ const TABLE: &[(&str, Damage, ErrorKind, u8, When)] = &[
     ("group does not fit the arrays", |d| d.layers[1]["group"] = 32.into(), Shape, 7, Opening),
     ("codebook of 15", |d| resize(d, "layer_2_codebook", &[15], 15), Shape, 7, Opening),
     ("strip without tail", |d| resize(d, "layer_3_codes", &[2, 64 * 18], 2 * 64 * 18), Shape, 7, Opening),
-    ("level table of 100", |d| resize(d, "layer_3_level_table", &[100], 100), Shape, 7, Opening),
-    ("shift table of 32", |d| resize(d, "layer_3_shift_table", &[32], 32), Shape, 7, Opening),
     ("fewer deltas than values", |d| resize(d, "layer_0_delta_indices", &[3], 3), Shape, 7, Opening),
     ("fewer primes than values", |d| resize(d, "layer_0_prime_indices", &[3], 6), Shape, 7, Opening),
     ("kept tensor at an odd place", |d| shift(d, "model.norm.weight"), Malformed, 8, Opening),

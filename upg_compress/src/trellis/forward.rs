@@ -14,7 +14,7 @@
 //! register. No decision is stored; the way back recomputes it from the minima.
 #![forbid(unsafe_code)]
 
-use super::tables::Code;
+use super::code::Code;
 
 /// Values of the oldest six bits of a state (`l` below), which select the shift.
 const LOW: usize = 64;
@@ -83,7 +83,7 @@ pub(super) struct Stretch<'a> {
 /// arranges it.
 #[inline(always)]
 pub(super) fn run(front: &mut Front, stretch: &mut Stretch<'_>) {
-    match (stretch.code.k(), stretch.code.levels().len()) {
+    match (stretch.code.k(), stretch.code.float_levels().len()) {
         (2, 128) => run_with::<2, 4, 128>(front, stretch),
         (2, _) => run_with::<2, 4, 256>(front, stretch),
         (3, 128) => run_with::<3, 8, 128>(front, stretch),

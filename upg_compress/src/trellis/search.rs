@@ -1,10 +1,10 @@
 //! The Viterbi search: the chain of states whose levels come closest to the targets.
 #![forbid(unsafe_code)]
 
+use super::code::Code;
 use super::forward::{self, Front, Stretch};
 use super::simd::Path;
-use super::tables::Code;
-use upg_kernel::matrix::trellis::STATE_BITS;
+use upg_kernel::trellis_code::STATE_BITS;
 use upg_kernel::{Error, ErrorKind, Result};
 
 /// Steps that are fixed at once by one walk back.
@@ -63,7 +63,7 @@ impl<'a> Search<'a> {
             },
             initial: vec![0; forward::groups(code.k())],
             minima: vec![0; window * forward::groups(code.k())],
-            costs: vec![0; window * forward::step_costs(code.levels().len())],
+            costs: vec![0; window * forward::step_costs(code.float_levels().len())],
             weights: Vec::new(),
             block: block.max(1),
             look_ahead,
@@ -157,7 +157,7 @@ impl<'a> Search<'a> {
     /// Takes the front over `targets`, of which the first is number `first`.
     fn forward(&mut self, first: usize, targets: &[f32], weights: &[f32]) {
         let groups = forward::groups(self.code.k());
-        let step_costs = forward::step_costs(self.code.levels().len());
+        let step_costs = forward::step_costs(self.code.float_levels().len());
         let cost_steps = COST_STEPS[usize::from(self.code.k())];
         let (mut at, mut left) = (first % self.window(), 0..targets.len());
         while !left.is_empty() {
@@ -233,7 +233,7 @@ impl<'a> Search<'a> {
     }
 
     fn costs_of(&self, step: usize) -> &[i16] {
-        let n = forward::step_costs(self.code.levels().len());
+        let n = forward::step_costs(self.code.float_levels().len());
         let at = step % self.window();
         &self.costs[at * n..(at + 1) * n]
     }

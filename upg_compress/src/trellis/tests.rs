@@ -1,7 +1,7 @@
 use super::search::{BLOCK, LOOK_AHEAD};
 use super::*;
 use upg_kernel::matrix::Matrix;
-use upg_kernel::matrix::trellis::level;
+use upg_kernel::trellis_code::TrellisCode;
 
 /// Error of the codes on Gaussian weights, in dB below their energy, through encoding, file parts,
 /// decoding and rotation; by bits a weight. The best that any code could reach is -12.04, -18.06,
@@ -129,10 +129,13 @@ fn every_code_path_gives_the_same_states() {
     let paths = Path::available();
     let names: Vec<_> = paths.iter().map(|path| path.name()).collect();
     println!("code paths of this machine: {names:?}");
-    for (k, levels) in [(2, 128), (3, 128), (4, 128), (2, 256), (3, 256), (4, 256)] {
-        let table: Vec<i8> = (0..levels).map(|i| (i * 89 % 256 - 128) as i8).collect();
-        let shifts: Vec<u8> = (0..64).map(|i| (i * i * 7 + i) as u8).collect();
-        let code = Code::new(k, &shifts, &table, 40.0).unwrap();
+    // Of 128 and of 256 levels.
+    let codes = [2, 4].map(|k| *TrellisCode::of(k).unwrap());
+    for (k, code) in [2, 3, 4]
+        .into_iter()
+        .flat_map(|k| codes.map(|code| (k, code)))
+    {
+        let code = Code::new(k, code, 40.0).unwrap();
         let mut targets = targets(&code, 1, 1500);
         (targets[100], targets[700], targets[701]) = (1e6, -1e30, f32::NAN);
         let mut weights: Vec<f32> = gaussian(2, 1500).iter().map(|x| 3.0 * x * x).collect();
@@ -148,10 +151,7 @@ fn every_code_path_gives_the_same_states() {
             states
         });
         let runs: Vec<_> = runs.collect();
-        assert!(
-            runs.iter().all(|states| *states == runs[0]),
-            "t{k}, {levels} levels"
-        );
+        assert!(runs.iter().all(|states| *states == runs[0]), "t{k}");
     }
 }
 
@@ -306,18 +306,15 @@ fn what_cannot_be_encoded_is_refused() {
     let code = Code::standard(2).unwrap();
     let e = Search::new(&code).run(None, &[0.0], &[1.0], &mut [0; 2]);
     assert_eq!(e.unwrap_err().kind(), ErrorKind::Argument);
-    for (shifts, levels, unit) in [
-        (63, 128, 1.0),
-        (64, 127, 1.0),
-        (64, 128, 0.0),
-        (64, 128, f32::NAN),
-    ] {
-        assert!(Code::new(2, &vec![0; shifts], &vec![0; levels], unit).is_err());
+    let code = *TrellisCode::of(2).unwrap();
+    for (k, unit) in [(1, 1.0), (5, 1.0), (2, 0.0), (2, -1.0), (2, f32::NAN)] {
+        let kind = Code::new(k, code, unit).unwrap_err().kind();
+        assert_eq!(kind, ErrorKind::Argument);
     }
 }
 
 #[test]
-fn random_codes_of_the_built_in_tables_decode() {
+fn random_codes_decode() {
     for k in [2, 3, 4] {
         let mut parts = encode(&gaussian(1, 70 * 9), 70, 9, k, 0)
             .unwrap()
@@ -328,16 +325,5 @@ fn random_codes_of_the_built_in_tables_decode() {
         parts.codes = codes.into();
         let m = Matrix::Trellis(TrellisMatrix::new(70, 9, k, parts).unwrap());
         assert!(m.to_dense().iter().all(|w| w.is_finite()));
-    }
-}
-
-#[test]
-fn the_code_is_the_reference_of_the_decoder() {
-    let code = Code::standard(4).unwrap();
-    for state in 0..1 << STATE_BITS {
-        assert_eq!(
-            code.level(state),
-            level(state, code.shifts(), code.levels())
-        );
     }
 }

@@ -133,7 +133,6 @@ fn bitmap(rows: usize, cols: usize, nibbles: bool) -> (Matrix, usize) {
 }
 
 fn trellis(rows: usize, cols: usize, k: u8) -> (Matrix, usize) {
-    let levels = if k == 4 { 256 } else { 128 };
     let codes = noise(
         strips::count(rows) * strip_bytes(cols, k).expect("a size in memory"),
         8,
@@ -143,8 +142,6 @@ fn trellis(rows: usize, cols: usize, k: u8) -> (Matrix, usize) {
     let signs = noise(cols.div_ceil(8), 9).into();
     let parts = TrellisParts {
         codes: codes.into(),
-        shift_table: noise(64, 10).into(),
-        level_table: signed(noise(levels, 11)),
         prime_indices: vec![0; rows].into(),
         scales: ones(rows),
         rotation: Rotation::new(cols, size, signs).expect("a fitting rotation"),

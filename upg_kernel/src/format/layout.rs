@@ -101,8 +101,6 @@ pub(super) fn arrays(layer: &LayerInfo) -> Result<Vec<ArraySpec>> {
                 spec("prime_indices", Dtype::U8, &[rows, 1]),
                 scales,
                 spec("signs", Dtype::U8, &[cols.div_ceil(8)]),
-                spec("shift_table", Dtype::U8, &[64]),
-                counted("level_table", Dtype::I8),
             ]
         }
     })
@@ -127,12 +125,7 @@ pub(super) fn check(file: &UpgFile, index: usize, layer: &LayerInfo) -> Result<(
                 .rule(rules::ARRAYS)
                 .tensor(&name)
         })?;
-        check_entry(entry, &spec)
-            .and_then(|()| match spec.suffix {
-                "level_table" => rules::level_table(entry.shape[0]),
-                _ => Ok(()),
-            })
-            .map_err(|e| e.tensor(&name))?;
+        check_entry(entry, &spec).map_err(|e| e.tensor(&name))?;
     }
     if layer.encoding()? != Encoding::MdCsr {
         return Ok(());
@@ -231,8 +224,6 @@ pub(super) fn matrix(file: &UpgFile, index: usize, layer: &LayerInfo) -> Result<
         Encoding::T2 | Encoding::T3 | Encoding::T4 => {
             let parts = TrellisParts {
                 codes: get.array("codes")?,
-                shift_table: get.array("shift_table")?,
-                level_table: get.array("level_table")?,
                 prime_indices: get.array("prime_indices")?,
                 scales: get.array("scales")?,
                 rotation: Rotation::new(cols, layer.hadamard.unwrap_or(1), get.array("signs")?)?,

@@ -95,16 +95,6 @@ pub fn codebook(codebook: &[i8]) -> Result<()> {
     length("codebook", codebook.len(), &[16])
 }
 
-/// The level table of a trellis has as many entries as its hash can name.
-pub fn level_table(len: usize) -> Result<()> {
-    if matches!(len, 128 | 256) {
-        return Ok(());
-    }
-    Err(shape(format!(
-        "level_table has {len} elements, expected 128 or 256"
-    )))
-}
-
 /// A name that can stand in the header of a file for a matrix or another tensor of the model: without
 /// control characters, and none of those that the format uses itself. `rule` is what it breaks.
 pub fn name(name: &str, rule: u8) -> Result<()> {

@@ -281,8 +281,6 @@ fn array_bytes<'a>(matrix: &'a Matrix, suffix: &str) -> Option<&'a [u8]> {
             let parts = m.parts();
             Some(match suffix {
                 "codes" => &parts.codes,
-                "shift_table" => &parts.shift_table,
-                "level_table" => cast_slice(&parts.level_table),
                 "prime_indices" => &parts.prime_indices,
                 "scales" => cast_slice(&parts.scales),
                 "signs" => parts.rotation.signs(),

@@ -232,26 +232,6 @@ fn stream(bytes: __m512i, out: &mut [u8; 64]) {
     unsafe { _mm512_stream_si512(out.as_mut_ptr().cast(), bytes) };
 }
 
-/// Up to 64 bytes, zeros after them.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw")]
-fn load_some(bytes: &[u8]) -> __m512i {
-    let n = bytes.len().min(64);
-    let mask = if n == 64 { u64::MAX } else { (1 << n) - 1 };
-    // SAFETY: a masked load touches only the bytes whose bit is set, which are those of the slice.
-    unsafe { _mm512_maskz_loadu_epi8(mask, bytes.as_ptr().cast()) }
-}
-
-/// 64 bytes at `at`; fewer, with zeros after them, where the slice ends.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw")]
-fn load_at(bytes: &[u8], at: usize) -> __m512i {
-    match bytes.get(at..).and_then(<[u8]>::first_chunk) {
-        Some(bytes) => load(bytes),
-        None => load_some(bytes.get(at..).unwrap_or_default()),
-    }
-}
-
 /// All 32 bytes.
 #[inline]
 #[target_feature(enable = "avx512f")]

@@ -5,8 +5,9 @@
 use super::activations::GROUP;
 use super::views::{Codes, Primes, Strip};
 use crate::matrix::strips::{STRIP_ROWS, TILE_COLS, TILE_WEIGHTS};
-use crate::matrix::{WORD, trellis, weight};
+use crate::matrix::{WORD, weight};
 use crate::prime_lut::PRIME_LUT;
+use crate::trellis_code::TrellisCode;
 
 /// Tiles that are decoded together.
 const TILES: usize = GROUP / TILE_COLS;
@@ -44,15 +45,7 @@ pub(super) fn decode(strip: Strip<'_>, row: usize, out: &mut [f32]) {
                     tiles,
                 )
             }
-            Codes::Trellis {
-                k,
-                stream,
-                shift_table,
-                level_table,
-            } => {
-                let level = |state| trellis::level(state, shift_table, level_table);
-                states(k, stream, first, row, tiles, level);
-            }
+            Codes::Trellis { k, stream } => states(k, stream, first, row, tiles),
         }
         let group = match strip.primes {
             Primes::Rows(_) => GROUP,
@@ -137,14 +130,8 @@ fn kept_codes(
 
 /// The same of the states of a stream of `k` bits a weight.
 #[inline(always)]
-fn states(
-    k: u8,
-    stream: &[u8],
-    first: usize,
-    row: usize,
-    tiles: &mut [Tile],
-    level: impl Fn(u16) -> i8,
-) {
+fn states(k: u8, stream: &[u8], first: usize, row: usize, tiles: &mut [Tile]) {
+    let code = TrellisCode::of(k).expect("2, 3 or 4 bits");
     let k = usize::from(k);
     for (tile, levels) in (first..).zip(tiles) {
         // 4 k bits a row: states begin at a half byte at most, and four of them end inside of 32 bits, which the
@@ -153,7 +140,7 @@ fn states(
         let bytes = stream[bit / 8..].first_chunk().expect("the end of a strip");
         let bits = u32::from_le_bytes(*bytes) >> (bit % 8);
         for (i, out) in levels.iter_mut().enumerate() {
-            *out = level((bits >> (k * i)) as u16 % (1 << trellis::STATE_BITS));
+            *out = code.level((bits >> (k * i)) as u16);
         }
     }
 }

@@ -114,12 +114,10 @@ fn bitmap(rows: usize, cols: usize, nibbles: bool) -> BitmapMatrix {
     BitmapMatrix::new(rows, cols, arrays).unwrap()
 }
 
-fn trellis(rows: usize, cols: usize, k: u8, levels: usize) -> TrellisMatrix {
+fn trellis(rows: usize, cols: usize, k: u8) -> TrellisMatrix {
     let codes = rows.div_ceil(64) * strip_bytes(cols, k).unwrap();
     let parts = TrellisParts {
         codes: noise(codes, 10).into(),
-        shift_table: noise(64, 11).into(),
-        level_table: signed(noise(levels, 12)),
         prime_indices: noise(rows, 13).into(),
         scales: scales(rows),
         rotation: Rotation::new(cols, 1, vec![0; cols.div_ceil(8)].into()).unwrap(),
@@ -248,9 +246,8 @@ fn every_kernel_multiplies_many_vectors_as_the_reference_does() {
                 }
                 check_many(kernels, &bitmap(rows, cols, false), n, "s8");
                 check_many(kernels, &bitmap(rows, cols, true), n, "s4");
-                for (k, levels) in [(2, 128), (3, 256), (4, 128), (4, 256)] {
-                    let name = format!("t{k} of {levels}");
-                    check_many(kernels, &trellis(rows, cols, k, levels), n, &name);
+                for k in [2, 3, 4] {
+                    check_many(kernels, &trellis(rows, cols, k), n, &format!("t{k}"));
                 }
             }
         }
@@ -374,9 +371,8 @@ fn every_kernel_multiplies_every_encoding_as_the_reference_does() {
                 }
                 check(kernels, &bitmap(rows, cols, false), "s8");
                 check(kernels, &bitmap(rows, cols, true), "s4");
-                for (k, levels) in [(2, 128), (2, 256), (3, 128), (3, 256), (4, 128), (4, 256)] {
-                    let name = format!("t{k} of {levels}");
-                    check(kernels, &trellis(rows, cols, k, levels), &name);
+                for k in [2, 3, 4] {
+                    check(kernels, &trellis(rows, cols, k), &format!("t{k}"));
                 }
             }
         }

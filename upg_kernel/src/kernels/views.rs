@@ -97,14 +97,8 @@ pub(crate) enum Codes<'a> {
         /// `None`: the levels themselves.
         codebook: Option<&'a [i8; 16]>,
     },
-    /// A stream of `k` bits a weight.
-    Trellis {
-        k: u8,
-        stream: &'a [u8],
-        shift_table: &'a [u8; 64],
-        /// 128 or 256 entries.
-        level_table: &'a [i8],
-    },
+    /// A stream of `k` = 2, 3 or 4 bits a weight.
+    Trellis { k: u8, stream: &'a [u8] },
 }
 
 /// The prime indices of a strip.
@@ -146,19 +140,14 @@ macro_rules! with_levels {
                     }
                 }
             }
-            Codes::Trellis {
-                k,
-                stream,
-                shift_table: shifts,
-                level_table: table,
-            } => match (k, table.len() > 128) {
-                (2, false) => with!(levels::Trellis::<2, false>::new(stream, shifts, table)),
-                (2, true) => with!(levels::Trellis::<2, true>::new(stream, shifts, table)),
-                (3, false) => with!(levels::Trellis::<3, false>::new(stream, shifts, table)),
-                (3, true) => with!(levels::Trellis::<3, true>::new(stream, shifts, table)),
-                (_, false) => with!(levels::Trellis::<4, false>::new(stream, shifts, table)),
-                (_, true) => with!(levels::Trellis::<4, true>::new(stream, shifts, table)),
-            },
+            Codes::Trellis { k, stream } => {
+                let end = &mut [0; levels::TRELLIS_END];
+                match k {
+                    2 => with!(levels::Trellis::<2>::new(stream, end)),
+                    3 => with!(levels::Trellis::<3>::new(stream, end)),
+                    _ => with!(levels::Trellis::<4>::new(stream, end)),
+                }
+            }
         }
     }};
 }

@@ -368,8 +368,6 @@ mod tests {
         }
         let parts = TrellisParts {
             codes: noise(rows.div_ceil(64) * strip_bytes(cols, 3).unwrap(), 3).into(),
-            shift_table: noise(64, 4).into(),
-            level_table: signed(noise(128, 5)),
             prime_indices: noise(rows, 6).into(),
             scales: vec![1e-5; rows].into(),
             rotation: Rotation::new(cols, 1 << cols.ilog2(), signs.into()).unwrap(),

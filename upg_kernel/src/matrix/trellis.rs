@@ -4,7 +4,8 @@
 //! same bits moved on by `k`. So a weight costs `k` bits, but its level depends on what was chosen
 //! for the weights before it, and a search over such chains (trellis-coded quantization) comes
 //! within 0.6 to 1.2 dB of the best that any code of that size could do. Any weight can still be
-//! decoded on its own. Source: QTIP (arXiv 2406.11235), with a table of its own.
+//! decoded on its own. Source: QTIP (arXiv 2406.11235), with a code of its
+//! own ([`crate::trellis_code`]).
 #![forbid(unsafe_code)]
 
 use super::strips::{self, STRIP_ROWS, TILE_COLS, TILE_WEIGHTS};
@@ -15,30 +16,13 @@ use crate::format::rules;
 use crate::kernels::views::{Codes, Primes, Strip};
 use crate::prime_lut::PRIME_LUT;
 use crate::rotation::Rotation;
-
-/// Bits of the stream that select one level.
-pub const STATE_BITS: u32 = 13;
-
-/// Entries of the shift table: one for each value of the oldest six bits of a state.
-pub const SHIFT_TABLE_LEN: usize = 64;
+use crate::trellis_code::{self, STATES};
 
 /// Bytes after the last tile of a strip: the end of the last state, and room for wide loads.
 const STRIP_TAIL: usize = 16;
 
-const STATES: usize = 1 << STATE_BITS;
-
 /// Tiles that are decoded row by row before the next ones: what they take stays in the L1 cache.
 const TILES_AT_ONCE: usize = 16;
-
-/// The level of a state: `level_table[(shift_table[state & 63] + (state >> 6)) & (len - 1)]`.
-///
-/// This is the reference; `state` is below 2^13 and `level_table` has 128 or 256 entries. Panics
-/// if `shift_table` has fewer than 64 entries or `level_table` has none.
-pub fn level(state: u16, shift_table: &[u8], level_table: &[i8]) -> i8 {
-    let shift = usize::from(shift_table[usize::from(state) % SHIFT_TABLE_LEN]);
-    let index = shift + usize::from(state) / SHIFT_TABLE_LEN;
-    level_table[index & (level_table.len() - 1)]
-}
 
 /// Weights in the stream of a strip for `cols` columns, padding included. `None`: overflow.
 pub fn strip_weights(cols: usize) -> Option<usize> {
@@ -58,10 +42,6 @@ pub fn strip_bytes(cols: usize, k: u8) -> Option<usize> {
 pub struct TrellisParts {
     /// The strips, one after the other, [`strip_bytes`] each.
     pub codes: Array<u8>,
-    /// 64 entries.
-    pub shift_table: Array<u8>,
-    /// 128 or 256 entries.
-    pub level_table: Array<i8>,
     /// One a row, into the first 256 primes.
     pub prime_indices: Array<u8>,
     /// One a row, finite.
@@ -81,38 +61,31 @@ pub struct TrellisMatrix {
     k: u8,
     strip_bytes: usize,
     parts: TrellisParts,
-    /// The level of every state (8 KiB), made from the two tables.
-    levels: Box<[i8]>,
+    /// The level of every state.
+    levels: &'static [i8; STATES],
 }
 
 impl TrellisMatrix {
     /// Puts a matrix together and checks all of it but the codes, of which every value is valid.
-    /// Cost: reads `scales` once and builds a table of 8 KiB; `codes` is not read.
+    /// Cost: reads `scales` once; `codes` is not read.
     ///
     /// Errors: `Unsupported` if `k` is not 2, 3 or 4; `Shape` if a part has another length than
     /// `rows`, `cols` and `k` ask for; `Invalid` if a scale is not finite or above
     /// 2^64; `TooLarge` if the sizes overflow.
     pub fn new(rows: usize, cols: usize, k: u8, parts: TrellisParts) -> Result<Self> {
-        if !(2..=4).contains(&k) {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                format!("trellis code of {k} bits a weight, expected 2, 3 or 4"),
-            ));
-        }
+        let levels = trellis_code::levels(k).ok_or_else(|| {
+            let message = format!("trellis code of {k} bits a weight, expected 2, 3 or 4");
+            Error::new(ErrorKind::Unsupported, message)
+        })?;
         let strip_bytes = strip_bytes(cols, k).ok_or_else(|| {
             let message = format!("trellis matrix [{rows}, {cols}]");
             Error::new(ErrorKind::TooLarge, message)
         })?;
         let strips = strips::count(rows);
         rules::length("codes", parts.codes.len(), &[strips, strip_bytes])?;
-        rules::length("shift_table", parts.shift_table.len(), &[SHIFT_TABLE_LEN])?;
-        rules::level_table(parts.level_table.len())?;
         rules::length("prime_indices", parts.prime_indices.len(), &[rows])?;
         rules::length("columns of the rotation", parts.rotation.cols(), &[cols])?;
         checked_scales(&parts.scales, rows)?;
-        let levels = (0..STATES as u16)
-            .map(|state| level(state, &parts.shift_table, &parts.level_table))
-            .collect();
         Ok(Self {
             rows,
             cols,
@@ -142,8 +115,7 @@ impl TrellisMatrix {
         let mut bytes = [0; 4];
         bytes.copy_from_slice(&strip[bit / 8..bit / 8 + 4]);
         let bits = u32::from_le_bytes(bytes) >> (bit % 8);
-        let levels = &self.levels[..STATES];
-        std::array::from_fn(|i| levels[(bits >> (k * i as u32)) as usize % STATES])
+        std::array::from_fn(|i| self.levels[(bits >> (k * i as u32)) as usize % STATES])
     }
 
     /// Decodes `out.len() / cols` rows from row `first` on; all of them lie in one strip.
@@ -185,8 +157,6 @@ impl StoredMatrix for TrellisMatrix {
             codes: Codes::Trellis {
                 k: self.k,
                 stream: self.parts.codes.get(start..start + self.strip_bytes)?,
-                shift_table: self.parts.shift_table.first_chunk()?,
-                level_table: &self.parts.level_table,
             },
             cols: self.cols,
             primes: Primes::Rows(self.parts.prime_indices.get(rows.clone())?),
@@ -213,15 +183,14 @@ impl StoredMatrix for TrellisMatrix {
 mod tests {
     use super::*;
     use crate::matrix::Matrix;
-    use crate::test_data::{noise, signed};
+    use crate::test_data::noise;
+    use crate::trellis_code::TrellisCode;
 
-    /// Random codes and tables; identity rotation.
-    fn parts(rows: usize, cols: usize, k: u8, levels: usize) -> TrellisParts {
+    /// Random codes; identity rotation.
+    fn parts(rows: usize, cols: usize, k: u8) -> TrellisParts {
         let codes = rows.div_ceil(64) * (32 * usize::from(k) * cols.div_ceil(4) + 16);
         TrellisParts {
             codes: noise(codes, 1).into(),
-            shift_table: noise(64, 2).into(),
-            level_table: signed(noise(levels, 3)),
             prime_indices: noise(rows, 4).into(),
             scales: (0..rows).map(|r| 0.5 + r as f32).collect::<Vec<_>>().into(),
             rotation: Rotation::new(cols, 1, vec![0; cols.div_ceil(8)].into()).unwrap(),
@@ -244,38 +213,31 @@ mod tests {
         let mut codes = vec![0; 32 * 2 + 16];
         codes[..3].copy_from_slice(&[0b1100_0101, 0b0100_0000, 0b1]);
         // bits 16..0: 1 0100 0000 1100 0101
-        //   state 0 = 0 0000 1100 0101 -> low six 000101 =  5, high seven 0000011 =  3
-        //   state 1 = 1 0000 0011 0001 -> low six 110001 = 49, high seven 1000000 = 64
-        //   state 2 = 1 0100 0000 1100 -> low six 001100 = 12, high seven 1010000 = 80
-        let mut shift_table = vec![0; 64];
-        (shift_table[5], shift_table[49], shift_table[12]) = (10, 70, 250);
-        let mut level_table = vec![0; 128];
-        // (10 + 3) = 13, (70 + 64) & 127 = 6, (250 + 80) & 127 = 74
-        (level_table[13], level_table[6], level_table[74]) = (7, -128, 127);
+        let states = [0b0_0000_1100_0101, 0b1_0000_0011_0001, 0b1_0100_0000_1100];
         let parts = TrellisParts {
             codes: codes.into(),
-            shift_table: shift_table.into(),
-            level_table: level_table.into(),
             prime_indices: vec![2].into(),
             scales: vec![0.25].into(),
             rotation: Rotation::new(3, 1, vec![0b100].into()).unwrap(),
         };
         let m = Matrix::Trellis(TrellisMatrix::new(1, 3, 2, parts).unwrap());
         // prime 5, scale 1/4; the rotation flips the sign of the last column
-        assert_eq!(m.to_dense(), [1.25 * 7.0, 1.25 * -128.0, -1.25 * 127.0]);
+        let code = TrellisCode::of(2).unwrap();
+        let [a, b, c] = states.map(|state| 1.25 * f32::from(code.level(state)));
+        assert_eq!(m.to_dense(), [a, b, -c]);
     }
 
     #[test]
     fn every_weight_follows_the_layout() {
         for (rows, cols) in [(1, 1), (3, 5), (63, 2), (64, 4), (65, 67), (130, 9)] {
-            for (k, levels) in [(2, 128), (3, 256), (4, 128), (4, 256)] {
-                let m = TrellisMatrix::new(rows, cols, k, parts(rows, cols, k, levels)).unwrap();
+            for k in [2, 3, 4] {
+                let m = TrellisMatrix::new(rows, cols, k, parts(rows, cols, k)).unwrap();
                 let mut all = vec![f32::NAN; rows * cols];
                 m.decode_rows(0, &mut all);
                 for (i, &found) in all.iter().enumerate() {
                     let (row, col) = (i / cols, i % cols);
                     let state = state_by_bits(&m, row, col);
-                    let level = level(state, &m.parts.shift_table, &m.parts.level_table);
+                    let level = TrellisCode::of(k).unwrap().level(state);
                     let prime = PRIME_LUT[m.parts.prime_indices[row] as usize] as i32;
                     let expected = m.parts.scales[row] * (prime * i32::from(level)) as f32;
                     assert_eq!(found, expected, "t{k} [{rows}, {cols}] at {row}, {col}");
@@ -287,7 +249,7 @@ mod tests {
     #[test]
     fn any_range_of_rows_is_a_part_of_the_whole() {
         let (rows, cols) = (150, 7);
-        let m = TrellisMatrix::new(rows, cols, 3, parts(rows, cols, 3, 128)).unwrap();
+        let m = TrellisMatrix::new(rows, cols, 3, parts(rows, cols, 3)).unwrap();
         let mut all = vec![0.0; rows * cols];
         m.decode_rows(0, &mut all);
         for (first, end) in [(0, 0), (0, 1), (63, 65), (64, 128), (10, 140), (149, 150)] {
@@ -297,23 +259,13 @@ mod tests {
         }
     }
 
-    #[test]
-    fn the_expanded_table_is_the_reference_for_every_state() {
-        for levels in [128, 256] {
-            let m = TrellisMatrix::new(1, 1, 2, parts(1, 1, 2, levels)).unwrap();
-            for state in 0..STATES as u16 {
-                let expected = level(state, &m.parts.shift_table, &m.parts.level_table);
-                assert_eq!(m.levels[usize::from(state)], expected);
-            }
-        }
-    }
-
     /// The largest scale, prime and level in every column, all turned back into one.
     #[test]
     fn the_largest_weights_do_not_overflow_when_they_are_turned_back() {
         let cols = 6000;
-        let mut parts = parts(1, cols, 2, 128);
-        parts.level_table = vec![-128; 128].into();
+        let mut parts = parts(1, cols, 2);
+        // State 0 stands where the ring begins, at the lowest level.
+        parts.codes = vec![0; parts.codes.len()].into();
         parts.prime_indices = vec![255].into();
         parts.scales = vec![2f32.powi(64)].into();
         parts.rotation = Rotation::new(cols, 4096, vec![0; cols.div_ceil(8)].into()).unwrap();
@@ -324,15 +276,13 @@ mod tests {
     #[test]
     fn parts_of_another_size_are_refused() {
         type Damage = fn(&mut TrellisParts);
-        let damages: [(ErrorKind, Damage); 9] = [
+        let damages: [(ErrorKind, Damage); 7] = [
             (ErrorKind::Shape, |p| {
                 p.codes = vec![0; p.codes.len() - 1].into()
             }),
             (ErrorKind::Shape, |p| {
                 p.codes = vec![0; p.codes.len() + 1].into()
             }),
-            (ErrorKind::Shape, |p| p.shift_table = vec![0; 63].into()),
-            (ErrorKind::Shape, |p| p.level_table = vec![0; 64].into()),
             (ErrorKind::Shape, |p| p.prime_indices = vec![0; 4].into()),
             (ErrorKind::Shape, |p| p.scales = vec![0.0; 6].into()),
             (ErrorKind::Invalid, |p| {
@@ -345,13 +295,13 @@ mod tests {
             }),
         ];
         for (i, (kind, damage)) in damages.into_iter().enumerate() {
-            let mut parts = parts(5, 6, 3, 128);
+            let mut parts = parts(5, 6, 3);
             damage(&mut parts);
             let e = TrellisMatrix::new(5, 6, 3, parts).unwrap_err();
             assert_eq!(e.kind(), kind, "damage {i}: {e}");
         }
         for k in [0, 1, 5, 255] {
-            let e = TrellisMatrix::new(5, 6, k, parts(5, 6, k, 128)).unwrap_err();
+            let e = TrellisMatrix::new(5, 6, k, parts(5, 6, k)).unwrap_err();
             assert_eq!(e.kind(), ErrorKind::Unsupported);
         }
         let sizes = [
@@ -359,7 +309,7 @@ mod tests {
             (1, usize::MAX, ErrorKind::TooLarge),
         ];
         for (rows, cols, kind) in sizes {
-            let e = TrellisMatrix::new(rows, cols, 4, parts(1, 1, 4, 128)).unwrap_err();
+            let e = TrellisMatrix::new(rows, cols, 4, parts(1, 1, 4)).unwrap_err();
             assert_eq!(e.kind(), kind);
         }
     }

@@ -152,14 +152,6 @@ impl Draft {
             &[COLS.div_ceil(8)],
             &noise(COLS.div_ceil(8)),
         );
-        self.push(format!("{p}shift_table"), Dtype::U8, &[64], &noise(64));
-        let levels = if k == 4 { 256 } else { 128 };
-        self.push(
-            format!("{p}level_table"),
-            Dtype::I8,
-            &[levels],
-            &noise(levels),
-        );
     }
 
     /// Row 0 keeps columns 0 and 69, row 63 column 5, and row 65 the first three.

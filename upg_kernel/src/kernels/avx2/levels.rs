@@ -1,6 +1,6 @@
 //! The levels of a strip from each kind of code; [`Trellis`] has its own file.
 
-pub(super) use super::trellis::Trellis;
+pub(super) use super::trellis::{END as TRELLIS_END, Trellis};
 use super::*;
 use crate::kernels::places::PLACES;
 

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::kernels::places::window;
+use crate::trellis_code::{SHIFTS, STATE_BITS, code};
 
 /// Bytes of codes that are asked for ahead of their use.
 const AHEAD: usize = 4096;
@@ -198,33 +199,32 @@ fn in_order(codes: __m256i) -> __m512i {
     _mm512_and_si512(pairs, _mm512_set1_epi8(15))
 }
 
-/// `t2`, `t3` and `t4`. With more than 128 levels `WIDE` has to be true.
-pub(super) struct Trellis<'a, const K: usize, const WIDE: bool> {
+/// Bytes for the end of the stream, and any others after it.
+pub(super) const TRELLIS_END: usize = 320;
+
+/// `t2`, `t3` and `t4`.
+pub(super) struct Trellis<'a, const K: usize> {
     stream: &'a [u8],
-    decoder: Decoder<WIDE>,
-    /// For the last bytes of the stream.
-    end: [u8; 320],
+    decoder: Decoder,
+    end: &'a mut [u8; TRELLIS_END],
 }
 
-impl<'a, const K: usize, const WIDE: bool> Trellis<'a, K, WIDE> {
+impl<'a, const K: usize> Trellis<'a, K> {
     #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
-    pub(super) fn new(stream: &'a [u8], shift_table: &[u8; 64], level_table: &[i8]) -> Self {
+    pub(super) fn new(stream: &'a [u8], end: &'a mut [u8; TRELLIS_END]) -> Self {
         Self {
             stream,
-            decoder: Decoder::new::<K>(shift_table, level_table),
-            end: [0; 320],
+            decoder: Decoder::new::<K>(),
+            end,
         }
     }
 }
 
-/// Bits that a level depends on.
-const STATE_BITS: usize = crate::matrix::trellis::STATE_BITS as usize;
-
-/// Those of them that are looked up in the shift table.
-const SHIFT_BITS: usize = 6;
+/// Of the bits of a state, those of them that are looked up in the shift table.
+const SHIFT_BITS: usize = SHIFTS.ilog2() as usize;
 
 /// What turns the bits of weights into their levels.
-struct Decoder<const WIDE: bool> {
+struct Decoder {
     /// Where the bytes of each word of 64 bits come from: the bits of eight weights, or of sixteen.
     spread: __m512i,
     /// Of the first eight weights of each word, and of the next eight.
@@ -245,7 +245,11 @@ struct Cut {
 
 /// How many eights of weights are cut from a word of 64 bits: two, if the last state ends in it.
 const fn together(k: usize) -> usize {
-    if 15 * k + STATE_BITS <= 64 { 2 } else { 1 }
+    if 15 * k + STATE_BITS as usize <= 64 {
+        2
+    } else {
+        1
+    }
 }
 
 /// Byte `j` of word `i` is `step_of_word * i + step_of_byte * j + first`.
@@ -259,15 +263,11 @@ const fn places(step_of_word: usize, step_of_byte: usize, first: usize) -> [u8; 
     places
 }
 
-impl<const WIDE: bool> Decoder<WIDE> {
+impl Decoder {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw")]
-    fn new<const K: usize>(shift_table: &[u8; 64], level_table: &[i8]) -> Self {
-        let table: &[u8] = bytemuck::cast_slice(level_table);
-        let mut levels = [_mm512_setzero_si512(); 4];
-        for (i, levels) in levels.iter_mut().enumerate() {
-            *levels = biased(load_at(table, 64 * i));
-        }
+    fn new<const K: usize>() -> Self {
+        let levels: [[u8; 64]; 4] = bytemuck::cast(const { code::<K>().level_table() });
         Self {
             spread: load(const { &places(K * together(K), 1, 0) }),
             cuts: [
@@ -280,8 +280,8 @@ impl<const WIDE: bool> Decoder<WIDE> {
                     high: load(const { &places(0, K, 8 * K + SHIFT_BITS) }),
                 },
             ],
-            shifts: load(shift_table),
-            levels,
+            shifts: load(const { &code::<K>().shift_table() }),
+            levels: levels.map(|levels| biased(load(&levels))),
         }
     }
 
@@ -295,13 +295,13 @@ impl<const WIDE: bool> Decoder<WIDE> {
     /// The levels of eight weights of each word.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
-    fn levels(&self, words: __m512i, cut: Cut) -> __m512i {
+    fn levels<const K: usize>(&self, words: __m512i, cut: Cut) -> __m512i {
         let low = _mm512_multishift_epi64_epi8(cut.low, words);
         let high = _mm512_multishift_epi64_epi8(cut.high, words);
         // The look-ups take the low 6 and 7 bits of each byte and ignore the rest.
         let shift = _mm512_permutexvar_epi8(low, self.shifts);
         let [a, b, c, d] = self.levels;
-        if !WIDE {
+        if code::<K>().levels() == 128 {
             return _mm512_permutex2var_epi8(a, _mm512_add_epi8(shift, high), b);
         }
         let high = _mm512_and_si512(high, _mm512_set1_epi8(127));
@@ -312,7 +312,7 @@ impl<const WIDE: bool> Decoder<WIDE> {
     }
 }
 
-impl<const K: usize, const WIDE: bool> Levels for Trellis<'_, K, WIDE> {
+impl<const K: usize> Levels for Trellis<'_, K> {
     const IN_TURN: bool = together(K) == 2;
 
     #[inline(always)]
@@ -320,7 +320,7 @@ impl<const K: usize, const WIDE: bool> Levels for Trellis<'_, K, WIDE> {
         // SAFETY: `self` proves that the processor has the features.
         unsafe {
             let mut tiles = [[_mm512_set1_epi8(ZERO); 4]; 2];
-            let stream = window(self.stream, &mut self.end);
+            let stream = window(self.stream, self.end);
             for line in (0..64 * K).step_by(64) {
                 prefetch(stream, line + AHEAD);
             }
@@ -328,7 +328,7 @@ impl<const K: usize, const WIDE: bool> Levels for Trellis<'_, K, WIDE> {
                 let bytes = stream[i * 8 * K..].first_chunk();
                 let words = self.decoder.words(bytes.expect("64 bytes of 320"));
                 for (j, cut) in self.decoder.cuts[..together(K)].iter().enumerate() {
-                    tiles[i / 4][(i + j) % 4] = self.decoder.levels(words, *cut);
+                    tiles[i / 4][(i + j) % 4] = self.decoder.levels::<K>(words, *cut);
                 }
             }
             self.stream = self.stream.get(64 * K..).unwrap_or_default();

@@ -23,12 +23,6 @@ pub(super) trait Levels {
     /// Asks for what lies ahead of this and the next three quads.
     #[inline(always)]
     fn prefetch(&self, _pair: usize, _quad: usize) {}
-
-    /// Activations of four tiles in the order that the levels of a row have, or levels in the order of their columns.
-    #[inline(always)]
-    fn ordered(x: int8x16_t) -> int8x16_t {
-        x
-    }
 }
 
 /// The next up to `N` of some elements.
@@ -39,40 +33,30 @@ pub(super) fn take<'a, T>(n: usize, rest: &mut &'a [T]) -> &'a [T] {
     now
 }
 
-/// Evaluates the second expression with the [`Levels`] of a strip, and as a constant the number of registers of rows
-/// to take together: their sums have to fit beside the tables of the trellis.
+/// Evaluates the second expression with the [`Levels`] of a strip.
 macro_rules! with_levels {
-    ($strip:expr, $levels:ident, $together:ident => $call:expr) => {{
+    ($strip:expr, $levels:ident => $call:expr) => {{
         macro_rules! with {
-            ($n:literal, $new:expr) => {{
-                const $together: usize = $n;
+            ($new:expr) => {{
                 let $levels = $new;
                 $call
             }};
         }
         match $strip.codes {
-            Codes::Bytes(codes) => with!(8, levels::Bytes::<true>::new(codes)),
-            Codes::Nibbles(codes, codebook) => with!(8, levels::Nibbles::new(codes, codebook)),
+            Codes::Bytes(codes) => with!(levels::Bytes::<true>::new(codes)),
+            Codes::Nibbles(codes, codebook) => with!(levels::Nibbles::new(codes, codebook)),
             Codes::Kept {
                 bitmap,
                 codes,
                 codebook,
             } => match codebook {
-                None => with!(8, levels::Kept::<false>::new(bitmap, codes, &[0; 16])),
-                Some(codebook) => with!(8, levels::Kept::<true>::new(bitmap, codes, codebook)),
+                None => with!(levels::Kept::<false>::new(bitmap, codes, &[0; 16])),
+                Some(codebook) => with!(levels::Kept::<true>::new(bitmap, codes, codebook)),
             },
-            Codes::Trellis {
-                k,
-                stream,
-                shift_table: shifts,
-                level_table: table,
-            } => match (k, table.len() > 128) {
-                (2, false) => with!(4, levels::Trellis::<2, false>::new(stream, shifts, table)),
-                (2, true) => with!(2, levels::Trellis::<2, true>::new(stream, shifts, table)),
-                (3, false) => with!(4, levels::Trellis::<3, false>::new(stream, shifts, table)),
-                (3, true) => with!(2, levels::Trellis::<3, true>::new(stream, shifts, table)),
-                (_, false) => with!(4, levels::Trellis::<4, false>::new(stream, shifts, table)),
-                (_, true) => with!(2, levels::Trellis::<4, true>::new(stream, shifts, table)),
+            Codes::Trellis { k, stream } => match k {
+                2 => with!(levels::Trellis::<2>::new(stream)),
+                3 => with!(levels::Trellis::<3>::new(stream)),
+                _ => with!(levels::Trellis::<4>::new(stream)),
             },
         }
     }};

@@ -9,9 +9,6 @@ use super::*;
 /// Blocks of columns that are decoded at once: 64 KiB stay in the L1 or L2 cache.
 const BLOCKS: usize = 16;
 
-/// Registers of rows that are taken together.
-const TOGETHER: usize = 8;
-
 /// Memory for decoded levels.
 #[derive(Debug, Default)]
 pub(crate) struct Panel {
@@ -35,7 +32,7 @@ pub(super) fn multiply(
     assert_eq!(vectors.len() * rows, out.len());
     panel.sums.clear();
     panel.sums.resize(vectors.len(), [[0.0; 4]; QUADS]);
-    with_levels!(strip, levels, _N => add_panels(levels, dot, &strip, vectors, panel));
+    with_levels!(strip, levels => add_panels(levels, dot, &strip, vectors, panel));
     for (sums, out) in panel.sums.iter().zip(out.chunks_exact_mut(rows.max(1))) {
         strip.put_rows(bytemuck::cast_ref(sums), out);
     }
@@ -77,7 +74,7 @@ fn add_panels(
         let primes = |group: usize, quad: usize| load_f32(&primes[group - first][quad]);
         for (x, sums) in vectors.iter().zip(&mut *sums) {
             let levels = Bytes::<false>::new(pairs.as_flattened());
-            add_blocks::<TOGETHER>(levels, dot, strip, x, blocks.clone(), primes, sums);
+            add_blocks(levels, dot, strip, x, blocks.clone(), primes, sums);
         }
     }
 }
@@ -92,7 +89,7 @@ fn decode<L: Levels>(levels: &mut L, n: usize, pairs: &mut Vec<Pair>) {
         for (i, pair) in pairs.iter_mut().enumerate() {
             let (first, second) = pair.as_chunks_mut().0.split_at_mut(QUADS);
             for (quad, (first, second)) in first.iter_mut().zip(second).enumerate() {
-                let [a, b] = levels.pair(i, quad).map(L::ordered);
+                let [a, b] = levels.pair(i, quad);
                 store(first, vreinterpretq_u8_s8(a));
                 store(second, vreinterpretq_u8_s8(b));
             }

@@ -6,6 +6,9 @@ use super::*;
 /// Registers of four rows each to a strip.
 pub(super) const QUADS: usize = 16;
 
+/// Those of them that are taken together: as many as there is room for beside what the levels need.
+const TOGETHER: usize = 8;
+
 /// What each row of a strip has.
 pub(super) type Rows = [[f32; 4]; QUADS];
 
@@ -18,19 +21,17 @@ pub(super) fn multiply(dot: impl Dot, strip: Strip<'_>, x: &Activations, out: &m
         Primes::Rows(_) => &[],
     };
     let primes = |group: usize, quad: usize| primes_of(&indices[group].as_chunks().0[quad]);
-    with_levels!(strip, levels, N => {
-        add_blocks::<N>(levels, dot, &strip, x, blocks, primes, &mut sums);
+    with_levels!(strip, levels => {
+        add_blocks(levels, dot, &strip, x, blocks, primes, &mut sums);
     });
     strip.put_rows(bytemuck::cast_ref(&sums), out);
 }
 
 /// Adds the products of some blocks of columns, whose levels come first, without what all of a row is multiplied
 /// with. `primes` are those of four rows of a group of columns.
-///
-/// `N` registers of rows are taken together: as many as there is room for beside what the levels need.
 #[inline]
 #[target_feature(enable = "neon")]
-pub(super) fn add_blocks<const N: usize>(
+pub(super) fn add_blocks(
     mut levels: impl Levels,
     dot: impl Dot,
     strip: &Strip<'_>,
@@ -51,16 +52,16 @@ pub(super) fn add_blocks<const N: usize>(
         match strip.primes {
             Primes::Rows(_) => {
                 let scales = vdupq_n_f32(scale);
-                add_group::<N, _>(&levels, dot, block, 0..fours, |_| scales, sums);
+                add_group(&levels, dot, block, 0..fours, |_| scales, sums);
             }
             Primes::Groups { cols: GROUP, .. } => {
-                add_group::<N, _>(&levels, dot, block, 0..fours, prime(i), sums);
+                add_group(&levels, dot, block, 0..fours, prime(i), sums);
             }
             Primes::Groups { .. } => {
                 let (first, second) = (prime(2 * i), prime(2 * i + 1));
-                add_group::<N, _>(&levels, dot, block, 0..fours.min(2), first, sums);
+                add_group(&levels, dot, block, 0..fours.min(2), first, sums);
                 if fours > 2 {
-                    add_group::<N, _>(&levels, dot, block, 2..fours, second, sums);
+                    add_group(&levels, dot, block, 2..fours, second, sums);
                 }
             }
         }
@@ -70,7 +71,7 @@ pub(super) fn add_blocks<const N: usize>(
 /// Adds the products of some tiles, four at a time, with their columns of a block, times the factors of the rows.
 #[inline]
 #[target_feature(enable = "neon")]
-fn add_group<const N: usize, L: Levels>(
+fn add_group<L: Levels>(
     levels: &L,
     dot: impl Dot,
     block: &Block,
@@ -78,34 +79,33 @@ fn add_group<const N: usize, L: Levels>(
     factors: impl Fn(usize) -> float32x4_t,
     sums: &mut Rows,
 ) {
-    for (part, sums) in sums.as_chunks_mut::<N>().0.iter_mut().enumerate() {
-        let products = products::<N, L>(levels, dot, block, fours.clone(), part * N);
+    for (part, sums) in sums.as_chunks_mut::<TOGETHER>().0.iter_mut().enumerate() {
+        let products = products(levels, dot, block, fours.clone(), part * TOGETHER);
         for (i, (sum, products)) in sums.iter_mut().zip(products).enumerate() {
             let products = vcvtq_f32_s32(products);
-            let factor = factors(part * N + i);
+            let factor = factors(part * TOGETHER + i);
             store_f32(sum, vfmaq_f32(load_f32(sum), products, factor));
         }
     }
 }
 
-/// The products of `N` registers of rows from `first` on. Exact.
+/// The products of some registers of rows from `first` on. Exact.
 #[inline(never)]
 #[target_feature(enable = "neon")]
-fn products<const N: usize, L: Levels>(
+fn products<L: Levels>(
     levels: &L,
     dot: impl Dot,
     block: &Block,
     fours: Range<usize>,
     first: usize,
-) -> [int32x4_t; N] {
+) -> [int32x4_t; TOGETHER] {
     let high: &[[i8; 16]; 4] = bytemuck::cast_ref(&block.high);
     let low: &[[i8; 16]; 4] = bytemuck::cast_ref(&block.low);
-    let mut highs = [vdupq_n_s32(0); N];
+    let mut highs = [vdupq_n_s32(0); TOGETHER];
     let mut lows = highs;
     for four in fours {
         let (high, low) = (load_i8(&high[four]), load_i8(&low[four]));
-        let (high, low) = (L::ordered(high), L::ordered(low));
-        for i in 0..N {
+        for i in 0..TOGETHER {
             if i.is_multiple_of(4) {
                 levels.prefetch(2 * four, first + i);
                 levels.prefetch(2 * four + 1, first + i);
@@ -116,7 +116,7 @@ fn products<const N: usize, L: Levels>(
             highs[i] = dot.add::<1>(highs[i], b, high);
             lows[i] = dot.add::<1>(lows[i], b, low);
         }
-        for i in 0..N {
+        for i in 0..TOGETHER {
             let [a, b] = levels.pair(2 * four + 1, first + i);
             highs[i] = dot.add::<2>(highs[i], a, high);
             lows[i] = dot.add::<2>(lows[i], a, low);
@@ -124,7 +124,7 @@ fn products<const N: usize, L: Levels>(
             lows[i] = dot.add::<3>(lows[i], b, low);
         }
     }
-    for i in 0..N {
+    for i in 0..TOGETHER {
         lows[i] = vmlaq_n_s32(lows[i], highs[i], 128);
     }
     lows

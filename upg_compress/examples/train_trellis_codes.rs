@@ -31,10 +31,16 @@ const TRAINING_VALUES: usize = 100_000;
 const TEST_VALUES: usize = 300_000;
 
 fn main() -> Result<()> {
-    let args: Vec<u8> = std::env::args().skip(1).flat_map(|a| a.parse()).collect();
+    let args: Vec<_> = std::env::args().skip(1).map(|a| a.parse()).collect();
     let codes = match args[..] {
-        [k, bits] => vec![(k, bits)],
-        _ => vec![(2, 7), (3, 7), (4, 8)],
+        [] => vec![(2, 7), (3, 7), (4, 8)],
+        [Ok(k @ 2..=4), Ok(bits @ 7..=8)] => vec![(k, bits)],
+        _ => {
+            eprintln!(
+                "usage: train_trellis_codes [BITS_A_WEIGHT BITS_OF_A_POINT], 2 to 4 and 7 or 8"
+            );
+            std::process::exit(2);
+        }
     };
     let mut rng = ChaCha8Rng::seed_from_u64(1);
     let training = gaussian(&mut rng, TRAINING_VALUES);
@@ -139,7 +145,9 @@ fn fit(multiplier: u16, wanted: &Wanted) -> TrellisCode {
         fine = fine.map(|x| if round < 100 { x } else { x.round() });
     }
     let coarse = coarse_beside(fine);
-    let most = |i: usize| 127.0 - if i == 0 { fine[7] } else { fine[15] };
+    let [outer, inner] =
+        [&fine[..8], &fine[8..]].map(|fine| fine.iter().fold(0.0, |a, &b| f64::max(a, b)));
+    let most = |i: usize| 127.0 - if i == 0 { outer } else { inner };
     let coarse = std::array::from_fn(|i| coarse[i].round().clamp(0.0, most(i)) as u8);
     TrellisCode::new(multiplier, coarse, fine.map(|x| x as u8))
 }

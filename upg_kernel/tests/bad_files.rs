@@ -107,6 +107,7 @@ const TABLE: &[(&str, Damage, ErrorKind, u8, When)] = &[
     ("bits past the rows of a word", |d| bytes(d, "layer_6_bitmap", &[(1024, 0), (1025, 7)]), Invalid, 13, FirstUse),
     ("bits past the last word", |d| bytes(d, "layer_7_bitmap", &[(1024, 0), (1032, 7)]), Invalid, 13, FirstUse),
     ("kept tensor of integers", |d| kept(d, "x", Dtype::I32), Unsupported, 14, Opening),
+    ("a table for levels that are computed", |d| stray(d, "layer_3_level_table"), Unsupported, 14, Opening),
     ("codes of a layer that has none", |d| stray(d, "layer_7_values"), Unsupported, 14, Opening),
     ("row pointers of a layer that has strips", |d| stray(d, "layer_7_row_pointers"), Unsupported, 14, Opening),
     ("array of no layer", |d| kept(d, "layer_9_values", Dtype::F32), Unsupported, 14, Opening),

@@ -22,14 +22,12 @@ impl Code {
     ///
     /// Errors (`Argument`): `k` is not 2, 3 or 4, or `unit` is not positive and finite.
     pub fn new(k: u8, code: TrellisCode, unit: f32) -> Result<Self> {
-        let wrong = |message: String| Err(Error::new(ErrorKind::Argument, message));
         if !(2..=4).contains(&k) {
-            return wrong(format!(
-                "{k} bits a weight, the trellis codes have 2, 3 or 4"
-            ));
+            return Err(no_code(k));
         }
         if !(unit > 0.0 && unit.is_finite()) {
-            return wrong(format!("a standard deviation of {unit} levels"));
+            let message = format!("a standard deviation of {unit} levels");
+            return Err(Error::new(ErrorKind::Argument, message));
         }
         let levels = &code.level_table()[..code.levels()];
         Ok(Self {
@@ -45,9 +43,8 @@ impl Code {
     ///
     /// Errors (`Argument`): `k` is not 2, 3 or 4.
     pub fn standard(k: u8) -> Result<Self> {
-        // Any other number is refused, whatever the code.
-        let code = TrellisCode::of(k).or(TrellisCode::of(2));
-        Self::new(k, *code.expect("a code of 2 bits"), UNIT)
+        let code = TrellisCode::of(k).ok_or_else(|| no_code(k))?;
+        Self::new(k, *code, UNIT)
     }
 
     /// Bits a weight.
@@ -74,4 +71,9 @@ impl Code {
     pub(super) fn float_levels(&self) -> &[f32] {
         &self.float_levels
     }
+}
+
+fn no_code(k: u8) -> Error {
+    let message = format!("{k} bits a weight, the trellis codes have 2, 3 or 4");
+    Error::new(ErrorKind::Argument, message)
 }

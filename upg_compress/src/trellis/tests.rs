@@ -12,7 +12,7 @@ const BAR: [(u8, f64); 3] = [(2, -11.55), (3, -17.4), (4, -23.1)];
 /// average error, and their rounding averages out.
 const SEARCH_LOSS: f64 = 1.0005;
 
-/// Independent Gaussian values (Box and Muller), not those that the tables were trained on.
+/// Independent Gaussian values (Box and Muller), not those that the codes were trained on.
 fn gaussian(seed: u64, n: usize) -> Vec<f32> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let mut uniform = move || (f64::from(rng.next_u32()) + 0.5) / 4_294_967_296.0;
@@ -135,6 +135,7 @@ fn every_code_path_gives_the_same_states() {
         .into_iter()
         .flat_map(|k| codes.map(|code| (k, code)))
     {
+        let levels = code.levels();
         let code = Code::new(k, code, 40.0).unwrap();
         let mut targets = targets(&code, 1, 1500);
         (targets[100], targets[700], targets[701]) = (1e6, -1e30, f32::NAN);
@@ -151,7 +152,10 @@ fn every_code_path_gives_the_same_states() {
             states
         });
         let runs: Vec<_> = runs.collect();
-        assert!(runs.iter().all(|states| *states == runs[0]), "t{k}");
+        assert!(
+            runs.iter().all(|states| *states == runs[0]),
+            "t{k}, {levels} levels"
+        );
     }
 }
 
@@ -310,20 +314,5 @@ fn what_cannot_be_encoded_is_refused() {
     for (k, unit) in [(1, 1.0), (5, 1.0), (2, 0.0), (2, -1.0), (2, f32::NAN)] {
         let kind = Code::new(k, code, unit).unwrap_err().kind();
         assert_eq!(kind, ErrorKind::Argument);
-    }
-}
-
-#[test]
-fn random_codes_decode() {
-    for k in [2, 3, 4] {
-        let mut parts = encode(&gaussian(1, 70 * 9), 70, 9, k, 0)
-            .unwrap()
-            .parts()
-            .clone();
-        let mut codes = vec![0; parts.codes.len()];
-        ChaCha8Rng::seed_from_u64(4).fill_bytes(&mut codes);
-        parts.codes = codes.into();
-        let m = Matrix::Trellis(TrellisMatrix::new(70, 9, k, parts).unwrap());
-        assert!(m.to_dense().iter().all(|w| w.is_finite()));
     }
 }

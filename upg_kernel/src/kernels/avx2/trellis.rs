@@ -2,8 +2,8 @@
 //!
 //! A row of a tile is four weights whose states lie in 32 bits, so that a lane of a register decodes a row. A shuffle
 //! brings its bytes there; then columns 0 and 2 are the halves of the lanes of one register, and columns 1 and 3 those of
-//! another. The multiplication of [`TrellisCode`](crate::trellis_code::TrellisCode) shifts out what is above a state
-//! if levels are told apart by 7 bits, else it has to be cleared. The upper bytes of the products stand side by side in the order of the
+//! another. A multiplier that is a multiple of 8 shifts out what is above a state, else that has to be
+//! cleared. The upper bytes of the products stand side by side in the order of the
 //! columns once both registers are laid over each other.
 //!
 //! That is 15 instructions for 32 levels from the multiplication on, and 8 or 9 up to there.
@@ -23,7 +23,7 @@ const AHEAD: usize = 2048;
 
 /// `t2`, `t3` and `t4`.
 pub(super) struct Trellis<'a, const K: usize> {
-    /// From two tiles on.
+    /// From the first of the two current tiles on.
     now: &'a [u8; WINDOW],
     rest: &'a [u8],
     end: Option<&'a mut [u8; END]>,
@@ -133,7 +133,7 @@ impl Decoder {
         let mirror = _mm256_cmpgt_epi8(_mm256_setzero_si256(), points);
         let depth = _mm256_xor_si256(points, mirror);
         let coarse = _mm256_and_si256(_mm256_srli_epi16::<3>(depth), _mm256_set1_epi8(15));
-        // That is below 8 as it is; from there on, no more than it.
+        // The place in `fine`: the depth if that is below 8, else 8 + depth % 8, the smaller of the two.
         let inner = _mm256_or_si256(
             _mm256_and_si256(depth, _mm256_set1_epi8(7)),
             _mm256_set1_epi8(8),

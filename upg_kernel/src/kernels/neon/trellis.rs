@@ -2,7 +2,7 @@
 //!
 //! As with AVX2: a row of a tile is four weights whose states lie in 32 bits, so that a lane of a register decodes a
 //! row. Columns 0 and 2 become the halves of the lanes of one register, columns 1 and 3 those of another, and the upper
-//! bytes of their products with the multiplier of [`TrellisCode`](crate::trellis_code::TrellisCode) stand in the order of the columns.
+//! bytes of their products with the multiplier of the code ([`crate::trellis_code`]) stand in the order of the columns.
 
 use super::levels::{Levels, PAIRS};
 use super::*;
@@ -108,7 +108,7 @@ impl Decoder {
         let points = vtrn2q_u8(even, odd);
         let mirror = vcltzq_s8(vreinterpretq_s8_u8(points));
         let depth = veorq_u8(points, mirror);
-        // That is below 8 as it is; from there on, no more than it.
+        // The place in `fine`: the depth if that is below 8, else 8 + depth % 8, the smaller of the two.
         let inner = vorrq_u8(vandq_u8(depth, vdupq_n_u8(7)), vdupq_n_u8(8));
         let fine = vqtbl1q_u8(self.fine, vminq_u8(depth, inner));
         let coarse = vqtbl1q_u8(self.coarse, vshrq_n_u8::<3>(depth));

@@ -16,12 +16,10 @@
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use rayon::prelude::*;
-use upg_compress::trellis::{Code, Search};
+use upg_compress::trellis::{Code, Search, UNIT};
 use upg_kernel::Result;
 use upg_kernel::trellis_code::TrellisCode;
 
-/// Standard deviation of the weights in levels.
-const UNIT: f64 = 40.0;
 /// Points of half a ring, told apart by 8 bits.
 const DEPTHS: usize = 128;
 const SURVIVORS: usize = 40;
@@ -77,7 +75,6 @@ fn main() -> Result<()> {
 }
 
 /// What stands at each depth of the ring.
-#[derive(Clone)]
 struct Wanted {
     /// `128 + level`, in the lower half of the ring and mirrored in the upper one.
     means: Vec<f64>,
@@ -94,7 +91,9 @@ impl Wanted {
         let middle = |i: usize| sample[i * PER_CLASS + PER_CLASS / 2];
         let symmetric = |i| (middle(i) - middle(2 * DEPTHS - 1 - i)) / 2.0;
         Self {
-            means: (0..DEPTHS).map(|i| 127.5 + UNIT * symmetric(i)).collect(),
+            means: (0..DEPTHS)
+                .map(|i| 127.5 + f64::from(UNIT) * symmetric(i))
+                .collect(),
             counts: vec![1.0; DEPTHS],
         }
     }
@@ -155,16 +154,17 @@ fn fit(multiplier: u16, wanted: &Wanted) -> TrellisCode {
 /// Encodes `values` in one chain; returns the error in dB below their energy and the means of the values that each
 /// depth stood for.
 fn encode(k: u8, code: TrellisCode, values: &[f64]) -> Result<(f64, Wanted)> {
-    let targets: Vec<f32> = values.iter().map(|x| (x * UNIT) as f32).collect();
+    let in_levels = values.iter().map(|x| x * f64::from(UNIT));
+    let targets: Vec<f32> = in_levels.clone().map(|x| x as f32).collect();
     let mut states = vec![0; targets.len()];
-    let search_code = Code::new(k, code, UNIT as f32)?;
+    let search_code = Code::new(k, code, UNIT)?;
     Search::new(&search_code).run(None, &targets, &vec![1.0; targets.len()], &mut states)?;
     let (mut error, mut energy) = (0.0, 0.0);
     let (mut sums, mut counts) = (vec![0.0; DEPTHS], vec![0.0; DEPTHS]);
-    for (x, &state) in values.iter().map(|x| x * UNIT).zip(&states) {
+    for (x, &state) in in_levels.zip(&states) {
         error += (x - f64::from(code.level(state))).powi(2);
         energy += x * x;
-        let point = usize::from(state.wrapping_mul(code.multiplier()) >> 8);
+        let point = usize::from(code.point(state));
         let (depth, value) = match point {
             0..DEPTHS => (point, x),
             _ => (2 * DEPTHS - 1 - point, -1.0 - x),

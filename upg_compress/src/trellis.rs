@@ -13,7 +13,7 @@ mod simd;
 #[cfg(test)]
 mod tests;
 
-pub use code::Code;
+pub use code::{Code, UNIT};
 pub use search::Search;
 pub use simd::Path;
 

@@ -2,11 +2,10 @@
 //!
 //! A state has 13 bits, the newest on top. `state * multiplier` in 16 bits is a point on a ring: states that differ in
 //! their newest `k` bits stand at equal distances on it (at about equal ones with 4), as the ways on from a state should,
-//! and those that differ in their oldest bits are spread by the multiplier. The upper byte of the product then becomes a level that is close
-//! to the quantile of a Gaussian at that point, `128 + level` for the lower half of the ring and mirrored for the upper
-//! one. Sources: the trellis and computed codes are those of QTIP (arXiv 2406.11235); this code is our own. It
-//! needs 16 bits, a shuffle of 16 bytes and no table that does not fit into a register, and is also
-//! `T[(S[state % 64] + state / 64) % len]` with two tables, which is faster where a register holds them.
+//! and those that differ in their oldest bits are spread by the multiplier. The upper byte of the product then becomes a
+//! level that is close to the quantile of a Gaussian at that point. Sources: the trellis and computed codes are those of
+//! QTIP (arXiv 2406.11235); this code is our own. It needs 16 bits and shuffles of 16 bytes, and is also
+//! `T[(S[state % 64] + state / 64) % len]` with two tables, which is faster where registers hold them.
 #![forbid(unsafe_code)]
 
 /// Bits of the stream that select one level.
@@ -69,8 +68,13 @@ impl TrellisCode {
 
     /// The level of a state, of which the upper three bits do not count. This is the reference.
     pub const fn level(&self, state: u16) -> i8 {
+        self.level_at(self.point(state))
+    }
+
+    /// Where on the ring a state stands: the upper byte of its product.
+    pub const fn point(&self, state: u16) -> u8 {
         let state = state % STATES as u16;
-        self.level_at((state.wrapping_mul(self.multiplier) >> 8) as u8)
+        (state.wrapping_mul(self.multiplier) >> 8) as u8
     }
 
     /// The level at a point of the ring, given by its upper 8 bits.

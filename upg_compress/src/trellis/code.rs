@@ -4,8 +4,8 @@
 use upg_kernel::trellis_code::{SHIFTS, TrellisCode};
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// Standard deviation, in levels, of the weights that the built-in codes are made for.
-const UNIT: f32 = 40.0;
+/// Standard deviation, in levels, of the weights that the codes of the encodings are made for.
+pub const UNIT: f32 = 40.0;
 
 /// A trellis code of `k` bits a weight: `level = T[(S[state & 63] + (state >> 6)) & (len - 1)]`.
 #[derive(Debug, Clone)]

@@ -15,9 +15,10 @@
 #![forbid(unsafe_code)]
 
 use super::code::Code;
+use upg_kernel::trellis_code::SHIFTS;
 
 /// Values of the oldest six bits of a state (`l` below), which select the shift.
-const LOW: usize = 64;
+const LOW: usize = SHIFTS;
 /// Values of the newest seven bits of a state (`q` below).
 const HIGH: usize = 128;
 /// States that are treated at once.

@@ -4,7 +4,7 @@
 use super::code::Code;
 use super::forward::{self, Front, Stretch};
 use super::simd::Path;
-use upg_kernel::trellis_code::STATE_BITS;
+use upg_kernel::trellis_code::{SHIFTS, STATE_BITS};
 use upg_kernel::{Error, ErrorKind, Result};
 
 /// Steps that are fixed at once by one walk back.
@@ -213,9 +213,9 @@ impl<'a> Search<'a> {
             let (mut state, mut least) = (group << bits | low & mask, i32::MAX);
             for member in (group << bits..(group + 1) << bits).filter(|s| s & mask == low & mask) {
                 let before = minima[forward::group_index(k, member % minima.len())];
-                let shift = usize::from(self.code.shifts()[member % 64]);
+                let shift = usize::from(self.code.shifts()[member % SHIFTS]);
                 // as the front added them, saturating
-                let cost = i32::from(before.saturating_add(costs[shift + member / 64]));
+                let cost = i32::from(before.saturating_add(costs[shift + member / SHIFTS]));
                 if cost < least {
                     (state, least) = (member, cost);
                 }

@@ -107,6 +107,26 @@ impl Levels for Nibbles<'_> {
     }
 }
 
+/// Makes `now` the first `N` bytes of the rest. Where there are fewer, the rest goes on in `end`, once, with any bytes
+/// after it.
+#[inline(always)]
+pub(super) fn look_at<'a, const N: usize, const END: usize>(
+    now: &mut &'a [u8; N],
+    rest: &mut &'a [u8],
+    end: &mut Option<&'a mut [u8; END]>,
+) {
+    if rest.len() < N
+        && let Some(end) = end.take()
+    {
+        end[..rest.len()].copy_from_slice(rest);
+        *rest = end;
+    }
+    // There are as many: at the end half of the bytes or more are not of the rest.
+    if let Some(first) = rest.first_chunk() {
+        *now = first;
+    }
+}
+
 /// Bytes for the codes of the last words, and any others after them.
 pub(super) const END: usize = 2 * CODES;
 
@@ -160,16 +180,7 @@ impl<'a, const NIBBLES: bool> Kept<'a, NIBBLES> {
         };
         (self.now, self.bitmap) = (words, rest);
         prefetch(words.as_flattened(), AHEAD);
-        if self.codes.len() < CODES
-            && let Some(end) = self.end.take()
-        {
-            end[..self.codes.len()].copy_from_slice(self.codes);
-            self.codes = end;
-        }
-        // There are as many: at the end more than half of the bytes are not codes.
-        if let Some(window) = self.codes.first_chunk() {
-            self.window = window;
-        }
+        look_at(&mut self.window, &mut self.codes, &mut self.end);
         if NIBBLES {
             self.look_up();
         }

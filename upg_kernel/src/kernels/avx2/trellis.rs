@@ -2,13 +2,12 @@
 //!
 //! A row of a tile is four weights whose states lie in 32 bits, so that a lane of a register decodes a row. A shuffle
 //! brings its bytes there; then columns 0 and 2 are the halves of the lanes of one register, and columns 1 and 3 those of
-//! another. A multiplier that is a multiple of 8 shifts out what is above a state, else that has to be
-//! cleared. The upper bytes of the products stand side by side in the order of the
-//! columns once both registers are laid over each other.
+//! another. A multiplier that is a multiple of 8 shifts out what is above a state, else that has to be cleared. The upper
+//! bytes of the products stand side by side in the order of the columns once both registers are laid over each other.
 //!
 //! That is 15 instructions for 32 levels from the multiplication on, and 8 or 9 up to there.
 
-use super::levels::Levels;
+use super::levels::{Levels, look_at};
 use super::*;
 use crate::trellis_code::{STATES, code};
 
@@ -45,16 +44,7 @@ impl<'a, const K: usize> Trellis<'a, K> {
 impl<const K: usize> Levels for Trellis<'_, K> {
     #[inline(always)]
     fn next(&mut self) {
-        if self.rest.len() < WINDOW
-            && let Some(end) = self.end.take()
-        {
-            end[..self.rest.len()].copy_from_slice(self.rest);
-            self.rest = end;
-        }
-        // There are as many: at the end half of the bytes are not of the stream.
-        if let Some(now) = self.rest.first_chunk() {
-            self.now = now;
-        }
+        look_at(&mut self.now, &mut self.rest, &mut self.end);
         self.rest = self.rest.get(64 * K..).unwrap_or_default();
         // SAFETY: `self` proves that the processor has the features.
         unsafe {

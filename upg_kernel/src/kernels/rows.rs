@@ -7,7 +7,7 @@ use super::views::{Codes, Primes, Strip};
 use crate::matrix::strips::{STRIP_ROWS, TILE_COLS, TILE_WEIGHTS};
 use crate::matrix::{WORD, weight};
 use crate::prime_lut::PRIME_LUT;
-use crate::trellis_code::TrellisCode;
+use crate::trellis_code::{self, STATES};
 
 /// Tiles that are decoded together.
 const TILES: usize = GROUP / TILE_COLS;
@@ -131,7 +131,7 @@ fn kept_codes(
 /// The same of the states of a stream of `k` bits a weight.
 #[inline(always)]
 fn states(k: u8, stream: &[u8], first: usize, row: usize, tiles: &mut [Tile]) {
-    let code = TrellisCode::of(k).expect("2, 3 or 4 bits");
+    let all = trellis_code::levels(k).expect("2, 3 or 4 bits");
     let k = usize::from(k);
     for (tile, levels) in (first..).zip(tiles) {
         // 4 k bits a row: states begin at a half byte at most, and four of them end inside of 32 bits, which the
@@ -140,7 +140,7 @@ fn states(k: u8, stream: &[u8], first: usize, row: usize, tiles: &mut [Tile]) {
         let bytes = stream[bit / 8..].first_chunk().expect("the end of a strip");
         let bits = u32::from_le_bytes(*bytes) >> (bit % 8);
         for (i, out) in levels.iter_mut().enumerate() {
-            *out = code.level((bits >> (k * i)) as u16);
+            *out = all[(bits >> (k * i)) as usize % STATES];
         }
     }
 }

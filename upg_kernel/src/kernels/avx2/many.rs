@@ -165,10 +165,12 @@ fn products<const T: usize>(
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 fn add_products(products: [__m256i; 2], factors: &[f32; 16], scale: f32, sums: &mut [f32; 16]) {
-    let sums = sums.as_chunks_mut().0.iter_mut();
-    for ((products, factors), sums) in products.into_iter().zip(factors.as_chunks().0).zip(sums) {
-        let factor = _mm256_mul_ps(load_f32(factors), _mm256_set1_ps(scale));
-        let sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products), factor, load_f32(sums));
-        store_f32(sum, sums);
+    let factors: &[[f32; 8]; 2] = bytemuck::cast_ref(factors);
+    let sums: &mut [[f32; 8]; 2] = bytemuck::cast_mut(sums);
+    let scale = _mm256_set1_ps(scale);
+    for i in 0..2 {
+        let factor = _mm256_mul_ps(load_f32(&factors[i]), scale);
+        let sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products[i]), factor, load_f32(&sums[i]));
+        store_f32(sum, &mut sums[i]);
     }
 }

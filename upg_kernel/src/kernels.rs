@@ -318,20 +318,19 @@ impl Kernels {
         dispatch!(self.0, activations::quantize(x, out), kernels => kernels.quantize(x, out))
     }
 
-    /// `out [n, rows]`: the rows of a strip times every vector.
+    /// The rows of a strip times each vector; what stands past them means nothing.
     ///
     /// Panics if there are other kernels than [`Kernels::is_integer`] allows.
-    pub(crate) fn multiply_many(
+    pub(crate) fn multiply_many<'a>(
         self,
         strip: Strip<'_>,
         vectors: &[Activations],
-        panel: &mut Panel,
-        out: &mut [f32],
-    ) {
+        panel: &'a mut Panel,
+    ) -> &'a [[f32; 64]] {
         dispatch!(
             self.0,
-            unreachable!("scalar products decode {strip:?} {vectors:?} {panel:?} {out:?}"),
-            kernels => kernels.multiply_many(strip, vectors, panel, out)
+            unreachable!("scalar products decode {strip:?} {vectors:?} {panel:?}"),
+            kernels => kernels.multiply_many(strip, vectors, panel)
         )
     }
 

@@ -90,6 +90,9 @@ impl Total {
     }
 }
 
+/// The most groups of queries that share what is widened: with pieces of 512 positions their scores fit into L1 caches.
+const GROUPS: usize = 4;
+
 /// Memory of [`attend`], used again from call to call.
 #[derive(Debug, Default)]
 pub(crate) struct Scratch {
@@ -100,7 +103,8 @@ pub(crate) struct Scratch {
 
 /// `out[i] / totals[i].sum = softmax(queries[i] K^T) V` over the positions `seen[i]`; zeros and a sum of 0 if there are none.
 ///
-/// `MOST` queries, a power of two up to 8, are taken together: as many as there are registers for their sums.
+/// `MOST` queries, a power of two up to 8, are taken together: as many as there are registers for their sums. Groups of
+/// them share what is widened.
 #[inline(always)]
 pub(crate) fn attend<L: Lanes, const MOST: usize>(proof: L::Proof, task: Task<'_>) {
     let Task {
@@ -113,16 +117,17 @@ pub(crate) fn attend<L: Lanes, const MOST: usize>(proof: L::Proof, task: Task<'_
     } = task;
     let mut first = 0;
     while first < seen.len() {
-        let rows = match MOST.min(seen.len() - first) {
+        let together = match MOST.min(seen.len() - first) {
             8.. => 8,
             4.. => 4,
             left => left,
         };
+        let rows = ((seen.len() - first) / together).min(GROUPS) * together;
         let range = first * head.head_dim..(first + rows) * head.head_dim;
         let (queries, out) = (&queries[range.clone()], &mut out[range]);
         let seen = &seen[first..first + rows];
         let totals = &mut totals[first..first + rows];
-        match rows {
+        match together {
             8 => attend_rows::<L, 8>(proof, head, queries, seen, scratch, totals, out),
             4 => attend_rows::<L, 4>(proof, head, queries, seen, scratch, totals, out),
             3 => attend_rows::<L, 3>(proof, head, queries, seen, scratch, totals, out),
@@ -133,6 +138,7 @@ pub(crate) fn attend<L: Lanes, const MOST: usize>(proof: L::Proof, task: Task<'_
     }
 }
 
+/// Whole groups of `ROWS` queries.
 #[inline(always)]
 fn attend_rows<L: Lanes, const ROWS: usize>(
     proof: L::Proof,
@@ -159,27 +165,33 @@ fn attend_rows<L: Lanes, const ROWS: usize>(
         scores,
         block,
     } = scratch;
-    // The same element of every query side by side.
-    columns.resize(dim * ROWS, 0.0);
-    for (d, column) in columns.as_chunks_mut::<ROWS>().0.iter_mut().enumerate() {
-        for (row, element) in column.iter_mut().enumerate() {
-            *element = queries[row * dim + d];
+    // The same element of every query of a group side by side.
+    columns.resize(queries.len(), 0.0);
+    let groups = columns.chunks_exact_mut(dim * ROWS);
+    for (columns, queries) in groups.zip(queries.chunks_exact(dim * ROWS)) {
+        for (d, column) in columns.as_chunks_mut::<ROWS>().0.iter_mut().enumerate() {
+            for (row, element) in column.iter_mut().enumerate() {
+                *element = queries[row * dim + d];
+            }
         }
     }
-    let columns = columns.as_chunks::<ROWS>().0;
-    scores.resize(ROWS * width, [0.0; BLOCK]);
+    scores.resize(seen.len() * width, [0.0; BLOCK]);
 
     for (i, number) in blocks.clone().enumerate() {
         let keys = widened::<L>(proof, head.keys, number, dim, true, block);
-        let mut sums = [L::splat(proof, 0.0); ROWS];
-        for (keys, column) in keys.as_chunks::<BLOCK>().0.iter().zip(columns) {
-            let keys = L::load(proof, keys);
-            for row in 0..ROWS {
-                sums[row] = L::splat(proof, column[row]).mul_add(keys, sums[row]);
+        let groups = columns.chunks_exact(dim * ROWS);
+        for (columns, scores) in groups.zip(scores.chunks_exact_mut(ROWS * width)) {
+            let columns = columns.as_chunks::<ROWS>().0;
+            let mut sums = [L::splat(proof, 0.0); ROWS];
+            for (keys, column) in keys.as_chunks::<BLOCK>().0.iter().zip(columns) {
+                let keys = L::load(proof, keys);
+                for row in 0..ROWS {
+                    sums[row] = L::splat(proof, column[row]).mul_add(keys, sums[row]);
+                }
             }
-        }
-        for (row, sums) in sums.into_iter().enumerate() {
-            sums.store(&mut scores[row * width + i]);
+            for (row, sums) in sums.into_iter().enumerate() {
+                sums.store(&mut scores[row * width + i]);
+            }
         }
     }
 
@@ -191,29 +203,30 @@ fn attend_rows<L: Lanes, const ROWS: usize>(
     out.fill(0.0);
     for (i, number) in blocks.enumerate() {
         let values = widened::<L>(proof, head.values, number, dim, false, block);
-        let mut weights = [[0.0; BLOCK]; ROWS];
-        for (row, weights) in weights.iter_mut().enumerate() {
-            *weights = scores[row * width + i];
-        }
         // Positions of the block that no query sees are not looked at.
         let seen = start.saturating_sub(number * BLOCK)..(end - number * BLOCK).min(BLOCK);
-        for lane in (0..dim).step_by(BLOCK) {
-            let lanes = BLOCK.min(dim - lane);
-            let mut sums = [L::splat(proof, 0.0); ROWS];
-            for (row, sums) in sums.iter_mut().enumerate() {
-                *sums = load_some(proof, &out[row * dim + lane..][..lanes]);
+        let groups = out.chunks_exact_mut(dim * ROWS);
+        for (out, scores) in groups.zip(scores.chunks_exact(ROWS * width)) {
+            let mut weights = [[0.0; BLOCK]; ROWS];
+            for (row, weights) in weights.iter_mut().enumerate() {
+                *weights = scores[row * width + i];
             }
-            for position in seen.clone() {
-                let values: L = load_some(proof, &values[position * dim + lane..][..lanes]);
-                for row in 0..ROWS {
-                    let weight = L::splat(proof, weights[row][position % BLOCK]);
-                    sums[row] = weight.mul_add(values, sums[row]);
+            for lane in (0..dim).step_by(BLOCK) {
+                let lanes = BLOCK.min(dim - lane);
+                let mut sums = [L::splat(proof, 0.0); ROWS];
+                for (row, sums) in sums.iter_mut().enumerate() {
+                    *sums = load_some(proof, &out[row * dim + lane..][..lanes]);
                 }
-            }
-            for (row, sums) in sums.into_iter().enumerate() {
-                let mut values = [0.0; BLOCK];
-                sums.store(&mut values);
-                out[row * dim + lane..][..lanes].copy_from_slice(&values[..lanes]);
+                for position in seen.clone() {
+                    let values: L = load_some(proof, &values[position * dim + lane..][..lanes]);
+                    for row in 0..ROWS {
+                        let weight = L::splat(proof, weights[row][position % BLOCK]);
+                        sums[row] = weight.mul_add(values, sums[row]);
+                    }
+                }
+                for (row, sums) in sums.into_iter().enumerate() {
+                    store_some(sums, &mut out[row * dim + lane..][..lanes]);
+                }
             }
         }
     }
@@ -228,6 +241,19 @@ fn load_some<L: Lanes>(proof: L::Proof, values: &[f32]) -> L {
             let mut padded = [0.0; BLOCK];
             padded[..values.len()].copy_from_slice(values);
             L::load(proof, &padded)
+        }
+    }
+}
+
+/// The first of them, up to 16.
+#[inline(always)]
+fn store_some<L: Lanes>(lanes: L, out: &mut [f32]) {
+    match out.first_chunk_mut() {
+        Some(out) => lanes.store(out),
+        None => {
+            let mut padded = [0.0; BLOCK];
+            lanes.store(&mut padded);
+            out.copy_from_slice(&padded[..out.len()]);
         }
     }
 }

@@ -10,13 +10,14 @@ mod hadamard;
 mod levels;
 mod many;
 mod product;
+mod quantize;
 mod trellis;
 
 use super::activations::{Activations, Block, GROUP};
 use super::attention;
 use super::decode::Element;
 use super::lanes::Lanes;
-use super::many::Panel;
+use super::many::{Panel, Rows};
 use super::scalar::Signs;
 use super::sparse::{self, Entries};
 use super::views::{Codes, Strip, with_levels};
@@ -59,16 +60,21 @@ impl Avx2 {
         unsafe { product::multiply(strip, x, out) }
     }
 
-    /// `out [n, rows]`: the rows of a strip times every vector.
-    pub(crate) fn multiply_many(
+    /// The rows of a strip times each vector.
+    pub(crate) fn multiply_many<'a>(
         self,
         strip: Strip<'_>,
         vectors: &[Activations],
-        panel: &mut Panel,
-        out: &mut [f32],
-    ) {
+        panel: &'a mut Panel,
+    ) -> &'a [Rows] {
         // SAFETY: as above.
-        unsafe { many::multiply(strip, vectors, panel, out) }
+        unsafe { many::multiply(strip, vectors, panel) }
+    }
+
+    /// As [`super::activations::quantize`], the same to the bit.
+    pub(crate) fn quantize(self, x: &[f32], out: &mut Activations) {
+        // SAFETY: as above.
+        unsafe { quantize::quantize(x, out) }
     }
 
     /// As [`super::scalar::transform`].

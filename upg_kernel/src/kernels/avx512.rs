@@ -15,7 +15,7 @@ mod sparse;
 use super::activations::{Activations, Block, GROUP};
 use super::decode::Element;
 use super::lanes::Lanes;
-use super::many::Panel;
+use super::many::{Panel, Rows};
 use super::scalar::Signs;
 use super::sparse::Entries;
 use super::views::{Codes, Strip, with_levels};
@@ -74,16 +74,15 @@ impl Avx512 {
         unsafe { product::multiply(strip, x, out) }
     }
 
-    /// `out [n, rows]`: the rows of a strip times every vector.
-    pub(crate) fn multiply_many(
+    /// The rows of a strip times each vector.
+    pub(crate) fn multiply_many<'a>(
         self,
         strip: Strip<'_>,
         vectors: &[Activations],
-        panel: &mut Panel,
-        out: &mut [f32],
-    ) {
+        panel: &'a mut Panel,
+    ) -> &'a [Rows] {
         // SAFETY: as above.
-        unsafe { many::multiply(strip, vectors, panel, out) }
+        unsafe { many::multiply(strip, vectors, panel) }
     }
 
     /// As [`super::Kernels::decode`].

@@ -1,6 +1,7 @@
 //! Plain loops of the reference, compiled for the instructions of each set of kernels: the same results to the
 //! bit, more of them at a time.
 
+#[cfg(target_arch = "aarch64")]
 use super::activations::{self, Activations};
 use super::views::Strip;
 use super::{Float, Kernels, Set, rows, scalar, sparse};
@@ -35,7 +36,6 @@ compiled!(super::avx2::Avx2, "avx2,popcnt", [
     scalar::rms_norm => rms_norm(x: &mut [f32], gain: &[f32], eps: f32);
     scalar::gated_silu => gated_silu(gate: &[f32], up: &[f32], out: &mut [f32]);
     rows::decode => decode_row(strip: Strip<'_>, row: usize, out: &mut [f32]);
-    activations::quantize => quantize(x: &[f32], out: &mut Activations);
 ]);
 
 #[cfg(target_arch = "aarch64")]

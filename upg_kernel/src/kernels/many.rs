@@ -19,7 +19,7 @@ const TOGETHER: usize = 6;
 const LINE: usize = 64;
 
 /// What each row of a strip has.
-pub(super) type Rows = [f32; 64];
+pub(crate) type Rows = [f32; 64];
 
 /// Memory for a panel.
 #[derive(Debug, Default)]
@@ -28,7 +28,7 @@ pub(crate) struct Panel {
     levels: Vec<u8>,
     /// The primes of a group of columns.
     factors: Vec<Rows>,
-    /// Of each vector.
+    /// Of each vector, in the end its products.
     sums: Vec<Rows>,
 }
 
@@ -70,22 +70,22 @@ pub(super) trait Many {
     );
 }
 
-/// `out [n, rows]`: every row of a strip times every vector.
-pub(super) fn multiply(
+/// Every row of a strip times every vector.
+pub(super) fn multiply<'a>(
     mut many: impl Many,
     strip: &Strip<'_>,
     vectors: &[Activations],
-    panel: &mut Panel,
-    out: &mut [f32],
-) {
-    let rows = strip.scales.len();
-    assert_eq!(vectors.len() * rows, out.len());
+    panel: &'a mut Panel,
+) -> &'a [Rows] {
     panel.sums.clear();
     panel.sums.resize(vectors.len(), [0.0; 64]);
     add_panels(&mut many, strip, vectors, panel);
-    for (sums, out) in panel.sums.iter().zip(out.chunks_exact_mut(rows.max(1))) {
-        strip.put_rows(&many.in_order(sums), out);
+    let factors = strip.row_factors();
+    for sums in &mut panel.sums {
+        *sums = many.in_order(sums);
+        factors.apply(sums);
     }
+    &panel.sums
 }
 
 /// The sums of every vector.

@@ -59,19 +59,18 @@ impl Neon {
         }
     }
 
-    /// `out [n, rows]`: the rows of a strip times every vector.
-    pub(crate) fn multiply_many(
+    /// The rows of a strip times each vector.
+    pub(crate) fn multiply_many<'a>(
         self,
         strip: Strip<'_>,
         vectors: &[Activations],
-        panel: &mut Panel,
-        out: &mut [f32],
-    ) {
+        panel: &'a mut Panel,
+    ) -> &'a [[f32; 64]] {
         // SAFETY: as above.
         unsafe {
             match self.sdot {
-                Some(dot) => many::multiply(dot, strip, vectors, panel, out),
-                None => many::multiply(self.widened, strip, vectors, panel, out),
+                Some(dot) => many::multiply(dot, strip, vectors, panel),
+                None => many::multiply(self.widened, strip, vectors, panel),
             }
         }
     }

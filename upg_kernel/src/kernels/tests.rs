@@ -213,10 +213,11 @@ fn check_many(kernels: Kernels, matrix: &dyn StoredMatrix, n: usize, what: &str)
     let mut panel = Panel::default();
     for (strip, weights) in weights.chunks(STRIP_ROWS * cols).enumerate() {
         let count = weights.len() / cols;
-        let mut out = vec![f32::NAN; n * count];
         let view = matrix.strip(strip).unwrap();
-        kernels.multiply_many(view, &vectors, &mut panel, &mut out);
-        for (i, out) in out.chunks_exact(count).enumerate() {
+        let products = kernels.multiply_many(view, &vectors, &mut panel);
+        assert_eq!(products.len(), n);
+        for (i, products) in products.iter().enumerate() {
+            let out = &products[..count];
             let exact = dequantized(&vectors[i], cols);
             let what = format!("{} {what} [{rows}, {cols}] x {i} of {n}", kernels.name());
             compare(weights, &exact, out, &what);

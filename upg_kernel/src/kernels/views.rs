@@ -63,20 +63,40 @@ impl<'a> Strip<'a> {
         })
     }
 
+    /// What all of a row is multiplied with.
+    pub(super) fn row_factors(&self) -> RowFactors {
+        let mut factors = RowFactors {
+            primes: [1.0; 64],
+            scales: [0.0; 64],
+        };
+        if let Primes::Rows(indices) = self.primes {
+            for (prime, index) in factors.primes.iter_mut().zip(indices) {
+                *prime = PRIME_LUT[usize::from(*index)] as f32;
+            }
+        }
+        factors.scales[..self.scales.len()].copy_from_slice(self.scales);
+        factors
+    }
+
     /// The rows of a product, given their sums without what all of a row is multiplied with.
     pub(super) fn put_rows(&self, sums: &[f32; 64], out: &mut [f32]) {
-        let sums = sums.iter().zip(self.scales);
-        match self.primes {
-            Primes::Rows(indices) => {
-                for ((out, (sum, scale)), index) in out.iter_mut().zip(sums).zip(indices) {
-                    *out = scale * (PRIME_LUT[usize::from(*index)] as f32 * sum);
-                }
-            }
-            Primes::Groups { .. } => {
-                for (out, (sum, scale)) in out.iter_mut().zip(sums) {
-                    *out = scale * sum;
-                }
-            }
+        let mut rows = *sums;
+        self.row_factors().apply(&mut rows);
+        out.copy_from_slice(&rows[..self.scales.len()]);
+    }
+}
+
+/// What all of a row is multiplied with, or anything where a strip has no such row.
+pub(super) struct RowFactors {
+    /// 1 where they belong to groups of columns.
+    primes: [f32; 64],
+    scales: [f32; 64],
+}
+
+impl RowFactors {
+    pub(super) fn apply(&self, rows: &mut [f32; 64]) {
+        for ((row, prime), scale) in rows.iter_mut().zip(&self.primes).zip(&self.scales) {
+            *row = scale * (prime * *row);
         }
     }
 }

@@ -228,14 +228,9 @@ impl Parts<'_> {
             let strip = self.strip(tile);
             let vectors = &vectors[out.rows()];
             TILE.with_borrow_mut(|scratch| {
-                let TileScratch {
-                    panel, products, ..
-                } = scratch;
-                products.resize(tile.rows * vectors.len(), 0.0);
-                kernels.multiply_many(strip, vectors, panel, products);
-                let products = products.chunks_exact(tile.rows);
+                let products = kernels.multiply_many(strip, vectors, &mut scratch.panel);
                 for (i, products) in out.rows().zip(products) {
-                    put(products, write, out.row(i));
+                    put(&products[..tile.rows], write, out.row(i));
                 }
             });
         });

@@ -8,15 +8,14 @@ use super::levels::{self, Levels};
 use super::*;
 use crate::kernels::many::{self, Decoded, Many, Panel, Rows, TILES};
 
-/// `out [n, rows]`: every row times every vector.
+/// Every row times every vector.
 #[target_feature(enable = "avx2,fma,popcnt,bmi2")]
-pub(super) fn multiply(
+pub(super) fn multiply<'a>(
     strip: Strip<'_>,
     vectors: &[Activations],
-    panel: &mut Panel,
-    out: &mut [f32],
-) {
-    with_levels!(strip, levels => many::multiply(Multiplier(levels), &strip, vectors, panel, out));
+    panel: &'a mut Panel,
+) -> &'a [Rows] {
+    with_levels!(strip, levels => many::multiply(Multiplier(levels), &strip, vectors, panel))
 }
 
 /// The kernels for some levels. Those exist only where the processor has the features.

@@ -10,15 +10,14 @@ const QUARTERS: usize = 4;
 /// Four columns of 64 rows, as `level + 128`.
 type Quad = [[u8; 64]; QUARTERS];
 
-/// `out [n, rows]`: every row times every vector.
+/// Every row times every vector.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,popcnt")]
-pub(super) fn multiply(
+pub(super) fn multiply<'a>(
     strip: Strip<'_>,
     vectors: &[Activations],
-    panel: &mut Panel,
-    out: &mut [f32],
-) {
-    with_levels!(strip, levels => many::multiply(Multiplier(levels), &strip, vectors, panel, out));
+    panel: &'a mut Panel,
+) -> &'a [Rows] {
+    with_levels!(strip, levels => many::multiply(Multiplier(levels), &strip, vectors, panel))
 }
 
 /// The kernels for some levels. Those exist only where the processor has the features.

@@ -15,27 +15,27 @@ pub(crate) struct Panel {
     pairs: Vec<Pair>,
     /// Of each group of columns.
     primes: Vec<Rows>,
-    /// Of each vector.
+    /// Of each vector, in the end its products.
     sums: Vec<Rows>,
 }
 
-/// `out [n, rows]`: every row times every vector.
+/// Every row times every vector.
 #[target_feature(enable = "neon")]
-pub(super) fn multiply(
+pub(super) fn multiply<'a>(
     dot: impl Dot,
     strip: Strip<'_>,
     vectors: &[Activations],
-    panel: &mut Panel,
-    out: &mut [f32],
-) {
-    let rows = strip.scales.len();
-    assert_eq!(vectors.len() * rows, out.len());
+    panel: &'a mut Panel,
+) -> &'a [[f32; 64]] {
     panel.sums.clear();
     panel.sums.resize(vectors.len(), [[0.0; 4]; QUADS]);
     with_levels!(strip, levels => add_panels(levels, dot, &strip, vectors, panel));
-    for (sums, out) in panel.sums.iter().zip(out.chunks_exact_mut(rows.max(1))) {
-        strip.put_rows(bytemuck::cast_ref(sums), out);
+    let factors = strip.row_factors();
+    let products = bytemuck::cast_slice_mut(&mut panel.sums);
+    for products in &mut *products {
+        factors.apply(products);
     }
+    products
 }
 
 /// The sums of every vector.

@@ -86,7 +86,8 @@ fn every_figure_is_there() {
     for (batch, sequences) in batches.iter().zip([1, 3]) {
         assert_eq!(batch["sequences"], sequences);
         let each = positive(batch, "decode_tps") / f64::from(sequences);
-        assert_eq!(positive(batch, "decode_tps_per_sequence"), each);
+        // The reader of JSON may be off in the last bit.
+        assert!((positive(batch, "decode_tps_per_sequence") / each - 1.0).abs() < 1e-12);
     }
     let least = json["decode_tps_spread"][0].as_f64().unwrap();
     assert!(least <= positive(&json, "decode_tps"));

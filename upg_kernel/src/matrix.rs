@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod bitmap;
+pub(crate) mod decode;
 mod dense;
 mod grouped;
 pub(crate) mod product;
@@ -19,12 +20,13 @@ pub use trellis::{TrellisMatrix, TrellisParts};
 use crate::array::Array;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::rules;
+use crate::kernels::Kernels;
 use crate::kernels::sparse::Entries;
 use crate::kernels::views::Strip;
-use crate::kernels::{Float, Kernels};
 use crate::rotation::Rotation;
 use crate::sparse::MdCSRMatrix;
 use crate::team::Team;
+use decode::Decode;
 use product::{Scratch, Write};
 use rayon::prelude::*;
 use strips::STRIP_ROWS;
@@ -152,7 +154,7 @@ impl Matrix {
         if out.is_empty() {
             return Ok(());
         }
-        self.decode(Kernels::active()?, first, false, out, &mut Vec::new());
+        f32::decode(self, Kernels::active()?, first, false, out, &mut Vec::new());
         Ok(())
     }
 
@@ -180,31 +182,9 @@ impl Matrix {
         }
         let kernels = Kernels::active()?;
         Team::global().chunks(out, cols, |i, out| {
-            self.decode(kernels, rows[i] as usize, false, out, &mut Vec::new());
+            f32::decode(self, kernels, rows[i] as usize, false, out, &mut Vec::new());
         });
         Ok(())
-    }
-
-    /// Whole rows from `first` on, of which there are some, inside of the matrix; by kernels where there are some for
-    /// them, which write past the caches if `streamed`. `scratch` takes rows that are not f32, without one.
-    pub(crate) fn decode<T: Float>(
-        &self,
-        kernels: Kernels,
-        first: usize,
-        streamed: bool,
-        out: &mut [T],
-        scratch: &mut Vec<f32>,
-    ) {
-        let stored = self.stored();
-        decode(
-            stored,
-            kernels,
-            stored.rotation(),
-            first,
-            streamed,
-            out,
-            scratch,
-        );
     }
 
     /// The whole matrix `[rows, cols]` in f32, original basis. Allocates 4 bytes per weight.
@@ -255,64 +235,6 @@ impl Matrix {
     /// Errors: `Argument` if `x` or `out` has another length; those of [`Kernels::active`].
     pub fn spmm_into(&self, x: &[f32], n: usize, out: &mut [f32]) -> Result<()> {
         product::multiply([Some(self)], x, n, Write::Set, &mut Scratch::default(), out)
-    }
-}
-
-/// [`Matrix::decode`], turned back if there is a rotation.
-pub(crate) fn decode<T: Float>(
-    stored: &dyn StoredMatrix,
-    kernels: Kernels,
-    rotation: Option<&Rotation>,
-    mut first: usize,
-    streamed: bool,
-    mut out: &mut [T],
-    scratch: &mut Vec<f32>,
-) {
-    let cols = stored.cols();
-    // Without gathers, entry by entry is as fast where rows are not rounded.
-    let by_entries = kernels.gathers_entries() || kernels.is_integer() && size_of::<T>() < 4;
-    if by_entries && stored.entries(first).is_some() {
-        for (row, out) in (first..).zip(out.chunks_exact_mut(cols)) {
-            let entries = stored.entries(row).expect("as the first row has");
-            kernels.decode_entries(entries, out);
-        }
-        return;
-    }
-    let by_row = |first: usize, strip: Option<Strip<'_>>, out: &mut [f32]| {
-        match strip.filter(|_| kernels.is_integer()) {
-            None => stored.decode_rows(first, out),
-            Some(strip) => {
-                for (row, out) in (first % STRIP_ROWS..).zip(out.chunks_exact_mut(cols)) {
-                    kernels.decode_row(strip, row, out);
-                }
-            }
-        }
-        if let Some(rotation) = rotation {
-            let rows = out.chunks_exact_mut(cols);
-            rows.for_each(|row| rotation.invert_with(kernels, row));
-        }
-    };
-    while !out.is_empty() {
-        let rows = STRIP_ROWS - first % STRIP_ROWS;
-        let (now, rest) = out.split_at_mut(out.len().min(rows * cols));
-        let strip = stored.strip(first / STRIP_ROWS);
-        let is_whole = |strip: &Strip<'_>| strip.scales.len() * cols == now.len();
-        let (whole, part) = (
-            strip.filter(is_whole),
-            strip.filter(|strip| !is_whole(strip)),
-        );
-        if !whole.is_some_and(|strip| kernels.decode(strip, rotation, streamed, now)) {
-            match T::as_f32(now) {
-                Some(now) => by_row(first, part, now),
-                None => {
-                    scratch.resize(now.len(), 0.0);
-                    by_row(first, part, &mut scratch[..now.len()]);
-                    T::round(kernels, &scratch[..now.len()], now);
-                }
-            }
-        }
-        first += rows;
-        out = rest;
     }
 }
 

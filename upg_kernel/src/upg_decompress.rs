@@ -5,6 +5,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::{LayerInfo, UpgFile};
 use crate::kernels::{Float, Kernels};
 use crate::matrix::Matrix;
+use crate::matrix::decode::Decode;
 use crate::matrix::strips::STRIP_ROWS;
 use crate::prime_lut::PrimeIndex;
 use candle_core::{DType, Device, Tensor, WithDType};
@@ -18,7 +19,7 @@ use std::sync::Arc;
 const STREAMED: usize = 8 << 20;
 
 /// A weight type that a matrix can be decompressed to: `f32`, `f16` or `bf16`.
-pub trait WeightFloat: WithDType + Float {
+pub trait WeightFloat: WithDType + Float + Decode {
     /// The nearest value of each weight, ties to even. Errors: those of [`Kernels::active`]. Panics if the lengths
     /// differ.
     fn from_weights(weights: &[f32], out: &mut [Self]) -> Result<()> {
@@ -185,7 +186,7 @@ fn fill<T: WeightFloat>(matrix: &Matrix, out: &mut [T]) -> Result<()> {
     out.par_chunks_mut(STRIP_ROWS * cols)
         .enumerate()
         .for_each_init(Vec::new, |scratch, (strip, out)| {
-            matrix.decode(kernels, strip * STRIP_ROWS, streamed, out, scratch);
+            T::decode(matrix, kernels, strip * STRIP_ROWS, streamed, out, scratch);
         });
     Ok(())
 }

@@ -1,8 +1,9 @@
 //! Products of matrices that have the same input, one or several vectors of it.
 #![forbid(unsafe_code)]
 
+use super::decode::decode;
 use super::strips::STRIP_ROWS;
-use super::{Matrix, StoredMatrix, decode};
+use super::{Matrix, StoredMatrix};
 use crate::error::{Error, ErrorKind, Result};
 use crate::kernels::activations::Activations;
 use crate::kernels::views::Strip;

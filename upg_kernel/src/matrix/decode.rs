@@ -1,0 +1,102 @@
+//! Weights as floats.
+#![forbid(unsafe_code)]
+
+use super::strips::STRIP_ROWS;
+use super::{Matrix, StoredMatrix};
+use crate::kernels::views::Strip;
+use crate::kernels::{Float, Kernels};
+use crate::rotation::Rotation;
+use half::{bf16, f16};
+
+/// What weights are decoded to. Type by type, so that all kernels for it are compiled with this crate, and not again in
+/// every one that names it.
+pub trait Decode: Sized {
+    /// Whole rows from `first` on, of which there are some, inside of the matrix; by kernels where there are some for
+    /// them, which write past the caches if `streamed`. `scratch` takes rows that are not f32, without one.
+    fn decode(
+        matrix: &Matrix,
+        kernels: Kernels,
+        first: usize,
+        streamed: bool,
+        out: &mut [Self],
+        scratch: &mut Vec<f32>,
+    );
+}
+
+macro_rules! decode {
+    ($($type:ty)*) => {$(
+        impl Decode for $type {
+            fn decode(
+                matrix: &Matrix,
+                kernels: Kernels,
+                first: usize,
+                streamed: bool,
+                out: &mut [Self],
+                scratch: &mut Vec<f32>,
+            ) {
+                let stored = matrix.stored();
+                let rotation = stored.rotation();
+                decode(stored, kernels, rotation, first, streamed, out, scratch);
+            }
+        }
+    )*};
+}
+decode!(f32 f16 bf16);
+
+/// [`Decode::decode`], turned back if there is a rotation.
+pub(super) fn decode<T: Float>(
+    stored: &dyn StoredMatrix,
+    kernels: Kernels,
+    rotation: Option<&Rotation>,
+    mut first: usize,
+    streamed: bool,
+    mut out: &mut [T],
+    scratch: &mut Vec<f32>,
+) {
+    let cols = stored.cols();
+    // Without gathers, entry by entry is as fast where rows are not rounded.
+    let by_entries = kernels.gathers_entries() || kernels.is_integer() && size_of::<T>() < 4;
+    if by_entries && stored.entries(first).is_some() {
+        for (row, out) in (first..).zip(out.chunks_exact_mut(cols)) {
+            let entries = stored.entries(row).expect("as the first row has");
+            kernels.decode_entries(entries, out);
+        }
+        return;
+    }
+    let by_row = |first: usize, strip: Option<Strip<'_>>, out: &mut [f32]| {
+        match strip.filter(|_| kernels.is_integer()) {
+            None => stored.decode_rows(first, out),
+            Some(strip) => {
+                for (row, out) in (first % STRIP_ROWS..).zip(out.chunks_exact_mut(cols)) {
+                    kernels.decode_row(strip, row, out);
+                }
+            }
+        }
+        if let Some(rotation) = rotation {
+            let rows = out.chunks_exact_mut(cols);
+            rows.for_each(|row| rotation.invert_with(kernels, row));
+        }
+    };
+    while !out.is_empty() {
+        let rows = STRIP_ROWS - first % STRIP_ROWS;
+        let (now, rest) = out.split_at_mut(out.len().min(rows * cols));
+        let strip = stored.strip(first / STRIP_ROWS);
+        let is_whole = |strip: &Strip<'_>| strip.scales.len() * cols == now.len();
+        let (whole, part) = (
+            strip.filter(is_whole),
+            strip.filter(|strip| !is_whole(strip)),
+        );
+        if !whole.is_some_and(|strip| kernels.decode(strip, rotation, streamed, now)) {
+            match T::as_f32(now) {
+                Some(now) => by_row(first, part, now),
+                None => {
+                    scratch.resize(now.len(), 0.0);
+                    by_row(first, part, &mut scratch[..now.len()]);
+                    T::round(kernels, &scratch[..now.len()], now);
+                }
+            }
+        }
+        first += rows;
+        out = rest;
+    }
+}

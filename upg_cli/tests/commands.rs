@@ -585,11 +585,11 @@ fn interrupt(child: &std::process::Child) {
 
 #[cfg(unix)]
 fn wait_until(condition: impl Fn() -> bool) {
-    for _ in 0..1200 {
+    for _ in 0..12_000 {
         if condition() {
             return;
         }
-        std::thread::sleep(Duration::from_millis(100));
+        std::thread::sleep(Duration::from_millis(10));
     }
     panic!("two minutes and nothing happened");
 }

@@ -219,4 +219,25 @@ mod tests {
         let moved = codebook.moved_to(&[(3.0, 1.0); 16]);
         assert!(moved.levels().contains(&0));
     }
+
+    #[test]
+    fn every_instruction_set_finds_the_same_error() {
+        fn check(levels: &impl LevelSet, weights: &[f32]) {
+            let plain = SquaredError {
+                levels,
+                weights,
+                step: 0.017,
+            };
+            let plain = plain.with_simd(pulp::Scalar::new());
+            let best = levels.error(weights, 0.017);
+            assert_eq!(plain.to_bits(), best.to_bits(), "{weights:?}");
+        }
+        let weights: Vec<f32> = (0..64)
+            .map(|i| (i * 37 % 101) as f32 * 0.03 - 1.5)
+            .collect();
+        for n in [0, 1, 7, 8, 9, 31, 32, 64] {
+            check(&Linear8, &weights[..n]);
+            check(&Codebook::gaussian(), &weights[..n]);
+        }
+    }
 }

@@ -129,7 +129,7 @@ impl<'a, F: Fn(usize) -> &'a LayerCache + Sync> Attention<'_, F> {
     ///
     /// The caches already hold the keys and values of all positions; every element of `out [n, num_heads *
     /// head_dim]` is overwritten. `plan` was made for the segments. Neither the number of threads nor `n` changes the
-    /// result. Memory of a thread: 32 bytes for each position of a piece.
+    /// result. Memory of a thread: 64 bytes for each position of a piece.
     pub(crate) fn compute(&self, kernels: Kernels, plan: &mut Plan, out: &mut [f32]) {
         let threads = Team::global().threads();
         let is_few = threads > 1 && plan.cuts.len() < threads * TASKS_PER_THREAD;

@@ -35,7 +35,7 @@ pub(crate) struct Task<'a> {
     pub head: Head<'a>,
     /// `[n, head_dim]`, scaled.
     pub queries: &'a [f32],
-    /// The positions that each query sees.
+    /// The positions that each query sees. Values that are not finite may spoil what queries beside it get.
     pub seen: &'a [Range<usize>],
     pub scratch: &'a mut Scratch,
     /// Of each query; overwritten.
@@ -90,8 +90,8 @@ impl Total {
     }
 }
 
-/// The most groups of queries that share what is widened: with pieces of 512 positions their scores fit into L1 caches.
-const GROUPS: usize = 4;
+/// The most queries that share what is widened: with pieces of 512 positions their scores are 32 KiB.
+const QUERIES: usize = 16;
 
 /// Memory of [`attend`], used again from call to call.
 #[derive(Debug, Default)]
@@ -122,7 +122,8 @@ pub(crate) fn attend<L: Lanes, const MOST: usize>(proof: L::Proof, task: Task<'_
             4.. => 4,
             left => left,
         };
-        let rows = ((seen.len() - first) / together).min(GROUPS) * together;
+        let groups = ((seen.len() - first) / together).min(QUERIES / together);
+        let rows = groups * together;
         let range = first * head.head_dim..(first + rows) * head.head_dim;
         let (queries, out) = (&queries[range.clone()], &mut out[range]);
         let seen = &seen[first..first + rows];
@@ -407,7 +408,7 @@ mod tests {
                     values: Entries::F32(&value_blocks),
                     head_dim: dim,
                 };
-                for n in [1, 2, 3, 4, 5, 8, 13, 17] {
+                for n in [1, 2, 3, 4, 5, 8, 13, 17, 37] {
                     let queries: Vec<f32> = (0..n * dim).map(|i| value(i + 77)).collect();
                     let seen: Vec<_> = (0..n)
                         .map(|i| {

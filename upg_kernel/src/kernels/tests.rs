@@ -413,11 +413,21 @@ fn every_kernel_rounds_activations_as_the_reference_does() {
     let mut wild = activations(300);
     (wild[3], wild[70], wild[299]) = (f32::NAN, f32::INFINITY, f32::NEG_INFINITY);
     let tiny = vec![1e-44; 65];
+    // A scale of 1, so that halves are ties; and groups around the least and the greatest scale.
+    let mut ties = vec![8_127.0, -0.0, 1e-44];
+    for tie in [0.5, 1.5, 63.5, 64.5, 127.5, 8_126.5] {
+        ties.extend([tie, -tie]);
+    }
+    ties.resize(64, 0.0);
+    let least = 8_127.0 * f32::MIN_POSITIVE;
+    for largest in [least, least.next_down(), f32::MAX] {
+        ties.extend((0..64).map(|i| largest / 64.0 * (i as f32 - 31.0) * 2.0));
+    }
     for kernels in Kernels::available() {
         // One buffer for all: nothing of a longer vector may be left.
         let mut found = Activations::default();
         let sizes = COLS.into_iter().rev().map(activations);
-        for x in sizes.chain([wild.clone(), tiny.clone()]) {
+        for x in sizes.chain([wild.clone(), tiny.clone(), ties.clone()]) {
             let expected = Activations::new(&x);
             kernels.quantize(&x, &mut found);
             let what = format!("{} {}", kernels.name(), x.len());

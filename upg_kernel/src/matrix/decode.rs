@@ -8,7 +8,7 @@ use crate::kernels::{Float, Kernels};
 use crate::rotation::Rotation;
 use half::{bf16, f16};
 
-/// What weights are decoded to. Type by type, so that all kernels for it are compiled with this crate, and not again in
+/// How a matrix is decoded to this type. Type by type, so that all kernels for it are compiled with this crate, and not again in
 /// every one that names it.
 pub trait Decode: Sized {
     /// Whole rows from `first` on, of which there are some, inside of the matrix; by kernels where there are some for

@@ -1,4 +1,5 @@
 //! Activations to integers.
+#![forbid(unsafe_code)]
 
 use super::{load_f32, store, store_f32};
 use crate::kernels::activations::{Activations, Block, GROUP, scales_for};

@@ -1,4 +1,5 @@
 //! A strip times a vector.
+#![forbid(unsafe_code)]
 
 use super::levels::{self, Levels};
 use super::*;

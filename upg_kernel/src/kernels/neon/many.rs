@@ -1,6 +1,7 @@
 //! A strip times many vectors.
 //!
 //! The levels of some blocks of columns are decoded once for all vectors, to the form of `q8`.
+#![forbid(unsafe_code)]
 
 use super::levels::{self, Bytes, Levels, PAIRS, Pair, with_levels};
 use super::product::{QUADS, Rows, add_blocks};
@@ -31,7 +32,7 @@ pub(super) fn multiply<'a>(
     panel.sums.resize(vectors.len(), [[0.0; 4]; QUADS]);
     with_levels!(strip, levels => add_panels(levels, dot, &strip, vectors, panel));
     let factors = strip.row_factors();
-    let products = bytemuck::cast_slice_mut(&mut panel.sums);
+    let products: &mut [[f32; 64]] = bytemuck::cast_slice_mut(&mut panel.sums);
     for products in &mut *products {
         factors.apply(products);
     }

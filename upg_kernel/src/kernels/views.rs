@@ -63,7 +63,7 @@ impl<'a> Strip<'a> {
         })
     }
 
-    /// What all of a row is multiplied with.
+    /// What all of a row is multiplied with, for many products.
     pub(super) fn row_factors(&self) -> RowFactors {
         let mut factors = RowFactors {
             primes: [1.0; 64],
@@ -78,11 +78,21 @@ impl<'a> Strip<'a> {
         factors
     }
 
-    /// The rows of a product, given their sums without what all of a row is multiplied with.
+    /// The rows of one product, given their sums without what all of a row is multiplied with.
     pub(super) fn put_rows(&self, sums: &[f32; 64], out: &mut [f32]) {
-        let mut rows = *sums;
-        self.row_factors().apply(&mut rows);
-        out.copy_from_slice(&rows[..self.scales.len()]);
+        let sums = sums.iter().zip(self.scales);
+        match self.primes {
+            Primes::Rows(indices) => {
+                for ((out, (sum, scale)), index) in out.iter_mut().zip(sums).zip(indices) {
+                    *out = scale * (PRIME_LUT[usize::from(*index)] as f32 * sum);
+                }
+            }
+            Primes::Groups { .. } => {
+                for (out, (sum, scale)) in out.iter_mut().zip(sums) {
+                    *out = scale * sum;
+                }
+            }
+        }
     }
 }
 
@@ -94,6 +104,7 @@ pub(super) struct RowFactors {
 }
 
 impl RowFactors {
+    /// As [`Strip::put_rows`].
     pub(super) fn apply(&self, rows: &mut [f32; 64]) {
         for ((row, prime), scale) in rows.iter_mut().zip(&self.primes).zip(&self.scales) {
             *row = scale * (prime * *row);

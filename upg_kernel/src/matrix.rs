@@ -26,7 +26,7 @@ use crate::kernels::views::Strip;
 use crate::rotation::Rotation;
 use crate::sparse::MdCSRMatrix;
 use crate::team::Team;
-use decode::Decode;
+use decode::{Decode, Rows};
 use product::{Scratch, Write};
 use rayon::prelude::*;
 use strips::STRIP_ROWS;
@@ -154,7 +154,7 @@ impl Matrix {
         if out.is_empty() {
             return Ok(());
         }
-        f32::decode(self, Kernels::active()?, first, false, out, &mut Vec::new());
+        self.decode(Kernels::active()?, first, false, out, &mut Vec::new());
         Ok(())
     }
 
@@ -182,9 +182,31 @@ impl Matrix {
         }
         let kernels = Kernels::active()?;
         Team::global().chunks(out, cols, |i, out| {
-            f32::decode(self, kernels, rows[i] as usize, false, out, &mut Vec::new());
+            self.decode(kernels, rows[i] as usize, false, out, &mut Vec::new());
         });
         Ok(())
+    }
+
+    /// Whole rows from `first` on, of which there are some, inside of the matrix; by kernels where there are some for
+    /// them, which write past the caches if `streamed`. `scratch` takes rows that are not f32, without one.
+    pub(crate) fn decode<T: Decode>(
+        &self,
+        kernels: Kernels,
+        first: usize,
+        streamed: bool,
+        out: &mut [T],
+        scratch: &mut Vec<f32>,
+    ) {
+        let stored = self.stored();
+        let rows = Rows {
+            stored,
+            rotation: stored.rotation(),
+            kernels,
+            first,
+            streamed,
+            scratch,
+        };
+        T::decode(rows, out);
     }
 
     /// The whole matrix `[rows, cols]` in f32, original basis. Allocates 4 bytes per weight.

@@ -186,7 +186,7 @@ fn fill<T: WeightFloat>(matrix: &Matrix, out: &mut [T]) -> Result<()> {
     out.par_chunks_mut(STRIP_ROWS * cols)
         .enumerate()
         .for_each_init(Vec::new, |scratch, (strip, out)| {
-            T::decode(matrix, kernels, strip * STRIP_ROWS, streamed, out, scratch);
+            matrix.decode(kernels, strip * STRIP_ROWS, streamed, out, scratch);
         });
     Ok(())
 }

@@ -39,6 +39,14 @@ struct SquaredError<'a, L: ?Sized> {
     step: f32,
 }
 
+impl<L: LevelSet + ?Sized> SquaredError<'_, L> {
+    #[inline(always)]
+    fn of(&self, weight: f32, inverse: f32) -> f32 {
+        let difference = weight - self.step * self.levels.nearest(weight * inverse);
+        difference * difference
+    }
+}
+
 impl<L: LevelSet + ?Sized> WithSimd for SquaredError<'_, L> {
     type Output = f32;
 
@@ -49,14 +57,11 @@ impl<L: LevelSet + ?Sized> WithSimd for SquaredError<'_, L> {
         let (whole, rest) = self.weights.as_chunks::<LANES>();
         for weights in whole {
             for lane in 0..LANES {
-                let w = weights[lane];
-                let difference = w - self.step * self.levels.nearest(w * inverse);
-                sums[lane] += difference * difference;
+                sums[lane] += self.of(weights[lane], inverse);
             }
         }
         for (sum, &w) in sums.iter_mut().zip(rest) {
-            let difference = w - self.step * self.levels.nearest(w * inverse);
-            *sum += difference * difference;
+            *sum += self.of(w, inverse);
         }
         sums.iter().sum()
     }

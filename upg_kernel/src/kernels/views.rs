@@ -84,7 +84,7 @@ impl<'a> Strip<'a> {
         match self.primes {
             Primes::Rows(indices) => {
                 for ((out, (sum, scale)), index) in out.iter_mut().zip(sums).zip(indices) {
-                    *out = scale * (PRIME_LUT[usize::from(*index)] as f32 * sum);
+                    *out = row(*scale, PRIME_LUT[usize::from(*index)] as f32, *sum);
                 }
             }
             Primes::Groups { .. } => {
@@ -94,6 +94,12 @@ impl<'a> Strip<'a> {
             }
         }
     }
+}
+
+/// A row of a product from its sum: always rounded in this order.
+#[inline(always)]
+fn row(scale: f32, prime: f32, sum: f32) -> f32 {
+    scale * (prime * sum)
 }
 
 /// What all of a row is multiplied with, or anything where a strip has no such row.
@@ -106,8 +112,8 @@ pub(super) struct RowFactors {
 impl RowFactors {
     /// As [`Strip::put_rows`].
     pub(super) fn apply(&self, rows: &mut [f32; 64]) {
-        for ((row, prime), scale) in rows.iter_mut().zip(&self.primes).zip(&self.scales) {
-            *row = scale * (prime * *row);
+        for ((out, prime), scale) in rows.iter_mut().zip(&self.primes).zip(&self.scales) {
+            *out = row(*scale, *prime, *out);
         }
     }
 }

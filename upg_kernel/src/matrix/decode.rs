@@ -1,58 +1,53 @@
 //! Weights as floats.
 #![forbid(unsafe_code)]
 
+use super::StoredMatrix;
 use super::strips::STRIP_ROWS;
-use super::{Matrix, StoredMatrix};
 use crate::kernels::views::Strip;
 use crate::kernels::{Float, Kernels};
 use crate::rotation::Rotation;
 use half::{bf16, f16};
 
-/// How a matrix is decoded to this type. Type by type, so that all kernels for it are compiled with this crate, and not again in
+/// Whole rows to decode from `first` on, of which there are some, inside of the matrix.
+pub struct Rows<'a> {
+    pub(super) stored: &'a dyn StoredMatrix,
+    /// They are turned back by it.
+    pub(super) rotation: Option<&'a Rotation>,
+    pub(super) kernels: Kernels,
+    pub(super) first: usize,
+    /// Past the caches, where kernels write.
+    pub(super) streamed: bool,
+    /// For rows that are not f32, without a kernel.
+    pub(super) scratch: &'a mut Vec<f32>,
+}
+
+/// What rows are decoded to. Type by type, so that all kernels for it are compiled with this crate, and not again in
 /// every one that names it.
 pub trait Decode: Sized {
-    /// Whole rows from `first` on, of which there are some, inside of the matrix; by kernels where there are some for
-    /// them, which write past the caches if `streamed`. `scratch` takes rows that are not f32, without one.
-    fn decode(
-        matrix: &Matrix,
-        kernels: Kernels,
-        first: usize,
-        streamed: bool,
-        out: &mut [Self],
-        scratch: &mut Vec<f32>,
-    );
+    /// Fills `out`.
+    fn decode(rows: Rows<'_>, out: &mut [Self]);
 }
 
 macro_rules! decode {
     ($($type:ty)*) => {$(
         impl Decode for $type {
-            fn decode(
-                matrix: &Matrix,
-                kernels: Kernels,
-                first: usize,
-                streamed: bool,
-                out: &mut [Self],
-                scratch: &mut Vec<f32>,
-            ) {
-                let stored = matrix.stored();
-                let rotation = stored.rotation();
-                decode(stored, kernels, rotation, first, streamed, out, scratch);
+            fn decode(rows: Rows<'_>, out: &mut [Self]) {
+                decode(rows, out);
             }
         }
     )*};
 }
 decode!(f32 f16 bf16);
 
-/// [`Decode::decode`], turned back if there is a rotation.
-pub(super) fn decode<T: Float>(
-    stored: &dyn StoredMatrix,
-    kernels: Kernels,
-    rotation: Option<&Rotation>,
-    mut first: usize,
-    streamed: bool,
-    mut out: &mut [T],
-    scratch: &mut Vec<f32>,
-) {
+fn decode<T: Float>(rows: Rows<'_>, mut out: &mut [T]) {
+    let Rows {
+        stored,
+        rotation,
+        kernels,
+        mut first,
+        streamed,
+        scratch,
+    } = rows;
     let cols = stored.cols();
     // Without gathers, entry by entry is as fast where rows are not rounded.
     let by_entries = kernels.gathers_entries() || kernels.is_integer() && size_of::<T>() < 4;

@@ -1,7 +1,7 @@
 //! Products of matrices that have the same input, one or several vectors of it.
 #![forbid(unsafe_code)]
 
-use super::decode::decode;
+use super::decode::{Decode, Rows};
 use super::strips::STRIP_ROWS;
 use super::{Matrix, StoredMatrix};
 use crate::error::{Error, ErrorKind, Result};
@@ -255,8 +255,16 @@ impl Parts<'_> {
                 multiply_entries(kernels, part, &tile, x, &mut scratch.products);
             } else {
                 scratch.weights.resize(tile.rows * cols, 0.0);
-                let (weights, rows) = (&mut scratch.weights, &mut Vec::new());
-                decode(part, kernels, None, tile.first, false, weights, rows);
+                let rows = Rows {
+                    stored: part,
+                    // The input is.
+                    rotation: None,
+                    kernels,
+                    first: tile.first,
+                    streamed: false,
+                    scratch: &mut Vec::new(),
+                };
+                f32::decode(rows, &mut scratch.weights);
                 let multiply = match n < BLOCKED_VECTORS {
                     true => scalar::multiply,
                     false => gemm::multiply,

@@ -239,12 +239,13 @@ fn load_half(bytes: &[u8; 32]) -> __m256i {
     unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) }
 }
 
-/// Asks for the cache line `at` bytes after the start of `bytes`, which may lie past its end.
+/// Asks for the cache line `at` bytes after the start of `bytes`, which may lie past its end: `HINT` says for which
+/// cache.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn prefetch(bytes: &[u8], at: usize) {
+fn prefetch<const HINT: i32>(bytes: &[u8], at: usize) {
     // A prefetch reads nothing that a program could see and never faults.
-    _mm_prefetch::<_MM_HINT_T0>(bytes.as_ptr().wrapping_add(at).cast());
+    _mm_prefetch::<HINT>(bytes.as_ptr().wrapping_add(at).cast());
 }
 
 /// Levels as unsigned bytes, `level + 128`.

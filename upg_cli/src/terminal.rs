@@ -3,6 +3,7 @@
 
 use indicatif::{ProgressBar, ProgressStyle};
 use std::io::Write;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -17,6 +18,16 @@ pub fn print(text: &str) -> Result<()> {
         .map_err(|e| {
             Error::new(ErrorKind::Io, format!("cannot write the output: {e}")).with_source(e)
         })
+}
+
+/// The text in a file. Errors: `Io`; `Malformed` if it is not UTF-8.
+pub fn read_text(path: &Path) -> Result<String> {
+    let bytes = std::fs::read(path).map_err(|e| Error::io("cannot read", path, e))?;
+    String::from_utf8(bytes).map_err(|e| {
+        Error::new(ErrorKind::Malformed, format!("not UTF-8 text: {e}"))
+            .at(path)
+            .with_source(e)
+    })
 }
 
 /// Writes a line to standard error; if nobody reads that any more, there is nobody to tell.

@@ -358,6 +358,8 @@ const BAD: &[(&[&str], i32, &[&str])] = &[
     (&["compress", "{}/phi3", "-o", "{}/phi3/model.safetensors"], 2, &["overwrite"]),
     (&["compress", "{}/phi3", "-o", "{}/out", "--group", "48"], 2, &["48", "32 or 64"]),
     (&["compress", "{}/phi3", "-o", "{}/out", "--tensor", "x*=q4"], 2, &["matches no matrix"]),
+    (&["compress", "{}/phi3", "-o", "{}/out", "--calibrate", "{}/none"], 1, &["none", "No such file"]),
+    (&["compress", "{}/phi3", "-o", "{}/out", "--calibrate", "{}/text"], 1, &["no tokenizer", "tokenizer.json"]),
     (&["run", "{}/none", "-p", "x"], 1, &["none", "No such file"]),
     (&["run", "{}/empty", "-p", "x"], 1, &["empty", "not a regular file"]),
     (&["run", "{}/text", "-p", "x"], 1, &["text", "safetensors"]),

@@ -1,6 +1,8 @@
 //! From a source model to one UPG file, a tensor at a time.
 #![forbid(unsafe_code)]
 
+use crate::calibration::Calibrator;
+use crate::hessian::Hessian;
 use crate::plan::{CompressOptions, Plan};
 use crate::progress::Progress;
 use crate::rounding::{round_q4, round_q8, round_s4, round_s8};
@@ -48,9 +50,17 @@ pub fn compress(
     options: &CompressOptions,
     progress: &dyn Progress,
 ) -> Result<CompressReport> {
+    let calibration = options.calibration.as_ref();
+    let mut calibrator = calibration
+        .map(|calibration| Calibrator::new(source, calibration))
+        .transpose()?;
     compress_with(source, out, options, progress, |index, layer| {
+        let hessian = match &mut calibrator {
+            None => None,
+            Some(calibrator) => calibrator.hessian(&layer.name, progress)?,
+        };
         let weights = source.read_f32(index)?;
-        let matrix = encode_matrix(&weights, layer, options.seed, progress)?;
+        let matrix = encode_matrix(&weights, layer, options.seed, hessian, progress)?;
         layer.error = Some(relative_error(&weights, &matrix)?);
         Ok(matrix)
     })
@@ -127,7 +137,12 @@ fn metadata(
         "embedding": plan.embedding.to_string(),
         "overrides": options.overrides.iter().map(ToString::to_string).collect::<Vec<_>>(),
         "seed": options.seed,
-        "calibration": null,
+        "calibration": options.calibration.as_ref().map(|calibration| {
+            serde_json::json!({
+                "tokens": calibration.tokens().len(),
+                "window": calibration.window(),
+            })
+        }),
     });
     let mut metadata = BTreeMap::from([
         ("model".to_owned(), source.model_name().to_owned()),
@@ -179,19 +194,20 @@ pub fn encode_matrix(
     weights: &[f32],
     layer: &LayerInfo,
     seed: u64,
+    hessian: Option<&Hessian>,
     progress: &dyn Progress,
 ) -> Result<Matrix> {
     let (rows, cols) = (layer.rows, layer.cols);
     let group = layer.group.unwrap_or(64);
     let encoding = layer.encoding()?;
     if let Some(k) = encoding.trellis_bits() {
-        let matrix = trellis::encode_with_progress(weights, rows, cols, k, seed, progress)?;
+        let matrix = trellis::encode_with(weights, rows, cols, k, seed, hessian, progress)?;
         return Ok(Matrix::Trellis(matrix));
     }
     let matrix = match encoding {
         Encoding::MdCsr => Matrix::MdCsr(MdCSRMatrix::from_dense(weights, rows, cols)?),
-        Encoding::Q8 => Matrix::Grouped(round_q8(weights, rows, cols, group)?),
-        Encoding::Q4 => Matrix::Grouped(round_q4(weights, rows, cols, group)?),
+        Encoding::Q8 => Matrix::Grouped(round_q8(weights, rows, cols, group, hessian)?),
+        Encoding::Q4 => Matrix::Grouped(round_q4(weights, rows, cols, group, hessian)?),
         Encoding::S8 => Matrix::Bitmap(round_s8(weights, rows, cols)?),
         Encoding::S4 => Matrix::Bitmap(round_s4(weights, rows, cols)?),
         other => {

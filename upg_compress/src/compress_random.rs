@@ -35,7 +35,7 @@ pub fn compress_random(
             Entry::Occupied(strip) => strip.into_mut(),
             Entry::Vacant(place) => {
                 let rows = source.read_rows_f32(index, 0..first.rows)?;
-                place.insert(encode_matrix(&rows, &first, options.seed, &())?)
+                place.insert(encode_matrix(&rows, &first, options.seed, None, &())?)
             }
         };
         progress.advance(layer.rows as u64 * layer.cols as u64);
@@ -147,7 +147,7 @@ mod tests {
         for encoding in [Encoding::Q8, Encoding::Q4] {
             let mut layer = LayerInfo::new("w", 64, 40, encoding);
             layer.group = Some(32);
-            let strip = encode_matrix(&w, &layer, 0, &()).unwrap();
+            let strip = encode_matrix(&w, &layer, 0, None, &()).unwrap();
             for rows in [1, 63, 64, 65, 128, 130] {
                 let matrix = repeated(&strip, rows).unwrap();
                 let expected: Vec<f32> = (strip.to_dense().iter().cycle().copied())

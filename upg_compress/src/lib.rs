@@ -26,7 +26,7 @@
 //!
 //! let (rows, cols, group) = (2, 100, 64);
 //! let weights: Vec<f32> = (0..rows * cols).map(|i| (i as f32 * 0.37).sin()).collect();
-//! let matrix = Matrix::Grouped(round_q8(&weights, rows, cols, group)?);
+//! let matrix = Matrix::Grouped(round_q8(&weights, rows, cols, group, None)?);
 //! let decoded = matrix.to_dense();
 //! assert!(weights.iter().zip(&decoded).all(|(a, b)| (a - b).abs() < 0.01));
 //! # Ok(())
@@ -44,13 +44,17 @@
 //!   Face directory.
 //! - [`mod@compress_random`]: files of random models in little time, to measure with.
 //!
-//! Rounding is data-free: only the weights are looked at. The bytes of a file depend on the source and
+//! - [`calibration`] and [`hessian`]: the inputs of each matrix, for rounding that keeps its outputs.
+//!
+//! Without a calibration text only the weights are looked at. The bytes of a file depend on the source and
 //! the options, never on the number of threads or the instruction set.
 
+pub mod calibration;
 pub mod compress;
 pub mod compress_random;
 pub mod export;
 pub mod gguf_tokenizer;
+pub mod hessian;
 pub mod plan;
 pub mod progress;
 pub mod rounding;

@@ -1,12 +1,13 @@
 //! Which tensor is stored how.
 #![forbid(unsafe_code)]
 
+use crate::calibration::Calibration;
 use crate::source::{Source, TensorInfo};
 use crate::trellis;
 use std::fmt;
 use std::str::FromStr;
 use upg_kernel::format::{Encoding, LayerInfo, check_kept_name};
-use upg_kernel::inference::ModelConfig;
+use upg_kernel::inference::{Input, ModelConfig};
 use upg_kernel::{Error, ErrorKind, Result};
 
 /// Seed of the random signs of the rotation, if none is asked for.
@@ -92,6 +93,9 @@ pub struct CompressOptions {
     pub overrides: Vec<Override>,
     /// Of the random signs of the rotation.
     pub seed: u64,
+    /// What the model is run over: matrices of the layers are then rounded so that their outputs on it are kept, but for
+    /// `mdcsr`, `s8` and `s4`. `None`: only the weights are looked at.
+    pub calibration: Option<Calibration>,
 }
 
 impl CompressOptions {
@@ -103,6 +107,7 @@ impl CompressOptions {
             group: None,
             overrides: Vec::new(),
             seed: DEFAULT_SEED,
+            calibration: None,
         }
     }
 }
@@ -191,12 +196,31 @@ impl Plan {
             let message = "a group of columns, but no matrix that becomes q8 or q4";
             return Err(Error::new(ErrorKind::Argument, message).hint("leave it out"));
         }
+        let mut layers = plan.iter().filter_map(|t| t.layer.as_ref());
+        if options.calibration.is_some() && !layers.any(is_calibrated) {
+            let message = "a calibration text, but no matrix that it has an effect on";
+            return Err(Error::new(ErrorKind::Argument, message)
+                .hint("leave it out, or choose q8, q4, t2, t3 or t4 for the layers"));
+        }
         Ok(Self {
             weights: tensors.iter().map(|(_, t)| t.weights() as u64).sum(),
             embedding,
             tensors: plan,
         })
     }
+}
+
+/// Whether the encoder of a matrix looks at the inputs that the matrix has.
+fn is_calibrated(layer: &LayerInfo) -> bool {
+    let encodings = [
+        Encoding::Q8,
+        Encoding::Q4,
+        Encoding::T2,
+        Encoding::T3,
+        Encoding::T4,
+    ];
+    let names = encodings.map(Encoding::name);
+    Input::of(&layer.name).is_some() && names.contains(&layer.encoding_name())
 }
 
 fn described(tensor: &TensorInfo, choice: Choice, group: Option<usize>) -> Option<LayerInfo> {

@@ -2,11 +2,13 @@
 //! smallest squared error.
 #![forbid(unsafe_code)]
 
+mod feedback;
 mod levels;
 mod packing;
 
 pub use levels::{Codebook, LevelSet, Linear8};
 
+use crate::hessian::Hessian;
 use rayon::prelude::*;
 use upg_kernel::matrix::strips::{STRIP_ROWS, nibble, position};
 use upg_kernel::matrix::{BITMAP_GROUP, BitmapMatrix, GroupedMatrix, Levels};
@@ -27,8 +29,17 @@ const FIT_ROUNDS: usize = 4;
 /// Cost: an error evaluation for each prime in the range that the largest weight of a group leaves, 115 for
 /// the group with the largest weight of its row. Errors: `Shape` for a wrong length, `Invalid` for a
 /// weight that is not finite.
-pub fn round_q8(weights: &[f32], rows: usize, cols: usize, group: usize) -> Result<GroupedMatrix> {
-    let encoded = encode_rows(weights, rows, cols, group, false, &Linear8)?;
+pub fn round_q8(
+    weights: &[f32],
+    rows: usize,
+    cols: usize,
+    group: usize,
+    hessian: Option<&Hessian>,
+) -> Result<GroupedMatrix> {
+    let mut encoded = encode_rows(weights, rows, cols, group, false, &Linear8)?;
+    if let Some(hessian) = hessian {
+        feedback::choose_again(weights, cols, group, &Linear8, hessian, &mut encoded)?;
+    }
     let strip = cols.div_ceil(group) * group * STRIP_ROWS;
     let values = packing::pack_all(&encoded, strip, |strip: &mut [i8], row, col, code| {
         strip[position(row, col)] = Linear8.level(code);
@@ -37,9 +48,18 @@ pub fn round_q8(weights: &[f32], rows: usize, cols: usize, group: usize) -> Resu
 }
 
 /// Rounds a matrix to `q4`: a codebook is fitted to a sample of its rows, then as [`round_q8`].
-pub fn round_q4(weights: &[f32], rows: usize, cols: usize, group: usize) -> Result<GroupedMatrix> {
+pub fn round_q4(
+    weights: &[f32],
+    rows: usize,
+    cols: usize,
+    group: usize,
+    hessian: Option<&Hessian>,
+) -> Result<GroupedMatrix> {
     let codebook = fit_codebook(weights, rows, cols, group, false)?;
-    let encoded = encode_rows(weights, rows, cols, group, false, &codebook)?;
+    let mut encoded = encode_rows(weights, rows, cols, group, false, &codebook)?;
+    if let Some(hessian) = hessian {
+        feedback::choose_again(weights, cols, group, &codebook, hessian, &mut encoded)?;
+    }
     let strip = cols.div_ceil(group) * group * STRIP_ROWS / 2;
     let codes = packing::pack_all(&encoded, strip, |strip: &mut [u8], row, col, code| {
         let (byte, shift) = nibble(row, col);

@@ -79,7 +79,7 @@ fn through_a_file(folder: &Path, weights: &Weights, encoding: Encoding) -> Vec<f
         Encoding::Q8 | Encoding::S8 | Encoding::S4 => Some(64),
         _ => None,
     };
-    let matrix = encode_matrix(&weights.values, &layer, 0, &()).unwrap();
+    let matrix = encode_matrix(&weights.values, &layer, 0, None, &()).unwrap();
     if let Matrix::Trellis(m) = &matrix {
         layer.hadamard = Some(m.parts().rotation.size());
     }

@@ -49,12 +49,12 @@ fn round_all(w: &[f32], rows: usize, cols: usize) -> Vec<(&'static str, Matrix, 
     vec![
         (
             "q8",
-            Matrix::Grouped(round_q8(w, rows, cols, 64).unwrap()),
+            Matrix::Grouped(round_q8(w, rows, cols, 64, None).unwrap()),
             Q8,
         ),
         (
             "q4",
-            Matrix::Grouped(round_q4(w, rows, cols, 32).unwrap()),
+            Matrix::Grouped(round_q4(w, rows, cols, 32, None).unwrap()),
             Q4,
         ),
         ("s8", Matrix::Bitmap(round_s8(w, rows, cols).unwrap()), S8),
@@ -121,7 +121,7 @@ fn what_fills_up_a_strip_is_zeros() {
     let has_row = |i: usize, strip: usize| i / strip * 64 + i % 64 < rows;
     for (group, is_q8) in [(32, true), (64, true), (32, false), (64, false)] {
         let round = if is_q8 { round_q8 } else { round_q4 };
-        let m = round(&w, rows, cols, group).unwrap();
+        let m = round(&w, rows, cols, group, None).unwrap();
         let groups = cols.div_ceil(group);
         let strip = 64 * groups * group;
         let levels: Vec<u8> = match m.levels() {
@@ -202,11 +202,11 @@ fn weights_that_are_not_numbers_are_refused_with_their_place() {
     for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         let mut w = vec![1.0; 12];
         w[7] = bad;
-        let e = round_q4(&w, 3, 4, 32).unwrap_err();
+        let e = round_q4(&w, 3, 4, 32, None).unwrap_err();
         assert!(e.to_string().contains("row 1, column 3"), "{e}");
         assert!(MdCSRMatrix::from_dense(&w, 3, 4).is_err());
     }
-    assert!(round_q8(&[1.0; 5], 2, 3, 64).is_err());
+    assert!(round_q8(&[1.0; 5], 2, 3, 64, None).is_err());
 }
 
 #[test]

@@ -8,12 +8,14 @@
 
 mod attention;
 mod batch;
+mod block;
 pub mod chat_template;
 pub mod config;
 mod evaluate;
 pub mod generate;
 mod kv_cache;
 mod layers;
+mod layerwise;
 pub mod model;
 pub mod rope;
 pub mod sampler;
@@ -24,9 +26,11 @@ mod upg_model;
 pub mod weights;
 
 pub use batch::Batch;
+pub use block::{Input, Observer};
 pub use config::ModelConfig;
 pub use evaluate::{Evaluation, EvaluationOptions, EvaluationProgress, evaluate};
 pub use generate::{FinishReason, GenerateOptions, StopStrings, TextStream, Timings, TokenStream};
+pub use layerwise::Layerwise;
 pub use model::Model;
 pub use sampler::{Sampler, SamplingOptions};
 pub use session::{CacheType, Session, SessionOptions};

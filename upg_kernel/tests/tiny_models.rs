@@ -10,8 +10,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use upg_kernel::inference::config::FAMILIES;
 use upg_kernel::inference::{
-    FinishReason, GenerateOptions, Model, ModelConfig, Sampler, SamplingOptions, Session,
-    SessionOptions, StopStrings, TextStream, TokenStream,
+    FinishReason, GenerateOptions, Input, Layerwise, Model, ModelConfig, Sampler, SamplingOptions,
+    Session, SessionOptions, StopStrings, TextStream, TokenStream, WeightSource,
 };
 use upg_kernel::{Error, ErrorKind};
 
@@ -40,6 +40,77 @@ fn logits_are_those_of_transformers() {
                 "{name} case{i}: {difference}"
             );
         }
+    }
+}
+
+/// Layer by layer, two sequences at once, then the norm and the head by hand.
+#[test]
+fn layer_by_layer_gives_the_logits_of_transformers() {
+    for (name, weights) in MODELS {
+        let (config, source) = (config(name), source(weights));
+        let case = cases(name).pop().unwrap();
+        let (hidden, vocab) = (config.hidden_size, config.vocab_size);
+        let embedding = source
+            .matrix("model.embed_tokens.weight", vocab, hidden)
+            .unwrap();
+        let head = match config.tie_word_embeddings {
+            true => embedding.clone(),
+            false => source.matrix("lm_head.weight", vocab, hidden).unwrap(),
+        };
+        let gains = source.vector("model.norm.weight", hidden).unwrap();
+        let len = case.prompt.len();
+        let tokens = [case.prompt.clone(), case.prompt].concat();
+        let mut run = Layerwise::new(config.clone(), &embedding, &tokens, len).unwrap();
+        let normed = |x: &[f32], gains: &[f32]| -> Vec<f32> {
+            let squares = x.iter().map(|x| x * x).sum::<f32>() / hidden as f32;
+            let factor = 1.0 / (squares + config.rms_norm_eps).sqrt();
+            x.iter()
+                .zip(gains)
+                .map(|(x, gain)| x * factor * gain)
+                .collect()
+        };
+        for layer in 0..config.num_layers {
+            let gains = format!("model.layers.{layer}.input_layernorm.weight");
+            let gains = source.vector(&gains, hidden).unwrap();
+            let first = normed(&run.hidden()[..hidden], &gains);
+            let mut inputs = Vec::new();
+            run.layer(layer, &source, &mut |input, n, x| {
+                assert!(n == 2 * len && x.len().is_multiple_of(n));
+                if input == Input::Attention {
+                    let difference = largest_difference(&x[..hidden], &first);
+                    assert!(difference <= LOGIT_TOLERANCE, "{name}: {difference}");
+                }
+                inputs.push(input);
+                Ok(())
+            })
+            .unwrap();
+            let all = [
+                Input::Attention,
+                Input::Output,
+                Input::FeedForward,
+                Input::Down,
+            ];
+            assert_eq!(inputs, all);
+        }
+        for sequence in run.hidden().chunks_exact(len * hidden) {
+            let first = len - case.logits.len() / vocab;
+            let mut logits = Vec::new();
+            for x in sequence[first * hidden..].chunks_exact(hidden) {
+                logits.extend(head.spmv(&normed(x, &gains)).unwrap());
+            }
+            let difference = largest_difference(&logits, &case.logits);
+            assert!(difference <= LOGIT_TOLERANCE, "{name}: {difference}");
+        }
+        let error = |tokens: &[u32], len| {
+            let run = Layerwise::new(config.clone(), &embedding, tokens, len);
+            run.unwrap_err().kind()
+        };
+        assert_eq!(error(&[1; 5], 3), ErrorKind::Argument);
+        assert_eq!(error(&[1; 5], 0), ErrorKind::Argument);
+        assert_eq!(error(&[], 1), ErrorKind::Argument);
+        assert_eq!(error(&[vocab as u32], 1), ErrorKind::Argument);
+        let beyond = run.layer(config.num_layers, &source, &mut |_, _, _| Ok(()));
+        assert_eq!(beyond.unwrap_err().kind(), ErrorKind::Argument);
     }
 }
 

@@ -4,6 +4,7 @@
 use crate::cli::CompressArgs;
 use crate::terminal::{self, WeightsBar, bytes};
 use std::time::Instant;
+use upg_compress::calibration::Calibration;
 use upg_compress::compress::compress;
 use upg_compress::plan::CompressOptions;
 use upg_compress::source;
@@ -21,6 +22,11 @@ pub fn run(args: &CompressArgs) -> Result<()> {
     options.group = args.group;
     options.overrides = args.overrides.clone();
     options.seed = args.seed;
+    if let Some(path) = &args.calibrate {
+        let text = terminal::read_text(path)?;
+        let calibration = Calibration::of_text(source.as_ref(), &text);
+        options.calibration = Some(calibration.map_err(|e| e.at(path))?);
+    }
     let started = Instant::now();
     let progress = WeightsBar::new()?;
     let report = compress(source.as_ref(), &args.output, &options, &progress)

@@ -4,18 +4,12 @@
 use crate::cli::EvalArgs;
 use crate::terminal;
 use serde_json::json;
-use std::fs;
 use std::num::NonZeroUsize;
 use upg_kernel::inference::{EvaluationOptions, evaluate};
-use upg_kernel::{Error, ErrorKind, Result, UPGModel};
+use upg_kernel::{Result, UPGModel};
 
 pub fn run(args: &EvalArgs) -> Result<()> {
-    let bytes = fs::read(&args.text).map_err(|e| Error::io("cannot read", &args.text, e))?;
-    let text = String::from_utf8(bytes).map_err(|e| {
-        Error::new(ErrorKind::Malformed, format!("not UTF-8 text: {e}"))
-            .at(&args.text)
-            .with_source(e)
-    })?;
+    let text = terminal::read_text(&args.text)?;
     let model = UPGModel::from_file(&args.file)?;
     let reference = args.against.as_ref().map(UPGModel::from_file).transpose()?;
     let bar = terminal::bar(0, "{bar:30} {percent:>3}%  {pos}/{len} windows, {eta} left");

@@ -1,8 +1,9 @@
 //! Causal attention with grouped key/value heads over the [`LayerCache`]s of some sequences.
 #![forbid(unsafe_code)]
 
+use super::block::Segment;
+use super::config::ModelConfig;
 use super::kv_cache::LayerCache;
-use super::model::Segment;
 use crate::kernels::Kernels;
 use crate::kernels::attention::{Scratch, Task, Total};
 use crate::team::Team;
@@ -54,6 +55,15 @@ pub(crate) struct Shape {
 }
 
 impl Shape {
+    pub(crate) fn of(config: &ModelConfig) -> Self {
+        Self {
+            num_heads: config.num_heads,
+            num_kv_heads: config.num_kv_heads,
+            head_dim: config.head_dim,
+            width: config.query_size() + 2 * config.kv_size(),
+        }
+    }
+
     /// Query heads that share a key/value head.
     fn group(&self) -> usize {
         self.num_heads / self.num_kv_heads

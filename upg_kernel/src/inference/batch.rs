@@ -1,7 +1,8 @@
 //! Several sequences in one forward pass.
 #![forbid(unsafe_code)]
 
-use super::model::{Model, Part, Workspace};
+use super::block::Workspace;
+use super::model::{Model, Part};
 use super::session::Session;
 use crate::error::{Error, ErrorKind, Result};
 use std::sync::Arc;

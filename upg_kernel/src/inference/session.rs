@@ -2,9 +2,10 @@
 #![forbid(unsafe_code)]
 
 use super::batch::{Wanted, extend};
+use super::block::Workspace;
 pub use super::kv_cache::CacheType;
 use super::kv_cache::KvCache;
-use super::model::{Model, Workspace};
+use super::model::Model;
 use crate::error::{Error, ErrorKind, Result};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -83,11 +83,22 @@ impl ModelWeights {
         Ok(Self {
             embedding,
             layers: (0..config.num_layers)
-                .map(|layer| loader.layer(&format!("model.layers.{layer}")))
+                .map(|index| LayerWeights::load(config, source, index))
                 .collect::<Result<_>>()?,
             norm: loader.norm("model.norm.weight", hidden)?,
             head,
         })
+    }
+}
+
+impl LayerWeights {
+    /// Fetches those of layer `index`. Errors: as [`ModelWeights::load`].
+    pub(crate) fn load(
+        config: &ModelConfig,
+        source: &dyn WeightSource,
+        index: usize,
+    ) -> Result<Self> {
+        Loader { source, config }.layer(&format!("model.layers.{index}"))
     }
 }
 

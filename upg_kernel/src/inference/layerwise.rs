@@ -1,0 +1,129 @@
+//! A decoder taken layer by layer over texts that are known from the start.
+#![forbid(unsafe_code)]
+
+use super::attention::Shape;
+use super::block::{Block, Observer, Segment, Workspace};
+use super::config::ModelConfig;
+use super::kv_cache::{CacheType, KvCache};
+use super::rope::Rope;
+use super::weights::{LayerWeights, WeightSource};
+use crate::error::{Error, ErrorKind, Result};
+use crate::kernels::Kernels;
+use crate::matrix::Matrix;
+
+/// Positions that are computed at once, unless a sequence is longer.
+const TOGETHER: usize = 2048;
+
+/// The hidden states of some sequences on their way through a decoder.
+///
+/// One layer is in memory at a time, so that models larger than memory can be looked at: what their matrices are
+/// multiplied with is what a compressor calibrates on. Products are those of a [`Session`](super::Session) with f32
+/// keys and values; with uncompressed weights all arithmetic is f32.
+#[derive(Debug)]
+pub struct Layerwise {
+    config: ModelConfig,
+    rope: Rope,
+    /// Tokens of each sequence.
+    len: usize,
+    /// `[sequences, len, hidden]`.
+    hidden: Vec<f32>,
+    workspace: Workspace,
+}
+
+impl Layerwise {
+    /// Before the first layer: the embeddings of `tokens`, which are sequences of `len` each.
+    ///
+    /// Memory: `4 * hidden` bytes a token, and what passes over 2,048 positions take. Errors: `Invalid` (sizes of
+    /// the config); `Argument` if `len` is 0 or beyond the context, the tokens are not whole sequences or one is not
+    /// in the vocabulary; `Shape` for an embedding of another shape.
+    pub fn new(
+        config: ModelConfig,
+        embedding: &Matrix,
+        tokens: &[u32],
+        len: usize,
+    ) -> Result<Self> {
+        config.check()?;
+        let argument = |message: String| Err(Error::new(ErrorKind::Argument, message));
+        if len == 0
+            || len > config.context
+            || tokens.is_empty()
+            || !tokens.len().is_multiple_of(len)
+        {
+            return argument(format!(
+                "{} tokens as sequences of {len}, expected whole ones of 1 to {}",
+                tokens.len(),
+                config.context
+            ));
+        }
+        if let Some(token) = tokens.iter().find(|&&t| t as usize >= config.vocab_size) {
+            return argument(format!(
+                "token id {token} is not in the vocabulary of {}",
+                config.vocab_size
+            ));
+        }
+        let mut hidden = vec![0.0; tokens.len() * config.hidden_size];
+        embedding.gather(tokens, &mut hidden)?;
+        Ok(Self {
+            rope: Rope::new(&config.rope),
+            config,
+            len,
+            hidden,
+            workspace: Workspace::default(),
+        })
+    }
+
+    /// `[sequences, len, hidden]`: what the last layer gave.
+    pub fn hidden(&self) -> &[f32] {
+        &self.hidden
+    }
+
+    /// Takes all sequences through layer `index` with the weights of `source`. `observe` sees the inputs of all
+    /// positions, some sequences at a time: for each of these the four [`Input`](super::Input)s in their order.
+    ///
+    /// Errors: those of loading the layer ([`Model::load`](super::Model::load)) and of `observe`; the hidden states
+    /// are of no use after one.
+    pub fn layer(
+        &mut self,
+        index: usize,
+        source: &dyn WeightSource,
+        observe: Observer<'_>,
+    ) -> Result<()> {
+        let kernels = Kernels::active()?;
+        let Some(&window) = self.config.windows.get(index) else {
+            let message = format!("layer {index} of {}", self.config.num_layers);
+            return Err(Error::new(ErrorKind::Argument, message));
+        };
+        let weights = LayerWeights::load(&self.config, source, index)?;
+        // The caches have this layer only.
+        let mut of_layer = self.config.clone();
+        of_layer.windows = vec![window];
+        let (len, size) = (self.len, self.len * self.config.hidden_size);
+        let together = (TOGETHER / len).max(1);
+        let long = self.rope.is_long(len);
+        for hidden in self.hidden.chunks_mut(together * size) {
+            let count = hidden.len() / size;
+            let mut caches = Vec::new();
+            let workspace = &mut self.workspace;
+            workspace.segments.clear();
+            workspace.rope.clear();
+            for sequence in 0..count {
+                let mut cache = KvCache::new(&of_layer, len, len, CacheType::F32);
+                cache.reserve(len)?;
+                caches.push(cache);
+                self.rope.extend(&mut workspace.rope, 0, len, long);
+                workspace.segments.push(Segment {
+                    rows: sequence * len..(sequence + 1) * len,
+                    first: 0,
+                });
+            }
+            let shape = Shape::of(&self.config);
+            workspace.plan.make(&workspace.segments, shape);
+            workspace.x.clear();
+            workspace.x.extend_from_slice(hidden);
+            let block = Block::new(&self.config, &weights, 0);
+            block.compute(kernels, &mut caches, workspace, count * len, observe)?;
+            hidden.copy_from_slice(&workspace.x);
+        }
+        Ok(())
+    }
+}

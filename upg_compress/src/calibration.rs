@@ -14,6 +14,9 @@ use upg_kernel::{Error, ErrorKind, Result};
 /// Tokens of a sequence, unless the model takes fewer.
 const WINDOW: usize = 512;
 
+/// Most tokens of a calibration: their hidden states stay in memory.
+const MAX_TOKENS: usize = 1 << 18;
+
 /// What a model is run over: sequences of tokens, each by itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Calibration {
@@ -24,7 +27,8 @@ pub struct Calibration {
 impl Calibration {
     /// Sequences of `window` tokens each. What is left at the end is not used.
     ///
-    /// Errors (`Argument`): not one whole sequence.
+    /// Errors: `Argument` if there is not one whole sequence; `TooLarge` above 262,144 tokens, whose hidden states would
+    /// be too many to hold.
     pub fn new(mut tokens: Vec<u32>, window: usize) -> Result<Self> {
         if window == 0 || tokens.len() < window {
             let message = format!(
@@ -32,6 +36,13 @@ impl Calibration {
                 tokens.len()
             );
             return Err(Error::new(ErrorKind::Argument, message).hint("use a longer text"));
+        }
+        if tokens.len() > MAX_TOKENS {
+            let message = format!(
+                "the calibration text has {} tokens, the cap is {MAX_TOKENS}",
+                tokens.len()
+            );
+            return Err(Error::new(ErrorKind::TooLarge, message).hint("use a shorter text"));
         }
         tokens.truncate(tokens.len() / window * window);
         Ok(Self { tokens, window })
@@ -78,6 +89,8 @@ fn config(source: &dyn Source) -> Result<ModelConfig> {
 pub struct Calibrator<'a> {
     source: Weights<'a>,
     run: Layerwise,
+    /// Layers of the model.
+    layers: usize,
     /// The layer that the Hessians are of.
     layer: Option<usize>,
     hessians: HashMap<Input, Hessian>,
@@ -86,8 +99,8 @@ pub struct Calibrator<'a> {
 impl<'a> Calibrator<'a> {
     /// Before the first layer of the model in `source`.
     ///
-    /// Memory: `4 * hidden` bytes a token, one layer of weights as f32, and of its Hessians `4 * cols * cols` bytes
-    /// each. Errors: those of the source and of [`Layerwise::new`].
+    /// Memory: `4 * hidden` bytes a token, one layer of weights as f32, of its Hessians `4 * cols * cols` bytes
+    /// each, and what a pass over 2,048 positions takes; here also the embedding as f32. Errors: those of the source and of [`Layerwise::new`].
     pub fn new(source: &'a dyn Source, calibration: &Calibration) -> Result<Self> {
         let config = config(source)?;
         let source = Weights(source);
@@ -96,13 +109,14 @@ impl<'a> Calibrator<'a> {
         let Calibration { tokens, window } = calibration;
         Ok(Self {
             source,
+            layers: config.num_layers,
             run: Layerwise::new(config, &embedding, tokens, *window)?,
             layer: None,
             hessians: HashMap::new(),
         })
     }
 
-    /// The Hessian of the inputs of the matrix `name`; `None` if it is not in a layer. Layers have to be asked for in
+    /// The Hessian of the inputs of the matrix `name`; `None` if it is not in a layer of the model. Layers have to be asked for in
     /// their order.
     ///
     /// Errors: those of the source; `Invalid` if the model gives numbers that are not finite; `Argument` for a layer
@@ -111,12 +125,14 @@ impl<'a> Calibrator<'a> {
         let Some((layer, input)) = Input::of(name) else {
             return Ok(None);
         };
-        let next = self.layer.map_or(0, |layer| layer + 1);
-        if layer + 1 < next {
-            let message = format!("layer {layer} after layer {}", next - 1);
+        if layer >= self.layers {
+            return Ok(None);
+        }
+        if let Some(last) = self.layer.filter(|&last| layer < last) {
+            let message = format!("layer {layer} after layer {last}");
             return Err(Error::new(ErrorKind::Argument, message));
         }
-        for index in next..=layer {
+        for index in self.layer.map_or(0, |last| last + 1)..=layer {
             self.hessians.clear();
             let hessians = &mut self.hessians;
             self.run.layer(index, &self.source, &mut |input, n, x| {

@@ -3,7 +3,7 @@
 
 use crate::calibration::Calibrator;
 use crate::hessian::Hessian;
-use crate::plan::{CompressOptions, Plan};
+use crate::plan::{CompressOptions, Plan, is_calibrated};
 use crate::progress::Progress;
 use crate::rounding::{round_q4, round_q8, round_s4, round_s8};
 use crate::source::{RawTensor, Source};
@@ -39,8 +39,9 @@ impl CompressReport {
 
 /// Compresses `source` into a UPG file at `out`, which appears whole or not at all.
 ///
-/// The bytes depend on the source and the options only, not on the number of threads. Memory: about
-/// three copies of the largest tensor, in f32. Time: see the encoders.
+/// The bytes depend on the source and the options only, not on the number of threads; if there is a calibration, also on
+/// the machine (instruction set, caches). Memory: about three copies of the largest tensor, in f32, with a calibration also what
+/// [`Calibrator`] and [`Feedback::new`](crate::hessian::Feedback::new) take. Time: see the encoders.
 ///
 /// Errors: those of the source; `Invalid` for weights that are not finite; `Argument` if `out` is a
 /// file of the source; `Io`; `Interrupted`.
@@ -50,14 +51,17 @@ pub fn compress(
     options: &CompressOptions,
     progress: &dyn Progress,
 ) -> Result<CompressReport> {
-    let calibration = options.calibration.as_ref();
-    let mut calibrator = calibration
-        .map(|calibration| Calibrator::new(source, calibration))
-        .transpose()?;
+    let mut calibrator = None;
     compress_with(source, out, options, progress, |index, layer| {
-        let hessian = match &mut calibrator {
-            None => None,
-            Some(calibrator) => calibrator.hessian(&layer.name, progress)?,
+        let hessian = match &options.calibration {
+            Some(calibration) if is_calibrated(layer) => {
+                let calibrator = match &mut calibrator {
+                    Some(calibrator) => calibrator,
+                    none => none.insert(Calibrator::new(source, calibration)?),
+                };
+                calibrator.hessian(&layer.name, progress)?
+            }
+            _ => None,
         };
         let weights = source.read_f32(index)?;
         let matrix = encode_matrix(&weights, layer, options.seed, hessian, progress)?;

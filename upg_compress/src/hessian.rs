@@ -131,7 +131,7 @@ impl Hessian {
         }
     }
 
-    /// `tr(E H E^T)` for errors `E [rows, cols]`.
+    /// `tr(E H E^T)` for errors `E [rows, cols]`. Panics for a length that is not whole rows.
     pub fn cost(&self, errors: &[f32]) -> f64 {
         let cols = self.cols();
         let errors = MatRef::from_row_major_slice(errors, errors.len() / cols.max(1), cols);
@@ -153,17 +153,17 @@ impl Hessian {
 #[derive(Debug, Clone)]
 pub struct Feedback {
     /// `[j][k]` for a column `j` of a block before that of `k`; elsewhere 0.
-    factors: Mat<f32>,
+    shares: Mat<f32>,
     /// What a squared error of each column costs if all later ones make up for it; 1 on average. Columns of the same
     /// block do not, but counting them as if they did measured better than what an error costs within the block.
     costs: Vec<f32>,
-    /// Symmetric, not damped.
+    /// Symmetric and damped: without damping one column of large inputs would set the scale of a whole row.
     hessian: Mat<f32>,
 }
 
 impl Feedback {
-    /// For blocks of `block` columns; the last one may have fewer. Cost: about `cols^3` multiplications in f64;
-    /// memory: `20 * cols * cols` bytes meanwhile.
+    /// For blocks of `block` columns; the last one may have fewer. Cost: `cols^3 / 6` multiplications in f64;
+    /// memory: `8 * cols * cols` bytes, and `16 * cols * cols` more meanwhile.
     ///
     /// Errors: `Argument` for a block of 0; `Invalid` if the Hessian is not positive definite, however it is damped.
     pub fn new(hessian: &Hessian, block: usize) -> Result<Self> {
@@ -171,14 +171,14 @@ impl Feedback {
             return Err(Error::new(ErrorKind::Argument, "blocks of 0 columns"));
         }
         let cols = hessian.cols();
-        let upper = factor(hessian)?;
+        let (upper, damping) = cholesky(hessian)?;
         let diagonal = |k: usize| upper[(k, k)];
         // Unit upper triangular: `H = U D U^T`.
         let unit = |j: usize, k: usize| match j <= k {
             true => upper[(j, k)] / diagonal(k),
             false => 0.0,
         };
-        let mut factors = Mat::zeros(cols, cols);
+        let mut shares = Mat::zeros(cols, cols);
         let mut costs = vec![0.0; cols];
         for start in (0..cols).step_by(block) {
             let columns = start..cols.min(start + block);
@@ -190,19 +190,23 @@ impl Feedback {
                 let mut row: Vec<f64> = columns.clone().map(|k| unit(j, k)).collect();
                 for k in columns.clone() {
                     let value = row[k - start];
-                    factors[(j, k)] = value as f32;
+                    shares[(j, k)] = value as f32;
                     for later in k + 1..columns.end {
                         row[later - start] -= value * unit(k, later);
                     }
                 }
             }
         }
+        let mut damped = hessian.symmetric();
+        for i in 0..cols {
+            damped[(i, i)] += damping as f32;
+        }
         let average = costs.iter().sum::<f64>() / cols.max(1) as f64;
         let costs = costs.iter().map(|cost| (cost / average) as f32).collect();
         Ok(Self {
-            factors,
+            shares,
             costs,
-            hessian: hessian.symmetric(),
+            hessian: damped,
         })
     }
 
@@ -223,16 +227,16 @@ impl Feedback {
             MatMut::from_column_major_slice_mut(&mut wanted[values(&to)], STRIP_ROWS, to.len()),
             Accum::Add,
             MatRef::from_column_major_slice(&errors[values(&from)], STRIP_ROWS, from.len()),
-            self.factors
+            self.shares
                 .submatrix(from.start, to.start, from.len(), to.len()),
             1.0,
             Par::Seq,
         );
     }
 
-    /// For each of [`STRIP_ROWS`] rows the factor of `values` with which they cost least in the place of `weights`;
-    /// both are column by column. `None` where any factor would do.
-    pub(crate) fn factors_of_rows(
+    /// For each of [`STRIP_ROWS`] rows the scale of `values` with which they cost least in the place of `weights`;
+    /// both are column by column. `None` where any scale would do.
+    pub(crate) fn scales_of_rows(
         &self,
         weights: &[f32],
         values: &[f32],
@@ -254,7 +258,12 @@ impl Feedback {
                 along += f64::from(weights[i]) * weighed;
                 squares += f64::from(values[i]) * weighed;
             }
-            (squares > 0.0).then(|| along.max(0.0) / squares)
+            // What is not a number stays that, for the checks of the file.
+            match squares > 0.0 || squares.is_nan() {
+                true if along < 0.0 => Some(0.0),
+                true => Some(along / squares),
+                false => None,
+            }
         })
     }
 
@@ -264,8 +273,8 @@ impl Feedback {
     }
 }
 
-/// The upper triangular `U` of `H = U U^T`, damped.
-fn factor(hessian: &Hessian) -> Result<Mat<f64>> {
+/// The upper triangular `U` of `H = U U^T` with a damped `H`, and what was added to its diagonal.
+fn cholesky(hessian: &Hessian) -> Result<(Mat<f64>, f64)> {
     let cols = hessian.cols();
     let diagonal = (0..cols).map(|i| f64::from(hessian.sums[(i, i)]));
     let average = diagonal.sum::<f64>() / cols.max(1) as f64;
@@ -279,12 +288,15 @@ fn factor(hessian: &Hessian) -> Result<Mat<f64>> {
             let value = f64::from(hessian.sums[(i.max(j), i.min(j))]);
             value + if i == j { damping } else { 0.0 }
         });
-        if let Ok(lower) = Llt::new(reversed.as_ref(), Side::Lower) {
+        let found = Llt::new(reversed.as_ref(), Side::Lower);
+        drop(reversed);
+        if let Ok(lower) = found {
             let lower = lower.L();
-            return Ok(Mat::from_fn(cols, cols, |i, j| match i <= j {
+            let upper = Mat::from_fn(cols, cols, |i, j| match i <= j {
                 true => lower[(cols - 1 - i, cols - 1 - j)],
                 false => 0.0,
-            }));
+            });
+            return Ok((upper, damping));
         }
     }
     Err(Error::new(

@@ -211,7 +211,7 @@ impl Plan {
 }
 
 /// Whether the encoder of a matrix looks at the inputs that the matrix has.
-fn is_calibrated(layer: &LayerInfo) -> bool {
+pub(crate) fn is_calibrated(layer: &LayerInfo) -> bool {
     let encodings = [
         Encoding::Q8,
         Encoding::Q4,

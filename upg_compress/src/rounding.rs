@@ -1,5 +1,5 @@
-//! Data-free rounding: for every group of weights the prime, and for every weight the level, with the
-//! smallest squared error.
+//! For every group of weights the prime, and for every weight the level, with the smallest squared error; with a Hessian
+//! of the inputs levels are then chosen again, so that outputs are kept rather than weights.
 #![forbid(unsafe_code)]
 
 mod feedback;
@@ -27,8 +27,9 @@ const FIT_ROUNDS: usize = 4;
 /// Rounds a matrix `[rows, cols]` to `q8` with groups of `group` columns.
 ///
 /// Cost: an error evaluation for each prime in the range that the largest weight of a group leaves, 115 for
-/// the group with the largest weight of its row. Errors: `Shape` for a wrong length, `Invalid` for a
-/// weight that is not finite.
+/// the group with the largest weight of its row. With a `hessian` of the inputs also `rows * cols^2 / 2`
+/// multiplications, and what [`Feedback::new`](crate::hessian::Feedback::new) takes. Errors: `Shape` for a wrong length or a
+/// Hessian of other columns, `Invalid` for a weight that is not finite; those of `Feedback::new`.
 pub fn round_q8(
     weights: &[f32],
     rows: usize,

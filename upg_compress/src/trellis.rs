@@ -193,9 +193,9 @@ fn encode_strip(
     let mut states = vec![0; len];
     let prime = f64::from(PRIME_LUT[usize::from(PRIME_INDEX)]);
     if let Some(feedback) = feedback {
-        let factors = feedback::search(search, &targets, &mut weights, feedback, &mut states);
-        for (scale, factor) in scales.iter_mut().zip(factors) {
-            *scale = (f64::from(*scale) * factor.unwrap_or(1.0) / prime) as f32;
+        let fitted = feedback::search(search, &targets, &mut weights, feedback, &mut states);
+        for (scale, fitted) in scales.iter_mut().zip(fitted) {
+            *scale = (f64::from(*scale) * fitted.unwrap_or(1.0) / prime) as f32;
         }
         write_stream(&states, code.k(), codes);
         return;

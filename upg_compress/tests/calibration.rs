@@ -79,15 +79,18 @@ fn outputs_are_kept_better_than_by_the_weights_alone() {
 
 #[test]
 fn the_result_does_not_depend_on_threads() {
-    let (rows, cols) = (130, 72);
+    let (rows, cols) = (70, 300);
     let w = noise(rows * cols, 2);
-    let mut hessian = Hessian::new(cols);
-    hessian.add(&inputs(200, cols)).unwrap();
+    let x = inputs(500, cols);
     for encoding in [Encoding::Q4, Encoding::T3] {
         let layer = layer(rows, cols, encoding);
         let with = |threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
-            let encode = || encode_matrix(&w, &layer, 3, Some(&hessian), &()).unwrap();
+            let encode = || {
+                let mut hessian = Hessian::new(cols);
+                hessian.add(&x).unwrap();
+                encode_matrix(&w, &layer, 3, Some(&hessian), &()).unwrap()
+            };
             pool.build().unwrap().install(encode).to_dense()
         };
         assert_eq!(with(1), with(3), "{encoding}");
@@ -143,6 +146,10 @@ fn every_family_is_calibrated_and_layers_come_in_order() {
             }
         }
         assert!(seen >= 4 * config.num_layers, "{name}: {seen}");
+        for beyond in [config.num_layers, usize::MAX] {
+            let name = format!("model.layers.{beyond}.mlp.down_proj.weight");
+            assert!(calibrator.hessian(&name, &()).unwrap().is_none());
+        }
         let e = calibrator
             .hessian("model.layers.0.mlp.down_proj.weight", &())
             .unwrap_err();
@@ -197,6 +204,8 @@ fn too_short_a_text_and_a_model_without_tokenizer_are_refused() {
         let e = Calibration::new(tokens, window).unwrap_err();
         assert_eq!(e.kind(), ErrorKind::Argument);
     }
+    let e = Calibration::new(vec![1; (1 << 18) + 1], 8).unwrap_err();
+    assert_eq!(e.kind(), ErrorKind::TooLarge);
     let folder = tempfile::tempdir().unwrap();
     let source = open("qwen3", "qwen3", folder.path());
     let e = Calibration::of_text(source.as_ref(), "a text").unwrap_err();

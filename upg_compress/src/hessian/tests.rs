@@ -43,6 +43,22 @@ fn sums_of_products_by_hand() {
 }
 
 #[test]
+fn sums_and_factors_do_not_depend_on_threads() {
+    let cols = 300;
+    let x = inputs(500, cols);
+    let with = |threads| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+        pool.build().unwrap().install(|| {
+            let hessian = of(&x, cols);
+            let feedback = Feedback::new(&hessian, 4).unwrap();
+            (hessian.symmetric(), feedback.shares, feedback.costs)
+        })
+    };
+    let one = with(1);
+    assert!([2, 3, 5].into_iter().all(|threads| with(threads) == one));
+}
+
+#[test]
 fn what_is_no_input_is_refused() {
     let mut hessian = Hessian::new(3);
     assert_eq!(hessian.add(&[1.0; 4]).unwrap_err().kind(), ErrorKind::Shape);
@@ -91,15 +107,15 @@ fn factors_of_two_columns_by_hand() {
     // [[5, 4], [4, 6]] and 1 % of 5.5: the target of column 1 moves by 4 / 6.055 of the error of column 0.
     let feedback = Feedback::new(&hessian, 1).unwrap();
     let (a, c) = (5.055, 6.055);
-    assert_close(f64::from(feedback.factors[(0, 1)]), 4.0 / c);
-    assert_eq!(feedback.factors[(1, 0)], 0.0);
+    assert_close(f64::from(feedback.shares[(0, 1)]), 4.0 / c);
+    assert_eq!(feedback.shares[(1, 0)], 0.0);
     let left = a - 16.0 / c;
     let average = (left + c) / 2.0;
     assert_close(f64::from(feedback.costs[0]), left / average);
     assert_close(f64::from(feedback.costs[1]), c / average);
     // In one block nothing moves.
     let feedback = Feedback::new(&hessian, 2).unwrap();
-    assert_eq!(feedback.factors, Mat::<f32>::zeros(2, 2));
+    assert_eq!(feedback.shares, Mat::<f32>::zeros(2, 2));
 }
 
 /// With fixed errors in the first columns, no other weights of the later ones cost less than those asked for.
@@ -120,7 +136,7 @@ fn targets_are_the_cheapest() {
             let before = k / block * block;
             // q = target means e = w - q = -(what the errors before ask for).
             errors[k] = -(0..before)
-                .map(|j| errors[j] * feedback.factors[(j, k)])
+                .map(|j| errors[j] * feedback.shares[(j, k)])
                 .sum::<f32>();
         }
         errors
@@ -138,7 +154,7 @@ fn targets_are_the_cheapest() {
 }
 
 #[test]
-fn factors_of_rows_by_hand() {
+fn scales_of_rows_by_hand() {
     // H = [[5, 4], [4, 6]]
     let hessian = of(&[2.0, 1.0, 0.0, 1.0, 1.0, 2.0], 2);
     let feedback = Feedback::new(&hessian, 1).unwrap();
@@ -150,18 +166,25 @@ fn factors_of_rows_by_hand() {
         }
     };
     put(0, [1.0, -2.0], [2.0, -4.0]);
-    // (1, 0) H (0, 1)^T = 4, (0, 1) H (0, 1)^T = 6
+    // (1, 0) H (0, 1)^T = 4, (0, 1) H (0, 1)^T = 6 and 1 % of 5.5
     put(1, [1.0, 0.0], [0.0, 1.0]);
     put(2, [1.0, 1.0], [-1.0, -1.0]);
-    let factors = feedback.factors_of_rows(&weights, &values);
-    assert_close(factors[0].unwrap(), 0.5);
-    assert_close(factors[1].unwrap(), 4.0 / 6.0);
-    assert_eq!(factors[2..4], [Some(0.0), None]);
+    let scales = feedback.scales_of_rows(&weights, &values);
+    assert_close(scales[0].unwrap(), 0.5);
+    assert_close(scales[1].unwrap(), 4.0 / 6.055);
+    assert_eq!(scales[2..4], [Some(0.0), None]);
+    weights[2] = f32::NAN;
+    values[2] = f32::INFINITY;
+    assert!(
+        feedback.scales_of_rows(&weights, &values)[2]
+            .unwrap()
+            .is_nan()
+    );
 }
 
 #[test]
 fn inputs_of_zeros_move_nothing() {
     let feedback = Feedback::new(&Hessian::new(5), 4).unwrap();
-    assert_eq!(feedback.factors, Mat::<f32>::zeros(5, 5));
+    assert_eq!(feedback.shares, Mat::<f32>::zeros(5, 5));
     assert_eq!(feedback.costs, [1.0; 5]);
 }

@@ -24,6 +24,9 @@ pub(super) fn choose_again<L: LevelSet>(
     encoded: &mut [EncodedRow],
 ) -> Result<()> {
     hessian.check(cols)?;
+    if cols == 0 {
+        return Ok(());
+    }
     let order = hessian.order();
     let feedback = Feedback::new(&hessian.reordered(&order), 1)?;
     encoded
@@ -58,7 +61,7 @@ pub(super) fn choose_again<L: LevelSet>(
             }
             for (row, scale) in rows
                 .iter_mut()
-                .zip(feedback.factors_of_rows(&of_rows, &products))
+                .zip(feedback.scales_of_rows(&of_rows, &products))
             {
                 row.scale = scale.map_or(row.scale, |scale| scale as f32);
             }

@@ -8,35 +8,35 @@ use upg_kernel::matrix::strips::{STRIP_ROWS, TILE_COLS, TILE_WEIGHTS};
 /// Tiles whose errors reach the columns far from them in one product of matrices.
 const TILES: usize = 16;
 
-/// Finds `states` for a strip of `targets`, in the order of its codes, in units of a level. `weights` become what an
-/// error of each weight costs: those of its row times that of its column.
+/// Finds `states` for a strip of `targets`, in the order of its codes, in units of a level. `costs`, what an
+/// error in each row costs, become what an error of each weight does.
 ///
-/// Returns for each row the factor of its levels with which they cost least; `None` where any would do.
+/// Returns for each row the scale of its levels with which they cost least; `None` where any would do.
 ///
 /// Each tile is searched with the tile after it in view, whose targets do not know of the errors of this one yet.
 pub(super) fn search(
     search: &mut Search<'_>,
     targets: &[f32],
-    weights: &mut [f32],
+    costs: &mut [f32],
     feedback: &Feedback,
     states: &mut [u16],
 ) -> [Option<f64>; STRIP_ROWS] {
     let code = search.code();
-    let costs = feedback.costs();
+    let of_columns = feedback.costs();
     let tiles = targets.len() / TILE_WEIGHTS;
-    for (i, weight) in weights.iter_mut().enumerate() {
+    for (i, cost) in costs.iter_mut().enumerate() {
         let col = i / TILE_WEIGHTS * TILE_COLS + i % TILE_COLS;
-        *weight *= costs.get(col).unwrap_or(&0.0);
+        *cost *= of_columns.get(col).unwrap_or(&0.0);
     }
     // Both column by column; columns of padding stay zero.
     let mut wanted = vec![0.0; tiles * TILE_WEIGHTS];
     for (i, &target) in targets.iter().enumerate() {
         wanted[place(i)] = target;
     }
-    let weights_of_rows = wanted[..costs.len() * STRIP_ROWS].to_vec();
+    let of_rows = wanted[..of_columns.len() * STRIP_ROWS].to_vec();
     let mut errors = vec![0.0; wanted.len()];
     let columns = |first: usize, end: usize| {
-        let end = (end * TILE_COLS).min(costs.len());
+        let end = (end * TILE_COLS).min(of_columns.len());
         (first * TILE_COLS).min(end)..end
     };
     let mut now = vec![0.0; 2 * TILE_WEIGHTS];
@@ -52,7 +52,7 @@ pub(super) fn search(
             }
             let states = &mut states[tile * TILE_WEIGHTS..][..TILE_WEIGHTS];
             search
-                .run(start, now, &weights[range.clone()], states)
+                .run(start, now, &costs[range.clone()], states)
                 .expect("as many targets and weights, and more of them than states");
             start = states.last().copied();
             for (i, &state) in range.zip(&*states) {
@@ -65,9 +65,9 @@ pub(super) fn search(
         let (from, to) = (columns(first, end), columns(end + 1, tiles));
         feedback.spread(&errors, from, &mut wanted, to);
     }
-    let pairs = weights_of_rows.iter().zip(&errors);
+    let pairs = of_rows.iter().zip(&errors);
     let levels: Vec<f32> = pairs.map(|(weight, error)| weight - error).collect();
-    feedback.factors_of_rows(&weights_of_rows, &levels)
+    feedback.scales_of_rows(&of_rows, &levels)
 }
 
 /// Where the weight with number `i` of a strip is in an array of columns.

@@ -35,7 +35,8 @@ impl Layerwise {
     ///
     /// Memory: `4 * hidden` bytes a token, and what passes over 2,048 positions take. Errors: `Invalid` (sizes of
     /// the config); `Argument` if `len` is 0 or beyond the context, the tokens are not whole sequences or one is not
-    /// in the vocabulary; `Shape` for an embedding of another shape.
+    /// in the vocabulary; `TooLarge` without memory for them; those of [`Matrix::gather`] for an embedding of
+    /// another shape.
     pub fn new(
         config: ModelConfig,
         embedding: &Matrix,
@@ -61,7 +62,15 @@ impl Layerwise {
                 config.vocab_size
             ));
         }
-        let mut hidden = vec![0.0; tokens.len() * config.hidden_size];
+        let too_large = || {
+            let message = format!("no memory for the hidden states of {} tokens", tokens.len());
+            Error::new(ErrorKind::TooLarge, message)
+        };
+        let values = tokens.len().checked_mul(config.hidden_size);
+        let values = values.ok_or_else(too_large)?;
+        let mut hidden = Vec::new();
+        hidden.try_reserve_exact(values).map_err(|_| too_large())?;
+        hidden.resize(values, 0.0);
         embedding.gather(tokens, &mut hidden)?;
         Ok(Self {
             rope: Rope::new(&config.rope),

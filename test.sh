@@ -39,7 +39,8 @@ fi
 
 cargo test --workspace --locked
 # Without rounded activations the text has to be that of transformers, token by token.
-UPG_KERNEL=scalar cargo test --package upg_compress --test smollm2 --locked q8_continues_as_transformers_does
-cargo build --package upg_cli --locked
+# (Of the whole workspace: for one package dependencies would be compiled again, with other features.)
+UPG_KERNEL=scalar cargo test --workspace --test smollm2 --locked q8_continues_as_transformers_does
+# The command was built for its own tests.
 "$venv/bin/python" tests/test_python_reader.py "$target/debug/upg"
 echo "All tests passed."

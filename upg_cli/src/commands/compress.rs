@@ -24,8 +24,7 @@ pub fn run(args: &CompressArgs) -> Result<()> {
     options.seed = args.seed;
     if let Some(path) = &args.calibrate {
         let text = terminal::read_text(path)?;
-        let calibration = Calibration::of_text(source.as_ref(), &text);
-        options.calibration = Some(calibration.map_err(|e| e.at(path))?);
+        options.calibration = Some(Calibration::of_text(source.as_ref(), &text)?);
     }
     let started = Instant::now();
     let progress = WeightsBar::new()?;

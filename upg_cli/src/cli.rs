@@ -96,7 +96,7 @@ pub struct CompressArgs {
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
     /// Text (UTF-8) that the model is run over first: what its matrices make of it is kept rather than
-    /// their weights. For q8, q4, t2, t3 and t4 in the blocks; takes 3 to 6 times as long
+    /// their weights. For q8, q4, t2, t3 and t4 in the blocks; takes several times as long
     #[arg(long, value_name = "FILE")]
     pub calibrate: Option<PathBuf>,
 }

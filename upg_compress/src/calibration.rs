@@ -7,7 +7,7 @@ use crate::source::Source;
 use std::collections::HashMap;
 use upg_kernel::inference::tokenizer::{SpecialIds, Tokenizer};
 use upg_kernel::inference::weights::shape_mismatch;
-use upg_kernel::inference::{Input, Layerwise, ModelConfig, WeightSource};
+use upg_kernel::inference::{Input, Layerwise, WeightSource};
 use upg_kernel::matrix::{DenseMatrix, DenseValues, Matrix};
 use upg_kernel::{Error, ErrorKind, Result};
 
@@ -58,11 +58,8 @@ impl Calibration {
             Error::new(ErrorKind::Missing, "the model has no tokenizer")
                 .hint("calibration needs one: put tokenizer.json beside the weights")
         })?;
-        let config = config(source)?;
-        let special = SpecialIds {
-            bos: config.bos_id,
-            eos: config.eos_ids.clone(),
-        };
+        let config = files.config()?;
+        let special = SpecialIds::from(&config);
         let tokenizer =
             Tokenizer::from_json(json, files.tokenizer_config_json.as_deref(), special)?;
         let tokens = tokenizer.encode(text, true)?;
@@ -80,11 +77,6 @@ impl Calibration {
     }
 }
 
-fn config(source: &dyn Source) -> Result<ModelConfig> {
-    let files = source.files();
-    ModelConfig::from_json(&files.config_json, files.generation_config_json.as_deref())
-}
-
 /// The inputs of the layers of a model, one layer after the other.
 pub struct Calibrator<'a> {
     source: Weights<'a>,
@@ -100,9 +92,10 @@ impl<'a> Calibrator<'a> {
     /// Before the first layer of the model in `source`.
     ///
     /// Memory: `4 * hidden` bytes a token, one layer of weights as f32, of its Hessians `4 * cols * cols` bytes
-    /// each, and what a pass over 2,048 positions takes; here also the embedding as f32. Errors: those of the source and of [`Layerwise::new`].
+    /// each, and what a pass over 2,048 positions takes; here also the embedding as f32.
+    /// Errors: those of the source and of [`Layerwise::new`].
     pub fn new(source: &'a dyn Source, calibration: &Calibration) -> Result<Self> {
-        let config = config(source)?;
+        let config = source.files().config()?;
         let source = Weights(source);
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
         let embedding = source.matrix("model.embed_tokens.weight", vocab, hidden)?;
@@ -116,8 +109,8 @@ impl<'a> Calibrator<'a> {
         })
     }
 
-    /// The Hessian of the inputs of the matrix `name`; `None` if it is not in a layer of the model. Layers have to be asked for in
-    /// their order.
+    /// The Hessian of the inputs of the matrix `name`; `None` if it is not in a layer of the model. Layers
+    /// have to be asked for in their order.
     ///
     /// Errors: those of the source; `Invalid` if the model gives numbers that are not finite; `Argument` for a layer
     /// before the last one; `Interrupted`.

@@ -39,9 +39,10 @@ impl CompressReport {
 
 /// Compresses `source` into a UPG file at `out`, which appears whole or not at all.
 ///
-/// The bytes depend on the source and the options only, not on the number of threads; if there is a calibration, also on
-/// the machine (instruction set, caches). Memory: about three copies of the largest tensor, in f32, with a calibration also what
-/// [`Calibrator`] and [`Feedback::new`](crate::hessian::Feedback::new) take. Time: see the encoders.
+/// The bytes depend on the source and the options only, not on the number of threads; if there is a
+/// calibration, also on the machine (instruction set, caches). Memory: about three copies of the largest
+/// tensor, in f32, with a calibration also what [`Calibrator`] and
+/// [`Feedback::new`](crate::hessian::Feedback::new) take. Time: see the encoders.
 ///
 /// Errors: those of the source; `Invalid` for weights that are not finite; `Argument` if `out` is a
 /// file of the source; `Io`; `Interrupted`.

@@ -7,7 +7,7 @@ use crate::trellis;
 use std::fmt;
 use std::str::FromStr;
 use upg_kernel::format::{Encoding, LayerInfo, check_kept_name};
-use upg_kernel::inference::{Input, ModelConfig};
+use upg_kernel::inference::Input;
 use upg_kernel::{Error, ErrorKind, Result};
 
 /// Seed of the random signs of the rotation, if none is asked for.
@@ -129,10 +129,8 @@ pub(crate) struct PlannedTensor {
 
 impl Plan {
     pub(crate) fn new(source: &dyn Source, options: &CompressOptions) -> Result<Self> {
-        let files = source.files();
         // A file that no engine could run is not worth hours of work.
-        let generation = files.generation_config_json.as_deref();
-        let tied = ModelConfig::from_json(&files.config_json, generation)?.tie_word_embeddings;
+        let tied = source.files().config()?.tie_word_embeddings;
         if let Some(group) = options.group.filter(|group| !matches!(group, 32 | 64)) {
             let message = format!("a group of {group} columns");
             return Err(Error::new(ErrorKind::Argument, message).hint("use 32 or 64"));
@@ -212,15 +210,9 @@ impl Plan {
 
 /// Whether the encoder of a matrix looks at the inputs that the matrix has.
 pub(crate) fn is_calibrated(layer: &LayerInfo) -> bool {
-    let encodings = [
-        Encoding::Q8,
-        Encoding::Q4,
-        Encoding::T2,
-        Encoding::T3,
-        Encoding::T4,
-    ];
-    let names = encodings.map(Encoding::name);
-    Input::of(&layer.name).is_some() && names.contains(&layer.encoding_name())
+    use Encoding::{Q4, Q8, T2, T3, T4};
+    let looks = matches!(layer.encoding(), Ok(Q8 | Q4 | T2 | T3 | T4));
+    looks && Input::of(&layer.name).is_some()
 }
 
 fn described(tensor: &TensorInfo, choice: Choice, group: Option<usize>) -> Option<LayerInfo> {

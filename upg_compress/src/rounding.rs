@@ -37,10 +37,7 @@ pub fn round_q8(
     group: usize,
     hessian: Option<&Hessian>,
 ) -> Result<GroupedMatrix> {
-    let mut encoded = encode_rows(weights, rows, cols, group, false, &Linear8)?;
-    if let Some(hessian) = hessian {
-        feedback::choose_again(weights, cols, group, &Linear8, hessian, &mut encoded)?;
-    }
+    let encoded = encode_grouped(weights, rows, cols, group, hessian, &Linear8)?;
     let strip = cols.div_ceil(group) * group * STRIP_ROWS;
     let values = packing::pack_all(&encoded, strip, |strip: &mut [i8], row, col, code| {
         strip[position(row, col)] = Linear8.level(code);
@@ -57,10 +54,7 @@ pub fn round_q4(
     hessian: Option<&Hessian>,
 ) -> Result<GroupedMatrix> {
     let codebook = fit_codebook(weights, rows, cols, group, false)?;
-    let mut encoded = encode_rows(weights, rows, cols, group, false, &codebook)?;
-    if let Some(hessian) = hessian {
-        feedback::choose_again(weights, cols, group, &codebook, hessian, &mut encoded)?;
-    }
+    let encoded = encode_grouped(weights, rows, cols, group, hessian, &codebook)?;
     let strip = cols.div_ceil(group) * group * STRIP_ROWS / 2;
     let codes = packing::pack_all(&encoded, strip, |strip: &mut [u8], row, col, code| {
         let (byte, shift) = nibble(row, col);
@@ -104,6 +98,22 @@ struct EncodedRow {
     scale: f32,
     primes: Vec<u8>,
     codes: Vec<u8>,
+}
+
+/// Rows all of whose weights are stored, with a Hessian chosen again.
+fn encode_grouped<L: LevelSet>(
+    weights: &[f32],
+    rows: usize,
+    cols: usize,
+    group: usize,
+    hessian: Option<&Hessian>,
+    levels: &L,
+) -> Result<Vec<EncodedRow>> {
+    let mut encoded = encode_rows(weights, rows, cols, group, false, levels)?;
+    if let Some(hessian) = hessian {
+        feedback::choose_again(weights, cols, group, levels, hessian, &mut encoded)?;
+    }
+    Ok(encoded)
 }
 
 fn encode_rows<L: LevelSet>(

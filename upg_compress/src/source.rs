@@ -19,6 +19,7 @@ use std::fs::File;
 use std::io::Read;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use upg_kernel::inference::ModelConfig;
 use upg_kernel::{Error, ErrorKind, Result};
 
 /// A floating-point type that a tensor can be kept in as it is.
@@ -171,6 +172,13 @@ pub struct ModelFiles {
     pub special_tokens_map_json: Option<String>,
     /// The Jinja text of the default chat template.
     pub chat_template: Option<String>,
+}
+
+impl ModelFiles {
+    /// The configuration of the model, checked. Errors: those of [`ModelConfig::from_json`].
+    pub fn config(&self) -> Result<ModelConfig> {
+        ModelConfig::from_json(&self.config_json, self.generation_config_json.as_deref())
+    }
 }
 
 /// The bytes of a tensor that is kept as it is.

@@ -13,6 +13,7 @@ use std::sync::OnceLock;
 
 use serde_json::Value;
 
+use super::config::ModelConfig;
 use crate::{Error, ErrorKind, Result};
 
 pub use stream::DecodeStream;
@@ -36,6 +37,16 @@ pub struct SpecialIds {
     pub bos: Option<u32>,
     /// Every id that ends a generated text; may be empty.
     pub eos: Vec<u32>,
+}
+
+impl From<&ModelConfig> for SpecialIds {
+    /// Those that the configuration of the model names.
+    fn from(config: &ModelConfig) -> Self {
+        Self {
+            bos: config.bos_id,
+            eos: config.eos_ids.clone(),
+        }
+    }
 }
 
 /// How the special tokens that stand in a text are read.

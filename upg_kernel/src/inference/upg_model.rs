@@ -50,10 +50,7 @@ impl UPGModel {
                 .hint("it holds weights only: compress a whole model directory")
         })?;
         let config = ModelConfig::from_json(config_json, file.metadata("generation_config.json"))?;
-        let special = SpecialIds {
-            bos: config.bos_id,
-            eos: config.eos_ids.clone(),
-        };
+        let special = SpecialIds::from(&config);
         let tokenizer = file
             .tokenizer_json()
             .map(|json| Tokenizer::from_json(json, file.metadata("tokenizer_config.json"), special))

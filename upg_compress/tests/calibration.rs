@@ -11,6 +11,7 @@ use upg_compress::calibration::{Calibration, Calibrator};
 use upg_compress::compress::{compress, encode_matrix};
 use upg_compress::hessian::Hessian;
 use upg_compress::plan::{Choice, CompressOptions};
+use upg_compress::progress::Progress;
 use upg_compress::source::{self, Source};
 use upg_kernel::ErrorKind;
 use upg_kernel::format::{Encoding, LayerInfo, UpgFile};
@@ -183,6 +184,22 @@ fn a_file_says_what_it_was_calibrated_on() {
     );
     assert_ne!(bytes, free_bytes);
     assert_eq!(file(&options, "again.safetensors").1, bytes);
+}
+
+#[test]
+fn the_run_over_the_text_can_be_stopped() {
+    struct Stopped;
+    impl Progress for Stopped {
+        fn is_cancelled(&self) -> bool {
+            true
+        }
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let source = open("qwen3", "qwen3", folder.path());
+    let mut calibrator = Calibrator::new(source.as_ref(), &calibration("qwen3")).unwrap();
+    let name = "model.layers.0.mlp.down_proj.weight";
+    let e = calibrator.hessian(name, &Stopped).unwrap_err();
+    assert_eq!(e.kind(), ErrorKind::Interrupted);
 }
 
 #[test]

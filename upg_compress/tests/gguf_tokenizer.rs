@@ -12,7 +12,9 @@ use std::path::PathBuf;
 use candle_core::quantized::gguf_file::{Content, Value};
 use common::smollm2_gguf;
 use serde_json::Value as Json;
+use upg_compress::calibration::Calibration;
 use upg_compress::gguf_tokenizer::{GgufVocab, TokenizerFiles};
+use upg_compress::source;
 use upg_kernel::inference::chat_template::{ChatTemplate, Message};
 use upg_kernel::inference::tokenizer::{SpecialIds, SpecialText, Tokenizer};
 
@@ -178,4 +180,19 @@ fn real_template_adds_its_system_prompt() {
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face\
      <|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     );
+}
+
+#[test]
+fn a_calibration_text_is_cut_into_whole_sequences_of_the_ids_of_llama_cpp() {
+    let file = json("smollm2_tokens.json");
+    let cases = file["cases"].as_array().unwrap();
+    let case = cases.iter().find(|case| !case["text_file"].is_null());
+    let case = case.expect("a case with a long text");
+    let source = source::open(smollm2_gguf()).unwrap();
+    let calibration = Calibration::of_text(source.as_ref(), &text(case)).unwrap();
+    let ids = ids(&case["ids"]);
+    let whole = ids.len() / 512 * 512;
+    assert!(whole > 0 && whole < ids.len());
+    assert_eq!(calibration.window(), 512);
+    assert_eq!(calibration.tokens(), &ids[..whole]);
 }

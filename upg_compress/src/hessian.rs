@@ -135,11 +135,20 @@ impl Hessian {
     pub fn cost(&self, errors: &[f32]) -> f64 {
         let cols = self.cols();
         let errors = MatRef::from_row_major_slice(errors, errors.len() / cols.max(1), cols);
-        let product = errors * self.symmetric();
-        let pairs = (0..errors.nrows()).flat_map(|i| (0..cols).map(move |j| (i, j)));
-        pairs
-            .map(|(i, j)| f64::from(product[(i, j)]) * f64::from(errors[(i, j)]))
-            .sum()
+        sum_of_products(&(errors * self.symmetric()), errors)
+    }
+
+    /// `tr(O E H E^T)` for errors `E [rows, cols]` of a matrix with inputs of `H` and outputs of this, `O`. Panics for another
+    /// length.
+    pub(crate) fn product(&self, inputs: &Self, errors: &[f32]) -> f64 {
+        let errors = MatRef::from_row_major_slice(errors, self.cols(), inputs.cols());
+        let weighed = self.symmetric() * (errors * inputs.symmetric());
+        sum_of_products(&weighed, errors)
+    }
+
+    /// The sum of the diagonal.
+    pub(crate) fn trace(&self) -> f64 {
+        (0..self.cols()).map(|i| f64::from(self.sums[(i, i)])).sum()
     }
 
     fn symmetric(&self) -> Mat<f32> {
@@ -147,6 +156,14 @@ impl Hessian {
             self.sums[(i.max(j), i.min(j))]
         })
     }
+}
+
+/// Of the elements of two matrices of the same size.
+fn sum_of_products(a: &Mat<f32>, b: MatRef<'_, f32>) -> f64 {
+    let pairs = (0..a.nrows()).flat_map(|i| (0..a.ncols()).map(move |j| (i, j)));
+    pairs
+        .map(|(i, j)| f64::from(a[(i, j)]) * f64::from(b[(i, j)]))
+        .sum()
 }
 
 /// How errors of the columns before change the targets of the columns that are rounded next, `block` columns at a time.
@@ -229,6 +246,23 @@ impl Feedback {
             MatRef::from_column_major_slice(&errors[values(&from)], STRIP_ROWS, from.len()),
             self.shares
                 .submatrix(from.start, to.start, from.len(), to.len()),
+            1.0,
+            Par::Seq,
+        );
+    }
+
+    /// Adds to what is `wanted [n, cols]` of rows what the errors `[first, cols]` of all rows before them ask for: here the
+    /// values of the Hessian are those of outputs. Row by row; a block of the feedback at a time.
+    pub(crate) fn carry(&self, errors: &[f32], cols: usize, wanted: &mut [f32]) {
+        let (first, n) = (errors.len() / cols, wanted.len() / cols);
+        if first == 0 {
+            return;
+        }
+        matmul(
+            MatMut::from_row_major_slice_mut(wanted, n, cols),
+            Accum::Add,
+            self.shares.submatrix(0, first, first, n).transpose(),
+            MatRef::from_row_major_slice(errors, first, cols),
             1.0,
             Par::Seq,
         );

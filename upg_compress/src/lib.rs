@@ -44,7 +44,8 @@
 //!   Face directory.
 //! - [`mod@compress_random`]: files of random models in little time, to measure with.
 //!
-//! - [`calibration`] and [`hessian`]: the inputs of each matrix, for rounding that keeps its outputs.
+//! - [`calibration`], [`curvature`] and [`hessian`]: what errors of each matrix change the predictions of the model by, for
+//!   rounding that keeps these.
 //!
 //! Without a calibration text only the weights are looked at. The bytes of a file depend on the source and
 //! the options, never on the number of threads or the instruction set; with a calibration text on the machine
@@ -53,6 +54,7 @@
 pub mod calibration;
 pub mod compress;
 pub mod compress_random;
+pub mod curvature;
 pub mod export;
 pub mod gguf_tokenizer;
 pub mod hessian;

@@ -4,6 +4,7 @@
 use crate::calibration::Calibration;
 use crate::source::{Source, TensorInfo};
 use crate::trellis;
+use std::cmp::Reverse;
 use std::fmt;
 use std::str::FromStr;
 use upg_kernel::format::{Encoding, LayerInfo, check_kept_name};
@@ -187,7 +188,12 @@ impl Plan {
             Ok(PlannedTensor { index, layer })
         };
         // What no reader would open is not worth the work either.
-        let plan: Vec<PlannedTensor> = tensors.iter().map(planned).collect::<Result<_>>()?;
+        let mut plan: Vec<PlannedTensor> = tensors.iter().map(planned).collect::<Result<_>>()?;
+        if options.calibration.is_some() {
+            // Gradients come from the last layer to the first.
+            let name = |t: &PlannedTensor| source.tensors()[t.index].name.as_str();
+            plan.sort_by_key(|t| Input::of(name(t)).map(|(layer, _)| Reverse(layer)));
+        }
         let grouped = [Encoding::Q8, Encoding::Q4].map(Encoding::name);
         let mut layers = plan.iter().filter_map(|t| t.layer.as_ref());
         if options.group.is_some() && !layers.any(|l| grouped.contains(&l.encoding_name())) {

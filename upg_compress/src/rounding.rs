@@ -8,7 +8,7 @@ mod packing;
 
 pub use levels::{Codebook, LevelSet, Linear8};
 
-use crate::hessian::Hessian;
+use crate::curvature::Curvature;
 use rayon::prelude::*;
 use upg_kernel::matrix::strips::{STRIP_ROWS, nibble, position};
 use upg_kernel::matrix::{BITMAP_GROUP, BitmapMatrix, GroupedMatrix, Levels};
@@ -27,17 +27,17 @@ const FIT_ROUNDS: usize = 4;
 /// Rounds a matrix `[rows, cols]` to `q8` with groups of `group` columns.
 ///
 /// Cost: an error evaluation for each prime in the range that the largest weight of a group leaves, 115 for
-/// the group with the largest weight of its row. With a `hessian` of the inputs also `rows * cols^2 / 2`
-/// multiplications, and what [`Feedback::new`](crate::hessian::Feedback::new) takes. Errors: `Shape` for a wrong length or a
-/// Hessian of other columns, `Invalid` for a weight that is not finite; those of `Feedback::new`.
+/// the group with the largest weight of its row. With a `curvature` also `rows * cols^2 / 2`
+/// multiplications, and what [`Feedback::new`](crate::hessian::Feedback::new) takes. Errors: `Shape` for a wrong length or the
+/// curvature of another matrix, `Invalid` for a weight that is not finite; those of `Feedback::new`.
 pub fn round_q8(
     weights: &[f32],
     rows: usize,
     cols: usize,
     group: usize,
-    hessian: Option<&Hessian>,
+    curvature: Option<&Curvature>,
 ) -> Result<GroupedMatrix> {
-    let encoded = encode_grouped(weights, rows, cols, group, hessian, &Linear8)?;
+    let encoded = encode_grouped(weights, rows, cols, group, curvature, &Linear8)?;
     let strip = cols.div_ceil(group) * group * STRIP_ROWS;
     let values = packing::pack_all(&encoded, strip, |strip: &mut [i8], row, col, code| {
         strip[position(row, col)] = Linear8.level(code);
@@ -51,10 +51,10 @@ pub fn round_q4(
     rows: usize,
     cols: usize,
     group: usize,
-    hessian: Option<&Hessian>,
+    curvature: Option<&Curvature>,
 ) -> Result<GroupedMatrix> {
     let codebook = fit_codebook(weights, rows, cols, group, false)?;
-    let encoded = encode_grouped(weights, rows, cols, group, hessian, &codebook)?;
+    let encoded = encode_grouped(weights, rows, cols, group, curvature, &codebook)?;
     let strip = cols.div_ceil(group) * group * STRIP_ROWS / 2;
     let codes = packing::pack_all(&encoded, strip, |strip: &mut [u8], row, col, code| {
         let (byte, shift) = nibble(row, col);
@@ -100,18 +100,18 @@ struct EncodedRow {
     codes: Vec<u8>,
 }
 
-/// Rows all of whose weights are stored, with a Hessian chosen again.
+/// Rows all of whose weights are stored, with a curvature chosen again.
 fn encode_grouped<L: LevelSet>(
     weights: &[f32],
     rows: usize,
     cols: usize,
     group: usize,
-    hessian: Option<&Hessian>,
+    curvature: Option<&Curvature>,
     levels: &L,
 ) -> Result<Vec<EncodedRow>> {
     let mut encoded = encode_rows(weights, rows, cols, group, false, levels)?;
-    if let Some(hessian) = hessian {
-        feedback::choose_again(weights, cols, group, levels, hessian, &mut encoded)?;
+    if let Some(curvature) = curvature {
+        feedback::choose_again(weights, cols, group, levels, curvature, &mut encoded)?;
     }
     Ok(encoded)
 }

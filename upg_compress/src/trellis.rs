@@ -18,7 +18,8 @@ pub use code::{Code, UNIT};
 pub use search::Search;
 pub use simd::Path;
 
-use crate::hessian::{Feedback, Hessian};
+use crate::curvature::{Curvature, Panel};
+use crate::hessian::Feedback;
 use crate::progress::Progress;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
@@ -86,18 +87,18 @@ pub fn encode(
     encode_with(w, rows, cols, k, signs_seed, None, &())
 }
 
-/// [`encode`]; with a Hessian of the inputs (not rotated) errors are made up for by the columns that come later, so
-/// that the outputs of the matrix are kept rather than its weights. `progress` advances with every strip.
+/// [`encode`]; with a curvature (not rotated) errors are made up for by the columns and rows that come later, so
+/// that what the model predicts is kept rather than its weights. `progress` advances with every strip.
 ///
-/// Errors: also `Interrupted`, at most a strip of each thread after `progress` is cancelled; `Shape` for a Hessian of
-/// other columns, and those of [`Feedback::new`].
+/// Errors: also `Interrupted`, at most a strip of each thread after `progress` is cancelled; `Shape` for the curvature of
+/// another matrix, and those of [`Feedback::new`].
 pub fn encode_with(
     w: &[f32],
     rows: usize,
     cols: usize,
     k: u8,
     signs_seed: u64,
-    hessian: Option<&Hessian>,
+    curvature: Option<&Curvature>,
     progress: &dyn Progress,
 ) -> Result<TrellisMatrix> {
     let code = &Code::standard(k)?;
@@ -114,10 +115,10 @@ pub fn encode_with(
         ));
     }
     let rotation = rotation(cols, signs_seed)?;
-    let feedback = hessian
-        .map(|hessian| {
-            hessian.check(cols)?;
-            Feedback::new(&hessian.rotated(&rotation), TILE_COLS)
+    let feedback = curvature
+        .map(|curvature| {
+            curvature.check(rows, cols)?;
+            Feedback::new(&curvature.inputs().rotated(&rotation), TILE_COLS)
         })
         .transpose()?;
     let too_large = || Error::new(ErrorKind::TooLarge, format!("matrix [{rows}, {cols}]"));
@@ -126,18 +127,30 @@ pub fn encode_with(
         .checked_mul(strip_bytes)
         .ok_or_else(too_large)?;
     let (mut codes, mut scales) = (vec![0; len], vec![0.0; rows]);
+    let panel_rows = curvature.map_or(STRIP_ROWS, Curvature::panel_rows);
     codes
-        .par_chunks_exact_mut(strip_bytes)
-        .zip(scales.par_chunks_mut(STRIP_ROWS))
-        .zip(w.par_chunks(STRIP_ROWS * cols))
+        .par_chunks_mut(panel_rows / STRIP_ROWS * strip_bytes)
+        .zip(scales.par_chunks_mut(panel_rows))
+        .zip(w.par_chunks(panel_rows * cols))
+        .enumerate()
         .try_for_each_init(
-            || Search::new(code),
-            |search, ((codes, scales), w)| {
-                progress.proceed()?;
-                let mut w = w.to_vec();
-                w.chunks_exact_mut(cols).for_each(|row| rotation.apply(row));
-                encode_strip(search, &w, cols, feedback.as_ref(), codes, scales);
-                progress.advance(w.len() as u64);
+            || Strip::new(code, cols),
+            |strip, (panel, ((codes, scales), w))| {
+                let of_rows = curvature.map(|curvature| curvature.feedback_of_rows(panel));
+                let mut panel = Panel::new(cols, of_rows.transpose()?.flatten());
+                let strips = codes.chunks_exact_mut(strip_bytes);
+                let strips = strips.zip(scales.chunks_mut(STRIP_ROWS));
+                for ((codes, scales), w) in strips.zip(w.chunks(STRIP_ROWS * cols)) {
+                    progress.proceed()?;
+                    let mut rotated = w.to_vec();
+                    let rows = rotated.chunks_exact_mut(cols);
+                    rows.for_each(|row| rotation.apply(row));
+                    let (wanted, costs) = panel.next(&rotated);
+                    strip.encode(&wanted, costs, feedback.as_ref(), scales);
+                    write_stream(&strip.states, code.k(), codes);
+                    panel.add(&rotated, strip.decoded(scales));
+                    progress.advance(w.len() as u64);
+                }
                 Ok::<_, Error>(())
             },
         )?;
@@ -156,68 +169,120 @@ pub fn encode_with(
     TrellisMatrix::new(rows, cols, code.k(), parts)
 }
 
-/// Encodes up to 64 rotated rows `w [n, cols]` into `codes` (zeros before) and `scales [n]`.
-///
-/// A row that is not finite gets a scale that is not.
-fn encode_strip(
-    search: &mut Search,
-    w: &[f32],
+/// Up to 64 rotated rows on their way into a stream of states; its memory is used again.
+struct Strip<'a> {
     cols: usize,
-    feedback: Option<&Feedback>,
-    codes: &mut [u8],
-    scales: &mut [f32],
-) {
-    let code = search.code();
-    let len = strip_weights(cols).expect("a strip of this matrix is in memory");
-    let (mut targets, mut weights) = (vec![0.0; len], vec![0.0; len]);
-    let rms = |w: &[f32]| {
-        let squares: f64 = w.iter().map(|&w| f64::from(w).powi(2)).sum();
-        (squares / w.len() as f64).sqrt()
+    search: Search<'a>,
+    /// In the order of the codes, as are weights and states; in units of a level.
+    targets: Vec<f32>,
+    weights: Vec<f32>,
+    states: Vec<u16>,
+}
+
+impl<'a> Strip<'a> {
+    fn new(code: &'a Code, cols: usize) -> Self {
+        let len = strip_weights(cols).expect("a strip of this matrix is in memory");
+        Self {
+            cols,
+            search: Search::new(code),
+            targets: vec![0.0; len],
+            weights: vec![0.0; len],
+            states: vec![0; len],
+        }
+    }
+
+    /// Finds states for rows `w [n, cols]` and their `scales [n]`. `costs [n]` are what errors of rows cost; without
+    /// them it is the sizes of the rows that count.
+    ///
+    /// A row that is not finite gets a scale that is not.
+    fn encode(
+        &mut self,
+        w: &[f32],
+        costs: Option<&[f32]>,
+        feedback: Option<&Feedback>,
+        scales: &mut [f32],
+    ) {
+        let code = self.search.code();
+        let gain = if feedback.is_some() { GAIN } else { 1.0 };
+        self.targets.fill(0.0);
+        self.weights.fill(0.0);
+        let sizes: Vec<f64> = w.chunks_exact(self.cols).map(rms).collect();
+        let of_rows = row_weights(&sizes, costs);
+        for (row, (w, scale)) in w.chunks_exact(self.cols).zip(&mut *scales).enumerate() {
+            let level = sizes[row] * gain / f64::from(code.unit());
+            *scale = level as f32;
+            if level == 0.0 {
+                continue;
+            }
+            for (col, &w) in w.iter().enumerate() {
+                let p = position(row, col);
+                self.targets[p] = (f64::from(w) / level) as f32;
+                self.weights[p] = of_rows[row];
+            }
+        }
+        let prime = f64::from(PRIME_LUT[usize::from(PRIME_INDEX)]);
+        if let Some(feedback) = feedback {
+            let (targets, weights) = (&self.targets, &mut self.weights);
+            let states = &mut self.states;
+            let fitted = feedback::search(&mut self.search, targets, weights, feedback, states);
+            for (scale, fitted) in scales.iter_mut().zip(fitted) {
+                *scale = (f64::from(*scale) * fitted.unwrap_or(1.0) / prime) as f32;
+            }
+            return;
+        }
+        self.search
+            .run(None, &self.targets, &self.weights, &mut self.states)
+            .expect("as many targets, weights and states");
+        for (row, (w, scale)) in w.chunks_exact(self.cols).zip(scales).enumerate() {
+            if !scale.is_finite() {
+                continue;
+            }
+            let (mut along, mut squares) = (0.0, 0.0);
+            for (col, &w) in w.iter().enumerate() {
+                let level = f64::from(code.level(self.states[position(row, col)]));
+                along += f64::from(w) * level;
+                squares += level * level;
+            }
+            // least squares: the best scale for the levels that were chosen
+            let best = along.max(0.0) / (squares.max(1.0) * prime);
+            *scale = best as f32;
+        }
+    }
+
+    /// The rows of the states with these scales, row by row.
+    fn decoded(&self, scales: &[f32]) -> impl Iterator<Item = f32> {
+        let prime = PRIME_LUT[usize::from(PRIME_INDEX)] as f32;
+        scales.iter().enumerate().flat_map(move |(row, scale)| {
+            let level = move |col| self.search.code().level(self.states[position(row, col)]);
+            (0..self.cols).map(move |col| scale * (prime * f32::from(level(col))))
+        })
+    }
+}
+
+fn rms(w: &[f32]) -> f64 {
+    let squares: f64 = w.iter().map(|&w| f64::from(w).powi(2)).sum();
+    (squares / w.len() as f64).sqrt()
+}
+
+/// What an error of one level in each row of a strip counts, about 1 on average: from the sizes of the rows, and what errors
+/// in them cost, if that is known.
+fn row_weights(sizes: &[f64], costs: Option<&[f32]>) -> Vec<f32> {
+    let weights: Vec<f64> = match costs {
+        None => {
+            let squares = sizes.iter().map(|size| size * size).sum::<f64>();
+            let average = (squares / sizes.len() as f64).sqrt();
+            let weight = |size: &f64| (size / average).max(LEAST_ROW_WEIGHT);
+            return sizes.iter().map(|size| weight(size) as f32).collect();
+        }
+        Some(costs) => {
+            let pairs = sizes.iter().zip(costs);
+            pairs
+                .map(|(size, &cost)| size * size * f64::from(cost))
+                .collect()
+        }
     };
-    let average = rms(w);
-    let gain = if feedback.is_some() { GAIN } else { 1.0 };
-    for (row, (w, scale)) in w.chunks_exact(cols).zip(scales.iter_mut()).enumerate() {
-        let size = rms(w);
-        let level = size * gain / f64::from(code.unit());
-        *scale = level as f32;
-        if level == 0.0 {
-            continue;
-        }
-        let weight = (size / average).max(LEAST_ROW_WEIGHT) as f32;
-        for (col, &w) in w.iter().enumerate() {
-            let p = position(row, col);
-            targets[p] = (f64::from(w) / level) as f32;
-            weights[p] = weight;
-        }
-    }
-    let mut states = vec![0; len];
-    let prime = f64::from(PRIME_LUT[usize::from(PRIME_INDEX)]);
-    if let Some(feedback) = feedback {
-        let fitted = feedback::search(search, &targets, &mut weights, feedback, &mut states);
-        for (scale, fitted) in scales.iter_mut().zip(fitted) {
-            *scale = (f64::from(*scale) * fitted.unwrap_or(1.0) / prime) as f32;
-        }
-        write_stream(&states, code.k(), codes);
-        return;
-    }
-    search
-        .run(None, &targets, &weights, &mut states)
-        .expect("as many targets, weights and states");
-    write_stream(&states, code.k(), codes);
-    for (row, (w, scale)) in w.chunks_exact(cols).zip(scales).enumerate() {
-        if !scale.is_finite() {
-            continue;
-        }
-        let (mut along, mut squares) = (0.0, 0.0);
-        for (col, &w) in w.iter().enumerate() {
-            let level = f64::from(code.level(states[position(row, col)]));
-            along += f64::from(w) * level;
-            squares += level * level;
-        }
-        // least squares: the best scale for the levels that were chosen
-        let best = along.max(0.0) / (squares.max(1.0) * prime);
-        *scale = best as f32;
-    }
+    let average = weights.iter().sum::<f64>() / weights.len() as f64;
+    weights.iter().map(|w| (w / average) as f32).collect()
 }
 
 /// Writes the stream of a strip: the first state, then the `k` newest bits of each one.

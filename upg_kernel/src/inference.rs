@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod attention;
+mod backward;
 mod batch;
 mod block;
 pub mod chat_template;
@@ -25,6 +26,7 @@ pub mod tokenizer;
 mod upg_model;
 pub mod weights;
 
+pub use backward::{Backward, GradientObserver};
 pub use batch::Batch;
 pub use block::{Input, Observer};
 pub use config::ModelConfig;

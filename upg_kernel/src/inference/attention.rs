@@ -65,12 +65,12 @@ impl Shape {
     }
 
     /// Query heads that share a key/value head.
-    fn group(&self) -> usize {
+    pub(crate) fn group(&self) -> usize {
         self.num_heads / self.num_kv_heads
     }
 
     /// Elements of a row of the output.
-    fn row(&self) -> usize {
+    pub(crate) fn row(&self) -> usize {
         self.num_heads * self.head_dim
     }
 }

@@ -45,6 +45,25 @@ impl Input {
         };
         Some((index.parse().ok()?, input))
     }
+
+    /// The matrices of a layer with this input, by the parts of their names between `model.layers.N.` and `.weight`, with
+    /// their rows.
+    pub fn matrices(self, config: &ModelConfig) -> Vec<(&'static str, usize)> {
+        let (query, kv) = (config.query_size(), config.kv_size());
+        let (hidden, mlp) = (config.hidden_size, config.intermediate_size);
+        match (self, config.family.fused) {
+            (Self::Attention, true) => vec![("self_attn.qkv_proj", query + 2 * kv)],
+            (Self::Attention, false) => vec![
+                ("self_attn.q_proj", query),
+                ("self_attn.k_proj", kv),
+                ("self_attn.v_proj", kv),
+            ],
+            (Self::Output, _) => vec![("self_attn.o_proj", hidden)],
+            (Self::FeedForward, true) => vec![("mlp.gate_up_proj", 2 * mlp)],
+            (Self::FeedForward, false) => vec![("mlp.gate_proj", mlp), ("mlp.up_proj", mlp)],
+            (Self::Down, _) => vec![("mlp.down_proj", hidden)],
+        }
+    }
 }
 
 /// Sees every input of a layer before the product: which one, how many rows it has, and those `[n, cols]`. An error ends
@@ -112,7 +131,7 @@ impl<'a> Block<'a> {
             layer,
             index,
         } = self;
-        let (head_dim, query) = (config.head_dim, config.query_size());
+        let query = config.query_size();
         let shape = Shape::of(config);
         let width = shape.width;
         let Workspace {
@@ -131,16 +150,7 @@ impl<'a> Block<'a> {
         qkv.resize(n * width, 0.0);
         layer.qkv.multiply(normed, n, product, qkv)?;
         Team::global().chunks(qkv, width, |number, row| {
-            let (q, kv) = row.split_at_mut(query);
-            let k = &mut kv[..config.kv_size()];
-            if let Some([q_norm, k_norm]) = &layer.head_norms {
-                q.chunks_exact_mut(head_dim)
-                    .for_each(|head| q_norm.apply(kernels, head));
-                k.chunks_exact_mut(head_dim)
-                    .for_each(|head| k_norm.apply(kernels, head));
-            }
-            rope.apply(number, q, head_dim);
-            rope.apply(number, k, head_dim);
+            turn_heads(kernels, config, layer, rope, number, row);
         });
         Team::global().chunks(parts, 1, |number, part| {
             let rows = segments[number].rows.clone();
@@ -186,6 +196,29 @@ impl<'a> Block<'a> {
         observe(Input::Down, n, gated)?;
         layer.down.multiply(gated, n, Write::Add, product, x)
     }
+}
+
+/// Normalizes the heads of queries and keys of a `row` of queries, keys and values, where the family does, and turns them to
+/// the position of number `index`.
+pub(super) fn turn_heads(
+    kernels: Kernels,
+    config: &ModelConfig,
+    layer: &LayerWeights,
+    rope: &RopeTable,
+    index: usize,
+    row: &mut [f32],
+) {
+    let head_dim = config.head_dim;
+    let (q, kv) = row.split_at_mut(config.query_size());
+    let k = &mut kv[..config.kv_size()];
+    if let Some([q_norm, k_norm]) = &layer.head_norms {
+        q.chunks_exact_mut(head_dim)
+            .for_each(|head| q_norm.apply(kernels, head));
+        k.chunks_exact_mut(head_dim)
+            .for_each(|head| k_norm.apply(kernels, head));
+    }
+    rope.apply(index, q, head_dim);
+    rope.apply(index, k, head_dim);
 }
 
 /// What a sequence has in a pass.

@@ -120,11 +120,21 @@ impl RopeTable {
     ///
     /// Elements of a head from `dim` on keep their values. Panics beyond the table.
     pub fn apply(&self, index: usize, row: &mut [f32], head_dim: usize) {
+        self.turn(index, row, head_dim, |x| x);
+    }
+
+    /// The transpose of [`RopeTable::apply`], which takes gradients back.
+    pub(crate) fn apply_transposed(&self, index: usize, row: &mut [f32], head_dim: usize) {
+        self.turn(index, row, head_dim, |x| -x);
+    }
+
+    fn turn(&self, index: usize, row: &mut [f32], head_dim: usize, sign: impl Fn(f32) -> f32) {
         let entries = index * self.half..(index + 1) * self.half;
         let (cos, sin) = (&self.cos[entries.clone()], &self.sin[entries]);
         for head in row.chunks_exact_mut(head_dim) {
             let (first, rest) = head.split_at_mut(self.half);
             for (((a, b), &cos), &sin) in first.iter_mut().zip(rest).zip(cos).zip(sin) {
+                let sin = sign(sin);
                 (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
             }
         }

@@ -7,6 +7,9 @@ use super::layers::{Joint, RmsNorm};
 use crate::error::{Error, ErrorKind, Result};
 use crate::matrix::Matrix;
 
+/// The name of the embedding.
+const EMBEDDING: &str = "model.embed_tokens.weight";
+
 /// Where weights come from: a UPG file, a directory of safetensors, a test.
 ///
 /// Names are those of Hugging Face checkpoints, such as `model.layers.0.self_attn.q_proj.weight`.
@@ -60,6 +63,14 @@ pub(crate) struct LayerWeights {
     pub(crate) down: Linear,
 }
 
+/// What makes logits of hidden states.
+#[derive(Debug)]
+pub(crate) struct HeadWeights {
+    pub(crate) norm: RmsNorm,
+    /// `[vocab, hidden]`.
+    pub(crate) matrix: Matrix,
+}
+
 /// A source, checked against its own promises, and the config that says what to ask for.
 struct Loader<'a> {
     source: &'a dyn WeightSource,
@@ -74,20 +85,23 @@ impl ModelWeights {
     pub(crate) fn load(config: &ModelConfig, source: &dyn WeightSource) -> Result<Self> {
         let loader = Loader { source, config };
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
-        let embedding = loader.matrix("model.embed_tokens.weight", vocab, hidden)?;
-        loader.refuse("lm_head.bias")?;
-        let head = match config.tie_word_embeddings {
-            true => embedding.clone(),
-            false => loader.matrix("lm_head.weight", vocab, hidden)?,
-        };
+        let embedding = loader.matrix(EMBEDDING, vocab, hidden)?;
+        let head = loader.head(Some(&embedding))?;
         Ok(Self {
             embedding,
             layers: (0..config.num_layers)
                 .map(|index| LayerWeights::load(config, source, index))
                 .collect::<Result<_>>()?,
-            norm: loader.norm("model.norm.weight", hidden)?,
-            head,
+            norm: head.norm,
+            head: head.matrix,
         })
+    }
+}
+
+impl HeadWeights {
+    /// Errors: as [`ModelWeights::load`].
+    pub(crate) fn load(config: &ModelConfig, source: &dyn WeightSource) -> Result<Self> {
+        Loader { source, config }.head(None)
     }
 }
 
@@ -103,6 +117,20 @@ impl LayerWeights {
 }
 
 impl Loader<'_> {
+    /// If it is the embedding, that one may be here already.
+    fn head(&self, embedding: Option<&Matrix>) -> Result<HeadWeights> {
+        let (vocab, hidden) = (self.config.vocab_size, self.config.hidden_size);
+        self.refuse("lm_head.bias")?;
+        Ok(HeadWeights {
+            norm: self.norm("model.norm.weight", hidden)?,
+            matrix: match (self.config.tie_word_embeddings, embedding) {
+                (true, Some(embedding)) => embedding.clone(),
+                (true, None) => self.matrix(EMBEDDING, vocab, hidden)?,
+                (false, _) => self.matrix("lm_head.weight", vocab, hidden)?,
+            },
+        })
+    }
+
     fn layer(&self, prefix: &str) -> Result<LayerWeights> {
         let config = self.config;
         let (hidden, mlp) = (config.hidden_size, config.intermediate_size);

@@ -1,33 +1,118 @@
 //! Blocked matrix product by the `gemm` crate (run-time choice of instruction set).
 
+use std::ops::Range;
+
+/// A matrix in a slice: element `[i, j]` is number `i * row_stride + j * col_stride`.
+#[derive(Debug, Clone, Copy)]
+pub struct View<'a> {
+    values: &'a [f32],
+    rows: usize,
+    cols: usize,
+    row_stride: usize,
+    col_stride: usize,
+}
+
+impl<'a> View<'a> {
+    /// `[rows, cols]` row by row, of which each begins `stride` elements after the one before.
+    ///
+    /// Panics if `values` ends before the matrix does.
+    pub fn new(values: &'a [f32], rows: usize, cols: usize, stride: usize) -> Self {
+        let last = rows.saturating_sub(1).checked_mul(stride);
+        let end = last.and_then(|last| last.checked_add(cols));
+        assert!(
+            rows == 0 || cols == 0 || end.is_some_and(|end| end <= values.len()),
+            "[{rows}, {cols}] every {stride} is in {} values",
+            values.len()
+        );
+        Self {
+            values,
+            rows,
+            cols,
+            row_stride: stride,
+            col_stride: 1,
+        }
+    }
+
+    /// Columns.
+    pub fn cols(self) -> usize {
+        self.cols
+    }
+
+    /// Some of its rows. Panics if there are fewer.
+    pub fn rows_of(self, rows: Range<usize>) -> Self {
+        assert!(rows.end <= self.rows, "row {} of {}", rows.end, self.rows);
+        Self {
+            values: self
+                .values
+                .get(rows.start * self.row_stride..)
+                .unwrap_or(&[]),
+            rows: rows.len(),
+            ..self
+        }
+    }
+
+    /// Its columns as rows.
+    pub fn transposed(self) -> Self {
+        Self {
+            values: self.values,
+            rows: self.cols,
+            cols: self.rows,
+            row_stride: self.col_stride,
+            col_stride: self.row_stride,
+        }
+    }
+}
+
 /// `out [n, rows] = x [n, cols] * weights [rows, cols]^T` in f32, on the calling thread.
 ///
 /// `rows` is `weights.len() / cols`, `n` is `x.len() / cols`. Panics if the lengths do not fit.
 pub fn multiply(weights: &[f32], x: &[f32], cols: usize, out: &mut [f32]) {
     let (rows, n) = (weights.len() / cols, x.len() / cols);
     assert!(
-        weights.len() == rows * cols && x.len() == n * cols && out.len() == rows * n,
-        "lengths fit [{rows}, {cols}] x [{cols}, {n}]"
+        weights.len() == rows * cols && x.len() == n * cols,
+        "whole rows of {cols}"
     );
-    // SAFETY: with the strides given (row-major weights, x and out, of which the last two are transposed) the largest
-    // element touched is the last one of each slice, by the assertion above; `read_dst` is false,
-    // so `out` is only written, and the borrows keep it apart from the inputs.
+    let weights = View::new(weights, rows, cols, cols);
+    product(
+        View::new(x, n, cols, cols),
+        weights.transposed(),
+        false,
+        out,
+    );
+}
+
+/// `out = a b`, or with `add` that added to `out [rows of a, columns of b]`; on the calling thread.
+///
+/// Panics if the sizes do not fit.
+pub fn product(a: View<'_>, b: View<'_>, add: bool, out: &mut [f32]) {
+    assert!(
+        a.cols == b.rows && out.len() == a.rows * b.cols,
+        "[{}, {}] x [{}, {}] gives {} values",
+        a.rows,
+        a.cols,
+        b.rows,
+        b.cols,
+        out.len()
+    );
+    // SAFETY: the largest element touched of `a` and `b` is in its slice, as `View::new` has checked and transposing
+    // does not change; that of `out`, row-major, is its last one, by the assertion above. Borrows keep `out`
+    // apart from the inputs. All three are passed transposed.
     unsafe {
         gemm::gemm(
-            rows,
-            n,
-            cols,
+            b.cols,
+            a.rows,
+            a.cols,
             out.as_mut_ptr(),
-            rows as isize,
+            b.cols as isize,
             1,
-            false,
-            weights.as_ptr(),
-            1,
-            cols as isize,
-            x.as_ptr(),
-            cols as isize,
-            1,
-            0.0f32,
+            add,
+            b.values.as_ptr(),
+            b.row_stride as isize,
+            b.col_stride as isize,
+            a.values.as_ptr(),
+            a.row_stride as isize,
+            a.col_stride as isize,
+            1.0f32,
             1.0f32,
             false,
             false,
@@ -40,6 +125,7 @@ pub fn multiply(weights: &[f32], x: &[f32], cols: usize, out: &mut [f32]) {
 #[cfg(test)]
 mod tests {
     use super::super::scalar;
+    use super::{View, product};
 
     /// Sums of up to 67 products of values up to 1: orders differ by a few units in the last place.
     const TOLERANCE: f32 = 1e-5;
@@ -57,5 +143,31 @@ mod tests {
                 assert!((a - b).abs() <= TOLERANCE, "{rows}x{cols}x{n}: {a} {b}");
             }
         }
+    }
+
+    #[test]
+    fn strided_and_transposed_views_equal_the_plain_loop() {
+        let (m, n, k) = (5, 7, 6);
+        let value = |i: usize| ((i * 7919 % 1009) as f32 / 504.5) - 1.0;
+        let a: Vec<f32> = (0..m * 11).map(value).collect();
+        let b: Vec<f32> = (0..n * 9).map(|i| value(i + 5)).collect();
+        let before: Vec<f32> = (0..m * n).map(|i| value(i + 77)).collect();
+        for add in [false, true] {
+            let mut out = before.clone();
+            let (of_a, of_b) = (View::new(&a, m, k, 11), View::new(&b, n, k, 9));
+            product(of_a, of_b.transposed(), add, &mut out);
+            for (i, &out) in out.iter().enumerate() {
+                let (row, col) = (i / n, i % n);
+                let sum: f32 = (0..k).map(|j| a[row * 11 + j] * b[col * 9 + j]).sum();
+                let expected = sum + if add { before[i] } else { 0.0 };
+                assert!((out - expected).abs() <= TOLERANCE, "{out} {expected}");
+            }
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "is in 10 values")]
+    fn a_view_ends_where_its_slice_does() {
+        View::new(&[0.0; 10], 3, 3, 4);
     }
 }

@@ -1,0 +1,361 @@
+//! A decoder taken backwards, layer by layer: what its predictions ask of the outputs of every matrix.
+#![forbid(unsafe_code)]
+
+use super::attention::Shape;
+use super::block::{Input, turn_heads};
+use super::config::ModelConfig;
+use super::layers::{Joint, RmsNorm, gated_silu};
+use super::rope::{Rope, RopeTable};
+use super::weights::{HeadWeights, LayerWeights, WeightSource};
+use crate::error::{Error, ErrorKind, Result};
+use crate::kernels::Kernels;
+use crate::kernels::gemm::{View, product};
+use crate::kernels::scalar::exp;
+use crate::matrix::product::{Scratch, Write, multiply};
+use crate::team::Team;
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{Rng, SeedableRng};
+
+mod heads;
+
+use heads::Heads;
+
+/// Positions that are computed at once, unless a sequence is longer.
+const TOGETHER: usize = 2048;
+
+/// Positions whose logits are computed at once.
+const LOGITS_TOGETHER: usize = 256;
+
+/// Rows of a product that one task computes.
+const TASK_ROWS: usize = 64;
+
+/// Sees a matrix product of a layer: which input, its rows `x [n, cols]`, and the gradients `[n, outputs]` of what is made
+/// of them, those of all matrices with this input side by side. An error ends the pass.
+pub type GradientObserver<'a> = &'a mut dyn FnMut(Input, &[f32], &[f32]) -> Result<()>;
+
+/// Gradients of the hidden states of some sequences on their way back through a decoder, the partner of
+/// [`Layerwise`](super::Layerwise).
+///
+/// The loss is the negative log-likelihood, summed over all positions, of tokens that are drawn from what the model itself
+/// predicts there. The second moments of its gradients are the Fisher information: half of `d^T F d` is, to
+/// second order, what a change `d` makes the Kullback-Leibler divergence from the model's predictions.
+/// All arithmetic is f32.
+#[derive(Debug)]
+pub struct Backward {
+    config: ModelConfig,
+    /// Of the positions of one sequence.
+    rope: RopeTable,
+    /// Tokens of each sequence.
+    len: usize,
+    /// `[sequences, len, hidden]`.
+    gradients: Vec<f32>,
+    /// `[sequences, len]`.
+    drawn: Vec<u32>,
+    scratch: Scratch,
+}
+
+impl Backward {
+    /// After the last layer, whose output is `hidden [sequences, len, hidden]`: norm and head of `source`, and tokens drawn
+    /// with `seed`.
+    ///
+    /// Memory: as many values as `hidden` has, the head as f32 twice, and the logits of 512 positions.
+    /// Errors: `Argument` if `hidden` is not whole sequences; `Invalid` for logits that are not finite; those of loading
+    /// ([`Model::load`](super::Model::load)).
+    pub fn new(
+        config: ModelConfig,
+        source: &dyn WeightSource,
+        hidden: &[f32],
+        len: usize,
+        seed: u64,
+    ) -> Result<Self> {
+        config.check()?;
+        let kernels = Kernels::active()?;
+        let size = len.checked_mul(config.hidden_size);
+        if !size.is_some_and(|size| size > 0 && hidden.len().is_multiple_of(size)) {
+            let message = format!("{} values as sequences of {len} positions", hidden.len());
+            return Err(Error::new(ErrorKind::Argument, message));
+        }
+        let HeadWeights { norm, matrix } = HeadWeights::load(&config, source)?;
+        let head = matrix.to_dense();
+        let mut random = ChaCha8Rng::seed_from_u64(seed);
+        let mut scratch = Scratch::default();
+        let (mut normed, mut logits) = (Vec::new(), Vec::new());
+        let (mut gradients, mut tokens) = (vec![0.0; hidden.len()], Vec::new());
+        let together = LOGITS_TOGETHER * config.hidden_size;
+        for (x, gradients) in hidden.chunks(together).zip(gradients.chunks_mut(together)) {
+            norm.of(kernels, x, &mut normed);
+            let n = x.len() / config.hidden_size;
+            logits.resize(n * config.vocab_size, 0.0);
+            let parts = [Some(&matrix)];
+            multiply(parts, &normed, n, Write::Set, &mut scratch, &mut logits)?;
+            for logits in logits.chunks_exact_mut(config.vocab_size) {
+                // 53 bits: all that a number below 1 has.
+                let drawn = (random.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
+                tokens.push(surprise(logits, drawn)? as u32);
+            }
+            let logits = View::new(&logits, n, config.vocab_size, config.vocab_size);
+            back(logits, &head, false, gradients);
+            norm_back(&norm, x, gradients);
+        }
+        let rope = Rope::new(&config.rope);
+        Ok(Self {
+            rope: rope.table(0, len, rope.is_long(len)),
+            config,
+            len,
+            gradients,
+            drawn: tokens,
+            scratch,
+        })
+    }
+
+    /// `[sequences, len, hidden]`: of the input of the last layer that was passed, or of the output of the model.
+    pub fn gradients(&self) -> &[f32] {
+        &self.gradients
+    }
+
+    /// The tokens that were drawn, `[sequences, len]`, each for the position after its own.
+    pub fn drawn(&self) -> &[u32] {
+        &self.drawn
+    }
+
+    /// Takes the gradients back through layer `index`, whose input was `hidden [sequences, len, hidden]`. `observe` sees, for
+    /// some sequences at a time, the four [`Input`]s from the last to the first. Cost: about three times that of the
+    /// layer forwards.
+    ///
+    /// Errors: `Argument` for another number of values; those of loading the layer and of `observe`. The gradients are of
+    /// no use after one.
+    pub fn layer(
+        &mut self,
+        index: usize,
+        source: &dyn WeightSource,
+        hidden: &[f32],
+        observe: GradientObserver<'_>,
+    ) -> Result<()> {
+        let argument = |message| Err(Error::new(ErrorKind::Argument, message));
+        let Some(&window) = self.config.windows.get(index) else {
+            return argument(format!("layer {index} of {}", self.config.num_layers));
+        };
+        if hidden.len() != self.gradients.len() {
+            let expected = self.gradients.len();
+            return argument(format!("{} values, expected {expected}", hidden.len()));
+        }
+        let layer = LayerWeights::load(&self.config, source, index)?;
+        let pass = Pass {
+            kernels: Kernels::active()?,
+            config: &self.config,
+            layer: &layer,
+            rope: &self.rope,
+            len: self.len,
+            window: window.unwrap_or(self.len),
+        };
+        let size = self.len * self.config.hidden_size;
+        let together = (TOGETHER / self.len).max(1) * size;
+        for (x, gradients) in hidden
+            .chunks(together)
+            .zip(self.gradients.chunks_mut(together))
+        {
+            pass.run(x, gradients, &mut self.scratch, observe)?;
+        }
+        Ok(())
+    }
+}
+
+/// Some sequences and the layer they pass.
+struct Pass<'a> {
+    kernels: Kernels,
+    config: &'a ModelConfig,
+    layer: &'a LayerWeights,
+    rope: &'a RopeTable,
+    len: usize,
+    /// Positions that a query sees.
+    window: usize,
+}
+
+impl Pass<'_> {
+    /// For the input `x [n, hidden]`: `gradients` are those of the output before and those of `x` afterwards.
+    fn run(
+        &self,
+        x: &[f32],
+        gradients: &mut [f32],
+        scratch: &mut Scratch,
+        observe: GradientObserver<'_>,
+    ) -> Result<()> {
+        let &Self {
+            kernels,
+            config,
+            layer,
+            ..
+        } = self;
+        let n = x.len() / config.hidden_size;
+        let Shape { width, .. } = Shape::of(config);
+        let (query, size) = (config.query_size(), config.intermediate_size);
+
+        // Forwards.
+        let mut normed = Vec::new();
+        layer.input_norm.of(kernels, x, &mut normed);
+        let mut qkv = vec![0.0; n * width];
+        layer.qkv.multiply(&normed, n, scratch, &mut qkv)?;
+        let projected = layer.head_norms.as_ref().map(|_| qkv.clone());
+        Team::global().chunks(&mut qkv, width, |number, row| {
+            turn_heads(kernels, config, layer, self.rope, number % self.len, row);
+        });
+        let heads = Heads::new(config, self.len, self.window);
+        let mixed = heads.mix(&qkv);
+        let mut middle = x.to_vec();
+        let output = &layer.output;
+        output.multiply(&mixed, n, Write::Add, scratch, &mut middle)?;
+        let mut mlp_normed = Vec::new();
+        layer.mlp_norm.of(kernels, &middle, &mut mlp_normed);
+        let mut gate_up = vec![0.0; n * 2 * size];
+        layer
+            .gate_up
+            .multiply(&mlp_normed, n, scratch, &mut gate_up)?;
+        let mut gated = Vec::new();
+        gated_silu(kernels, &gate_up, size, &mut gated);
+
+        // Backwards: `gradients` are of the output, then of `middle`, then of `x`.
+        observe(Input::Down, &gated, gradients)?;
+        let hidden = config.hidden_size;
+        let of_gated = &mut gated;
+        back(
+            View::new(gradients, n, hidden, hidden),
+            &layer.down.weight.to_dense(),
+            false,
+            of_gated,
+        );
+        gated_silu_back(&mut gate_up, size, of_gated);
+        observe(Input::FeedForward, &mlp_normed, &gate_up)?;
+        let of_normed = &mut mlp_normed;
+        joint_back(&layer.gate_up, &gate_up, n, of_normed);
+        norm_back(&layer.mlp_norm, &middle, of_normed);
+        add(gradients, of_normed);
+
+        observe(Input::Output, &mixed, gradients)?;
+        let mut of_mixed = mixed;
+        back(
+            View::new(gradients, n, hidden, hidden),
+            &layer.output.weight.to_dense(),
+            false,
+            &mut of_mixed,
+        );
+        let mut of_qkv = heads.back(&qkv, &of_mixed);
+        Team::global().chunks(&mut of_qkv, width, |number, row| {
+            let head_dim = config.head_dim;
+            let (q, kv) = row.split_at_mut(query);
+            let k = &mut kv[..config.kv_size()];
+            self.rope.apply_transposed(number % self.len, q, head_dim);
+            self.rope.apply_transposed(number % self.len, k, head_dim);
+            if let (Some([q_norm, k_norm]), Some(projected)) = (&layer.head_norms, &projected) {
+                let projected = &projected[number * width..][..width];
+                for (norm, at, heads) in [(q_norm, 0, q), (k_norm, query, k)] {
+                    let inputs = projected[at..].chunks_exact(head_dim);
+                    let gradients = heads.chunks_exact_mut(head_dim);
+                    gradients
+                        .zip(inputs)
+                        .for_each(|(gradients, x)| norm_back_row(norm, x, gradients));
+                }
+            }
+        });
+        observe(Input::Attention, &normed, &of_qkv)?;
+        let of_normed = &mut normed;
+        joint_back(&layer.qkv, &of_qkv, n, of_normed);
+        norm_back(&layer.input_norm, x, of_normed);
+        add(gradients, of_normed);
+        Ok(())
+    }
+}
+
+/// Logits become the gradients of the negative log-likelihood of a token that is drawn by them: the probabilities, less
+/// one at the token, which is returned. `drawn` is evenly distributed from 0 to 1.
+///
+/// Errors (`Invalid`): a logit is not finite.
+fn surprise(logits: &mut [f32], drawn: f64) -> Result<usize> {
+    if let Some(bad) = logits.iter().find(|logit| !logit.is_finite()) {
+        let message = format!("the model predicts a logit of {bad}");
+        return Err(Error::new(ErrorKind::Invalid, message)
+            .hint("its weights give no finite numbers for this text"));
+    }
+    let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    logits
+        .iter_mut()
+        .for_each(|logit| *logit = exp(*logit - most));
+    let sum: f64 = logits.iter().map(|&p| f64::from(p)).sum();
+    let mut left = drawn * sum;
+    let mut token = logits.len() - 1;
+    for (id, &p) in logits.iter().enumerate() {
+        left -= f64::from(p);
+        if left < 0.0 {
+            token = id;
+            break;
+        }
+    }
+    let scale = (1.0 / sum) as f32;
+    logits.iter_mut().for_each(|p| *p *= scale);
+    logits[token] -= 1.0;
+    Ok(token)
+}
+
+/// `out [n, inputs] = gradients [n, outputs] * weights [outputs, inputs]`, or that added.
+fn back(gradients: View<'_>, weights: &[f32], add: bool, out: &mut [f32]) {
+    let outputs = gradients.cols();
+    let inputs = weights.len() / outputs;
+    let weights = View::new(weights, outputs, inputs, inputs);
+    Team::global().chunks(out, TASK_ROWS * inputs, |task, out| {
+        let first = task * TASK_ROWS;
+        let rows = first..first + out.len() / inputs;
+        product(gradients.rows_of(rows), weights, add, out);
+    });
+}
+
+/// [`back`] through matrices with the same input, whose gradients are side by side.
+fn joint_back<const N: usize>(joint: &Joint<N>, gradients: &[f32], n: usize, out: &mut [f32]) {
+    let width = gradients.len() / n.max(1);
+    let mut first = 0;
+    for part in &joint.parts {
+        let outputs = part.weight.rows();
+        let of_part = View::new(&gradients[first..], n, outputs, width);
+        back(of_part, &part.weight.to_dense(), first > 0, out);
+        first += outputs;
+    }
+}
+
+/// For the inputs `x` of a norm: `gradients` are those of its outputs before and those of `x` afterwards.
+fn norm_back(norm: &RmsNorm, x: &[f32], gradients: &mut [f32]) {
+    let len = norm.gain.len().max(1);
+    Team::global().chunks(gradients, len, |row, gradients| {
+        norm_back_row(norm, &x[row * len..][..len], gradients);
+    });
+}
+
+/// With `y = gain * x * r`, `r = 1 / sqrt(mean(x^2) + eps)`: `r * gain * dy - x * r^3 * mean(gain * dy * x)`.
+fn norm_back_row(norm: &RmsNorm, x: &[f32], gradients: &mut [f32]) {
+    let len = x.len() as f64;
+    let squares: f64 = x.iter().map(|&x| f64::from(x).powi(2)).sum();
+    let r = 1.0 / (squares / len + f64::from(norm.eps)).sqrt();
+    let mut along = 0.0;
+    for ((g, &gain), &x) in gradients.iter_mut().zip(&norm.gain).zip(x) {
+        *g *= gain;
+        along += f64::from(*g) * f64::from(x);
+    }
+    let (scale, share) = (r as f32, (r.powi(3) * along / len) as f32);
+    for (g, &x) in gradients.iter_mut().zip(x) {
+        *g = *g * scale - x * share;
+    }
+}
+
+/// Rows `[gate | up]` of `gate_up` become their gradients; `gradients [n, size]` are those of `silu(gate) * up`.
+fn gated_silu_back(gate_up: &mut [f32], size: usize, gradients: &[f32]) {
+    Team::global().chunks(gate_up, 2 * size.max(1), |row, gate_up| {
+        let (gate, up) = gate_up.split_at_mut(size);
+        let gradients = &gradients[row * size..][..size];
+        for ((gate, up), g) in gate.iter_mut().zip(up).zip(gradients) {
+            let sigmoid = 1.0 / (1.0 + exp(-*gate));
+            let silu = *gate * sigmoid;
+            (*gate, *up) = (g * *up * (sigmoid + silu * (1.0 - sigmoid)), g * silu);
+        }
+    });
+}
+
+fn add(a: &mut [f32], b: &[f32]) {
+    a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
+}

@@ -1,0 +1,185 @@
+//! Gradients of every matrix of tiny models of every family against differences of the loss, which the decoder computes
+//! forwards, with a matrix moved a little to both sides.
+
+#[allow(dead_code, reason = "helpers of other tests")]
+mod common;
+
+use common::tiny::{MODELS, cases};
+use common::{config, options, source};
+use std::collections::HashMap;
+use std::sync::Arc;
+use upg_kernel::inference::{
+    Backward, Input, Layerwise, Model, ModelConfig, Session, WeightSource,
+};
+use upg_kernel::matrix::{DenseMatrix, DenseValues, Matrix};
+use upg_kernel::{ErrorKind, Result};
+
+/// How far a matrix is moved, as a part of its size. Smaller steps drown in the rounding of the loss, larger ones bend.
+const STEP: f32 = 2e-3;
+
+/// Of the largest difference of all matrices of a model; measured: up to 0.0002.
+const TOLERANCE: f64 = 0.001;
+
+/// A source with one matrix moved.
+struct Moved<'a> {
+    source: &'a dyn WeightSource,
+    name: &'a str,
+    by: Vec<f32>,
+}
+
+impl WeightSource for Moved<'_> {
+    fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Matrix> {
+        let matrix = self.source.matrix(name, rows, cols)?;
+        if name != self.name {
+            return Ok(matrix);
+        }
+        let pairs = matrix.to_dense().into_iter().zip(&self.by);
+        let values: Vec<f32> = pairs.map(|(w, by)| w + by).collect();
+        Ok(Matrix::Dense(DenseMatrix::new(
+            rows,
+            cols,
+            DenseValues::F32(values.into()),
+        )?))
+    }
+
+    fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>> {
+        self.source.vector(name, len)
+    }
+
+    fn contains(&self, name: &str) -> bool {
+        self.source.contains(name)
+    }
+}
+
+/// Of all tokens after the sequences, position by position.
+fn loss(
+    config: &ModelConfig,
+    source: &dyn WeightSource,
+    tokens: &[u32],
+    len: usize,
+    next: &[u32],
+) -> f64 {
+    let model = Arc::new(Model::load(config.clone(), source).unwrap());
+    let mut sum = 0.0;
+    for (sequence, next) in tokens.chunks_exact(len).zip(next.chunks_exact(len)) {
+        let mut session = Session::new(Arc::clone(&model), &options()).unwrap();
+        let logits = session.forward(sequence).unwrap();
+        for (logits, &next) in logits.chunks_exact(config.vocab_size).zip(next) {
+            let exponentials = logits.iter().map(|&l| f64::from(l).exp());
+            sum += exponentials.sum::<f64>().ln() - f64::from(logits[next as usize]);
+        }
+    }
+    sum
+}
+
+#[test]
+fn gradients_are_differences_of_the_loss() {
+    for (name, weights) in MODELS {
+        let (config, source) = (config(name), source(weights));
+        let case = cases(name).pop().unwrap();
+        let len = case.prompt.len();
+        let other: Vec<u32> = case.prompt.iter().rev().copied().collect();
+        let tokens = [case.prompt, other].concat();
+        let (hidden, vocab) = (config.hidden_size, config.vocab_size);
+        let embedding = source.matrix("model.embed_tokens.weight", vocab, hidden);
+        let mut forward =
+            Layerwise::new(config.clone(), &embedding.unwrap(), &tokens, len).unwrap();
+        let mut before = Vec::new();
+        for layer in 0..config.num_layers {
+            before.push(forward.hidden().to_vec());
+            let observe = &mut |_, _, _: &[f32]| Ok(());
+            forward.layer(layer, &source, observe).unwrap();
+        }
+        let mut run = Backward::new(config.clone(), &source, forward.hidden(), len, 7).unwrap();
+        let drawn = run.drawn().to_vec();
+
+        // For each matrix the direction it is moved in, and what that should do.
+        let mut expected: HashMap<String, (Vec<f32>, f64)> = HashMap::new();
+        for layer in (0..config.num_layers).rev() {
+            let mut inputs = Vec::new();
+            let mut observe = |input: Input, x: &[f32], gradients: &[f32]| {
+                inputs.push(input);
+                let parts = input.matrices(&config);
+                let width: usize = parts.iter().map(|(_, rows)| rows).sum();
+                let n = gradients.len() / width;
+                let cols = x.len() / n;
+                assert!(n == tokens.len() && x.len() == n * cols);
+                let mut first = 0;
+                for (part, rows) in parts {
+                    let matrix = format!("model.layers.{layer}.{part}.weight");
+                    let values = source.matrix(&matrix, rows, cols)?.to_dense();
+                    let squares: f32 = values.iter().map(|w| w * w).sum();
+                    let step = STEP * (squares / values.len() as f32).sqrt();
+                    // Signs from a product with an odd number: balanced, and no two matrices alike.
+                    let by: Vec<f32> = (0..values.len() as u32)
+                        .map(|i| (i + layer as u32).wrapping_mul(0x9E37_79B1).count_ones() % 2)
+                        .map(|odd| if odd == 1 { step } else { -step })
+                        .collect();
+                    let mut change = 0.0;
+                    for (x, g) in x.chunks_exact(cols).zip(gradients.chunks_exact(width)) {
+                        for (by, g) in by.chunks_exact(cols).zip(&g[first..first + rows]) {
+                            let moved: f32 = by.iter().zip(x).map(|(by, x)| by * x).sum();
+                            change += f64::from(moved) * f64::from(*g);
+                        }
+                    }
+                    expected.insert(matrix, (by, change));
+                    first += rows;
+                }
+                Ok(())
+            };
+            run.layer(layer, &source, &before[layer], &mut observe)
+                .unwrap();
+            let all = [
+                Input::Down,
+                Input::FeedForward,
+                Input::Output,
+                Input::Attention,
+            ];
+            assert_eq!(inputs, all);
+        }
+        let most = expected.values().map(|(_, c)| c.abs()).fold(0.0, f64::max);
+        let mut worst: f64 = 0.0;
+        for (matrix, (by, change)) in &expected {
+            let at = |sign: f32| {
+                let by = by.iter().map(|by| sign * by).collect();
+                let moved = Moved {
+                    source: &source,
+                    name: matrix,
+                    by,
+                };
+                loss(&config, &moved, &tokens, len, &drawn)
+            };
+            let difference = (at(1.0) - at(-1.0)) / 2.0;
+            worst = worst.max((difference - change).abs() / most);
+            assert!(
+                (difference - change).abs() <= TOLERANCE * most,
+                "{name} {matrix}: {difference} {change}, largest {most}"
+            );
+        }
+        println!(
+            "{name}: {} matrices, largest error {worst:.1e}",
+            expected.len()
+        );
+    }
+}
+
+#[test]
+fn other_sizes_are_refused() {
+    let (name, weights) = MODELS[0];
+    let (config, source) = (config(name), source(weights));
+    let hidden = vec![0.5; 3 * config.hidden_size];
+    let new = |len| Backward::new(config.clone(), &source, &hidden, len, 0);
+    for len in [0, 2, usize::MAX] {
+        assert_eq!(new(len).unwrap_err().kind(), ErrorKind::Argument);
+    }
+    let mut run = new(3).unwrap();
+    let mut ask = |index, hidden: &[f32]| {
+        let refused = run.layer(index, &source, hidden, &mut |_, _, _| Ok(()));
+        refused.unwrap_err().kind()
+    };
+    assert_eq!(ask(config.num_layers, &hidden), ErrorKind::Argument);
+    assert_eq!(ask(0, &hidden[1..]), ErrorKind::Argument);
+    let bad = vec![f32::NAN; hidden.len()];
+    let refused = Backward::new(config.clone(), &source, &bad, 3, 0);
+    assert_eq!(refused.unwrap_err().kind(), ErrorKind::Invalid);
+}

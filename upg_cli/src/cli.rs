@@ -270,16 +270,22 @@ The text is cut into windows and the second half of each is scored, as llama.cpp
 
 Examples:
   upg eval model.safetensors --text book.txt
-  upg eval small.safetensors --text book.txt --against original.safetensors --json")]
+  upg eval small.safetensors --text book.txt --against Phi-4/ --json
+  upg eval small.safetensors --text book.txt --against Phi-4/ --logits phi4.logits   # computed once")]
 pub struct EvalArgs {
     /// UPG file
     pub file: PathBuf,
     /// Text file, UTF-8
     #[arg(long, value_name = "FILE")]
     pub text: PathBuf,
-    /// Reference to compare with: KL divergence and agreement of the first choice
-    #[arg(long, value_name = "FILE")]
+    /// Reference to compare with, for KL divergence and agreement of the first choice: a UPG file, or an
+    /// original (Hugging Face directory, GGUF file), which is run in f32 with 4 bytes of memory a weight
+    #[arg(long, value_name = "MODEL")]
     pub against: Option<PathBuf>,
+    /// Keep the logits of the reference in this file, and use them from there the next time. Made anew where
+    /// text, windows or reference are others; 2 bytes for each scored position and token of the vocabulary
+    #[arg(long, value_name = "FILE", requires = "against")]
+    pub logits: Option<PathBuf>,
     /// Tokens of a window
     #[arg(long, default_value_t = 512, value_name = "N")]
     pub window: usize,

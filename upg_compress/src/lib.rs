@@ -45,6 +45,7 @@
 //! - [`mod@compress_random`]: files of random models in little time, to measure with.
 //!
 //! - [`calibration`] and [`hessian`]: the inputs of each matrix, for rounding that keeps its outputs.
+//! - [`original`]: a source, run as it is.
 //!
 //! Without a calibration text only the weights are looked at. The bytes of a file depend on the source and
 //! the options, never on the number of threads or the instruction set; with a calibration text on the machine
@@ -56,6 +57,7 @@ pub mod compress_random;
 pub mod export;
 pub mod gguf_tokenizer;
 pub mod hessian;
+pub mod original;
 pub mod plan;
 pub mod progress;
 pub mod rounding;

@@ -7,7 +7,7 @@ usage() {
     cat <<'END'
 Usage: bench/compare.sh [--rounds N] [--no-record]
 
-Builds llama.cpp for this processor (once, about 5 minutes on two cores), makes GGUF and UPG files of
+Builds llama.cpp for this processor (once, about 8 minutes on two cores), makes GGUF and UPG files of
 SmolLM2-135M-Instruct, and measures both with 1 thread and with all: prompts of 512 tokens, then 128
 tokens one by one, in turn, N rounds. Prints a table and writes it to bench/record/, with all figures
 as JSON beside it, in the place of those of the same day and processor. 5 rounds take about 10 minutes.
@@ -45,11 +45,10 @@ done
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 . "$root/tools/need.sh"
+. "$root/bench/llama.sh"
 need_tools "$root"
 need_venv
-for tool in c++ git; do
-    command -v $tool >/dev/null || fail "Missing: $tool. Debian, Ubuntu: apt install g++ git"
-done
+need_llama
 cd "$root"
 
 echo "1/4  Building upg" >&2
@@ -57,35 +56,7 @@ cargo build --release --quiet --package upg_cli --locked
 target=$(target_folder)
 upg=$target/release/upg
 
-version=$(sed -n 's/^llama-cpp-python==\([^ ]*\).*/\1/p' bench/llama-cpp.txt)
-
-# build_llama FOLDER [FLAGS]: llama-bench and llama-quantize for this processor in FOLDER/bin, unless they are there.
-build_llama() {
-    local llama=$1 flags=${2-}
-    if [ -x "$llama/bin/llama-bench" ] && [ -x "$llama/bin/llama-quantize" ]; then return; fi
-    rm -rf "$llama"
-    mkdir -p "$llama"
-    python3 -m venv "$llama/venv"
-    local pip=("$llama/venv/bin/python" -m pip --disable-pip-version-check --no-input)
-    # scikit-build-core is what the source package is described with; nothing is built by it.
-    "${pip[@]}" install --quiet 'cmake>=3.28,<5' 'ninja>=1.11,<2' 'scikit-build-core>=0.10,<2'
-    "${pip[@]}" download --quiet --progress-bar off --no-deps --no-build-isolation --require-hashes \
-        --no-binary llama-cpp-python --dest "$llama" --requirement bench/llama-cpp.txt
-    tar -xzf "$llama/llama_cpp_python-$version.tar.gz" -C "$llama" --no-same-owner
-    # Its build asks git for its commit; that must not be the one of this repository.
-    export GIT_CEILING_DIRECTORIES=$llama
-    PATH=$llama/venv/bin:$PATH cmake -G Ninja \
-        -S "$llama/llama_cpp_python-$version/vendor/llama.cpp" -B "$llama/build" \
-        -DCMAKE_BUILD_TYPE=Release -DCMAKE_C_FLAGS="$flags" -DCMAKE_CXX_FLAGS="$flags" \
-        -DGGML_NATIVE=ON -DBUILD_SHARED_LIBS=OFF -DLLAMA_OPENSSL=OFF \
-        -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_APP=OFF \
-        >"$llama/cmake.log" 2>&1 || fail "llama.cpp cannot be built here: see $llama/cmake.log"
-    "$llama/venv/bin/ninja" -C "$llama/build" llama-bench llama-quantize >"$llama/ninja.log" 2>&1 ||
-        fail "llama.cpp does not build: see $llama/ninja.log"
-    mv "$llama/build/bin" "$llama/bin"
-    rm -rf "$llama/build" "$llama/venv" "$llama/llama_cpp_python-$version"*
-}
-
+version=$(llama_version)
 llama=$target/llama.cpp/$version
 echo "2/4  Building llama.cpp (of llama-cpp-python $version)" >&2
 build_llama "$llama"

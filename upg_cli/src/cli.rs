@@ -73,6 +73,7 @@ Examples:
   upg compress Phi-4/ -o phi4.safetensors --encoding t3
   upg compress model.gguf -o model.safetensors --encoding q4 --embedding q8
   upg compress Phi-4/ -o phi4.safetensors --encoding t3 --tensor '*.down_proj.weight=t4'
+  upg compress Phi-4/ -o phi4.safetensors --encoding t3 --calibrate
   upg compress Phi-4/ -o phi4.safetensors --encoding t3 --calibrate text.txt")]
 pub struct CompressArgs {
     /// Hugging Face directory (config.json, *.safetensors) or GGUF file
@@ -95,10 +96,11 @@ pub struct CompressArgs {
     /// Seed of the random rotation of the t encodings
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
-    /// Text (UTF-8) that the model is run over first: what its matrices make of it is kept rather than
-    /// their weights. For q8, q4, t2, t3 and t4 in the blocks; takes several times as long
-    #[arg(long, value_name = "FILE")]
-    pub calibrate: Option<PathBuf>,
+    /// Run the model over a text first: what its matrices make of it is kept rather than their weights.
+    /// For q8, q4, t2, t3 and t4 in the blocks; takes several times as long. TEXT is UTF-8, or JSON lines
+    /// with a string "text" each if its name ends in .jsonl [without TEXT: one that comes with upg]
+    #[arg(long, value_name = "TEXT", num_args = 0..=1)]
+    pub calibrate: Option<Option<PathBuf>>,
 }
 
 #[derive(Args)]
@@ -268,16 +270,22 @@ The text is cut into windows and the second half of each is scored, as llama.cpp
 
 Examples:
   upg eval model.safetensors --text book.txt
-  upg eval small.safetensors --text book.txt --against original.safetensors --json")]
+  upg eval small.safetensors --text book.txt --against Phi-4/ --json
+  upg eval small.safetensors --text book.txt --against Phi-4/ --logits phi4.logits   # computed once")]
 pub struct EvalArgs {
     /// UPG file
     pub file: PathBuf,
     /// Text file, UTF-8
     #[arg(long, value_name = "FILE")]
     pub text: PathBuf,
-    /// Reference to compare with: KL divergence and agreement of the first choice
-    #[arg(long, value_name = "FILE")]
+    /// Reference to compare with, for KL divergence and agreement of the first choice: a UPG file, or an
+    /// original (Hugging Face directory, GGUF file), which is run in f32 with 4 bytes of memory a weight
+    #[arg(long, value_name = "MODEL")]
     pub against: Option<PathBuf>,
+    /// Keep the logits of the reference in this file, and use them from there the next time. Made anew where
+    /// text, windows or reference are others; 2 bytes for each scored position and token of the vocabulary
+    #[arg(long, value_name = "FILE", requires = "against")]
+    pub logits: Option<PathBuf>,
     /// Tokens of a window
     #[arg(long, default_value_t = 512, value_name = "N")]
     pub window: usize,

@@ -237,6 +237,38 @@ fn a_real_model_answers_is_measured_and_goes_back_to_its_directory() {
         (Some(0.0), Some(1.0))
     );
 
+    // Against the original, whose logits are computed once.
+    let original = gguf();
+    let logits = folder.path().join("logits");
+    let logits = logits.to_str().unwrap();
+    let eval = [
+        "eval",
+        model,
+        "--text",
+        text,
+        "--against",
+        original.to_str().unwrap(),
+        "--window",
+        "32",
+        "--json",
+    ];
+    let exact: Value = serde_json::from_str(&succeed(eval)).unwrap();
+    let first = succeed([&eval[..], &["--logits", logits]].concat());
+    assert_eq!(succeed([&eval[..], &["--logits", logits]].concat()), first);
+    let first: Value = serde_json::from_str(&first).unwrap();
+    for (figure, error) in [
+        ("kl_mean", "kl_error"),
+        ("perplexity_ratio", "perplexity_ratio_error"),
+        ("top1_agreement", "top1_error"),
+    ] {
+        let [found, expected] = [&first, &exact].map(|json| json[figure].as_f64().unwrap());
+        let error = exact[error].as_f64().unwrap();
+        assert!(
+            (found - expected).abs() <= 0.01 * error,
+            "{figure}: {found}, {expected}"
+        );
+    }
+
     let exported = folder.path().join("exported");
     succeed(["decompress", model, "-o", exported.to_str().unwrap()]);
     assert_eq!(
@@ -360,6 +392,8 @@ const BAD: &[(&[&str], i32, &[&str])] = &[
     (&["compress", "{}/phi3", "-o", "{}/out", "--tensor", "x*=q4"], 2, &["matches no matrix"]),
     (&["compress", "{}/phi3", "-o", "{}/out", "--calibrate", "{}/none"], 1, &["none", "No such file"]),
     (&["compress", "{}/phi3", "-o", "{}/out", "--calibrate", "{}/text"], 1, &["no tokenizer", "tokenizer.json"]),
+    (&["compress", "{}/phi3", "-o", "{}/out", "--calibrate", "{}/lines.jsonl"], 1, &["lines.jsonl", "line 2", "'text'"]),
+    (&["compress", "{}/phi3", "-o", "{}/out", "--calibrate"], 1, &["no tokenizer", "tokenizer.json"]),
     (&["run", "{}/none", "-p", "x"], 1, &["none", "No such file"]),
     (&["run", "{}/empty", "-p", "x"], 1, &["empty", "not a regular file"]),
     (&["run", "{}/text", "-p", "x"], 1, &["text", "safetensors"]),
@@ -392,6 +426,9 @@ const BAD: &[(&[&str], i32, &[&str])] = &[
     (&["eval", "{smollm2}", "--text", "{}/none"], 1, &["none"]),
     (&["eval", "{smollm2}", "--text", "{}/text"], 2, &["window of 512"]),
     (&["eval", "{}/model", "--text", "{}/text"], 1, &["no tokenizer"]),
+    (&["eval", "{smollm2}", "--text", "{}/story", "--window", "4", "--against", "{}/phi3"], 1, &["no tokenizer"]),
+    (&["eval", "{smollm2}", "--text", "{}/story", "--window", "4", "--against", "{}/text"], 1, &["text", "unknown kind"]),
+    (&["eval", "{smollm2}", "--text", "{}/story", "--window", "4", "--against", "{smollm2}", "--logits", "{}/text"], 2, &["text", "upg eval wrote"]),
     (&["chat", "{}/model"], 1, &["no chat template"]),
 ];
 
@@ -411,6 +448,12 @@ fn bad_inputs(folder: &Path) {
     };
     fs::create_dir(at("empty")).unwrap();
     fs::write(at("text"), "no model\n").unwrap();
+    fs::write(at("story"), "Once upon a time there was a miller.\n").unwrap();
+    fs::write(
+        at("lines.jsonl"),
+        "{\"text\": \"one\"}\n{\"prompt\": \"two\"}\n",
+    )
+    .unwrap();
     copy("phi3");
     copy("no-weights");
     fs::remove_file(at("no-weights/model.safetensors")).unwrap();

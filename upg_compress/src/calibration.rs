@@ -1,13 +1,14 @@
 //! What errors of the matrices of a model change its predictions by: it is run over a text, forwards and backwards.
 #![forbid(unsafe_code)]
 
+pub mod text;
+
 use crate::curvature::Curvature;
 use crate::progress::Progress;
 use crate::source::Source;
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
-use upg_kernel::inference::tokenizer::{SpecialIds, Tokenizer};
 use upg_kernel::inference::weights::shape_mismatch;
 use upg_kernel::inference::{Backward, Input, Layerwise, ModelConfig, WeightSource};
 use upg_kernel::matrix::{DenseMatrix, DenseValues, Matrix};
@@ -27,6 +28,8 @@ const DRAWING_SEED: u64 = 0;
 pub struct Calibration {
     tokens: Vec<u32>,
     window: usize,
+    /// Whether the tokens are of the text that comes with this crate.
+    built_in: bool,
 }
 
 impl Calibration {
@@ -50,25 +53,11 @@ impl Calibration {
             return Err(Error::new(ErrorKind::TooLarge, message).hint("use a shorter text"));
         }
         tokens.truncate(tokens.len() / window * window);
-        Ok(Self { tokens, window })
-    }
-
-    /// A text as the tokenizer of the model in `source` cuts it, in sequences of 512 tokens, or of as many as the model
-    /// takes at most.
-    ///
-    /// Errors: those of the tokenizer and of [`Calibration::new`]; `Missing` if the source has no tokenizer.
-    pub fn of_text(source: &dyn Source, text: &str) -> Result<Self> {
-        let files = source.files();
-        let json = files.tokenizer_json.as_deref().ok_or_else(|| {
-            Error::new(ErrorKind::Missing, "the model has no tokenizer")
-                .hint("calibration needs one: put tokenizer.json beside the weights")
-        })?;
-        let config = files.config()?;
-        let special = SpecialIds::from(&config);
-        let tokenizer =
-            Tokenizer::from_json(json, files.tokenizer_config_json.as_deref(), special)?;
-        let tokens = tokenizer.encode(text, true)?;
-        Self::new(tokens, WINDOW.min(config.context))
+        Ok(Self {
+            tokens,
+            window,
+            built_in: false,
+        })
     }
 
     /// All tokens, one sequence after the other.
@@ -110,7 +99,7 @@ impl<'a> Calibrator<'a> {
         let source = Weights(source);
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
         let embedding = source.matrix("model.embed_tokens.weight", vocab, hidden)?;
-        let Calibration { tokens, window } = calibration;
+        let Calibration { tokens, window, .. } = calibration;
         let mut run = Layerwise::new(config.clone(), &embedding, tokens, *window)?;
         drop(embedding);
         let mut states = States::new(run.hidden().len())?;
@@ -229,7 +218,7 @@ impl States {
 }
 
 /// The weights of a source as f32.
-struct Weights<'a>(&'a dyn Source);
+pub(crate) struct Weights<'a>(pub(crate) &'a dyn Source);
 
 impl Weights<'_> {
     fn read(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {

@@ -144,6 +144,8 @@ fn metadata(
         "seed": options.seed,
         "calibration": options.calibration.as_ref().map(|calibration| {
             serde_json::json!({
+                "text": if calibration.is_built_in() { "built-in" } else { "given" },
+                "checksum": calibration.checksum(),
                 "tokens": calibration.tokens().len(),
                 "window": calibration.window(),
             })

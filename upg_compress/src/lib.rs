@@ -46,6 +46,7 @@
 //!
 //! - [`calibration`], [`curvature`] and [`hessian`]: what errors of each matrix change the predictions of the model by, for
 //!   rounding that keeps these.
+//! - [`original`]: a source, run as it is.
 //!
 //! Without a calibration text only the weights are looked at. The bytes of a file depend on the source and
 //! the options, never on the number of threads or the instruction set; with a calibration text on the machine
@@ -58,6 +59,7 @@ pub mod curvature;
 pub mod export;
 pub mod gguf_tokenizer;
 pub mod hessian;
+pub mod original;
 pub mod plan;
 pub mod progress;
 pub mod rounding;

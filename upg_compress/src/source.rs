@@ -20,6 +20,7 @@ use std::io::Read;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use upg_kernel::inference::ModelConfig;
+use upg_kernel::inference::tokenizer::{SpecialIds, Tokenizer};
 use upg_kernel::{Error, ErrorKind, Result};
 
 /// A floating-point type that a tensor can be kept in as it is.
@@ -179,6 +180,16 @@ impl ModelFiles {
     pub fn config(&self) -> Result<ModelConfig> {
         ModelConfig::from_json(&self.config_json, self.generation_config_json.as_deref())
     }
+
+    /// The tokenizer of the model. Errors: `Missing` if it has none; those of [`Tokenizer::from_json`].
+    pub fn tokenizer(&self) -> Result<Tokenizer> {
+        let json = self.tokenizer_json.as_deref().ok_or_else(|| {
+            Error::new(ErrorKind::Missing, "the model has no tokenizer")
+                .hint("a text cannot be read without one: put tokenizer.json beside the weights")
+        })?;
+        let special = SpecialIds::from(&self.config()?);
+        Tokenizer::from_json(json, self.tokenizer_config_json.as_deref(), special)
+    }
 }
 
 /// The bytes of a tensor that is kept as it is.
@@ -288,8 +299,8 @@ fn not_a_source(path: &Path, magic: &[u8]) -> Error {
     Error::new(ErrorKind::Unsupported, format!("this is {found}")).hint(hint)
 }
 
-/// Whether a safetensors file says in its metadata that it is a UPG file.
-fn is_upg(path: &Path) -> bool {
+/// Whether `path` is a safetensors file that says in its metadata that it is a UPG file.
+pub fn is_upg(path: &Path) -> bool {
     let Ok(file) = upg_kernel::MappedFile::open(path) else {
         return false;
     };

@@ -7,7 +7,7 @@ mod tiny;
 
 use std::path::Path;
 use tiny::{MODELS, cases, model_file};
-use upg_compress::calibration::{Calibration, Calibrator};
+use upg_compress::calibration::{Calibration, Calibrator, text};
 use upg_compress::compress::{compress, encode_matrix};
 use upg_compress::curvature::Curvature;
 use upg_compress::hessian::Hessian;
@@ -247,10 +247,11 @@ fn a_file_says_what_it_was_calibrated_on() {
     options.calibration = Some(calibration("qwen3"));
     let (calibrated, bytes) = file(&options, "calibrated.safetensors");
     let recipe = calibrated.metadata("recipe").unwrap();
-    assert!(
-        recipe.contains(r#""calibration":{"tokens":72,"window":24}"#),
-        "{recipe}"
+    let checksum = options.calibration.as_ref().unwrap().checksum();
+    let said = format!(
+        r#""calibration":{{"text":"given","checksum":"{checksum}","tokens":72,"window":24}}"#
     );
+    assert!(recipe.contains(&said), "{recipe}");
     assert_ne!(bytes, free_bytes);
     assert_eq!(file(&options, "again.safetensors").1, bytes);
 }
@@ -303,4 +304,35 @@ fn too_short_a_text_and_a_model_without_tokenizer_are_refused() {
         e.kind() == ErrorKind::Missing && e.to_string().contains("tokenizer"),
         "{e}"
     );
+}
+
+#[test]
+fn json_lines_are_documents() {
+    let lines = "{\"text\": \"one\\ntwo\", \"id\": 7}\n\n{\"text\": \"three\"}\r\n";
+    assert_eq!(text::json_lines(lines).unwrap(), ["one\ntwo", "three"]);
+    for bad in [
+        "{\"text\": 1}",
+        "{\"texts\": \"a\"}",
+        "text",
+        "[\"a\"]",
+        "{",
+    ] {
+        let e = text::json_lines(&format!("{{\"text\": \"\"}}\n{bad}")).unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::Malformed, "{bad}");
+        assert!(e.to_string().contains("line 2 "), "{e}");
+    }
+}
+
+#[test]
+fn the_checksum_is_that_of_other_programs() {
+    // python3 -c 'import hashlib, struct; print(hashlib.sha256(struct.pack("<3I", 1, 2, 300)).hexdigest()[:32])'
+    let calibration = Calibration::new(vec![1, 2, 300, 4], 3).unwrap();
+    assert_eq!(calibration.checksum(), "ec23a88fb0aa4b38d5442523720f6576");
+}
+
+#[test]
+fn no_tokenizer_cuts_the_built_in_text_into_more_tokens_than_fit() {
+    let built_in = include_str!("../data/calibration.txt");
+    assert!(built_in.len() <= 1 << 18);
+    assert!(!built_in.contains('\r') && !built_in.contains("<|"));
 }

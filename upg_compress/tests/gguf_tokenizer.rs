@@ -195,4 +195,26 @@ fn a_calibration_text_is_cut_into_whole_sequences_of_the_ids_of_llama_cpp() {
     assert!(whole > 0 && whole < ids.len());
     assert_eq!(calibration.window(), 512);
     assert_eq!(calibration.tokens(), &ids[..whole]);
+
+    // Documents are tokenized by themselves.
+    let documents = ["A", " b".repeat(600).as_str()].map(str::to_owned);
+    let calibration = Calibration::of_documents(source.as_ref(), &documents).unwrap();
+    let alone = |text: &str| {
+        source
+            .files()
+            .tokenizer()
+            .unwrap()
+            .encode(text, true)
+            .unwrap()
+    };
+    let joined = [alone(&documents[0]), alone(&documents[1])].concat();
+    assert_eq!(calibration.tokens(), &joined[..512]);
+
+    let built_in = Calibration::built_in(source.as_ref()).unwrap();
+    assert!(built_in.is_built_in() && !calibration.is_built_in());
+    assert!(
+        (60_000..90_000).contains(&built_in.tokens().len()),
+        "{}",
+        built_in.tokens().len()
+    );
 }

@@ -3,11 +3,12 @@
 
 use crate::cli::CompressArgs;
 use crate::terminal::{self, WeightsBar, bytes};
+use std::path::Path;
 use std::time::Instant;
-use upg_compress::calibration::Calibration;
+use upg_compress::calibration::{Calibration, text};
 use upg_compress::compress::compress;
 use upg_compress::plan::CompressOptions;
-use upg_compress::source;
+use upg_compress::source::{self, Source};
 use upg_kernel::{Error, ErrorKind, Result};
 
 pub fn run(args: &CompressArgs) -> Result<()> {
@@ -22,9 +23,8 @@ pub fn run(args: &CompressArgs) -> Result<()> {
     options.group = args.group;
     options.overrides = args.overrides.clone();
     options.seed = args.seed;
-    if let Some(path) = &args.calibrate {
-        let text = terminal::read_text(path)?;
-        options.calibration = Some(Calibration::of_text(source.as_ref(), &text)?);
+    if let Some(text) = &args.calibrate {
+        options.calibration = Some(calibration(source.as_ref(), text.as_deref())?);
     }
     let started = Instant::now();
     let progress = WeightsBar::new()?;
@@ -61,4 +61,22 @@ pub fn run(args: &CompressArgs) -> Result<()> {
         );
     }
     terminal::print(&text)
+}
+
+/// What the model is run over: the text in a file, or the one that comes with upg.
+fn calibration(source: &dyn Source, path: Option<&Path>) -> Result<Calibration> {
+    let Some(path) = path else {
+        return Calibration::built_in(source);
+    };
+    let content = terminal::read_text(path)?;
+    match path
+        .extension()
+        .is_some_and(|extension| extension == "jsonl")
+    {
+        true => {
+            let documents = text::json_lines(&content).map_err(|e| e.at(path))?;
+            Calibration::of_documents(source, &documents)
+        }
+        false => Calibration::of_text(source, &content),
+    }
 }

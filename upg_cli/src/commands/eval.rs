@@ -1,38 +1,117 @@
 //! `upg eval`.
 #![forbid(unsafe_code)]
 
+mod reference;
+
 use crate::cli::EvalArgs;
 use crate::terminal;
+use reference::Against;
 use serde_json::json;
 use std::num::NonZeroUsize;
-use upg_kernel::inference::{EvaluationOptions, evaluate};
-use upg_kernel::{Result, UPGModel};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use upg_kernel::inference::evaluate::{
+    Computed, EvaluationOptions, LogitFile, Reference, Windows, evaluate,
+};
+use upg_kernel::inference::{Evaluation, Model};
+use upg_kernel::{Error, ErrorKind, Result, UPGModel};
 
 pub fn run(args: &EvalArgs) -> Result<()> {
     let text = terminal::read_text(&args.text)?;
     let model = UPGModel::from_file(&args.file)?;
-    let reference = args.against.as_ref().map(UPGModel::from_file).transpose()?;
-    let bar = terminal::bar(0, "{bar:30} {percent:>3}%  {pos}/{len} windows, {eta} left");
-    let progress = |done, all| {
-        bar.set_length(all as u64);
-        bar.set_position(done as u64);
-    };
-    let default = EvaluationOptions::default();
+    let limit = args.windows.map_or(usize::MAX, NonZeroUsize::get);
+    let windows = Windows::of_text(model.tokenizer()?, &text, args.window, limit)?;
     let options = EvaluationOptions {
-        window: args.window,
-        limit: args.windows.map_or(default.limit, NonZeroUsize::get),
-        chunk: args.chunk.unwrap_or(default.chunk),
+        chunk: args.chunk.unwrap_or(EvaluationOptions::default().chunk),
         cache_type: args.cache_type.into(),
     };
-    let result = evaluate(&model, &text, &options, reference.as_ref(), &progress);
-    bar.finish_and_clear();
-    let result = result?;
+    let evaluation = Evaluated {
+        model: model.model(),
+        options,
+        windows: &windows,
+    };
+    let never = AtomicBool::new(false);
+    let result = match &args.against {
+        None => evaluation.measure(None, &never)?,
+        Some(path) => {
+            let mut against = Against::open(path, options)?;
+            against.check(&text, &windows)?;
+            match &args.logits {
+                None => evaluation.measure(Some(&mut against), &never)?,
+                Some(logits) => evaluation.against_file(logits, &mut against, args)?,
+            }
+        }
+    };
+    report(args, &model, &result)
+}
+
+/// What is evaluated.
+struct Evaluated<'a> {
+    model: &'a Arc<Model>,
+    options: EvaluationOptions,
+    windows: &'a Windows,
+}
+
+impl Evaluated<'_> {
+    /// Against logits in the file `path`, which is made if it has others.
+    fn against_file(
+        &self,
+        path: &Path,
+        reference: &mut Against,
+        args: &EvalArgs,
+    ) -> Result<Evaluation> {
+        let identity = reference.identity()?;
+        let mut inputs = reference.files();
+        inputs.extend([args.file.clone(), args.text.clone()]);
+        let vocab = self.model.config().vocab_size;
+        let mut logits = LogitFile::open(path, self.windows, vocab, &identity, &inputs, reference)?;
+        let verb = if logits.is_filled() {
+            "Using"
+        } else {
+            "Writing"
+        };
+        let (path, size) = (path.display(), terminal::bytes(logits.bytes()));
+        terminal::note(format_args!(
+            "{verb} the logits of the reference: {path}, {size}"
+        ));
+        // Without this Ctrl-C would leave a part of the file behind.
+        let interrupted = terminal::interrupt_flag()?;
+        let result = self.measure(Some(&mut logits), &interrupted)?;
+        logits.finish()?;
+        Ok(result)
+    }
+
+    fn measure(
+        &self,
+        reference: Option<&mut dyn Reference>,
+        interrupted: &AtomicBool,
+    ) -> Result<Evaluation> {
+        let bar = terminal::bar(0, "{bar:30} {percent:>3}%  {pos}/{len} windows, {eta} left");
+        let progress = |done, all| {
+            bar.set_length(all as u64);
+            bar.set_position(done as u64);
+            match interrupted.load(Ordering::Relaxed) {
+                false => Ok(()),
+                true => Err(Error::new(ErrorKind::Interrupted, "interrupted")),
+            }
+        };
+        let mut model = Computed {
+            model: Arc::clone(self.model),
+            options: self.options,
+        };
+        let result = evaluate(&mut model, self.windows, reference, &progress);
+        bar.finish_and_clear();
+        result
+    }
+}
+
+fn report(args: &EvalArgs, model: &UPGModel, result: &Evaluation) -> Result<()> {
     let (bits, block_bits) = (
         model.file().bits_per_weight(),
         model.file().bits_per_weight_blocks(),
     );
     let comparison = result.comparison.as_ref();
-
     if args.json {
         let json = json!({
             "perplexity": result.perplexity,
@@ -43,9 +122,13 @@ pub fn run(args: &EvalArgs) -> Result<()> {
             "bits_per_weight_blocks": block_bits,
             "file_bytes": model.file().file_len(),
             "reference_perplexity": comparison.map(|c| c.reference_perplexity),
+            "reference_perplexity_error": comparison.map(|c| c.reference_perplexity_error),
+            "perplexity_ratio": comparison.map(|c| c.perplexity_ratio),
+            "perplexity_ratio_error": comparison.map(|c| c.perplexity_ratio_error),
             "kl_mean": comparison.map(|c| c.kl_mean),
             "kl_error": comparison.map(|c| c.kl_error),
             "top1_agreement": comparison.map(|c| c.top1_agreement),
+            "top1_error": comparison.map(|c| c.top1_error),
         });
         return terminal::print(&format!("{json:#}\n"));
     }
@@ -55,12 +138,16 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     );
     if let Some(c) = comparison {
         out += &format!(
-            "reference perplexity {:.4} (x{:.4})\nKL divergence {:.5} +- {:.5}, same first choice {:.2} %\n",
+            "reference perplexity {:.4} +- {:.4} (x{:.4} +- {:.4})\n\
+             KL divergence {:.5} +- {:.5}, same first choice {:.2} +- {:.2} %\n",
             c.reference_perplexity,
-            result.perplexity / c.reference_perplexity,
+            c.reference_perplexity_error,
+            c.perplexity_ratio,
+            c.perplexity_ratio_error,
             c.kl_mean,
             c.kl_error,
-            100.0 * c.top1_agreement
+            100.0 * c.top1_agreement,
+            100.0 * c.top1_error
         );
     }
     terminal::print(&out)

@@ -1,11 +1,18 @@
-//! How well a model predicts a text: perplexity, and the distance to a reference model.
+//! How well a model predicts a text: perplexity, and the distance to a reference.
 #![forbid(unsafe_code)]
 
-use super::{CacheType, SessionOptions, UPGModel};
+mod logit_file;
+mod reference;
+mod windows;
+
+pub use logit_file::LogitFile;
+pub use reference::{Computed, EvaluationOptions, Reference};
+pub use windows::{Window, Windows};
+
 use crate::error::{Error, ErrorKind, Result};
 use rayon::prelude::*;
 
-/// What [`evaluate`] measured. Averages are over the scored positions.
+/// What [`evaluate`] measured. Averages are over the scored positions; standard errors take these to be independent.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Evaluation {
     /// `exp` of the mean negative log-likelihood of the next token.
@@ -14,7 +21,7 @@ pub struct Evaluation {
     pub perplexity_error: f64,
     /// Positions scored.
     pub positions: usize,
-    /// Against a reference model only.
+    /// Against a reference only.
     pub comparison: Option<Comparison>,
 }
 
@@ -23,41 +30,24 @@ pub struct Evaluation {
 pub struct Comparison {
     /// Perplexity of the reference.
     pub reference_perplexity: f64,
+    /// Standard error of `reference_perplexity`.
+    pub reference_perplexity_error: f64,
+    /// Perplexity of the model by that of the reference.
+    pub perplexity_ratio: f64,
+    /// Standard error of `perplexity_ratio`, from the spread of the differences: far below those of the two.
+    pub perplexity_ratio_error: f64,
     /// Mean Kullback-Leibler divergence, reference from model, in nats.
     pub kl_mean: f64,
     /// Standard error of `kl_mean`.
     pub kl_error: f64,
     /// Share of positions at which both rank the same token first, 0 to 1.
     pub top1_agreement: f64,
+    /// Standard error of `top1_agreement`.
+    pub top1_error: f64,
 }
 
-/// How to measure.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct EvaluationOptions {
-    /// Tokens of a window.
-    pub window: usize,
-    /// Most windows of the text that are used.
-    pub limit: usize,
-    /// Positions that are computed at once, as in [`SessionOptions::prefill_chunk`]: 1 measures what
-    /// generation computes, token by token.
-    pub chunk: usize,
-    /// As [`SessionOptions::cache_type`].
-    pub cache_type: CacheType,
-}
-
-impl Default for EvaluationOptions {
-    fn default() -> Self {
-        Self {
-            window: 512,
-            limit: usize::MAX,
-            chunk: SessionOptions::default().prefill_chunk,
-            cache_type: CacheType::default(),
-        }
-    }
-}
-
-/// Called after each window with how many are done and how many there are.
-pub type EvaluationProgress<'a> = &'a dyn Fn(usize, usize);
+/// Called after each window with how many are done and how many there are; an error of it ends the evaluation.
+pub type EvaluationProgress<'a> = &'a dyn Fn(usize, usize) -> Result<()>;
 
 /// One scored position.
 struct Scored {
@@ -67,101 +57,47 @@ struct Scored {
     same_top: bool,
 }
 
-/// Measures `model` on `text`, against `reference` if there is one.
+/// Measures `model` on `windows`, against `reference` if there is one. `progress` is called after each window.
 ///
-/// The text is cut into windows, at most `limit` of them (what is left is not used); each is computed by itself, and the positions of its second half are scored, as
-/// llama.cpp's perplexity tool does it: figures at the same window are comparable. A model whose
-/// tokenizer begins texts with a token has it put in place of the first token of each window.
-/// `progress` is called after each window.
-///
-/// Memory: `2 * window * vocab` bytes for the logits of each model. Errors: `Argument` if the window
-/// is below 4 or beyond the context of a model, the limit 0, the text shorter than a window, or if
-/// the two models have vocabularies of different sizes or give different ids; `Missing` if a model
-/// has no tokenizer.
+/// Memory: `4 * scored * vocab` bytes for the logits of each. Errors: `Argument` if the window is beyond the context of
+/// the model, a token is not in its vocabulary, or the reference has a vocabulary of another size; those of the
+/// reference, of a session and of `progress`.
 pub fn evaluate(
-    model: &UPGModel,
-    text: &str,
-    options: &EvaluationOptions,
-    reference: Option<&UPGModel>,
+    model: &mut Computed,
+    windows: &Windows,
+    mut reference: Option<&mut dyn Reference>,
     progress: EvaluationProgress<'_>,
 ) -> Result<Evaluation> {
-    let &EvaluationOptions { window, limit, .. } = options;
-    let (tokens, bos) = tokens_of(model, text)?;
-    let argument = |message: String| Error::new(ErrorKind::Argument, message);
-    if window < 4 || tokens.len() < window || limit == 0 {
-        let message = format!(
-            "a text of {} tokens has no window of {window}",
-            tokens.len()
-        );
-        return Err(argument(message).hint("use a longer text, and a window from 4 on"));
-    }
-    for model in [Some(model), reference].into_iter().flatten() {
-        let context = model.model().config().context;
-        if window > context {
-            let message = format!("a window of {window} tokens, the context has {context}");
-            return Err(argument(message)
-                .at(model.file().path())
-                .hint("use a smaller window"));
-        }
-    }
-    if let Some(reference) = reference {
-        let vocab = |m: &UPGModel| m.model().config().vocab_size;
-        if vocab(model) != vocab(reference) || tokens_of(reference, text)?.0 != tokens {
-            return Err(argument(
-                "the two models have different vocabularies".into(),
-            ));
-        }
-    }
-    let vocab = model.model().config().vocab_size;
-    let first = window / 2;
-    let windows = limit.min(tokens.len() / window);
+    let config = model.model.config();
+    windows.check(config)?;
+    let vocab = config.vocab_size;
+    let compared = reference.is_some();
     let mut scored = Vec::new();
-    for (index, window) in tokens.chunks_exact(window).take(limit).enumerate() {
-        let mut input = window.to_vec();
-        if let Some(bos) = bos {
-            input[0] = bos;
+    for window in windows.iter() {
+        let logits = model.logits(&window)?;
+        let theirs = match &mut reference {
+            Some(reference) => Some(reference.logits(&window)?),
+            None => None,
+        };
+        if theirs.as_ref().is_some_and(|t| t.len() != logits.len()) {
+            return Err(other_vocabulary());
         }
-        let logits = scored_logits(model, &input, first, options)?;
-        let reference = reference
-            .map(|m| scored_logits(m, &input, first, options))
-            .transpose()?;
-        let targets = &window[first + 1..];
-        scored.par_extend(targets.par_iter().enumerate().map(|(i, &target)| {
+        let score = |(i, &target): (usize, &u32)| {
             let row = i * vocab..(i + 1) * vocab;
-            let reference = reference.as_ref().map(|r| &r[row.clone()]);
-            score(&logits[row], reference, target as usize)
-        }));
-        progress(index + 1, windows);
+            let theirs = theirs.as_ref().map(|theirs| &theirs[row.clone()]);
+            score(&logits[row], theirs, target as usize)
+        };
+        scored.par_extend(window.targets.par_iter().enumerate().map(score));
+        progress(window.index + 1, windows.count())?;
     }
-    Ok(summary(&scored, reference.is_some()))
+    Ok(summary(&scored, compared))
 }
 
-fn tokens_of(model: &UPGModel, text: &str) -> Result<(Vec<u32>, Option<u32>)> {
-    let tokenizer = model.tokenizer()?;
-    let tokens = tokenizer.encode(text, true)?;
-    let bos = tokenizer
-        .special_ids()
-        .bos
-        .filter(|bos| tokens.first() == Some(bos));
-    Ok((tokens, bos))
-}
-
-/// Logits from position `first` to the last but one.
-fn scored_logits(
-    model: &UPGModel,
-    window: &[u32],
-    first: usize,
-    options: &EvaluationOptions,
-) -> Result<Vec<f32>> {
-    let options = SessionOptions {
-        context: Some(window.len()),
-        prefill_chunk: options.chunk,
-        cache_type: options.cache_type,
-        ..SessionOptions::default()
-    };
-    let mut session = model.session(&options)?;
-    session.prefill(&window[..first])?;
-    session.forward(&window[first..window.len() - 1])
+fn other_vocabulary() -> Error {
+    Error::new(
+        ErrorKind::Argument,
+        "the two models have different vocabularies",
+    )
 }
 
 fn score(logits: &[f32], reference: Option<&[f32]>, target: usize) -> Scored {
@@ -204,25 +140,37 @@ fn top(logits: &[f32]) -> usize {
 }
 
 fn summary(scored: &[Scored], compared: bool) -> Evaluation {
-    let n = scored.len() as f64;
-    let mean = |value: fn(&Scored) -> f64| scored.iter().map(value).sum::<f64>() / n;
-    let error = |value: fn(&Scored) -> f64, mean: f64| {
-        let squares: f64 = scored.iter().map(|s| (value(s) - mean).powi(2)).sum();
-        (squares / (n - 1.0).max(1.0) / n).sqrt()
+    let (loss, loss_error) = mean(scored, |s| s.loss);
+    let comparison = || {
+        let (reference, reference_error) = mean(scored, |s| s.reference_loss);
+        let (difference, difference_error) = mean(scored, |s| s.loss - s.reference_loss);
+        let (kl_mean, kl_error) = mean(scored, |s| s.kl);
+        let (top1_agreement, top1_error) = mean(scored, |s| f64::from(u8::from(s.same_top)));
+        Comparison {
+            reference_perplexity: reference.exp(),
+            reference_perplexity_error: reference.exp() * reference_error,
+            perplexity_ratio: difference.exp(),
+            perplexity_ratio_error: difference.exp() * difference_error,
+            kl_mean,
+            kl_error,
+            top1_agreement,
+            top1_error,
+        }
     };
-    let loss = mean(|s| s.loss);
-    let kl = mean(|s| s.kl);
     Evaluation {
         perplexity: loss.exp(),
-        perplexity_error: loss.exp() * error(|s| s.loss, loss),
+        perplexity_error: loss.exp() * loss_error,
         positions: scored.len(),
-        comparison: compared.then(|| Comparison {
-            reference_perplexity: mean(|s| s.reference_loss).exp(),
-            kl_mean: kl,
-            kl_error: error(|s| s.kl, kl),
-            top1_agreement: mean(|s| f64::from(u8::from(s.same_top))),
-        }),
+        comparison: compared.then(comparison),
     }
+}
+
+/// The mean of a figure and its standard error.
+fn mean(scored: &[Scored], figure: fn(&Scored) -> f64) -> (f64, f64) {
+    let n = scored.len() as f64;
+    let mean = scored.iter().map(figure).sum::<f64>() / n;
+    let squares: f64 = scored.iter().map(|s| (figure(s) - mean).powi(2)).sum();
+    (mean, (squares / (n - 1.0).max(1.0) / n).sqrt())
 }
 
 #[cfg(test)]

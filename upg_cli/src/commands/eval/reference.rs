@@ -1,0 +1,103 @@
+//! What `upg eval` compares with: another UPG file, or an original.
+#![forbid(unsafe_code)]
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::UNIX_EPOCH;
+use upg_compress::original;
+use upg_compress::source::{self, Source};
+use upg_kernel::inference::evaluate::{Computed, EvaluationOptions, Reference, Window, Windows};
+use upg_kernel::inference::{CacheType, Model};
+use upg_kernel::{Error, ErrorKind, Result, UPGModel};
+
+/// A model that is loaded when its logits are asked for first.
+pub struct Against {
+    from: From,
+    options: EvaluationOptions,
+    computed: Option<Computed>,
+}
+
+enum From {
+    Upg(UPGModel),
+    Source(Box<dyn Source>),
+}
+
+impl Against {
+    /// A UPG file, to be run with `options`, or a source, to be run in f32. Errors: those of opening it.
+    pub fn open(path: &Path, options: EvaluationOptions) -> Result<Self> {
+        let (from, cache_type) = match source::is_upg(path) {
+            true => (From::Upg(UPGModel::from_file(path)?), options.cache_type),
+            false => (From::Source(source::open(path)?), CacheType::F32),
+        };
+        Ok(Self {
+            from,
+            options: EvaluationOptions {
+                cache_type,
+                ..options
+            },
+            computed: None,
+        })
+    }
+
+    /// Errors (`Argument`): its tokenizer cuts `text` into other windows.
+    pub fn check(&self, text: &str, windows: &Windows) -> Result<()> {
+        let cut = |tokenizer| Windows::of_text(tokenizer, text, windows.window(), windows.count());
+        let same = match &self.from {
+            From::Upg(model) => cut(model.tokenizer()?)? == *windows,
+            From::Source(source) => cut(&source.files().tokenizer()?)? == *windows,
+        };
+        match same {
+            true => Ok(()),
+            false => Err(Error::new(
+                ErrorKind::Argument,
+                "the two models have different vocabularies",
+            )),
+        }
+    }
+
+    /// The files that it is read from.
+    pub fn files(&self) -> Vec<PathBuf> {
+        match &self.from {
+            From::Upg(model) => vec![model.file().path().to_path_buf()],
+            From::Source(source) => source.own_files(),
+        }
+    }
+
+    /// What the logits are known by: path, size and time of change of each file, and how they are computed.
+    ///
+    /// Errors: `Io`.
+    pub fn identity(&self) -> Result<String> {
+        let mut files = self.files();
+        files.sort();
+        let mut identity = format!("{:?}", self.options);
+        for path in files {
+            let io = |e| Error::io("cannot read", &path, e);
+            let metadata = path.metadata().map_err(io)?;
+            let changed = metadata.modified().map_err(io)?;
+            let since = changed.duration_since(UNIX_EPOCH).unwrap_or_default();
+            let path = path.canonicalize().map_err(io)?;
+            identity += &format!("\n{path:?} {} {}", metadata.len(), since.as_nanos());
+        }
+        Ok(identity)
+    }
+
+    fn model(&self) -> Result<Arc<Model>> {
+        match &self.from {
+            From::Upg(model) => Ok(Arc::clone(model.model())),
+            From::Source(source) => Ok(Arc::new(original::load(source.as_ref())?)),
+        }
+    }
+}
+
+impl Reference for Against {
+    fn logits(&mut self, window: &Window<'_>) -> Result<Vec<f32>> {
+        let computed = match self.computed.take() {
+            Some(computed) => computed,
+            None => Computed {
+                model: self.model()?,
+                options: self.options,
+            },
+        };
+        self.computed.insert(computed).logits(window)
+    }
+}

@@ -1,0 +1,106 @@
+//! A text, cut into the windows that a model is measured on.
+#![forbid(unsafe_code)]
+
+use super::super::config::ModelConfig;
+use super::super::tokenizer::Tokenizer;
+use crate::error::{Error, ErrorKind, Result};
+
+/// Windows of a text, each computed by itself. Of each the second half is scored, as llama.cpp's perplexity tool does
+/// it: figures at the same window are comparable.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Windows {
+    tokens: Vec<u32>,
+    len: usize,
+    /// What takes the place of the first token of each window.
+    bos: Option<u32>,
+}
+
+/// One of the [`Windows`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Window<'a> {
+    /// Its number, from 0.
+    pub index: usize,
+    /// What a model is given.
+    pub input: Vec<u32>,
+    /// The first position whose logits are scored.
+    pub first: usize,
+    /// What follows each position that is scored.
+    pub targets: &'a [u32],
+}
+
+impl Windows {
+    /// `text` in windows of `len` tokens, at most `limit` of them; what is left is not used. If `tokenizer` begins
+    /// texts with a token, each window gets it in place of its first.
+    ///
+    /// Errors: `Argument` if `len` is below 4, `limit` 0 or the text shorter than a window; those of the tokenizer.
+    pub fn of_text(tokenizer: &Tokenizer, text: &str, len: usize, limit: usize) -> Result<Self> {
+        let tokens = tokenizer.encode(text, true)?;
+        let bos = tokenizer.special_ids().bos;
+        let bos = bos.filter(|bos| tokens.first() == Some(bos));
+        Self::new(tokens, bos, len, limit)
+    }
+
+    /// `tokens` in windows; `bos`, if there is one, takes the place of the first of each. Errors: as
+    /// [`Windows::of_text`].
+    pub fn new(mut tokens: Vec<u32>, bos: Option<u32>, len: usize, limit: usize) -> Result<Self> {
+        if len < 4 || tokens.len() < len || limit == 0 {
+            let message = format!("a text of {} tokens has no window of {len}", tokens.len());
+            return Err(Error::new(ErrorKind::Argument, message)
+                .hint("use a longer text, and a window from 4 on"));
+        }
+        tokens.truncate(limit.min(tokens.len() / len) * len);
+        Ok(Self { tokens, len, bos })
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.tokens.len() / self.len
+    }
+
+    /// Tokens of a window.
+    pub fn window(&self) -> usize {
+        self.len
+    }
+
+    /// Positions of a window that are scored.
+    pub fn scored(&self) -> usize {
+        self.len - 1 - self.len / 2
+    }
+
+    /// One after the other.
+    pub fn iter(&self) -> impl Iterator<Item = Window<'_>> {
+        let first = self.len / 2;
+        let windows = self.tokens.chunks_exact(self.len).enumerate();
+        windows.map(move |(index, tokens)| {
+            let mut input = tokens.to_vec();
+            if let Some(bos) = self.bos {
+                input[0] = bos;
+            }
+            let targets = &tokens[first + 1..];
+            Window {
+                index,
+                input,
+                first,
+                targets,
+            }
+        })
+    }
+
+    /// Errors (`Argument`): a model of this config takes no such window, or has no such token.
+    pub(super) fn check(&self, config: &ModelConfig) -> Result<()> {
+        let argument = |message, hint| Error::new(ErrorKind::Argument, message).hint(hint);
+        let (len, context, vocab) = (self.len, config.context, config.vocab_size);
+        if len > context {
+            let message = format!("a window of {len} tokens, the context has {context}");
+            return Err(argument(message, "use a smaller window"));
+        }
+        let mut tokens = self.tokens.iter().chain(&self.bos);
+        match tokens.find(|&&t| t as usize >= vocab) {
+            None => Ok(()),
+            Some(token) => Err(argument(
+                format!("token id {token} is not in the vocabulary of {vocab}"),
+                "the tokenizer is of another model",
+            )),
+        }
+    }
+}

@@ -37,7 +37,7 @@ use upg_kernel::{Error, ErrorKind, Result};
 const PRIME_INDEX: u8 = 0;
 
 /// What an error in a row counts at least, where a row as large as the average of its strip counts
-/// 1, one twice as large 2, and so on.
+/// 1, one twice as large 2, and so on; or, if it is known what errors of rows cost, where a row of average cost counts 1.
 ///
 /// The search minimizes errors relative to the scale of their row. The error of the whole matrix
 /// would weigh them by the square of the scale; that takes bits away from small rows, to which a
@@ -267,22 +267,22 @@ fn rms(w: &[f32]) -> f64 {
 /// What an error of one level in each row of a strip counts, about 1 on average: from the sizes of the rows, and what errors
 /// in them cost, if that is known.
 fn row_weights(sizes: &[f64], costs: Option<&[f32]>) -> Vec<f32> {
+    let squares = sizes.iter().map(|size| size * size);
     let weights: Vec<f64> = match costs {
-        None => {
-            let squares = sizes.iter().map(|size| size * size).sum::<f64>();
-            let average = (squares / sizes.len() as f64).sqrt();
-            let weight = |size: &f64| (size / average).max(LEAST_ROW_WEIGHT);
-            return sizes.iter().map(|size| weight(size) as f32).collect();
-        }
-        Some(costs) => {
-            let pairs = sizes.iter().zip(costs);
-            pairs
-                .map(|(size, &cost)| size * size * f64::from(cost))
-                .collect()
-        }
+        None => sizes.to_vec(),
+        Some(costs) => squares
+            .clone()
+            .zip(costs)
+            .map(|(square, &cost)| square * f64::from(cost))
+            .collect(),
     };
-    let average = weights.iter().sum::<f64>() / weights.len() as f64;
-    weights.iter().map(|w| (w / average) as f32).collect()
+    let n = sizes.len() as f64;
+    let average = match costs {
+        None => (squares.sum::<f64>() / n).sqrt(),
+        Some(_) => weights.iter().sum::<f64>() / n,
+    };
+    let weight = |w: &f64| (w / average).max(LEAST_ROW_WEIGHT) as f32;
+    weights.iter().map(weight).collect()
 }
 
 /// Writes the stream of a strip: the first state, then the `k` newest bits of each one.

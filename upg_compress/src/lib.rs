@@ -62,6 +62,8 @@ pub mod hessian;
 pub mod original;
 pub mod plan;
 pub mod progress;
+pub mod pruning;
 pub mod rounding;
 pub mod source;
 pub mod trellis;
+pub mod zeros;

@@ -108,15 +108,15 @@ impl fmt::Display for FloatType {
 pub enum SourceDtype {
     /// Plain values.
     Float(FloatType),
-    /// A quantized GGUF type, by the name llama.cpp gives it (for example `Q4_K`).
-    Ggml(&'static str),
+    /// Quantized: a GGUF type by the name llama.cpp gives it (for example `Q4_K`), or a format of `compressed-tensors`.
+    Quantized(&'static str),
 }
 
 impl fmt::Display for SourceDtype {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Float(float) => float.fmt(f),
-            Self::Ggml(name) => f.write_str(name),
+            Self::Quantized(name) => f.write_str(name),
         }
     }
 }
@@ -201,6 +201,16 @@ pub struct RawTensor<'a> {
     pub bytes: Cow<'a, [u8]>,
 }
 
+impl RawTensor<'_> {
+    /// A copy of values that were dequantized.
+    fn of_f32(values: &[f32]) -> Self {
+        Self {
+            dtype: FloatType::F32,
+            bytes: Cow::Owned(bytemuck::cast_slice(values).to_vec()),
+        }
+    }
+}
+
 /// A model whose weights can be read tensor by tensor.
 pub trait Source: Send + Sync {
     /// A name to show and to record: the directory's, or what the file says of itself.
@@ -221,14 +231,15 @@ pub trait Source: Send + Sync {
     /// Rows `rows` of tensor `index` as f32, exactly as stored or as dequantized; a vector `[n]`
     /// has n rows of one value. Cost: 4 bytes per weight, all threads.
     ///
-    /// Errors: `Argument` if there is no such tensor or row.
+    /// Errors: `Argument` if there is no such tensor or row; `Invalid` for sparse and packed weights whose bits do not
+    /// agree with their sizes.
     fn read_rows_f32(&self, index: usize, rows: Range<usize>) -> Result<Vec<f32>>;
 
     /// The bytes of tensor `index` to keep it as it is: in its own type where that is BF16, F16 or
-    /// F32, and dequantized to F32 where it is a quantized GGUF type.
+    /// F32, and dequantized to F32 where it is quantized.
     ///
-    /// Cost: none for Hugging Face tensors and unquantized GGUF ones whose rows are in order, else a
-    /// copy. Errors: `Argument` if there is no such tensor.
+    /// Cost: none for plain Hugging Face tensors and unquantized GGUF ones whose rows are in order, else a
+    /// copy. Errors: as [`Source::read_rows_f32`].
     fn read_raw(&self, index: usize) -> Result<RawTensor<'_>>;
 
     /// The whole tensor `index` as f32, row by row. Cost and errors as [`Source::read_rows_f32`].

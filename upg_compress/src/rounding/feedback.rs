@@ -12,14 +12,16 @@ use upg_kernel::prime_lut::PRIME_LUT;
 /// Columns whose errors reach all later ones in one product of matrices.
 const COLUMNS: usize = 64;
 
-/// Chooses the codes of rows, all of whose weights are stored, again, from the column that counts most to the one that
-/// counts least: each for what is wanted of it after the errors before. Then scales are fitted to them; primes stay.
+/// Chooses the codes of rows again, from the column that counts most to the one that counts least: each for what is
+/// wanted of it after the errors before. Then scales are fitted to them; primes stay. With `skip_zeros` only weights that are
+/// not zero have codes, and the others stay zero.
 ///
 /// Errors: `Shape` for the curvature of another matrix; those of [`Feedback::new`].
 pub(super) fn choose_again<L: LevelSet>(
     weights: &[f32],
     cols: usize,
     group: usize,
+    skip_zeros: bool,
     levels: &L,
     curvature: &Curvature,
     encoded: &mut [EncodedRow],
@@ -33,6 +35,7 @@ pub(super) fn choose_again<L: LevelSet>(
     let chooser = Chooser {
         cols,
         group,
+        skip_zeros,
         levels,
         order: &order,
         feedback: &feedback,
@@ -46,8 +49,8 @@ pub(super) fn choose_again<L: LevelSet>(
             let strips = rows.chunks_mut(STRIP_ROWS);
             for (rows, weights) in strips.zip(weights.chunks(STRIP_ROWS * cols)) {
                 let (wanted, _) = panel.next(weights);
-                chooser.choose(&wanted, rows);
-                panel.add(weights, chooser.decoded(rows));
+                let chosen = chooser.choose(weights, &wanted, rows);
+                panel.add(weights, chosen.into_iter());
             }
             Ok(())
         })
@@ -57,6 +60,7 @@ pub(super) fn choose_again<L: LevelSet>(
 struct Chooser<'a, L> {
     cols: usize,
     group: usize,
+    skip_zeros: bool,
     levels: &'a L,
     /// The columns from the first that is rounded to the last, which is that of the feedback.
     order: &'a [usize],
@@ -64,27 +68,36 @@ struct Chooser<'a, L> {
 }
 
 impl<L: LevelSet> Chooser<'_, L> {
-    /// Codes and scales of `rows`, up to [`STRIP_ROWS`], whose weights should be `weights`.
-    fn choose(&self, weights: &[f32], rows: &mut [EncodedRow]) {
+    /// Codes and scales of `rows`, up to [`STRIP_ROWS`], of `weights [rows, cols]` that should rather be `wanted`. Returns
+    /// what they are then.
+    fn choose(&self, weights: &[f32], wanted: &[f32], rows: &mut [EncodedRow]) -> Vec<f32> {
         let (cols, feedback) = (self.cols, self.feedback);
-        let mut wanted = vec![0.0; cols * STRIP_ROWS];
-        for (column, &col) in wanted.chunks_exact_mut(STRIP_ROWS).zip(self.order) {
-            for (wanted, row) in column.iter_mut().zip(weights.chunks_exact(cols)) {
-                *wanted = row[col];
+        let is_stored = |at: usize| !self.skip_zeros || weights[at] != 0.0;
+        // Column by column, in their order.
+        let mut of_rows = vec![0.0; cols * STRIP_ROWS];
+        for (column, &col) in of_rows.chunks_exact_mut(STRIP_ROWS).zip(self.order) {
+            for (of_rows, row) in column.iter_mut().zip(wanted.chunks_exact(cols)) {
+                *of_rows = row[col];
             }
         }
+        let mut wanted = of_rows.clone();
         // Products of prime and level.
-        let (of_rows, mut products) = (wanted.clone(), vec![0.0; wanted.len()]);
+        let mut products = vec![0.0; wanted.len()];
         let mut errors = products.clone();
+        let mut codes = vec![0; weights.len()];
         for first in (0..cols).step_by(COLUMNS) {
             let end = cols.min(first + COLUMNS);
             for (k, &col) in (first..end).zip(&self.order[first..end]) {
-                for (i, row) in rows.iter_mut().enumerate() {
-                    let step = row.scale * self.prime(row, col);
+                for (i, row) in rows.iter().enumerate() {
                     let at = k * STRIP_ROWS + i;
-                    let target = if step > 0.0 { wanted[at] / step } else { 0.0 };
-                    row.codes[col] = self.levels.code(target);
-                    products[at] = self.product(row, col);
+                    if is_stored(i * cols + col) {
+                        let prime = PRIME_LUT[usize::from(row.primes[col / self.group])] as f32;
+                        let step = row.scale * prime;
+                        let target = if step > 0.0 { wanted[at] / step } else { 0.0 };
+                        let code = self.levels.code(target);
+                        codes[i * cols + col] = code;
+                        products[at] = prime * f32::from(self.levels.level(code));
+                    }
                     errors[at] = of_rows[at] - row.scale * products[at];
                 }
                 feedback.spread(&errors, k..k + 1, &mut wanted, k + 1..end);
@@ -92,22 +105,16 @@ impl<L: LevelSet> Chooser<'_, L> {
             feedback.spread(&errors, first..end, &mut wanted, end..cols);
         }
         let scales = feedback.scales_of_rows(&of_rows, &products);
-        for (row, scale) in rows.iter_mut().zip(scales) {
+        for (i, (row, scale)) in rows.iter_mut().zip(scales).enumerate() {
+            let stored = (i * cols..(i + 1) * cols).filter(|&at| is_stored(at));
+            row.codes = stored.map(|at| codes[at]).collect();
             row.scale = scale.map_or(row.scale, |scale| scale as f32);
         }
-    }
-
-    /// What `rows` are now, row by row.
-    fn decoded(&self, rows: &[EncodedRow]) -> impl Iterator<Item = f32> {
-        rows.iter()
-            .flat_map(move |row| (0..self.cols).map(move |col| row.scale * self.product(row, col)))
-    }
-
-    fn prime(&self, row: &EncodedRow, col: usize) -> f32 {
-        PRIME_LUT[usize::from(row.primes[col / self.group])] as f32
-    }
-
-    fn product(&self, row: &EncodedRow, col: usize) -> f32 {
-        self.prime(row, col) * f32::from(self.levels.level(row.codes[col]))
+        let mut chosen = vec![0.0; weights.len()];
+        for (column, &col) in products.chunks_exact(STRIP_ROWS).zip(self.order) {
+            let rows = rows.iter().zip(column).zip(chosen.chunks_exact_mut(cols));
+            rows.for_each(|((row, product), chosen)| chosen[col] = row.scale * product);
+        }
+        chosen
     }
 }

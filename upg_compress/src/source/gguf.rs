@@ -176,11 +176,7 @@ impl Source for GgufSource {
     fn read_raw(&self, index: usize) -> Result<RawTensor<'_>> {
         let (tensor, place, bytes) = self.place(index)?;
         let GgmlType::Float(dtype) = place.kind else {
-            let values = self.read_f32(index)?;
-            return Ok(RawTensor {
-                dtype: FloatType::F32,
-                bytes: Cow::Owned(bytemuck::cast_slice(&values).to_vec()),
-            });
+            return Ok(RawTensor::of_f32(&self.read_f32(index)?));
         };
         if place.order == RowOrder::Same {
             return Ok(RawTensor {

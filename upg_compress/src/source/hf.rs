@@ -1,39 +1,22 @@
 //! Models as Hugging Face directories: `config.json`, tokenizer files and safetensors weights.
 #![forbid(unsafe_code)]
 
+mod compressed_tensors;
+mod directory;
+
 use super::{
     FloatType, ModelFiles, RawTensor, SkippedTensor, Source, SourceDtype, TensorInfo, check_rows,
     fill_rows, sort_key, tensor_at,
 };
+use compressed_tensors::{Bitmask, Compression, Gathered, Packed, without_compression};
+use directory::{INDEX, SINGLE, TEXTS, model_name, parse_object, read_files, read_index};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
-use std::io::{ErrorKind as IoKind, Read};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use upg_kernel::inference::chat_template::default_template;
 use upg_kernel::{Error, ErrorKind, MappedFile, Result};
-
-/// Largest config-like text that is read: the real ones stay under 1 MB.
-const MAX_TEXT: u64 = 16 << 20;
-
-/// Largest `tokenizer.json` and weight index: the real ones stay under 40 MB.
-const MAX_BLOB: u64 = 256 << 20;
-
-/// What else belongs to a directory.
-const TEXTS: [&str; 6] = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-];
-
-const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
 
 /// A Hugging Face model directory; its weight files are mapped, not read.
 #[derive(Debug)]
@@ -47,15 +30,16 @@ pub struct HfSource {
     skipped: Vec<SkippedTensor>,
 }
 
-/// Where the bytes of a tensor are. Checked at open: `bytes` lies inside the shard.
+/// How a tensor is stored. Checked at open: all bytes lie inside their shards and fit the shape.
 #[derive(Debug, Clone)]
-struct Place {
-    shard: usize,
-    dtype: FloatType,
-    bytes: Range<usize>,
+enum Place {
+    Plain(FloatType, Stored),
+    Bitmask(Bitmask),
+    Packed(Packed),
 }
 
 /// A tensor as a shard's header lists it.
+#[derive(Debug, Clone)]
 struct Stored {
     shard: usize,
     dtype: Dtype,
@@ -63,24 +47,23 @@ struct Stored {
     bytes: Range<usize>,
 }
 
+/// Stored tensors by name.
+type Tensors = BTreeMap<String, Stored>;
+
 impl HfSource {
     /// Opens a directory: reads the texts, maps the shards and checks their headers.
     ///
     /// Errors: `Missing` (no config, no weights, a shard or an indexed tensor that is not there),
     /// `Malformed` (JSON or safetensors headers, shard names with a path in them), `Unsupported`
-    /// (quantized checkpoints, pickled weights, dtypes other than BF16, F16, F32), `TooLarge`.
+    /// (quantized checkpoints other than the formats of `compressed-tensors` that are read, pickled weights, dtypes
+    /// other than BF16, F16, F32), `TooLarge`; `Shape` and `Invalid` for compressed weights whose parts do not agree.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
         let dir = dir.as_ref();
-        let files = read_files(dir)?;
+        let mut files = read_files(dir)?;
         let config = parse_object(&files.config_json, &dir.join("config.json"))?;
-        if let Some(method) = config.get("quantization_config").filter(|q| !q.is_null()) {
-            let method = method.get("quant_method").and_then(Value::as_str);
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                format!("weights already quantized ({})", method.unwrap_or("?")),
-            )
-            .at(dir.join("config.json"))
-            .hint("pass the original model with BF16, F16 or F32 weights"));
+        let compression = Compression::of(&config).map_err(|e| e.at(dir.join("config.json")))?;
+        if compression.is_some() {
+            files.config_json = without_compression(&config);
         }
         let mut source = Self {
             dir: dir.to_path_buf(),
@@ -93,12 +76,19 @@ impl HfSource {
         };
         let mut stored = source.map_shards(dir)?;
         source.skip_unused(&mut stored, &config, dir)?;
-        source.list(stored)?;
+        let gathered = match compression {
+            Some(compression) => {
+                let gathered = compression.gather(&mut stored, &|stored| source.bytes(stored));
+                gathered.map_err(|e| e.at(dir))?
+            }
+            None => Vec::new(),
+        };
+        source.list(stored, gathered)?;
         Ok(source)
     }
 
     /// Maps every weight file and gathers its tensors by name.
-    fn map_shards(&mut self, dir: &Path) -> Result<BTreeMap<String, Stored>> {
+    fn map_shards(&mut self, dir: &Path) -> Result<Tensors> {
         let Some(index) = read_index(dir)? else {
             return self.map_shard(&dir.join(SINGLE));
         };
@@ -127,7 +117,7 @@ impl HfSource {
     }
 
     /// Maps one weight file; the safetensors crate checks that offsets, shapes and length agree.
-    fn map_shard(&mut self, path: &Path) -> Result<BTreeMap<String, Stored>> {
+    fn map_shard(&mut self, path: &Path) -> Result<Tensors> {
         let map = match MappedFile::open(path) {
             Err(_) if !path.exists() => {
                 return Err(
@@ -174,12 +164,7 @@ impl HfSource {
 
     /// Takes out what no model computes with: rotary tables, and the head that the config ties to
     /// the embeddings.
-    fn skip_unused(
-        &mut self,
-        stored: &mut BTreeMap<String, Stored>,
-        config: &Value,
-        dir: &Path,
-    ) -> Result<()> {
+    fn skip_unused(&mut self, stored: &mut Tensors, config: &Value, dir: &Path) -> Result<()> {
         let tables: Vec<String> = stored
             .keys()
             .filter(|name| name.contains(".rotary_emb."))
@@ -213,10 +198,9 @@ impl HfSource {
         Ok(())
     }
 
-    /// Turns what is left into the list of tensors, in order.
-    fn list(&mut self, stored: BTreeMap<String, Stored>) -> Result<()> {
-        let mut stored: Vec<(String, Stored)> = stored.into_iter().collect();
-        stored.sort_by(|a, b| sort_key(&a.0).cmp(&sort_key(&b.0)));
+    /// Turns what is left, and what was put together, into the list of tensors, in order.
+    fn list(&mut self, stored: Tensors, gathered: Vec<Gathered>) -> Result<()> {
+        let mut listed = gathered;
         for (name, stored) in stored {
             let dtype = match stored.dtype {
                 Dtype::BF16 => FloatType::Bf16,
@@ -240,29 +224,70 @@ impl HfSource {
                 )
                 .tensor(name));
             }
-            self.tensors.push(TensorInfo {
+            listed.push(Gathered {
                 name,
-                shape: stored.shape,
-                dtype: SourceDtype::Float(dtype),
+                shape: stored.shape.clone(),
+                place: Place::Plain(dtype, stored),
             });
-            self.places.push(Place {
-                shard: stored.shard,
-                dtype,
-                bytes: stored.bytes,
-            });
+        }
+        listed.sort_by(|a, b| sort_key(&a.name).cmp(&sort_key(&b.name)));
+        for Gathered { name, shape, place } in listed {
+            let dtype = match &place {
+                Place::Plain(float, _) => SourceDtype::Float(*float),
+                Place::Bitmask(bitmask) => SourceDtype::Float(bitmask.float),
+                Place::Packed(_) => SourceDtype::Quantized("pack-quantized"),
+            };
+            self.tensors.push(TensorInfo { name, shape, dtype });
+            self.places.push(place);
         }
         Ok(())
     }
 
-    /// The type and the mapped bytes of a tensor.
-    fn bytes(&self, index: usize) -> Result<(FloatType, &[u8])> {
-        let tensor = tensor_at(&self.tensors, index)?;
-        self.places
-            .get(index)
-            .and_then(|p| Some((p.dtype, self.shards.get(p.shard)?.get(p.bytes.clone())?)))
-            .ok_or_else(|| {
-                Error::new(ErrorKind::Malformed, "outside its file").tensor(&tensor.name)
-            })
+    /// The mapped bytes of a stored tensor.
+    fn bytes(&self, stored: &Stored) -> Result<&[u8]> {
+        let shard = self.shards.get(stored.shard);
+        let bytes = shard.and_then(|shard| shard.get(stored.bytes.clone()));
+        bytes.ok_or_else(|| Error::new(ErrorKind::Malformed, "outside its file"))
+    }
+
+    fn read_rows(
+        &self,
+        tensor: &TensorInfo,
+        place: &Place,
+        rows: Range<usize>,
+    ) -> Result<Vec<f32>> {
+        let cols = tensor.cols();
+        match place {
+            Place::Plain(float, stored) => {
+                let bytes = self.bytes(stored)?;
+                fill_rows(rows, cols, usize::MAX, |first, out| {
+                    let start = first * cols * float.size();
+                    let end = start + out.len() * float.size();
+                    float.to_f32(bytes.get(start..end).unwrap_or_default(), out)
+                })
+            }
+            Place::Bitmask(bitmask) if tensor.shape.len() == 1 => {
+                let (size, mut out) = (bitmask.float.size(), vec![0.0; rows.len()]);
+                let bytes = bitmask.dense(&|stored| self.bytes(stored))?;
+                let of_rows = bytes.get(rows.start * size..rows.end * size);
+                bitmask
+                    .float
+                    .to_f32(of_rows.unwrap_or_default(), &mut out)?;
+                Ok(out)
+            }
+            Place::Bitmask(bitmask) => {
+                let stored = bitmask.rows(&|stored| self.bytes(stored))?;
+                fill_rows(rows, cols, 1, |row, out| {
+                    let mut bytes = vec![0; cols * bitmask.float.size()];
+                    stored.read(row, &mut bytes)?;
+                    bitmask.float.to_f32(&bytes, out)
+                })
+            }
+            Place::Packed(packed) => {
+                let stored = packed.rows(&|stored| self.bytes(stored))?;
+                fill_rows(rows, cols, 1, |row, out| stored.read(row, out))
+            }
+        }
     }
 }
 
@@ -294,183 +319,23 @@ impl Source for HfSource {
     fn read_rows_f32(&self, index: usize, rows: Range<usize>) -> Result<Vec<f32>> {
         let tensor = tensor_at(&self.tensors, index)?;
         check_rows(tensor, &rows)?;
-        let (dtype, bytes) = self.bytes(index)?;
-        let row_bytes = tensor.cols() * dtype.size();
-        fill_rows(rows, tensor.cols(), usize::MAX, |first, out| {
-            let start = first * row_bytes;
-            let end = start + out.len() * dtype.size();
-            dtype.to_f32(bytes.get(start..end).unwrap_or_default(), out)
-        })
-        .map_err(|e| e.tensor(&tensor.name))
+        let read = self.read_rows(tensor, &self.places[index], rows);
+        read.map_err(|e| e.tensor(&tensor.name))
     }
 
     fn read_raw(&self, index: usize) -> Result<RawTensor<'_>> {
-        let (dtype, bytes) = self.bytes(index)?;
-        Ok(RawTensor {
-            dtype,
-            bytes: Cow::Borrowed(bytes),
-        })
+        let tensor = tensor_at(&self.tensors, index)?;
+        let raw = || match &self.places[index] {
+            Place::Plain(dtype, stored) => Ok(RawTensor {
+                dtype: *dtype,
+                bytes: Cow::Borrowed(self.bytes(stored)?),
+            }),
+            Place::Bitmask(bitmask) => Ok(RawTensor {
+                dtype: bitmask.float,
+                bytes: Cow::Owned(bitmask.dense(&|stored| self.bytes(stored))?),
+            }),
+            Place::Packed(_) => Ok(RawTensor::of_f32(&self.read_f32(index)?)),
+        };
+        raw().map_err(|e: Error| e.tensor(&tensor.name))
     }
-}
-
-/// Tensor name to shard file from the index; `None` if the weights are in one file.
-fn read_index(dir: &Path) -> Result<Option<BTreeMap<String, String>>> {
-    if dir.join(SINGLE).exists() {
-        return Ok(None);
-    }
-    let path = dir.join(INDEX);
-    let Some(text) = read_text(&path, MAX_BLOB)? else {
-        return Err(no_weights(dir));
-    };
-    let index = parse_object(&text, &path)?;
-    let malformed = |message: String| Error::new(ErrorKind::Malformed, message).at(&path);
-    let map = index.get("weight_map").and_then(Value::as_object);
-    let map = map.ok_or_else(|| malformed("no object 'weight_map'".to_owned()))?;
-    let mut shards = BTreeMap::new();
-    for (name, shard) in map {
-        let shard = shard.as_str().unwrap_or_default();
-        // The index comes from a stranger: a name with a path in it could reach any file.
-        let plain = shard.ends_with(".safetensors") && !shard.contains(['/', '\\', ':', '\0']);
-        if !plain {
-            return Err(
-                malformed(format!("shard {shard:?} is not a plain .safetensors name")).tensor(name),
-            );
-        }
-        shards.insert(name.clone(), shard.to_owned());
-    }
-    Ok(Some(shards))
-}
-
-/// The error for a directory without weights, by what is there instead.
-fn no_weights(dir: &Path) -> Error {
-    let mut names: Vec<String> = std::fs::read_dir(dir)
-        .into_iter()
-        .flatten()
-        .flatten()
-        .map(|entry| entry.file_name().to_string_lossy().into_owned())
-        .collect();
-    names.sort();
-    let find = |test: &dyn Fn(&str) -> bool| names.iter().find(|n| test(n));
-    let pickled = |n: &str| n.ends_with(".bin") || n.ends_with(".pt") || n.ends_with(".pth");
-    let missing = |found: &str| {
-        Error::new(
-            ErrorKind::Missing,
-            format!("neither {SINGLE} nor {INDEX}{found}"),
-        )
-    };
-    if let Some(name) = find(&|n| n.starts_with("adapter_")) {
-        return missing(&format!("; {name} belongs to an adapter"))
-            .at(dir)
-            .hint("merge the adapter into its base model first");
-    }
-    if let Some(name) = find(&|n| n.ends_with(".safetensors")) {
-        return missing(&format!(", but {name}"))
-            .at(dir)
-            .hint(format!("rename it to {SINGLE} if it is the whole model"));
-    }
-    if let Some(name) = find(&pickled) {
-        return Error::new(
-            ErrorKind::Unsupported,
-            format!("the weights are pickled ({name})"),
-        )
-        .at(dir)
-        .hint("convert them: model.save_pretrained(DIR, safe_serialization=True)");
-    }
-    missing("")
-        .at(dir)
-        .hint("download the model's .safetensors files too")
-}
-
-/// Reads config, tokenizer and template.
-fn read_files(dir: &Path) -> Result<ModelFiles> {
-    let text = |name: &str| read_text(&dir.join(name), MAX_TEXT);
-    let Some(config_json) = text("config.json")? else {
-        return Err(no_config(dir));
-    };
-    let tokenizer_config_json = text("tokenizer_config.json")?;
-    let mut chat_template = text("chat_template.jinja")?;
-    if let (None, Some(json)) = (&chat_template, &tokenizer_config_json) {
-        let config = parse_object(json, &dir.join("tokenizer_config.json"))?;
-        chat_template = default_template(&config)?.map(str::to_owned);
-    }
-    Ok(ModelFiles {
-        config_json,
-        generation_config_json: text("generation_config.json")?,
-        tokenizer_json: read_capped(&dir.join("tokenizer.json"), MAX_BLOB)?,
-        tokenizer_config_json,
-        special_tokens_map_json: text("special_tokens_map.json")?,
-        chat_template,
-    })
-}
-
-fn no_config(dir: &Path) -> Error {
-    let gguf = std::fs::read_dir(dir)
-        .into_iter()
-        .flatten()
-        .flatten()
-        .map(|entry| entry.path())
-        .filter(|p| p.extension().is_some_and(|e| e == "gguf"))
-        .min();
-    let hint = match gguf {
-        Some(file) => format!("pass the GGUF file itself: {}", file.display()),
-        None => "pass a Hugging Face model directory or a .gguf file".to_owned(),
-    };
-    Error::new(ErrorKind::Missing, "no config.json in this directory")
-        .at(dir)
-        .hint(hint)
-}
-
-/// The name of the directory; for a snapshot in the Hugging Face cache, the name of the model.
-fn model_name(dir: &Path) -> String {
-    // Not canonicalized before the cache is recognized: its files are links, its directories not.
-    let dir: PathBuf = std::path::absolute(dir).unwrap_or_else(|_| dir.to_path_buf());
-    let cached = dir
-        .ancestors()
-        .filter_map(|a| a.file_name()?.to_str()?.strip_prefix("models--"))
-        .next();
-    if let Some(name) = cached {
-        return name.replace("--", "/");
-    }
-    let plain = dir.file_name().map(|n| n.to_string_lossy().into_owned());
-    plain.unwrap_or_else(|| "model".to_owned())
-}
-
-/// A JSON object, or a `Malformed` error.
-fn parse_object(text: &str, path: &Path) -> Result<Value> {
-    let malformed = |m: String| Error::new(ErrorKind::Malformed, m).at(path);
-    let value: Value =
-        serde_json::from_str(text).map_err(|e| malformed(format!("not JSON: {e}")))?;
-    if !value.is_object() {
-        return Err(malformed("not a JSON object".to_owned()));
-    }
-    Ok(value)
-}
-
-fn read_text(path: &Path, cap: u64) -> Result<Option<String>> {
-    let Some(bytes) = read_capped(path, cap)? else {
-        return Ok(None);
-    };
-    String::from_utf8(bytes)
-        .map(Some)
-        .map_err(|_| Error::new(ErrorKind::Malformed, "not UTF-8 text").at(path))
-}
-
-/// A whole file of at most `cap` bytes; `None` if there is none.
-fn read_capped(path: &Path, cap: u64) -> Result<Option<Vec<u8>>> {
-    let io = |e| Error::io("cannot read", path, e);
-    // Before it is opened: opening a pipe waits for its other end.
-    let metadata = match std::fs::metadata(path) {
-        Err(e) if e.kind() == IoKind::NotFound => return Ok(None),
-        metadata => metadata.map_err(io)?,
-    };
-    if !metadata.is_file() {
-        return Err(io(std::io::Error::other("not a regular file")));
-    }
-    let file = File::open(path).map_err(io)?;
-    let mut bytes = Vec::new();
-    file.take(cap + 1).read_to_end(&mut bytes).map_err(io)?;
-    if bytes.len() as u64 > cap {
-        return Err(Error::new(ErrorKind::TooLarge, format!("more than {cap} bytes")).at(path));
-    }
-    Ok(Some(bytes))
 }

@@ -283,7 +283,7 @@ fn smollm2_has_its_published_config() {
     assert_eq!(vocab.pre.as_deref(), Some("smollm"));
     let head = source.tensors().iter().find(|t| t.name == "lm_head.weight");
     assert_eq!(head, None);
-    assert_eq!(source.tensors()[0].dtype, SourceDtype::Ggml("Q8_0"));
+    assert_eq!(source.tensors()[0].dtype, SourceDtype::Quantized("Q8_0"));
 }
 
 #[test]

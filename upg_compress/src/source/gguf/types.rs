@@ -73,7 +73,7 @@ impl GgmlType {
     pub(super) fn source_dtype(self) -> SourceDtype {
         match self {
             Self::Float(float) => SourceDtype::Float(float),
-            Self::Quantized(_) => SourceDtype::Ggml(self.name()),
+            Self::Quantized(_) => SourceDtype::Quantized(self.name()),
         }
     }
 

@@ -1,0 +1,196 @@
+//! What `config.json` says about compressed weights.
+#![forbid(unsafe_code)]
+
+use super::HINT;
+use serde_json::{Map, Value};
+use upg_kernel::{Error, ErrorKind, Result};
+
+/// Under which keys of `config.json` it stands; the last one by itself up to version 0.3.
+const KEYS: [&str; 3] = [
+    "quantization_config",
+    "compression_config",
+    "sparsity_config",
+];
+
+/// How many weights have a value each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Sparse {
+    /// Any.
+    Any,
+    /// Two of each four in a row.
+    TwoOfFour,
+}
+
+/// The formats of `sparsity_config` by name; `None` for one that compresses nothing.
+const SPARSE_FORMATS: [(&str, Option<Sparse>); 3] = [
+    ("dense", None),
+    ("sparse-bitmask", Some(Sparse::Any)),
+    ("sparse-24-bitmask", Some(Sparse::TwoOfFour)),
+];
+
+/// Packings that are the same in every version of the package; others end at words in old ones and do not in new ones.
+const BITS: [u64; 3] = [2, 4, 8];
+
+/// How integers become weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Scheme {
+    /// Of an integer: 2, 4 or 8.
+    pub bits: usize,
+    /// Columns that share a scale; `None`: all of a row.
+    pub group: Option<usize>,
+    /// Whether there are no zero points.
+    pub symmetric: bool,
+}
+
+/// How weights of a model are compressed. Neither: plainly, and the config says so.
+#[derive(Debug)]
+pub(in super::super) struct Compression {
+    pub(super) sparse: Option<Sparse>,
+    /// Those of `pack-quantized`.
+    pub(super) schemes: Vec<Scheme>,
+}
+
+impl Compression {
+    /// What `config` says; `None` if nothing is compressed.
+    ///
+    /// Errors: `Unsupported` for another method than `compressed-tensors`, for a format that is not read, and for what
+    /// quantizes more than weights.
+    pub fn of(config: &Value) -> Result<Option<Self>> {
+        let given = |key: &str| config.get(key).filter(|value| !value.is_null());
+        if KEYS.iter().all(|key| given(key).is_none()) {
+            return Ok(None);
+        }
+        let nothing = Value::Object(Map::new());
+        // The method has a name in all versions that write the first of the keys.
+        let (quantization, is_known) = match (given(KEYS[0]), given(KEYS[1])) {
+            (Some(quantization), _) => (quantization, false),
+            (None, Some(quantization)) => (quantization, quantization.is_object()),
+            (None, None) => (&nothing, true),
+        };
+        let method = quantization.get("quant_method").and_then(Value::as_str);
+        if method != Some("compressed-tensors") && !(method.is_none() && is_known) {
+            let message = format!("weights already quantized ({})", method.unwrap_or("?"));
+            return Err(Error::new(ErrorKind::Unsupported, message).hint(HINT));
+        }
+        for key in ["kv_cache_scheme", "transform_config"] {
+            if !is_empty(quantization.get(key)) {
+                return Err(unsupported(&format!("with a '{key}'")));
+            }
+        }
+        let sparsity = quantization.get(KEYS[2]).or(given(KEYS[2]));
+        let sparse = match sparsity.filter(|s| !is_empty(Some(s))) {
+            None => None,
+            Some(sparsity) => {
+                let format = text(sparsity, "format");
+                let known = SPARSE_FORMATS.iter().find(|(name, _)| *name == format);
+                known
+                    .ok_or_else(|| unsupported(&format!("of format '{format}'")))?
+                    .1
+            }
+        };
+        let schemes = schemes(quantization)?;
+        if sparse.is_some() && !schemes.is_empty() {
+            return Err(unsupported("both sparse and quantized"));
+        }
+        Ok(Some(Self { sparse, schemes }))
+    }
+}
+
+/// The text of a config whose weights are no longer compressed.
+pub(in super::super) fn without_compression(config: &Value) -> String {
+    let mut config = config.clone();
+    if let Some(object) = config.as_object_mut() {
+        KEYS.iter().for_each(|key| {
+            object.shift_remove(*key);
+        });
+    }
+    format!("{config:#}")
+}
+
+/// The distinct schemes of the groups of a `quantization_config`.
+fn schemes(quantization: &Value) -> Result<Vec<Scheme>> {
+    let format = quantization.get("format").and_then(Value::as_str);
+    let groups = match quantization.get("config_groups") {
+        groups if is_empty(groups) => None,
+        Some(Value::Object(groups)) => Some(groups),
+        _ => return Err(unsupported("with 'config_groups' that are not described")),
+    };
+    let Some(groups) = groups else {
+        return match format {
+            None | Some("dense") => Ok(Vec::new()),
+            Some(format) => Err(unsupported(&format!("of format '{format}'"))),
+        };
+    };
+    let mut schemes = Vec::new();
+    for group in groups.values() {
+        let own = group.get("format").and_then(Value::as_str);
+        let format = own.or(format).unwrap_or("?");
+        if format != "pack-quantized" {
+            return Err(unsupported(&format!("of format '{format}'")));
+        }
+        for key in ["input_activations", "output_activations"] {
+            if !is_empty(group.get(key)) {
+                return Err(unsupported(&format!("with '{key}'")));
+            }
+        }
+        let scheme = scheme(group.get("weights").unwrap_or(&Value::Null))?;
+        if !schemes.contains(&scheme) {
+            schemes.push(scheme);
+        }
+    }
+    Ok(schemes)
+}
+
+/// The `weights` of a group.
+fn scheme(weights: &Value) -> Result<Scheme> {
+    let kind = weights.get("type").map_or("int", |_| text(weights, "type"));
+    let bits = weights.get("num_bits").and_then(Value::as_u64);
+    let bits = bits.filter(|bits| kind == "int" && BITS.contains(bits));
+    let Some(bits) = bits else {
+        let bits = weights.get("num_bits").unwrap_or(&Value::Null);
+        return Err(unsupported(&format!(
+            "as {kind} of {bits} bits, expected int of 2, 4 or 8"
+        )));
+    };
+    let size = weights.get("group_size").and_then(Value::as_i64);
+    let strategy = match (text(weights, "strategy"), size) {
+        ("?", Some(-1)) => "channel",
+        ("?", Some(_)) => "group",
+        (strategy, _) => strategy,
+    };
+    let group = match (strategy, size.and_then(|size| usize::try_from(size).ok())) {
+        ("channel", _) => None,
+        ("group", Some(size)) if size > 0 => Some(size),
+        _ => {
+            let size = weights.get("group_size").unwrap_or(&Value::Null);
+            return Err(unsupported(&format!(
+                "by the strategy '{strategy}' with a group size of {size}, expected 'group' or 'channel'"
+            )));
+        }
+    };
+    Ok(Scheme {
+        bits: bits as usize,
+        group,
+        symmetric: weights.get("symmetric") != Some(&Value::Bool(false)),
+    })
+}
+
+/// A text of an object, `?` if there is none.
+fn text<'a>(object: &'a Value, key: &str) -> &'a str {
+    object.get(key).and_then(Value::as_str).unwrap_or("?")
+}
+
+/// Absent, `null`, or an object or list without entries.
+fn is_empty(value: Option<&Value>) -> bool {
+    match value {
+        None | Some(Value::Null) => true,
+        Some(Value::Object(object)) => object.is_empty(),
+        Some(Value::Array(list)) => list.is_empty(),
+        Some(_) => false,
+    }
+}
+
+fn unsupported(how: &str) -> Error {
+    let message = format!("weights compressed by compressed-tensors {how}");
+    Error::new(ErrorKind::Unsupported, message).hint(HINT)
+}

@@ -108,7 +108,7 @@ pub struct CompressArgs {
     #[arg(long, value_name = "WHEN", default_value_t)]
     pub sparse: Sparse,
     /// Set this share of the weights in the blocks to zero, those that --calibrate shows to matter least, and
-    /// store the others as s8 or s4. Costs far more quality than an encoding of fewer bits
+    /// store the others as s8 or s4. At equal size an encoding of fewer bits is better
     #[arg(long, value_name = "SHARE", requires = "calibrate")]
     pub prune: Option<f64>,
 }

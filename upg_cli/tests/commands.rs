@@ -363,6 +363,8 @@ const BAD: &[(&[&str], i32, &[&str])] = &[
     (&["run", "{}/none", "-p", "x"], 1, &["none", "No such file"]),
     (&["run", "{}/empty", "-p", "x"], 1, &["empty", "not a regular file"]),
     (&["run", "{}/text", "-p", "x"], 1, &["text", "safetensors"]),
+    (&["compress", "{}/phi3", "-o", "{}/out", "--sparse", "always"], 2, &["always", "auto or never"]),
+    (&["compress", "{}/phi3", "-o", "{}/out", "--prune", "0.5"], 2, &["--calibrate"]),
     (&["run", "{}/phi3/model.safetensors", "-p", "x"], 1, &["not a UPG file", "upg compress"]),
     (&["run", "{}/model", "-p", "x"], 1, &["no tokenizer"]),
     (&["run", "{}/cut", "-p", "x"], 1, &["cut", "not a whole safetensors file"]),

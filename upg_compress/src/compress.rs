@@ -3,11 +3,13 @@
 
 use crate::calibration::Calibrator;
 use crate::hessian::Hessian;
-use crate::plan::{CompressOptions, Plan, is_calibrated};
+use crate::plan::{CompressOptions, Plan, is_calibrated, is_prunable};
 use crate::progress::Progress;
+use crate::pruning::prune;
 use crate::rounding::{round_q4, round_q8, round_s4, round_s8};
 use crate::source::{RawTensor, Source};
 use crate::trellis;
+use crate::zeros::Zeros;
 use rayon::prelude::*;
 use safetensors::Dtype;
 use std::collections::BTreeMap;
@@ -28,6 +30,8 @@ pub struct CompressReport {
     pub weights: u64,
     /// The compressed matrices with their errors.
     pub layers: Vec<LayerInfo>,
+    /// Of the matrices among them that are stored by their zeros, if there are any.
+    pub zeros: Option<Zeros>,
 }
 
 impl CompressReport {
@@ -65,7 +69,14 @@ pub fn compress(
             _ => None,
         };
         let weights = source.read_f32(index)?;
-        let matrix = encode_matrix(&weights, layer, options.seed, hessian, progress)?;
+        let pruned = match (options.prune, hessian) {
+            (Some(sparsity), Some(hessian)) if is_prunable(layer) => {
+                Some(prune(&weights, layer.rows, layer.cols, sparsity, hessian)?)
+            }
+            _ => None,
+        };
+        let left = pruned.as_deref().unwrap_or(&weights);
+        let matrix = encode_matrix(left, layer, options.seed, hessian, progress)?;
         layer.error = Some(relative_error(&weights, &matrix)?);
         Ok(matrix)
     })
@@ -95,7 +106,7 @@ pub(crate) fn compress_with(
     let mut writer = FileWriter::new(out, capacity)?;
 
     progress.start(plan.weights);
-    let mut next_layer = 0;
+    let (mut next_layer, mut zeros) = (0, None);
     for planned in &plan.tensors {
         let tensor = &source.tensors()[planned.index];
         progress.proceed()?;
@@ -104,6 +115,7 @@ pub(crate) fn compress_with(
             let layer = &mut layers[next_layer];
             let matrix = encode(planned.index, layer).map_err(|e| e.tensor(&tensor.name))?;
             writer.layer(next_layer, layer, &matrix)?;
+            Zeros::count(&mut zeros, &matrix);
             next_layer += 1;
         } else {
             let raw = source.read_raw(planned.index)?;
@@ -119,6 +131,7 @@ pub(crate) fn compress_with(
         file_bytes: writer.file_len(),
         weights: plan.weights,
         layers,
+        zeros,
     };
     let ratio = 4.0 * report.weights as f64 / report.file_bytes as f64;
     metadata.insert("compression_ratio".into(), format!("{ratio:.4}"));
@@ -142,6 +155,8 @@ fn metadata(
         "embedding": plan.embedding.to_string(),
         "overrides": options.overrides.iter().map(ToString::to_string).collect::<Vec<_>>(),
         "seed": options.seed,
+        "sparse": options.sparse.to_string(),
+        "prune": options.prune,
         "calibration": options.calibration.as_ref().map(|calibration| {
             serde_json::json!({
                 "tokens": calibration.tokens().len(),
@@ -213,8 +228,8 @@ pub fn encode_matrix(
         Encoding::MdCsr => Matrix::MdCsr(MdCSRMatrix::from_dense(weights, rows, cols)?),
         Encoding::Q8 => Matrix::Grouped(round_q8(weights, rows, cols, group, hessian)?),
         Encoding::Q4 => Matrix::Grouped(round_q4(weights, rows, cols, group, hessian)?),
-        Encoding::S8 => Matrix::Bitmap(round_s8(weights, rows, cols)?),
-        Encoding::S4 => Matrix::Bitmap(round_s4(weights, rows, cols)?),
+        Encoding::S8 => Matrix::Bitmap(round_s8(weights, rows, cols, hessian)?),
+        Encoding::S4 => Matrix::Bitmap(round_s4(weights, rows, cols, hessian)?),
         other => {
             let message = format!("no encoder for '{other}'");
             return Err(Error::new(ErrorKind::Unsupported, message));

@@ -58,6 +58,8 @@ pub mod gguf_tokenizer;
 pub mod hessian;
 pub mod plan;
 pub mod progress;
+pub mod pruning;
 pub mod rounding;
 pub mod source;
 pub mod trellis;
+pub mod zeros;

@@ -2,12 +2,15 @@
 #![forbid(unsafe_code)]
 
 use crate::calibration::Calibration;
+use crate::pruning;
 use crate::source::{Source, TensorInfo};
 use crate::trellis;
+use crate::zeros::{self, Sparse, sparse_form};
 use std::fmt;
 use std::str::FromStr;
 use upg_kernel::format::{Encoding, LayerInfo, check_kept_name};
 use upg_kernel::inference::Input;
+use upg_kernel::matrix::BITMAP_GROUP;
 use upg_kernel::{Error, ErrorKind, Result};
 
 /// Seed of the random signs of the rotation, if none is asked for.
@@ -94,8 +97,13 @@ pub struct CompressOptions {
     /// Of the random signs of the rotation.
     pub seed: u64,
     /// What the model is run over: matrices of the layers are then rounded so that their outputs on it are kept, but for
-    /// `mdcsr`, `s8` and `s4`. `None`: only the weights are looked at.
+    /// `mdcsr`. `None`: only the weights are looked at.
     pub calibration: Option<Calibration>,
+    /// Whether matrices that would be `q8` or `q4` are stored by their zeros where they have many.
+    pub sparse: Sparse,
+    /// The share of weights to prune of the matrices in the layers that would be `q8`, `q4`, `s8` or `s4`, which are stored
+    /// as `s8` or `s4` then. Needs a calibration.
+    pub prune: Option<f64>,
 }
 
 impl CompressOptions {
@@ -108,6 +116,8 @@ impl CompressOptions {
             overrides: Vec::new(),
             seed: DEFAULT_SEED,
             calibration: None,
+            sparse: Sparse::Auto,
+            prune: None,
         }
     }
 }
@@ -175,10 +185,21 @@ impl Plan {
         if tensors.is_empty() {
             return Err(Error::new(ErrorKind::Missing, "the model has no weights"));
         }
+        if let Some(sparsity) = options.prune {
+            pruning::check_sparsity(sparsity)?;
+            if options.calibration.is_none() {
+                let message = "pruning without a calibration text";
+                return Err(Error::new(ErrorKind::Argument, message)
+                    .hint("pass one: it says which weights can go, and makes up for them"));
+            }
+        }
         let planned = |&(index, t): &(usize, &TensorInfo)| {
-            let layer = match is_matrix(t) {
-                true => described(t, choose(t), options.group),
-                false => None,
+            let layer = match (is_matrix(t), choose(t)) {
+                (true, Choice::Encode(encoding)) => {
+                    let encoding = with_zeros(source, index, encoding, options)?;
+                    Some(described(t, encoding, options.group))
+                }
+                _ => None,
             };
             match &layer {
                 Some(layer) => layer.check().map_err(|e| e.tensor(&t.name)),
@@ -188,17 +209,27 @@ impl Plan {
         };
         // What no reader would open is not worth the work either.
         let plan: Vec<PlannedTensor> = tensors.iter().map(planned).collect::<Result<_>>()?;
-        let grouped = [Encoding::Q8, Encoding::Q4].map(Encoding::name);
-        let mut layers = plan.iter().filter_map(|t| t.layer.as_ref());
-        if options.group.is_some() && !layers.any(|l| grouped.contains(&l.encoding_name())) {
+        let mut choices = tensors
+            .iter()
+            .filter(|(_, t)| is_matrix(t))
+            .map(|(_, t)| choose(t));
+        let grouped = [Encoding::Q8, Encoding::Q4].map(Choice::Encode);
+        if options.group.is_some() && !choices.any(|choice| grouped.contains(&choice)) {
             let message = "a group of columns, but no matrix that becomes q8 or q4";
             return Err(Error::new(ErrorKind::Argument, message).hint("leave it out"));
         }
         let mut layers = plan.iter().filter_map(|t| t.layer.as_ref());
         if options.calibration.is_some() && !layers.any(is_calibrated) {
             let message = "a calibration text, but no matrix that it has an effect on";
+            return Err(Error::new(ErrorKind::Argument, message).hint(
+                "leave it out, or choose an encoding other than keep and mdcsr for the layers",
+            ));
+        }
+        let mut layers = plan.iter().filter_map(|t| t.layer.as_ref());
+        if options.prune.is_some() && !layers.any(is_prunable) {
+            let message = "a share to prune, but no matrix that is stored by its zeros";
             return Err(Error::new(ErrorKind::Argument, message)
-                .hint("leave it out, or choose q8, q4, t2, t3 or t4 for the layers"));
+                .hint("leave it out, or choose s8 or s4 for the layers"));
         }
         Ok(Self {
             weights: tensors.iter().map(|(_, t)| t.weights() as u64).sum(),
@@ -210,26 +241,51 @@ impl Plan {
 
 /// Whether the encoder of a matrix looks at the inputs that the matrix has.
 pub(crate) fn is_calibrated(layer: &LayerInfo) -> bool {
-    use Encoding::{Q4, Q8, T2, T3, T4};
-    let looks = matches!(layer.encoding(), Ok(Q8 | Q4 | T2 | T3 | T4));
+    let looks = !matches!(layer.encoding(), Err(_) | Ok(Encoding::MdCsr));
     looks && Input::of(&layer.name).is_some()
 }
 
-fn described(tensor: &TensorInfo, choice: Choice, group: Option<usize>) -> Option<LayerInfo> {
-    let Choice::Encode(encoding) = choice else {
-        return None;
+/// Whether weights of a matrix are pruned if that is asked for.
+pub(crate) fn is_prunable(layer: &LayerInfo) -> bool {
+    matches!(layer.encoding(), Ok(Encoding::S8 | Encoding::S4)) && is_calibrated(layer)
+}
+
+/// The encoding of matrix `index` once its zeros are known: those that it has, or will have.
+fn with_zeros(
+    source: &dyn Source,
+    index: usize,
+    encoding: Encoding,
+    options: &CompressOptions,
+) -> Result<Encoding> {
+    let pruned = options.prune.is_some() && Input::of(&source.tensors()[index].name).is_some();
+    let sparse = match options.sparse {
+        _ if pruned => sparse_form(encoding),
+        Sparse::Auto => {
+            let group = group_of(encoding, options.group).unwrap_or(BITMAP_GROUP);
+            zeros::worthwhile(source, index, encoding, group)?
+        }
+        Sparse::Never => None,
     };
-    let mut layer = LayerInfo::new(&tensor.name, tensor.rows(), tensor.cols(), encoding);
-    layer.group = match encoding {
+    Ok(sparse.unwrap_or(encoding))
+}
+
+/// Columns that share a prime index.
+fn group_of(encoding: Encoding, group: Option<usize>) -> Option<usize> {
+    match encoding {
         Encoding::Q4 => Some(group.unwrap_or(32)),
         Encoding::Q8 => Some(group.unwrap_or(64)),
-        Encoding::S8 | Encoding::S4 => Some(64),
+        Encoding::S8 | Encoding::S4 => Some(BITMAP_GROUP),
         _ => None,
-    };
+    }
+}
+
+fn described(tensor: &TensorInfo, encoding: Encoding, group: Option<usize>) -> LayerInfo {
+    let mut layer = LayerInfo::new(&tensor.name, tensor.rows(), tensor.cols(), encoding);
+    layer.group = group_of(encoding, group);
     layer.hadamard = encoding
         .trellis_bits()
         .and_then(|_| trellis::hadamard_size(tensor.cols()));
-    Some(layer)
+    layer
 }
 
 /// Norms and biases are vectors; every tensor of two dimensions is multiplied or looked up.

@@ -6,7 +6,7 @@ mod feedback;
 mod levels;
 mod packing;
 
-pub use levels::{Codebook, LevelSet, Linear8};
+pub use levels::{Codebook, Kept8, LevelSet, Linear8};
 
 use crate::hessian::Hessian;
 use rayon::prelude::*;
@@ -37,7 +37,7 @@ pub fn round_q8(
     group: usize,
     hessian: Option<&Hessian>,
 ) -> Result<GroupedMatrix> {
-    let encoded = encode_grouped(weights, rows, cols, group, hessian, &Linear8)?;
+    let encoded = encode(weights, rows, cols, group, hessian, false, &Linear8)?;
     let strip = cols.div_ceil(group) * group * STRIP_ROWS;
     let values = packing::pack_all(&encoded, strip, |strip: &mut [i8], row, col, code| {
         strip[position(row, col)] = Linear8.level(code);
@@ -53,8 +53,9 @@ pub fn round_q4(
     group: usize,
     hessian: Option<&Hessian>,
 ) -> Result<GroupedMatrix> {
-    let codebook = fit_codebook(weights, rows, cols, group, false)?;
-    let encoded = encode_grouped(weights, rows, cols, group, hessian, &codebook)?;
+    let start = Codebook::gaussian();
+    let codebook = fit_codebook(weights, rows, cols, group, false, start)?;
+    let encoded = encode(weights, rows, cols, group, hessian, false, &codebook)?;
     let strip = cols.div_ceil(group) * group * STRIP_ROWS / 2;
     let codes = packing::pack_all(&encoded, strip, |strip: &mut [u8], row, col, code| {
         let (byte, shift) = nibble(row, col);
@@ -67,21 +68,33 @@ pub fn round_q4(
     packing::grouped(&encoded, cols, group, levels)
 }
 
-/// Rounds the weights that are not zero to `s8`; zeros stay exactly zero. Errors as [`round_q8`], and
+/// Rounds the weights that are not zero to `s8`, to levels that are not zero either: what is zero stays exactly that, and
+/// only that is. With a `hessian` of the inputs levels are chosen again, the zeros stay. Cost and errors as [`round_q8`], and
 /// `TooLarge` from 4 GiB of codes on.
-pub fn round_s8(weights: &[f32], rows: usize, cols: usize) -> Result<BitmapMatrix> {
-    let encoded = encode_rows(weights, rows, cols, BITMAP_GROUP, true, &Linear8)?;
+pub fn round_s8(
+    weights: &[f32],
+    rows: usize,
+    cols: usize,
+    hessian: Option<&Hessian>,
+) -> Result<BitmapMatrix> {
+    let encoded = encode(weights, rows, cols, BITMAP_GROUP, hessian, true, &Kept8)?;
     let pack = |codes: &[u8], out: &mut Vec<i8>| {
-        out.extend(codes.iter().map(|&code| Linear8.level(code)));
+        out.extend(codes.iter().map(|&code| Kept8.level(code)));
     };
     let levels = |values: Vec<i8>| Levels::Bytes(values.into());
     packing::bitmap(weights, &encoded, cols, pack, levels)
 }
 
-/// Rounds the weights that are not zero to `s4`; zeros stay exactly zero. Errors as [`round_s8`].
-pub fn round_s4(weights: &[f32], rows: usize, cols: usize) -> Result<BitmapMatrix> {
-    let codebook = fit_codebook(weights, rows, cols, BITMAP_GROUP, true)?;
-    let encoded = encode_rows(weights, rows, cols, BITMAP_GROUP, true, &codebook)?;
+/// Rounds the weights that are not zero to `s4`, with a codebook without a zero, else as [`round_s8`].
+pub fn round_s4(
+    weights: &[f32],
+    rows: usize,
+    cols: usize,
+    hessian: Option<&Hessian>,
+) -> Result<BitmapMatrix> {
+    let start = Codebook::without_zero();
+    let codebook = fit_codebook(weights, rows, cols, BITMAP_GROUP, true, start)?;
+    let encoded = encode(weights, rows, cols, BITMAP_GROUP, hessian, true, &codebook)?;
     let pack = |codes: &[u8], out: &mut Vec<u8>| {
         let pairs = codes.chunks(2);
         out.extend(pairs.map(|pair| pair[0] | pair.get(1).unwrap_or(&0) << 4));
@@ -100,38 +113,34 @@ struct EncodedRow {
     codes: Vec<u8>,
 }
 
-/// Rows all of whose weights are stored, with a Hessian chosen again.
-fn encode_grouped<L: LevelSet>(
+/// Rows of weights, of all of them or of those that are not zero; with a Hessian chosen again.
+fn encode<L: LevelSet>(
     weights: &[f32],
     rows: usize,
     cols: usize,
     group: usize,
     hessian: Option<&Hessian>,
-    levels: &L,
-) -> Result<Vec<EncodedRow>> {
-    let mut encoded = encode_rows(weights, rows, cols, group, false, levels)?;
-    if let Some(hessian) = hessian {
-        feedback::choose_again(weights, cols, group, levels, hessian, &mut encoded)?;
-    }
-    Ok(encoded)
-}
-
-fn encode_rows<L: LevelSet>(
-    weights: &[f32],
-    rows: usize,
-    cols: usize,
-    group: usize,
     skip_zeros: bool,
     levels: &L,
 ) -> Result<Vec<EncodedRow>> {
     check(weights, rows, cols)?;
-    Ok((0..rows)
-        .into_par_iter()
-        .map(|row| {
-            let groups = groups_of(&weights[row * cols..(row + 1) * cols], group, skip_zeros);
-            encode_row(&groups, levels)
-        })
-        .collect())
+    let of_row = |row: usize| {
+        let groups = groups_of(&weights[row * cols..(row + 1) * cols], group, skip_zeros);
+        encode_row(&groups, levels)
+    };
+    let mut encoded: Vec<EncodedRow> = (0..rows).into_par_iter().map(of_row).collect();
+    if let Some(hessian) = hessian {
+        feedback::choose_again(
+            weights,
+            cols,
+            group,
+            skip_zeros,
+            levels,
+            hessian,
+            &mut encoded,
+        )?;
+    }
+    Ok(encoded)
 }
 
 /// The weights of each group that are stored.
@@ -249,13 +258,14 @@ fn products<L: LevelSet>(
         .zip(primes.zip(levels).map(|(prime, level)| prime * level))
 }
 
-/// A codebook for this matrix: Lloyd's iteration on a sample of rows, kept only if it is better there.
+/// A codebook for this matrix: Lloyd's iteration from `start` on a sample of rows, kept only if it is better there.
 fn fit_codebook(
     weights: &[f32],
     rows: usize,
     cols: usize,
     group: usize,
     skip_zeros: bool,
+    start: Codebook,
 ) -> Result<Codebook> {
     check(weights, rows, cols)?;
     let stride = rows.div_ceil(SAMPLE_ROWS).max(1);
@@ -263,8 +273,8 @@ fn fit_codebook(
         .step_by(stride)
         .map(|row| groups_of(&weights[row * cols..(row + 1) * cols], group, skip_zeros))
         .collect();
-    let mut best = (f64::INFINITY, Codebook::gaussian());
-    let mut codebook = best.1.clone();
+    let mut best = (f64::INFINITY, start.clone());
+    let mut codebook = start;
     for _ in 0..FIT_ROUNDS {
         let encoded: Vec<EncodedRow> = sample
             .par_iter()

@@ -20,6 +20,9 @@ use upg_kernel::inference::{Input, ModelConfig};
 /// What is left of the error of outputs, against rounding that looks at the weights only. Measured: 0.26 to 0.36.
 const LEFT: f64 = 0.45;
 
+/// The same where half of the weights stay zero: the other half alone makes up for errors. Measured: 0.59 for `s8`.
+const LEFT_WITH_ZEROS: f64 = 0.7;
+
 /// The same numbers everywhere, from -1 to 1.
 fn noise(n: usize, seed: u32) -> Vec<f32> {
     let mut state = seed;
@@ -46,7 +49,7 @@ fn layer(rows: usize, cols: usize, encoding: Encoding) -> LayerInfo {
     let mut layer = LayerInfo::new("matrix", rows, cols, encoding);
     layer.group = match encoding {
         Encoding::Q4 => Some(32),
-        Encoding::Q8 => Some(64),
+        Encoding::Q8 | Encoding::S8 | Encoding::S4 => Some(64),
         _ => None,
     };
     layer
@@ -55,26 +58,41 @@ fn layer(rows: usize, cols: usize, encoding: Encoding) -> LayerInfo {
 #[test]
 fn outputs_are_kept_better_than_by_the_weights_alone() {
     let (rows, cols) = (70, 150);
-    let w = noise(rows * cols, 1);
+    let dense = noise(rows * cols, 1);
     let mut hessian = Hessian::new(cols);
     hessian.add(&inputs(600, cols)).unwrap();
     for encoding in [
         Encoding::Q8,
         Encoding::Q4,
+        Encoding::S8,
+        Encoding::S4,
         Encoding::T2,
         Encoding::T3,
         Encoding::T4,
     ] {
         let layer = layer(rows, cols, encoding);
+        let is_sparse = matches!(encoding, Encoding::S8 | Encoding::S4);
+        let w: Vec<f32> = match is_sparse {
+            true => dense
+                .iter()
+                .map(|w| if w.abs() < 0.5 { 0.0 } else { *w })
+                .collect(),
+            false => dense.clone(),
+        };
         let cost = |hessian_used: Option<&Hessian>| {
             let matrix = encode_matrix(&w, &layer, 3, hessian_used, &()).unwrap();
             let decoded = matrix.to_dense();
+            if is_sparse {
+                let zeros = |w: &[f32]| w.iter().map(|w| *w == 0.0).collect::<Vec<_>>();
+                assert_eq!(zeros(&decoded), zeros(&w), "{encoding}");
+            }
             let errors: Vec<f32> = decoded.iter().zip(&w).map(|(a, b)| a - b).collect();
             hessian.cost(&errors)
         };
         let left = cost(Some(&hessian)) / cost(None);
         println!("{encoding}: {left:.3}");
-        assert!(left < LEFT, "{encoding}: {left}");
+        let bound = if is_sparse { LEFT_WITH_ZEROS } else { LEFT };
+        assert!(left < bound, "{encoding}: {left}");
     }
 }
 
@@ -100,7 +118,7 @@ fn the_result_does_not_depend_on_threads() {
 
 #[test]
 fn a_hessian_of_other_columns_is_refused() {
-    for encoding in [Encoding::Q8, Encoding::Q4, Encoding::T3] {
+    for encoding in [Encoding::Q8, Encoding::Q4, Encoding::S4, Encoding::T3] {
         let layer = layer(4, 8, encoding);
         let e = encode_matrix(&[0.5; 32], &layer, 0, Some(&Hessian::new(9)), &()).unwrap_err();
         assert_eq!(e.kind(), ErrorKind::Shape, "{encoding}: {e}");
@@ -206,7 +224,7 @@ fn the_run_over_the_text_can_be_stopped() {
 fn a_calibration_that_nothing_is_rounded_with_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let source = open("qwen3", "qwen3", folder.path());
-    let mut options = CompressOptions::new(Choice::Encode(Encoding::S4));
+    let mut options = CompressOptions::new(Choice::Encode(Encoding::MdCsr));
     options.calibration = Some(calibration("qwen3"));
     let out = folder.path().join("out.safetensors");
     let e = compress(source.as_ref(), &out, &options, &()).unwrap_err();

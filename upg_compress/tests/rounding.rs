@@ -57,8 +57,16 @@ fn round_all(w: &[f32], rows: usize, cols: usize) -> Vec<(&'static str, Matrix, 
             Matrix::Grouped(round_q4(w, rows, cols, 32, None).unwrap()),
             Q4,
         ),
-        ("s8", Matrix::Bitmap(round_s8(w, rows, cols).unwrap()), S8),
-        ("s4", Matrix::Bitmap(round_s4(w, rows, cols).unwrap()), S4),
+        (
+            "s8",
+            Matrix::Bitmap(round_s8(w, rows, cols, None).unwrap()),
+            S8,
+        ),
+        (
+            "s4",
+            Matrix::Bitmap(round_s4(w, rows, cols, None).unwrap()),
+            S4,
+        ),
         (
             "mdcsr",
             Matrix::MdCsr(MdCSRMatrix::from_dense(w, rows, cols).unwrap()),
@@ -145,7 +153,10 @@ fn what_fills_up_a_strip_is_zeros() {
             assert!(prime == 0 || has_row(i, groups * 64), "{i}");
         }
     }
-    for m in [round_s8(&w, rows, cols), round_s4(&w, rows, cols)] {
+    for m in [
+        round_s8(&w, rows, cols, None),
+        round_s4(&w, rows, cols, None),
+    ] {
         let m = m.unwrap();
         let arrays = m.arrays();
         for (i, &prime) in arrays.prime_indices.iter().enumerate() {

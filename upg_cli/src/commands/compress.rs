@@ -22,6 +22,8 @@ pub fn run(args: &CompressArgs) -> Result<()> {
     options.group = args.group;
     options.overrides = args.overrides.clone();
     options.seed = args.seed;
+    options.sparse = args.sparse;
+    options.prune = args.prune;
     if let Some(path) = &args.calibrate {
         let text = terminal::read_text(path)?;
         options.calibration = Some(Calibration::of_text(source.as_ref(), &text)?);
@@ -50,6 +52,13 @@ pub fn run(args: &CompressArgs) -> Result<()> {
             100.0 * error,
             layer.name,
             layer.encoding_name()
+        );
+    }
+    if let Some(zeros) = report.zeros {
+        text += &format!(
+            "{} matrices stored by their zeros, {:.1} % of their weights\n",
+            zeros.matrices,
+            100.0 * zeros.share()
         );
     }
     if let Some(first) = source.skipped().first() {

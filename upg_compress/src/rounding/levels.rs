@@ -99,7 +99,40 @@ impl LevelSet for Linear8 {
     }
 }
 
-/// The 16 ascending levels of `q4` and `s4`; one of them is 0.
+/// Those of [`Linear8`] but 0, for weights that are not zero.
+#[derive(Debug, Clone, Copy)]
+pub struct Kept8;
+
+impl LevelSet for Kept8 {
+    const SEARCH: (f32, f32) = Linear8::SEARCH;
+    const COARSE_STEPS: usize = Linear8::COARSE_STEPS;
+
+    #[inline]
+    fn code(&self, t: f32) -> u8 {
+        self.nearest(t) as i8 as u8
+    }
+
+    #[inline(always)]
+    fn nearest(&self, t: f32) -> f32 {
+        let nearest = Linear8.nearest(t);
+        if nearest == 0.0 {
+            1f32.copysign(t)
+        } else {
+            nearest
+        }
+    }
+
+    #[inline]
+    fn level(&self, code: u8) -> i8 {
+        code as i8
+    }
+
+    fn largest(&self) -> f32 {
+        Linear8.largest()
+    }
+}
+
+/// The 16 ascending levels of `q4`, one of which is 0, and of `s4`, none of which is.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Codebook {
     levels: [i8; 16],
@@ -114,6 +147,13 @@ impl Codebook {
     pub fn gaussian() -> Self {
         Self::new([
             -127, -95, -73, -55, -40, -26, -13, 0, 12, 25, 37, 51, 66, 83, 103, 127,
+        ])
+    }
+
+    /// The same without a 0, in groups of 64.
+    pub fn without_zero() -> Self {
+        Self::new([
+            -127, -98, -77, -60, -45, -31, -18, -6, 6, 18, 31, 45, 60, 77, 98, 127,
         ])
     }
 
@@ -137,7 +177,7 @@ impl Codebook {
     }
 
     /// Moves every level to the mean of the weights that chose it (`sums`: of weight times step, and
-    /// of squared steps); 0 stays, the largest becomes 127 in magnitude, and the order is kept.
+    /// of squared steps); 0 stays and no other becomes 0, the largest becomes 127 in magnitude, and the order is kept.
     pub(super) fn moved_to(&self, sums: &[(f64, f64); 16]) -> Self {
         let mut means = [0.0f64; 16];
         for (i, mean) in means.iter_mut().enumerate() {
@@ -154,7 +194,7 @@ impl Codebook {
         }
         let mut levels = means.map(|mean| (mean * 127.0 / largest).round() as i8);
         levels.sort_unstable();
-        if levels.contains(&0) {
+        if levels.contains(&0) == self.levels.contains(&0) {
             Self::new(levels)
         } else {
             self.clone()
@@ -226,6 +266,24 @@ mod tests {
     }
 
     #[test]
+    fn what_is_kept_has_no_level_of_zero() {
+        for i in -50..=50 {
+            let t = i as f32 / 20.0 + 0.01;
+            let expected = match t.round() {
+                0.0 => 1f32.copysign(t),
+                other => other,
+            };
+            assert_eq!(f32::from(Kept8.level(Kept8.code(t))), expected, "{t}");
+        }
+        let codebook = Codebook::without_zero();
+        let mut sums = [(1.0, 1.0); 16];
+        sums[8] = (1e-9, 1.0);
+        for levels in [codebook.levels(), codebook.moved_to(&sums).levels()] {
+            assert!(!levels.contains(&0), "{levels:?}");
+        }
+    }
+
+    #[test]
     fn every_instruction_set_finds_the_same_error() {
         fn check(levels: &impl LevelSet, weights: &[f32]) {
             let plain = SquaredError {
@@ -242,6 +300,7 @@ mod tests {
             .collect();
         for n in [0, 1, 7, 8, 9, 31, 32, 64] {
             check(&Linear8, &weights[..n]);
+            check(&Kept8, &weights[..n]);
             check(&Codebook::gaussian(), &weights[..n]);
         }
     }

@@ -29,7 +29,7 @@ fail() {
 }
 
 text='' calibrate='' windows=12 record=yes
-options=$*
+given=$*
 while [ $# -gt 0 ]; do
     case $1 in
     -h | --help) usage && exit ;;
@@ -189,5 +189,5 @@ done
 commit=$(git rev-parse --short HEAD 2>/dev/null || echo unknown)
 if [ -n "$(git status --porcelain 2>/dev/null)" ]; then commit="$commit with changes"; fi
 python3 bench/quality_table.py --commit "$commit" --bindings "$version" --windows "$windows" \
-    --text "$text_name" --calibrate "$calibrate_name" --original "$whole" --base-log "$base.log" --options="$options" \
+    --text "$text_name" --calibrate "$calibrate_name" --original "$whole" --base-log "$base.log" --options="$given" \
     ${record:+--record bench/record} --llama "${llama_files[@]}" --upg "${upg_files[@]}"

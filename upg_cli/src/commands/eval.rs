@@ -36,7 +36,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
         None => evaluation.measure(None, &never)?,
         Some(path) => {
             let mut against = Against::open(path, options)?;
-            against.check(&text, &windows)?;
+            against.check(&text, &windows).map_err(|e| e.at(path))?;
             match &args.logits {
                 None => evaluation.measure(Some(&mut against), &never)?,
                 Some(logits) => evaluation.against_file(logits, &mut against, args)?,

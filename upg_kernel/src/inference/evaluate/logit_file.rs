@@ -165,7 +165,7 @@ fn filled(path: &Path, header: &[u8; HEADER], bytes: u64) -> Result<Option<BufRe
     let mut file = BufReader::with_capacity(1 << 20, file);
     let mut found = [0; HEADER];
     if found_bytes < HEADER as u64 || file.read_exact(&mut found).is_err() || found[..8] != MAGIC {
-        let message = "is no file with the logits of a reference";
+        let message = "this is not a file with the logits of a reference";
         return Err(Error::new(ErrorKind::Argument, message)
             .at(path)
             .hint("name a new file, or one that upg eval wrote"));

@@ -73,7 +73,8 @@ Examples:
   upg compress Phi-4/ -o phi4.safetensors --encoding t3
   upg compress model.gguf -o model.safetensors --encoding q4 --embedding q8
   upg compress Phi-4/ -o phi4.safetensors --encoding t3 --tensor '*.down_proj.weight=t4'
-  upg compress Phi-4/ -o phi4.safetensors --encoding t3 --calibrate text.txt")]
+  upg compress Phi-4/ -o phi4.safetensors --encoding t3 --calibrate text.txt --resume
+  upg compress Phi-4/ -o phi4.safetensors --encoding t3 --dry-run")]
 pub struct CompressArgs {
     /// Hugging Face directory (config.json, *.safetensors) or GGUF file
     pub source: PathBuf,
@@ -99,6 +100,17 @@ pub struct CompressArgs {
     /// their weights. For q8, q4, t2, t3 and t4 in the blocks; takes several times as long
     #[arg(long, value_name = "FILE")]
     pub calibrate: Option<PathBuf>,
+    /// Keep what is done in FILE.partial if this is stopped, however it is stopped, and go on from what an
+    /// earlier run has left there; the file is the same. FILE.partial.journal says what is done
+    #[arg(long)]
+    pub resume: bool,
+    /// Print what becomes of each tensor, and the size, memory and time that it would take; write nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Write JSON: errors, bits and seconds of each tensor, with --calibrate also the errors of outputs,
+    /// and how fast it went
+    #[arg(long, value_name = "FILE")]
+    pub report: Option<PathBuf>,
 }
 
 #[derive(Args)]

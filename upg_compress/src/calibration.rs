@@ -130,6 +130,10 @@ impl<'a> Calibrator<'a> {
             let hessians = &mut self.hessians;
             self.run.layer(index, &self.source, &mut |input, n, x| {
                 progress.proceed()?;
+                // Of layers that are passed over only the hidden states are wanted.
+                if index < layer {
+                    return Ok(());
+                }
                 let cols = x.len() / n;
                 hessians
                     .entry(input)

@@ -6,7 +6,7 @@ use crate::source::{Source, TensorInfo};
 use crate::trellis;
 use std::fmt;
 use std::str::FromStr;
-use upg_kernel::format::{Encoding, LayerInfo, check_kept_name};
+use upg_kernel::format::{Encoding, LayerInfo, TOKENIZER, check_kept_name};
 use upg_kernel::inference::Input;
 use upg_kernel::{Error, ErrorKind, Result};
 
@@ -96,6 +96,11 @@ pub struct CompressOptions {
     /// What the model is run over: matrices of the layers are then rounded so that their outputs on it are kept, but for
     /// `mdcsr`, `s8` and `s4`. `None`: only the weights are looked at.
     pub calibration: Option<Calibration>,
+    /// Also measure, where there is a calibration, how far the outputs of each matrix are off: [`TensorReport::output_error`](crate::report::TensorReport::output_error).
+    /// Does not change the file.
+    pub output_errors: bool,
+    /// Leave what is done if the run ends early, and go on from what an earlier one has left. Does not change the file.
+    pub resume: bool,
 }
 
 impl CompressOptions {
@@ -108,6 +113,8 @@ impl CompressOptions {
             overrides: Vec::new(),
             seed: DEFAULT_SEED,
             calibration: None,
+            output_errors: false,
+            resume: false,
         }
     }
 }
@@ -128,6 +135,21 @@ pub(crate) struct PlannedTensor {
 }
 
 impl Plan {
+    /// What is compressed, without errors yet.
+    pub(crate) fn layers(&self) -> Vec<LayerInfo> {
+        self.tensors
+            .iter()
+            .filter_map(|t| t.layer.clone())
+            .collect()
+    }
+
+    /// Names of the other tensors of the file.
+    pub(crate) fn kept_names<'a>(&self, source: &'a dyn Source) -> impl Iterator<Item = &'a str> {
+        let kept = self.tensors.iter().filter(|t| t.layer.is_none());
+        let names = kept.map(|t| source.tensors()[t.index].name.as_str());
+        names.chain([TOKENIZER])
+    }
+
     pub(crate) fn new(source: &dyn Source, options: &CompressOptions) -> Result<Self> {
         // A file that no engine could run is not worth hours of work.
         let tied = source.files().config()?.tie_word_embeddings;

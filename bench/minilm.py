@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 
 WINDOW = 256  # tokens, the longest that the model was trained on
 WINDOWS = 32  # of each half of the text
+SENTENCES = 8  # of the windows of the second half, whose vectors are compared too
 GROUP = 128  # columns that share a scale in the baselines
 DAMPING = 0.01  # of the average diagonal, as in GPTQ
 LEVELS = 15  # of 4 bits
@@ -139,9 +140,9 @@ def rtn(w, symmetric):
     return q
 
 
-def gptq(w, x, symmetric):
+def gptq(w, hessian, symmetric):
     """GPTQ, the columns with the largest inputs first; a group is what follows each other in that order."""
-    w, hessian = w.astype(np.float64), x.T.astype(np.float64) @ x
+    w, hessian = w.astype(np.float64), hessian.copy()
     dead = np.diag(hessian) == 0
     hessian[dead, dead] = 1
     w[:, dead] = 0
@@ -163,17 +164,24 @@ def score(folder, work):
     bert = Bert(folder)
     plain = {name: bert.weights[name + ".weight"] for name in matrices(bert)}
     second = load_file(work / "tokens.safetensors")["second"]
-    expected = bert.sentences(second)
-    of, held_out = matrices(bert), dict(bert.inputs)
+    bert.run(second)
+    of = matrices(bert)
+    # |X E^T|^2 = tr(E X^T X E^T).
+    held_out = {name: x.T.astype(np.float64) @ x.astype(np.float64) for name, x in bert.inputs.items()}
+    few = second[:SENTENCES]
+    expected = bert.sentences(few)
 
+    hessians = {}
     with safe_open(work / "inputs.safetensors", "np") as file:
-        calibration = {name: file.get_tensor(f"inputs/{shared}") for name, shared in of.items()}
+        for shared in set(of.values()):
+            x = file.get_tensor(f"inputs/{shared}").astype(np.float64)
+            hessians[shared] = x.T @ x
     variants = {}
     for kind, symmetric in (("symmetric", True), ("asymmetric", False)):
         # A scale of 16 bits, and 4 bits where zero lies.
         bits = 4 + (16 if symmetric else 20) / GROUP
         variants[f"INT4-g128 {kind}, RTN"] = bits, lambda name, s=symmetric: rtn(plain[name], s)
-        variants[f"INT4-g128 {kind}, GPTQ"] = bits, lambda name, s=symmetric: gptq(plain[name], calibration[name], s)
+        variants[f"INT4-g128 {kind}, GPTQ"] = bits, lambda name, s=symmetric: gptq(plain[name], hessians[of[name]], s)
     outputs = safe_open(work / "outputs.safetensors", "np")
     bits = outputs.metadata()
     for encoding in ("q8", "q4", "t4", "t3", "t2"):
@@ -186,17 +194,17 @@ def score(folder, work):
 
     print("| | bits per weight | error of weights | error of outputs | largest | cosine of sentences |")
     print("|---|---|---|---|---|---|")
-    relative = lambda error, of: np.linalg.norm(error.astype(np.float64)) / np.linalg.norm(of.astype(np.float64))
+    size_of = lambda w, hessian: np.sqrt(np.sum((w @ hessian) * w))
     for label, (size, decoded) in variants.items():
         matrix_errors, output_errors, layers = [], [], {}
         for name, w in plain.items():
-            q, x = decoded(name), held_out[of[name]]
-            layers[name + ".weight"] = q
-            matrix_errors.append(relative(q - w, w))
-            output_errors.append(relative(x @ (q - w).T, x @ w.T))
+            layers[name + ".weight"] = q = decoded(name)
+            error, hessian = q.astype(np.float64) - w, held_out[of[name]]
+            matrix_errors.append(np.linalg.norm(error) / np.linalg.norm(w))
+            output_errors.append(size_of(error, hessian) / size_of(w, hessian))
         changed = Bert(folder)
         changed.weights |= layers
-        cosine = np.mean(np.sum(changed.sentences(second) * expected, axis=1))
+        cosine = np.mean(np.sum(changed.sentences(few) * expected, axis=1))
         mean = lambda errors: np.sqrt(np.mean(np.square(errors)))
         print(
             f"| {label} | {size:.2f} | {mean(matrix_errors):.4f} | {mean(output_errors):.4f} | {max(output_errors):.4f} "

@@ -116,18 +116,15 @@ pub(crate) fn compress_with(
     let mut metadata = metadata(source, options, &plan);
     let mut layers = plan.layers();
     let capacity = header_capacity(&layers, plan.kept_names(source), &metadata)?;
-    let mut resumable = match options.resume {
+    let (out, mut resumable) = match options.resume {
         true => {
             let fingerprint = fingerprint(source, options, &plan, &metadata[RECIPE])?;
-            Some(Resumable::open(out, source, &fingerprint)?)
+            let resumable = Resumable::open(out, source, &fingerprint)?;
+            (WholeFile::resume(out)?, Some(resumable))
         }
-        false => None,
+        false => (WholeFile::create_from(out, source.own_files())?, None),
     };
-    let out = match options.resume {
-        true => WholeFile::resume(out),
-        false => WholeFile::create_from(out, source.own_files()),
-    };
-    let mut writer = FileWriter::new(out?, capacity)?;
+    let mut writer = FileWriter::new(out, capacity)?;
 
     progress.start(plan.weights);
     let mut tensors = match &mut resumable {

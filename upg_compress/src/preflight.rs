@@ -79,7 +79,8 @@ impl Preflight {
         }
         let [partial, _] = partial_files(out)?;
         let written = std::fs::metadata(&partial).map_or(0, |m| m.len());
-        let folder = partial.parent().unwrap_or(Path::new("."));
+        let folder = partial.parent().filter(|p| !p.as_os_str().is_empty());
+        let folder = folder.unwrap_or(Path::new("."));
         let disk_free = fs4::available_space(folder)
             .map_err(|e| Error::io("cannot find out how much room is left", folder, e))?;
         Ok(Self {

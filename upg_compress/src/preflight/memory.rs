@@ -14,7 +14,7 @@ use upg_kernel::inference::{Input, ModelConfig};
 const BASE: u64 = 60_000_000;
 
 /// What a tokenizer takes, for each byte of its `tokenizer.json`.
-const TOKENIZER_FACTOR: u64 = 20;
+const TOKENIZER_FACTOR: u64 = 40;
 
 /// Of each thread, for each column: a strip of 64 rows in several forms.
 const STRIP_BYTES: u64 = 64 * 4 * 10;

@@ -76,7 +76,9 @@ Examples:
   upg compress Phi-4/ -o phi4.safetensors --encoding t3 --tensor '*.down_proj.weight=t4'
   upg compress Phi-4/ -o phi4.safetensors --encoding t3 --calibrate
   upg compress Phi-4/ -o phi4.safetensors --encoding t3 --calibrate text.txt
-  upg compress Phi-4/ -o phi4.safetensors --encoding s8 --calibrate --prune 0.5")]
+  upg compress Phi-4/ -o phi4.safetensors --encoding s8 --calibrate --prune 0.5
+  upg compress Phi-4/ -o phi4.safetensors --encoding t3 --calibrate --resume
+  upg compress Phi-4/ -o phi4.safetensors --encoding t3 --dry-run")]
 pub struct CompressArgs {
     /// Hugging Face directory (config.json, *.safetensors) or GGUF file
     pub source: PathBuf,
@@ -111,6 +113,17 @@ pub struct CompressArgs {
     /// store the others as s8 or s4. At equal size an encoding of fewer bits is better
     #[arg(long, value_name = "SHARE", requires = "calibrate")]
     pub prune: Option<f64>,
+    /// Keep what is done in FILE.partial if this is stopped, however it is stopped, and go on from what an
+    /// earlier run has left there; the file is the same. FILE.partial.journal says what is done
+    #[arg(long)]
+    pub resume: bool,
+    /// Print what becomes of each tensor, and the size, memory and time that it would take; write nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Write JSON: errors, bits and seconds of each tensor, with --calibrate also the errors of outputs,
+    /// and how fast it went
+    #[arg(long, value_name = "FILE")]
+    pub report: Option<PathBuf>,
 }
 
 #[derive(Args)]

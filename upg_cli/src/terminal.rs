@@ -7,7 +7,6 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
-use upg_compress::progress::Progress;
 use upg_kernel::{Error, ErrorKind, Result};
 
 /// Writes to standard output and flushes; a closed pipe is an error that `main` takes as success.
@@ -84,49 +83,16 @@ pub fn bar(length: u64, template: &str) -> ProgressBar {
     bar
 }
 
-/// Bar over weights, with Ctrl-C.
-pub struct WeightsBar {
-    bar: ProgressBar,
-    interrupted: Arc<AtomicBool>,
-}
-
-impl WeightsBar {
-    pub fn new() -> Result<Self> {
-        Ok(Self {
-            bar: bar(
-                0,
-                "{bar:30} {percent:>3}%  {human_pos}/{human_len} weights, {eta} left  {msg}",
-            ),
-            interrupted: interrupt_flag()?,
-        })
-    }
-}
-
-impl Progress for WeightsBar {
-    fn start(&self, weights: u64) {
-        self.bar.set_length(weights);
-    }
-
-    fn tensor(&self, name: &str) {
-        self.bar.set_message(name.to_owned());
-    }
-
-    fn advance(&self, weights: u64) {
-        self.bar.inc(weights);
-    }
-
-    fn is_cancelled(&self) -> bool {
-        self.interrupted.load(Ordering::Relaxed)
-    }
-}
-
-impl Drop for WeightsBar {
-    fn drop(&mut self) {
-        self.bar.finish_and_clear();
-    }
-}
-
 /// `12.3 MB` and the like, in powers of 1,000.
 pub fn bytes(n: u64) -> String {
     indicatif::DecimalBytes(n).to_string()
+}
+
+/// `45 s`, `12 min` or `3.5 h`.
+pub fn duration(seconds: f64) -> String {
+    match seconds {
+        s if s < 100.0 => format!("{s:.0} s"),
+        s if s < 6000.0 => format!("{:.0} min", s / 60.0),
+        s => format!("{:.1} h", s / 3600.0),
+    }
 }

@@ -3,9 +3,13 @@
 
 use crate::calibration::Calibrator;
 use crate::curvature::Curvature;
-use crate::plan::{CompressOptions, Plan, is_calibrated, is_prunable};
+use crate::hessian::Hessian;
+use crate::journal::Record;
+use crate::plan::{CompressOptions, Plan, PlannedTensor, is_calibrated, is_prunable};
 use crate::progress::Progress;
 use crate::pruning::prune;
+use crate::report::CalibrationReport;
+use crate::resume::{Resumable, fingerprint};
 use crate::rounding::{round_q4, round_q8, round_s4, round_s8};
 use crate::source::{RawTensor, Source};
 use crate::trellis;
@@ -14,32 +18,20 @@ use rayon::prelude::*;
 use safetensors::Dtype;
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::time::Instant;
 use upg_kernel::format::{Encoding, FileWriter, LayerInfo, TOKENIZER, header_capacity};
+use upg_kernel::inference::Input;
+use upg_kernel::matrix::strips::STRIP_ROWS;
 use upg_kernel::sparse::MdCSRMatrix;
 use upg_kernel::{Error, ErrorKind, Matrix, Result, WholeFile};
 
+pub use crate::report::CompressReport;
+
+/// The metadata key of the options that were chosen.
+const RECIPE: &str = "recipe";
+
 /// Room in the header for `compression_ratio` and `bits_per_weight`.
 const FIGURE_DIGITS: usize = 24;
-
-/// What was written.
-#[derive(Debug, Clone)]
-pub struct CompressReport {
-    /// Bytes of the file.
-    pub file_bytes: u64,
-    /// Weights of the model, uncompressed ones included.
-    pub weights: u64,
-    /// The compressed matrices with their errors.
-    pub layers: Vec<LayerInfo>,
-    /// Of the matrices among them that are stored by their zeros, if there are any.
-    pub zeros: Option<Zeros>,
-}
-
-impl CompressReport {
-    /// Bits of the whole file for each weight.
-    pub fn bits_per_weight(&self) -> f64 {
-        8.0 * self.file_bytes as f64 / self.weights as f64
-    }
-}
 
 /// Compresses `source` into a UPG file at `out`, which appears whole or not at all.
 ///
@@ -47,9 +39,15 @@ impl CompressReport {
 /// calibration, also on the machine (instruction set, caches). Memory: about three copies of the largest
 /// tensor, in f32, with a calibration also what [`Calibrator`] and
 /// [`Feedback::new`](crate::hessian::Feedback::new) take. Time: see the encoders.
+/// [`Preflight`](crate::preflight::Preflight) says both beforehand.
+///
+/// With [`CompressOptions::resume`] a run that ends early, however it ends, leaves the two files of
+/// [`partial_files`](crate::resume::partial_files); the same call again goes on after the last tensor that was finished and
+/// gives the same bytes. It reads once what is there already; with a calibration the hidden states have to be computed again
+/// up to the layer where it stopped.
 ///
 /// Errors: those of the source; `Invalid` for weights that are not finite; `Argument` if `out` is a
-/// file of the source; `Io`; `Interrupted`.
+/// file of the source, or was begun from something else or is being written by another run; `Io`; `Interrupted`.
 pub fn compress(
     source: &dyn Source,
     out: impl AsRef<Path>,
@@ -57,17 +55,25 @@ pub fn compress(
     progress: &dyn Progress,
 ) -> Result<CompressReport> {
     let mut calibrator = None;
-    compress_with(source, out, options, progress, |index, layer| {
+    let all_layers = source.files().config()?.num_layers;
+    let (mut calibration_seconds, mut calibrated_layers) = (0.0, 0);
+    let mut report = compress_with(source, out, options, progress, |index, layer| {
         let curvature = match &options.calibration {
             Some(calibration) if is_calibrated(layer) => {
+                let started = Instant::now();
                 let calibrator = match &mut calibrator {
                     Some(calibrator) => calibrator,
                     none => none.insert(Calibrator::new(source, calibration, progress)?),
                 };
-                calibrator.curvature(&layer.name, progress)?
+                let curvature = calibrator.curvature(&layer.name, progress)?;
+                calibration_seconds += started.elapsed().as_secs_f64();
+                calibrated_layers =
+                    Input::of(&layer.name).map_or(0, |(layer, _)| all_layers - layer);
+                curvature
             }
             _ => None,
         };
+        let started = Instant::now();
         let weights = source.read_f32(index)?;
         let pruned = match (options.prune, curvature) {
             (Some(sparsity), Some(curvature)) if is_prunable(layer) => Some(prune(
@@ -82,8 +88,33 @@ pub fn compress(
         let left = pruned.as_deref().unwrap_or(&weights);
         let matrix = encode_matrix(left, layer, options.seed, curvature, progress)?;
         layer.error = Some(relative_error(&weights, &matrix)?);
-        Ok(matrix)
-    })
+        let seconds = started.elapsed().as_secs_f64();
+        let output_error = curvature.filter(|_| options.output_errors);
+        let output_error =
+            output_error.map(|c| relative_output_error(&weights, &matrix, c.inputs()));
+        Ok(Encoded {
+            matrix,
+            output_error: output_error.transpose()?,
+            seconds,
+        })
+    })?;
+    report.calibration = options
+        .calibration
+        .as_ref()
+        .filter(|_| calibrated_layers > 0)
+        .map(|calibration| CalibrationReport {
+            tokens: calibration.tokens().len(),
+            layers: (calibrated_layers, all_layers),
+            seconds: calibration_seconds,
+        });
+    Ok(report)
+}
+
+/// A matrix as it is to be written, and what is reported of it.
+pub(crate) struct Encoded {
+    pub matrix: Matrix,
+    pub output_error: Option<f64>,
+    pub seconds: f64,
 }
 
 /// [`compress`] with an encoder of the caller: it gets the index of a tensor and the description of its
@@ -93,49 +124,69 @@ pub(crate) fn compress_with(
     out: impl AsRef<Path>,
     options: &CompressOptions,
     progress: &dyn Progress,
-    mut encode: impl FnMut(usize, &mut LayerInfo) -> Result<Matrix>,
+    mut encode: impl FnMut(usize, &mut LayerInfo) -> Result<Encoded>,
 ) -> Result<CompressReport> {
+    let started = Instant::now();
+    let out = out.as_ref();
     let plan = Plan::new(source, options)?;
-    let tokenizer = source.files().tokenizer_json.as_deref();
-    let mut metadata = metadata(source, options, &plan)?;
-    let mut layers: Vec<LayerInfo> = plan
-        .tensors
-        .iter()
-        .filter_map(|t| t.layer.clone())
-        .collect();
-    let kept = plan.tensors.iter().filter(|t| t.layer.is_none());
-    let names = kept.map(|t| source.tensors()[t.index].name.as_str());
-    let capacity = header_capacity(&layers, names.chain([TOKENIZER]), &metadata)?;
-    let out = WholeFile::create_from(out, source.own_files())?;
+    let mut metadata = metadata(source, options, &plan);
+    let mut layers = plan.layers();
+    let capacity = header_capacity(&layers, plan.kept_names(source), &metadata)?;
+    let (out, mut resumable) = match options.resume {
+        true => {
+            let fingerprint = fingerprint(source, options, &plan, &metadata[RECIPE])?;
+            let resumable = Resumable::open(out, source, &fingerprint)?;
+            (WholeFile::resume(out)?, Some(resumable))
+        }
+        false => (WholeFile::create_from(out, source.own_files())?, None),
+    };
     let mut writer = FileWriter::new(out, capacity)?;
 
     progress.start(plan.weights);
-    let (mut next_layer, mut zeros) = (0, None);
-    for planned in &plan.tensors {
+    let mut tensors = match &mut resumable {
+        Some(earlier) => earlier.restore(&mut writer, source, &plan, &mut layers, progress)?,
+        None => Vec::new(),
+    };
+    let restored = tensors.len();
+    let is_layer = |planned: &&PlannedTensor| planned.layer.is_some();
+    let mut zeros = None;
+    let mut next_layer = plan.tensors[..restored].iter().filter(is_layer).count();
+    for planned in &plan.tensors[restored..] {
         let tensor = &source.tensors()[planned.index];
         progress.proceed()?;
         progress.tensor(&tensor.name);
-        if planned.layer.is_some() {
+        let record = if planned.layer.is_some() {
             let layer = &mut layers[next_layer];
-            let matrix = encode(planned.index, layer).map_err(|e| e.tensor(&tensor.name))?;
-            writer.layer(next_layer, layer, &matrix)?;
-            Zeros::count(&mut zeros, &matrix);
+            let encoded = encode(planned.index, layer).map_err(|e| e.tensor(&tensor.name))?;
+            let arrays = writer.layer(next_layer, layer, &encoded.matrix)?;
+            Zeros::count(&mut zeros, &encoded.matrix);
             next_layer += 1;
+            Record::encoded(tensor, layer, &encoded, arrays)
         } else {
+            let started = Instant::now();
             let raw = source.read_raw(planned.index)?;
             check_finite(&raw, tensor.cols()).map_err(|e| e.tensor(&tensor.name))?;
-            writer.tensor(&tensor.name, raw.dtype.into(), &tensor.shape, &raw.bytes)?;
+            let array = writer.tensor(&tensor.name, raw.dtype.into(), &tensor.shape, &raw.bytes)?;
             progress.advance(tensor.weights() as u64);
+            Record::kept(tensor, started.elapsed().as_secs_f64(), array)
+        };
+        if let Some(resumable) = &mut resumable {
+            resumable.add(&mut writer, &record)?;
         }
+        tensors.push(record.tensor);
     }
-    if let Some(json) = tokenizer {
+    if let Some(json) = source.files().tokenizer_json.as_deref() {
         writer.tensor(TOKENIZER, Dtype::U8, &[json.len()], json)?;
     }
-    let report = CompressReport {
+    let mut report = CompressReport {
         file_bytes: writer.file_len(),
         weights: plan.weights,
         layers,
         zeros,
+        tensors,
+        restored,
+        calibration: None,
+        seconds: 0.0,
     };
     let ratio = 4.0 * report.weights as f64 / report.file_bytes as f64;
     metadata.insert("compression_ratio".into(), format!("{ratio:.4}"));
@@ -144,14 +195,17 @@ pub(crate) fn compress_with(
         format!("{:.4}", report.bits_per_weight()),
     );
     writer.finish(metadata, &report.layers)?;
+    resumable.map_or(Ok(()), Resumable::finish)?;
+    report.seconds = started.elapsed().as_secs_f64();
     Ok(report)
 }
 
-fn metadata(
+/// The metadata of the file, with room for the figures that are known at the end; `recipe` is what it was made with.
+pub(crate) fn metadata(
     source: &dyn Source,
     options: &CompressOptions,
     plan: &Plan,
-) -> Result<BTreeMap<String, String>> {
+) -> BTreeMap<String, String> {
     let files = source.files();
     let recipe = serde_json::json!({
         "tool": concat!("upg ", env!("CARGO_PKG_VERSION")),
@@ -172,7 +226,7 @@ fn metadata(
     });
     let mut metadata = BTreeMap::from([
         ("model".to_owned(), source.model_name().to_owned()),
-        ("recipe".to_owned(), recipe.to_string()),
+        (RECIPE.to_owned(), recipe.to_string()),
         ("config.json".to_owned(), files.config_json.clone()),
         ("compression_ratio".to_owned(), "0".repeat(FIGURE_DIGITS)),
         ("bits_per_weight".to_owned(), "0".repeat(FIGURE_DIGITS)),
@@ -187,7 +241,7 @@ fn metadata(
             metadata.insert(key.to_owned(), text.clone());
         }
     }
-    Ok(metadata)
+    metadata
 }
 
 /// Errors (`Invalid`): a value that is not finite, which would spoil every answer.
@@ -265,8 +319,36 @@ pub fn relative_error(original: &[f32], matrix: &Matrix) -> Result<f64> {
         )
         .collect::<Result<_>>()?;
     let (error, norm) = rows.iter().fold((0.0, 0.0), |s, r| (s.0 + r.0, s.1 + r.1));
-    if norm == 0.0 {
-        return Ok(0.0);
+    Ok(to_six_digits(error, norm))
+}
+
+/// `|X (decoded - original)^T| / |X original^T|` over the inputs `X` of the Hessian, to six digits; 0 if that is zero.
+/// Cost: `rows * cols * cols` multiplications, on all threads.
+pub fn relative_output_error(original: &[f32], matrix: &Matrix, hessian: &Hessian) -> Result<f64> {
+    hessian.check(matrix.cols())?;
+    let strip = STRIP_ROWS * matrix.cols().max(1);
+    let strips: Vec<(f64, f64)> = original
+        .par_chunks(strip)
+        .enumerate()
+        .map(|(strip, original)| {
+            let mut errors = vec![0.0; original.len()];
+            matrix.rows_into(strip * STRIP_ROWS, &mut errors)?;
+            for (error, w) in errors.iter_mut().zip(original) {
+                *error -= w;
+            }
+            Ok((hessian.cost(&errors), hessian.cost(original)))
+        })
+        .collect::<Result<_>>()?;
+    let (error, norm) = strips
+        .iter()
+        .fold((0.0, 0.0), |s, r| (s.0 + r.0, s.1 + r.1));
+    Ok(to_six_digits(error, norm))
+}
+
+/// The root of `error / norm`; 0 if there is nothing to be off from.
+fn to_six_digits(error: f64, norm: f64) -> f64 {
+    match norm == 0.0 {
+        true => 0.0,
+        false => ((error.max(0.0) / norm).sqrt() * 1e6).round() / 1e6,
     }
-    Ok(((error / norm).sqrt() * 1e6).round() / 1e6)
 }

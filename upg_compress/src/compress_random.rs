@@ -2,7 +2,7 @@
 //! model and without hours of encoding.
 #![forbid(unsafe_code)]
 
-use crate::compress::{CompressReport, compress_with, encode_matrix};
+use crate::compress::{CompressReport, Encoded, compress_with, encode_matrix};
 use crate::plan::CompressOptions;
 use crate::progress::Progress;
 use crate::source::Source;
@@ -11,6 +11,7 @@ use bytemuck::Pod;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::path::Path;
+use std::time::Instant;
 use upg_kernel::matrix::strips::{self, STRIP_ROWS, TILE_COLS};
 use upg_kernel::matrix::{GroupedMatrix, Levels, TrellisMatrix, TrellisParts};
 use upg_kernel::{Array, Error, ErrorKind, Matrix, Result};
@@ -19,7 +20,7 @@ use upg_kernel::{Array, Error, ErrorKind, Matrix, Result};
 /// for each width and encoding, and repeated: the file has the size, the layout and the speed of one that
 /// was encoded as a whole, but its layers are alike, and their errors are not recorded.
 ///
-/// Memory: about one copy of the largest matrix as it is stored. Errors: those of `compress`;
+/// Memory: about one copy of the largest matrix as it is stored. Errors: those of `compress`; `Argument` if it is to be resumed;
 /// `Unsupported` for other encodings than `q8`, `q4`, `t2`, `t3` and `t4`.
 pub fn compress_random(
     source: &SyntheticSource,
@@ -27,8 +28,13 @@ pub fn compress_random(
     options: &CompressOptions,
     progress: &dyn Progress,
 ) -> Result<CompressReport> {
+    if options.resume {
+        let message = "a random model is made in one go";
+        return Err(Error::new(ErrorKind::Argument, message));
+    }
     let mut strips: HashMap<(usize, usize, String), Matrix> = HashMap::new();
     compress_with(source, out, options, progress, |index, layer| {
+        let started = Instant::now();
         let mut first = layer.clone();
         first.rows = layer.rows.min(STRIP_ROWS);
         let strip = match strips.entry((first.rows, first.cols, layer.encoding_name().to_owned())) {
@@ -39,7 +45,11 @@ pub fn compress_random(
             }
         };
         progress.advance(layer.rows as u64 * layer.cols as u64);
-        repeated(strip, layer.rows)
+        Ok(Encoded {
+            matrix: repeated(strip, layer.rows)?,
+            output_error: None,
+            seconds: started.elapsed().as_secs_f64(),
+        })
     })
 }
 

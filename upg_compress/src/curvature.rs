@@ -14,7 +14,7 @@ use upg_kernel::{Error, ErrorKind, Result};
 
 /// Rows whose outputs are looked at together: the cost grows with it, memory too, and panels are encoded side by side.
 /// What it gives is in docs/quality.md.
-const PANEL_ROWS: usize = 9 * STRIP_ROWS;
+pub(crate) const PANEL_ROWS: usize = 9 * STRIP_ROWS;
 
 /// The two factors for one matrix.
 #[derive(Debug, Clone)]

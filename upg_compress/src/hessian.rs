@@ -131,11 +131,38 @@ impl Hessian {
         }
     }
 
-    /// `tr(E H E^T)` for errors `E [rows, cols]`. Panics for a length that is not whole rows.
+    /// `tr(E H E^T)` for errors `E [rows, cols]`. Cost: `rows * cols * cols / 2` multiplications, on all threads.
+    /// Panics for a length that is not whole rows.
     pub fn cost(&self, errors: &[f32]) -> f64 {
+        let strips = errors.par_chunks(STRIP_ROWS * self.cols().max(1));
+        // Added up in their order: the same for any number of threads.
+        let costs: Vec<f64> = strips.map(|strip| self.cost_of_strip(strip)).collect();
+        costs.iter().sum()
+    }
+
+    fn cost_of_strip(&self, errors: &[f32]) -> f64 {
         let cols = self.cols();
         let errors = MatRef::from_row_major_slice(errors, errors.len() / cols.max(1), cols);
-        sum_of_products(&(errors * self.symmetric()), errors)
+        let mut product = Mat::<f32>::zeros(errors.nrows(), cols);
+        triangular::matmul(
+            product.as_mut(),
+            BlockStructure::Rectangular,
+            Accum::Replace,
+            errors,
+            BlockStructure::Rectangular,
+            self.sums.as_ref(),
+            BlockStructure::TriangularLower,
+            1.0,
+            Par::Seq,
+        );
+        let pairs = (0..errors.nrows()).flat_map(|i| (0..cols).map(move |j| (i, j)));
+        pairs
+            .map(|(i, j)| {
+                let (error, below) = (f64::from(errors[(i, j)]), f64::from(product[(i, j)]));
+                // The upper triangle is that below over again, but for the diagonal.
+                error * (2.0 * below - f64::from(self.sums[(j, j)]) * error)
+            })
+            .sum()
     }
 
     /// `tr(O E H E^T)` for errors `E [rows, cols]` of a matrix with inputs of `H` and outputs of this, `O`. Panics for another

@@ -9,7 +9,7 @@ use crate::zeros::{self, Sparse, sparse_form};
 use std::cmp::Reverse;
 use std::fmt;
 use std::str::FromStr;
-use upg_kernel::format::{Encoding, LayerInfo, check_kept_name};
+use upg_kernel::format::{Encoding, LayerInfo, TOKENIZER, check_kept_name};
 use upg_kernel::inference::Input;
 use upg_kernel::matrix::BITMAP_GROUP;
 use upg_kernel::{Error, ErrorKind, Result};
@@ -105,6 +105,11 @@ pub struct CompressOptions {
     /// The share of weights to prune of the matrices in the layers that would be `q8`, `q4`, `s8` or `s4`, which are stored
     /// as `s8` or `s4` then. Needs a calibration.
     pub prune: Option<f64>,
+    /// Also measure, where there is a calibration, how far the outputs of each matrix are off: [`TensorReport::output_error`](crate::report::TensorReport::output_error).
+    /// Does not change the file.
+    pub output_errors: bool,
+    /// Leave what is done if the run ends early, and go on from what an earlier one has left. Does not change the file.
+    pub resume: bool,
 }
 
 impl CompressOptions {
@@ -119,6 +124,8 @@ impl CompressOptions {
             calibration: None,
             sparse: Sparse::Auto,
             prune: None,
+            output_errors: false,
+            resume: false,
         }
     }
 }
@@ -139,6 +146,21 @@ pub(crate) struct PlannedTensor {
 }
 
 impl Plan {
+    /// What is compressed, without errors yet.
+    pub(crate) fn layers(&self) -> Vec<LayerInfo> {
+        self.tensors
+            .iter()
+            .filter_map(|t| t.layer.clone())
+            .collect()
+    }
+
+    /// Names of the other tensors of the file.
+    pub(crate) fn kept_names<'a>(&self, source: &'a dyn Source) -> impl Iterator<Item = &'a str> {
+        let kept = self.tensors.iter().filter(|t| t.layer.is_none());
+        let names = kept.map(|t| source.tensors()[t.index].name.as_str());
+        names.chain([TOKENIZER])
+    }
+
     pub(crate) fn new(source: &dyn Source, options: &CompressOptions) -> Result<Self> {
         // A file that no engine could run is not worth hours of work.
         let tied = source.files().config()?.tie_word_embeddings;

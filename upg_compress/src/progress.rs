@@ -11,6 +11,10 @@ pub trait Progress: Sync {
     fn tensor(&self, _name: &str) {}
     /// After each part of the work: the weights it had. Called from any thread.
     fn advance(&self, _weights: u64) {}
+    /// Weights that an earlier run has done already: as [`Progress::advance`], but they took no time.
+    fn restored(&self, weights: u64) {
+        self.advance(weights);
+    }
     /// Asked before each part; `true` ends the work with an error of kind `Interrupted`.
     fn is_cancelled(&self) -> bool {
         false

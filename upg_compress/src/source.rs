@@ -143,6 +143,14 @@ impl TensorInfo {
         self.shape.first().copied().unwrap_or(1)
     }
 
+    /// What [`Source::read_raw`] gives it as.
+    pub fn kept_as(&self) -> FloatType {
+        match self.dtype {
+            SourceDtype::Float(float) => float,
+            SourceDtype::Quantized(_) => FloatType::F32,
+        }
+    }
+
     /// Weights in one step of the first dimension: the columns of a matrix, 1 for a vector.
     pub fn cols(&self) -> usize {
         self.shape.iter().skip(1).product()

@@ -10,7 +10,11 @@ pub(crate) mod rules;
 mod sizes;
 mod writer;
 
+pub use checksum::data as checksum_of;
 pub use header::UpgFile;
 pub use index::{Encoding, LayerInfo};
 pub use rules::TOKENIZER;
-pub use writer::{FileWriter, check_kept_name, header_capacity};
+pub use writer::{
+    ALIGNMENT as TENSOR_ALIGNMENT, FileWriter, WrittenArray, check_kept_name, header_bytes,
+    header_capacity,
+};

@@ -99,4 +99,4 @@ pub use mapped::MappedFile;
 pub use matrix::Matrix;
 pub use memory::{peak_memory, sum_words};
 pub use upg_decompress::{LayerId, UPGDecompressor, WeightFloat, reconstruct_weight};
-pub use whole_file::WholeFile;
+pub use whole_file::{WholeFile, refuse_to_overwrite, sync_folder_of};

@@ -2,10 +2,14 @@
 #![forbid(unsafe_code)]
 
 use crate::error::{Error, ErrorKind, Result};
-use std::fs::File;
-use std::io::{self, BufWriter, Seek, SeekFrom, Write};
+use std::ffi::OsString;
+use std::fs::{File, OpenOptions};
+use std::io::{self, BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use tempfile::TempPath;
+
+/// Bytes that are written at once.
+const BUFFER: usize = 1 << 20;
 
 /// A file on its way to `path`: written beside it under another name, put in its place by
 /// [`WholeFile::commit`]. If that is never reached, nothing is left, and what was at `path` stays.
@@ -27,12 +31,8 @@ impl WholeFile {
     pub fn create(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let io = |e| Error::io("cannot write", path, e);
-        let target = target_of(path).map_err(io)?;
+        let target = checked_target(path)?;
         let folder = folder_of(&target);
-        if !folder.is_dir() {
-            let missing = io(io::Error::new(io::ErrorKind::NotFound, "no such folder"));
-            return Err(missing.hint(format!("make the folder {} first", folder.display())));
-        }
         let mut builder = tempfile::Builder::new();
         builder.prefix(".upg-").suffix(".partial");
         #[cfg(unix)]
@@ -40,12 +40,16 @@ impl WholeFile {
         // Its own message names the temporary file, which means nothing to anybody.
         let temporary = builder.tempfile_in(folder);
         let (file, temporary) = temporary.map_err(|e| io(e.kind().into()))?.into_parts();
-        Ok(Self {
-            out: BufWriter::with_capacity(1 << 20, file),
+        Ok(Self::new(file, temporary, path, target))
+    }
+
+    fn new(file: File, temporary: TempPath, path: &Path, target: PathBuf) -> Self {
+        Self {
+            out: BufWriter::with_capacity(BUFFER, file),
             temporary,
             path: path.to_path_buf(),
             target,
-        })
+        }
     }
 
     /// As [`WholeFile::create`], for an output made from the files `read`.
@@ -55,18 +59,47 @@ impl WholeFile {
         path: impl AsRef<Path>,
         read: impl IntoIterator<Item = P>,
     ) -> Result<Self> {
-        let path = path.as_ref();
-        let target = place_of(path);
-        let is_target = |read: P| place_of(read.as_ref()).is_some_and(|p| Some(p) == target);
-        if read.into_iter().any(is_target) {
-            return Err(Error::new(
-                ErrorKind::Argument,
-                "the output would overwrite a file of the input",
-            )
-            .at(path)
-            .hint("choose another output"));
-        }
+        refuse_to_overwrite(path.as_ref(), read)?;
         Self::create(path)
+    }
+
+    /// As [`WholeFile::create`], for work that may go on after a stop: until [`WholeFile::commit`] the file has the
+    /// name [`WholeFile::partial`], under which it stays if that is never reached, and what is there already is opened
+    /// with what it holds.
+    ///
+    /// Two at once would write over each other: the caller has to have a lock. Errors: as [`WholeFile::create`].
+    pub fn resume(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let target = checked_target(path)?;
+        let partial = Self::partial(path)?;
+        let io = |e| Error::io("cannot write", &partial, e);
+        // Not through a link: renaming would move the link.
+        if std::fs::symlink_metadata(&partial).is_ok_and(|found| !found.is_file()) {
+            return Err(io(io::Error::other("not a regular file")));
+        }
+        let mut open = OpenOptions::new();
+        open.read(true).write(true).create(true).truncate(false);
+        let file = open.open(&partial).map_err(io)?;
+        sync_folder_of(&partial).map_err(io)?;
+        let mut temporary = TempPath::try_from_path(&partial).map_err(io)?;
+        temporary.disable_cleanup(true);
+        Ok(Self::new(file, temporary, path, target))
+    }
+
+    /// Where the file that [`WholeFile::resume`] opens for `path` is: beside it, with `.partial` after its name.
+    ///
+    /// Errors: `Io` if `path` cannot be written to.
+    pub fn partial(path: impl AsRef<Path>) -> Result<PathBuf> {
+        Self::beside(path, ".partial")
+    }
+
+    /// The file beside the one that `path` is, through links, with `suffix` after its name.
+    ///
+    /// Errors: `Io` if `path` cannot be written to.
+    pub fn beside(path: impl AsRef<Path>, suffix: &str) -> Result<PathBuf> {
+        let mut name = OsString::from(checked_target(path.as_ref())?);
+        name.push(suffix);
+        Ok(name.into())
     }
 
     /// Where the file will be.
@@ -83,6 +116,16 @@ impl WholeFile {
             .map_err(|e| Error::io("cannot write", &self.path, e))
     }
 
+    /// Ends the file after `len` bytes and goes there. Errors: `Io`.
+    pub fn truncate(&mut self, len: u64) -> Result<()> {
+        self.out
+            .flush()
+            .and_then(|()| self.out.get_ref().set_len(len))
+            .and_then(|()| self.out.seek(SeekFrom::Start(len)))
+            .map(|_| ())
+            .map_err(|e| Error::io("cannot write", &self.path, e))
+    }
+
     /// Brings everything to disk, then puts the file in its place. Errors: `Io`.
     pub fn commit(mut self) -> Result<()> {
         self.sync()?;
@@ -94,16 +137,19 @@ impl WholeFile {
         } = self;
         let finish = || -> io::Result<()> {
             // Opened first: once the file has its name, nothing of this may fail for lack of rights.
-            let folder = File::open(folder_of(&target)).ok().filter(|_| cfg!(unix));
+            let folder = open_folder_of(&target);
             temporary.persist(&target).map_err(|e| e.error)?;
-            // The name is on disk only when its folder is; some file systems know no such thing.
-            match folder.map_or(Ok(()), |folder| folder.sync_all()) {
-                Err(e) if e.kind() == io::ErrorKind::InvalidInput => Ok(()),
-                Err(e) if e.kind() == io::ErrorKind::Unsupported => Ok(()),
-                synced => synced,
-            }
+            sync_folder(folder)
         };
         finish().map_err(|e| Error::io("cannot write", &path, e))
+    }
+}
+
+/// What was written; the place for reading and writing is the same.
+impl Read for WholeFile {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        self.out.flush()?;
+        self.out.get_ref().read(bytes)
     }
 }
 
@@ -121,6 +167,54 @@ impl Seek for WholeFile {
     fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
         self.out.seek(to)
     }
+}
+
+/// Brings the name of a new or removed file to disk. Errors: those of the system.
+pub fn sync_folder_of(path: &Path) -> io::Result<()> {
+    sync_folder(open_folder_of(path))
+}
+
+fn open_folder_of(path: &Path) -> Option<File> {
+    File::open(folder_of(path)).ok().filter(|_| cfg!(unix))
+}
+
+/// A name is on disk only when its folder is; some file systems know no such thing.
+fn sync_folder(folder: Option<File>) -> io::Result<()> {
+    match folder.map_or(Ok(()), |folder| folder.sync_all()) {
+        Err(e) if e.kind() == io::ErrorKind::InvalidInput => Ok(()),
+        Err(e) if e.kind() == io::ErrorKind::Unsupported => Ok(()),
+        synced => synced,
+    }
+}
+
+/// Errors (`Argument`): a file at `path` would take the place of one of the files `read`, by whatever path.
+pub fn refuse_to_overwrite<P: AsRef<Path>>(
+    path: &Path,
+    read: impl IntoIterator<Item = P>,
+) -> Result<()> {
+    let target = place_of(path);
+    let is_target = |read: P| place_of(read.as_ref()).is_some_and(|p| Some(p) == target);
+    if !read.into_iter().any(is_target) {
+        return Ok(());
+    }
+    Err(Error::new(
+        ErrorKind::Argument,
+        "the output would overwrite a file of the input",
+    )
+    .at(path)
+    .hint("choose another output"))
+}
+
+/// [`target_of`] `path`, in a folder that is there.
+fn checked_target(path: &Path) -> Result<PathBuf> {
+    let io = |e| Error::io("cannot write", path, e);
+    let target = target_of(path).map_err(io)?;
+    let folder = folder_of(&target);
+    if !folder.is_dir() {
+        let missing = io(io::Error::new(io::ErrorKind::NotFound, "no such folder"));
+        return Err(missing.hint(format!("make the folder {} first", folder.display())));
+    }
+    Ok(target)
 }
 
 /// What a file at `path` would replace: `path`, or what it leads to. Renaming would put a file in the
@@ -183,6 +277,27 @@ mod tests {
         file.commit().unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"a new");
         assert_eq!(names(dir.path()), ["f"]);
+    }
+
+    #[test]
+    fn a_partial_file_stays_and_is_continued() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        let mut first = WholeFile::resume(&path).unwrap();
+        first.write_all(b"abcdef").unwrap();
+        first.sync().unwrap();
+        drop(first);
+        assert_eq!(names(dir.path()), ["f.partial"]);
+
+        let mut second = WholeFile::resume(&path).unwrap();
+        let mut found = [0; 3];
+        second.read_exact(&mut found).unwrap();
+        assert_eq!(&found, b"abc");
+        second.truncate(4).unwrap();
+        second.write_all(b"E").unwrap();
+        second.commit().unwrap();
+        assert_eq!(names(dir.path()), ["f"]);
+        assert_eq!(std::fs::read(&path).unwrap(), b"abcdE");
     }
 
     #[test]

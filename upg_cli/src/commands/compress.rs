@@ -2,14 +2,24 @@
 #![forbid(unsafe_code)]
 
 use crate::cli::CompressArgs;
-use crate::terminal::{self, WeightsBar, bytes};
+use crate::progress::WeightsBar;
+use crate::terminal::{self, bytes, duration};
+use std::fmt::Write as _;
+use std::io::Write as _;
 use std::path::Path;
-use std::time::Instant;
 use upg_compress::calibration::{Calibration, text};
-use upg_compress::compress::compress;
+use upg_compress::compress::{CompressReport, compress};
 use upg_compress::plan::CompressOptions;
+use upg_compress::preflight::Preflight;
+use upg_compress::resume::partial_files;
 use upg_compress::source::{self, Source};
-use upg_kernel::{Error, ErrorKind, Result};
+use upg_kernel::{Error, ErrorKind, Result, WholeFile};
+
+/// Work that is estimated to take fewer seconds starts without a word.
+const WORTH_A_LINE: f64 = 10.0;
+
+/// Work that is estimated to take more seconds is worth going on with after a stop.
+const WORTH_RESUMING: f64 = 600.0;
 
 pub fn run(args: &CompressArgs) -> Result<()> {
     if args.output.is_dir() {
@@ -18,6 +28,39 @@ pub fn run(args: &CompressArgs) -> Result<()> {
             .hint("name a file, for example model.safetensors"));
     }
     let source = source::open(&args.source)?;
+    let options = options(args, source.as_ref())?;
+    // Found out before the work: hours later nobody wants to hear that it cannot be written.
+    let report_file = match &args.report {
+        Some(path) if !args.dry_run => Some(WholeFile::create_from(path, source.own_files())?),
+        _ => None,
+    };
+    let preflight =
+        Preflight::new(source.as_ref(), &args.output, &options).map_err(|e| e.at(&args.source))?;
+    if args.dry_run {
+        terminal::print(&(plan(&preflight) + &cost(&preflight) + "\n"))?;
+        return preflight.check();
+    }
+    preflight.check()?;
+    announce(args, &preflight)?;
+
+    let progress = WeightsBar::new()?;
+    let report =
+        compress(source.as_ref(), &args.output, &options, &progress).map_err(|e| {
+            match e.kind() {
+                ErrorKind::Interrupted if args.resume => {
+                    e.hint("the same command goes on from here")
+                }
+                _ => e.at(&args.source),
+            }
+        })?;
+    drop(progress);
+    if let Some(file) = report_file {
+        write_report(file, &report, &preflight)?;
+    }
+    terminal::print(&summary(&args.output, source.as_ref(), &report))
+}
+
+fn options(args: &CompressArgs, source: &dyn Source) -> Result<CompressOptions> {
     let mut options = CompressOptions::new(args.encoding);
     options.embedding = args.embedding;
     options.group = args.group;
@@ -25,27 +68,97 @@ pub fn run(args: &CompressArgs) -> Result<()> {
     options.seed = args.seed;
     options.sparse = args.sparse;
     options.prune = args.prune;
+    options.resume = args.resume;
+    options.output_errors = args.report.is_some();
     if let Some(text) = &args.calibrate {
-        options.calibration = Some(calibration(source.as_ref(), text.as_deref())?);
+        options.calibration = Some(calibration(source, text.as_deref())?);
     }
-    let started = Instant::now();
-    let progress = WeightsBar::new()?;
-    let report = compress(source.as_ref(), &args.output, &options, &progress)
-        .map_err(|e| e.at(&args.source))?;
-    drop(progress);
+    Ok(options)
+}
 
-    let worst = report
-        .layers
-        .iter()
-        .max_by(|a, b| a.error.unwrap_or(0.0).total_cmp(&b.error.unwrap_or(0.0)));
+/// What becomes of every tensor.
+fn plan(preflight: &Preflight) -> String {
+    let mut text = String::new();
+    for group in &preflight.groups {
+        let _ = writeln!(
+            text,
+            "{:>4} x {:<48} {:>5}  {:<16} {:>9}",
+            group.tensors,
+            group.name.escape_debug().to_string(),
+            group.encoding,
+            format!("{:?}", group.shape),
+            bytes(group.bytes),
+        );
+    }
+    text
+}
+
+/// In one line: size, memory and time.
+fn cost(preflight: &Preflight) -> String {
+    let memory_free = preflight.memory_free;
+    format!(
+        "will write {} ({} free), take up to {} of memory ({} free) beside {} of the source, and about {}",
+        bytes(preflight.file_bytes),
+        bytes(preflight.disk_free),
+        bytes(preflight.memory.own),
+        memory_free.map_or("unknown".to_owned(), bytes),
+        bytes(preflight.memory.mapped),
+        duration(preflight.seconds),
+    )
+}
+
+/// Says what is about to happen, if it takes long enough to be asked.
+fn announce(args: &CompressArgs, preflight: &Preflight) -> Result<()> {
+    let [data, journal] = partial_files(&args.output)?;
+    if !args.resume && data.exists() && journal.exists() {
+        terminal::note(format_args!(
+            "upg: {} is what a run that was stopped has left; --resume goes on with it, this run begins anew",
+            data.display()
+        ));
+    }
+    if preflight.seconds >= WORTH_A_LINE {
+        terminal::note(format_args!("upg: {}", cost(preflight)));
+    }
+    if preflight.seconds >= WORTH_RESUMING && !args.resume {
+        terminal::note("upg: with --resume what is done would be kept if this is stopped");
+    }
+    Ok(())
+}
+
+fn write_report(mut file: WholeFile, report: &CompressReport, preflight: &Preflight) -> Result<()> {
+    let mut json = report.to_json();
+    json["stated"] = serde_json::json!({
+        "file_bytes": preflight.file_bytes,
+        "memory_bytes": preflight.memory.own,
+        "mapped_bytes": preflight.memory.mapped,
+        "seconds": preflight.seconds,
+    });
+    let path = file.path().to_path_buf();
+    writeln!(file, "{json:#}").map_err(|e| Error::io("cannot write", path, e))?;
+    file.commit()
+}
+
+fn summary(output: &Path, source: &dyn Source, report: &CompressReport) -> String {
     let mut text = format!(
         "{}: {}, {:.3} bits per weight ({:.1} % of F32), in {:.1} s\n",
-        args.output.display(),
+        output.display(),
         bytes(report.file_bytes),
         report.bits_per_weight(),
         100.0 * report.bits_per_weight() / 32.0,
-        started.elapsed().as_secs_f64(),
+        report.seconds,
     );
+    if report.restored > 0 {
+        text += &format!(
+            "{} of {} tensors were there from an earlier run\n",
+            report.restored,
+            report.tensors.len()
+        );
+    }
+    let error = |e: Option<f64>| e.unwrap_or(0.0);
+    let worst = report
+        .layers
+        .iter()
+        .max_by(|a, b| error(a.error).total_cmp(&error(b.error)));
     if let Some((layer, error)) = worst.and_then(|l| Some((l, l.error?))) {
         text += &format!(
             "largest relative error {:.3} % ({}, {})\n",
@@ -69,7 +182,7 @@ pub fn run(args: &CompressArgs) -> Result<()> {
             first.reason
         );
     }
-    terminal::print(&text)
+    text
 }
 
 /// What the model is run over: the text in a file, or the one that comes with upg.

@@ -2,7 +2,8 @@
 #![forbid(unsafe_code)]
 
 use crate::cli::{DecompressArgs, FloatArg};
-use crate::terminal::{self, WeightsBar};
+use crate::progress::WeightsBar;
+use crate::terminal;
 use upg_compress::export::export;
 use upg_compress::source::FloatType;
 use upg_kernel::{Result, UPGDecompressor};

@@ -4,6 +4,7 @@
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::fmt::Write;
+use std::io::{self, Read};
 
 /// Bytes of a digest that are kept.
 const DIGEST_BYTES: usize = 16;
@@ -11,9 +12,32 @@ const DIGEST_BYTES: usize = 16;
 /// Length of a checksum in hexadecimal digits.
 pub(super) const CHECKSUM_DIGITS: usize = 2 * DIGEST_BYTES;
 
-/// Checksum of the data of one tensor.
-pub(super) fn data(bytes: &[u8]) -> String {
+/// Bytes that are read at once.
+const PART: usize = 1 << 20;
+
+/// Checksum of the data of one tensor: the first 16 bytes of SHA-256, in hexadecimal.
+pub fn data(bytes: &[u8]) -> String {
     hex(&Sha256::digest(bytes))
+}
+
+/// [`data`] of the next `len` bytes of `from`; `None` if there are not so many.
+pub(super) fn read(from: &mut impl Read, len: u64) -> io::Result<Option<String>> {
+    let mut hash = Sha256::new();
+    let mut part = vec![0; PART.min(usize::try_from(len).unwrap_or(PART))];
+    let mut left = len;
+    while left > 0 {
+        let most = part.len().min(usize::try_from(left).unwrap_or(PART));
+        match from.read(&mut part[..most]) {
+            Ok(0) => return Ok(None),
+            Ok(n) => {
+                hash.update(&part[..n]);
+                left -= n as u64;
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(Some(hex(&hash.finalize())))
 }
 
 /// Checksum of the table of tensors and of all metadata but the key `checksum` itself (rule 4).

@@ -26,6 +26,14 @@ pub(super) struct ArraySpec {
     pub shape: Vec<Option<usize>>,
 }
 
+impl ArraySpec {
+    /// Whether an array of this encoding can have this shape.
+    pub fn allows(&self, shape: &[usize]) -> bool {
+        let mut sizes = self.shape.iter().zip(shape);
+        self.shape.len() == shape.len() && sizes.all(|(want, &n)| want.is_none_or(|want| want == n))
+    }
+}
+
 fn spec(suffix: &'static str, dtype: Dtype, shape: &[usize]) -> ArraySpec {
     ArraySpec {
         suffix,
@@ -148,14 +156,7 @@ pub(super) fn check(file: &UpgFile, index: usize, layer: &LayerInfo) -> Result<(
 }
 
 fn check_entry(entry: &TensorEntry, spec: &ArraySpec) -> Result<()> {
-    let fits = entry.dtype == spec.dtype
-        && entry.shape.len() == spec.shape.len()
-        && entry
-            .shape
-            .iter()
-            .zip(&spec.shape)
-            .all(|(&n, expected)| expected.is_none_or(|e| e == n));
-    if fits {
+    if entry.dtype == spec.dtype && spec.allows(&entry.shape) {
         return Ok(());
     }
     let expected: Vec<String> = spec

@@ -1,7 +1,29 @@
 //! How much room a file and its parts take.
 #![forbid(unsafe_code)]
 
-use super::{UpgFile, layout};
+use super::{LayerInfo, UpgFile, layout};
+use crate::error::Result;
+
+impl LayerInfo {
+    /// Bytes of each of its arrays, in the order of writing: exactly, but for the arrays of `mdcsr`, `s8` and `s4` whose
+    /// length is that of what is kept; these are counted as if every weight were.
+    ///
+    /// Errors: those of [`LayerInfo::check`].
+    pub fn array_bytes(&self) -> Result<Vec<u64>> {
+        self.check()?;
+        let weights = product(&[self.rows, self.cols]);
+        let bytes = |spec: layout::ArraySpec| {
+            let counted = match spec.suffix {
+                // Two codes a byte, and a strip starts with a byte of its own.
+                "codes" => weights / 2 + self.rows as u64,
+                _ => weights,
+            };
+            let sizes = spec.shape.iter().map(|n| n.map_or(counted, |n| n as u64));
+            sizes.product::<u64>() * spec.dtype.bitsize() as u64 / 8
+        };
+        Ok(layout::arrays(self)?.into_iter().map(bytes).collect())
+    }
+}
 
 impl UpgFile {
     /// Length of the whole file in bytes.

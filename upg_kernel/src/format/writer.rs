@@ -9,12 +9,13 @@ use crate::matrix::{Levels, Matrix};
 use crate::whole_file::WholeFile;
 use bytemuck::cast_slice;
 use safetensors::Dtype;
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::io::{Seek, SeekFrom, Write};
 use std::path::Path;
 
 /// Every tensor starts at a multiple of this, counted from the start of the file.
-const ALIGNMENT: u64 = 64;
+pub const ALIGNMENT: u64 = 64;
 
 /// Readers refuse more (rule 1); less a rounding up.
 const LARGEST_HEADER: u64 = 100_000_000 - ALIGNMENT;
@@ -45,9 +46,25 @@ pub fn header_capacity<'a>(
     Ok(bytes)
 }
 
+/// Where the first tensor of a file starts that has room for a header of `header_capacity` bytes.
+pub fn header_bytes(header_capacity: usize) -> u64 {
+    (8 + header_capacity as u64).next_multiple_of(ALIGNMENT)
+}
+
 /// Errors (`Invalid`, rule 14) for a name under which no file can have an uncompressed tensor.
 pub fn check_kept_name(name: &str) -> Result<()> {
     rules::name(name, rules::KEPT)
+}
+
+/// An array as it was written: what its place does not say.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WrittenArray {
+    /// As in the file.
+    pub shape: Vec<usize>,
+    /// What its values take.
+    pub bytes: u64,
+    /// [`checksum_of`](super::checksum_of) its bytes.
+    pub checksum: String,
 }
 
 /// Writes a UPG file. The data goes to a temporary file beside the target, which takes the target's
@@ -85,8 +102,9 @@ impl FileWriter {
             let message = format!("a header of {header_capacity} bytes, at most {LARGEST_HEADER}");
             return Err(Error::new(ErrorKind::TooLarge, message).at(out.path()));
         }
-        let capacity = (8 + header_capacity as u64).next_multiple_of(ALIGNMENT) - 8;
-        out.seek(SeekFrom::Start(8 + capacity))
+        let data = header_bytes(header_capacity);
+        let capacity = data - 8;
+        out.seek(SeekFrom::Start(data))
             .map_err(|e| Error::io("cannot write", out.path(), e))?;
         Ok(Self {
             out,
@@ -104,44 +122,65 @@ impl FileWriter {
         dtype: Dtype,
         shape: &[usize],
         bytes: &[u8],
-    ) -> Result<()> {
-        let bits = shape
-            .iter()
-            .try_fold(dtype.bitsize(), |n, &d| n.checked_mul(d));
-        if bits != bytes.len().checked_mul(8) {
+    ) -> Result<WrittenArray> {
+        if byte_len(dtype, shape) != Some(bytes.len() as u64) {
             let message = format!("{} bytes for {dtype} {shape:?}", bytes.len());
             return Err(Error::new(ErrorKind::Shape, message).tensor(name));
         }
-        let misaligned = self.position % ALIGNMENT;
-        if misaligned != 0 {
-            let zeros = &[0u8; ALIGNMENT as usize][misaligned as usize..];
-            let pad = format!("{PAD_PREFIX}{}", self.pads);
-            self.pads += 1;
-            self.append(&pad, Dtype::U8, &[zeros.len()], zeros)?;
-        }
-        self.append(name, dtype, shape, bytes)
+        self.align()?;
+        let checksum = checksum::data(bytes);
+        self.write(bytes)?;
+        self.list(name, dtype, shape, bytes.len() as u64, &checksum);
+        Ok(WrittenArray {
+            shape: shape.to_vec(),
+            bytes: bytes.len() as u64,
+            checksum,
+        })
     }
 
-    fn append(&mut self, name: &str, dtype: Dtype, shape: &[usize], bytes: &[u8]) -> Result<()> {
+    /// Writes zeros up to where a tensor may start.
+    fn align(&mut self) -> Result<()> {
+        let misaligned = self.position % ALIGNMENT;
+        if misaligned == 0 {
+            return Ok(());
+        }
+        let zeros = &[0u8; ALIGNMENT as usize][misaligned as usize..];
+        self.write(zeros)?;
+        let pad = format!("{PAD_PREFIX}{}", self.pads);
+        self.pads += 1;
+        let len = zeros.len();
+        self.list(&pad, Dtype::U8, &[len], len as u64, &checksum::data(zeros));
+        Ok(())
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> Result<()> {
         self.out
             .write_all(bytes)
-            .map_err(|e| Error::io("cannot write", self.out.path(), e))?;
+            .map_err(|e| Error::io("cannot write", self.out.path(), e))
+    }
+
+    /// Lists a tensor of `len` bytes whose data are at the end of the file.
+    fn list(&mut self, name: &str, dtype: Dtype, shape: &[usize], len: u64, checksum: &str) {
         let begin = self.position;
-        self.position += bytes.len() as u64;
+        self.position += len;
         self.tensors.push(Written {
             name: name.to_owned(),
             dtype,
             shape: shape.to_vec(),
             begin,
             end: self.position,
-            checksum: checksum::data(bytes),
+            checksum: checksum.to_owned(),
         });
-        Ok(())
     }
 
     /// Appends the arrays of layer `index`. Errors: as [`FileWriter::tensor`]; `Argument` if `matrix`
     /// is not what `layer` describes; those of [`LayerInfo::check`].
-    pub fn layer(&mut self, index: usize, layer: &LayerInfo, matrix: &Matrix) -> Result<()> {
+    pub fn layer(
+        &mut self,
+        index: usize,
+        layer: &LayerInfo,
+        matrix: &Matrix,
+    ) -> Result<Vec<WrittenArray>> {
         layer.check()?;
         if let (Matrix::Trellis(m), Some(size)) = (matrix, layer.hadamard)
             && m.parts().rotation.size() != size
@@ -149,6 +188,7 @@ impl FileWriter {
             let message = format!("described with 'hadamard' {size}");
             return Err(Error::new(ErrorKind::Argument, message).tensor(&layer.name));
         }
+        let mut written = Vec::new();
         for spec in layout::arrays(layer)? {
             let bytes = array_bytes(matrix, spec.suffix).ok_or_else(|| {
                 let message = format!("not stored as {}", layer.encoding_name());
@@ -156,14 +196,83 @@ impl FileWriter {
             })?;
             let counted = bytes.len() * 8 / spec.dtype.bitsize();
             let shape: Vec<usize> = spec.shape.iter().map(|n| n.unwrap_or(counted)).collect();
-            self.tensor(
-                &layout::array_name(index, spec.suffix),
-                spec.dtype,
-                &shape,
-                bytes,
-            )?;
+            let name = layout::array_name(index, spec.suffix);
+            written.push(self.tensor(&name, spec.dtype, &shape, bytes)?);
         }
-        Ok(())
+        Ok(written)
+    }
+
+    /// In the place of [`FileWriter::tensor`]: takes over what an earlier run has written here, if the file
+    /// ([`WholeFile::resume`]) has it. `false`: it has not, and [`FileWriter::cut`] comes next.
+    ///
+    /// Cost: reads these bytes. Errors: `Io`.
+    pub fn restore_tensor(
+        &mut self,
+        name: &str,
+        dtype: Dtype,
+        array: &WrittenArray,
+    ) -> Result<bool> {
+        let len = array.bytes;
+        if byte_len(dtype, &array.shape) != Some(len) {
+            return Ok(false);
+        }
+        let start = self.end();
+        self.align()?;
+        let found = checksum::read(&mut self.out, len)
+            .map_err(|e| Error::io("cannot read", self.out.path(), e))?;
+        if found.as_ref() != Some(&array.checksum) {
+            self.forget(start);
+            return Ok(false);
+        }
+        self.list(name, dtype, &array.shape, len, &array.checksum);
+        Ok(true)
+    }
+
+    /// [`FileWriter::restore_tensor`] for all of [`FileWriter::layer`]. Errors: `Io`; those of [`LayerInfo::check`].
+    pub fn restore_layer(
+        &mut self,
+        index: usize,
+        layer: &LayerInfo,
+        written: &[WrittenArray],
+    ) -> Result<bool> {
+        layer.check()?;
+        let specs = layout::arrays(layer)?;
+        let fits = specs.len() == written.len()
+            && specs.iter().zip(written).all(|(s, w)| s.allows(&w.shape));
+        if !fits {
+            return Ok(false);
+        }
+        let start = self.end();
+        for (spec, array) in specs.iter().zip(written) {
+            let name = layout::array_name(index, spec.suffix);
+            if !self.restore_tensor(&name, spec.dtype, array)? {
+                self.forget(start);
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Where the list of tensors ends: what [`FileWriter::forget`] goes back to.
+    fn end(&self) -> (u64, usize, usize) {
+        (self.position, self.tensors.len(), self.pads)
+    }
+
+    fn forget(&mut self, (position, tensors, pads): (u64, usize, usize)) {
+        self.position = position;
+        self.tensors.truncate(tensors);
+        self.pads = pads;
+    }
+
+    /// Cuts off what the file has after what was written and taken over. Errors: `Io`.
+    pub fn cut(&mut self) -> Result<()> {
+        let len = self.file_len();
+        self.out.truncate(len)
+    }
+
+    /// Brings everything so far to disk. Errors: `Io`.
+    pub fn sync(&mut self) -> Result<()> {
+        self.out.sync()
     }
 
     /// Bytes that the finished file will have.
@@ -243,7 +352,15 @@ impl FileWriter {
     }
 }
 
-fn escaped(value: &(impl serde::Serialize + ?Sized)) -> String {
+/// Bytes of a tensor; `None` if they are no whole number, or too many to count.
+fn byte_len(dtype: Dtype, shape: &[usize]) -> Option<u64> {
+    let bits = shape
+        .iter()
+        .try_fold(dtype.bitsize() as u64, |n, &d| n.checked_mul(d as u64))?;
+    bits.is_multiple_of(8).then_some(bits / 8)
+}
+
+fn escaped(value: &(impl Serialize + ?Sized)) -> String {
     serde_json::json!(value).to_string()
 }
 

@@ -2,7 +2,8 @@
 #![forbid(unsafe_code)]
 
 use crate::cli::SynthArgs;
-use crate::terminal::{self, WeightsBar, bytes};
+use crate::progress::WeightsBar;
+use crate::terminal::{self, bytes};
 use std::time::Instant;
 use upg_compress::compress_random::compress_random;
 use upg_compress::plan::CompressOptions;

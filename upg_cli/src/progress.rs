@@ -1,0 +1,100 @@
+//! Progress over the weights of a model, with the time that is left.
+#![forbid(unsafe_code)]
+
+use crate::terminal::{self, duration};
+use indicatif::ProgressBar;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+use upg_compress::progress::Progress;
+use upg_kernel::Result;
+
+/// How often a line is written where no bar can be drawn.
+const LINES_EVERY: Duration = Duration::from_secs(60);
+
+/// Bar over weights, with Ctrl-C. Where standard error is no terminal, a line a minute at the start of a layer.
+pub struct WeightsBar {
+    bar: ProgressBar,
+    interrupted: Arc<AtomicBool>,
+    speed: Mutex<Speed>,
+}
+
+/// How fast the layers go by: what comes before them may be much faster.
+struct Speed {
+    /// When the first layer of this run began, and how many weights were done then.
+    first: Option<(Instant, u64)>,
+    /// The layer that is worked on.
+    layer: Option<String>,
+    /// When the last line was written.
+    told: Instant,
+}
+
+impl WeightsBar {
+    pub fn new() -> Result<Self> {
+        Ok(Self {
+            bar: terminal::bar(
+                0,
+                "{bar:30} {percent:>3}%  {human_pos}/{human_len} weights  {msg}",
+            ),
+            interrupted: terminal::interrupt_flag()?,
+            speed: Mutex::new(Speed {
+                first: None,
+                layer: None,
+                told: Instant::now(),
+            }),
+        })
+    }
+
+    /// Seconds until the end, by the layers so far; `None` before the second one.
+    fn left(&self, speed: &Speed) -> Option<f64> {
+        let (started, before) = speed.first?;
+        let position = self.bar.position();
+        let done = position.checked_sub(before).filter(|&n| n > 0)?;
+        let weights = self.bar.length()?.saturating_sub(position);
+        Some(started.elapsed().as_secs_f64() * weights as f64 / done as f64)
+    }
+}
+
+impl Progress for WeightsBar {
+    fn start(&self, weights: u64) {
+        self.bar.set_length(weights);
+    }
+
+    fn tensor(&self, name: &str) {
+        let layer = name
+            .strip_prefix("model.layers.")
+            .and_then(|n| n.split_once('.'));
+        let layer = layer.map(|(number, _)| number.to_owned());
+        let mut speed = self.speed.lock().unwrap_or_else(|e| e.into_inner());
+        let is_new = layer.is_some() && layer != speed.layer;
+        if is_new {
+            speed.layer = layer;
+            speed
+                .first
+                .get_or_insert((Instant::now(), self.bar.position()));
+        }
+        let left = self.left(&speed);
+        let left = left.map_or(String::new(), |s| format!("{} left, ", duration(s)));
+        if is_new && self.bar.is_hidden() && speed.told.elapsed() >= LINES_EVERY {
+            speed.told = Instant::now();
+            let done = 100.0 * self.bar.position() as f64 / self.bar.length().unwrap_or(1) as f64;
+            terminal::note(format_args!("upg: {done:.1} %, {left}{name}"));
+        }
+        self.bar.set_message(format!("{left}{name}"));
+    }
+
+    fn advance(&self, weights: u64) {
+        self.bar.inc(weights);
+    }
+
+    fn is_cancelled(&self) -> bool {
+        self.interrupted.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for WeightsBar {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
+    }
+}

@@ -1,0 +1,40 @@
+//! What compressing a published model would take on this machine, without its weights.
+//!
+//!     cargo run --release --example compress_cost -- phi-4 t3 17408
+//!
+//! The last number: tokens to calibrate on, in sequences of 512; none if it is left out. Random weights of the same shapes stand
+//! in for those of the model; see `Preflight` for what is measured and what is counted.
+#![forbid(unsafe_code)]
+
+use std::error::Error;
+use upg_compress::calibration::Calibration;
+use upg_compress::plan::{Choice, CompressOptions};
+use upg_compress::preflight::Preflight;
+use upg_compress::source::Source;
+use upg_compress::source::synthetic::SyntheticSource;
+
+/// Tokens of a sequence.
+const WINDOW: usize = 512;
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let [model, encoding, tokens @ ..] = &args[..] else {
+        return Err("pass a model, an encoding and, to calibrate, a number of tokens".into());
+    };
+    let source = SyntheticSource::published(model, 0)?;
+    let encoding: Choice = encoding.parse()?;
+    let mut options = CompressOptions::new(encoding);
+    if let [tokens] = tokens {
+        options.calibration = Some(Calibration::new(vec![0; tokens.parse()?], WINDOW)?);
+    }
+    let preflight = Preflight::new(&source, "model.safetensors", &options)?;
+    println!(
+        "{model}, {} weights: {:.2} GB, memory up to {:.1} GB, {:.2} h with {} threads",
+        source.total_weights(),
+        preflight.file_bytes as f64 / 1e9,
+        preflight.memory.own as f64 / 1e9,
+        preflight.seconds / 3600.0,
+        rayon::current_num_threads(),
+    );
+    Ok(())
+}

@@ -1,0 +1,158 @@
+//! The most memory that compressing takes.
+#![forbid(unsafe_code)]
+
+use super::array_bytes;
+use crate::calibration::Calibration;
+use crate::curvature::PANEL_ROWS;
+use crate::plan::{CompressOptions, Plan, is_calibrated};
+use crate::source::{Source, SourceDtype, TensorInfo};
+use std::collections::BTreeMap;
+use upg_kernel::Result;
+use upg_kernel::format::{Encoding, LayerInfo};
+use upg_kernel::inference::{Input, ModelConfig};
+
+/// The program, its tables, its threads, and what the allocator keeps of memory that was freed.
+const BASE: u64 = 60_000_000;
+
+/// What a tokenizer takes, for each byte of its `tokenizer.json`.
+const TOKENIZER_FACTOR: u64 = 40;
+
+/// Of each thread, for each column: a strip of 64 rows in several forms.
+const STRIP_BYTES: u64 = 64 * 4 * 10;
+
+/// Positions in a pass of [`Layerwise`](upg_kernel::inference::Layerwise) and [`Backward`](upg_kernel::inference::Backward).
+const TOGETHER: u64 = 2048;
+
+const F32: u64 = 4;
+
+/// Bytes of memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Memory {
+    /// What the process has for itself.
+    pub own: u64,
+    /// Pages of the source that it has read: the system counts them too, but takes them away when it needs them.
+    pub mapped: u64,
+}
+
+impl Memory {
+    pub(super) fn of(source: &dyn Source, options: &CompressOptions, plan: &Plan) -> Result<Self> {
+        let files = source.own_files();
+        let mapped = files.iter().filter_map(|path| std::fs::metadata(path).ok());
+        let texts = source.files().tokenizer_json.as_ref();
+        let texts = texts.map_or(0, |json| json.len() as u64);
+        let mut all = 0;
+        let config = source.files().config()?;
+        let held = match &options.calibration {
+            Some(calibration) => held(source, &config, calibration),
+            None => Held::default(),
+        };
+        for planned in &plan.tensors {
+            let tensor = &source.tensors()[planned.index];
+            let arrays: u64 = array_bytes(source, planned)?.iter().sum();
+            let encoding = match &planned.layer {
+                Some(layer) => encoding(layer, options.calibration.is_some(), arrays),
+                None => keeping(tensor, arrays),
+            };
+            all = all.max(encoding + held.while_encoding(&tensor.name));
+        }
+        all = all.max(held.start).max(held.pass);
+        let tokenizer = match options.calibration {
+            Some(_) => texts * TOKENIZER_FACTOR,
+            None => texts,
+        };
+        Ok(Self {
+            own: BASE + tokenizer + all,
+            mapped: mapped.map(|m| m.len()).sum(),
+        })
+    }
+}
+
+/// Of a tensor that is kept.
+fn keeping(tensor: &TensorInfo, arrays: u64) -> u64 {
+    match tensor.dtype {
+        SourceDtype::Float(_) => arrays,
+        // The values, and their bytes.
+        SourceDtype::Quantized(_) => 2 * arrays,
+    }
+}
+
+/// Of a matrix on its way into its arrays.
+fn encoding(layer: &LayerInfo, calibrated: bool, arrays: u64) -> u64 {
+    let (rows, cols) = (layer.rows as u64, layer.cols as u64);
+    let weights = rows * cols;
+    let threads = rayon::current_num_threads() as u64;
+    let codes = match layer.encoding() {
+        Ok(Encoding::MdCsr) => 8 * weights,
+        Ok(Encoding::T2 | Encoding::T3 | Encoding::T4) => threads * 2_400_000,
+        _ => weights,
+    };
+    let feedback = match calibrated && is_calibrated(layer) {
+        // At its largest while it is decomposed: the rotated or reordered one in f32, three in f64; then of the rows of a panel
+        // in each thread.
+        true => {
+            let panel = rows.min(PANEL_ROWS as u64);
+            cols * cols * (F32 + 3 * 8) + threads * panel * (panel * (F32 + 3 * 8) + cols * F32)
+        }
+        false => 0,
+    };
+    F32 * weights + codes + arrays + threads * cols * STRIP_BYTES + feedback
+}
+
+/// What a calibration holds.
+#[derive(Default)]
+struct Held {
+    /// Before the first layer.
+    start: u64,
+    /// While a layer is passed.
+    pass: u64,
+    /// While a matrix is encoded, from the first that is calibrated on.
+    later: u64,
+}
+
+impl Held {
+    fn while_encoding(&self, name: &str) -> u64 {
+        match name.starts_with("model.embed_tokens.") {
+            true => 0,
+            false => self.later,
+        }
+    }
+}
+
+fn held(source: &dyn Source, config: &ModelConfig, calibration: &Calibration) -> Held {
+    let hidden = config.hidden_size as u64;
+    let (query, kv) = (config.query_size() as u64, config.kv_size() as u64);
+    let inner = config.intermediate_size as u64;
+    let window = calibration.window() as u64;
+    let positions = (TOGETHER / window).max(1) * window;
+    let positions = positions.min(calibration.tokens().len() as u64);
+    let states = F32 * hidden * calibration.tokens().len() as u64;
+    // Backwards: hidden states and what norms make of them, with gradients; queries, keys and values three times, gate and up
+    // once, what becomes of them; inputs and gradients of one matrix, and those once more as they are weighed.
+    let wide = query + 2 * kv;
+    let workspace =
+        F32 * positions * (6 * hidden + 3 * wide + 2 * query + 3 * inner + 4 * wide.max(2 * inner));
+    // Probabilities of attention, and their gradients.
+    let threads = rayon::current_num_threads() as u64;
+    let workspace = workspace + threads * 2 * F32 * window * window;
+    let mut weights: BTreeMap<usize, u64> = BTreeMap::new();
+    for tensor in source.tensors() {
+        if let Some((layer, _)) = Input::of(&tensor.name) {
+            *weights.entry(layer).or_default() += tensor.weights() as u64;
+        }
+    }
+    let layer = F32 * weights.values().copied().max().unwrap_or(0);
+    // Of every matrix of a layer by itself, where the family does not fuse them.
+    let panels = |rows: u64| rows * rows.min(PANEL_ROWS as u64);
+    let squares = 5 * hidden * hidden + query * query + inner * inner;
+    let squares = squares + panels(wide) + 2 * panels(hidden) + 2 * panels(inner);
+    // Gradients, and the hidden states before a layer.
+    let later = 2 * states + workspace + F32 * squares;
+    Held {
+        // Also the head, as it is and as f32, and logits of 256 positions.
+        start: 2 * states + F32 * config.vocab_size as u64 * (2 * hidden + 256),
+        // Fused matrices are put together of their parts: both are there for a moment.
+        // On the way back one matrix is there once more.
+        pass: later + 2 * layer,
+        later,
+    }
+}

@@ -1,0 +1,208 @@
+//! An estimate of the time that compressing takes, from samples.
+#![forbid(unsafe_code)]
+
+use crate::compress::encode_matrix;
+use crate::curvature::{Curvature, PANEL_ROWS};
+use crate::hessian::Hessian;
+use crate::plan::{CompressOptions, Plan, PlannedTensor, is_calibrated};
+use crate::source::Source;
+use faer::{Mat, Par};
+use std::collections::BTreeMap;
+use std::hint::black_box;
+use std::time::Instant;
+use upg_kernel::Result;
+use upg_kernel::format::LayerInfo;
+use upg_kernel::inference::Input;
+use upg_kernel::matrix::strips::STRIP_ROWS;
+
+/// Columns of a sample: what feedback costs beside the search is counted, not measured.
+const SAMPLE_COLS: usize = 512;
+
+/// Strips of each thread in the smaller sample.
+const SAMPLE_STRIPS: usize = 1;
+
+/// The larger sample has so many times the rows: what a matrix costs whatever its size is not taken for that of its rows.
+const LARGER: usize = 4;
+
+/// Rows and columns of the product that is timed.
+const PRODUCT: usize = 1024;
+
+/// The names of head and embedding.
+const HEAD: &str = "lm_head.weight";
+const EMBEDDING: &str = "model.embed_tokens.weight";
+
+/// How much longer products in f64 take.
+const F64_FACTOR: f64 = 2.0;
+
+/// What a matrix of one kind takes: whatever its size, and for each weight.
+#[derive(Clone, Copy)]
+struct Rate {
+    matrix: f64,
+    weight: f64,
+}
+
+/// Seconds for everything in `plan`.
+///
+/// Errors: those of the source, and of encoding the samples.
+pub(super) fn seconds(source: &dyn Source, options: &CompressOptions, plan: &Plan) -> Result<f64> {
+    let mut rates: BTreeMap<(String, bool), Rate> = BTreeMap::new();
+    let mut total = 0.0;
+    let mut products = 0.0;
+    for planned in &plan.tensors {
+        let Some(layer) = &planned.layer else {
+            continue;
+        };
+        let calibrated = options.calibration.is_some() && is_calibrated(layer);
+        let key = (layer.encoding_name().to_owned(), calibrated);
+        let rate = match rates.get(&key) {
+            Some(rate) => *rate,
+            None => {
+                let largest = largest(plan, options, &key);
+                let rate = measured(source, options, largest.unwrap_or(planned), calibrated)?;
+                rates.insert(key, rate);
+                rate
+            }
+        };
+        let (rows, cols) = (layer.rows as f64, layer.cols as f64);
+        total += rate.matrix + rate.weight * rows * cols;
+        if calibrated {
+            products += feedback_products(rows, cols, options.output_errors);
+        }
+    }
+    if let Some(calibration) = &options.calibration {
+        let tokens = calibration.tokens().len() as f64;
+        products += tokens * products_of_token(source, calibration.window());
+    }
+    if products > 0.0 {
+        total += products * seconds_of_product();
+    }
+    Ok(total)
+}
+
+/// The largest matrix of a kind.
+fn largest<'a>(
+    plan: &'a Plan,
+    options: &CompressOptions,
+    (encoding, calibrated): &(String, bool),
+) -> Option<&'a PlannedTensor> {
+    let of_kind = |layer: &LayerInfo| {
+        layer.encoding_name() == encoding
+            && (options.calibration.is_some() && is_calibrated(layer)) == *calibrated
+    };
+    let tensors = plan.tensors.iter();
+    let matching = tensors.filter(|t| t.layer.as_ref().is_some_and(of_kind));
+    matching.max_by_key(|t| t.layer.as_ref().map(|l| l.rows * l.cols))
+}
+
+/// Encodes the first columns of the first rows of a matrix, twice.
+fn measured(
+    source: &dyn Source,
+    options: &CompressOptions,
+    planned: &PlannedTensor,
+    calibrated: bool,
+) -> Result<Rate> {
+    let Some(layer) = &planned.layer else {
+        return Ok(Rate {
+            matrix: 0.0,
+            weight: 0.0,
+        });
+    };
+    let cols = layer.cols.min(SAMPLE_COLS);
+    let curvature = match calibrated {
+        true => Some(Curvature::from(unit_hessian(cols)?)),
+        false => None,
+    };
+    let rows = rayon::current_num_threads() * SAMPLE_STRIPS * STRIP_ROWS;
+    let time = |rows: usize| -> Result<(f64, f64)> {
+        let rows = rows.min(layer.rows);
+        let started = Instant::now();
+        let whole = source.read_rows_f32(planned.index, 0..rows)?;
+        let weights: Vec<f32> = whole
+            .chunks_exact(layer.cols)
+            .flat_map(|row| &row[..cols])
+            .copied()
+            .collect();
+        let mut sample = layer.clone();
+        (sample.rows, sample.cols) = (rows, cols);
+        sample.hadamard = sample.hadamard.and(crate::trellis::hadamard_size(cols));
+        let matrix = encode_matrix(&weights, &sample, options.seed, curvature.as_ref(), &())?;
+        black_box(crate::compress::relative_error(&weights, &matrix)?);
+        Ok((started.elapsed().as_secs_f64(), (rows * cols) as f64))
+    };
+    let in_tensor = |e: upg_kernel::Error| e.tensor(&layer.name);
+    let (first, few) = time(rows).map_err(in_tensor)?;
+    let (second, many) = time(rows * LARGER).map_err(in_tensor)?;
+    let weight = match many > few {
+        true => ((second - first) / (many - few)).max(0.0),
+        false => second / many,
+    };
+    Ok(Rate {
+        matrix: (first - weight * few).max(0.0),
+        weight,
+    })
+}
+
+/// Of inputs that are one value each.
+fn unit_hessian(cols: usize) -> Result<Hessian> {
+    let mut inputs = vec![0.0; cols * cols];
+    inputs.iter_mut().step_by(cols + 1).for_each(|x| *x = 1.0);
+    let mut hessian = Hessian::new(cols);
+    hessian.add(&inputs)?;
+    Ok(hessian)
+}
+
+/// Multiplications in f32, or as many as take the same time, that a calibrated matrix takes beside its search.
+fn feedback_products(rows: f64, cols: f64, output_errors: bool) -> f64 {
+    // Errors spread to later columns, scales fitted, and the error of the outputs; then errors of rows.
+    let of_columns = rows * cols * cols * if output_errors { 2.5 } else { 1.5 };
+    let panel = rows.min(PANEL_ROWS as f64);
+    let of_rows = rows * panel * cols / 2.0;
+    let decompositions = (cols.powi(3) + rows * panel.powi(2)) / 6.0 * F64_FACTOR;
+    of_columns + of_rows + decompositions
+}
+
+/// Multiplications of a token on its way through all layers and back, with those for curvatures.
+fn products_of_token(source: &dyn Source, window: usize) -> f64 {
+    let mut products = 0.0;
+    for tensor in source.tensors() {
+        let weights = tensor.weights() as f64;
+        let Some((_, input)) = Input::of(&tensor.name) else {
+            if tensor.name == HEAD || tensor.name == EMBEDDING {
+                // The head forwards and backwards; of a model that has both, the embedding is only looked up.
+                products += weights;
+            }
+            continue;
+        };
+        let (rows, cols) = (tensor.rows() as f64, tensor.cols() as f64);
+        // Forwards, forwards again on the way back, and back.
+        products += 3.0 * weights;
+        products += (cols * cols + rows * rows.min(PANEL_ROWS as f64)) / 2.0;
+        if input == Input::Output {
+            // Queries times keys, and values: over half of the window on average forwards, over all of it later: twice
+            // each, and their gradients.
+            products += cols * window as f64 * 8.0;
+        }
+    }
+    products
+}
+
+/// The time of one multiplication in a large product, on all threads.
+fn seconds_of_product() -> f64 {
+    let matrix = Mat::from_fn(PRODUCT, PRODUCT, |i, j| (i * 7 + j) as f32 % 3.0);
+    let mut out = Mat::<f32>::zeros(PRODUCT, PRODUCT);
+    let mut multiply = || {
+        let started = Instant::now();
+        faer::linalg::matmul::matmul(
+            out.as_mut(),
+            faer::Accum::Replace,
+            black_box(matrix.as_ref()),
+            matrix.as_ref(),
+            1.0f32,
+            Par::rayon(0),
+        );
+        started.elapsed().as_secs_f64()
+    };
+    // The first one also starts the threads.
+    multiply();
+    multiply() / (PRODUCT as f64).powi(3)
+}

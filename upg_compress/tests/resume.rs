@@ -1,0 +1,305 @@
+//! Runs that were stopped go on and give the same bytes, whatever the stop has left.
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use tempfile::TempDir;
+use upg_compress::calibration::Calibration;
+use upg_compress::compress::compress;
+use upg_compress::plan::{Choice, CompressOptions};
+use upg_compress::progress::Progress;
+use upg_compress::resume::partial_files;
+use upg_compress::source::synthetic::SyntheticSource;
+use upg_compress::source::{self, Source};
+use upg_kernel::format::Encoding;
+use upg_kernel::{Error, ErrorKind};
+
+const CONFIG: &str = r#"{"model_type": "llama", "hidden_size": 96, "intermediate_size": 80,
+    "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 48,
+    "max_position_embeddings": 64, "vocab_size": 256, "hidden_act": "silu",
+    "tie_word_embeddings": false}"#;
+
+/// Tensors of that model: two embeddings, a norm, and seven matrices and two norms a layer.
+const TENSORS: usize = 21;
+
+/// Stops the work as soon as so many weights are done.
+struct Stop {
+    weights: u64,
+    done: AtomicU64,
+}
+
+impl Stop {
+    fn before(source: &dyn Source, tensor: usize) -> Self {
+        let finished = source.tensors()[..tensor].iter();
+        Self {
+            weights: finished.map(|t| t.weights() as u64).sum(),
+            done: AtomicU64::new(0),
+        }
+    }
+}
+
+impl Progress for Stop {
+    fn advance(&self, weights: u64) {
+        self.done.fetch_add(weights, Ordering::Relaxed);
+    }
+
+    fn is_cancelled(&self) -> bool {
+        self.done.load(Ordering::Relaxed) >= self.weights
+    }
+}
+
+struct Case {
+    folder: TempDir,
+    source: Box<dyn Source>,
+    options: CompressOptions,
+    /// What a run gives that nothing stops.
+    expected: Vec<u8>,
+}
+
+impl Case {
+    fn new(encoding: Encoding, calibrated: bool) -> Self {
+        let source = Box::new(SyntheticSource::new(CONFIG, 3).unwrap());
+        let mut options = CompressOptions::new(Choice::Encode(encoding));
+        if calibrated {
+            let tokens = (0..128).map(|i| i * 31 % 256).collect();
+            options.calibration = Some(Calibration::new(tokens, 32).unwrap());
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let whole = folder.path().join("whole");
+        let report = compress(source.as_ref(), &whole, &options, &()).unwrap();
+        assert_eq!(report.tensors.len(), TENSORS);
+        let expected = fs::read(&whole).unwrap();
+        fs::remove_file(whole).unwrap();
+        options.resume = true;
+        Self {
+            folder,
+            source,
+            options,
+            expected,
+        }
+    }
+
+    fn out(&self) -> PathBuf {
+        self.folder.path().join("out")
+    }
+
+    fn partial(&self) -> [PathBuf; 2] {
+        partial_files(self.out()).unwrap()
+    }
+
+    fn run(&self, progress: &dyn Progress) -> Result<usize, Error> {
+        let report = compress(self.source.as_ref(), self.out(), &self.options, progress)?;
+        Ok(report.restored)
+    }
+
+    /// Stops before `tensor`; what is left is there, and no output.
+    fn stop(&self, tensor: usize) {
+        let stop = Stop::before(self.source.as_ref(), tensor);
+        let e = self.run(&stop).unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::Interrupted);
+        assert!(!self.out().exists());
+        assert!(self.partial().iter().all(|path| path.exists()));
+    }
+
+    /// Goes on to the end; returns how many tensors were there already. Nothing but the output is left.
+    fn finish(&self) -> usize {
+        let restored = self.run(&()).unwrap();
+        assert!(fs::read(self.out()).unwrap() == self.expected);
+        fs::remove_file(self.out()).unwrap();
+        assert_eq!(fs::read_dir(self.folder.path()).unwrap().count(), 0);
+        restored
+    }
+}
+
+#[test]
+fn a_run_goes_on_wherever_it_stopped() {
+    for (encoding, calibrated) in [
+        (Encoding::MdCsr, false),
+        (Encoding::S4, false),
+        (Encoding::T3, false),
+        (Encoding::Q4, true),
+    ] {
+        let case = Case::new(encoding, calibrated);
+        for tensor in (0..TENSORS).step_by(4) {
+            case.stop(tensor);
+            assert_eq!(case.finish(), tensor, "{encoding}");
+        }
+        // Stopped again and again.
+        for tensor in (0..TENSORS).step_by(6) {
+            case.stop(tensor);
+        }
+        assert_eq!(case.finish(), 18, "{encoding}");
+    }
+}
+
+/// After a loss of power files may be shorter than they were, and hold other bytes at their end.
+#[test]
+fn torn_and_damaged_files_cost_work_only() {
+    let case = Case::new(Encoding::Q4, true);
+    case.stop(15);
+    let [data, journal] = case.partial();
+    let whole = [&data, &journal].map(|path| fs::read(path).unwrap());
+    let put = |data_bytes: &[u8], journal_bytes: &[u8]| {
+        fs::write(&data, data_bytes).unwrap();
+        fs::write(&journal, journal_bytes).unwrap();
+    };
+    for part in 0..=8 {
+        let len = whole[0].len() * part / 8;
+        put(&whole[0][..len], &whole[1]);
+        let restored = case.finish();
+        assert!(restored <= 15 && (part < 8 || restored == 15), "{part}");
+
+        let place = (whole[0].len() - 1) * part / 8;
+        let mut damaged = whole[0].clone();
+        damaged[place] ^= 1;
+        put(&damaged, &whole[1]);
+        assert!(case.finish() <= 15, "{part}");
+
+        let mut longer = whole[0].clone();
+        longer.resize(case.expected.len() + 1000 * part, 7);
+        put(&longer, &whole[1]);
+        assert_eq!(case.finish(), 15, "{part}");
+    }
+    // From the fingerprint on; tests of the journal cut it everywhere.
+    let second = whole[1].iter().position(|&b| b == b'\n').unwrap() + 1;
+    let third = second + whole[1][second..].iter().position(|&b| b == b'\n').unwrap() + 1;
+    for part in 0..=8 {
+        let len = third + (whole[1].len() - third) * part / 8;
+        put(&whole[0], &whole[1][..len]);
+        assert!(case.finish() <= 15, "{part}");
+    }
+    // The file that had the data is gone.
+    fs::write(&journal, &whole[1]).unwrap();
+    assert_eq!(case.finish(), 0);
+}
+
+/// A copy of a directory, which each test may change.
+fn directory(folder: &Path) -> PathBuf {
+    let from =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../upg_kernel/tests/data/tiny-models/phi3");
+    let to = folder.join("phi3");
+    fs::create_dir(&to).unwrap();
+    for file in ["config.json", "model.safetensors"] {
+        fs::copy(from.join(file), to.join(file)).unwrap();
+    }
+    to
+}
+
+#[test]
+fn nothing_else_is_continued() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = directory(folder.path());
+    let out = folder.path().join("out");
+    let mut options = CompressOptions::new(Choice::Encode(Encoding::T3));
+    options.resume = true;
+    options.calibration = Calibration::new(vec![1; 64], 32).ok();
+    let run = |options: &CompressOptions, tensors: Option<usize>| {
+        let source = source::open(&model).unwrap();
+        let stop = tensors.map(|n| Stop::before(source.as_ref(), n));
+        let progress = stop.as_ref().map_or(&() as &dyn Progress, |stop| stop);
+        compress(source.as_ref(), &out, options, progress)
+    };
+    run(&options, Some(5)).unwrap_err();
+    let refused = |options: &CompressOptions, what: &str| {
+        let e = run(options, None).unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::Argument, "{e}");
+        assert!(e.to_string().contains(&format!("another {what}")), "{e}");
+        assert!(!out.exists());
+    };
+    for (what, change) in [
+        ("options", (|o| o.seed = 1) as fn(&mut CompressOptions)),
+        ("options", |o| o.encoding = Choice::Encode(Encoding::T4)),
+        ("options", |o| {
+            o.overrides = vec!["*.down_proj.weight=q8".parse().unwrap()]
+        }),
+        ("options", |o| o.calibration = None),
+        ("calibration text", |o| {
+            o.calibration = Calibration::new(vec![2; 64], 32).ok()
+        }),
+    ] {
+        let mut changed = options.clone();
+        change(&mut changed);
+        refused(&changed, what);
+    }
+    // Whether outputs are measured does not change the file.
+    let mut same = options.clone();
+    same.output_errors = true;
+    let e = run(&same, Some(6)).unwrap_err();
+    assert_eq!(e.kind(), ErrorKind::Interrupted);
+
+    // Rewritten files are other ones, even with the same bytes.
+    let weights = model.join("model.safetensors");
+    let bytes = fs::read(&weights).unwrap();
+    fs::write(&weights, bytes).unwrap();
+    let file = fs::File::options().append(true).open(&weights).unwrap();
+    file.set_modified(std::time::SystemTime::UNIX_EPOCH)
+        .unwrap();
+    refused(&options, "source");
+}
+
+#[test]
+fn files_that_are_no_partial_ones_are_left_alone() {
+    let case = Case::new(Encoding::Q8, false);
+    let [data, journal] = case.partial();
+    fs::write(&data, "mine").unwrap();
+    let e = case.run(&()).unwrap_err();
+    assert_eq!(e.kind(), ErrorKind::Argument, "{e}");
+    assert_eq!(fs::read_to_string(&data).unwrap(), "mine");
+    assert!(!journal.exists() && !case.out().exists());
+
+    fs::remove_file(&data).unwrap();
+    fs::write(&journal, "mine").unwrap();
+    let e = case.run(&()).unwrap_err();
+    assert_eq!(e.kind(), ErrorKind::Malformed, "{e}");
+    assert_eq!(fs::read_to_string(&journal).unwrap(), "mine");
+    assert!(!data.exists() && !case.out().exists());
+}
+
+/// Opens the same output from within a run.
+struct Again<'a>(&'a Case);
+
+impl Progress for Again<'_> {
+    fn tensor(&self, _: &str) {
+        let e = self.0.run(&()).unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::Argument, "{e}");
+        assert!(e.to_string().contains("another run"), "{e}");
+    }
+}
+
+#[test]
+fn two_runs_do_not_mix() {
+    let case = Case::new(Encoding::Q8, false);
+    case.stop(4);
+    assert_eq!(case.run(&Again(&case)).unwrap(), 4);
+    assert!(fs::read(case.out()).unwrap() == case.expected);
+}
+
+#[test]
+fn errors_of_outputs_are_measured_if_asked_for() {
+    let source = SyntheticSource::new(CONFIG, 3).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    let mut options = CompressOptions::new(Choice::Encode(Encoding::Q4));
+    let tokens = (0..128).map(|i| i * 31 % 256).collect();
+    options.calibration = Some(Calibration::new(tokens, 32).unwrap());
+    options.output_errors = true;
+    let report = compress(&source, &out, &options, &()).unwrap();
+    for tensor in &report.tensors {
+        let in_layer = tensor.name.contains("_proj");
+        assert_eq!(tensor.output_error.is_some(), in_layer, "{}", tensor.name);
+        // 4 bits: a few percent.
+        assert!(
+            tensor.output_error.is_none_or(|e| 0.001 < e && e < 0.2),
+            "{tensor:?}"
+        );
+    }
+    let calibration = report.calibration.unwrap();
+    assert_eq!((calibration.tokens, calibration.layers), (128, (2, 2)));
+    let file = upg_kernel::format::UpgFile::open(&out).unwrap();
+    let (found, stated) = (
+        file.bits_per_weight_blocks(),
+        report.bits_per_weight_blocks(),
+    );
+    assert!((found - stated).abs() < 1e-9, "{found} {stated}");
+}

@@ -112,7 +112,7 @@ fn logits_that_no_file_can_have_are_refused() {
     assert_eq!(e.kind(), ErrorKind::Invalid, "{e}");
     // All alike have no step.
     assert_eq!(open(&mut Fixed([0.5; 3], 1), &[]).unwrap(), [0.5; 6]);
-    let e = open(&mut Fixed([0.5; 3], 1), &[path.clone()]).unwrap_err();
+    let e = open(&mut Fixed([0.5; 3], 1), std::slice::from_ref(&path)).unwrap_err();
     assert_eq!(e.kind(), ErrorKind::Argument, "{e}");
     // None was finished.
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);

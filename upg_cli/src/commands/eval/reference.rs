@@ -12,25 +12,28 @@ use upg_kernel::{Error, ErrorKind, Result, UPGModel};
 
 /// A model that is loaded when its logits are asked for first.
 pub struct Against {
-    from: From,
+    opened: Opened,
     options: EvaluationOptions,
     computed: Option<Computed>,
 }
 
-enum From {
-    Upg(UPGModel),
+enum Opened {
+    Upg(Box<UPGModel>),
     Source(Box<dyn Source>),
 }
 
 impl Against {
     /// A UPG file, to be run with `options`, or a source, to be run in f32. Errors: those of opening it.
     pub fn open(path: &Path, options: EvaluationOptions) -> Result<Self> {
-        let (from, cache_type) = match source::is_upg(path) {
-            true => (From::Upg(UPGModel::from_file(path)?), options.cache_type),
-            false => (From::Source(source::open(path)?), CacheType::F32),
+        let (opened, cache_type) = match source::is_upg(path) {
+            true => (
+                Opened::Upg(Box::new(UPGModel::from_file(path)?)),
+                options.cache_type,
+            ),
+            false => (Opened::Source(source::open(path)?), CacheType::F32),
         };
         Ok(Self {
-            from,
+            opened,
             options: EvaluationOptions {
                 cache_type,
                 ..options
@@ -42,9 +45,9 @@ impl Against {
     /// Errors (`Argument`): its tokenizer cuts `text` into other windows.
     pub fn check(&self, text: &str, windows: &Windows) -> Result<()> {
         let cut = |tokenizer| Windows::of_text(tokenizer, text, windows.window(), windows.count());
-        let same = match &self.from {
-            From::Upg(model) => cut(model.tokenizer()?)? == *windows,
-            From::Source(source) => cut(&source.files().tokenizer()?)? == *windows,
+        let same = match &self.opened {
+            Opened::Upg(model) => cut(model.tokenizer()?)? == *windows,
+            Opened::Source(source) => cut(&source.files().tokenizer()?)? == *windows,
         };
         match same {
             true => Ok(()),
@@ -57,9 +60,9 @@ impl Against {
 
     /// The files that it is read from.
     pub fn files(&self) -> Vec<PathBuf> {
-        match &self.from {
-            From::Upg(model) => vec![model.file().path().to_path_buf()],
-            From::Source(source) => source.own_files(),
+        match &self.opened {
+            Opened::Upg(model) => vec![model.file().path().to_path_buf()],
+            Opened::Source(source) => source.own_files(),
         }
     }
 
@@ -82,9 +85,9 @@ impl Against {
     }
 
     fn model(&self) -> Result<Arc<Model>> {
-        match &self.from {
-            From::Upg(model) => Ok(Arc::clone(model.model())),
-            From::Source(source) => Ok(Arc::new(original::load(source.as_ref())?)),
+        match &self.opened {
+            Opened::Upg(model) => Ok(Arc::clone(model.model())),
+            Opened::Source(source) => Ok(Arc::new(original::load(source.as_ref())?)),
         }
     }
 }

@@ -11,6 +11,21 @@ use upg_compress::zeros::Sparse;
 use upg_kernel::format::Encoding;
 use upg_kernel::inference::CacheType;
 
+/// A number above 0.
+fn positive(text: &str) -> Result<f64, String> {
+    let number = text
+        .parse()
+        .ok()
+        .filter(|n: &f64| *n > 0.0 && n.is_finite());
+    number.ok_or_else(|| "expected a number above 0".to_owned())
+}
+
+/// A number of bytes, with or without a unit: `700MB`, `5.5 GB`, `2GiB`.
+fn size(text: &str) -> Result<u64, String> {
+    let size = text.parse::<bytesize::ByteSize>();
+    size.map(|size| size.as_u64())
+}
+
 /// Compress language models into one memory-mapped file, and run them from it.
 #[derive(Parser)]
 #[command(
@@ -76,6 +91,7 @@ Examples:
   upg compress Phi-4/ -o phi4.safetensors --encoding t3 --tensor '*.down_proj.weight=t4'
   upg compress Phi-4/ -o phi4.safetensors --encoding t3 --calibrate
   upg compress Phi-4/ -o phi4.safetensors --encoding t3 --calibrate text.txt
+  upg compress Phi-4/ -o phi4.safetensors --size 5.5GB --calibrate
   upg compress Phi-4/ -o phi4.safetensors --encoding s8 --calibrate --prune 0.5
   upg compress Phi-4/ -o phi4.safetensors --encoding t3 --calibrate --resume
   upg compress Phi-4/ -o phi4.safetensors --encoding t3 --dry-run")]
@@ -88,6 +104,16 @@ pub struct CompressArgs {
     /// For the matrices of the transformer blocks
     #[arg(short, long, default_value = "q4")]
     pub encoding: Choice,
+    /// Choose t2, t3, t4 or q8 for each of these matrices, so that they have this many bits a weight on average, those
+    /// that --calibrate shows to need them most more than others
+    #[arg(long, value_name = "BITS", value_parser = positive, group = "budget", requires = "calibrate", conflicts_with_all = ["encoding", "prune"])]
+    pub bpw: Option<f64>,
+    /// As --bpw, so that the whole file is smaller than the weights in F32 by this factor
+    #[arg(long, value_name = "FACTOR", value_parser = positive, group = "budget", requires = "calibrate", conflicts_with_all = ["encoding", "prune"])]
+    pub ratio: Option<f64>,
+    /// As --bpw, so that the whole file has at most this size, for example 5.5GB or 700MB
+    #[arg(long, value_name = "SIZE", value_parser = size, group = "budget", requires = "calibrate", conflicts_with_all = ["encoding", "prune"])]
+    pub size: Option<u64>,
     /// For the embeddings and the output head [default: q8; q4 with t2 or t3 where they are large]
     #[arg(long, value_name = "ENCODING")]
     pub embedding: Option<Choice>,

@@ -6,6 +6,7 @@ pub mod text;
 use crate::curvature::Curvature;
 use crate::progress::Progress;
 use crate::source::Source;
+use rayon::prelude::*;
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -58,6 +59,13 @@ impl Calibration {
             window,
             built_in: false,
         })
+    }
+
+    /// The first `sequences` only.
+    pub(crate) fn first(&self, sequences: usize) -> Self {
+        let mut first = self.clone();
+        first.tokens.truncate(sequences * self.window);
+        first
     }
 
     /// All tokens, one sequence after the other.
@@ -161,17 +169,28 @@ impl<'a> Calibrator<'a> {
             let parts = input.matrices(config);
             let width: usize = parts.iter().map(|(_, rows)| rows).sum();
             let cols = x.len() / (gradients.len() / width);
+            // Taken out, so that all matrices of an input can be added to at once.
             let mut first = 0;
+            let mut curvatures = Vec::new();
             for (part, rows) in parts {
-                let of_part = gradients.chunks_exact(width);
-                let of_part = of_part.flat_map(|row| &row[first..first + rows]);
-                let of_part: Vec<f32> = of_part.copied().collect();
-                found
-                    .entry(format!("model.layers.{index}.{part}.weight"))
-                    .or_insert_with(|| Curvature::new(rows, cols))
-                    .add(x, &of_part)?;
+                let name = format!("model.layers.{index}.{part}.weight");
+                let curvature = found.remove(&name);
+                let curvature = curvature.unwrap_or_else(|| Curvature::new(rows, cols));
+                curvatures.push((name, curvature, first..first + rows));
                 first += rows;
             }
+            curvatures
+                .par_iter_mut()
+                .try_for_each(|(_, curvature, columns)| {
+                    let of_part = gradients.chunks_exact(width);
+                    let of_part = of_part.flat_map(|row| &row[columns.clone()]);
+                    curvature.add(x, &of_part.copied().collect::<Vec<f32>>())
+                })?;
+            found.extend(
+                curvatures
+                    .into_iter()
+                    .map(|(name, curvature, _)| (name, curvature)),
+            );
             Ok(())
         })
     }

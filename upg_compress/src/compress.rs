@@ -1,6 +1,7 @@
 //! From a source model to one UPG file, a tensor at a time.
 #![forbid(unsafe_code)]
 
+use crate::budget::{self, Budget};
 use crate::calibration::Calibrator;
 use crate::curvature::Curvature;
 use crate::hessian::Hessian;
@@ -55,6 +56,14 @@ pub fn compress(
     progress: &dyn Progress,
 ) -> Result<CompressReport> {
     let mut calibrator = None;
+    let settled;
+    let options = match options.budget {
+        Some(budget) => {
+            settled = budget::settled(source, options, budget, progress)?;
+            &settled
+        }
+        None => options,
+    };
     let all_layers = source.files().config()?.num_layers;
     let (mut calibration_seconds, mut calibrated_layers) = (0.0, 0);
     let mut report = compress_with(source, out, options, progress, |index, layer| {
@@ -209,7 +218,11 @@ pub(crate) fn metadata(
     let files = source.files();
     let recipe = serde_json::json!({
         "tool": concat!("upg ", env!("CARGO_PKG_VERSION")),
-        "encoding": options.encoding.to_string(),
+        "encoding": match options.budget {
+            Some(_) => "mixed".to_owned(),
+            None => options.encoding.to_string(),
+        },
+        "budget": options.budget.map(Budget::to_json),
         "embedding": plan.embedding.to_string(),
         "overrides": options.overrides.iter().map(ToString::to_string).collect::<Vec<_>>(),
         "seed": options.seed,

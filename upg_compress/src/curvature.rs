@@ -9,7 +9,10 @@
 #![forbid(unsafe_code)]
 
 use crate::hessian::{Feedback, Hessian};
-use upg_kernel::matrix::strips::STRIP_ROWS;
+use crate::trellis::rotation;
+use rayon::prelude::*;
+use std::ops::Range;
+use upg_kernel::matrix::strips::{STRIP_ROWS, TILE_COLS};
 use upg_kernel::{Error, ErrorKind, Result};
 
 /// Rows whose outputs are looked at together: the cost grows with it, memory too, and panels are encoded side by side.
@@ -63,30 +66,21 @@ impl Curvature {
             );
             return Err(Error::new(ErrorKind::Shape, message));
         }
-        let sizes = |values: &[f32], len: usize| -> Vec<f32> {
-            let rows = values.chunks_exact(len);
-            let size = |row: &[f32]| {
-                row.iter()
-                    .map(|&v| f64::from(v).powi(2))
-                    .sum::<f64>()
-                    .sqrt()
-            };
-            rows.map(|row| size(row) as f32).collect()
-        };
         let (of_x, of_gradients) = (sizes(x, cols), sizes(gradients, rows));
-        let weighed = |values: &[f32], len: usize, first: usize, end: usize, sizes: &[f32]| {
-            let rows = values.chunks_exact(len).zip(sizes);
-            let rows = rows.flat_map(|(row, size)| row[first..end].iter().map(move |v| v * size));
-            rows.collect::<Vec<f32>>()
-        };
-        self.inputs.add(&weighed(x, cols, 0, cols, &of_gradients))?;
-        let mut first = 0;
-        for panel in panels {
-            let end = first + panel.cols();
-            panel.add(&weighed(gradients, rows, first, end, &of_x))?;
-            first = end;
-        }
-        Ok(())
+        let all = 0..cols;
+        let inputs = &mut self.inputs;
+        let (of_inputs, of_outputs) = rayon::join(
+            || inputs.add(&weighed(x, cols, all, &of_gradients)),
+            || {
+                let panels = panels.par_iter_mut().enumerate();
+                panels.try_for_each(|(number, panel)| {
+                    let first = number * PANEL_ROWS;
+                    let columns = first..first + panel.cols();
+                    panel.add(&weighed(gradients, rows, columns, &of_x))
+                })
+            },
+        );
+        of_inputs.and(of_outputs)
     }
 
     /// That of the inputs.
@@ -111,6 +105,42 @@ impl Curvature {
             .map(|(panel, errors)| panel.product(&self.inputs, errors))
             .sum();
         Ok(if trace > 0.0 { cost / trace } else { 0.0 })
+    }
+
+    /// The divergence, in nats of all positions together, if the rows of `weights [rows, cols]`, rotated with `seed`, had
+    /// independent errors as large as they are, and later rows and columns made up for them.
+    ///
+    /// Cost: what [`Feedback::new`] takes. Errors: those of it; `Shape` for the weights of another matrix.
+    pub(crate) fn sensitivity(&self, weights: &[f32], seed: u64) -> Result<f64> {
+        let cols = self.inputs.cols();
+        self.check(weights.len() / cols.max(1), cols)?;
+        let rotated = self.inputs.rotated(&rotation(cols, seed)?);
+        let of_columns = Feedback::new(&rotated, TILE_COLS)?.average_cost();
+        let size = |row: &[f32]| row.iter().map(|&w| f64::from(w).powi(2)).sum::<f64>();
+        let mut sum = 0.0;
+        for (panel, weights) in weights.chunks(self.panel_rows() * cols).enumerate() {
+            let sizes = weights.chunks_exact(cols).map(size);
+            sum += match self.feedback_of_rows(panel)? {
+                None => sizes.sum::<f64>(),
+                Some(rows) => {
+                    let costs = rows.costs().iter().map(|&cost| f64::from(cost));
+                    rows.average_cost()
+                        * sizes
+                            .zip(costs)
+                            .map(|(size, cost)| size * cost)
+                            .sum::<f64>()
+                }
+            };
+        }
+        let trace = match self.outputs {
+            Some(_) => self.inputs.trace(),
+            None => 1.0,
+        };
+        Ok(if trace > 0.0 {
+            0.5 * of_columns * sum / trace
+        } else {
+            0.0
+        })
     }
 
     /// Rows that are encoded one after the other, as each makes up for those before: a multiple of those of a strip.
@@ -143,6 +173,31 @@ impl Curvature {
         let message = format!("gradients of {found} outputs, the matrix has {rows}");
         Err(Error::new(ErrorKind::Shape, message))
     }
+}
+
+/// Of rows of `len` values.
+fn sizes(values: &[f32], len: usize) -> Vec<f32> {
+    let size = |row: &[f32]| {
+        row.iter()
+            .map(|&v| f64::from(v).powi(2))
+            .sum::<f64>()
+            .sqrt()
+    };
+    let rows = values.par_chunks_exact(len);
+    rows.map(|row| size(row) as f32).collect()
+}
+
+/// Some columns of rows of `len` values, each row times its factor.
+fn weighed(values: &[f32], len: usize, columns: Range<usize>, factors: &[f32]) -> Vec<f32> {
+    let mut out = vec![0.0; factors.len() * columns.len()];
+    out.par_chunks_mut(columns.len().max(1))
+        .zip(values.par_chunks_exact(len))
+        .zip(factors)
+        .for_each(|((out, row), factor)| {
+            let pairs = out.iter_mut().zip(&row[columns.clone()]);
+            pairs.for_each(|(out, value)| *out = value * factor);
+        });
+    out
 }
 
 /// The errors of the strips of a panel, and what they ask of the next one.

@@ -201,6 +201,8 @@ pub struct Feedback {
     /// What a squared error of each column costs if all later ones make up for it; 1 on average. Columns of the same
     /// block do not, but counting them as if they did measured better than what an error costs within the block.
     costs: Vec<f32>,
+    /// What was 1 there.
+    average_cost: f64,
     /// Symmetric and damped: without damping one column of large inputs would set the scale of a whole row.
     hessian: Mat<f32>,
 }
@@ -250,6 +252,7 @@ impl Feedback {
         Ok(Self {
             shares,
             costs,
+            average_cost: average,
             hessian: damped,
         })
     }
@@ -328,9 +331,14 @@ impl Feedback {
         })
     }
 
-    /// Of each column.
+    /// What a squared error of each column costs, in units of the average.
     pub(crate) fn costs(&self) -> &[f32] {
         &self.costs
+    }
+
+    /// That average.
+    pub(crate) fn average_cost(&self) -> f64 {
+        self.average_cost
     }
 }
 

@@ -1,12 +1,14 @@
 //! Which tensor is stored how.
 #![forbid(unsafe_code)]
 
+use crate::budget::Budget;
 use crate::calibration::Calibration;
 use crate::pruning;
 use crate::source::{Source, TensorInfo};
 use crate::trellis;
 use crate::zeros::{self, Sparse, sparse_form};
 use std::cmp::Reverse;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 use upg_kernel::format::{Encoding, LayerInfo, TOKENIZER, check_kept_name};
@@ -88,6 +90,11 @@ impl FromStr for Override {
 pub struct CompressOptions {
     /// For the matrices of the transformer blocks.
     pub encoding: Choice,
+    /// How many bits there are: the matrices of the blocks then get `t2`, `t3`, `t4` or `q8`, each as much as it needs, and
+    /// `encoding` only stands for them until that is known. Needs a calibration.
+    pub budget: Option<Budget>,
+    /// What came of the budget, by the names of matrices.
+    pub(crate) choices: BTreeMap<String, Encoding>,
     /// For the embeddings and the output head. `None`: `keep` and `mdcsr` as the blocks; `q4` where
     /// the blocks are `t2` or `t3` and a `q8` embedding would be over a fifth of the file; else `q8`.
     pub embedding: Option<Choice>,
@@ -117,6 +124,8 @@ impl CompressOptions {
     pub fn new(encoding: Choice) -> Self {
         Self {
             encoding,
+            budget: None,
+            choices: BTreeMap::new(),
             embedding: None,
             group: None,
             overrides: Vec::new(),
@@ -127,6 +136,11 @@ impl CompressOptions {
             output_errors: false,
             resume: false,
         }
+    }
+
+    /// Whether a pattern says what becomes of the matrix `name`.
+    pub(crate) fn is_named(&self, name: &str) -> bool {
+        self.overrides.iter().any(|o| o.pattern.matches(name))
     }
 }
 
@@ -179,10 +193,10 @@ impl Plan {
             .embedding
             .unwrap_or_else(|| default_embedding(options.encoding, &tensors));
         let choose = |t: &TensorInfo| {
-            let by_place = if is_embedding(t) {
-                embedding
-            } else {
-                options.encoding
+            let by_place = match options.choices.get(&t.name) {
+                _ if is_embedding(t) => embedding,
+                Some(encoding) => Choice::Encode(*encoding),
+                None => options.encoding,
             };
             let matching = options
                 .overrides
@@ -307,7 +321,11 @@ fn group_of(encoding: Encoding, group: Option<usize>) -> Option<usize> {
     }
 }
 
-fn described(tensor: &TensorInfo, encoding: Encoding, group: Option<usize>) -> LayerInfo {
+pub(crate) fn described(
+    tensor: &TensorInfo,
+    encoding: Encoding,
+    group: Option<usize>,
+) -> LayerInfo {
     let mut layer = LayerInfo::new(&tensor.name, tensor.rows(), tensor.cols(), encoding);
     layer.group = group_of(encoding, group);
     layer.hadamard = encoding

@@ -26,6 +26,10 @@ pub struct Preflight {
     pub written_bytes: u64,
     /// Free on the file system of the output.
     pub disk_free: u64,
+    /// For hidden states while it runs, where temporary files are.
+    pub temporary_bytes: u64,
+    /// Free on the file system of those.
+    pub temporary_free: u64,
     /// Most that the process will have.
     pub memory: Memory,
     /// What the system and the limits of this process group have left, swap included. `None`: the system does not say.
@@ -61,28 +65,17 @@ impl Preflight {
     ) -> Result<Self> {
         let out = out.as_ref();
         let plan = Plan::new(source, options)?;
-        let layers = plan.layers();
-        let metadata = metadata(source, options, &plan);
-        let capacity = header_capacity(&layers, plan.kept_names(source), &metadata)?;
-        let mut file_bytes = header_bytes(capacity);
+        let file_bytes = file_bytes(source, options, &plan)?;
         let mut groups: Vec<Group> = Vec::new();
         for planned in &plan.tensors {
-            let arrays = array_bytes(source, planned)?;
-            // Padding comes before the next tensor.
-            for bytes in &arrays {
-                file_bytes = file_bytes.next_multiple_of(TENSOR_ALIGNMENT) + bytes;
-            }
-            add(&mut groups, source, planned, arrays.iter().sum());
-        }
-        if let Some(json) = &source.files().tokenizer_json {
-            file_bytes = file_bytes.next_multiple_of(TENSOR_ALIGNMENT) + json.len() as u64;
+            let bytes = array_bytes(source, planned)?.iter().sum();
+            add(&mut groups, source, planned, bytes);
         }
         let [partial, _] = partial_files(out)?;
         let written = std::fs::metadata(&partial).map_or(0, |m| m.len());
         let folder = partial.parent().filter(|p| !p.as_os_str().is_empty());
         let folder = folder.unwrap_or(Path::new("."));
-        let disk_free = fs4::available_space(folder)
-            .map_err(|e| Error::io("cannot find out how much room is left", folder, e))?;
+        let temporary = std::env::temp_dir();
         Ok(Self {
             groups,
             file_bytes,
@@ -91,7 +84,9 @@ impl Preflight {
             } else {
                 0
             },
-            disk_free,
+            disk_free: free(folder)?,
+            temporary_bytes: temporary_bytes(source, options)?,
+            temporary_free: free(&temporary)?,
             memory: Memory::of(source, options, &plan)?,
             memory_free: memory_free(),
             seconds: time::seconds(source, options, &plan)?,
@@ -110,6 +105,15 @@ impl Preflight {
             return Err(Error::new(ErrorKind::Io, message)
                 .hint("make room, choose another place or an encoding of fewer bits"));
         }
+        if self.temporary_bytes > self.temporary_free {
+            let message = format!(
+                "needs {} where temporary files are, where {} are free",
+                megabytes(self.temporary_bytes),
+                megabytes(self.temporary_free)
+            );
+            return Err(Error::new(ErrorKind::Io, message)
+                .hint("name another folder in TMPDIR, or use a shorter calibration text"));
+        }
         match self.memory_free {
             Some(free) if self.memory.own > free => {
                 let message = format!(
@@ -123,6 +127,41 @@ impl Preflight {
             _ => Ok(()),
         }
     }
+}
+
+/// Bytes of the file that `plan` gives: exactly, but at most so many with `mdcsr`, `s8` and `s4`.
+///
+/// Errors: those of the header.
+pub(crate) fn file_bytes(
+    source: &dyn Source,
+    options: &CompressOptions,
+    plan: &Plan,
+) -> Result<u64> {
+    let layers = plan.layers();
+    let metadata = metadata(source, options, plan);
+    let capacity = header_capacity(&layers, plan.kept_names(source), &metadata)?;
+    let mut bytes = header_bytes(capacity);
+    // Padding comes before the next tensor.
+    let mut add = |array: u64| bytes = bytes.next_multiple_of(TENSOR_ALIGNMENT) + array;
+    for planned in &plan.tensors {
+        array_bytes(source, planned)?.into_iter().for_each(&mut add);
+    }
+    if let Some(json) = &source.files().tokenizer_json {
+        add(json.len() as u64);
+    }
+    Ok(bytes)
+}
+
+fn free(folder: &Path) -> Result<u64> {
+    fs4::available_space(folder)
+        .map_err(|e| Error::io("cannot find out how much room is left", folder, e))
+}
+
+/// Of the hidden states before each layer.
+fn temporary_bytes(source: &dyn Source, options: &CompressOptions) -> Result<u64> {
+    let config = source.files().config()?;
+    let tokens = options.calibration.as_ref().map_or(0, |c| c.tokens().len());
+    Ok(4 * (tokens * config.hidden_size * config.num_layers) as u64)
 }
 
 /// Bytes of each array of a tensor.

@@ -7,9 +7,10 @@ use crate::terminal::{self, bytes, duration};
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::path::Path;
+use upg_compress::budget::{Budget, counted};
 use upg_compress::calibration::{Calibration, text};
 use upg_compress::compress::{CompressReport, compress};
-use upg_compress::plan::CompressOptions;
+use upg_compress::plan::{Choice, CompressOptions};
 use upg_compress::preflight::Preflight;
 use upg_compress::resume::partial_files;
 use upg_compress::source::{self, Source};
@@ -70,10 +71,22 @@ fn options(args: &CompressArgs, source: &dyn Source) -> Result<CompressOptions> 
     options.prune = args.prune;
     options.resume = args.resume;
     options.output_errors = args.report.is_some();
+    options.budget = budget(args, source);
+    if let Some(budget) = options.budget {
+        options.encoding = Choice::Encode(budget.encoding());
+    }
     if let Some(text) = &args.calibrate {
         options.calibration = Some(calibration(source, text.as_deref())?);
     }
     Ok(options)
+}
+
+fn budget(args: &CompressArgs, source: &dyn Source) -> Option<Budget> {
+    let weights = source.tensors().iter().map(|t| t.weights() as f64);
+    let of_ratio = |ratio: f64| Budget::File((4.0 * weights.sum::<f64>() / ratio) as u64);
+    let bits = args.bpw.map(Budget::Blocks);
+    bits.or(args.ratio.map(of_ratio))
+        .or(args.size.map(Budget::File))
 }
 
 /// What becomes of every tensor.
@@ -165,6 +178,15 @@ fn summary(output: &Path, source: &dyn Source, report: &CompressReport) -> Strin
             100.0 * error,
             layer.name,
             layer.encoding_name()
+        );
+    }
+    let counts = counted(&report.layers);
+    if counts.len() > 1 {
+        let counts = counts.iter().map(|(name, n)| format!("{n} {name}"));
+        text += &format!(
+            "blocks {:.3} bits per weight: {}\n",
+            report.bits_per_weight_blocks(),
+            counts.collect::<Vec<_>>().join(", ")
         );
     }
     if let Some(zeros) = report.zeros {

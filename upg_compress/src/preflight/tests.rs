@@ -75,9 +75,12 @@ fn what_cannot_fit_is_refused() {
     // An earlier run has some of it.
     preflight.written_bytes = 1;
     preflight.check().unwrap();
+    preflight.temporary_bytes = preflight.temporary_free + 1;
+    let e = preflight.check().unwrap_err();
+    assert!(e.to_string().contains("temporary"), "{e}");
 }
 
-/// A calibration costs memory for its tokens.
+/// A calibration costs memory for its tokens: hidden states and their gradients.
 #[test]
 fn memory_grows_with_the_text() {
     let source = SyntheticSource::new(CONFIG, 3).unwrap();
@@ -91,5 +94,5 @@ fn memory_grows_with_the_text() {
     };
     let (none, some, more) = (own(None), own(Some(1 << 12)), own(Some(1 << 17)));
     assert!(none < some && some < more);
-    assert_eq!(more - some, (1 << 17) * 4 * 96 - (1 << 12) * 4 * 96);
+    assert_eq!(more - some, ((1 << 17) - (1 << 12)) * 8 * 96);
 }

@@ -78,8 +78,12 @@ impl Progress for WeightsBar {
         let left = left.map_or(String::new(), |s| format!("{} left, ", duration(s)));
         if is_new && self.bar.is_hidden() && speed.told.elapsed() >= LINES_EVERY {
             speed.told = Instant::now();
-            let done = 100.0 * self.bar.position() as f64 / self.bar.length().unwrap_or(1) as f64;
-            terminal::note(format_args!("upg: {done:.1} %, {left}{name}"));
+            let done = match self.bar.length() {
+                // What comes before the first tensor is not counted.
+                None | Some(0) => String::new(),
+                Some(all) => format!("{:.1} %, ", 100.0 * self.bar.position() as f64 / all as f64),
+            };
+            terminal::note(format_args!("upg: {done}{left}{name}"));
         }
         self.bar.set_message(format!("{left}{name}"));
     }

@@ -397,8 +397,6 @@ const BAD: &[(&[&str], i32, &[&str])] = &[
     (&["run", "{}/none", "-p", "x"], 1, &["none", "No such file"]),
     (&["run", "{}/empty", "-p", "x"], 1, &["empty", "not a regular file"]),
     (&["run", "{}/text", "-p", "x"], 1, &["text", "safetensors"]),
-    (&["compress", "{}/phi3", "-o", "{}/out", "--sparse", "always"], 2, &["always", "auto or never"]),
-    (&["compress", "{}/phi3", "-o", "{}/out", "--prune", "0.5"], 2, &["--calibrate"]),
     (&["run", "{}/phi3/model.safetensors", "-p", "x"], 1, &["not a UPG file", "upg compress"]),
     (&["run", "{}/model", "-p", "x"], 1, &["no tokenizer"]),
     (&["run", "{}/cut", "-p", "x"], 1, &["cut", "not a whole safetensors file"]),
@@ -530,6 +528,36 @@ fn bad_inputs(folder: &Path) {
         "-o",
         out.to_str().unwrap(),
     ]);
+}
+
+#[test]
+fn options_that_do_not_fit_together_are_refused() {
+    for (options, fragments) in [
+        (&["--sparse", "always"][..], ["always", "auto or never"]),
+        (&["--prune", "0.5"], ["required", "--calibrate"]),
+        (&["--bpw", "3"], ["required", "--calibrate"]),
+        (&["--bpw", "0", "--calibrate"], ["--bpw", "above 0"]),
+        (
+            &["--bpw", "3", "--calibrate", "-e", "t3"],
+            ["--bpw", "cannot be used"],
+        ),
+        (
+            &["--bpw", "3", "--size", "1GB", "--calibrate"],
+            ["--size", "cannot be used"],
+        ),
+        (
+            &["--size", "5 apples", "--calibrate"],
+            ["5 apples", "--size"],
+        ),
+    ] {
+        let args = ["compress", "none", "-o", "none.safetensors"];
+        let mut command = upg(args.iter().chain(options).map(|arg| arg.to_string()));
+        let (code, _, stderr) = output(&mut command);
+        assert_eq!(code, Some(2), "{command:?}: {stderr}");
+        for fragment in fragments {
+            assert!(stderr.contains(fragment), "{command:?}: {stderr}");
+        }
+    }
 }
 
 #[test]

@@ -44,8 +44,8 @@ const FIGURE_DIGITS: usize = 24;
 ///
 /// With [`CompressOptions::resume`] a run that ends early, however it ends, leaves the two files of
 /// [`partial_files`](crate::resume::partial_files); the same call again goes on after the last tensor that was finished and
-/// gives the same bytes. It reads once what is there already; with a calibration the hidden states have to be computed again
-/// up to the layer where it stopped.
+/// gives the same bytes. It reads once what is there already; with a calibration the model is run over the text again,
+/// forwards and then backwards to the layer where it stopped.
 ///
 /// Errors: those of the source; `Invalid` for weights that are not finite; `Argument` if `out` is a
 /// file of the source, or was begun from something else or is being written by another run; `Io`; `Interrupted`.

@@ -93,8 +93,8 @@ pub struct CompressOptions {
     /// How many bits there are: the matrices of the blocks then get `t2`, `t3`, `t4` or `q8`, each as much as it needs, and
     /// `encoding` only stands for them until that is known. Needs a calibration.
     pub budget: Option<Budget>,
-    /// What came of the budget, by the names of matrices.
-    pub(crate) choices: BTreeMap<String, Encoding>,
+    /// Encodings by the names of matrices, before `encoding`: what comes of a budget.
+    pub choices: BTreeMap<String, Encoding>,
     /// For the embeddings and the output head. `None`: `keep` and `mdcsr` as the blocks; `q4` where
     /// the blocks are `t2` or `t3` and a `q8` embedding would be over a fifth of the file; else `q8`.
     pub embedding: Option<Choice>,

@@ -173,12 +173,8 @@ pub(crate) fn fingerprint(
     .map(|(key, value)| (key.to_owned(), value))
     .into();
     if let Some(calibration) = &options.calibration {
-        let tokens: Vec<u8> = calibration
-            .tokens()
-            .iter()
-            .flat_map(|token| token.to_le_bytes())
-            .collect();
-        found.push(("calibration text".into(), checksum_of(&tokens)));
+        // Before the options, which name it by its checksum.
+        found.insert(0, ("calibration text".into(), calibration.checksum()));
         found.push(("processor".into(), processor()?));
     }
     Ok(found)

@@ -7,6 +7,7 @@ mod tiny;
 
 use std::path::Path;
 use tiny::{MODELS, cases, model_file};
+use upg_compress::budget::{Budget, counted};
 use upg_compress::calibration::{Calibration, Calibrator, text};
 use upg_compress::compress::{compress, encode_matrix};
 use upg_compress::curvature::Curvature;
@@ -276,6 +277,54 @@ fn a_file_says_what_it_was_calibrated_on() {
     assert!(recipe.contains(&said), "{recipe}");
     assert_ne!(bytes, free_bytes);
     assert_eq!(file(&options, "again.safetensors").1, bytes);
+}
+
+#[test]
+fn a_budget_is_spent_and_kept_to() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = open("llama3-rope", "llama3-rope", folder.path());
+    let mut options = CompressOptions::new(Choice::Encode(Encoding::T3));
+    options.calibration = Some(calibration("llama3-rope"));
+    options.embedding = Some(Choice::Encode(Encoding::Q8));
+    options.overrides = vec!["*.0.mlp.up_proj.weight=q4".parse().unwrap()];
+    let out = folder.path().join("out.safetensors");
+    let run = |options: &CompressOptions| compress(source.as_ref(), &out, options, &());
+    let with = |budget| CompressOptions {
+        budget: Some(budget),
+        ..options.clone()
+    };
+    let report = run(&with(Budget::Blocks(5.0))).unwrap();
+    let bits = report.bits_per_weight_blocks();
+    println!("{bits}");
+    assert!((4.5..=5.0).contains(&bits), "{bits}");
+    let up = |layer: usize| format!("model.layers.{layer}.mlp.up_proj.weight");
+    let encoding = |name: &str| {
+        let layer = report.layers.iter().find(|l| l.name == name);
+        layer.unwrap().encoding().unwrap()
+    };
+    assert_eq!(encoding(&up(0)), Encoding::Q4);
+    let mixed = [Encoding::T2, Encoding::T3, Encoding::T4, Encoding::Q8];
+    assert!(mixed.contains(&encoding(&up(1))));
+    assert!(counted(&report.layers).len() > 2, "{:?}", report.layers);
+    let file = UpgFile::open(&out).unwrap();
+    let recipe = file.metadata("recipe").unwrap();
+    let expected = r#""encoding":"mixed","budget":{"bits_per_weight_blocks":5.0}"#;
+    assert!(recipe.contains(expected), "{recipe}");
+    // The same choice again, also by its size.
+    let bytes = run(&options).unwrap().file_bytes;
+    for most in [bytes + 2000, bytes + 20_000] {
+        let report = run(&with(Budget::File(most))).unwrap();
+        let found = report.file_bytes;
+        println!("{found} of {most}");
+        assert!(found <= most && found > most - 8000, "{found} of {most}");
+    }
+    for budget in [Budget::Blocks(2.0), Budget::File(1000)] {
+        let e = run(&with(budget)).unwrap_err();
+        assert!(e.to_string().contains("too small"), "{e}");
+        let mut free = with(budget);
+        free.calibration = None;
+        assert_eq!(run(&free).unwrap_err().kind(), ErrorKind::Argument);
+    }
 }
 
 #[test]

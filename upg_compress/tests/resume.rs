@@ -1,6 +1,7 @@
 //! Runs that were stopped go on and give the same bytes, whatever the stop has left.
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
+use std::cmp::Reverse;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,6 +14,7 @@ use upg_compress::resume::partial_files;
 use upg_compress::source::synthetic::SyntheticSource;
 use upg_compress::source::{self, Source};
 use upg_kernel::format::Encoding;
+use upg_kernel::inference::Input;
 use upg_kernel::{Error, ErrorKind};
 
 const CONFIG: &str = r#"{"model_type": "llama", "hidden_size": 96, "intermediate_size": 80,
@@ -30,8 +32,13 @@ struct Stop {
 }
 
 impl Stop {
-    fn before(source: &dyn Source, tensor: usize) -> Self {
-        let finished = source.tensors()[..tensor].iter();
+    /// With a calibration layers come from the last to the first, after all else.
+    fn before(source: &dyn Source, tensor: usize, calibrated: bool) -> Self {
+        let mut tensors: Vec<_> = source.tensors().iter().collect();
+        if calibrated {
+            tensors.sort_by_key(|t| Input::of(&t.name).map(|(layer, _)| Reverse(layer)));
+        }
+        let finished = tensors[..tensor].iter();
         Self {
             weights: finished.map(|t| t.weights() as u64).sum(),
             done: AtomicU64::new(0),
@@ -95,7 +102,8 @@ impl Case {
 
     /// Stops before `tensor`; what is left is there, and no output.
     fn stop(&self, tensor: usize) {
-        let stop = Stop::before(self.source.as_ref(), tensor);
+        let calibrated = self.options.calibration.is_some();
+        let stop = Stop::before(self.source.as_ref(), tensor, calibrated);
         let e = self.run(&stop).unwrap_err();
         assert_eq!(e.kind(), ErrorKind::Interrupted);
         assert!(!self.out().exists());
@@ -196,7 +204,8 @@ fn nothing_else_is_continued() {
     options.calibration = Calibration::new(vec![1; 64], 32).ok();
     let run = |options: &CompressOptions, tensors: Option<usize>| {
         let source = source::open(&model).unwrap();
-        let stop = tensors.map(|n| Stop::before(source.as_ref(), n));
+        let calibrated = options.calibration.is_some();
+        let stop = tensors.map(|n| Stop::before(source.as_ref(), n, calibrated));
         let progress = stop.as_ref().map_or(&() as &dyn Progress, |stop| stop);
         compress(source.as_ref(), &out, options, progress)
     };

@@ -50,7 +50,7 @@
 //! # What is where
 //!
 //! - [`UPGModel`]: a whole model; [`inference`] has its parts (config, tokenizer, chat template,
-//!   decoder, KV cache, sampling, [`inference::evaluate`]).
+//!   decoder, KV cache, sampling, [`mod@inference::evaluate`]).
 //! - [`UPGDecompressor`]: layers as candle tensors or into the caller's buffer.
 //! - [`mod@format`]: opening, checking and writing files.
 //! - [`matrix`], [`sparse`], [`rotation`], [`prime_lut`]: the encodings. All decode by one formula,

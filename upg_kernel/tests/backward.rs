@@ -1,5 +1,6 @@
 //! Gradients of every matrix of tiny models of every family against differences of the loss, which the decoder computes
 //! forwards, with a matrix moved a little to both sides.
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 #[allow(dead_code, reason = "helpers of other tests")]
 mod common;

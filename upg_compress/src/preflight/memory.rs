@@ -14,6 +14,10 @@ use upg_kernel::inference::{Input, ModelConfig};
 /// The program, its tables, its threads, and what the allocator keeps of memory that was freed.
 const BASE: u64 = 60_000_000;
 
+/// Most that the allocator keeps of the many arrays of a calibration that come and go; larger ones it gives back. What it
+/// kept of a small model was that model's own memory again, and with sensitivities 2.5 times as much.
+const MOST_KEPT: u64 = 1 << 30;
+
 /// What a tokenizer takes, for each byte of its `tokenizer.json`.
 const TOKENIZER_FACTOR: u64 = 40;
 
@@ -56,6 +60,13 @@ impl Memory {
             all = all.max(encoding + held.while_encoding(&tensor.name));
         }
         all = all.max(held.start).max(held.pass);
+        // Sensitivities are a run before the run.
+        let kept = match (&options.calibration, options.budget) {
+            (None, _) => 0,
+            (Some(_), None) => all,
+            (Some(_), Some(_)) => all * 5 / 2,
+        };
+        let all = all + kept.min(MOST_KEPT);
         let tokenizer = match options.calibration {
             Some(_) => texts * TOKENIZER_FACTOR,
             None => texts,

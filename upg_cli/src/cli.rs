@@ -127,10 +127,14 @@ pub struct CompressArgs {
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
     /// Run the model over a text first: what its matrices make of it is kept rather than their weights.
-    /// For all encodings of the blocks but keep and mdcsr; takes several times as long. TEXT is UTF-8, or JSON lines
+    /// For all encodings of the blocks but keep and mdcsr; takes many times as long. TEXT is UTF-8, or JSON lines
     /// with a string "text" each if its name ends in .jsonl [without TEXT: one that comes with upg]
     #[arg(long, value_name = "TEXT", num_args = 0..=1)]
     pub calibrate: Option<Option<PathBuf>>,
+    /// Most tokens of that text to use: time grows with them [default: all of TEXT, 32768 of the one that comes
+    /// with upg]
+    #[arg(long, value_name = "N", requires = "calibrate")]
+    pub calibration_tokens: Option<NonZeroUsize>,
     /// Store matrices with many zeros as s8 instead of q8 and s4 instead of q4: auto where it saves a tenth
     /// (23 % and 33 % zeros), or never
     #[arg(long, value_name = "WHEN", default_value_t)]

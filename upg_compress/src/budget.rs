@@ -161,7 +161,10 @@ fn candidates(
         let message = "a budget without a calibration text, which says where bits are needed";
         return Err(Error::new(ErrorKind::Argument, message).hint("add --calibrate"));
     };
-    let mut calibrator = Calibrator::new(source, &calibration.first(SEQUENCES), progress)?;
+    let few = calibration
+        .clone()
+        .at_most(SEQUENCES * calibration.window());
+    let mut calibrator = Calibrator::new(source, &few, progress)?;
     let mut candidates = Vec::new();
     for planned in &plan.tensors {
         let tensor = &source.tensors()[planned.index];

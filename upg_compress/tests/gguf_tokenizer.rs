@@ -212,6 +212,9 @@ fn a_calibration_text_is_cut_into_whole_sequences_of_the_ids_of_llama_cpp() {
 
     let built_in = Calibration::built_in(source.as_ref()).unwrap();
     assert!(built_in.is_built_in() && !calibration.is_built_in());
+    let few = built_in.clone().at_most(1100);
+    assert_eq!(few.tokens(), &built_in.tokens()[..1024]);
+    assert_eq!(built_in.clone().at_most(1).tokens().len(), 512);
     assert!(
         (60_000..90_000).contains(&built_in.tokens().len()),
         "{}",

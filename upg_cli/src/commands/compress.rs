@@ -6,9 +6,11 @@ use crate::progress::WeightsBar;
 use crate::terminal::{self, bytes, duration};
 use std::fmt::Write as _;
 use std::io::Write as _;
+use std::num::NonZeroUsize;
 use std::path::Path;
 use upg_compress::budget::{Budget, counted};
-use upg_compress::calibration::{Calibration, text};
+use upg_compress::calibration::Calibration;
+use upg_compress::calibration::text::{self, BUILT_IN_TOKENS};
 use upg_compress::compress::{CompressReport, compress};
 use upg_compress::plan::{Choice, CompressOptions};
 use upg_compress::preflight::Preflight;
@@ -76,7 +78,10 @@ fn options(args: &CompressArgs, source: &dyn Source) -> Result<CompressOptions> 
         options.encoding = Choice::Encode(budget.encoding());
     }
     if let Some(text) = &args.calibrate {
-        options.calibration = Some(calibration(source, text.as_deref())?);
+        let calibration = calibration(source, text.as_deref())?;
+        let most = args.calibration_tokens.map(NonZeroUsize::get);
+        let most = most.or(calibration.is_built_in().then_some(BUILT_IN_TOKENS));
+        options.calibration = Some(calibration.at_most(most.unwrap_or(usize::MAX)));
     }
     Ok(options)
 }

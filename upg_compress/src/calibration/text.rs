@@ -10,6 +10,9 @@ use upg_kernel::{Error, ErrorKind, Result};
 /// A bit of everything; `data/README.md` says what, and where it is from.
 const BUILT_IN: &str = include_str!("../../data/calibration.txt");
 
+/// Tokens that are used of the built-in text where nobody says how many: work grows with them.
+pub const BUILT_IN_TOKENS: usize = 1 << 15;
+
 /// Bytes of the digest that names the tokens.
 const DIGEST_BYTES: usize = 16;
 

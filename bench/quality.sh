@@ -13,7 +13,7 @@ Prints a table and writes it to bench/record/, with a plot and all figures as JS
 those of the same day and processor. The first time takes about two hours on two cores.
 
   --text FILE       scored [default: the second half of upg_kernel/tests/data/emma.txt]
-  --calibrate FILE  both calibrate on it [default: the text that comes with upg]
+  --calibrate FILE  both calibrate on its first 64 sequences of 512 tokens [default: the text that comes with upg]
   --windows N       of 512 tokens that are scored [default: 12]
   --no-record       only print the table
 
@@ -58,7 +58,11 @@ upg_recipes=(
     "t4 --encoding t4"
     "t3 --encoding t3"
     "t2 --encoding t2"
+    "3.5 --bpw 3.5"
+    "2.5 --bpw 2.5"
 )
+# Both calibrate on so many sequences of 512 tokens at most.
+sequences=64
 # The embedding, which is also the output head, takes as much in both, so that the blocks are compared.
 llama_embedding=(--token-embedding-type q8_0 --output-tensor-type q8_0)
 upg_embedding=(--embedding q8)
@@ -100,8 +104,8 @@ if [ -z "$text" ]; then
     text=$folder/emma-second.txt text_name="the second half of emma.txt"
     tail -c +75166 $emma >"$text"
 fi
-# Figures are of two texts and a number of windows.
-results=$folder/$({ echo "$windows"; sha256sum <"$text"; sha256sum <"$calibrate"; } | sha256sum | head -c 12)
+# Figures are of two texts and numbers of windows and sequences.
+results=$folder/$({ echo "$windows $sequences"; sha256sum <"$text"; sha256sum <"$calibrate"; } | sha256sum | head -c 12)
 mkdir -p "$results"
 
 # made OUT INPUT... -- COMMAND...: runs COMMAND, which writes OUT.partial, unless OUT is newer than every INPUT.
@@ -133,7 +137,7 @@ made "$padded" "$source" bench/original_gguf.py -- "${make_original[@]}" "$padde
 echo "4/5  llama.cpp: ${llama_types[*]}" >&2
 imatrix=$results/imatrix.gguf base=$results/base.logits
 made "$imatrix" "$padded" "$llama/bin/llama-imatrix" -- "$llama/bin/llama-imatrix" \
-    --model "$padded" --file "$calibrate" --ctx-size 512 --threads "$cores" --no-ppl --output-format gguf \
+    --model "$padded" --file "$calibrate" --ctx-size 512 --chunks "$sequences" --threads "$cores" --no-ppl --output-format gguf \
     --output-file "$imatrix.partial"
 perplexity=("$llama/bin/llama-perplexity" --file "$text" --ctx-size 512 --chunks "$windows" --threads "$cores")
 made "$base" "$padded" "$llama/bin/llama-perplexity" -- \
@@ -163,7 +167,8 @@ evaluate=("$upg" eval --text "$text" --windows "$windows" --json)
 measure_upg() {
     local out=$1 file=${1%.json.partial}.safetensors
     shift
-    "$upg" compress "$original" --output "$file" "${upg_embedding[@]}" --calibrate "$calibrate" "$@" &&
+    "$upg" compress "$original" --output "$file" "${upg_embedding[@]}" --calibrate "$calibrate" \
+        --calibration-tokens $((512 * sequences)) "$@" &&
         "${evaluate[@]}" "$file" --against "$original" --logits "$results/upg.logits" >"$out" &&
         rm "$file"
 }

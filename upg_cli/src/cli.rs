@@ -131,7 +131,7 @@ pub struct CompressArgs {
     /// with a string "text" each if its name ends in .jsonl [without TEXT: one that comes with upg]
     #[arg(long, value_name = "TEXT", num_args = 0..=1)]
     pub calibrate: Option<Option<PathBuf>>,
-    /// Most tokens of that text to use: time grows with them [default: all of TEXT, 32768 of the one that comes
+    /// Most tokens of that text to use, a sequence (512) at least: time grows with them [default: all of TEXT, 32768 of the one that comes
     /// with upg]
     #[arg(long, value_name = "N", requires = "calibrate")]
     pub calibration_tokens: Option<NonZeroUsize>,
@@ -151,7 +151,7 @@ pub struct CompressArgs {
     #[arg(long)]
     pub dry_run: bool,
     /// Write JSON: errors, bits and seconds of each tensor, with --calibrate also the errors of outputs,
-    /// and how fast it went
+    /// unless an earlier run without --report has done it, and how fast it went
     #[arg(long, value_name = "FILE")]
     pub report: Option<PathBuf>,
 }

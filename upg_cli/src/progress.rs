@@ -59,6 +59,9 @@ impl WeightsBar {
 impl Progress for WeightsBar {
     fn start(&self, weights: u64) {
         self.bar.set_length(weights);
+        // What came before is not the work that is counted.
+        let mut speed = self.speed.lock().unwrap_or_else(|e| e.into_inner());
+        (speed.first, speed.layer) = (None, None);
     }
 
     fn tensor(&self, name: &str) {

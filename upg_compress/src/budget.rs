@@ -9,7 +9,7 @@
 
 use crate::calibration::Calibrator;
 use crate::plan::{Choice, CompressOptions, Plan, described, is_calibrated};
-use crate::preflight::file_bytes;
+use crate::preflight::{array_bytes, file_bytes};
 use crate::progress::Progress;
 use crate::source::{Source, TensorInfo};
 use serde_json::{Value, json};
@@ -74,10 +74,10 @@ struct Candidate {
 }
 
 impl Candidate {
-    fn new(tensor: &TensorInfo, sensitivity: f64) -> Result<Self> {
+    fn new(tensor: &TensorInfo, group: Option<usize>, sensitivity: f64) -> Result<Self> {
         let mut bytes = [0; LADDER.len()];
         for (bytes, (encoding, _)) in bytes.iter_mut().zip(LADDER) {
-            *bytes = aligned(&described(tensor, encoding, None))?;
+            *bytes = aligned(described(tensor, encoding, group).array_bytes()?);
         }
         Ok(Self {
             name: tensor.name.clone(),
@@ -97,10 +97,85 @@ impl Candidate {
     }
 }
 
-/// Bytes of the arrays of a layer, each with the padding before the next one.
-fn aligned(layer: &LayerInfo) -> Result<u64> {
-    let arrays = layer.array_bytes()?.into_iter();
-    Ok(arrays.map(|n| n.next_multiple_of(TENSOR_ALIGNMENT)).sum())
+/// Bytes of arrays, each with the padding before the next one.
+fn aligned(arrays: Vec<u64>) -> u64 {
+    let arrays = arrays.into_iter();
+    arrays.map(|n| n.next_multiple_of(TENSOR_ALIGNMENT)).sum()
+}
+
+/// The smallest file that the options allow.
+struct Least {
+    /// Those of it.
+    options: CompressOptions,
+    plan: Plan,
+    file_bytes: u64,
+    /// Of the matrices of the blocks, and how many weights these have.
+    blocks: u64,
+    weights: u64,
+}
+
+impl Least {
+    fn new(source: &dyn Source, options: &CompressOptions, budget: Budget) -> Result<Self> {
+        let of = |encoding, embedding| -> Result<(CompressOptions, Plan, u64)> {
+            let mut options = options.clone();
+            options.encoding = Choice::Encode(encoding);
+            options.embedding = embedding;
+            let plan = Plan::new(source, &options)?;
+            let bytes = file_bytes(source, &options, &plan)?;
+            Ok((options, plan, bytes))
+        };
+        let embedding = match (options.embedding, budget) {
+            (Some(embedding), _) => Some(embedding),
+            // Of 8 bits where 3 are left for the blocks then.
+            (None, Budget::File(most)) => {
+                let large = Some(Choice::Encode(Encoding::Q8));
+                let fits = of(Encoding::T3, large)?.2 <= most;
+                if fits { large } else { None }
+            }
+            (None, Budget::Blocks(_)) => None,
+        };
+        let embedding = of(budget.encoding(), embedding)?.1.embedding;
+        let (options, plan, file_bytes) = of(LADDER[0].0, Some(embedding))?;
+        let (mut blocks, mut weights) = (0, 0);
+        for planned in &plan.tensors {
+            let tensor = &source.tensors()[planned.index];
+            if Input::of(&tensor.name).is_some() {
+                blocks += aligned(array_bytes(source, planned)?);
+                weights += tensor.weights() as u64;
+            }
+        }
+        Ok(Self {
+            options,
+            plan,
+            file_bytes,
+            blocks,
+            weights,
+        })
+    }
+
+    /// Bytes that a budget has beyond; `None` if it has not even these.
+    fn left(&self, budget: Budget) -> Option<u64> {
+        match budget {
+            Budget::Blocks(bits) => {
+                ((bits * self.weights as f64 / 8.0) as u64).checked_sub(self.blocks)
+            }
+            Budget::File(most) => most.checked_sub(self.file_bytes + self.header_room()),
+        }
+    }
+
+    fn header_room(&self) -> u64 {
+        HEADER_ROOM * self.plan.tensors.len() as u64
+    }
+}
+
+/// At most so many bytes will the file have; as many as the smallest one if the budget is less. Errors: those of the plan.
+pub(crate) fn most_bytes(
+    source: &dyn Source,
+    options: &CompressOptions,
+    budget: Budget,
+) -> Result<u64> {
+    let least = Least::new(source, options, budget)?;
+    Ok(least.file_bytes + least.header_room() + least.left(budget).unwrap_or(0))
 }
 
 /// `options` with an encoding for each matrix of the blocks that no pattern names.
@@ -115,35 +190,21 @@ pub(crate) fn settled(
     budget: Budget,
     progress: &dyn Progress,
 ) -> Result<CompressOptions> {
-    let mut options = options.clone();
-    let mut least = options.clone();
-    least.encoding = Choice::Encode(LADDER[0].0);
-    least.embedding = Some(Plan::new(source, &options)?.embedding);
-    let plan = Plan::new(source, &least)?;
-    let bytes = file_bytes(source, &least, &plan)?;
-    let (mut blocks, mut weights) = (0, 0);
-    for planned in &plan.tensors {
-        let tensor = &source.tensors()[planned.index];
-        if let (Some(layer), Some(_)) = (&planned.layer, Input::of(&tensor.name)) {
-            blocks += aligned(layer)?;
-            weights += tensor.weights() as u64;
-        }
-    }
-    let left = match budget {
-        Budget::Blocks(bits) => ((bits * weights as f64 / 8.0) as u64).checked_sub(blocks),
-        Budget::File(most) => most.checked_sub(bytes + HEADER_ROOM * plan.tensors.len() as u64),
-    };
-    let Some(left) = left else {
+    let least = Least::new(source, options, budget)?;
+    let Some(left) = least.left(budget) else {
         let message = format!(
             "the budget is too small: with {} for all matrices of the blocks they have {:.3} bits a weight, the file {} bytes",
             LADDER[0].0,
-            8.0 * blocks as f64 / weights as f64,
-            bytes
+            8.0 * least.blocks as f64 / least.weights as f64,
+            least.file_bytes
         );
         return Err(Error::new(ErrorKind::Argument, message)
             .hint("allow more, or name an encoding of fewer bits for the embedding"));
     };
-    let mut candidates = candidates(source, &least, &plan, progress)?;
+    let Least {
+        mut options, plan, ..
+    } = least;
+    let mut candidates = candidates(source, &options, &plan, progress)?;
     spend(&mut candidates, left);
     let chosen = candidates.into_iter();
     options.choices = chosen.map(|c| (c.name, LADDER[c.rung].0)).collect();
@@ -161,10 +222,7 @@ fn candidates(
         let message = "a budget without a calibration text, which says where bits are needed";
         return Err(Error::new(ErrorKind::Argument, message).hint("add --calibrate"));
     };
-    let few = calibration
-        .clone()
-        .at_most(SEQUENCES * calibration.window());
-    let mut calibrator = Calibrator::new(source, &few, progress)?;
+    let mut calibrator = Calibrator::new(source, &calibration.first(SEQUENCES), progress)?;
     let mut candidates = Vec::new();
     for planned in &plan.tensors {
         let tensor = &source.tensors()[planned.index];
@@ -177,7 +235,7 @@ fn candidates(
             let sensitivity = curvature
                 .sensitivity(&weights, options.seed)
                 .map_err(|e| e.tensor(&tensor.name))?;
-            candidates.push(Candidate::new(tensor, sensitivity)?);
+            candidates.push(Candidate::new(tensor, options.group, sensitivity)?);
         }
     }
     Ok(candidates)

@@ -61,11 +61,11 @@ impl Calibration {
         })
     }
 
-    /// The first sequences of it, of at most `tokens` together; one at least.
-    pub fn at_most(mut self, tokens: usize) -> Self {
-        let sequences = (tokens / self.window).max(1);
-        self.tokens.truncate(sequences.saturating_mul(self.window));
-        self
+    /// The first `sequences` of it.
+    pub(crate) fn first(&self, sequences: usize) -> Self {
+        let mut first = self.clone();
+        first.tokens.truncate(sequences * self.window);
+        first
     }
 
     /// All tokens, one sequence after the other.

@@ -224,6 +224,11 @@ impl Plan {
         }
         if let Some(sparsity) = options.prune {
             pruning::check_sparsity(sparsity)?;
+            if options.sparse == Sparse::Never {
+                let message = "pruning, but no matrix may be stored by its zeros";
+                return Err(Error::new(ErrorKind::Argument, message)
+                    .hint("leave out --sparse never or --prune"));
+            }
             if options.calibration.is_none() {
                 let message = "pruning without a calibration text";
                 return Err(Error::new(ErrorKind::Argument, message)
@@ -256,7 +261,8 @@ impl Plan {
             .filter(|(_, t)| is_matrix(t))
             .map(|(_, t)| choose(t));
         let grouped = [Encoding::Q8, Encoding::Q4].map(Choice::Encode);
-        if options.group.is_some() && !choices.any(|choice| grouped.contains(&choice)) {
+        let none_grouped = !choices.any(|choice| grouped.contains(&choice));
+        if options.group.is_some() && options.budget.is_none() && none_grouped {
             let message = "a group of columns, but no matrix that becomes q8 or q4";
             return Err(Error::new(ErrorKind::Argument, message).hint("leave it out"));
         }

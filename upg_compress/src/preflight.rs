@@ -4,8 +4,9 @@
 mod memory;
 mod time;
 
+use crate::budget::most_bytes;
 use crate::compress::metadata;
-use crate::plan::{CompressOptions, Plan, PlannedTensor};
+use crate::plan::{CompressOptions, Plan, PlannedTensor, is_calibrated};
 use crate::resume::partial_files;
 use crate::source::Source;
 use std::path::Path;
@@ -20,7 +21,7 @@ pub use memory::Memory;
 pub struct Preflight {
     /// Tensors that are treated alike, in the order of the first of each.
     pub groups: Vec<Group>,
-    /// Bytes of the file: exactly, but at most so many with `mdcsr`, `s8` and `s4`.
+    /// Bytes of the file: exactly, but at most so many with `mdcsr`, `s8`, `s4` and a budget.
     pub file_bytes: u64,
     /// Of these, what an earlier run may have written already.
     pub written_bytes: u64,
@@ -43,13 +44,13 @@ pub struct Preflight {
 pub struct Group {
     /// With `*` for the number of the layer.
     pub name: String,
-    /// `keep`, or the name of the encoding.
+    /// `keep`, the name of the encoding, or `mixed` if a budget will choose it.
     pub encoding: String,
     /// `[rows, cols]` of a matrix, `[n]` of a vector.
     pub shape: Vec<usize>,
     /// How many there are.
     pub tensors: usize,
-    /// Bytes of all of them, as [`Preflight::file_bytes`] counts.
+    /// Bytes of all of them; of mixed ones with `t3` or `t4`, whichever is nearer to the budget.
     pub bytes: u64,
 }
 
@@ -65,11 +66,17 @@ impl Preflight {
     ) -> Result<Self> {
         let out = out.as_ref();
         let plan = Plan::new(source, options)?;
-        let file_bytes = file_bytes(source, options, &plan)?;
+        let file_bytes = match options.budget {
+            Some(budget) => most_bytes(source, options, budget)?,
+            None => file_bytes(source, options, &plan)?,
+        };
         let mut groups: Vec<Group> = Vec::new();
         for planned in &plan.tensors {
             let bytes = array_bytes(source, planned)?.iter().sum();
-            add(&mut groups, source, planned, bytes);
+            let is_open = options.budget.is_some()
+                && planned.layer.as_ref().is_some_and(is_calibrated)
+                && !options.is_named(&source.tensors()[planned.index].name);
+            add(&mut groups, source, planned, bytes, is_open);
         }
         let [partial, _] = partial_files(out)?;
         let written = std::fs::metadata(&partial).map_or(0, |m| m.len());
@@ -165,7 +172,7 @@ fn temporary_bytes(source: &dyn Source, options: &CompressOptions) -> Result<u64
 }
 
 /// Bytes of each array of a tensor.
-fn array_bytes(source: &dyn Source, planned: &PlannedTensor) -> Result<Vec<u64>> {
+pub(crate) fn array_bytes(source: &dyn Source, planned: &PlannedTensor) -> Result<Vec<u64>> {
     if let Some(layer) = &planned.layer {
         return layer.array_bytes();
     }
@@ -174,9 +181,19 @@ fn array_bytes(source: &dyn Source, planned: &PlannedTensor) -> Result<Vec<u64>>
     Ok(vec![tensor.weights() as u64 * size])
 }
 
-fn add(groups: &mut Vec<Group>, source: &dyn Source, planned: &PlannedTensor, bytes: u64) {
+fn add(
+    groups: &mut Vec<Group>,
+    source: &dyn Source,
+    planned: &PlannedTensor,
+    bytes: u64,
+    is_open: bool,
+) {
     let tensor = &source.tensors()[planned.index];
-    let encoding = planned.layer.as_ref().map_or("keep", |l| l.encoding_name());
+    let encoding = match &planned.layer {
+        _ if is_open => "mixed",
+        Some(layer) => layer.encoding_name(),
+        None => "keep",
+    };
     let name = with_star(&tensor.name);
     let same = |g: &&mut Group| g.name == name && g.encoding == encoding && g.shape == tensor.shape;
     match groups.iter_mut().find(same) {

@@ -370,7 +370,7 @@ fn too_short_a_text_and_a_model_without_tokenizer_are_refused() {
     assert_eq!(e.kind(), ErrorKind::TooLarge);
     let folder = tempfile::tempdir().unwrap();
     let source = open("qwen3", "qwen3", folder.path());
-    let e = Calibration::of_text(source.as_ref(), "a text").unwrap_err();
+    let e = Calibration::of_text(source.as_ref(), "a text", usize::MAX).unwrap_err();
     assert!(
         e.kind() == ErrorKind::Missing && e.to_string().contains("tokenizer"),
         "{e}"

@@ -189,7 +189,7 @@ fn a_calibration_text_is_cut_into_whole_sequences_of_the_ids_of_llama_cpp() {
     let case = cases.iter().find(|case| !case["text_file"].is_null());
     let case = case.expect("a case with a long text");
     let source = source::open(smollm2_gguf()).unwrap();
-    let calibration = Calibration::of_text(source.as_ref(), &text(case)).unwrap();
+    let calibration = Calibration::of_text(source.as_ref(), &text(case), usize::MAX).unwrap();
     let ids = ids(&case["ids"]);
     let whole = ids.len() / 512 * 512;
     assert!(whole > 0 && whole < ids.len());
@@ -198,7 +198,7 @@ fn a_calibration_text_is_cut_into_whole_sequences_of_the_ids_of_llama_cpp() {
 
     // Documents are tokenized by themselves.
     let documents = ["A", " b".repeat(600).as_str()].map(str::to_owned);
-    let calibration = Calibration::of_documents(source.as_ref(), &documents).unwrap();
+    let calibration = Calibration::of_documents(source.as_ref(), &documents, usize::MAX).unwrap();
     let alone = |text: &str| {
         source
             .files()
@@ -210,11 +210,12 @@ fn a_calibration_text_is_cut_into_whole_sequences_of_the_ids_of_llama_cpp() {
     let joined = [alone(&documents[0]), alone(&documents[1])].concat();
     assert_eq!(calibration.tokens(), &joined[..512]);
 
-    let built_in = Calibration::built_in(source.as_ref()).unwrap();
+    let built_in = Calibration::built_in(source.as_ref(), usize::MAX).unwrap();
     assert!(built_in.is_built_in() && !calibration.is_built_in());
-    let few = built_in.clone().at_most(1100);
+    let few = Calibration::built_in(source.as_ref(), 1100).unwrap();
     assert_eq!(few.tokens(), &built_in.tokens()[..1024]);
-    assert_eq!(built_in.clone().at_most(1).tokens().len(), 512);
+    let e = Calibration::built_in(source.as_ref(), 511).unwrap_err();
+    assert_eq!(e.kind(), upg_kernel::ErrorKind::Argument);
     assert!(
         (60_000..90_000).contains(&built_in.tokens().len()),
         "{}",

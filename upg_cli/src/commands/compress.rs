@@ -16,7 +16,7 @@ use upg_compress::plan::{Choice, CompressOptions};
 use upg_compress::preflight::Preflight;
 use upg_compress::resume::partial_files;
 use upg_compress::source::{self, Source};
-use upg_kernel::{Error, ErrorKind, Result, WholeFile};
+use upg_kernel::{Error, ErrorKind, Result, WholeFile, refuse_to_overwrite};
 
 /// Work that is estimated to take fewer seconds starts without a word.
 const WORTH_A_LINE: f64 = 10.0;
@@ -29,6 +29,13 @@ pub fn run(args: &CompressArgs) -> Result<()> {
         return Err(Error::new(ErrorKind::Argument, "the output is a directory")
             .at(&args.output)
             .hint("name a file, for example model.safetensors"));
+    }
+    let text = args.calibrate.iter().flatten();
+    refuse_to_overwrite(&args.output, text.clone())?;
+    if let Some(report) = &args.report {
+        let [data, journal] = partial_files(&args.output)?;
+        let others = [args.output.clone(), data, journal];
+        refuse_to_overwrite(report, text.chain(&others))?;
     }
     let source = source::open(&args.source)?;
     let options = options(args, source.as_ref())?;
@@ -78,10 +85,8 @@ fn options(args: &CompressArgs, source: &dyn Source) -> Result<CompressOptions> 
         options.encoding = Choice::Encode(budget.encoding());
     }
     if let Some(text) = &args.calibrate {
-        let calibration = calibration(source, text.as_deref())?;
         let most = args.calibration_tokens.map(NonZeroUsize::get);
-        let most = most.or(calibration.is_built_in().then_some(BUILT_IN_TOKENS));
-        options.calibration = Some(calibration.at_most(most.unwrap_or(usize::MAX)));
+        options.calibration = Some(calibration(source, text.as_deref(), most)?);
     }
     Ok(options)
 }
@@ -196,8 +201,13 @@ fn summary(output: &Path, source: &dyn Source, report: &CompressReport) -> Strin
     }
     if let Some(zeros) = report.zeros {
         text += &format!(
-            "{} matrices stored by their zeros, {:.1} % of their weights\n",
+            "{} matrices{} stored by their zeros, {:.1} % of their weights\n",
             zeros.matrices,
+            if report.restored > 0 {
+                " of this run"
+            } else {
+                ""
+            },
             100.0 * zeros.share()
         );
     }
@@ -213,10 +223,15 @@ fn summary(output: &Path, source: &dyn Source, report: &CompressReport) -> Strin
 }
 
 /// What the model is run over: the text in a file, or the one that comes with upg.
-fn calibration(source: &dyn Source, path: Option<&Path>) -> Result<Calibration> {
+fn calibration(
+    source: &dyn Source,
+    path: Option<&Path>,
+    most: Option<usize>,
+) -> Result<Calibration> {
     let Some(path) = path else {
-        return Calibration::built_in(source);
+        return Calibration::built_in(source, most.unwrap_or(BUILT_IN_TOKENS));
     };
+    let most = most.unwrap_or(usize::MAX);
     let content = terminal::read_text(path)?;
     match path
         .extension()
@@ -224,8 +239,8 @@ fn calibration(source: &dyn Source, path: Option<&Path>) -> Result<Calibration> 
     {
         true => {
             let documents = text::json_lines(&content).map_err(|e| e.at(path))?;
-            Calibration::of_documents(source, &documents)
+            Calibration::of_documents(source, &documents, most)
         }
-        false => Calibration::of_text(source, &content),
+        false => Calibration::of_text(source, &content, most),
     }
 }

@@ -21,29 +21,34 @@ impl Calibration {
     /// paragraphs in other languages than English, 250 kB in all. Each prefix has some of most of it.
     ///
     /// Errors: as [`Calibration::of_documents`].
-    pub fn built_in(source: &dyn Source) -> Result<Self> {
+    pub fn built_in(source: &dyn Source, most: usize) -> Result<Self> {
         Ok(Self {
             built_in: true,
-            ..Self::of_text(source, BUILT_IN)?
+            ..Self::of_text(source, BUILT_IN, most)?
         })
     }
 
     /// A text as one document. Errors: as [`Calibration::of_documents`].
-    pub fn of_text(source: &dyn Source, text: &str) -> Result<Self> {
-        Self::of_documents(source, &[text])
+    pub fn of_text(source: &dyn Source, text: &str, most: usize) -> Result<Self> {
+        Self::of_documents(source, &[text], most)
     }
 
     /// Documents, each as the tokenizer of the model in `source` cuts it by itself, then joined and cut into sequences
-    /// of 512 tokens, or of as many as the model takes at most.
+    /// of 512 tokens, or of as many as the model takes at most; of all tokens the first `most` are used.
     ///
     /// Errors: those of the tokenizer and of [`Calibration::new`]; `Missing` if the source has no tokenizer.
-    pub fn of_documents(source: &dyn Source, documents: &[impl AsRef<str>]) -> Result<Self> {
+    pub fn of_documents(
+        source: &dyn Source,
+        documents: &[impl AsRef<str>],
+        most: usize,
+    ) -> Result<Self> {
         let files = source.files();
         let (config, tokenizer) = (files.config()?, files.tokenizer()?);
         let mut tokens = Vec::new();
         for document in documents {
             tokens.extend(tokenizer.encode(document.as_ref(), true)?);
         }
+        tokens.truncate(most);
         Self::new(tokens, WINDOW.min(config.context))
     }
 

@@ -75,7 +75,10 @@ impl Against {
         let mut identity = format!("{:?}", self.options);
         for path in files {
             let io = |e| Error::io("cannot read", &path, e);
-            let metadata = path.metadata().map_err(io)?;
+            // Files that could belong to a source need not be there.
+            let Ok(metadata) = path.metadata() else {
+                continue;
+            };
             let changed = metadata.modified().map_err(io)?;
             let since = changed.duration_since(UNIX_EPOCH).unwrap_or_default();
             let path = path.canonicalize().map_err(io)?;

@@ -112,6 +112,12 @@ impl Compression {
             let message = "is stored twice, compressed and plainly";
             return Err(Error::new(ErrorKind::Invalid, message).tensor(&twice.name));
         }
+        let mut names: Vec<&str> = gathered.iter().map(|g| g.name.as_str()).collect();
+        names.sort_unstable();
+        if let Some(twice) = names.windows(2).find(|pair| pair[0] == pair[1]) {
+            let message = "is stored twice, under its own name and that of its module";
+            return Err(Error::new(ErrorKind::Invalid, message).tensor(twice[0]));
+        }
         Ok(gathered)
     }
 }

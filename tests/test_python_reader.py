@@ -25,7 +25,7 @@ def main(upg):
         sparse = sparse_copy(model, folder / "sparse")
         for encoding in ENCODINGS:
             file, exported = folder / f"{encoding}.safetensors", folder / encoding
-            options = ["--encoding", encoding, "--embedding", encoding]
+            options = ["--encoding", encoding, "--embedding", encoding, "--sparse", "never"]
             run(upg, "compress", sparse, "-o", file, *options)
             run(upg, "decompress", file, "-o", exported, "--dtype", "f32")
             rust = load_file(exported / "model.safetensors")

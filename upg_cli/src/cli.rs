@@ -126,7 +126,7 @@ pub struct CompressArgs {
     /// Seed of the random rotation of the t encodings
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
-    /// Run the model over a text first: what its matrices make of it is kept rather than their weights.
+    /// Run the model over a text first: what it predicts there is kept rather than its weights.
     /// For all encodings of the blocks but keep and mdcsr; takes many times as long. TEXT is UTF-8, or JSON lines
     /// with a string "text" each if its name ends in .jsonl [without TEXT: one that comes with upg]
     #[arg(long, value_name = "TEXT", num_args = 0..=1)]

@@ -215,18 +215,11 @@ fn a_real_model_answers_is_measured_and_goes_back_to_its_directory() {
     let text = folder.path().join("text");
     fs::write(&text, "It was a bright cold day in April. ".repeat(20)).unwrap();
     let text = text.to_str().unwrap();
-    let eval = [
-        "eval",
-        model,
-        "--text",
-        text,
-        "--against",
-        model,
-        "--window",
-        "32",
-        "--json",
-    ];
-    let json: Value = serde_json::from_str(&succeed(eval)).unwrap();
+    let eval = |against| {
+        let inputs = ["eval", model, "--text", text, "--against", against];
+        [&inputs[..], &["--window", "32", "--json"]].concat()
+    };
+    let json: Value = serde_json::from_str(&succeed(eval(model))).unwrap();
     assert!(json["perplexity"].as_f64().unwrap() > 1.0);
     assert!(
         json["bits_per_weight"].as_f64().unwrap()
@@ -241,20 +234,11 @@ fn a_real_model_answers_is_measured_and_goes_back_to_its_directory() {
     let original = gguf();
     let logits = folder.path().join("logits");
     let logits = logits.to_str().unwrap();
-    let eval = [
-        "eval",
-        model,
-        "--text",
-        text,
-        "--against",
-        original.to_str().unwrap(),
-        "--window",
-        "32",
-        "--json",
-    ];
-    let exact: Value = serde_json::from_str(&succeed(eval)).unwrap();
-    let first = succeed([&eval[..], &["--logits", logits]].concat());
-    assert_eq!(succeed([&eval[..], &["--logits", logits]].concat()), first);
+    let against_original = eval(original.to_str().unwrap());
+    let exact: Value = serde_json::from_str(&succeed(against_original.clone())).unwrap();
+    let kept = [&against_original[..], &["--logits", logits]].concat();
+    let first = succeed(kept.clone());
+    assert_eq!(succeed(kept), first);
     let first: Value = serde_json::from_str(&first).unwrap();
     for (figure, error) in [
         ("kl_mean", "kl_error"),
@@ -271,6 +255,12 @@ fn a_real_model_answers_is_measured_and_goes_back_to_its_directory() {
 
     let exported = folder.path().join("exported");
     succeed(["decompress", model, "-o", exported.to_str().unwrap()]);
+    // A directory, which has not all of the files that a model may have.
+    let of_directory = folder.path().join("logits of a directory");
+    let kept = ["--logits", of_directory.to_str().unwrap()];
+    let json = succeed([&eval(exported.to_str().unwrap())[..], &kept].concat());
+    let json: Value = serde_json::from_str(&json).unwrap();
+    assert!(json["kl_mean"].as_f64().unwrap() < 0.1, "{json}");
     assert_eq!(
         names(&exported),
         [

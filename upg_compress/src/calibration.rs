@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
-use upg_kernel::inference::weights::shape_mismatch;
+use upg_kernel::inference::weights::{EMBEDDING, shape_mismatch};
 use upg_kernel::inference::{Backward, Input, Layerwise, ModelConfig, WeightSource};
 use upg_kernel::matrix::{DenseMatrix, DenseValues, Matrix};
 use upg_kernel::{Error, ErrorKind, Result};
@@ -106,7 +106,7 @@ impl<'a> Calibrator<'a> {
         let config = source.files().config()?;
         let source = Weights(source);
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
-        let embedding = source.matrix("model.embed_tokens.weight", vocab, hidden)?;
+        let embedding = source.matrix(EMBEDDING, vocab, hidden)?;
         let Calibration { tokens, window, .. } = calibration;
         let mut run = Layerwise::new(config.clone(), &embedding, tokens, *window)?;
         drop(embedding);

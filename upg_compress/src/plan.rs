@@ -13,6 +13,7 @@ use std::fmt;
 use std::str::FromStr;
 use upg_kernel::format::{Encoding, LayerInfo, TOKENIZER, check_kept_name};
 use upg_kernel::inference::Input;
+use upg_kernel::inference::weights::{EMBEDDING, HEAD};
 use upg_kernel::matrix::BITMAP_GROUP;
 use upg_kernel::{Error, ErrorKind, Result};
 
@@ -187,7 +188,7 @@ impl Plan {
             .iter()
             .enumerate()
             // The head of a tied model is its embedding; a stored copy is not used.
-            .filter(|(_, t)| !(tied && t.name == "lm_head.weight"))
+            .filter(|(_, t)| !(tied && t.name == HEAD))
             .collect();
         let embedding = options
             .embedding
@@ -346,10 +347,7 @@ fn is_matrix(tensor: &TensorInfo) -> bool {
 }
 
 fn is_embedding(tensor: &TensorInfo) -> bool {
-    matches!(
-        tensor.name.as_str(),
-        "model.embed_tokens.weight" | "lm_head.weight"
-    )
+    matches!(tensor.name.as_str(), EMBEDDING | HEAD)
 }
 
 fn default_embedding(body: Choice, tensors: &[(usize, &TensorInfo)]) -> Choice {

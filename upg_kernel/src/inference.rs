@@ -32,7 +32,7 @@ pub use block::{Input, Observer};
 pub use config::ModelConfig;
 pub use evaluate::{Evaluation, evaluate};
 pub use generate::{FinishReason, GenerateOptions, StopStrings, TextStream, Timings, TokenStream};
-pub use layerwise::Layerwise;
+pub use layerwise::{Layerwise, POSITIONS_TOGETHER};
 pub use model::Model;
 pub use sampler::{Sampler, SamplingOptions};
 pub use session::{CacheType, Session, SessionOptions};

@@ -59,16 +59,24 @@ fn records_come_back_and_more_can_be_added() {
     assert!(!path.exists());
 }
 
+fn ends_of_lines(bytes: &[u8]) -> Vec<usize> {
+    let lines = bytes.split_inclusive(|&b| b == b'\n');
+    let mut end = 0;
+    lines
+        .map(|line| {
+            end += line.len();
+            end
+        })
+        .collect()
+}
+
 /// Cut after any byte, the journal has the records whose lines are whole, and takes the others again.
 #[test]
 fn a_torn_journal_has_what_is_whole() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("journal");
     let bytes = written(&path);
-    let ends: Vec<usize> = (0..bytes.len())
-        .filter(|&i| bytes[i] == b'\n')
-        .map(|i| i + 1)
-        .collect();
+    let ends = ends_of_lines(&bytes);
     for len in 0..=bytes.len() {
         std::fs::write(&path, &bytes[..len]).unwrap();
         let (mut journal, found) = Journal::open(path.clone(), &fingerprint("7")).unwrap();
@@ -89,10 +97,7 @@ fn damage_is_seen() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("journal");
     let bytes = written(&path);
-    let ends: Vec<usize> = (0..bytes.len())
-        .filter(|&i| bytes[i] == b'\n')
-        .map(|i| i + 1)
-        .collect();
+    let ends = ends_of_lines(&bytes);
     for place in 0..bytes.len() {
         let mut damaged = bytes.clone();
         damaged[place] ^= 4;

@@ -9,7 +9,7 @@ use crate::source::{Source, SourceDtype, TensorInfo};
 use std::collections::BTreeMap;
 use upg_kernel::Result;
 use upg_kernel::format::{Encoding, LayerInfo};
-use upg_kernel::inference::{Input, ModelConfig};
+use upg_kernel::inference::{Input, ModelConfig, POSITIONS_TOGETHER};
 
 /// The program, its tables, its threads, and what the allocator keeps of memory that was freed.
 const BASE: u64 = 60_000_000;
@@ -23,9 +23,6 @@ const TOKENIZER_FACTOR: u64 = 40;
 
 /// Of each thread, for each column: a strip of 64 rows in several forms.
 const STRIP_BYTES: u64 = 64 * 4 * 10;
-
-/// Positions in a pass of [`Layerwise`](upg_kernel::inference::Layerwise) and [`Backward`](upg_kernel::inference::Backward).
-const TOGETHER: u64 = 2048;
 
 const F32: u64 = 4;
 
@@ -134,7 +131,7 @@ fn held(source: &dyn Source, config: &ModelConfig, calibration: &Calibration) ->
     let (query, kv) = (config.query_size() as u64, config.kv_size() as u64);
     let inner = config.intermediate_size as u64;
     let window = calibration.window() as u64;
-    let positions = (TOGETHER / window).max(1) * window;
+    let positions = (POSITIONS_TOGETHER as u64 / window).max(1) * window;
     let positions = positions.min(calibration.tokens().len() as u64);
     let states = F32 * hidden * calibration.tokens().len() as u64;
     // Backwards: hidden states and what norms make of them, with gradients; queries, keys and values three times, gate and up

@@ -13,6 +13,7 @@ use std::time::Instant;
 use upg_kernel::Result;
 use upg_kernel::format::LayerInfo;
 use upg_kernel::inference::Input;
+use upg_kernel::inference::weights::{EMBEDDING, HEAD};
 use upg_kernel::matrix::strips::STRIP_ROWS;
 
 /// Columns of a sample: what feedback costs beside the search is counted, not measured.
@@ -26,10 +27,6 @@ const LARGER: usize = 4;
 
 /// Rows and columns of the product that is timed.
 const PRODUCT: usize = 1024;
-
-/// The names of head and embedding.
-const HEAD: &str = "lm_head.weight";
-const EMBEDDING: &str = "model.embed_tokens.weight";
 
 /// How much longer products in f64 take.
 const F64_FACTOR: f64 = 2.0;

@@ -5,6 +5,7 @@ use super::attention::Shape;
 use super::block::{Input, turn_heads};
 use super::config::ModelConfig;
 use super::layers::{Joint, RmsNorm, gated_silu};
+use super::layerwise::POSITIONS_TOGETHER;
 use super::rope::{Rope, RopeTable};
 use super::weights::{HeadWeights, LayerWeights, WeightSource};
 use crate::error::{Error, ErrorKind, Result};
@@ -19,9 +20,6 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 mod heads;
 
 use heads::Heads;
-
-/// Positions that are computed at once, unless a sequence is longer.
-const TOGETHER: usize = 2048;
 
 /// Positions whose logits are computed at once.
 const LOGITS_TOGETHER: usize = 256;
@@ -149,7 +147,7 @@ impl Backward {
             window: window.unwrap_or(self.len),
         };
         let size = self.len * self.config.hidden_size;
-        let together = (TOGETHER / self.len).max(1) * size;
+        let together = (POSITIONS_TOGETHER / self.len).max(1) * size;
         for (x, gradients) in hidden
             .chunks(together)
             .zip(self.gradients.chunks_mut(together))

@@ -12,7 +12,7 @@ use crate::kernels::Kernels;
 use crate::matrix::Matrix;
 
 /// Positions that are computed at once, unless a sequence is longer.
-const TOGETHER: usize = 2048;
+pub const POSITIONS_TOGETHER: usize = 2048;
 
 /// The hidden states of some sequences on their way through a decoder.
 ///
@@ -107,7 +107,7 @@ impl Layerwise {
         let mut of_layer = self.config.clone();
         of_layer.windows = vec![window];
         let (len, size) = (self.len, self.len * self.config.hidden_size);
-        let together = (TOGETHER / len).max(1);
+        let together = (POSITIONS_TOGETHER / len).max(1);
         let long = self.rope.is_long(len);
         for hidden in self.hidden.chunks_mut(together * size) {
             let count = hidden.len() / size;

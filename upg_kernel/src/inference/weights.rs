@@ -7,8 +7,10 @@ use super::layers::{Joint, RmsNorm};
 use crate::error::{Error, ErrorKind, Result};
 use crate::matrix::Matrix;
 
-/// The name of the embedding.
-const EMBEDDING: &str = "model.embed_tokens.weight";
+/// The names of the embedding and of a head that is not the embedding.
+pub const EMBEDDING: &str = "model.embed_tokens.weight";
+/// See [`EMBEDDING`].
+pub const HEAD: &str = "lm_head.weight";
 
 /// Where weights come from: a UPG file, a directory of safetensors, a test.
 ///
@@ -126,7 +128,7 @@ impl Loader<'_> {
             matrix: match (self.config.tie_word_embeddings, embedding) {
                 (true, Some(embedding)) => embedding.clone(),
                 (true, None) => self.matrix(EMBEDDING, vocab, hidden)?,
-                (false, _) => self.matrix("lm_head.weight", vocab, hidden)?,
+                (false, _) => self.matrix(HEAD, vocab, hidden)?,
             },
         })
     }

@@ -94,8 +94,8 @@ pub fn product(a: View<'_>, b: View<'_>, add: bool, out: &mut [f32]) {
         b.cols,
         out.len()
     );
-    // SAFETY: the largest element touched of `a` and `b` is in its slice, as `View::new` has checked and transposing
-    // does not change; that of `out`, row-major, is its last one, by the assertion above. Borrows keep `out`
+    // SAFETY: the largest element touched of `a` and `b` is in its slice, as `View::new` has checked; transposing
+    // does not change that, and `rows_of` only leaves rows out. That of `out`, row-major, is its last one, by the assertion above. Borrows keep `out`
     // apart from the inputs. All three are passed transposed.
     unsafe {
         gemm::gemm(

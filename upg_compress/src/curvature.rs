@@ -120,7 +120,7 @@ impl Curvature {
         let mut sum = 0.0;
         for (panel, weights) in weights.chunks(self.panel_rows() * cols).enumerate() {
             let sizes = weights.chunks_exact(cols).map(size);
-            sum += match self.feedback_of_rows(panel)? {
+            sum += match self.feedback_of_rows(panel, 1)? {
                 None => sizes.sum::<f64>(),
                 Some(rows) => {
                     let costs = rows.costs().iter().map(|&cost| f64::from(cost));
@@ -151,13 +151,17 @@ impl Curvature {
         }
     }
 
-    /// How the errors of strips of a panel change the targets of later ones; `None` if they do not.
+    /// How the errors of rows of a panel change the targets of later ones, `together` rows at a time; `None` if they do not.
     ///
     /// Errors: those of [`Feedback::new`].
-    pub(crate) fn feedback_of_rows(&self, panel: usize) -> Result<Option<Feedback>> {
+    pub(crate) fn feedback_of_rows(
+        &self,
+        panel: usize,
+        together: usize,
+    ) -> Result<Option<Feedback>> {
         let panel = self.outputs.as_ref().map(|panels| &panels[panel]);
         panel
-            .map(|panel| Feedback::new(panel, STRIP_ROWS))
+            .map(|panel| Feedback::new(panel, together))
             .transpose()
     }
 
@@ -217,9 +221,8 @@ impl Panel {
         }
     }
 
-    /// What is wanted of the next strip, whose weights are `[n, cols]`; and what an error in each of its rows costs, if
-    /// that is known.
-    pub(crate) fn next(&self, weights: &[f32]) -> (Vec<f32>, Option<&[f32]>) {
+    /// What is wanted of the next strip, whose weights are `[n, cols]`, after the errors of the strips before.
+    pub(crate) fn next(&self, weights: &[f32]) -> (Vec<f32>, Option<StripRows<'_>>) {
         let mut wanted = weights.to_vec();
         let Some(feedback) = &self.feedback else {
             return (wanted, None);
@@ -227,7 +230,7 @@ impl Panel {
         let first = self.errors.len() / self.cols;
         feedback.carry(&self.errors, self.cols, &mut wanted);
         let rows = first..first + weights.len() / self.cols;
-        (wanted, Some(&feedback.costs()[rows]))
+        (wanted, Some(StripRows { feedback, rows }))
     }
 
     /// Takes the errors of that strip, `weights - decoded`.
@@ -236,5 +239,25 @@ impl Panel {
             let pairs = weights.iter().zip(decoded);
             self.errors.extend(pairs.map(|(w, decoded)| w - decoded));
         }
+    }
+}
+
+/// How the rows of a strip act together.
+pub(crate) struct StripRows<'a> {
+    feedback: &'a Feedback,
+    /// In their panel.
+    rows: Range<usize>,
+}
+
+impl StripRows<'_> {
+    /// What an error in each of the rows costs, 1 on average over the panel.
+    pub(crate) fn costs(&self) -> &[f32] {
+        &self.feedback.costs()[self.rows.clone()]
+    }
+
+    /// What the error of row `i` of the strip adds to the target of its row `k`: 0 if `k` is not later, or of those rounded
+    /// together with `i`.
+    pub(crate) fn share(&self, i: usize, k: usize) -> f32 {
+        self.feedback.share(self.rows.start + i, self.rows.start + k)
     }
 }

@@ -281,6 +281,11 @@ impl Feedback {
         );
     }
 
+    /// What the error of column `j` adds to the target of column `k`.
+    pub(crate) fn share(&self, j: usize, k: usize) -> f32 {
+        self.shares[(j, k)]
+    }
+
     /// Adds to what is `wanted [n, cols]` of rows what the errors `[first, cols]` of all rows before them ask for: here the
     /// values of the Hessian are those of outputs. Row by row; a block of the feedback at a time.
     pub(crate) fn carry(&self, errors: &[f32], cols: usize, wanted: &mut [f32]) {

@@ -18,7 +18,7 @@ pub use code::{Code, UNIT};
 pub use search::Search;
 pub use simd::Path;
 
-use crate::curvature::{Curvature, Panel};
+use crate::curvature::{Curvature, Panel, StripRows};
 use crate::hessian::Feedback;
 use crate::progress::Progress;
 use rand_chacha::ChaCha8Rng;
@@ -45,9 +45,20 @@ const PRIME_INDEX: u8 = 0;
 /// on usual matrices, 0.5 dB where rows differ by ten times) for a third of the harm.
 const LEAST_ROW_WEIGHT: f64 = 1.0 / 8.0;
 
-/// How much larger than its weights a row is taken to be where errors are made up for: what is wanted of a weight then is
-/// larger than the weight. 1.08 to 1.15 measured the same with `t3`, 1.0 worse.
-const GAIN: f64 = 1.1;
+/// How much larger than its weights a row is taken to be, at least, where errors are made up for: what is wanted of a weight
+/// then is larger than the weight. 1.08 to 1.15 measured the same with `t3`, 1.0 worse.
+const LEAST_GAIN: f64 = 1.1;
+
+/// The squared error of a weight between the levels of codes with `k` bits, in units of the variance of its row.
+const ERROR: [f64; 5] = [f64::NAN, f64::NAN, 0.069, 0.018, 0.0048];
+
+/// From what part of the largest level on a weight costs more than the errors between levels: few states have levels near
+/// the largest. 0.7 to 0.9 measured nearly the same, 1.0 worse with `t4`.
+const REACH: f64 = 0.8;
+
+/// Gains that are looked at, and their distance.
+const GAINS: u8 = 48;
+const GAIN_STEP: f64 = 0.04;
 
 /// The rotation for matrices of `cols` columns: the same for the same `cols` and `seed`, so that
 /// matrices with the same input can share the rotated input.
@@ -136,7 +147,7 @@ pub fn encode_with(
         .try_for_each_init(
             || Strip::new(code, cols),
             |strip, (panel, ((codes, scales), w))| {
-                let of_rows = curvature.map(|curvature| curvature.feedback_of_rows(panel));
+                let of_rows = curvature.map(|curvature| curvature.feedback_of_rows(panel, feedback::ROWS));
                 let mut panel = Panel::new(cols, of_rows.transpose()?.flatten());
                 let strips = codes.chunks_exact_mut(strip_bytes);
                 let strips = strips.zip(scales.chunks_mut(STRIP_ROWS));
@@ -145,8 +156,9 @@ pub fn encode_with(
                     let mut rotated = w.to_vec();
                     let rows = rotated.chunks_exact_mut(cols);
                     rows.for_each(|row| rotation.apply(row));
-                    let (wanted, costs) = panel.next(&rotated);
-                    strip.encode(&wanted, costs, feedback.as_ref(), scales);
+                    let (wanted, of_rows) = panel.next(&rotated);
+                    let feedback = feedback.as_ref().map(|feedback| (feedback, of_rows));
+                    strip.encode(&rotated, &wanted, feedback, scales);
                     write_stream(&strip.states, code.k(), codes);
                     panel.add(&rotated, strip.decoded(scales));
                     progress.advance(w.len() as u64);
@@ -191,40 +203,47 @@ impl<'a> Strip<'a> {
         }
     }
 
-    /// Finds states for rows `w [n, cols]` and their `scales [n]`. `costs [n]` are what errors of rows cost; without
-    /// them it is the sizes of the rows that count.
+    /// Finds states for rows `w [n, cols]` and their `scales [n]`. With feedback the rows should rather be `wanted`, and it is
+    /// what errors cost that counts; without, the sizes of the rows.
     ///
     /// A row that is not finite gets a scale that is not.
     fn encode(
         &mut self,
         w: &[f32],
-        costs: Option<&[f32]>,
-        feedback: Option<&Feedback>,
+        wanted: &[f32],
+        feedback: Option<(&Feedback, Option<StripRows<'_>>)>,
         scales: &mut [f32],
     ) {
         let code = self.search.code();
-        let gain = if feedback.is_some() { GAIN } else { 1.0 };
         self.targets.fill(0.0);
         self.weights.fill(0.0);
-        let sizes: Vec<f64> = w.chunks_exact(self.cols).map(rms).collect();
-        let of_rows = row_weights(&sizes, costs);
-        for (row, (w, scale)) in w.chunks_exact(self.cols).zip(&mut *scales).enumerate() {
+        let sizes: Vec<f64> = wanted.chunks_exact(self.cols).map(rms).collect();
+        let strip = feedback.as_ref().and_then(|(_, strip)| strip.as_ref());
+        let of_rows = row_weights(&sizes, strip.map(StripRows::costs));
+        let mut levels = [0.0; STRIP_ROWS];
+        for (row, wanted) in wanted.chunks_exact(self.cols).enumerate() {
+            let gain = match feedback {
+                Some(_) => gain(code, wanted, sizes[row]),
+                None => 1.0,
+            };
             let level = sizes[row] * gain / f64::from(code.unit());
-            *scale = level as f32;
+            (levels[row], scales[row]) = (level, level as f32);
             if level == 0.0 {
                 continue;
             }
-            for (col, &w) in w.iter().enumerate() {
+            for (col, &wanted) in wanted.iter().enumerate() {
                 let p = position(row, col);
-                self.targets[p] = (f64::from(w) / level) as f32;
+                self.targets[p] = (f64::from(wanted) / level) as f32;
                 self.weights[p] = of_rows[row];
             }
         }
         let prime = f64::from(PRIME_LUT[usize::from(PRIME_INDEX)]);
-        if let Some(feedback) = feedback {
+        if let Some((feedback, strip)) = feedback {
+            let rows = strip.map(|strip| feedback::Rows::new(w, &levels, &strip));
             let (targets, weights) = (&self.targets, &mut self.weights);
             let states = &mut self.states;
-            let fitted = feedback::search(&mut self.search, targets, weights, feedback, states);
+            let fitted =
+                feedback::search(&mut self.search, targets, weights, feedback, rows, states);
             for (scale, fitted) in scales.iter_mut().zip(fitted) {
                 *scale = (f64::from(*scale) * fitted.unwrap_or(1.0) / prime) as f32;
             }
@@ -257,6 +276,28 @@ impl<'a> Strip<'a> {
             (0..self.cols).map(move |col| scale * (prime * f32::from(level(col))))
         })
     }
+}
+
+/// How much larger than its `size` a row is taken to be where errors are made up for: as much as costs least, counting errors
+/// between levels, which grow with it, and those of weights beyond the reach of the levels, which shrink.
+///
+/// A rotated row is nearly Gaussian, but not its tails: weights of 5 to 15 times the size of their row are there, which may
+/// cost more than all others at 4 bits. A common gain that reaches them would cost most rows more than it gives.
+fn gain(code: &Code, w: &[f32], size: f64) -> f64 {
+    let error = ERROR[usize::from(code.k())];
+    let largest = code.float_levels().iter().fold(0.0, |a, &b| b.max(a));
+    let reach = REACH * f64::from(largest / code.unit()) * size;
+    let mut best = (f64::INFINITY, LEAST_GAIN);
+    for step in 0..GAINS {
+        let gain = LEAST_GAIN + GAIN_STEP * f64::from(step);
+        let beyond = w.iter().map(|&w| (f64::from(w).abs() - reach * gain).max(0.0).powi(2));
+        let beyond = beyond.sum::<f64>() / (w.len() as f64 * size * size);
+        let cost = error * gain * gain + beyond;
+        if cost < best.0 {
+            best = (cost, gain);
+        }
+    }
+    best.1
 }
 
 fn rms(w: &[f32]) -> f64 {

@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::{EncodedRow, LevelSet};
-use crate::curvature::{Curvature, Panel};
+use crate::curvature::{Curvature, Panel, StripRows};
 use crate::hessian::Feedback;
 use rayon::prelude::*;
 use upg_kernel::Result;
@@ -45,11 +45,11 @@ pub(super) fn choose_again<L: LevelSet>(
         .zip(weights.par_chunks(curvature.panel_rows() * cols))
         .enumerate()
         .try_for_each(|(panel, (rows, weights))| {
-            let mut panel = Panel::new(cols, curvature.feedback_of_rows(panel)?);
+            let mut panel = Panel::new(cols, curvature.feedback_of_rows(panel, 1)?);
             let strips = rows.chunks_mut(STRIP_ROWS);
             for (rows, weights) in strips.zip(weights.chunks(STRIP_ROWS * cols)) {
-                let (wanted, _) = panel.next(weights);
-                let chosen = chooser.choose(weights, &wanted, rows);
+                let (wanted, of_rows) = panel.next(weights);
+                let chosen = chooser.choose(weights, &wanted, of_rows.as_ref(), rows);
                 panel.add(weights, chosen.into_iter());
             }
             Ok(())
@@ -70,7 +70,13 @@ struct Chooser<'a, L> {
 impl<L: LevelSet> Chooser<'_, L> {
     /// Codes and scales of `rows`, up to [`STRIP_ROWS`], of `weights [rows, cols]` that should rather be `wanted`. Returns
     /// what they are then.
-    fn choose(&self, weights: &[f32], wanted: &[f32], rows: &mut [EncodedRow]) -> Vec<f32> {
+    fn choose(
+        &self,
+        weights: &[f32],
+        wanted: &[f32],
+        strip: Option<&StripRows<'_>>,
+        rows: &mut [EncodedRow],
+    ) -> Vec<f32> {
         let (cols, feedback) = (self.cols, self.feedback);
         let is_stored = |at: usize| !self.skip_zeros || weights[at] != 0.0;
         // Column by column, in their order.
@@ -80,16 +86,26 @@ impl<L: LevelSet> Chooser<'_, L> {
                 *of_rows = row[col];
             }
         }
+        let share = |i, k| strip.map_or(0.0, |strip| strip.share(i, k));
+        let shares: Vec<Vec<f32>> = (0..rows.len())
+            .map(|k| (0..k).map(|i| share(i, k)).collect())
+            .collect();
         let mut wanted = of_rows.clone();
         // Products of prime and level.
         let mut products = vec![0.0; wanted.len()];
         let mut errors = products.clone();
         let mut codes = vec![0; weights.len()];
+        // What is left of the weights of a column, row by row.
+        let mut left = [0.0; STRIP_ROWS];
         for first in (0..cols).step_by(COLUMNS) {
             let end = cols.min(first + COLUMNS);
             for (k, &col) in (first..end).zip(&self.order[first..end]) {
                 for (i, row) in rows.iter().enumerate() {
                     let at = k * STRIP_ROWS + i;
+                    // What the rows before ask for.
+                    let asked: f32 = shares[i].iter().zip(&left).map(|(s, e)| s * e).sum();
+                    of_rows[at] += asked;
+                    wanted[at] += asked;
                     if is_stored(i * cols + col) {
                         let prime = PRIME_LUT[usize::from(row.primes[col / self.group])] as f32;
                         let step = row.scale * prime;
@@ -98,7 +114,9 @@ impl<L: LevelSet> Chooser<'_, L> {
                         codes[i * cols + col] = code;
                         products[at] = prime * f32::from(self.levels.level(code));
                     }
-                    errors[at] = of_rows[at] - row.scale * products[at];
+                    let chosen = row.scale * products[at];
+                    errors[at] = of_rows[at] - chosen;
+                    left[i] = weights[i * cols + col] - chosen;
                 }
                 feedback.spread(&errors, k..k + 1, &mut wanted, k + 1..end);
             }

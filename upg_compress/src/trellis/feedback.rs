@@ -2,23 +2,63 @@
 #![forbid(unsafe_code)]
 
 use super::search::Search;
+use crate::curvature::StripRows;
 use crate::hessian::Feedback;
-use upg_kernel::matrix::strips::{STRIP_ROWS, TILE_COLS, TILE_WEIGHTS};
+use upg_kernel::matrix::strips::{STRIP_ROWS, TILE_COLS, TILE_WEIGHTS, position};
 
 /// Tiles whose errors reach the columns far from them in one product of matrices.
 const TILES: usize = 16;
+
+/// Rows of a tile that are searched together, where rows make up for those before.
+pub(super) const ROWS: usize = 16;
+
+/// Weights that a search has in view beyond those that it fixes.
+const VIEW: usize = 128;
+
+/// The average weight of a search, which takes 1 for an average: rows and columns of a tile differ by more than the search
+/// can tell apart at 1, and a cost that reaches its end counts no more than one that is half of it.
+const AVERAGE_WEIGHT: f32 = 0.3;
+
+/// How the rows of a strip act together.
+pub(super) struct Rows {
+    /// In the order of the codes, in units of a level.
+    weights: Vec<f32>,
+    /// What the error of a row, in units of its level, adds to the target of each row, in units of that one.
+    shares: Box<[[f32; STRIP_ROWS]; STRIP_ROWS]>,
+}
+
+impl Rows {
+    /// Of rows `w [n, cols]` with these `levels`; those of size 0 take no part.
+    pub(super) fn new(w: &[f32], levels: &[f64; STRIP_ROWS], strip: &StripRows<'_>) -> Self {
+        let n = strip.costs().len();
+        let cols = w.len() / n;
+        let mut weights = vec![0.0; cols.div_ceil(TILE_COLS) * TILE_WEIGHTS];
+        let mut shares = Box::new([[0.0; STRIP_ROWS]; STRIP_ROWS]);
+        for i in (0..n).filter(|&i| levels[i] > 0.0) {
+            for (col, &w) in w[i * cols..(i + 1) * cols].iter().enumerate() {
+                weights[position(i, col)] = (f64::from(w) / levels[i]) as f32;
+            }
+            for k in (i + 1..n).filter(|&k| levels[k] > 0.0) {
+                shares[i][k] = (f64::from(strip.share(i, k)) * levels[i] / levels[k]) as f32;
+            }
+        }
+        Self { weights, shares }
+    }
+}
 
 /// Finds `states` for a strip of `targets`, in the order of its codes, in units of a level. `costs`, what an
 /// error in each row costs, become what an error of each weight does.
 ///
 /// Returns for each row the scale of its levels with which they cost least; `None` where any would do.
 ///
-/// Each tile is searched with the tile after it in view, whose targets do not know of the errors of this one yet.
+/// What is searched together, a tile or some rows of it, is searched with what comes next in view, whose targets do not know
+/// of its errors yet.
 pub(super) fn search(
     search: &mut Search<'_>,
     targets: &[f32],
     costs: &mut [f32],
     feedback: &Feedback,
+    rows: Option<Rows>,
     states: &mut [u16],
 ) -> [Option<f64>; STRIP_ROWS] {
     let code = search.code();
@@ -28,35 +68,51 @@ pub(super) fn search(
         let col = i / TILE_WEIGHTS * TILE_COLS + i % TILE_COLS;
         *cost *= of_columns.get(col).unwrap_or(&0.0);
     }
-    // Both column by column; columns of padding stay zero.
-    let mut wanted = vec![0.0; tiles * TILE_WEIGHTS];
+    // All column by column; columns of padding stay zero.
+    let mut of_rows = vec![0.0; tiles * TILE_WEIGHTS];
     for (i, &target) in targets.iter().enumerate() {
-        wanted[place(i)] = target;
+        of_rows[place(i)] = target;
     }
-    let of_rows = wanted[..of_columns.len() * STRIP_ROWS].to_vec();
+    let mut wanted = of_rows.clone();
     let mut errors = vec![0.0; wanted.len()];
     let columns = |first: usize, end: usize| {
         let end = (end * TILE_COLS).min(of_columns.len());
         (first * TILE_COLS).min(end)..end
     };
-    let mut now = vec![0.0; 2 * TILE_WEIGHTS];
+    let step = rows.as_ref().map_or(STRIP_ROWS, |_| ROWS) * TILE_COLS;
+    let mut now = Vec::new();
+    let mut weights = Vec::new();
     let mut start = None;
     for first in (0..tiles).step_by(TILES) {
         let end = tiles.min(first + TILES);
         for tile in first..end {
-            let next = tiles.min(tile + 2);
-            let range = tile * TILE_WEIGHTS..next * TILE_WEIGHTS;
-            let now = &mut now[..range.len()];
-            for (i, target) in range.clone().zip(&mut *now) {
-                *target = wanted[place(i)];
-            }
-            let states = &mut states[tile * TILE_WEIGHTS..][..TILE_WEIGHTS];
-            search
-                .run(start, now, &costs[range.clone()], states)
-                .expect("as many targets and weights, and more of them than states");
-            start = states.last().copied();
-            for (i, &state) in range.zip(&*states) {
-                errors[place(i)] = targets[i] - f32::from(code.level(state));
+            for begin in (tile * TILE_WEIGHTS..(tile + 1) * TILE_WEIGHTS).step_by(step) {
+                let range = begin..targets.len().min(begin + step + VIEW);
+                now.clear();
+                now.extend(range.clone().map(|i| wanted[place(i)]));
+                weigh(&costs[range], &mut weights);
+                let states = &mut states[begin..begin + step];
+                search
+                    .run(start, &now, &weights, states)
+                    .expect("as many targets and weights, and more of them than states");
+                start = states.last().copied();
+                for (i, &state) in (begin..).zip(&*states) {
+                    errors[place(i)] = of_rows[place(i)] - f32::from(code.level(state));
+                }
+                let Some(rows) = &rows else {
+                    continue;
+                };
+                for (i, &state) in (begin..).zip(&*states) {
+                    let error = rows.weights[i] - f32::from(code.level(state));
+                    let column = place(i) / STRIP_ROWS * STRIP_ROWS;
+                    let shares = &rows.shares[place(i) % STRIP_ROWS];
+                    let column = column..column + STRIP_ROWS;
+                    let targets = of_rows[column.clone()].iter_mut().zip(&mut wanted[column]);
+                    for ((of_rows, wanted), share) in targets.zip(shares) {
+                        *of_rows += error * share;
+                        *wanted += error * share;
+                    }
+                }
             }
             // The rest of these tiles, and the one that the last of them has in view.
             let (from, to) = (columns(tile, tile + 1), columns(tile + 1, end + 1));
@@ -65,9 +121,19 @@ pub(super) fn search(
         let (from, to) = (columns(first, end), columns(end + 1, tiles));
         feedback.spread(&errors, from, &mut wanted, to);
     }
-    let pairs = of_rows.iter().zip(&errors);
+    let padded = of_columns.len() * STRIP_ROWS;
+    let pairs = of_rows[..padded].iter().zip(&errors);
     let levels: Vec<f32> = pairs.map(|(weight, error)| weight - error).collect();
-    feedback.scales_of_rows(&of_rows, &levels)
+    feedback.scales_of_rows(&of_rows[..padded], &levels)
+}
+
+/// `costs` as the weights of a search.
+fn weigh(costs: &[f32], weights: &mut Vec<f32>) {
+    let average = costs.iter().sum::<f32>() / costs.len() as f32;
+    // Of rows of zeros alone any level will do.
+    let factor = AVERAGE_WEIGHT / average.max(f32::MIN_POSITIVE);
+    weights.clear();
+    weights.extend(costs.iter().map(|cost| cost * factor));
 }
 
 /// Where the weight with number `i` of a strip is in an array of columns.

@@ -126,12 +126,11 @@ def trellis(layer, get):
 
 
 def unrotate(w, size, signs):
+    flip = np.where(np.unpackbits(signs, bitorder="little")[:size], F32(-1), F32(1))
     cols = w.shape[1]
     if size < cols:
-        w[:, cols - size :] = hadamard(w[:, cols - size :])
-    w[:, :size] = hadamard(w[:, :size])
-    flip = np.unpackbits(signs, bitorder="little")[:cols].astype(bool)
-    w[:, flip] = -w[:, flip]
+        w[:, cols - size :] = hadamard(w[:, cols - size :]) * flip
+    w[:, :size] = hadamard(w[:, :size]) * flip
     return w
 
 

@@ -21,7 +21,7 @@ const WINDOW: usize = 512;
 /// Most tokens of a calibration: their hidden states stay in memory.
 const MAX_TOKENS: usize = 1 << 18;
 
-/// Of the tokens that are drawn from the predictions of the model.
+/// Of the random factors of the logits whose gradients are taken.
 const DRAWING_SEED: u64 = 0;
 
 /// What a model is run over: sequences of tokens, each by itself.

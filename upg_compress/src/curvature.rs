@@ -19,6 +19,10 @@ use upg_kernel::{Error, ErrorKind, Result};
 /// What it gives is in docs/quality.md.
 pub(crate) const PANEL_ROWS: usize = 9 * STRIP_ROWS;
 
+/// What is added to the diagonal of the factor of the outputs, as a part of its average: more than to that of the inputs, as
+/// there are fewer positions that say anything about it, whose chance correlations would be taken for real ones.
+const DAMPING_OF_OUTPUTS: f64 = 0.1;
+
 /// The two factors for one matrix.
 #[derive(Debug, Clone)]
 pub struct Curvature {
@@ -161,7 +165,7 @@ impl Curvature {
     ) -> Result<Option<Feedback>> {
         let panel = self.outputs.as_ref().map(|panels| &panels[panel]);
         panel
-            .map(|panel| Feedback::new(panel, together))
+            .map(|panel| Feedback::with_damping(panel, together, DAMPING_OF_OUTPUTS))
             .transpose()
     }
 
@@ -258,6 +262,7 @@ impl StripRows<'_> {
     /// What the error of row `i` of the strip adds to the target of its row `k`: 0 if `k` is not later, or of those rounded
     /// together with `i`.
     pub(crate) fn share(&self, i: usize, k: usize) -> f32 {
-        self.feedback.share(self.rows.start + i, self.rows.start + k)
+        self.feedback
+            .share(self.rows.start + i, self.rows.start + k)
     }
 }

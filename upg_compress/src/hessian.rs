@@ -213,11 +213,16 @@ impl Feedback {
     ///
     /// Errors: `Argument` for a block of 0; `Invalid` if the Hessian is not positive definite, however it is damped.
     pub fn new(hessian: &Hessian, block: usize) -> Result<Self> {
+        Self::with_damping(hessian, block, DAMPING)
+    }
+
+    /// [`Feedback::new`] with another part of the average of the diagonal added to it.
+    pub(crate) fn with_damping(hessian: &Hessian, block: usize, damping: f64) -> Result<Self> {
         if block == 0 {
             return Err(Error::new(ErrorKind::Argument, "blocks of 0 columns"));
         }
         let cols = hessian.cols();
-        let (upper, damping) = cholesky(hessian)?;
+        let (upper, damping) = cholesky(hessian, damping)?;
         let diagonal = |k: usize| upper[(k, k)];
         // Unit upper triangular: `H = U D U^T`.
         let unit = |j: usize, k: usize| match j <= k {
@@ -347,15 +352,16 @@ impl Feedback {
     }
 }
 
-/// The upper triangular `U` of `H = U U^T` with a damped `H`, and what was added to its diagonal.
-fn cholesky(hessian: &Hessian) -> Result<(Mat<f64>, f64)> {
+/// The upper triangular `U` of `H = U U^T` with `H` damped by this part of the average of its diagonal or more, and what was
+/// added to that.
+fn cholesky(hessian: &Hessian, part: f64) -> Result<(Mat<f64>, f64)> {
     let cols = hessian.cols();
     let diagonal = (0..cols).map(|i| f64::from(hessian.sums[(i, i)]));
     let average = diagonal.sum::<f64>() / cols.max(1) as f64;
     // Inputs that are all zero say nothing: every column counts the same then.
     let average = if average > 0.0 { average } else { 1.0 };
     for attempt in 0..ATTEMPTS {
-        let damping = DAMPING * 10f64.powi(attempt) * average;
+        let damping = part * 10f64.powi(attempt) * average;
         // From the last column to the first: a lower triangular factor of it is an upper one in order.
         let reversed = Mat::from_fn(cols, cols, |i, j| {
             let (i, j) = (cols - 1 - i, cols - 1 - j);

@@ -63,16 +63,13 @@ const GAIN_STEP: f64 = 0.04;
 /// The rotation for matrices of `cols` columns: the same for the same `cols` and `seed`, so that
 /// matrices with the same input can share the rotated input.
 ///
-/// The signs are the first `ceil(cols / 8)` bytes of ChaCha8 seeded with
-/// `ChaCha8Rng::seed_from_u64(seed)`, the bits after the last column cleared; the Hadamard
-/// size is the largest power of two up to `cols`. Errors (`Invalid`): no columns.
+/// The Hadamard size is the largest power of two up to `cols`; the signs are the first `ceil(size / 8)` bytes of ChaCha8
+/// seeded with `ChaCha8Rng::seed_from_u64(seed)`. Errors (`Invalid`): no columns.
 pub fn rotation(cols: usize, seed: u64) -> Result<Rotation> {
-    let mut signs = vec![0; cols.div_ceil(8)];
+    let size = hadamard_size(cols).unwrap_or(0);
+    let mut signs = vec![0; size.div_ceil(8)];
     ChaCha8Rng::seed_from_u64(seed).fill_bytes(&mut signs);
-    if let (Some(last), used @ 1..) = (signs.last_mut(), cols % 8) {
-        *last &= (1 << used) - 1;
-    }
-    Rotation::new(cols, hadamard_size(cols).unwrap_or(0), signs.into())
+    Rotation::new(cols, size, signs.into())
 }
 
 /// Columns of a Hadamard transform in the [`rotation`] for `cols` columns; `None` for 0.
@@ -147,7 +144,8 @@ pub fn encode_with(
         .try_for_each_init(
             || Strip::new(code, cols),
             |strip, (panel, ((codes, scales), w))| {
-                let of_rows = curvature.map(|curvature| curvature.feedback_of_rows(panel, feedback::ROWS));
+                let of_rows =
+                    curvature.map(|curvature| curvature.feedback_of_rows(panel, feedback::ROWS));
                 let mut panel = Panel::new(cols, of_rows.transpose()?.flatten());
                 let strips = codes.chunks_exact_mut(strip_bytes);
                 let strips = strips.zip(scales.chunks_mut(STRIP_ROWS));
@@ -290,7 +288,9 @@ fn gain(code: &Code, w: &[f32], size: f64) -> f64 {
     let mut best = (f64::INFINITY, LEAST_GAIN);
     for step in 0..GAINS {
         let gain = LEAST_GAIN + GAIN_STEP * f64::from(step);
-        let beyond = w.iter().map(|&w| (f64::from(w).abs() - reach * gain).max(0.0).powi(2));
+        let beyond = w
+            .iter()
+            .map(|&w| (f64::from(w).abs() - reach * gain).max(0.0).powi(2));
         let beyond = beyond.sum::<f64>() / (w.len() as f64 * size * size);
         let cost = error * gain * gain + beyond;
         if cost < best.0 {

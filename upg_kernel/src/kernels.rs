@@ -202,11 +202,6 @@ impl Kernels {
         )
     }
 
-    /// [`scalar::flip`].
-    pub(crate) fn flip(self, x: &mut [f32], signs: &[u8]) {
-        dispatch!(self.0, scalar::flip(x, signs), kernels => kernels.flip(x, signs))
-    }
-
     /// [`scalar::rms_norm`], the same to the bit.
     pub(crate) fn rms_norm(self, x: &mut [f32], gain: &[f32], eps: f32) {
         dispatch!(self.0, scalar::rms_norm(x, gain, eps), kernels => kernels.rms_norm(x, gain, eps))

@@ -7,26 +7,27 @@ use crate::format::rules;
 use crate::kernels::Kernels;
 use crate::kernels::scalar::Signs;
 
-/// `R = H D`: `D` flips signs, `H` is one or two orthogonal Hadamard transforms of `size` columns.
+/// A pass over columns 0 to `size - 1`, then, if there are more columns, one over the last `size` of them. A pass flips the
+/// sign of its column `i` if bit `i` is 1, then multiplies by an orthogonal Hadamard matrix.
 ///
-/// The first transforms columns `0..size`; if there are more columns, the second one transforms the
-/// last `size` of them, so that with `size` the largest power of two up to the columns every column is
-/// mixed with nearly all others, whatever their number. A matrix in the rotated basis holds `W R^T`, so
+/// With `size` the largest power of two up to the columns every column is mixed with nearly all others, whatever their number.
+/// Both passes need signs: what a transform made of a single column is a row of its matrix, and the columns of another transform
+/// at a distance would bring most of that together again. A matrix in the rotated basis holds `W R^T`, so
 /// `W x = (W R^T)(R x)`. Source: QuaRot (arXiv 2404.00456), QuIP# (arXiv 2402.04396).
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rotation {
     cols: usize,
     size: usize,
-    /// One bit a column, least significant first; 1 flips the sign.
+    /// One bit a column of a pass, least significant first; 1 flips the sign.
     signs: Array<u8>,
 }
 
 impl Rotation {
     /// Errors (`Invalid`): `size` is neither 1 (no transform) nor a power of two from `cols / 2` to
-    /// `cols`; (`Shape`): `signs` is not `ceil(cols / 8)` bytes.
+    /// `cols`; (`Shape`): `signs` is not `ceil(size / 8)` bytes.
     pub fn new(cols: usize, size: usize, signs: Array<u8>) -> Result<Self> {
         rules::hadamard(cols, size)?;
-        rules::length("signs", signs.len(), &[cols.div_ceil(8)])?;
+        rules::length("signs", signs.len(), &[size.div_ceil(8)])?;
         Ok(Self { cols, size, signs })
     }
 
@@ -40,7 +41,7 @@ impl Rotation {
         self.size
     }
 
-    /// The sign bits, `ceil(cols / 8)` bytes, least significant first.
+    /// The sign bits, `ceil(size / 8)` bytes, least significant first.
     pub fn signs(&self) -> &[u8] {
         &self.signs
     }
@@ -52,21 +53,14 @@ impl Rotation {
 
     /// [`Rotation::apply`] with these kernels: the same result to the bit.
     pub(crate) fn apply_with(&self, kernels: Kernels, x: &mut [f32]) {
-        let signs = match self.size.is_multiple_of(8) {
-            true => {
-                kernels.flip(&mut x[self.size..], &self.signs[self.size / 8..]);
-                Signs::FlippedBefore(&self.signs)
-            }
-            false => {
-                kernels.flip(x, &self.signs);
-                Signs::Kept
-            }
-        };
-        kernels.transform(&mut x[..self.size], self.norm(), signs);
+        self.pass(kernels, &mut x[..self.size]);
         if self.size < self.cols {
-            let last = &mut x[self.cols - self.size..];
-            kernels.transform(last, self.norm(), Signs::Kept);
+            self.pass(kernels, &mut x[self.cols - self.size..]);
         }
+    }
+
+    fn pass(&self, kernels: Kernels, x: &mut [f32]) {
+        kernels.transform(x, self.norm(), Signs::FlippedBefore(&self.signs));
     }
 
     /// `x <- R^T x`, the inverse of [`Rotation::apply`] up to rounding.
@@ -77,20 +71,13 @@ impl Rotation {
     /// [`Rotation::invert`] with these kernels: the same result to the bit.
     pub(crate) fn invert_with(&self, kernels: Kernels, x: &mut [f32]) {
         if self.size < self.cols {
-            let last = &mut x[self.cols - self.size..];
-            kernels.transform(last, self.norm(), Signs::Kept);
+            self.pass_back(kernels, &mut x[self.cols - self.size..]);
         }
-        let first = &mut x[..self.size];
-        match self.size.is_multiple_of(8) {
-            true => {
-                kernels.transform(first, self.norm(), Signs::FlippedAfter(&self.signs));
-                kernels.flip(&mut x[self.size..], &self.signs[self.size / 8..]);
-            }
-            false => {
-                kernels.transform(first, self.norm(), Signs::Kept);
-                kernels.flip(x, &self.signs);
-            }
-        }
+        self.pass_back(kernels, &mut x[..self.size]);
+    }
+
+    fn pass_back(&self, kernels: Kernels, x: &mut [f32]) {
+        kernels.transform(x, self.norm(), Signs::FlippedAfter(&self.signs));
     }
 
     /// What makes a transform orthogonal.
@@ -104,7 +91,7 @@ mod tests {
     use super::*;
 
     fn rotation(cols: usize, size: usize) -> Rotation {
-        let signs: Vec<u8> = (0..cols.div_ceil(8)).map(|i| (i * 37 + 11) as u8).collect();
+        let signs: Vec<u8> = (0..size.div_ceil(8)).map(|i| (i * 37 + 11) as u8).collect();
         Rotation::new(cols, size, signs.into()).unwrap()
     }
 
@@ -119,13 +106,13 @@ mod tests {
 
     #[test]
     fn six_columns_by_hand() {
-        let r = Rotation::new(6, 4, vec![0].into()).unwrap();
-        let mut x = [2.0, 0.0, 0.0, 0.0, 4.0, 8.0];
+        let r = Rotation::new(6, 4, vec![0b0001].into()).unwrap();
+        let mut x = [-2.0, 0.0, 0.0, 0.0, 4.0, 8.0];
         r.apply(&mut x);
-        // Columns 0 to 3 become 1, 1, 1, 1; then columns 2 to 5 (1, 1, 4, 8) are transformed.
-        assert_eq!(x, [1.0, 1.0, 7.0, -2.0, -5.0, 2.0]);
+        // Columns 0 to 3 (2, 0, 0, 0) become 1, 1, 1, 1; then columns 2 to 5 (-1, 1, 4, 8) are transformed.
+        assert_eq!(x, [1.0, 1.0, 6.0, -3.0, -6.0, 1.0]);
         r.invert(&mut x);
-        assert_eq!(x, [2.0, 0.0, 0.0, 0.0, 4.0, 8.0]);
+        assert_eq!(x, [-2.0, 0.0, 0.0, 0.0, 4.0, 8.0]);
     }
 
     #[test]
@@ -142,11 +129,30 @@ mod tests {
         }
     }
 
+    /// No column, and no sum of two, comes out much larger anywhere than spread evenly.
+    #[test]
+    fn single_columns_are_spread() {
+        for (cols, size) in [(576, 512), (96, 64), (1536, 1024), (1024, 1024)] {
+            let r = rotation(cols, size);
+            for col in 0..cols {
+                for other in [col, (col + 64) % cols] {
+                    let mut x = vec![0.0f32; cols];
+                    (x[col], x[other]) = (1.0, 1.0);
+                    let norm = x.iter().map(|x| x * x).sum::<f32>().sqrt();
+                    r.apply(&mut x);
+                    let largest = x.iter().fold(0.0f32, |a, x| a.max(x.abs()));
+                    let spread = norm / (cols as f32).sqrt();
+                    assert!(largest < 6.0 * spread, "{cols}: {col} {other} {largest}");
+                }
+            }
+        }
+    }
+
     #[test]
     fn a_size_that_does_not_cover_the_columns_is_refused() {
         for (cols, size) in [(24, 8), (24, 32), (24, 24), (24, 0)] {
             assert!(Rotation::new(cols, size, vec![0; 3].into()).is_err());
         }
-        assert!(Rotation::new(24, 16, vec![0; 2].into()).is_err());
+        assert!(Rotation::new(24, 16, vec![0; 3].into()).is_err());
     }
 }

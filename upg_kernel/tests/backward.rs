@@ -7,6 +7,8 @@ mod common;
 
 use common::tiny::{MODELS, cases};
 use common::{config, options, source};
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{Rng, SeedableRng};
 use std::collections::HashMap;
 use std::sync::Arc;
 use upg_kernel::inference::{
@@ -20,6 +22,9 @@ const STEP: f32 = 2e-3;
 
 /// Of the largest difference of all matrices of a model; measured: up to 0.0002.
 const TOLERANCE: f64 = 0.001;
+
+/// Of the signs in the loss.
+const SEED: u64 = 7;
 
 /// A source with one matrix moved.
 struct Moved<'a> {
@@ -52,25 +57,39 @@ impl WeightSource for Moved<'_> {
     }
 }
 
-/// Of all tokens after the sequences, position by position.
-fn loss(
-    config: &ModelConfig,
-    source: &dyn WeightSource,
-    tokens: &[u32],
-    len: usize,
-    next: &[u32],
-) -> f64 {
+/// Of all positions of the sequences.
+fn logits(config: &ModelConfig, source: &dyn WeightSource, tokens: &[u32], len: usize) -> Vec<f32> {
     let model = Arc::new(Model::load(config.clone(), source).unwrap());
-    let mut sum = 0.0;
-    for (sequence, next) in tokens.chunks_exact(len).zip(next.chunks_exact(len)) {
+    let of_sequence = |sequence| {
         let mut session = Session::new(Arc::clone(&model), &options()).unwrap();
-        let logits = session.forward(sequence).unwrap();
-        for (logits, &next) in logits.chunks_exact(config.vocab_size).zip(next) {
-            let exponentials = logits.iter().map(|&l| f64::from(l).exp());
-            sum += exponentials.sum::<f64>().ln() - f64::from(logits[next as usize]);
+        session.forward(sequence).unwrap().to_vec()
+    };
+    tokens.chunks_exact(len).flat_map(of_sequence).collect()
+}
+
+/// What the logits are multiplied by in the loss: `p * sum(s * e) - s * e` at each position, with random signs `e`.
+fn factors(logits: &[f32], vocab: usize, seed: u64) -> Vec<f64> {
+    let mut random = ChaCha8Rng::seed_from_u64(seed);
+    let of_position = |logits: &[f32]| {
+        let exponentials: Vec<f64> = logits.iter().map(|&l| f64::from(l).exp()).collect();
+        let sum: f64 = exponentials.iter().sum();
+        let mut signs = 0;
+        let mut signed = Vec::new();
+        for (i, exponential) in exponentials.iter().enumerate() {
+            signs = if i % 64 == 0 {
+                random.next_u64()
+            } else {
+                signs >> 1
+            };
+            let sign = if signs % 2 == 1 { -1.0 } else { 1.0 };
+            signed.push(sign * (exponential / sum).sqrt());
         }
-    }
-    sum
+        let along: f64 = signed.iter().sum();
+        let factor = |(e, s): (&f64, &f64)| e / sum * along - s;
+        let factors: Vec<f64> = exponentials.iter().zip(&signed).map(factor).collect();
+        factors
+    };
+    logits.chunks_exact(vocab).flat_map(of_position).collect()
 }
 
 #[test]
@@ -91,8 +110,8 @@ fn gradients_are_differences_of_the_loss() {
             let observe = &mut |_, _, _: &[f32]| Ok(());
             forward.layer(layer, &source, observe).unwrap();
         }
-        let mut run = Backward::new(config.clone(), &source, forward.hidden(), len, 7).unwrap();
-        let drawn = run.drawn().to_vec();
+        let mut run = Backward::new(config.clone(), &source, forward.hidden(), len, SEED).unwrap();
+        let factors = factors(&logits(&config, &source, &tokens, len), vocab, SEED);
 
         // For each matrix the direction it is moved in, and what that should do.
         let mut expected: HashMap<String, (Vec<f32>, f64)> = HashMap::new();
@@ -148,7 +167,9 @@ fn gradients_are_differences_of_the_loss() {
                     name: matrix,
                     by,
                 };
-                loss(&config, &moved, &tokens, len, &drawn)
+                let logits = logits(&config, &moved, &tokens, len);
+                let products = logits.iter().zip(&factors).map(|(l, c)| f64::from(*l) * c);
+                products.sum::<f64>()
             };
             let difference = (at(1.0) - at(-1.0)) / 2.0;
             worst = worst.max((difference - change).abs() / most);

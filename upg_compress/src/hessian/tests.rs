@@ -161,7 +161,7 @@ fn damping_grows_until_it_does_not_help() {
         hessian
     };
     // Positive definite from a damping of more than 9 on: that of the last attempt is 10.
-    assert_eq!(cholesky(&indefinite(10.0)).unwrap().1, 10.0);
+    assert_eq!(cholesky(&indefinite(10.0), 0.01).unwrap().1, 10.0);
     let e = Feedback::new(&indefinite(100.0), 1).unwrap_err();
     assert_eq!(e.kind(), ErrorKind::Invalid);
 }

@@ -276,7 +276,7 @@ fn the_stream_is_what_the_layout_says() {
 fn the_rotation_depends_on_columns_and_seed_only() {
     let r = rotation(20, 3).unwrap();
     assert_eq!((r.cols(), r.size()), (20, 16));
-    assert_eq!(r.signs()[2] >> 4, 0, "bits after the last column");
+    assert_eq!(r.signs().len(), 2);
     assert_eq!(r.signs(), rotation(20, 3).unwrap().signs());
     assert_ne!(r.signs(), rotation(20, 4).unwrap().signs());
     // a matrix made elsewhere with the same seed has to get the same signs

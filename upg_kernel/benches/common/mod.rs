@@ -139,7 +139,7 @@ fn trellis(rows: usize, cols: usize, k: u8) -> (Matrix, usize) {
     );
     let bytes = codes.len() + 5 * rows;
     let size = 1 << cols.ilog2();
-    let signs = noise(cols.div_ceil(8), 9).into();
+    let signs = noise(usize::div_ceil(size, 8), 9).into();
     let parts = TrellisParts {
         codes: codes.into(),
         prime_indices: vec![0; rows].into(),

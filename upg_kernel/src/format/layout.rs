@@ -108,7 +108,11 @@ pub(super) fn arrays(layer: &LayerInfo) -> Result<Vec<ArraySpec>> {
                 spec("codes", Dtype::U8, &[strips, strip]),
                 spec("prime_indices", Dtype::U8, &[rows, 1]),
                 scales,
-                spec("signs", Dtype::U8, &[cols.div_ceil(8)]),
+                spec(
+                    "signs",
+                    Dtype::U8,
+                    &[layer.hadamard.unwrap_or(1).div_ceil(8)],
+                ),
             ]
         }
     })

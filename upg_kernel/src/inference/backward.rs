@@ -34,10 +34,15 @@ pub type GradientObserver<'a> = &'a mut dyn FnMut(Input, &[f32], &[f32]) -> Resu
 /// Gradients of the hidden states of some sequences on their way back through a decoder, the partner of
 /// [`Layerwise`](super::Layerwise).
 ///
-/// The loss is the negative log-likelihood, summed over all positions, of tokens that are drawn from what the model itself
-/// predicts there. The second moments of its gradients are the Fisher information: half of `d^T F d` is, to
-/// second order, what a change `d` makes the Kullback-Leibler divergence from the model's predictions.
-/// All arithmetic is f32.
+/// They are those of the logits of all positions, added up with random factors `c = p * sum(s * e) - s * e`: `p` are the
+/// probabilities that the model predicts at a position, `s` their square roots, and `e` random signs. The covariance of `c`
+/// is that of the gradients of the likelihood of a token drawn by `p`, `diag(p) - p p^T`, so that the second moments of
+/// these gradients are the Fisher information: half of `d^T F d` is, to second order, what a change `d` makes the
+/// Kullback-Leibler divergence from the model's predictions. But `c` is about as large as it is on average each time, where a
+/// token that is nearly certain would be drawn nearly always and say nothing.
+///
+/// The signs are the bits of ChaCha8 seeded with `ChaCha8Rng::seed_from_u64(seed)`, 64 at a time from the least significant
+/// one on, 1 for `e = -1`; every position begins with new ones. All arithmetic is f32.
 #[derive(Debug)]
 pub struct Backward {
     config: ModelConfig,
@@ -47,14 +52,12 @@ pub struct Backward {
     len: usize,
     /// `[sequences, len, hidden]`.
     gradients: Vec<f32>,
-    /// `[sequences, len]`.
-    drawn: Vec<u32>,
     scratch: Scratch,
 }
 
 impl Backward {
-    /// After the last layer, whose output is `hidden [sequences, len, hidden]`: norm and head of `source`, and tokens drawn
-    /// with `seed`.
+    /// After the last layer, whose output is `hidden [sequences, len, hidden]`: norm and head of `source`, and signs
+    /// drawn with `seed`.
     ///
     /// Memory: as many values as `hidden` has, the head as f32 twice, and the logits of 512 positions.
     /// Errors: `Argument` if `hidden` is not whole sequences; `Invalid` for logits that are not finite; those of loading
@@ -78,7 +81,7 @@ impl Backward {
         let mut random = ChaCha8Rng::seed_from_u64(seed);
         let mut scratch = Scratch::default();
         let (mut normed, mut logits) = (Vec::new(), Vec::new());
-        let (mut gradients, mut tokens) = (vec![0.0; hidden.len()], Vec::new());
+        let mut gradients = vec![0.0; hidden.len()];
         let together = LOGITS_TOGETHER * config.hidden_size;
         for (x, gradients) in hidden.chunks(together).zip(gradients.chunks_mut(together)) {
             norm.of(kernels, x, &mut normed);
@@ -87,9 +90,7 @@ impl Backward {
             let parts = [Some(&matrix)];
             multiply(parts, &normed, n, Write::Set, &mut scratch, &mut logits)?;
             for logits in logits.chunks_exact_mut(config.vocab_size) {
-                // 53 bits: all that a number below 1 has.
-                let drawn = (random.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
-                tokens.push(surprise(logits, drawn)? as u32);
+                fluctuate(logits, &mut random)?;
             }
             let logits = View::new(&logits, n, config.vocab_size, config.vocab_size);
             back(logits, &head, false, gradients);
@@ -101,7 +102,6 @@ impl Backward {
             config,
             len,
             gradients,
-            drawn: tokens,
             scratch,
         })
     }
@@ -109,11 +109,6 @@ impl Backward {
     /// `[sequences, len, hidden]`: of the input of the last layer that was passed, or of the output of the model.
     pub fn gradients(&self) -> &[f32] {
         &self.gradients
-    }
-
-    /// The tokens that were drawn, `[sequences, len]`, each for the position after its own.
-    pub fn drawn(&self) -> &[u32] {
-        &self.drawn
     }
 
     /// Takes the gradients back through layer `index`, whose input was `hidden [sequences, len, hidden]`. `observe` sees, for
@@ -263,34 +258,36 @@ impl Pass<'_> {
     }
 }
 
-/// Logits become the gradients of the negative log-likelihood of a token that is drawn by them: the probabilities, less
-/// one at the token, which is returned. `drawn` is evenly distributed from 0 to 1.
+/// Logits of a position become the factors `c` of [`Backward`].
 ///
 /// Errors (`Invalid`): a logit is not finite.
-fn surprise(logits: &mut [f32], drawn: f64) -> Result<usize> {
+fn fluctuate(logits: &mut [f32], random: &mut ChaCha8Rng) -> Result<()> {
     if let Some(bad) = logits.iter().find(|logit| !logit.is_finite()) {
         let message = format!("the model predicts a logit of {bad}");
         return Err(Error::new(ErrorKind::Invalid, message)
             .hint("its weights give no finite numbers for this text"));
     }
     let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    logits
-        .iter_mut()
-        .for_each(|logit| *logit = exp(*logit - most));
-    let sum: f64 = logits.iter().map(|&p| f64::from(p)).sum();
-    let mut left = drawn * sum;
-    let mut token = logits.len() - 1;
-    for (id, &p) in logits.iter().enumerate() {
-        left -= f64::from(p);
-        if left < 0.0 {
-            token = id;
-            break;
-        }
+    let mut sum = 0.0;
+    for logit in &mut *logits {
+        *logit = exp(*logit - most);
+        sum += f64::from(*logit);
     }
     let scale = (1.0 / sum) as f32;
-    logits.iter_mut().for_each(|p| *p *= scale);
-    logits[token] -= 1.0;
-    Ok(token)
+    let mut along = 0.0;
+    for logits in logits.chunks_mut(64) {
+        let signs = random.next_u64();
+        for (bit, logit) in logits.iter_mut().enumerate() {
+            let root = (*logit * scale).sqrt();
+            *logit = if signs >> bit & 1 == 1 { -root } else { root };
+            along += f64::from(*logit);
+        }
+    }
+    let along = along as f32;
+    for value in logits {
+        *value = *value * *value * along - *value;
+    }
+    Ok(())
 }
 
 /// `out [n, inputs] = gradients [n, outputs] * weights [outputs, inputs]`, or that added.

@@ -83,12 +83,6 @@ impl Avx2 {
         unsafe { hadamard::transform(self, x, factor, signs) }
     }
 
-    /// As [`super::scalar::flip`].
-    pub(crate) fn flip(self, x: &mut [f32], signs: &[u8]) {
-        // SAFETY: as above.
-        unsafe { hadamard::flip(x, signs) }
-    }
-
     /// As [`super::Kernels::decode`].
     pub(crate) fn decode<T: Element>(
         self,

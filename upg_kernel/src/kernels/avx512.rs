@@ -13,13 +13,13 @@ mod quantize;
 mod sparse;
 
 use super::activations::{Activations, Block, GROUP};
+use super::attention;
 use super::decode::Element;
 use super::lanes::Lanes;
 use super::many::{Panel, Rows};
 use super::scalar::Signs;
 use super::sparse::Entries;
 use super::views::{Codes, Strip, with_levels};
-use super::{attention, scalar};
 use crate::prime_lut::PRIME_LUT;
 use crate::rotation::Rotation;
 use half::{bf16, f16};
@@ -135,12 +135,6 @@ impl Avx512 {
     pub(crate) fn quantize(self, x: &[f32], out: &mut Activations) {
         // SAFETY: `self` proves that the processor has the features.
         unsafe { quantize::quantize(x, out) }
-    }
-
-    /// As [`scalar::flip`].
-    pub(crate) fn flip(self, x: &mut [f32], signs: &[u8]) {
-        // SAFETY: `self` proves that the processor has the features.
-        unsafe { hadamard::flip(x, signs) }
     }
 
     /// As [`scalar::transform`].

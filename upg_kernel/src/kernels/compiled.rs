@@ -40,7 +40,6 @@ compiled!(super::avx2::Avx2, "avx2,popcnt", [
 
 #[cfg(target_arch = "aarch64")]
 compiled!(super::neon::Neon, "neon", [
-    scalar::flip => flip(x: &mut [f32], signs: &[u8]);
     scalar::rms_norm => rms_norm(x: &mut [f32], gain: &[f32], eps: f32);
     scalar::gated_silu => gated_silu(gate: &[f32], up: &[f32], out: &mut [f32]);
     rows::decode => decode_row(strip: Strip<'_>, row: usize, out: &mut [f32]);

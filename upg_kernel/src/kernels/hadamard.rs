@@ -45,7 +45,7 @@ struct Flipped<'a>(&'a [u8]);
 pub(super) struct Scaled(pub(super) f32);
 
 /// With changed signs after that.
-struct ScaledAndFlipped<'a>(f32, &'a [u8]);
+pub(super) struct ScaledAndFlipped<'a>(pub(super) f32, pub(super) &'a [u8]);
 
 impl<R: Register> Source<R> for Same {
     #[inline(always)]
@@ -96,7 +96,6 @@ pub(super) fn transform_in_place<R: Register>(
         return scalar::transform(rest, factor, signs);
     }
     match signs {
-        Signs::Kept => transform::<R>(proof, blocks, Same, Scaled(factor)),
         Signs::FlippedBefore(signs) => {
             transform::<R>(proof, blocks, Flipped(signs), Scaled(factor));
         }

@@ -47,8 +47,6 @@ pub fn flip(x: &mut [f32], signs: &[u8]) {
 /// What a [`transform`] does with the signs of those elements whose bit is set.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Signs<'a> {
-    /// Nothing.
-    Kept,
     /// Changes them before.
     FlippedBefore(&'a [u8]),
     /// Changes them after it.

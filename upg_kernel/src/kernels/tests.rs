@@ -258,8 +258,9 @@ fn every_kernel_multiplies_many_vectors_as_the_reference_does() {
 /// [`Kernels::decode`] against [`StoredMatrix::decode_rows`], turned back and not, in every type.
 fn check_decode(kernels: Kernels, matrix: &dyn StoredMatrix, what: &str) {
     let (rows, cols) = (matrix.rows(), matrix.cols());
-    let signs = noise(cols.div_ceil(8), 15).into();
-    let rotation = Rotation::new(cols, 1 << cols.ilog2(), signs).unwrap();
+    let size = 1 << cols.ilog2();
+    let signs = noise(usize::div_ceil(size, 8), 15).into();
+    let rotation = Rotation::new(cols, size, signs).unwrap();
     for rotation in [None, Some(&rotation)] {
         let mut expected = vec![0.0; rows * cols];
         matrix.decode_rows(0, &mut expected);
@@ -456,7 +457,7 @@ fn rotations_are_the_same_to_the_bit_with_every_kernel() {
         (5120, 4096),
         (8200, 8192),
     ] {
-        let signs = noise(cols.div_ceil(8), 15);
+        let signs = noise(usize::div_ceil(size, 8), 15);
         let rotation = Rotation::new(cols, size, signs.into()).unwrap();
         let of = |kernels: Kernels| {
             let mut x = activations(cols);

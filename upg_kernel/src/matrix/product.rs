@@ -366,15 +366,13 @@ mod tests {
 
     /// `seed` is that of the signs.
     fn t3(rows: usize, cols: usize, seed: u64) -> Matrix {
-        let mut signs = noise(cols.div_ceil(8), seed);
-        if !cols.is_multiple_of(8) {
-            *signs.last_mut().unwrap() &= (1 << (cols % 8)) - 1;
-        }
+        let size = 1 << cols.ilog2();
+        let signs = noise(usize::div_ceil(size, 8), seed).into();
         let parts = TrellisParts {
             codes: noise(rows.div_ceil(64) * strip_bytes(cols, 3).unwrap(), 3).into(),
             prime_indices: noise(rows, 6).into(),
             scales: vec![1e-5; rows].into(),
-            rotation: Rotation::new(cols, 1 << cols.ilog2(), signs.into()).unwrap(),
+            rotation: Rotation::new(cols, size, signs).unwrap(),
         };
         Matrix::Trellis(TrellisMatrix::new(rows, cols, 3, parts).unwrap())
     }

@@ -193,7 +193,7 @@ mod tests {
             codes: noise(codes, 1).into(),
             prime_indices: noise(rows, 4).into(),
             scales: (0..rows).map(|r| 0.5 + r as f32).collect::<Vec<_>>().into(),
-            rotation: Rotation::new(cols, 1, vec![0; cols.div_ceil(8)].into()).unwrap(),
+            rotation: Rotation::new(cols, 1, vec![0].into()).unwrap(),
         }
     }
 
@@ -218,13 +218,13 @@ mod tests {
             codes: codes.into(),
             prime_indices: vec![2].into(),
             scales: vec![0.25].into(),
-            rotation: Rotation::new(3, 1, vec![0b100].into()).unwrap(),
+            rotation: Rotation::new(3, 1, vec![1].into()).unwrap(),
         };
         let m = Matrix::Trellis(TrellisMatrix::new(1, 3, 2, parts).unwrap());
-        // prime 5, scale 1/4; the rotation flips the sign of the last column
+        // prime 5, scale 1/4; the rotation flips the signs of the first and the last column
         let code = TrellisCode::of(2).unwrap();
         let [a, b, c] = states.map(|state| 1.25 * f32::from(code.level(state)));
-        assert_eq!(m.to_dense(), [a, b, -c]);
+        assert_eq!(m.to_dense(), [-a, b, -c]);
     }
 
     #[test]
@@ -269,7 +269,7 @@ mod tests {
         parts.codes = vec![0; parts.codes.len()].into();
         parts.prime_indices = vec![255].into();
         parts.scales = vec![2f32.powi(64)].into();
-        parts.rotation = Rotation::new(cols, 4096, vec![0; cols.div_ceil(8)].into()).unwrap();
+        parts.rotation = Rotation::new(cols, 4096, vec![0; 512].into()).unwrap();
         let m = Matrix::Trellis(TrellisMatrix::new(1, cols, 4, parts).unwrap());
         assert!(m.to_dense().iter().all(|w| w.is_finite()));
     }

@@ -146,12 +146,7 @@ impl Draft {
             &[ROWS, 1],
             &[0; ROWS],
         );
-        self.push(
-            format!("{p}signs"),
-            Dtype::U8,
-            &[COLS.div_ceil(8)],
-            &noise(COLS.div_ceil(8)),
-        );
+        self.push(format!("{p}signs"), Dtype::U8, &[64 / 8], &noise(64 / 8));
     }
 
     /// Row 0 keeps columns 0 and 69, row 63 column 5, and row 65 the first three.

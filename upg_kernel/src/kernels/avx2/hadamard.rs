@@ -1,18 +1,8 @@
-//! The two parts of a rotation.
+//! The transform of a rotation.
 
 use super::*;
 use crate::kernels::hadamard;
-use crate::kernels::scalar::{self, Signs};
-
-/// Sign changes as in [`scalar::flip`].
-#[target_feature(enable = "avx2")]
-pub(super) fn flip(x: &mut [f32], signs: &[u8]) {
-    let (blocks, rest) = x.as_chunks_mut::<8>();
-    for (block, signs) in blocks.iter_mut().zip(signs) {
-        store_f32(flip_register(load_f32(block), *signs), block);
-    }
-    scalar::flip(rest, &signs[blocks.len()..]);
-}
+use crate::kernels::scalar::Signs;
 
 /// As [`scalar::transform`]; 4,096 elements take three passes over memory.
 #[target_feature(enable = "avx2,fma")]

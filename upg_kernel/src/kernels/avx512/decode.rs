@@ -3,7 +3,7 @@
 use super::levels::{self, Levels};
 use super::*;
 use crate::kernels::decode::{self, Element, Line, Numbers, Row, TILES, Weights};
-use crate::kernels::hadamard::{self, Register as _, Same, Scaled, Sink, Source};
+use crate::kernels::hadamard::{self, Register as _, Same, ScaledAndFlipped, Sink, Source};
 use crate::kernels::views::Primes;
 use crate::kernels::{Kernels, Set};
 
@@ -180,12 +180,11 @@ impl Weights for Sixteens {
         if first == 0 {
             return hadamard::transform::<Register>(proof, blocks, decoded, rounded);
         }
-        hadamard::transform::<Register>(proof, blocks, decoded, Scaled(norm));
+        let turned_once = ScaledAndFlipped(norm, signs);
+        hadamard::transform::<Register>(proof, blocks, decoded, turned_once);
         let blocks = turned[..size].as_chunks_mut().0;
         hadamard::transform::<Register>(proof, blocks, Same, rounded);
-        let rest = &mut turned[size..];
-        proof.flip(rest, &signs[size / 8..]);
-        decode::convert::<Self, T>(proof, rest, out_rest);
+        decode::convert::<Self, T>(proof, &turned[size..], out_rest);
     }
 
     #[inline(always)]

@@ -1,19 +1,8 @@
-//! The two parts of a rotation.
+//! The transform of a rotation.
 
 use super::*;
 use crate::kernels::hadamard;
 use crate::kernels::scalar::Signs;
-
-/// Sign changes as in [`scalar::flip`].
-#[target_feature(enable = "avx512f")]
-pub(super) fn flip(x: &mut [f32], signs: &[u8]) {
-    let (blocks, rest) = x.as_chunks_mut::<16>();
-    let (pairs, _) = signs.as_chunks::<2>();
-    for (block, signs) in blocks.iter_mut().zip(pairs) {
-        *block = to_array(flip_register(load_f32(block), u16::from_le_bytes(*signs)));
-    }
-    scalar::flip(rest, &signs[2 * blocks.len()..]);
-}
 
 /// As [`scalar::transform`]; 4,096 elements take two passes over memory.
 #[target_feature(enable = "avx512f")]

@@ -45,20 +45,9 @@ const PRIME_INDEX: u8 = 0;
 /// on usual matrices, 0.5 dB where rows differ by ten times) for a third of the harm.
 const LEAST_ROW_WEIGHT: f64 = 1.0 / 8.0;
 
-/// How much larger than its weights a row is taken to be, at least, where errors are made up for: what is wanted of a weight
-/// then is larger than the weight. 1.08 to 1.15 measured the same with `t3`, 1.0 worse.
-const LEAST_GAIN: f64 = 1.1;
-
-/// The squared error of a weight between the levels of codes with `k` bits, in units of the variance of its row.
-const ERROR: [f64; 5] = [f64::NAN, f64::NAN, 0.069, 0.018, 0.0048];
-
-/// From what part of the largest level on a weight costs more than the errors between levels: few states have levels near
-/// the largest. 0.7 to 0.9 measured nearly the same, 1.0 worse with `t4`.
-const REACH: f64 = 0.8;
-
-/// Gains that are looked at, and their distance.
-const GAINS: u8 = 48;
-const GAIN_STEP: f64 = 0.04;
+/// How much larger than its weights a row is taken to be where errors are made up for: what is wanted of a weight then is
+/// larger than the weight. 1.0 measured worse with `t2` and `t3`; gains that follow the largest weights of a row, the same.
+const GAIN: f64 = 1.1;
 
 /// The rotation for matrices of `cols` columns: the same for the same `cols` and `seed`, so that
 /// matrices with the same input can share the rotated input.
@@ -219,11 +208,8 @@ impl<'a> Strip<'a> {
         let strip = feedback.as_ref().and_then(|(_, strip)| strip.as_ref());
         let of_rows = row_weights(&sizes, strip.map(StripRows::costs));
         let mut levels = [0.0; STRIP_ROWS];
+        let gain = if feedback.is_some() { GAIN } else { 1.0 };
         for (row, wanted) in wanted.chunks_exact(self.cols).enumerate() {
-            let gain = match feedback {
-                Some(_) => gain(code, wanted, sizes[row]),
-                None => 1.0,
-            };
             let level = sizes[row] * gain / f64::from(code.unit());
             (levels[row], scales[row]) = (level, level as f32);
             if level == 0.0 {
@@ -274,30 +260,6 @@ impl<'a> Strip<'a> {
             (0..self.cols).map(move |col| scale * (prime * f32::from(level(col))))
         })
     }
-}
-
-/// How much larger than its `size` a row is taken to be where errors are made up for: as much as costs least, counting errors
-/// between levels, which grow with it, and those of weights beyond the reach of the levels, which shrink.
-///
-/// A rotated row is nearly Gaussian, but not its tails: weights of 5 to 15 times the size of their row are there, which may
-/// cost more than all others at 4 bits. A common gain that reaches them would cost most rows more than it gives.
-fn gain(code: &Code, w: &[f32], size: f64) -> f64 {
-    let error = ERROR[usize::from(code.k())];
-    let largest = code.float_levels().iter().fold(0.0, |a, &b| b.max(a));
-    let reach = REACH * f64::from(largest / code.unit()) * size;
-    let mut best = (f64::INFINITY, LEAST_GAIN);
-    for step in 0..GAINS {
-        let gain = LEAST_GAIN + GAIN_STEP * f64::from(step);
-        let beyond = w
-            .iter()
-            .map(|&w| (f64::from(w).abs() - reach * gain).max(0.0).powi(2));
-        let beyond = beyond.sum::<f64>() / (w.len() as f64 * size * size);
-        let cost = error * gain * gain + beyond;
-        if cost < best.0 {
-            best = (cost, gain);
-        }
-    }
-    best.1
 }
 
 fn rms(w: &[f32]) -> f64 {

@@ -120,7 +120,7 @@ fn trellis(rows: usize, cols: usize, k: u8) -> TrellisMatrix {
         codes: noise(codes, 10).into(),
         prime_indices: noise(rows, 13).into(),
         scales: scales(rows),
-        rotation: Rotation::new(cols, 1, vec![0; cols.div_ceil(8)].into()).unwrap(),
+        rotation: Rotation::new(cols, 1, vec![0].into()).unwrap(),
     };
     TrellisMatrix::new(rows, cols, k, parts).unwrap()
 }

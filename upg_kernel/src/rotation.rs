@@ -151,7 +151,7 @@ mod tests {
     #[test]
     fn a_size_that_does_not_cover_the_columns_is_refused() {
         for (cols, size) in [(24, 8), (24, 32), (24, 24), (24, 0)] {
-            let signs = vec![0; size.div_ceil(8)].into();
+            let signs = vec![0; usize::div_ceil(size, 8)].into();
             assert!(Rotation::new(cols, size, signs).is_err());
         }
         assert!(Rotation::new(24, 16, vec![0; 3].into()).is_err());

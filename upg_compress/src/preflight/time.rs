@@ -3,7 +3,6 @@
 
 use crate::compress::encode_matrix;
 use crate::curvature::{Curvature, PANEL_ROWS};
-use crate::hessian::Hessian;
 use crate::plan::{CompressOptions, Plan, PlannedTensor, is_calibrated};
 use crate::source::Source;
 use faer::{Mat, Par};
@@ -61,7 +60,11 @@ pub(super) fn seconds(source: &dyn Source, options: &CompressOptions, plan: &Pla
             }
         };
         let (rows, cols) = (layer.rows as f64, layer.cols as f64);
-        total += rate.matrix + rate.weight * rows * cols;
+        let in_turn = match calibrated {
+            true => in_turn(layer.rows) as f64,
+            false => rows,
+        };
+        total += rate.matrix + rate.weight * in_turn * cols;
         if calibrated {
             products += feedback_products(rows, cols, options.output_errors);
         }
@@ -80,6 +83,14 @@ pub(super) fn seconds(source: &dyn Source, options: &CompressOptions, plan: &Pla
     Ok(total)
 }
 
+/// Rows of a calibrated matrix that are encoded one after the other: panels are side by side, a panel has one thread.
+fn in_turn(rows: usize) -> usize {
+    let turns = rows
+        .div_ceil(PANEL_ROWS)
+        .div_ceil(rayon::current_num_threads());
+    rows.min(turns * PANEL_ROWS)
+}
+
 /// The largest matrix of a kind.
 fn largest<'a>(
     plan: &'a Plan,
@@ -95,7 +106,7 @@ fn largest<'a>(
     matching.max_by_key(|t| t.layer.as_ref().map(|l| l.rows * l.cols))
 }
 
-/// Encodes the first columns of the first rows of a matrix, twice.
+/// Encodes the first columns of the first rows of a matrix, twice; if `calibrated`, on one thread.
 fn measured(
     source: &dyn Source,
     options: &CompressOptions,
@@ -109,13 +120,14 @@ fn measured(
         });
     };
     let cols = layer.cols.min(SAMPLE_COLS);
-    let curvature = match calibrated {
-        true => Some(Curvature::from(unit_hessian(cols)?)),
-        false => None,
+    let threads = match calibrated {
+        true => 1,
+        false => rayon::current_num_threads(),
     };
-    let rows = rayon::current_num_threads() * SAMPLE_STRIPS * STRIP_ROWS;
+    let rows = threads * SAMPLE_STRIPS * STRIP_ROWS;
     let time = |rows: usize| -> Result<(f64, f64)> {
         let rows = rows.min(layer.rows);
+        let curvature = calibrated.then(|| unit_curvature(rows, cols)).transpose()?;
         let started = Instant::now();
         let whole = source.read_rows_f32(planned.index, 0..rows)?;
         let weights: Vec<f32> = whole
@@ -143,13 +155,18 @@ fn measured(
     })
 }
 
-/// Of inputs that are one value each.
-fn unit_hessian(cols: usize) -> Result<Hessian> {
-    let mut inputs = vec![0.0; cols * cols];
-    inputs.iter_mut().step_by(cols + 1).for_each(|x| *x = 1.0);
-    let mut hessian = Hessian::new(cols);
-    hessian.add(&inputs)?;
-    Ok(hessian)
+/// Of inputs and gradients that are one value each.
+fn unit_curvature(rows: usize, cols: usize) -> Result<Curvature> {
+    let n = rows.max(cols);
+    let units = |len: usize| {
+        let mut values = vec![0.0; n * len];
+        let vectors = values.chunks_exact_mut(len).enumerate();
+        vectors.for_each(|(i, vector)| vector[i % len] = 1.0);
+        values
+    };
+    let mut curvature = Curvature::new(rows, cols);
+    curvature.add(&units(cols), &units(rows))?;
+    Ok(curvature)
 }
 
 /// Multiplications in f32, or as many as take the same time, that a calibrated matrix takes beside its search.

@@ -292,7 +292,7 @@ impl Feedback {
     }
 
     /// Adds to what is `wanted [n, cols]` of rows what the errors `[first, cols]` of all rows before them ask for: here the
-    /// values of the Hessian are those of outputs. Row by row; a block of the feedback at a time.
+    /// values of the Hessian are those of outputs. Row by row.
     pub(crate) fn carry(&self, errors: &[f32], cols: usize, wanted: &mut [f32]) {
         let (first, n) = (errors.len() / cols, wanted.len() / cols);
         if first == 0 {

@@ -49,15 +49,21 @@ const LEAST_ROW_WEIGHT: f64 = 1.0 / 8.0;
 /// larger than the weight. 1.0 measured worse with `t2` and `t3`; gains that follow the largest weights of a row, the same.
 const GAIN: f64 = 1.1;
 
+/// The squared error of a weight in a code with `k` bits, in units of the variance of its row.
+const ERROR: [f64; 5] = [f64::NAN, f64::NAN, 0.069, 0.018, 0.0048];
+
 /// The rotation for matrices of `cols` columns: the same for the same `cols` and `seed`, so that
 /// matrices with the same input can share the rotated input.
 ///
 /// The Hadamard size is the largest power of two up to `cols`; the signs are the first `ceil(size / 8)` bytes of ChaCha8
-/// seeded with `ChaCha8Rng::seed_from_u64(seed)`. Errors (`Invalid`): no columns.
+/// seeded with `ChaCha8Rng::seed_from_u64(seed)`, bits from `size` on cleared. Errors (`Invalid`): no columns.
 pub fn rotation(cols: usize, seed: u64) -> Result<Rotation> {
     let size = hadamard_size(cols).unwrap_or(0);
     let mut signs = vec![0; size.div_ceil(8)];
     ChaCha8Rng::seed_from_u64(seed).fill_bytes(&mut signs);
+    if let ([signs], 1..8) = (&mut signs[..], size) {
+        *signs &= (1 << size) - 1;
+    }
     Rotation::new(cols, size, signs.into())
 }
 
@@ -204,8 +210,11 @@ impl<'a> Strip<'a> {
         let code = self.search.code();
         self.targets.fill(0.0);
         self.weights.fill(0.0);
-        let sizes: Vec<f64> = wanted.chunks_exact(self.cols).map(rms).collect();
+        let mut sizes: Vec<f64> = wanted.chunks_exact(self.cols).map(rms).collect();
         let strip = feedback.as_ref().and_then(|(_, strip)| strip.as_ref());
+        if let Some(strip) = strip {
+            grow(&mut sizes, strip, ERROR[usize::from(code.k())]);
+        }
         let of_rows = row_weights(&sizes, strip.map(StripRows::costs));
         let mut levels = [0.0; STRIP_ROWS];
         let gain = if feedback.is_some() { GAIN } else { 1.0 };
@@ -259,6 +268,18 @@ impl<'a> Strip<'a> {
             let level = move |col| self.search.code().level(self.states[position(row, col)]);
             (0..self.cols).map(move |col| scale * (prime * f32::from(level(col))))
         })
+    }
+}
+
+/// Sizes of rows become those of what will be wanted of them, as rows before ask for more: by what is expected of their errors,
+/// `error` times the square of the size. Matters to rows much smaller than others. Rows of size 0 stay that.
+fn grow(sizes: &mut [f64], strip: &StripRows<'_>, error: f64) {
+    for k in 1..sizes.len() {
+        let asked = (0..k).map(|i| (f64::from(strip.share(i, k)) * sizes[i]).powi(2));
+        let asked = error * asked.sum::<f64>();
+        if sizes[k] > 0.0 {
+            sizes[k] = (sizes[k].powi(2) + asked).sqrt();
+        }
     }
 }
 

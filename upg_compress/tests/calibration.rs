@@ -22,8 +22,9 @@ use upg_kernel::{Error, ErrorKind};
 /// What is left of the error of outputs, against rounding that looks at the weights only. Measured: 0.26 to 0.36.
 const LEFT: f64 = 0.45;
 
-/// The same, against rounding that looks at inputs only, where gradients are known. Measured: 0.22 and 0.27.
-const LEFT_OF_PREDICTIONS: f64 = 0.35;
+/// The same, against rounding that looks at inputs only, where gradients are known. Measured: 0.086 and 0.234; where rows of a
+/// strip do not make up for each other 0.22 and 0.27.
+const LEFT_OF_PREDICTIONS: [(Encoding, f64); 2] = [(Encoding::Q4, 0.1), (Encoding::T3, 0.25)];
 
 /// The same where half of the weights stay zero: the other half alone makes up for errors. Measured: 0.59 for `s8`.
 const LEFT_WITH_ZEROS: f64 = 0.7;
@@ -131,19 +132,19 @@ fn predictions_are_kept_better_than_outputs() {
     for (x, gradients) in x.chunks(500 * cols).zip(gradients.chunks(500 * rows)) {
         curvature.add(x, gradients).unwrap();
     }
-    for encoding in [Encoding::Q4, Encoding::T3] {
+    for (encoding, most) in LEFT_OF_PREDICTIONS {
         let layer = layer(rows, cols, encoding);
         let cost = |used| cost(&w, &layer, used, &curvature);
         let left = cost(Some(&curvature)) / cost(Some(&Curvature::from(of_inputs.clone())));
         println!("{encoding}: {left:.3}");
-        assert!(left < LEFT_OF_PREDICTIONS, "{encoding}: {left}");
+        assert!(left < most, "{encoding}: {left}");
     }
 }
 
 /// Inputs of some columns are a thousand times those of others, outputs of some rows count a hundred times as much, and
 /// some weights are eight times as large as all others of their row. What a bit more gives stays the same.
 #[test]
-fn four_bits_cost_a_quarter_of_three_whatever_the_costs_are() {
+fn one_more_bit_costs_a_third_whatever_the_costs_are() {
     let (rows, cols, n) = (128, 256, 1200);
     let mut w = noise(rows * cols, 1);
     w.iter_mut().step_by(509).for_each(|w| *w *= 8.0);
@@ -165,6 +166,37 @@ fn four_bits_cost_a_quarter_of_three_whatever_the_costs_are() {
     println!("{:.3} {:.3}", of_t3 / of_t2, of_t4 / of_t3);
     assert!(of_t3 < NEXT_BIT * of_t2, "{of_t3} {of_t2}");
     assert!(of_t4 < NEXT_BIT * of_t3, "{of_t4} {of_t3}");
+}
+
+/// Rows of zeros, of the largest and of the smallest numbers, which have to do with each other.
+#[test]
+fn wild_rows_make_up_for_each_other() {
+    let (rows, cols, n) = (70, 37, 600);
+    let mut w = noise(rows * cols, 1);
+    for (row, size) in [(3, 1e15), (20, 1e-42), (21, 0.0), (40, 1e-3), (66, 1e-30)] {
+        w[row * cols..(row + 1) * cols]
+            .iter_mut()
+            .for_each(|w| *w *= size);
+    }
+    let mut curvature = Curvature::new(rows, cols);
+    curvature.add(&inputs(n, cols), &inputs(n, rows)).unwrap();
+    for encoding in [
+        Encoding::Q8,
+        Encoding::Q4,
+        Encoding::T2,
+        Encoding::T3,
+        Encoding::T4,
+    ] {
+        let layer = layer(rows, cols, encoding);
+        let decoded = encode_matrix(&w, &layer, 3, Some(&curvature), &())
+            .unwrap()
+            .to_dense();
+        assert!(decoded.iter().all(|w| w.is_finite()), "{encoding}");
+        assert!(
+            decoded[21 * cols..22 * cols].iter().all(|w| *w == 0.0),
+            "{encoding}"
+        );
+    }
 }
 
 #[test]

@@ -23,7 +23,7 @@ pub struct Rotation {
 }
 
 impl Rotation {
-    /// Errors (`Invalid`): `size` is neither 1 (no transform) nor a power of two from `cols / 2` to
+    /// Errors (`Invalid`): `size` is neither 1 (changes of signs only) nor a power of two from `cols / 2` to
     /// `cols`; (`Shape`): `signs` is not `ceil(size / 8)` bytes.
     pub fn new(cols: usize, size: usize, signs: Array<u8>) -> Result<Self> {
         rules::hadamard(cols, size)?;

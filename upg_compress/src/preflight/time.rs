@@ -6,19 +6,20 @@ use crate::curvature::{Curvature, PANEL_ROWS};
 use crate::plan::{CompressOptions, Plan, PlannedTensor, is_calibrated};
 use crate::source::Source;
 use faer::{Mat, Par};
+use rayon::ThreadPoolBuilder;
 use std::collections::BTreeMap;
 use std::hint::black_box;
 use std::time::Instant;
-use upg_kernel::Result;
 use upg_kernel::format::LayerInfo;
 use upg_kernel::inference::Input;
 use upg_kernel::inference::weights::{EMBEDDING, HEAD};
 use upg_kernel::matrix::strips::STRIP_ROWS;
+use upg_kernel::{Error, ErrorKind, Result};
 
 /// Columns of a sample: what feedback costs beside the search is counted, not measured.
 const SAMPLE_COLS: usize = 512;
 
-/// Strips of each thread in the smaller sample.
+/// Strips in the smaller sample.
 const SAMPLE_STRIPS: usize = 1;
 
 /// The larger sample has so many times the rows: what a matrix costs whatever its size is not taken for that of its rows.
@@ -60,9 +61,9 @@ pub(super) fn seconds(source: &dyn Source, options: &CompressOptions, plan: &Pla
             }
         };
         let (rows, cols) = (layer.rows as f64, layer.cols as f64);
-        let in_turn = match calibrated {
+        let in_turn = match calibrated && layer.hadamard.is_some() {
             true => in_turn(layer.rows) as f64,
-            false => rows,
+            false => rows / rayon::current_num_threads() as f64,
         };
         total += rate.matrix + rate.weight * in_turn * cols;
         if calibrated {
@@ -83,7 +84,8 @@ pub(super) fn seconds(source: &dyn Source, options: &CompressOptions, plan: &Pla
     Ok(total)
 }
 
-/// Rows of a calibrated matrix that are encoded one after the other: panels are side by side, a panel has one thread.
+/// Rows of a calibrated matrix in a t encoding that one thread encodes: panels are side by side. (Of the other encodings most of
+/// the time goes into the search for primes, row by row.)
 fn in_turn(rows: usize) -> usize {
     let turns = rows
         .div_ceil(PANEL_ROWS)
@@ -106,7 +108,7 @@ fn largest<'a>(
     matching.max_by_key(|t| t.layer.as_ref().map(|l| l.rows * l.cols))
 }
 
-/// Encodes the first columns of the first rows of a matrix, twice; if `calibrated`, on one thread.
+/// Encodes the first columns of the first rows of a matrix, twice, on one thread.
 fn measured(
     source: &dyn Source,
     options: &CompressOptions,
@@ -120,11 +122,9 @@ fn measured(
         });
     };
     let cols = layer.cols.min(SAMPLE_COLS);
-    let threads = match calibrated {
-        true => 1,
-        false => rayon::current_num_threads(),
-    };
-    let rows = threads * SAMPLE_STRIPS * STRIP_ROWS;
+    let rows = SAMPLE_STRIPS * STRIP_ROWS;
+    let alone = ThreadPoolBuilder::new().num_threads(1).build();
+    let alone = alone.map_err(|e| Error::new(ErrorKind::Io, format!("starting a thread: {e}")))?;
     let time = |rows: usize| -> Result<(f64, f64)> {
         let rows = rows.min(layer.rows);
         let curvature = calibrated.then(|| unit_curvature(rows, cols)).transpose()?;
@@ -138,11 +138,13 @@ fn measured(
         let mut sample = layer.clone();
         (sample.rows, sample.cols) = (rows, cols);
         sample.hadamard = sample.hadamard.and(crate::trellis::hadamard_size(cols));
-        let matrix = encode_matrix(&weights, &sample, options.seed, curvature.as_ref(), &())?;
+        let curvature = curvature.as_ref();
+        let matrix =
+            alone.install(|| encode_matrix(&weights, &sample, options.seed, curvature, &()))?;
         black_box(crate::compress::relative_error(&weights, &matrix)?);
         Ok((started.elapsed().as_secs_f64(), (rows * cols) as f64))
     };
-    let in_tensor = |e: upg_kernel::Error| e.tensor(&layer.name);
+    let in_tensor = |e: Error| e.tensor(&layer.name);
     let (first, few) = time(rows).map_err(in_tensor)?;
     let (second, many) = time(rows * LARGER).map_err(in_tensor)?;
     let weight = match many > few {

@@ -15,8 +15,9 @@ pub(super) const ROWS: usize = 16;
 /// Weights that a search has in view beyond those that it fixes.
 const VIEW: usize = 128;
 
-/// The largest weight of a search, which takes 1 for an average: costs end at 570 times that of an average error with weight 1,
-/// and beyond count no more. 1 to 10 measured the same, and an average of 1 whatever the largest is up to 9 dB worse.
+/// The largest weight of a search, which takes 1 for an average: sums of costs end at some 570 times that of an average error
+/// with weight 1, and what is beyond counts no more. 1 to 10 measured the same; 64, as it can be with an average of 1 over all
+/// of the matrix, up to 9 dB worse.
 const LARGEST_WEIGHT: f32 = 3.0;
 
 /// How the rows of a strip act together.
@@ -68,7 +69,7 @@ pub(super) fn search(
         let col = i / TILE_WEIGHTS * TILE_COLS + i % TILE_COLS;
         *cost *= of_columns.get(col).unwrap_or(&0.0);
     }
-    // All column by column; columns of padding stay zero.
+    // All column by column; what is in columns of padding costs nothing and is not passed on.
     let mut of_rows = vec![0.0; tiles * TILE_WEIGHTS];
     for (i, &target) in targets.iter().enumerate() {
         of_rows[place(i)] = target;
@@ -121,10 +122,12 @@ pub(super) fn search(
         let (from, to) = (columns(first, end), columns(end + 1, tiles));
         feedback.spread(&errors, from, &mut wanted, to);
     }
-    let padded = of_columns.len() * STRIP_ROWS;
-    let pairs = of_rows[..padded].iter().zip(&errors);
-    let levels: Vec<f32> = pairs.map(|(weight, error)| weight - error).collect();
-    feedback.scales_of_rows(&of_rows[..padded], &levels)
+    let mut levels = vec![0.0; of_rows.len()];
+    for (i, &state) in states.iter().enumerate() {
+        levels[place(i)] = f32::from(code.level(state));
+    }
+    let columns = of_columns.len() * STRIP_ROWS;
+    feedback.scales_of_rows(&of_rows[..columns], &levels[..columns])
 }
 
 /// `costs` as the weights of a search: 1 on average, or less, so that the largest is not too large.

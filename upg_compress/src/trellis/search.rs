@@ -16,8 +16,8 @@ pub(super) const BLOCK: usize = 256;
 pub(super) const LOOK_AHEAD: usize = 256;
 
 /// A squared unit of a level costs this many integer steps, times the weight; by bits a weight.
-/// Chosen so that an average error costs about 80: rounding is then lost in the noise, and costs
-/// up to 800 times the average are told apart.
+/// Chosen so that an average error costs about 115: rounding is then lost in the noise, and sums of costs up to 570 times the
+/// average are told apart.
 const COST_STEPS: [f32; 5] = [0.0, 0.0, 1.0, 4.0, 16.0];
 
 /// A Viterbi search with its scratch memory: 2.4, 1.3, 0.9 MB at 2, 3, 4 bits a weight.

@@ -78,7 +78,7 @@ pub fn group(group: usize) -> Result<()> {
     .rule(ENCODING))
 }
 
-/// The Hadamard size of a rotation: 1 for none, or a power of two whose two passes reach every column.
+/// The Hadamard size of a rotation: 1 for changes of signs only, or a power of two whose two passes reach every column.
 pub fn hadamard(cols: usize, size: usize) -> Result<()> {
     let half = cols.div_ceil(2);
     let reaches_all = size.is_power_of_two() && (half..=cols).contains(&size);

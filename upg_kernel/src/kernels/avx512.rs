@@ -137,7 +137,7 @@ impl Avx512 {
         unsafe { quantize::quantize(x, out) }
     }
 
-    /// As [`scalar::transform`].
+    /// As [`super::scalar::transform`].
     pub(crate) fn transform(self, x: &mut [f32], factor: f32, signs: Signs<'_>) {
         // SAFETY: `self` proves that the processor has the features.
         unsafe { hadamard::transform(self, x, factor, signs) }

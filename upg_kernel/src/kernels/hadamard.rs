@@ -42,7 +42,7 @@ pub(super) struct Same;
 struct Flipped<'a>(&'a [u8]);
 
 /// Every element times a factor.
-pub(super) struct Scaled(pub(super) f32);
+struct Scaled(f32);
 
 /// With changed signs after that.
 pub(super) struct ScaledAndFlipped<'a>(pub(super) f32, pub(super) &'a [u8]);

@@ -4,7 +4,7 @@ use super::*;
 use crate::kernels::hadamard;
 use crate::kernels::scalar::Signs;
 
-/// As [`scalar::transform`]; 4,096 elements take two passes over memory.
+/// As [`crate::kernels::scalar::transform`]; 4,096 elements take two passes over memory.
 #[target_feature(enable = "avx512f")]
 pub(super) fn transform(proof: Avx512, x: &mut [f32], factor: f32, signs: Signs<'_>) {
     let (blocks, rest) = x.as_chunks_mut::<16>();

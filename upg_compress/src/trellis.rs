@@ -271,14 +271,14 @@ impl<'a> Strip<'a> {
     }
 }
 
-/// Sizes of rows become those of what will be wanted of them, as rows before ask for more: by what is expected of their errors,
-/// `error` times the square of the size. Matters to rows much smaller than others. Rows of size 0 stay that.
+/// Rows that are smaller than what the rows before will ask of them get its size: `error` times the square of the size of
+/// a row is expected of its errors. Adding that to the size of all rows measured worse. Rows of size 0 stay that.
 fn grow(sizes: &mut [f64], strip: &StripRows<'_>, error: f64) {
     for k in 1..sizes.len() {
         let asked = (0..k).map(|i| (f64::from(strip.share(i, k)) * sizes[i]).powi(2));
-        let asked = error * asked.sum::<f64>();
+        let asked = (error * asked.sum::<f64>()).sqrt();
         if sizes[k] > 0.0 {
-            sizes[k] = (sizes[k].powi(2) + asked).sqrt();
+            sizes[k] = sizes[k].max(asked);
         }
     }
 }

@@ -1,0 +1,144 @@
+//! Work that ends before it is done: by Ctrl-C, a full disk, a reader that goes away.
+
+use crate::common::{compress_tiny, names, output, succeed, tiny_model, upg};
+use crate::{gguf, smollm2};
+use std::fs;
+use std::io::Write;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_ends_an_answer_and_not_the_chat() {
+    const STORY: &str = "Write a long story about a dragon.";
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("text");
+    let mut child = upg(["chat", smollm2(), "-n", "4000"])
+        .stdin(Stdio::piped())
+        .stdout(fs::File::create(&out).unwrap())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut input = child.stdin.take().unwrap();
+    let text = || fs::read_to_string(&out).unwrap();
+    for question in [STORY, "Write a long story about a ship."] {
+        let before = text().len();
+        writeln!(input, "{question}").unwrap();
+        wait_until(|| text().len() > before + 20);
+        interrupt(&child);
+        wait_until(|| text().ends_with('\n'));
+    }
+    drop(input);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(0));
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+    // Both were stopped: what is only the beginning of one answer is longer than the two.
+    let beginning = [
+        "run",
+        smollm2(),
+        "--chat",
+        "--quiet",
+        "-n",
+        "300",
+        "-p",
+        STORY,
+    ];
+    assert!(text().len() < succeed(beginning).len(), "{}", text());
+}
+
+/// A limit on the size of files fails writes as a full disk does, and needs no rights to set up.
+#[cfg(unix)]
+#[test]
+fn a_write_that_fails_leaves_nothing_behind() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = compress_tiny(folder.path(), "model", "q8", &[]);
+    let work = folder.path().join("work");
+    fs::create_dir(&work).unwrap();
+    let (source, model) = (tiny_model("phi3"), model.to_str().unwrap());
+    let ids = vec!["1"; 200].join(",");
+    for args in [
+        vec!["compress", source.to_str().unwrap(), "-o", "out"],
+        vec!["decompress", model, "-o", "."],
+        vec!["run", model, "--tokens", &ids, "--logits", "out"],
+    ] {
+        // Blocks of 512 bytes; the signal that goes with the limit is ignored.
+        let mut command = Command::new("sh");
+        command
+            .args(["-c", "trap '' XFSZ; ulimit -f 64; exec \"$0\" \"$@\""])
+            .arg(env!("CARGO_BIN_EXE_upg"))
+            .args(&args)
+            .current_dir(&work);
+        let (code, _, stderr) = output(&mut command);
+        assert_eq!(code, Some(1), "{args:?}: {stderr}");
+        assert!(
+            stderr.starts_with("upg: ") && stderr.contains("cannot write"),
+            "{stderr}"
+        );
+        assert_eq!(names(&work), [""; 0], "{args:?}");
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_ends_work_with_its_exit_code_and_no_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut child = upg([
+        "compress",
+        gguf().to_str().unwrap(),
+        "-o",
+        folder.path().join("out").to_str().unwrap(),
+        "--encoding",
+        "t2",
+    ])
+    .stderr(Stdio::piped())
+    .spawn()
+    .unwrap();
+    wait_until(|| !names(folder.path()).is_empty());
+    interrupt(&child);
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    assert_eq!(names(folder.path()), [""; 0]);
+
+    let mut child = upg(["run", smollm2(), "-p", "Once upon a time", "-n", "8000"])
+        .stdout(fs::File::create(folder.path().join("text")).unwrap())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let text = || fs::read_to_string(folder.path().join("text")).unwrap();
+    wait_until(|| text().len() > 20);
+    interrupt(&child);
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    assert!(text().starts_with("Once upon a time") && text().ends_with('\n'));
+}
+
+#[cfg(unix)]
+fn interrupt(child: &std::process::Child) {
+    let pid = child.id().to_string();
+    let killed = Command::new("kill").args(["-INT", &pid]).status().unwrap();
+    assert!(killed.success());
+}
+
+#[cfg(unix)]
+fn wait_until(condition: impl Fn() -> bool) {
+    for _ in 0..12_000 {
+        if condition() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    panic!("two minutes and nothing happened");
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_error() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = compress_tiny(folder.path(), "model", "q8", &[]);
+    let mut child = upg(["inspect", model.to_str().unwrap(), "--json"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success());
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+}

@@ -1,0 +1,402 @@
+//! The real `upg` command: what it prints, what it leaves behind, how it ends.
+//!
+//! `UPG_TEST_GGUF` is the path of SmolLM2-135M-Instruct as GGUF; `./test.sh` fetches it and sets it.
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
+
+#[path = "../common/mod.rs"]
+mod common;
+mod endings;
+mod refusals;
+
+use common::{compress_tiny, names, output, succeed, upg};
+use safetensors::{Dtype, SafeTensors};
+use serde_json::Value;
+use std::fs;
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::sync::LazyLock;
+use tempfile::TempDir;
+
+const ENCODINGS: [&str; 9] = ["keep", "mdcsr", "q8", "q4", "t2", "t3", "t4", "s8", "s4"];
+
+fn gguf() -> PathBuf {
+    let path = std::env::var_os("UPG_TEST_GGUF").expect(
+        "UPG_TEST_GGUF is not set: run ./test.sh, which downloads SmolLM2-135M-Instruct and sets it",
+    );
+    path.into()
+}
+
+/// SmolLM2 as q8, made once for all tests.
+fn smollm2() -> &'static str {
+    static MODEL: LazyLock<(TempDir, String)> = LazyLock::new(|| {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("smollm2.safetensors");
+        let path = path.to_str().unwrap().to_owned();
+        succeed([
+            "compress",
+            gguf().to_str().unwrap(),
+            "-o",
+            &path,
+            "--encoding",
+            "q8",
+        ]);
+        (folder, path)
+    });
+    &MODEL.1
+}
+
+#[test]
+fn every_encoding_is_written_alike_by_any_number_of_threads_and_verifies() {
+    let folder = tempfile::tempdir().unwrap();
+    for encoding in ENCODINGS {
+        let more = ["--embedding", encoding];
+        let one = compress_tiny(
+            folder.path(),
+            "one",
+            encoding,
+            &[&more[..], &["--threads", "1"]].concat(),
+        );
+        let two = compress_tiny(
+            folder.path(),
+            "two",
+            encoding,
+            &[&more[..], &["--threads", "2"]].concat(),
+        );
+        assert!(
+            fs::read(&one).unwrap() == fs::read(&two).unwrap(),
+            "{encoding}"
+        );
+        let path = one.to_str().unwrap();
+        assert!(succeed(["verify", path]).contains("sound"));
+        let json: Value = serde_json::from_str(&succeed(["inspect", path, "--json"])).unwrap();
+        let layers = json["layers"].as_array().unwrap();
+        assert_eq!(layers.len(), if encoding == "keep" { 0 } else { 10 });
+        assert!(layers.iter().all(|l| l["encoding"] == encoding));
+        assert!(layers.iter().all(|l| l["error"].as_f64().unwrap() < 0.3));
+        assert_eq!(json["weights"], 197_088);
+        assert!(succeed(["inspect", path]).contains("bits per weight"));
+    }
+    assert_eq!(names(folder.path()), ["one", "two"]);
+}
+
+#[test]
+fn keys_and_values_are_kept_as_asked() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = compress_tiny(folder.path(), "model", "keep", &[]);
+    let logits = ["f32", "f16", "int8"].map(|cache| {
+        let out = folder.path().join("logits");
+        let (file, path) = (file.to_str().unwrap(), out.to_str().unwrap());
+        let run = ["run", file, "--tokens", "5,6,7,8", "--logits", path];
+        succeed([&run[..], &["--cache-type", cache]].concat());
+        let bytes = fs::read(&out).unwrap();
+        let tensors = SafeTensors::deserialize(&bytes).unwrap();
+        let data = tensors.tensor("logits").unwrap().data().as_chunks::<4>().0;
+        data.iter()
+            .map(|v| f32::from_le_bytes(*v))
+            .collect::<Vec<_>>()
+    });
+    let difference = |of: &[f32]| {
+        let pairs = of.iter().zip(&logits[0]).map(|(a, b)| (a - b).abs());
+        pairs.fold(0.0, f32::max)
+    };
+    // Logits up to 5; measured: 3e-4 and 1e-2.
+    let (f16, int8) = (difference(&logits[1]), difference(&logits[2]));
+    assert!(
+        0.0 < f16 && f16 < 3e-3 && f16 < int8 && int8 < 0.1,
+        "{f16} {int8}"
+    );
+}
+
+/// A prompt in one go and a matrix of every encoding: no bit of a logit depends on the number of threads.
+#[test]
+fn logits_do_not_depend_on_the_number_of_threads() {
+    let folder = tempfile::tempdir().unwrap();
+    for encoding in ENCODINGS {
+        let file = compress_tiny(folder.path(), encoding, encoding, &[]);
+        for tokens in ["5", "5,6,7,8,9,10,11,12,13,14"] {
+            let logits = ["1", "2", "5"].map(|threads| {
+                let out = folder.path().join("logits");
+                let (file, path) = (file.to_str().unwrap(), out.to_str().unwrap());
+                let run = ["run", file, "--tokens", tokens, "--logits", path];
+                succeed([&run[..], &["--threads", threads]].concat());
+                fs::read(&out).unwrap()
+            });
+            assert!(
+                logits[0] == logits[1] && logits[1] == logits[2],
+                "{encoding}"
+            );
+        }
+    }
+}
+
+#[test]
+fn logits_of_token_ids_are_written_for_every_position() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = compress_tiny(folder.path(), "model", "keep", &[]);
+    let out = folder.path().join("logits");
+    let (file, path) = (file.to_str().unwrap(), out.to_str().unwrap());
+    succeed(["run", file, "--tokens", "5,6,7", "--logits", path]);
+    let bytes = fs::read(&out).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let found = tensors.tensor("logits").unwrap();
+    assert_eq!((found.dtype(), found.shape()), (Dtype::F32, &[3, 256][..]));
+    let model = upg_kernel::UPGModel::from_file(file).unwrap();
+    let expected: Vec<f32> = model
+        .forward(&[5, 6, 7])
+        .unwrap()
+        .flatten_all()
+        .unwrap()
+        .to_vec1()
+        .unwrap();
+    let expected: Vec<u8> = expected.into_iter().flat_map(f32::to_le_bytes).collect();
+    assert!(found.data() == expected);
+}
+
+#[test]
+fn overrides_and_groups_reach_the_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let more = ["--tensor", "*.down_proj.weight=t3", "--group", "64"];
+    let file = compress_tiny(folder.path(), "model", "q4", &more);
+    let json = succeed(["inspect", file.to_str().unwrap(), "--json"]);
+    let json: Value = serde_json::from_str(&json).unwrap();
+    for layer in json["layers"].as_array().unwrap() {
+        let name = layer["name"].as_str().unwrap();
+        let expected = match name {
+            _ if name.ends_with("down_proj.weight") => "t3",
+            "model.embed_tokens.weight" | "lm_head.weight" => "q8",
+            _ => "q4",
+        };
+        assert_eq!(layer["encoding"], expected, "{name}");
+        let group = if expected == "t3" {
+            Value::Null
+        } else {
+            64.into()
+        };
+        assert_eq!(layer["group"], group, "{name}");
+    }
+}
+
+#[test]
+fn a_real_model_answers_is_measured_and_goes_back_to_its_directory() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = smollm2();
+    let run = ["run", model, "-p", "The capital of France is", "-n", "4"];
+    let text = succeed(run);
+    assert!(
+        text.starts_with("The capital of France is Paris."),
+        "{text}"
+    );
+    assert_eq!(succeed([&run[..], &["--temperature", "0"]].concat()), text);
+    // A seed says what comes out, another seed something else.
+    let sampled = |seed| {
+        succeed(
+            [
+                &run[..4],
+                &["-n", "12", "--temperature", "1.5", "--seed", seed],
+            ]
+            .concat(),
+        )
+    };
+    assert_eq!(sampled("1"), sampled("1"));
+    assert_ne!(sampled("1"), sampled("2"));
+    let stopped = succeed([&run[..4], &["-n", "20", "--stop", "Paris"]].concat());
+    assert_eq!(stopped, "The capital of France is \n");
+    let chat = succeed([
+        "run",
+        model,
+        "--chat",
+        "-p",
+        "Say hello.",
+        "-n",
+        "8",
+        "--quiet",
+    ]);
+    assert!(chat.len() > 2 && !chat.contains("<|im_"), "{chat}");
+
+    let text = folder.path().join("text");
+    fs::write(&text, "It was a bright cold day in April. ".repeat(20)).unwrap();
+    let text = text.to_str().unwrap();
+    let eval = |against| {
+        let inputs = ["eval", model, "--text", text, "--against", against];
+        [&inputs[..], &["--window", "32", "--json"]].concat()
+    };
+    let json: Value = serde_json::from_str(&succeed(eval(model))).unwrap();
+    assert!(json["perplexity"].as_f64().unwrap() > 1.0);
+    assert!(
+        json["bits_per_weight"].as_f64().unwrap()
+            > json["bits_per_weight_blocks"].as_f64().unwrap()
+    );
+    assert_eq!(
+        (json["kl_mean"].as_f64(), json["top1_agreement"].as_f64()),
+        (Some(0.0), Some(1.0))
+    );
+
+    // Against the original, whose logits are computed once.
+    let original = gguf();
+    let logits = folder.path().join("logits");
+    let logits = logits.to_str().unwrap();
+    let against_original = eval(original.to_str().unwrap());
+    let exact: Value = serde_json::from_str(&succeed(against_original.clone())).unwrap();
+    let kept = [&against_original[..], &["--logits", logits]].concat();
+    let first = succeed(kept.clone());
+    assert_eq!(succeed(kept), first);
+    let first: Value = serde_json::from_str(&first).unwrap();
+    for (figure, error) in [
+        ("kl_mean", "kl_error"),
+        ("perplexity_ratio", "perplexity_ratio_error"),
+        ("top1_agreement", "top1_error"),
+    ] {
+        let [found, expected] = [&first, &exact].map(|json| json[figure].as_f64().unwrap());
+        let error = exact[error].as_f64().unwrap();
+        assert!(
+            (found - expected).abs() <= 0.01 * error,
+            "{figure}: {found}, {expected}"
+        );
+    }
+
+    let exported = folder.path().join("exported");
+    succeed(["decompress", model, "-o", exported.to_str().unwrap()]);
+    // A directory, which has not all of the files that a model may have.
+    let of_directory = folder.path().join("logits of a directory");
+    let kept = ["--logits", of_directory.to_str().unwrap()];
+    let json = succeed([&eval(exported.to_str().unwrap())[..], &kept].concat());
+    let json: Value = serde_json::from_str(&json).unwrap();
+    assert!(json["kl_mean"].as_f64().unwrap() < 0.1, "{json}");
+    assert_eq!(
+        names(&exported),
+        [
+            "chat_template.jinja",
+            "config.json",
+            "generation_config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "tokenizer_config.json"
+        ]
+    );
+    let config: Value =
+        serde_json::from_slice(&fs::read(exported.join("config.json")).unwrap()).unwrap();
+    // The source has no plain type, so nothing but F32 is without loss.
+    assert_eq!(config["torch_dtype"], "float32");
+    // Its own export it may replace, and nothing of that stays that would be taken for the new one's.
+    let tiny = compress_tiny(folder.path(), "tiny", "q8", &[]);
+    let out = folder.path().join("replaced");
+    for file in [model, tiny.to_str().unwrap()] {
+        succeed(["decompress", file, "-o", out.to_str().unwrap()]);
+    }
+    assert_eq!(
+        names(&out),
+        ["config.json", "generation_config.json", "model.safetensors"]
+    );
+    // A directory again: what was decompressed exactly gives the same text.
+    let again = folder.path().join("again");
+    let again = again.to_str().unwrap();
+    succeed([
+        "compress",
+        exported.to_str().unwrap(),
+        "-o",
+        again,
+        "--encoding",
+        "keep",
+    ]);
+    assert!(succeed(["run", again, "-p", "The capital of France is", "-n", "4"]).contains("Paris"));
+}
+
+#[test]
+fn chat_keeps_to_its_commands_and_ends_with_its_input() {
+    let mut child = upg(["chat", smollm2(), "-n", "8"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut input = child.stdin.take().unwrap();
+    input
+        .write_all(b"Say hello.\n/clear\n\nSay it again.\n")
+        .unwrap();
+    drop(input);
+    let output = child.wait_with_output().unwrap();
+    let (text, errors) = (
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr),
+    );
+    assert!(output.status.success(), "{errors}");
+    let answers = text
+        .lines()
+        .filter(|l| l.chars().any(char::is_alphabetic))
+        .count();
+    assert!(answers >= 2, "{text}");
+}
+
+#[test]
+fn kernels_are_shown_and_chosen_and_give_the_same_logits() {
+    assert!(succeed(["--version"]).starts_with("upg 0."));
+    let with = |kernels: &str, args: &[&str]| output(upg(args).env("UPG_KERNEL", kernels));
+    let (code, text, _) = with("scalar", &["--version", "--verbose"]);
+    assert_eq!(code, Some(0));
+    assert!(text.contains("kernels: scalar (of scalar"), "{text}");
+    let (code, _, stderr) = with("mmx", &["inspect", "x"]);
+    assert_eq!(code, Some(1));
+    assert!(
+        stderr.contains("UPG_KERNEL") && stderr.contains("mmx"),
+        "{stderr}"
+    );
+
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("logits");
+    for encoding in ["q8", "q4", "t3", "s4"] {
+        let model = compress_tiny(
+            folder.path(),
+            encoding,
+            encoding,
+            &["--embedding", encoding],
+        );
+        let args = [
+            "run",
+            model.to_str().unwrap(),
+            "--tokens",
+            "5,6,7",
+            // Rounding keys and values would make steps of small differences.
+            "--cache-type",
+            "f32",
+            "--logits",
+        ];
+        let args = [&args[..], &[out.to_str().unwrap()]].concat();
+        let logits = |kernels: &str| -> Vec<f32> {
+            assert_eq!(with(kernels, &args).0, Some(0));
+            let bytes = fs::read(&out).unwrap();
+            let tensors = SafeTensors::deserialize(&bytes).unwrap();
+            let data = tensors.tensor("logits").unwrap().data();
+            let values = data.as_chunks::<4>().0.iter();
+            values.map(|v| f32::from_le_bytes(*v)).collect()
+        };
+        let plain = logits("scalar");
+        for kernels in upg_kernel::kernels::Kernels::available() {
+            let found = logits(kernels.name());
+            let pairs = plain.iter().zip(&found).map(|(a, b)| (a - b).abs());
+            let largest = pairs.fold(0.0, f32::max);
+            assert!(largest <= 1e-3, "{} {encoding}: {largest}", kernels.name());
+        }
+    }
+}
+
+#[test]
+fn help_and_completions_are_there() {
+    for command in [
+        "compress",
+        "decompress",
+        "inspect",
+        "verify",
+        "run",
+        "chat",
+        "eval",
+        "bench",
+        "completions",
+    ] {
+        let help = succeed([command, "--help"]);
+        assert!(help.contains("Example"), "{command}");
+    }
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        assert!(succeed(["completions", shell]).contains("compress"));
+    }
+}

@@ -12,6 +12,7 @@ use crate::plan::{Choice, CompressOptions, Plan, described, is_calibrated};
 use crate::preflight::{array_bytes, file_bytes};
 use crate::progress::Progress;
 use crate::source::{Source, TensorInfo};
+use crate::trellis::SQUARED_ERRORS;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use upg_kernel::format::{Encoding, LayerInfo, TENSOR_ALIGNMENT};
@@ -21,9 +22,9 @@ use upg_kernel::{Error, ErrorKind, Result};
 /// The encodings that are mixed, from few bits to many, with the square of their relative error: that of matrices of
 /// SmolLM2 without a calibration (`upg inspect`), which no matrix was more than a tenth away from.
 const LADDER: [(Encoding, f64); 4] = [
-    (Encoding::T2, 0.0682),
-    (Encoding::T3, 0.0177),
-    (Encoding::T4, 0.004_87),
+    (Encoding::T2, SQUARED_ERRORS[0]),
+    (Encoding::T3, SQUARED_ERRORS[1]),
+    (Encoding::T4, SQUARED_ERRORS[2]),
     (Encoding::Q8, 0.000_026),
 ];
 

@@ -49,8 +49,8 @@ const LEAST_ROW_WEIGHT: f64 = 1.0 / 8.0;
 /// larger than the weight. 1.0 measured worse with `t2` and `t3`; gains that follow the largest weights of a row, the same.
 const GAIN: f64 = 1.1;
 
-/// The squared error of a weight in a code with `k` bits, in units of the variance of its row.
-const ERROR: [f64; 5] = [f64::NAN, f64::NAN, 0.069, 0.018, 0.0048];
+/// The squared errors of weights in codes with 2, 3 and 4 bits, in units of the variance of their row.
+pub(crate) const SQUARED_ERRORS: [f64; 3] = [0.0682, 0.0177, 0.004_87];
 
 /// The rotation for matrices of `cols` columns: the same for the same `cols` and `seed`, so that
 /// matrices with the same input can share the rotated input.
@@ -213,7 +213,7 @@ impl<'a> Strip<'a> {
         let mut sizes: Vec<f64> = wanted.chunks_exact(self.cols).map(rms).collect();
         let strip = feedback.as_ref().and_then(|(_, strip)| strip.as_ref());
         if let Some(strip) = strip {
-            grow(&mut sizes, strip, ERROR[usize::from(code.k())]);
+            grow(&mut sizes, strip, SQUARED_ERRORS[usize::from(code.k()) - 2]);
         }
         let of_rows = row_weights(&sizes, strip.map(StripRows::costs));
         let mut levels = [0.0; STRIP_ROWS];

@@ -19,10 +19,7 @@ use upg_kernel::{Error, ErrorKind, Result};
 /// Columns of a sample: what feedback costs beside the search is counted, not measured.
 const SAMPLE_COLS: usize = 512;
 
-/// Strips in the smaller sample.
-const SAMPLE_STRIPS: usize = 1;
-
-/// The larger sample has so many times the rows: what a matrix costs whatever its size is not taken for that of its rows.
+/// The smaller sample is a strip, the larger one has so many times the rows: what a matrix costs whatever its size is not taken for that of its rows.
 const LARGER: usize = 4;
 
 /// Rows and columns of the product that is timed.
@@ -122,7 +119,6 @@ fn measured(
         });
     };
     let cols = layer.cols.min(SAMPLE_COLS);
-    let rows = SAMPLE_STRIPS * STRIP_ROWS;
     let alone = ThreadPoolBuilder::new().num_threads(1).build();
     let alone = alone.map_err(|e| Error::new(ErrorKind::Io, format!("starting a thread: {e}")))?;
     let time = |rows: usize| -> Result<(f64, f64)> {
@@ -145,8 +141,8 @@ fn measured(
         Ok((started.elapsed().as_secs_f64(), (rows * cols) as f64))
     };
     let in_tensor = |e: Error| e.tensor(&layer.name);
-    let (first, few) = time(rows).map_err(in_tensor)?;
-    let (second, many) = time(rows * LARGER).map_err(in_tensor)?;
+    let (first, few) = time(STRIP_ROWS).map_err(in_tensor)?;
+    let (second, many) = time(STRIP_ROWS * LARGER).map_err(in_tensor)?;
     let weight = match many > few {
         true => ((second - first) / (many - few)).max(0.0),
         false => second / many,

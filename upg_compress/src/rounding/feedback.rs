@@ -86,10 +86,13 @@ impl<L: LevelSet> Chooser<'_, L> {
                 *of_rows = row[col];
             }
         }
-        let share = |i, k| strip.map_or(0.0, |strip| strip.share(i, k));
-        let shares: Vec<Vec<f32>> = (0..rows.len())
-            .map(|k| (0..k).map(|i| share(i, k)).collect())
-            .collect();
+        // Of each row, what the errors of those before add to its targets.
+        let shares: Vec<Vec<f32>> = match strip {
+            Some(strip) => (0..rows.len())
+                .map(|k| (0..k).map(|i| strip.share(i, k)).collect())
+                .collect(),
+            None => vec![Vec::new(); rows.len()],
+        };
         let mut wanted = of_rows.clone();
         // Products of prime and level.
         let mut products = vec![0.0; wanted.len()];

@@ -67,6 +67,7 @@ const TABLE: &[(&str, Damage, ErrorKind, u8, When)] = &[
     ("t2 with hadamard 0", |d| d.layers[3]["hadamard"] = 0.into(), Invalid, 6, Opening),
     ("t2 with hadamard 32 for 70 columns", |d| d.layers[3]["hadamard"] = 32.into(), Invalid, 6, Opening),
     ("t2 with hadamard 128 for 70 columns", |d| d.layers[3]["hadamard"] = 128.into(), Invalid, 6, Opening),
+    ("t2 with signs for every column", |d| resize(d, "layer_3_signs", &[9], 9), Shape, 7, Opening),
     ("array missing", |d| remove(d, "layer_1_values"), Missing, 7, Opening),
     ("array of another dtype", |d| d.tensor("layer_1_values").dtype = Dtype::U8, Shape, 7, Opening),
     ("array of another shape", |d| d.tensor("layer_1_values").shape = vec![2 * 128 * 64], Shape, 7, Opening),

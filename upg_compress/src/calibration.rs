@@ -10,6 +10,7 @@ use rayon::prelude::*;
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::sync::Arc;
 use upg_kernel::inference::weights::{EMBEDDING, shape_mismatch};
 use upg_kernel::inference::{Backward, Input, Layerwise, ModelConfig, WeightSource};
 use upg_kernel::matrix::{DenseMatrix, DenseValues, Matrix};
@@ -88,7 +89,7 @@ pub struct Calibrator<'a> {
     /// Layers that were not passed yet.
     left: usize,
     /// Of the matrices of the last one that was passed.
-    found: HashMap<String, Curvature>,
+    found: HashMap<String, Arc<Curvature>>,
 }
 
 impl<'a> Calibrator<'a> {
@@ -131,7 +132,11 @@ impl<'a> Calibrator<'a> {
     ///
     /// Errors: those of the source; `Invalid` if the model gives numbers that are not finite; `Argument` for a layer
     /// after the last one that was asked for; `Io`; `Interrupted`.
-    pub fn curvature(&mut self, name: &str, progress: &dyn Progress) -> Result<Option<&Curvature>> {
+    pub fn curvature(
+        &mut self,
+        name: &str,
+        progress: &dyn Progress,
+    ) -> Result<Option<Arc<Curvature>>> {
         let Some((layer, _)) = Input::of(name) else {
             return Ok(None);
         };
@@ -147,7 +152,7 @@ impl<'a> Calibrator<'a> {
             self.pass(self.left - 1, layer, progress)?;
             self.left -= 1;
         }
-        Ok(self.found.get(name))
+        Ok(self.found.get(name).cloned())
     }
 
     /// Passes layer `index`; looks at it if that is the layer that is `asked` for.
@@ -157,10 +162,10 @@ impl<'a> Calibrator<'a> {
             config,
             states,
             run,
-            found,
             ..
         } = self;
         let hidden = states.pop()?;
+        let mut found: HashMap<String, Curvature> = HashMap::new();
         run.layer(index, source, &hidden, &mut |input, x, gradients| {
             progress.proceed()?;
             if index != asked {
@@ -192,7 +197,10 @@ impl<'a> Calibrator<'a> {
                     .map(|(name, curvature, _)| (name, curvature)),
             );
             Ok(())
-        })
+        })?;
+        let found = found.into_iter();
+        self.found = found.map(|(name, c)| (name, Arc::new(c))).collect();
+        Ok(())
     }
 }
 

@@ -1,12 +1,13 @@
 //! From a source model to one UPG file, a tensor at a time.
 #![forbid(unsafe_code)]
 
+use crate::batches::{Batch, rows_in_turn, side_by_side};
 use crate::budget::{self, Budget};
 use crate::calibration::Calibrator;
 use crate::curvature::Curvature;
 use crate::hessian::Hessian;
 use crate::journal::Record;
-use crate::plan::{CompressOptions, Plan, PlannedTensor, is_calibrated, is_prunable};
+use crate::plan::{CompressOptions, Plan, PlannedTensor, is_prunable};
 use crate::progress::Progress;
 use crate::pruning::prune;
 use crate::report::CalibrationReport;
@@ -38,12 +39,12 @@ const FIGURE_DIGITS: usize = 24;
 ///
 /// The bytes depend on the source and the options only, not on the number of threads; if there is a
 /// calibration, also on the machine (instruction set, caches). Memory: about three copies of the largest
-/// tensor, in f32, with a calibration also what [`Calibrator`] and
+/// tensor, in f32, or half a gigabyte for smaller ones side by side; with a calibration also what [`Calibrator`] and
 /// [`Feedback::new`](crate::hessian::Feedback::new) take. Time: see the encoders.
 /// [`Preflight`](crate::preflight::Preflight) says both beforehand.
 ///
 /// With [`CompressOptions::resume`] a run that ends early, however it ends, leaves the two files of
-/// [`partial_files`](crate::resume::partial_files); the same call again goes on after the last tensor that was finished and
+/// [`partial_files`](crate::resume::partial_files); the same call again goes on after the last tensor that was written and
 /// gives the same bytes. It reads once what is there already; with a calibration the model is run over the text again,
 /// forwards and then backwards to the layer where it stopped.
 ///
@@ -66,45 +67,43 @@ pub fn compress(
     };
     let all_layers = source.files().config()?.num_layers;
     let (mut calibration_seconds, mut calibrated_layers) = (0.0, 0);
-    let mut report = compress_with(source, out, options, progress, |index, layer| {
-        let curvature = match &options.calibration {
-            Some(calibration) if is_calibrated(layer) => {
-                let started = Instant::now();
-                let calibrator = match &mut calibrator {
-                    Some(calibrator) => calibrator,
-                    none => none.insert(Calibrator::new(source, calibration, progress)?),
-                };
-                let curvature = calibrator.curvature(&layer.name, progress)?;
-                calibration_seconds += started.elapsed().as_secs_f64();
-                calibrated_layers =
-                    Input::of(&layer.name).map_or(0, |(layer, _)| all_layers - layer);
-                curvature
-            }
-            _ => None,
+    let mut report = compress_with(source, out, options, progress, |jobs| {
+        let mut calibrated = Vec::new();
+        for job in jobs {
+            let curvature = match &options.calibration {
+                Some(calibration) if options.calibrates(job.layer) => {
+                    let started = Instant::now();
+                    let calibrator = match &mut calibrator {
+                        Some(calibrator) => calibrator,
+                        none => none.insert(Calibrator::new(source, calibration, progress)?),
+                    };
+                    let name = &job.layer.name;
+                    let curvature = calibrator.curvature(name, progress);
+                    let curvature = curvature.map_err(|e| e.tensor(name))?;
+                    calibration_seconds += started.elapsed().as_secs_f64();
+                    calibrated_layers = Input::of(name).map_or(0, |(layer, _)| all_layers - layer);
+                    curvature
+                }
+                _ => None,
+            };
+            calibrated.push((job, curvature));
+        }
+        // What is done row by row in the end says how long a matrix takes at least.
+        let longest = |(job, curvature): &(Job<'_>, Option<_>)| {
+            let rows = rows_in_turn(curvature.is_some());
+            job.layer.rows.min(rows) * job.layer.cols
         };
-        let started = Instant::now();
-        let weights = source.read_f32(index)?;
-        let pruned = match (options.prune, curvature) {
-            (Some(sparsity), Some(curvature)) if is_prunable(layer) => Some(prune(
-                &weights,
-                layer.rows,
-                layer.cols,
-                sparsity,
-                curvature.inputs(),
-            )?),
-            _ => None,
-        };
-        let left = pruned.as_deref().unwrap_or(&weights);
-        let matrix = encode_matrix(left, layer, options.seed, curvature, progress)?;
-        layer.error = Some(relative_error(&weights, &matrix)?);
-        let seconds = started.elapsed().as_secs_f64();
-        let output_error = curvature.filter(|_| options.output_errors);
-        let output_error =
-            output_error.map(|c| relative_output_error(&weights, &matrix, c.inputs()));
-        Ok(Encoded {
-            matrix,
-            output_error: output_error.transpose()?,
-            seconds,
+        side_by_side(calibrated, longest, |(job, curvature)| {
+            let Job { index, layer } = job;
+            let encoded = encode_tensor(
+                source,
+                index,
+                layer,
+                options,
+                curvature.as_deref(),
+                progress,
+            );
+            encoded.map_err(|e| e.tensor(&layer.name))
         })
     })?;
     report.calibration = options
@@ -119,6 +118,50 @@ pub fn compress(
     Ok(report)
 }
 
+/// Reads and encodes tensor `index` as `layer` says, whose error is filled in.
+fn encode_tensor(
+    source: &dyn Source,
+    index: usize,
+    layer: &mut LayerInfo,
+    options: &CompressOptions,
+    curvature: Option<&Curvature>,
+    progress: &dyn Progress,
+) -> Result<Encoded> {
+    progress.proceed()?;
+    progress.tensor(&layer.name);
+    let started = Instant::now();
+    let weights = source.read_f32(index)?;
+    let pruned = match (options.prune, curvature) {
+        (Some(sparsity), Some(curvature)) if is_prunable(layer) => Some(prune(
+            &weights,
+            layer.rows,
+            layer.cols,
+            sparsity,
+            curvature.inputs(),
+        )?),
+        _ => None,
+    };
+    let left = pruned.as_deref().unwrap_or(&weights);
+    let matrix = encode_matrix(left, layer, options.seed, curvature, progress)?;
+    layer.error = Some(relative_error(&weights, &matrix)?);
+    let seconds = started.elapsed().as_secs_f64();
+    let output_error = curvature.filter(|_| options.output_errors);
+    let output_error = output_error.map(|c| relative_output_error(&weights, &matrix, c.inputs()));
+    Ok(Encoded {
+        matrix,
+        output_error: output_error.transpose()?,
+        seconds,
+    })
+}
+
+/// A matrix that is to be encoded.
+pub(crate) struct Job<'a> {
+    /// Of its tensor.
+    pub index: usize,
+    /// Its description, to which the encoder may add.
+    pub layer: &'a mut LayerInfo,
+}
+
 /// A matrix as it is to be written, and what is reported of it.
 pub(crate) struct Encoded {
     pub matrix: Matrix,
@@ -126,14 +169,13 @@ pub(crate) struct Encoded {
     pub seconds: f64,
 }
 
-/// [`compress`] with an encoder of the caller: it gets the index of a tensor and the description of its
-/// layer, to which it may add.
+/// [`compress`] with an encoder of the caller, which gets the matrices that come next, and gives them back in this order.
 pub(crate) fn compress_with(
     source: &dyn Source,
     out: impl AsRef<Path>,
     options: &CompressOptions,
     progress: &dyn Progress,
-    mut encode: impl FnMut(usize, &mut LayerInfo) -> Result<Encoded>,
+    mut encode: impl FnMut(Vec<Job<'_>>) -> Result<Vec<Encoded>>,
 ) -> Result<CompressReport> {
     let started = Instant::now();
     let out = out.as_ref();
@@ -160,29 +202,40 @@ pub(crate) fn compress_with(
     let is_layer = |planned: &&PlannedTensor| planned.layer.is_some();
     let mut zeros = None;
     let mut next_layer = plan.tensors[..restored].iter().filter(is_layer).count();
-    for planned in &plan.tensors[restored..] {
-        let tensor = &source.tensors()[planned.index];
+    for batch in Batch::all(source, options, &plan.tensors[restored..])? {
         progress.proceed()?;
-        progress.tensor(&tensor.name);
-        let record = if planned.layer.is_some() {
-            let layer = &mut layers[next_layer];
-            let encoded = encode(planned.index, layer).map_err(|e| e.tensor(&tensor.name))?;
-            let arrays = writer.layer(next_layer, layer, &encoded.matrix)?;
-            Zeros::count(&mut zeros, &encoded.matrix);
-            next_layer += 1;
-            Record::encoded(tensor, layer, &encoded, arrays)
-        } else {
-            let started = Instant::now();
-            let raw = source.read_raw(planned.index)?;
-            check_finite(&raw, tensor.cols()).map_err(|e| e.tensor(&tensor.name))?;
-            let array = writer.tensor(&tensor.name, raw.dtype.into(), &tensor.shape, &raw.bytes)?;
-            progress.advance(tensor.weights() as u64);
-            Record::kept(tensor, started.elapsed().as_secs_f64(), array)
-        };
-        if let Some(resumable) = &mut resumable {
-            resumable.add(&mut writer, &record)?;
+        let matrices = batch.tensors.iter().filter(is_layer);
+        let described = layers[next_layer..].iter_mut();
+        let jobs = matrices.zip(described).map(|(planned, layer)| Job {
+            index: planned.index,
+            layer,
+        });
+        let mut encoded = encode(jobs.collect())?.into_iter();
+        for planned in batch.tensors {
+            let tensor = &source.tensors()[planned.index];
+            let record = if planned.layer.is_some() {
+                let encoded = encoded.next().expect("one for each matrix");
+                let layer = &layers[next_layer];
+                let arrays = writer.layer(next_layer, layer, &encoded.matrix)?;
+                Zeros::count(&mut zeros, &encoded.matrix);
+                next_layer += 1;
+                Record::encoded(tensor, layer, &encoded, arrays)
+            } else {
+                progress.proceed()?;
+                progress.tensor(&tensor.name);
+                let started = Instant::now();
+                let raw = source.read_raw(planned.index)?;
+                check_finite(&raw, tensor.cols()).map_err(|e| e.tensor(&tensor.name))?;
+                let dtype = raw.dtype.into();
+                let array = writer.tensor(&tensor.name, dtype, &tensor.shape, &raw.bytes)?;
+                progress.advance(tensor.weights() as u64);
+                Record::kept(tensor, started.elapsed().as_secs_f64(), array)
+            };
+            if let Some(resumable) = &mut resumable {
+                resumable.add(&mut writer, &record)?;
+            }
+            tensors.push(record.tensor);
         }
-        tensors.push(record.tensor);
     }
     if let Some(json) = source.files().tokenizer_json.as_deref() {
         writer.tensor(TOKENIZER, Dtype::U8, &[json.len()], json)?;

@@ -2,7 +2,7 @@
 //! model and without hours of encoding.
 #![forbid(unsafe_code)]
 
-use crate::compress::{CompressReport, Encoded, compress_with, encode_matrix};
+use crate::compress::{CompressReport, Encoded, Job, compress_with, encode_matrix};
 use crate::plan::CompressOptions;
 use crate::progress::Progress;
 use crate::source::Source;
@@ -20,7 +20,7 @@ use upg_kernel::{Array, Error, ErrorKind, Matrix, Result};
 /// for each width and encoding, and repeated: the file has the size, the layout and the speed of one that
 /// was encoded as a whole, but its layers are alike, and their errors are not recorded.
 ///
-/// Memory: about one copy of the largest matrix as it is stored. Errors: those of `compress`; `Argument` if it is to be resumed;
+/// Memory: about one copy of the largest matrix as it is stored, or half a gigabyte of smaller ones. Errors: those of `compress`; `Argument` if it is to be resumed;
 /// `Unsupported` for other encodings than `q8`, `q4`, `t2`, `t3` and `t4`.
 pub fn compress_random(
     source: &SyntheticSource,
@@ -33,8 +33,9 @@ pub fn compress_random(
         return Err(Error::new(ErrorKind::Argument, message));
     }
     let mut strips: HashMap<(usize, usize, String), Matrix> = HashMap::new();
-    compress_with(source, out, options, progress, |index, layer| {
+    let mut encode = |Job { index, layer }: Job<'_>| {
         let started = Instant::now();
+        progress.tensor(&layer.name);
         let mut first = layer.clone();
         first.rows = layer.rows.min(STRIP_ROWS);
         let strip = match strips.entry((first.rows, first.cols, layer.encoding_name().to_owned())) {
@@ -50,6 +51,9 @@ pub fn compress_random(
             output_error: None,
             seconds: started.elapsed().as_secs_f64(),
         })
+    };
+    compress_with(source, out, options, progress, |jobs| {
+        jobs.into_iter().map(&mut encode).collect()
     })
 }
 

@@ -23,6 +23,11 @@ pub(crate) const PANEL_ROWS: usize = 9 * STRIP_ROWS;
 /// there are fewer positions that say anything about it, whose chance correlations would be taken for real ones.
 const DAMPING_OF_OUTPUTS: f64 = 0.1;
 
+/// What a [`Curvature`] of a matrix `[rows, cols]` takes.
+pub(crate) fn curvature_bytes(rows: u64, cols: u64) -> u64 {
+    4 * (cols * cols + rows * rows.min(PANEL_ROWS as u64))
+}
+
 /// The two factors for one matrix.
 #[derive(Debug, Clone)]
 pub struct Curvature {

@@ -54,6 +54,7 @@
 //! the options, never on the number of threads or the instruction set; with a calibration text on the machine
 //! too: the inputs of the matrices are sums in f32, whose order follows instruction set and caches.
 
+mod batches;
 pub mod budget;
 pub mod calibration;
 pub mod compress;

@@ -139,6 +139,11 @@ impl CompressOptions {
         }
     }
 
+    /// Whether the encoder of a matrix will look at the inputs that it has.
+    pub(crate) fn calibrates(&self, layer: &LayerInfo) -> bool {
+        self.calibration.is_some() && is_calibrated(layer)
+    }
+
     /// Whether a pattern says what becomes of the matrix `name`.
     pub(crate) fn is_named(&self, name: &str) -> bool {
         self.overrides.iter().any(|o| o.pattern.matches(name))

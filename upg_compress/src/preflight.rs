@@ -15,6 +15,7 @@ use upg_kernel::format::{TENSOR_ALIGNMENT, header_bytes, header_capacity};
 use upg_kernel::{Error, ErrorKind, Result};
 
 pub use memory::Memory;
+pub(crate) use memory::tensor_bytes;
 
 /// What [`compress`](crate::compress::compress) will do and take.
 #[derive(Debug, Clone)]

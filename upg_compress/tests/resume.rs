@@ -56,6 +56,13 @@ impl Progress for Stop {
     }
 }
 
+/// On one thread tensors come one after the other; on more of them some are done together, and those that were not written
+/// are lost.
+fn on_threads<T: Send>(threads: usize, f: impl FnOnce() -> T + Send) -> T {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+    pool.build().unwrap().install(f)
+}
+
 struct Case {
     folder: TempDir,
     source: Box<dyn Source>,
@@ -95,16 +102,24 @@ impl Case {
         partial_files(self.out()).unwrap()
     }
 
+    fn run_on(&self, threads: usize, progress: &dyn Progress) -> Result<usize, Error> {
+        let run = || compress(self.source.as_ref(), self.out(), &self.options, progress);
+        Ok(on_threads(threads, run)?.restored)
+    }
+
     fn run(&self, progress: &dyn Progress) -> Result<usize, Error> {
-        let report = compress(self.source.as_ref(), self.out(), &self.options, progress)?;
-        Ok(report.restored)
+        self.run_on(1, progress)
     }
 
     /// Stops before `tensor`; what is left is there, and no output.
     fn stop(&self, tensor: usize) {
+        self.stop_on(1, tensor);
+    }
+
+    fn stop_on(&self, threads: usize, tensor: usize) {
         let calibrated = self.options.calibration.is_some();
         let stop = Stop::before(self.source.as_ref(), tensor, calibrated);
-        let e = self.run(&stop).unwrap_err();
+        let e = self.run_on(threads, &stop).unwrap_err();
         assert_eq!(e.kind(), ErrorKind::Interrupted);
         assert!(!self.out().exists());
         assert!(self.partial().iter().all(|path| path.exists()));
@@ -138,6 +153,23 @@ fn a_run_goes_on_wherever_it_stopped() {
             case.stop(tensor);
         }
         assert_eq!(case.finish(), 18, "{encoding}");
+    }
+}
+
+/// On another number of threads than before too.
+#[test]
+fn matrices_side_by_side_are_done_again_or_not_at_all() {
+    for (encoding, calibrated) in [(Encoding::T3, false), (Encoding::T2, true)] {
+        let case = Case::new(encoding, calibrated);
+        for tensor in (0..TENSORS).step_by(5) {
+            case.stop_on(3, tensor);
+            assert!(case.finish() <= tensor, "{encoding}");
+        }
+        case.stop_on(1, 5);
+        case.stop_on(2, 12);
+        let restored = case.run_on(4, &()).unwrap();
+        assert!(restored >= 5, "{restored}");
+        assert!(fs::read(case.out()).unwrap() == case.expected);
     }
 }
 
@@ -207,7 +239,7 @@ fn nothing_else_is_continued() {
         let calibrated = options.calibration.is_some();
         let stop = tensors.map(|n| Stop::before(source.as_ref(), n, calibrated));
         let progress = stop.as_ref().map_or(&() as &dyn Progress, |stop| stop);
-        compress(source.as_ref(), &out, options, progress)
+        on_threads(1, || compress(source.as_ref(), &out, options, progress))
     };
     run(&options, Some(5)).unwrap_err();
     let refused = |options: &CompressOptions, what: &str| {

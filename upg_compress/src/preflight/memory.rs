@@ -2,10 +2,11 @@
 #![forbid(unsafe_code)]
 
 use super::array_bytes;
+use crate::batches::Batch;
 use crate::calibration::Calibration;
 use crate::curvature::PANEL_ROWS;
-use crate::plan::{CompressOptions, Plan, is_calibrated};
-use crate::source::{Source, SourceDtype, TensorInfo};
+use crate::plan::{CompressOptions, Plan, PlannedTensor};
+use crate::source::{Source, SourceDtype};
 use std::collections::BTreeMap;
 use upg_kernel::Result;
 use upg_kernel::format::{Encoding, LayerInfo};
@@ -47,14 +48,13 @@ impl Memory {
             Some(calibration) => held(source, &config, calibration),
             None => Held::default(),
         };
-        for planned in &plan.tensors {
-            let tensor = &source.tensors()[planned.index];
-            let arrays: u64 = array_bytes(source, planned)?.iter().sum();
-            let encoding = match &planned.layer {
-                Some(layer) => encoding(layer, options.calibration.is_some(), arrays),
-                None => keeping(tensor, arrays),
-            };
-            all = all.max(encoding + held.while_encoding(&tensor.name));
+        for batch in Batch::all(source, options, &plan.tensors)? {
+            let names = batch
+                .tensors
+                .iter()
+                .map(|t| &source.tensors()[t.index].name);
+            let of_held = names.map(|name| held.while_encoding(name)).max();
+            all = all.max(batch.bytes + of_held.unwrap_or(0));
         }
         all = all.max(held.start).max(held.pass);
         // Sensitivities are a run before the run.
@@ -75,17 +75,26 @@ impl Memory {
     }
 }
 
-/// Of a tensor that is kept.
-fn keeping(tensor: &TensorInfo, arrays: u64) -> u64 {
-    match tensor.dtype {
-        SourceDtype::Float(_) => arrays,
+/// Of a tensor on its way into the file.
+///
+/// Errors: those of the description of a layer.
+pub(crate) fn tensor_bytes(
+    source: &dyn Source,
+    options: &CompressOptions,
+    planned: &PlannedTensor,
+) -> Result<u64> {
+    let arrays = array_bytes(source, planned)?.iter().sum();
+    let tensor = &source.tensors()[planned.index];
+    Ok(match (&planned.layer, tensor.dtype) {
+        (Some(layer), _) => encoding(layer, options.calibrates(layer), arrays),
+        (None, SourceDtype::Float(_)) => arrays,
         // The values, and their bytes.
-        SourceDtype::Quantized(_) => 2 * arrays,
-    }
+        (None, SourceDtype::Quantized(_)) => 2 * arrays,
+    })
 }
 
 /// Of a matrix on its way into its arrays.
-fn encoding(layer: &LayerInfo, calibrated: bool, arrays: u64) -> u64 {
+fn encoding(layer: &LayerInfo, is_calibrated: bool, arrays: u64) -> u64 {
     let (rows, cols) = (layer.rows as u64, layer.cols as u64);
     let weights = rows * cols;
     let threads = rayon::current_num_threads() as u64;
@@ -94,7 +103,7 @@ fn encoding(layer: &LayerInfo, calibrated: bool, arrays: u64) -> u64 {
         Ok(Encoding::T2 | Encoding::T3 | Encoding::T4) => threads * 2_400_000,
         _ => weights,
     };
-    let feedback = match calibrated && is_calibrated(layer) {
+    let feedback = match is_calibrated {
         // At its largest while it is decomposed: the rotated or reordered one in f32, three in f64; then of the rows of a panel
         // in each thread.
         true => {

@@ -1,9 +1,10 @@
 //! An estimate of the time that compressing takes, from samples.
 #![forbid(unsafe_code)]
 
+use crate::batches::{Batch, rows_in_turn};
 use crate::compress::encode_matrix;
 use crate::curvature::{Curvature, PANEL_ROWS};
-use crate::plan::{CompressOptions, Plan, PlannedTensor, is_calibrated};
+use crate::plan::{CompressOptions, Plan, PlannedTensor};
 use crate::source::Source;
 use faer::{Mat, Par};
 use rayon::ThreadPoolBuilder;
@@ -40,32 +41,37 @@ struct Rate {
 /// Errors: those of the source, and of encoding the samples.
 pub(super) fn seconds(source: &dyn Source, options: &CompressOptions, plan: &Plan) -> Result<f64> {
     let mut rates: BTreeMap<(String, bool), Rate> = BTreeMap::new();
+    let threads = rayon::current_num_threads() as f64;
     let mut total = 0.0;
     let mut products = 0.0;
-    for planned in &plan.tensors {
-        let Some(layer) = &planned.layer else {
-            continue;
-        };
-        let calibrated = options.calibration.is_some() && is_calibrated(layer);
-        let key = (layer.encoding_name().to_owned(), calibrated);
-        let rate = match rates.get(&key) {
-            Some(rate) => *rate,
-            None => {
-                let largest = largest(plan, options, &key);
-                let rate = measured(source, options, largest.unwrap_or(planned), calibrated)?;
-                rates.insert(key, rate);
-                rate
+    for batch in Batch::all(source, options, &plan.tensors)? {
+        let matrices = batch.tensors.iter().filter(|t| t.layer.is_some()).count();
+        let (mut all, mut longest) = (0.0, 0.0f64);
+        for planned in batch.tensors {
+            let Some(layer) = &planned.layer else {
+                continue;
+            };
+            let calibrated = options.calibrates(layer);
+            let key = (layer.encoding_name().to_owned(), calibrated);
+            let rate = match rates.get(&key) {
+                Some(rate) => *rate,
+                None => {
+                    let largest = largest(plan, options, &key);
+                    let rate = measured(source, options, largest.unwrap_or(planned), calibrated)?;
+                    rates.insert(key, rate);
+                    rate
+                }
+            };
+            let (rows, cols) = (layer.rows as f64, layer.cols as f64);
+            total += rate.matrix;
+            all += rate.weight * rows * cols;
+            let in_turn = in_turn(layer, calibrated, matrices == 1) as f64;
+            longest = longest.max(rate.weight * in_turn * cols);
+            if calibrated {
+                products += feedback_products(rows, cols, options.output_errors);
             }
-        };
-        let (rows, cols) = (layer.rows as f64, layer.cols as f64);
-        let in_turn = match calibrated && layer.hadamard.is_some() {
-            true => in_turn(layer.rows) as f64,
-            false => rows / rayon::current_num_threads() as f64,
-        };
-        total += rate.matrix + rate.weight * in_turn * cols;
-        if calibrated {
-            products += feedback_products(rows, cols, options.output_errors);
         }
+        total += longest.max(all / threads);
     }
     if let Some(calibration) = &options.calibration {
         let tokens = calibration.tokens().len() as f64;
@@ -81,13 +87,21 @@ pub(super) fn seconds(source: &dyn Source, options: &CompressOptions, plan: &Pla
     Ok(total)
 }
 
-/// Rows of a calibrated matrix in a t encoding that one thread encodes: panels are side by side. (Of the other encodings most of
-/// the time goes into the search for primes, row by row.)
-fn in_turn(rows: usize) -> usize {
-    let turns = rows
-        .div_ceil(PANEL_ROWS)
-        .div_ceil(rayon::current_num_threads());
-    rows.min(turns * PANEL_ROWS)
+/// Rows of a matrix that one thread encodes at least. Parts of a matrix that is `alone` are shared out evenly.
+fn in_turn(layer: &LayerInfo, calibrated: bool, alone: bool) -> usize {
+    // Without a trellis most of the time goes into the search for primes, row by row.
+    let together = match calibrated && layer.hadamard.is_some() {
+        true => rows_in_turn(true),
+        false => 1,
+    };
+    let turns = match alone {
+        true => layer
+            .rows
+            .div_ceil(together)
+            .div_ceil(rayon::current_num_threads()),
+        false => 1,
+    };
+    layer.rows.min(turns * together)
 }
 
 /// The largest matrix of a kind.
@@ -97,8 +111,7 @@ fn largest<'a>(
     (encoding, calibrated): &(String, bool),
 ) -> Option<&'a PlannedTensor> {
     let of_kind = |layer: &LayerInfo| {
-        layer.encoding_name() == encoding
-            && (options.calibration.is_some() && is_calibrated(layer)) == *calibrated
+        layer.encoding_name() == encoding && options.calibrates(layer) == *calibrated
     };
     let tensors = plan.tensors.iter();
     let matching = tensors.filter(|t| t.layer.as_ref().is_some_and(of_kind));

@@ -5,7 +5,6 @@ use crate::batches::{Batch, rows_in_turn, side_by_side};
 use crate::budget::{self, Budget};
 use crate::calibration::Calibrator;
 use crate::curvature::Curvature;
-use crate::hessian::Hessian;
 use crate::journal::Record;
 use crate::plan::{CompressOptions, Plan, PlannedTensor, is_prunable};
 use crate::progress::Progress;
@@ -106,6 +105,7 @@ pub fn compress(
             encoded.map_err(|e| e.tensor(&layer.name))
         })
     })?;
+    report.encoding_seconds -= calibration_seconds;
     report.calibration = options
         .calibration
         .as_ref()
@@ -145,11 +145,17 @@ fn encode_tensor(
     let matrix = encode_matrix(left, layer, options.seed, curvature, progress)?;
     layer.error = Some(relative_error(&weights, &matrix)?);
     let seconds = started.elapsed().as_secs_f64();
-    let output_error = curvature.filter(|_| options.output_errors);
-    let output_error = output_error.map(|c| relative_output_error(&weights, &matrix, c.inputs()));
+    let (mut output_error, mut divergence) = (None, None);
+    if let Some(curvature) = curvature.filter(|_| options.output_errors) {
+        let errors = errors_of(&weights, &matrix)?;
+        let cost = |of: &[f32]| curvature.inputs().cost(of);
+        output_error = Some(to_six_digits(cost(&errors), cost(&weights)));
+        divergence = curvature.divergence(&errors)?;
+    }
     Ok(Encoded {
         matrix,
-        output_error: output_error.transpose()?,
+        output_error,
+        divergence,
         seconds,
     })
 }
@@ -166,6 +172,7 @@ pub(crate) struct Job<'a> {
 pub(crate) struct Encoded {
     pub matrix: Matrix,
     pub output_error: Option<f64>,
+    pub divergence: Option<f64>,
     pub seconds: f64,
 }
 
@@ -200,7 +207,7 @@ pub(crate) fn compress_with(
     };
     let restored = tensors.len();
     let is_layer = |planned: &&PlannedTensor| planned.layer.is_some();
-    let mut zeros = None;
+    let mut encoding_seconds = 0.0;
     let mut next_layer = plan.tensors[..restored].iter().filter(is_layer).count();
     for batch in Batch::all(source, options, &plan.tensors[restored..])? {
         progress.proceed()?;
@@ -210,14 +217,15 @@ pub(crate) fn compress_with(
             index: planned.index,
             layer,
         });
+        let started = Instant::now();
         let mut encoded = encode(jobs.collect())?.into_iter();
+        encoding_seconds += started.elapsed().as_secs_f64();
         for planned in batch.tensors {
             let tensor = &source.tensors()[planned.index];
             let record = if planned.layer.is_some() {
                 let encoded = encoded.next().expect("one for each matrix");
                 let layer = &layers[next_layer];
                 let arrays = writer.layer(next_layer, layer, &encoded.matrix)?;
-                Zeros::count(&mut zeros, &encoded.matrix);
                 next_layer += 1;
                 Record::encoded(tensor, layer, &encoded, arrays)
             } else {
@@ -244,10 +252,11 @@ pub(crate) fn compress_with(
         file_bytes: writer.file_len(),
         weights: plan.weights,
         layers,
-        zeros,
+        zeros: Zeros::of(&tensors),
         tensors,
         restored,
         calibration: None,
+        encoding_seconds,
         seconds: 0.0,
     };
     let ratio = 4.0 * report.weights as f64 / report.file_bytes as f64;
@@ -388,27 +397,22 @@ pub fn relative_error(original: &[f32], matrix: &Matrix) -> Result<f64> {
     Ok(to_six_digits(error, norm))
 }
 
-/// `|X (decoded - original)^T| / |X original^T|` over the inputs `X` of the Hessian, to six digits; 0 if that is zero.
-/// Cost: `rows * cols * cols` multiplications, on all threads.
-pub fn relative_output_error(original: &[f32], matrix: &Matrix, hessian: &Hessian) -> Result<f64> {
-    hessian.check(matrix.cols())?;
+/// `decoded - original`, row by row.
+///
+/// Errors: those of the matrix, and `Shape` for weights of another one.
+fn errors_of(original: &[f32], matrix: &Matrix) -> Result<Vec<f32>> {
+    let mut errors = vec![0.0; original.len()];
     let strip = STRIP_ROWS * matrix.cols().max(1);
-    let strips: Vec<(f64, f64)> = original
-        .par_chunks(strip)
+    let strips = errors.par_chunks_mut(strip).zip(original.par_chunks(strip));
+    strips
         .enumerate()
-        .map(|(strip, original)| {
-            let mut errors = vec![0.0; original.len()];
-            matrix.rows_into(strip * STRIP_ROWS, &mut errors)?;
-            for (error, w) in errors.iter_mut().zip(original) {
-                *error -= w;
-            }
-            Ok((hessian.cost(&errors), hessian.cost(original)))
+        .try_for_each(|(strip, (errors, original))| {
+            matrix.rows_into(strip * STRIP_ROWS, errors)?;
+            let pairs = errors.iter_mut().zip(original);
+            pairs.for_each(|(error, w)| *error -= w);
+            Ok(())
         })
-        .collect::<Result<_>>()?;
-    let (error, norm) = strips
-        .iter()
-        .fold((0.0, 0.0), |s, r| (s.0 + r.0, s.1 + r.1));
-    Ok(to_six_digits(error, norm))
+        .map(|()| errors)
 }
 
 /// The root of `error / norm`; 0 if there is nothing to be off from.

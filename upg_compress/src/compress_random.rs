@@ -49,6 +49,7 @@ pub fn compress_random(
         Ok(Encoded {
             matrix: repeated(strip, layer.rows)?,
             output_error: None,
+            divergence: None,
             seconds: started.elapsed().as_secs_f64(),
         })
     };

@@ -99,7 +99,7 @@ impl Curvature {
 
     /// What errors `[rows, cols]` cost: `tr(outputs E inputs E^T)` over the trace of the inputs, that is their Fisher
     /// information. Half of it is the Kullback-Leibler divergence, in nats, of all positions together. Where only the
-    /// inputs are known: `tr(E inputs E^T)`. Cost: `rows * cols^2` multiplications.
+    /// inputs are known: `tr(E inputs E^T)`. Cost: `rows * cols^2 + rows * 576 * cols` multiplications; `4 * cols^2` bytes.
     ///
     /// Errors (`Shape`): they are of another matrix.
     pub fn cost(&self, errors: &[f32]) -> Result<f64> {
@@ -109,11 +109,22 @@ impl Curvature {
             return Ok(self.inputs.cost(errors));
         };
         let trace = self.inputs.trace();
+        let inputs = self.inputs.symmetric();
         let panels = panels.iter().zip(errors.chunks(PANEL_ROWS * cols.max(1)));
         let cost: f64 = panels
-            .map(|(panel, errors)| panel.product(&self.inputs, errors))
+            .map(|(panel, errors)| panel.product(&inputs, errors))
             .sum();
         Ok(if trace > 0.0 { cost / trace } else { 0.0 })
+    }
+
+    /// The divergence that errors `[rows, cols]` cause by themselves, in nats of each position, to second order; `None` where
+    /// only the inputs are known, or no position was added. Cost and errors: those of [`Curvature::cost`].
+    pub fn divergence(&self, errors: &[f32]) -> Result<Option<f64>> {
+        let positions = self.inputs.count();
+        if self.outputs.is_none() || positions == 0 {
+            return Ok(None);
+        }
+        Ok(Some(0.5 * self.cost(errors)? / positions as f64))
     }
 
     /// The divergence, in nats of all positions together, if the rows of `weights [rows, cols]`, rotated with `seed`, had

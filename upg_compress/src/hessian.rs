@@ -165,11 +165,11 @@ impl Hessian {
             .sum()
     }
 
-    /// `tr(O E H E^T)` for errors `E [rows, cols]` of a matrix with inputs of `H` and outputs of this, `O`. Panics for another
+    /// `tr(O E H E^T)` for errors `E [rows, cols]` of a matrix with inputs of `H`, symmetric, and outputs of this, `O`. Panics for another
     /// length.
-    pub(crate) fn product(&self, inputs: &Self, errors: &[f32]) -> f64 {
-        let errors = MatRef::from_row_major_slice(errors, self.cols(), inputs.cols());
-        let weighed = self.symmetric() * (errors * inputs.symmetric());
+    pub(crate) fn product(&self, inputs: &Mat<f32>, errors: &[f32]) -> f64 {
+        let errors = MatRef::from_row_major_slice(errors, self.cols(), inputs.ncols());
+        let weighed = self.symmetric() * (errors * inputs);
         sum_of_products(&weighed, errors)
     }
 
@@ -178,7 +178,7 @@ impl Hessian {
         (0..self.cols()).map(|i| f64::from(self.sums[(i, i)])).sum()
     }
 
-    fn symmetric(&self) -> Mat<f32> {
+    pub(crate) fn symmetric(&self) -> Mat<f32> {
         Mat::from_fn(self.cols(), self.cols(), |i, j| {
             self.sums[(i.max(j), i.min(j))]
         })

@@ -8,6 +8,7 @@
 use crate::compress::Encoded;
 use crate::report::TensorReport;
 use crate::source::TensorInfo;
+use crate::zeros::zeros_of;
 use same_file::Handle;
 use serde::{Deserialize, Serialize};
 use std::fs::{File, OpenOptions, TryLockError};
@@ -49,6 +50,8 @@ impl Record {
                 bytes: arrays.iter().map(|a| a.bytes).sum(),
                 weight_error: layer.error,
                 output_error: encoded.output_error,
+                divergence: encoded.divergence,
+                zeros: zeros_of(&encoded.matrix),
                 seconds: encoded.seconds,
             },
             layer: Some(layer.clone()),
@@ -65,6 +68,8 @@ impl Record {
                 bytes: array.bytes,
                 weight_error: None,
                 output_error: None,
+                divergence: None,
+                zeros: None,
                 seconds,
             },
             layer: None,

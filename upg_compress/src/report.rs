@@ -23,12 +23,17 @@ pub struct TensorReport {
     /// `|X (Q - W)^T| / |X W^T|` over the inputs `X` of the calibration, each times the size of the gradients of what is made
     /// of it, if it was asked for and the matrix has such inputs.
     pub output_error: Option<f64>,
-    /// Reading, encoding and measuring the error of the weights; not the run over the calibration text.
+    /// The Kullback-Leibler divergence that its errors cause by themselves, in nats of each position, as their
+    /// [`Curvature`](crate::curvature::Curvature) predicts it; `None` as for outputs.
+    pub divergence: Option<f64>,
+    /// How many weights are zero, of a matrix that is stored by them.
+    pub zeros: Option<u64>,
+    /// Reading, encoding and measuring the error of the weights, beside others; not the run over the calibration text.
     pub seconds: f64,
 }
 
 impl TensorReport {
-    fn weights(&self) -> u64 {
+    pub(crate) fn weights(&self) -> u64 {
         self.shape.iter().map(|&n| n as u64).product()
     }
 
@@ -45,6 +50,8 @@ impl TensorReport {
             "bits_per_weight": ratio(8.0 * self.bytes as f64, self.weights() as f64),
             "weight_error": self.weight_error,
             "output_error": self.output_error,
+            "divergence": self.divergence,
+            "zeros": self.zeros,
             "seconds": self.seconds,
         })
     }
@@ -78,7 +85,7 @@ pub struct CompressReport {
     pub weights: u64,
     /// The compressed matrices with their errors.
     pub layers: Vec<LayerInfo>,
-    /// Of the matrices that this run has stored by their zeros, if there are any.
+    /// Of the matrices that are stored by their zeros, if there are any.
     pub zeros: Option<Zeros>,
     /// All tensors of the model, in the order of the file.
     pub tensors: Vec<TensorReport>,
@@ -86,6 +93,8 @@ pub struct CompressReport {
     pub restored: usize,
     /// If there was a calibration, and something left to calibrate.
     pub calibration: Option<CalibrationReport>,
+    /// Of this run for matrices: reading, encoding and all that is measured of them.
+    pub encoding_seconds: f64,
     /// Of this run.
     pub seconds: f64,
 }
@@ -109,12 +118,13 @@ impl CompressReport {
     /// `calibration`. Peak memory is that of the process so far. Figures that there are none of are `null`.
     pub fn to_json(&self) -> Value {
         let encoded = self.tensors[self.restored..].iter();
-        let (mut matrices, mut weights, mut seconds) = (0, 0, 0.0);
+        let (mut matrices, mut weights) = (0, 0);
         for tensor in encoded.filter(|t| !t.is_kept()) {
             matrices += 1;
             weights += tensor.weights();
-            seconds += tensor.seconds;
         }
+        let seconds = self.encoding_seconds;
+        let divergences = self.tensors.iter().filter_map(|t| t.divergence);
         json!({
             "totals": {
                 "file_bytes": self.file_bytes,
@@ -124,6 +134,7 @@ impl CompressReport {
                 "seconds": self.seconds,
                 "restored_tensors": self.restored,
                 "peak_memory_bytes": peak_memory(),
+                "divergence": divergences.reduce(|a, b| a + b),
                 "encoding": {
                     "matrices": matrices,
                     "weights": weights,
@@ -163,6 +174,8 @@ mod tests {
             bytes,
             weight_error: None,
             output_error: None,
+            divergence: None,
+            zeros: None,
             seconds: 2.0,
         }
     }
@@ -187,6 +200,7 @@ mod tests {
                 layers: (1, 2),
                 seconds: 3.0,
             }),
+            encoding_seconds: 2.0,
             seconds: 9.0,
         };
         let json = report.to_json();

@@ -1,6 +1,7 @@
 //! Matrices with so many zeros that it pays to store the others only.
 #![forbid(unsafe_code)]
 
+use crate::report::TensorReport;
 use crate::source::Source;
 use std::fmt;
 use std::str::FromStr;
@@ -65,19 +66,26 @@ impl Zeros {
         self.zeros as f64 / self.weights.max(1) as f64
     }
 
-    /// Adds `matrix`, if it is one of them.
-    pub(crate) fn count(of: &mut Option<Self>, matrix: &Matrix) {
-        let Matrix::Bitmap(bitmap) = matrix else {
-            return;
-        };
-        let bits = &bitmap.arrays().bitmap;
-        let kept: u64 = bits.iter().map(|byte| u64::from(byte.count_ones())).sum();
-        let weights = matrix.rows() as u64 * matrix.cols() as u64;
-        let sums = of.get_or_insert_default();
-        sums.matrices += 1;
-        sums.weights += weights;
-        sums.zeros += weights - kept;
+    /// Of those among `tensors` that are such matrices, if there are any.
+    pub(crate) fn of(tensors: &[TensorReport]) -> Option<Self> {
+        let mut sums = Self::default();
+        for (tensor, zeros) in tensors.iter().filter_map(|t| Some((t, t.zeros?))) {
+            sums.matrices += 1;
+            sums.weights += tensor.weights();
+            sums.zeros += zeros;
+        }
+        (sums.matrices > 0).then_some(sums)
     }
+}
+
+/// Weights of `matrix` that are zero, if it is stored by them.
+pub(crate) fn zeros_of(matrix: &Matrix) -> Option<u64> {
+    let Matrix::Bitmap(bitmap) = matrix else {
+        return None;
+    };
+    let bits = &bitmap.arrays().bitmap;
+    let kept: u64 = bits.iter().map(|byte| u64::from(byte.count_ones())).sum();
+    Some(matrix.rows() as u64 * matrix.cols() as u64 - kept)
 }
 
 /// The encoding that keeps zeros with as many bits for the other weights.

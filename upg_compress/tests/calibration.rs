@@ -254,6 +254,15 @@ fn the_cost_of_one_position_is_the_squared_change_of_the_loss() {
     // 3 * (0.5 - 2) + 4 * (2 + 0.5) = 5.5
     let cost = curvature.cost(&errors).unwrap();
     assert!((cost - 5.5f64.powi(2)).abs() < 1e-4, "{cost}");
+    // Half of that is the divergence of the position; as much again of another one like it does not change it.
+    for _ in 0..2 {
+        let divergence = curvature.divergence(&errors).unwrap().unwrap();
+        assert!((divergence - 0.5 * cost).abs() < 1e-4, "{divergence}");
+        curvature.add(&[1.0, 2.0], &[3.0, 4.0]).unwrap();
+    }
+    let inputs: Curvature = Hessian::new(2).into();
+    assert_eq!(inputs.divergence(&errors).unwrap(), None);
+    assert_eq!(Curvature::new(2, 2).divergence(&errors).unwrap(), None);
 }
 
 /// The model of folder `name` as a source in `folder`.

@@ -10,9 +10,11 @@ use upg_compress::calibration::Calibration;
 use upg_compress::compress::compress;
 use upg_compress::plan::{Choice, CompressOptions};
 use upg_compress::progress::Progress;
+use upg_compress::report::{CompressReport, TensorReport};
 use upg_compress::resume::partial_files;
 use upg_compress::source::synthetic::SyntheticSource;
 use upg_compress::source::{self, Source};
+use upg_compress::zeros::Zeros;
 use upg_kernel::format::Encoding;
 use upg_kernel::inference::Input;
 use upg_kernel::{Error, ErrorKind};
@@ -67,8 +69,18 @@ struct Case {
     folder: TempDir,
     source: Box<dyn Source>,
     options: CompressOptions,
-    /// What a run gives that nothing stops.
+    /// What a run gives that nothing stops, and what it says of it.
     expected: Vec<u8>,
+    reported: Reported,
+}
+
+/// Of a run, but for its times.
+type Reported = (Vec<TensorReport>, Option<Zeros>);
+
+fn reported(report: CompressReport) -> Reported {
+    let mut tensors = report.tensors;
+    tensors.iter_mut().for_each(|t| t.seconds = 0.0);
+    (tensors, report.zeros)
 }
 
 impl Case {
@@ -83,6 +95,7 @@ impl Case {
         let whole = folder.path().join("whole");
         let report = compress(source.as_ref(), &whole, &options, &()).unwrap();
         assert_eq!(report.tensors.len(), TENSORS);
+        assert_eq!(report.zeros.is_some(), encoding == Encoding::S4);
         let expected = fs::read(&whole).unwrap();
         fs::remove_file(whole).unwrap();
         options.resume = true;
@@ -91,6 +104,7 @@ impl Case {
             source,
             options,
             expected,
+            reported: reported(report),
         }
     }
 
@@ -104,7 +118,10 @@ impl Case {
 
     fn run_on(&self, threads: usize, progress: &dyn Progress) -> Result<usize, Error> {
         let run = || compress(self.source.as_ref(), self.out(), &self.options, progress);
-        Ok(on_threads(threads, run)?.restored)
+        let report = on_threads(threads, run)?;
+        let restored = report.restored;
+        assert_eq!(reported(report), self.reported);
+        Ok(restored)
     }
 
     fn run(&self, progress: &dyn Progress) -> Result<usize, Error> {
@@ -334,6 +351,8 @@ fn errors_of_outputs_are_measured_if_asked_for() {
             tensor.output_error.is_none_or(|e| 0.001 < e && e < 0.2),
             "{tensor:?}"
         );
+        assert_eq!(tensor.divergence.is_some(), in_layer, "{}", tensor.name);
+        assert!(tensor.divergence.is_none_or(|d| 0.0 < d && d < 1.0));
     }
     let calibration = report.calibration.unwrap();
     assert_eq!((calibration.tokens, calibration.layers), (128, (2, 2)));

@@ -201,13 +201,8 @@ fn summary(output: &Path, source: &dyn Source, report: &CompressReport) -> Strin
     }
     if let Some(zeros) = report.zeros {
         text += &format!(
-            "{} matrices{} stored by their zeros, {:.1} % of their weights\n",
+            "{} matrices stored by their zeros, {:.1} % of their weights\n",
             zeros.matrices,
-            if report.restored > 0 {
-                " of this run"
-            } else {
-                ""
-            },
             100.0 * zeros.share()
         );
     }

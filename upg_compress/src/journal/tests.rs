@@ -18,6 +18,8 @@ fn record(name: &str) -> Record {
             bytes: 6,
             weight_error: layer.error,
             output_error: Some(1.0 / 3.0),
+            divergence: Some(1e-9 / 3.0),
+            zeros: Some(7),
             seconds: 0.1,
         },
         layer: Some(layer),

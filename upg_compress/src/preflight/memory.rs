@@ -86,7 +86,7 @@ pub(crate) fn tensor_bytes(
     let arrays = array_bytes(source, planned)?.iter().sum();
     let tensor = &source.tensors()[planned.index];
     Ok(match (&planned.layer, tensor.dtype) {
-        (Some(layer), _) => encoding(layer, options.calibrates(layer), arrays),
+        (Some(layer), _) => encoding(layer, options, arrays),
         (None, SourceDtype::Float(_)) => arrays,
         // The values, and their bytes.
         (None, SourceDtype::Quantized(_)) => 2 * arrays,
@@ -94,7 +94,7 @@ pub(crate) fn tensor_bytes(
 }
 
 /// Of a matrix on its way into its arrays.
-fn encoding(layer: &LayerInfo, is_calibrated: bool, arrays: u64) -> u64 {
+fn encoding(layer: &LayerInfo, options: &CompressOptions, arrays: u64) -> u64 {
     let (rows, cols) = (layer.rows as u64, layer.cols as u64);
     let weights = rows * cols;
     let threads = rayon::current_num_threads() as u64;
@@ -103,7 +103,7 @@ fn encoding(layer: &LayerInfo, is_calibrated: bool, arrays: u64) -> u64 {
         Ok(Encoding::T2 | Encoding::T3 | Encoding::T4) => threads * 2_400_000,
         _ => weights,
     };
-    let feedback = match is_calibrated {
+    let feedback = match options.calibrates(layer) {
         // At its largest while it is decomposed: the rotated or reordered one in f32, three in f64; then of the rows of a panel
         // in each thread.
         true => {
@@ -112,6 +112,12 @@ fn encoding(layer: &LayerInfo, is_calibrated: bool, arrays: u64) -> u64 {
         }
         false => 0,
     };
+    // Once it is encoded: all errors, the factor of the inputs, and what becomes of the errors of a panel.
+    let measuring = match options.output_errors && options.calibrates(layer) {
+        true => F32 * (weights + cols * cols + 2 * rows.min(PANEL_ROWS as u64) * cols),
+        false => 0,
+    };
+    let feedback = feedback.max(measuring);
     F32 * weights + codes + arrays + threads * cols * STRIP_BYTES + feedback
 }
 

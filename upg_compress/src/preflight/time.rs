@@ -182,12 +182,16 @@ fn unit_curvature(rows: usize, cols: usize) -> Result<Curvature> {
 
 /// Multiplications in f32, or as many as take the same time, that a calibrated matrix takes beside its search.
 fn feedback_products(rows: f64, cols: f64, output_errors: bool) -> f64 {
-    // Errors spread to later columns, scales fitted, and the error of the outputs; then errors of rows.
-    let of_columns = rows * cols * cols * if output_errors { 2.5 } else { 1.5 };
+    // Errors spread to later columns, and scales fitted; then errors of rows; then what the errors cost.
     let panel = rows.min(PANEL_ROWS as f64);
+    let of_columns = rows * cols * cols * 1.5;
     let of_rows = rows * panel * cols / 2.0;
+    let measuring = match output_errors {
+        true => rows * cols * (2.0 * cols + panel),
+        false => 0.0,
+    };
     let decompositions = (cols.powi(3) + rows * panel.powi(2)) / 6.0 * F64_FACTOR;
-    of_columns + of_rows + decompositions
+    of_columns + of_rows + measuring + decompositions
 }
 
 /// Multiplications of a token on its way through all layers and back, with those for curvatures.

@@ -10,7 +10,7 @@ Usage: bench/quality.sh [--text FILE] [--calibrate FILE] [--windows N] [--no-rec
 Builds upg and llama.cpp, compresses SmolLM2-135M-Instruct with both in many sizes, and measures how far each
 is from the original: the Kullback-Leibler divergence of next tokens over the same windows of the same text.
 Prints a table and writes it to bench/record/, with a plot and all figures as JSON beside it, in the place of
-those of the same day and processor. The first time takes about two hours on two cores.
+those of the same day and processor. The first time takes about an hour and a quarter on two cores.
 
   --text FILE       scored [default: the second half of upg_kernel/tests/data/emma.txt]
   --calibrate FILE  both calibrate on its first 64 sequences of 512 tokens [default: the text that comes with upg]

@@ -150,8 +150,8 @@ pub struct CompressArgs {
     /// Print what becomes of each tensor, and the size, memory and time that it would take; write nothing
     #[arg(long)]
     pub dry_run: bool,
-    /// Write JSON: errors, bits and seconds of each tensor, with --calibrate also the errors of outputs,
-    /// unless an earlier run without --report has done it, and how fast it went
+    /// Write JSON: errors, zeros, bits and seconds of each tensor, with --calibrate also the errors of outputs and the
+    /// divergence that they predict, unless an earlier run without --report has done it, and how fast it went
     #[arg(long, value_name = "FILE")]
     pub report: Option<PathBuf>,
 }

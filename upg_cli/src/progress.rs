@@ -13,7 +13,10 @@ use upg_kernel::Result;
 /// How often a line is written where no bar can be drawn.
 const LINES_EVERY: Duration = Duration::from_secs(60);
 
-/// Bar over weights, with Ctrl-C. Where standard error is no terminal, a line a minute at the start of a layer.
+/// What has to be done before the time that is left is told, as one part of so many of the weights.
+const LEAST_PART: u64 = 100;
+
+/// Bar over weights, with Ctrl-C. Where standard error is no terminal, a line a minute.
 pub struct WeightsBar {
     bar: ProgressBar,
     interrupted: Arc<AtomicBool>,
@@ -24,8 +27,6 @@ pub struct WeightsBar {
 struct Speed {
     /// When the first layer of this run began, and how many weights were done then.
     first: Option<(Instant, u64)>,
-    /// The layer that is worked on.
-    layer: Option<String>,
     /// When the last line was written.
     told: Instant,
 }
@@ -40,18 +41,21 @@ impl WeightsBar {
             interrupted: terminal::interrupt_flag()?,
             speed: Mutex::new(Speed {
                 first: None,
-                layer: None,
                 told: Instant::now(),
             }),
         })
     }
 
-    /// Seconds until the end, by the layers so far; `None` before the second one.
+    /// Seconds until the end, by the layers so far; `None` while that would be a guess.
     fn left(&self, speed: &Speed) -> Option<f64> {
         let (started, before) = speed.first?;
         let position = self.bar.position();
-        let done = position.checked_sub(before).filter(|&n| n > 0)?;
-        let weights = self.bar.length()?.saturating_sub(position);
+        let all = self.bar.length()?;
+        let done = position.checked_sub(before)?;
+        if done == 0 || done < all / LEAST_PART {
+            return None;
+        }
+        let weights = all.saturating_sub(position);
         Some(started.elapsed().as_secs_f64() * weights as f64 / done as f64)
     }
 }
@@ -61,25 +65,19 @@ impl Progress for WeightsBar {
         self.bar.set_length(weights);
         // What came before is not the work that is counted.
         let mut speed = self.speed.lock().unwrap_or_else(|e| e.into_inner());
-        (speed.first, speed.layer) = (None, None);
+        speed.first = None;
     }
 
     fn tensor(&self, name: &str) {
-        let layer = name
-            .strip_prefix("model.layers.")
-            .and_then(|n| n.split_once('.'));
-        let layer = layer.map(|(number, _)| number.to_owned());
         let mut speed = self.speed.lock().unwrap_or_else(|e| e.into_inner());
-        let is_new = layer.is_some() && layer != speed.layer;
-        if is_new {
-            speed.layer = layer;
+        if name.starts_with("model.layers.") {
             speed
                 .first
                 .get_or_insert((Instant::now(), self.bar.position()));
         }
         let left = self.left(&speed);
         let left = left.map_or(String::new(), |s| format!("{} left, ", duration(s)));
-        if is_new && self.bar.is_hidden() && speed.told.elapsed() >= LINES_EVERY {
+        if self.bar.is_hidden() && speed.told.elapsed() >= LINES_EVERY {
             speed.told = Instant::now();
             let done = match self.bar.length() {
                 // What comes before the first tensor is not counted.

@@ -1,4 +1,5 @@
-//! Matrices that are encoded side by side, so that small ones, which have few parts, keep all threads busy too.
+//! Matrices that are encoded side by side: small ones have too few parts to keep all threads busy. With many threads it is
+//! memory that ends a batch.
 #![forbid(unsafe_code)]
 
 use crate::curvature::{PANEL_ROWS, curvature_bytes};
@@ -6,12 +7,14 @@ use crate::plan::{CompressOptions, PlannedTensor};
 use crate::preflight::tensor_bytes;
 use crate::source::Source;
 use std::cmp::Reverse;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use upg_kernel::Result;
 use upg_kernel::matrix::strips::STRIP_ROWS;
 
 /// Parts for each thread, if there are several: as parts differ in length, threads end at about the same time if there are a
 /// few of them.
-const PARTS: usize = 8;
+const PARTS: usize = 4;
 
 /// Memory that matrices may take side by side. One that takes more is by itself.
 const MOST_BYTES: u64 = 1 << 29;
@@ -112,27 +115,47 @@ pub(crate) fn rows_in_turn(is_calibrated: bool) -> usize {
     }
 }
 
-/// `f` of every item, side by side, those of the largest `size` first; the results are in the order of the items.
-///
-/// Errors: the first one of them.
+/// `f` of every item, side by side, those of the largest `size` first, until one fails. Returns the results of the first
+/// items, as far as all before them are there too, and the first error.
 pub(crate) fn side_by_side<T: Send, R: Send>(
     items: Vec<T>,
     size: impl Fn(&T) -> usize,
     f: impl Fn(T) -> Result<R> + Sync,
-) -> Result<Vec<R>> {
+) -> (Vec<R>, Result<()>) {
     let mut results: Vec<Option<Result<R>>> = items.iter().map(|_| None).collect();
     let mut queue: Vec<_> = items.into_iter().zip(&mut results).collect();
     queue.sort_by_key(|(item, _)| Reverse(size(item)));
-    let f = &f;
+    let queue = Mutex::new(queue.into_iter());
+    let next = || queue.lock().unwrap_or_else(|e| e.into_inner()).next();
+    let failed = AtomicBool::new(false);
+    // One for each thread, not for each item: a thread that waits for another takes what it finds, and each time its stack
+    // grows.
+    let work = || {
+        while !failed.load(Ordering::Relaxed) {
+            let Some((item, result)) = next() else { break };
+            let found = f(item);
+            failed.fetch_or(found.is_err(), Ordering::Relaxed);
+            *result = Some(found);
+        }
+    };
     rayon::scope_fifo(|scope| {
-        for (item, result) in queue {
-            scope.spawn_fifo(move |_| *result = Some(f(item)));
+        for _ in 0..rayon::current_num_threads() {
+            scope.spawn_fifo(|_| work());
         }
     });
-    let results = results.into_iter();
-    results
-        .map(|result| result.expect("the scope ends when all of it is done"))
-        .collect()
+    drop(queue);
+    let mut done = Vec::new();
+    let mut results = results.into_iter();
+    let error = loop {
+        match results.next() {
+            Some(Some(Ok(result))) => done.push(result),
+            Some(Some(Err(e))) => break Some(e),
+            // Not begun, as another one failed.
+            Some(None) => break results.find_map(|result| result?.err()),
+            None => break None,
+        }
+    };
+    (done, error.map_or(Ok(()), Err))
 }
 
 #[cfg(test)]
@@ -142,6 +165,7 @@ mod tests {
     use crate::plan::{Choice, Plan};
     use crate::source::synthetic::SyntheticSource;
     use rayon::ThreadPoolBuilder;
+    use rayon::prelude::*;
     use upg_kernel::format::Encoding;
     use upg_kernel::{Error, ErrorKind};
 
@@ -203,22 +227,44 @@ mod tests {
     #[test]
     fn results_are_in_the_order_of_the_items() {
         let items: Vec<usize> = (0..100).map(|i| i * 37 % 100).collect();
-        let squares = side_by_side(items.clone(), |&i| i, |i| Ok(i * i)).unwrap();
-        assert!(
-            items
+        let of = |items: &[usize], threads| {
+            let fallible = |i| match i {
+                74 | 11 => Err(Error::new(ErrorKind::Invalid, format!("{i}"))),
+                _ => Ok(i * i),
+            };
+            on_threads(threads, || side_by_side(items.to_vec(), |&i| i, fallible))
+        };
+        for threads in [1, 3] {
+            let good: Vec<usize> = items
                 .iter()
-                .zip(&squares)
-                .all(|(i, square)| i * i == *square)
-        );
-        let failed = side_by_side(
-            items,
-            |&i| i,
-            |i| match i {
-                74 | 11 => Err(Error::new(ErrorKind::Invalid, i.to_string())),
-                _ => Ok(i),
-            },
-        );
-        // 74 = 2 * 37 comes before 11 = 3 * 37 - 100.
-        assert_eq!(failed.unwrap_err().to_string(), "74");
+                .copied()
+                .filter(|i| ![74, 11].contains(i))
+                .collect();
+            let (squares, outcome) = of(&good, threads);
+            outcome.unwrap();
+            assert_eq!(squares, good.iter().map(|i| i * i).collect::<Vec<_>>());
+            // The largest one that fails is the first to be met; the item before it in line was not begun, or done.
+            let (done, outcome) = of(&items, threads);
+            assert!(done.len() <= items.iter().position(|&i| i == 74).unwrap());
+            assert_eq!(outcome.unwrap_err().to_string(), "74");
+        }
+    }
+
+    /// Threads that wait in one item take up others: their stacks have to hold that.
+    #[test]
+    fn many_items_that_wait_do_not_pile_up() {
+        let deep = |_| {
+            let part = |i: u64| (0..2000).fold(i, |a, b| a.wrapping_mul(31) ^ b);
+            let sum: u64 = (0..64)
+                .into_par_iter()
+                .map(part)
+                .reduce(|| 0, u64::wrapping_add);
+            let stack = [sum; 1 << 13];
+            Ok(std::hint::black_box(stack)[7])
+        };
+        let (done, outcome) = on_threads(8, || side_by_side(vec![(); 2000], |()| 1, deep));
+        outcome.unwrap();
+        assert_eq!(done.len(), 2000);
+        assert!(done.iter().all(|sum| *sum == done[0]));
     }
 }

@@ -1,4 +1,4 @@
-//! From a source model to one UPG file, a tensor at a time.
+//! From a source model to one UPG file, a tensor at a time or, of small ones, some side by side.
 #![forbid(unsafe_code)]
 
 use crate::batches::{Batch, rows_in_turn, side_by_side};
@@ -92,7 +92,7 @@ pub fn compress(
             let rows = rows_in_turn(curvature.is_some());
             job.layer.rows.min(rows) * job.layer.cols
         };
-        side_by_side(calibrated, longest, |(job, curvature)| {
+        let encoded = side_by_side(calibrated, longest, |(job, curvature)| {
             let Job { index, layer } = job;
             let encoded = encode_tensor(
                 source,
@@ -103,7 +103,8 @@ pub fn compress(
                 progress,
             );
             encoded.map_err(|e| e.tensor(&layer.name))
-        })
+        });
+        Ok(encoded)
     })?;
     report.encoding_seconds -= calibration_seconds;
     report.calibration = options
@@ -150,7 +151,7 @@ fn encode_tensor(
         let errors = errors_of(&weights, &matrix)?;
         let cost = |of: &[f32]| curvature.inputs().cost(of);
         output_error = Some(to_six_digits(cost(&errors), cost(&weights)));
-        divergence = curvature.divergence(&errors)?;
+        divergence = curvature.divergence(&errors)?.map(significant);
     }
     Ok(Encoded {
         matrix,
@@ -176,13 +177,14 @@ pub(crate) struct Encoded {
     pub seconds: f64,
 }
 
-/// [`compress`] with an encoder of the caller, which gets the matrices that come next, and gives them back in this order.
+/// [`compress`] with an encoder of the caller. It gets the matrices that come next, and gives them back in this order: all of
+/// them, or those before one that it is not to go on after, and why.
 pub(crate) fn compress_with(
     source: &dyn Source,
     out: impl AsRef<Path>,
     options: &CompressOptions,
     progress: &dyn Progress,
-    mut encode: impl FnMut(Vec<Job<'_>>) -> Result<Vec<Encoded>>,
+    mut encode: impl FnMut(Vec<Job<'_>>) -> Result<(Vec<Encoded>, Result<()>)>,
 ) -> Result<CompressReport> {
     let started = Instant::now();
     let out = out.as_ref();
@@ -218,18 +220,22 @@ pub(crate) fn compress_with(
             layer,
         });
         let started = Instant::now();
-        let mut encoded = encode(jobs.collect())?.into_iter();
+        let (encoded, outcome) = encode(jobs.collect())?;
         encoding_seconds += started.elapsed().as_secs_f64();
+        let mut encoded = encoded.into_iter();
         for planned in batch.tensors {
             let tensor = &source.tensors()[planned.index];
             let record = if planned.layer.is_some() {
-                let encoded = encoded.next().expect("one for each matrix");
+                // What is done is kept, though others were stopped.
+                let Some(encoded) = encoded.next() else { break };
                 let layer = &layers[next_layer];
                 let arrays = writer.layer(next_layer, layer, &encoded.matrix)?;
                 next_layer += 1;
                 Record::encoded(tensor, layer, &encoded, arrays)
             } else {
-                progress.proceed()?;
+                if outcome.is_ok() {
+                    progress.proceed()?;
+                }
                 progress.tensor(&tensor.name);
                 let started = Instant::now();
                 let raw = source.read_raw(planned.index)?;
@@ -244,6 +250,7 @@ pub(crate) fn compress_with(
             }
             tensors.push(record.tensor);
         }
+        outcome?;
     }
     if let Some(json) = source.files().tokenizer_json.as_deref() {
         writer.tensor(TOKENIZER, Dtype::U8, &[json.len()], json)?;
@@ -413,6 +420,11 @@ fn errors_of(original: &[f32], matrix: &Matrix) -> Result<Vec<f32>> {
             Ok(())
         })
         .map(|()| errors)
+}
+
+/// To six digits, however small it is: such numbers come back from JSON as they were.
+fn significant(value: f64) -> f64 {
+    format!("{value:.5e}").parse().unwrap_or(value)
 }
 
 /// The root of `error / norm`; 0 if there is nothing to be off from.

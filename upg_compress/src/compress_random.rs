@@ -20,8 +20,8 @@ use upg_kernel::{Array, Error, ErrorKind, Matrix, Result};
 /// for each width and encoding, and repeated: the file has the size, the layout and the speed of one that
 /// was encoded as a whole, but its layers are alike, and their errors are not recorded.
 ///
-/// Memory: about one copy of the largest matrix as it is stored, or half a gigabyte of smaller ones. Errors: those of `compress`; `Argument` if it is to be resumed;
-/// `Unsupported` for other encodings than `q8`, `q4`, `t2`, `t3` and `t4`.
+/// Memory: about one copy of the largest matrix as it is stored, or half a gigabyte of smaller ones. Errors: those of
+/// `compress`; `Argument` if it is to be resumed; `Unsupported` for other encodings than `q8`, `q4`, `t2`, `t3` and `t4`.
 pub fn compress_random(
     source: &SyntheticSource,
     out: impl AsRef<Path>,
@@ -54,7 +54,8 @@ pub fn compress_random(
         })
     };
     compress_with(source, out, options, progress, |jobs| {
-        jobs.into_iter().map(&mut encode).collect()
+        let encoded = jobs.into_iter().map(&mut encode);
+        Ok((encoded.collect::<Result<_>>()?, Ok(())))
     })
 }
 

@@ -99,7 +99,8 @@ impl Curvature {
 
     /// What errors `[rows, cols]` cost: `tr(outputs E inputs E^T)` over the trace of the inputs, that is their Fisher
     /// information. Half of it is the Kullback-Leibler divergence, in nats, of all positions together. Where only the
-    /// inputs are known: `tr(E inputs E^T)`. Cost: `rows * cols^2 + rows * 576 * cols` multiplications; `4 * cols^2` bytes.
+    /// inputs are known: `tr(E inputs E^T)`. Cost: `rows * cols^2 + rows * 576 * cols` multiplications; `4 * cols^2 +
+    /// 4,608 * cols` bytes.
     ///
     /// Errors (`Shape`): they are of another matrix.
     pub fn cost(&self, errors: &[f32]) -> Result<f64> {

@@ -18,7 +18,7 @@ use upg_kernel::format::{LayerInfo, WrittenArray, checksum_of};
 use upg_kernel::{Error, ErrorKind, Result, sync_folder_of};
 
 /// The first line: what the file is, and the version of this form.
-const MAGIC: &str = "upg journal 1\n";
+const MAGIC: &str = "upg journal 2\n";
 
 /// Far more than the records of the largest list of layers take.
 const MOST_BYTES: u64 = 1 << 28;

@@ -40,7 +40,7 @@
 //! - [`plan`]: which tensor gets which encoding; [`budget`]: under a budget; [`zeros`]: where there are many zeros.
 //! - [`rounding`] (`q8 q4 s8 s4`) and [`trellis`] (`t2 t3 t4`): the encoders. That of `mdcsr` is
 //!   [`upg_kernel::sparse::MdCSRMatrix::from_dense`].
-//! - [`mod@compress`]: all of it, a tensor at a time, into one file. [`export`] goes back to a Hugging
+//! - [`mod@compress`]: all of it, tensor by tensor, into one file. [`export`] goes back to a Hugging
 //!   Face directory.
 //! - [`preflight`]: what it will take; [`resume`]: going on after a stop; [`report`]: what it gave.
 //! - [`mod@compress_random`]: files of random models in little time, to measure with.

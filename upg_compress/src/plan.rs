@@ -113,7 +113,8 @@ pub struct CompressOptions {
     /// The share of weights to prune of the matrices in the layers that would be `q8`, `q4`, `s8` or `s4`, which are stored
     /// as `s8` or `s4` then. Needs a calibration.
     pub prune: Option<f64>,
-    /// Also measure, where there is a calibration, how far the outputs of each matrix are off: [`TensorReport::output_error`](crate::report::TensorReport::output_error).
+    /// Also measure, where there is a calibration, how far the outputs of each matrix are off, and what that changes:
+    /// [`TensorReport::output_error`](crate::report::TensorReport::output_error), [`TensorReport::divergence`](crate::report::TensorReport::divergence).
     /// Does not change the file.
     pub output_errors: bool,
     /// Leave what is done if the run ends early, and go on from what an earlier one has left. Does not change the file.

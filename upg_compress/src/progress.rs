@@ -7,7 +7,7 @@ use upg_kernel::{Error, ErrorKind, Result};
 pub trait Progress: Sync {
     /// Before the first tensor: how many weights there are in all.
     fn start(&self, _weights: u64) {}
-    /// Before each tensor.
+    /// Before each tensor, some of which are done side by side: called from any thread.
     fn tensor(&self, _name: &str) {}
     /// After each part of the work: the weights it had. Called from any thread.
     fn advance(&self, _weights: u64) {}

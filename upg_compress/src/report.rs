@@ -5,6 +5,7 @@ use crate::zeros::Zeros;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use upg_kernel::format::LayerInfo;
+use upg_kernel::inference::Input;
 use upg_kernel::peak_memory;
 
 /// One tensor of the file.
@@ -24,7 +25,7 @@ pub struct TensorReport {
     /// of it, if it was asked for and the matrix has such inputs.
     pub output_error: Option<f64>,
     /// The Kullback-Leibler divergence that its errors cause by themselves, in nats of each position, as their
-    /// [`Curvature`](crate::curvature::Curvature) predicts it; `None` as for outputs.
+    /// [`Curvature`](crate::curvature::Curvature) predicts it, to six digits; `None` as for outputs.
     pub divergence: Option<f64>,
     /// How many weights are zero, of a matrix that is stored by them.
     pub zeros: Option<u64>,
@@ -39,6 +40,11 @@ impl TensorReport {
 
     fn is_kept(&self) -> bool {
         self.encoding == "keep"
+    }
+
+    /// In an encoding that a calibration has an effect on.
+    fn may_be_calibrated(&self) -> bool {
+        !self.is_kept() && self.encoding != "mdcsr" && Input::of(&self.name).is_some()
     }
 
     fn to_json(&self) -> Value {
@@ -124,7 +130,10 @@ impl CompressReport {
             weights += tensor.weights();
         }
         let seconds = self.encoding_seconds;
-        let divergences = self.tensors.iter().filter_map(|t| t.divergence);
+        // Of a part of the model it would be taken for that of all of it.
+        let calibrated = self.tensors.iter().filter(|t| t.may_be_calibrated());
+        let divergence: Option<f64> = calibrated.map(|t| t.divergence).sum();
+        let divergence = divergence.filter(|_| self.calibration.is_some());
         json!({
             "totals": {
                 "file_bytes": self.file_bytes,
@@ -134,7 +143,7 @@ impl CompressReport {
                 "seconds": self.seconds,
                 "restored_tensors": self.restored,
                 "peak_memory_bytes": peak_memory(),
-                "divergence": divergences.reduce(|a, b| a + b),
+                "divergence": divergence,
                 "encoding": {
                     "matrices": matrices,
                     "weights": weights,
@@ -212,5 +221,37 @@ mod tests {
         assert_eq!(totals["calibration"]["tokens_per_second"], 10.0);
         assert_eq!(json["tensors"][2]["bits_per_weight"], 4.0);
         assert_eq!(json["tensors"][4]["bits_per_weight"], Value::Null);
+    }
+
+    #[test]
+    fn the_divergence_is_that_of_the_whole_model_or_none() {
+        let name = "model.layers.0.mlp.down_proj.weight";
+        let mut report = CompressReport {
+            file_bytes: 100,
+            weights: 80,
+            layers: Vec::new(),
+            zeros: None,
+            tensors: vec![
+                tensor("model.embed_tokens.weight", "q8", &[4, 5], 30),
+                tensor(name, "t3", &[4, 8], 16),
+                tensor(&name.replace('0', "1"), "t3", &[4, 8], 16),
+                tensor(&name.replace('0', "2"), "mdcsr", &[4, 8], 16),
+            ],
+            restored: 2,
+            calibration: Some(CalibrationReport {
+                tokens: 60,
+                layers: (1, 2),
+                seconds: 3.0,
+            }),
+            encoding_seconds: 2.0,
+            seconds: 9.0,
+        };
+        let divergence = |report: &CompressReport| report.to_json()["totals"]["divergence"].clone();
+        report.tensors[2].divergence = Some(0.25);
+        assert_eq!(divergence(&report), Value::Null);
+        report.tensors[1].divergence = Some(0.5);
+        assert_eq!(divergence(&report), 0.75);
+        report.calibration = None;
+        assert_eq!(divergence(&report), Value::Null);
     }
 }

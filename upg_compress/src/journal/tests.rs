@@ -18,7 +18,7 @@ fn record(name: &str) -> Record {
             bytes: 6,
             weight_error: layer.error,
             output_error: Some(1.0 / 3.0),
-            divergence: Some(1e-9 / 3.0),
+            divergence: Some(3.33333e-10),
             zeros: Some(7),
             seconds: 0.1,
         },
@@ -142,7 +142,7 @@ fn two_cannot_have_it() {
 fn other_files_are_left_alone() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("journal");
-    for text in ["x", "upg journal 2\n", "upg journal 1\nx\n"] {
+    for text in ["x", "upg journal 1\n", "upg journal 2\nx\n"] {
         std::fs::write(&path, text).unwrap();
         let e = Journal::open(path.clone(), &fingerprint("7")).unwrap_err();
         assert_eq!(e.kind(), ErrorKind::Malformed, "{text}: {e}");

@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::array_bytes;
-use crate::batches::Batch;
+use crate::batches::{Batch, rows_in_turn};
 use crate::calibration::Calibration;
 use crate::curvature::PANEL_ROWS;
 use crate::plan::{CompressOptions, Plan, PlannedTensor};
@@ -22,7 +22,7 @@ const MOST_KEPT: u64 = 1 << 30;
 /// What a tokenizer takes, for each byte of its `tokenizer.json`.
 const TOKENIZER_FACTOR: u64 = 40;
 
-/// Of each thread, for each column: a strip of 64 rows in several forms.
+/// Of each part, for each column: a strip of 64 rows in several forms.
 const STRIP_BYTES: u64 = 64 * 4 * 10;
 
 const F32: u64 = 4;
@@ -97,28 +97,31 @@ pub(crate) fn tensor_bytes(
 fn encoding(layer: &LayerInfo, options: &CompressOptions, arrays: u64) -> u64 {
     let (rows, cols) = (layer.rows as u64, layer.cols as u64);
     let weights = rows * cols;
-    let threads = rayon::current_num_threads() as u64;
+    let is_calibrated = options.calibrates(layer);
+    // Parts that are encoded at the same time.
+    let parts = layer.rows.div_ceil(rows_in_turn(is_calibrated));
+    let parts = parts.min(rayon::current_num_threads()) as u64;
     let codes = match layer.encoding() {
         Ok(Encoding::MdCsr) => 8 * weights,
-        Ok(Encoding::T2 | Encoding::T3 | Encoding::T4) => threads * 2_400_000,
+        Ok(Encoding::T2 | Encoding::T3 | Encoding::T4) => parts * 2_400_000,
         _ => weights,
     };
-    let feedback = match options.calibrates(layer) {
-        // At its largest while it is decomposed: the rotated or reordered one in f32, three in f64; then of the rows of a panel
-        // in each thread.
+    let feedback = match is_calibrated {
+        // At its largest while it is decomposed: the rotated or reordered one in f32, three in f64; then of the rows of each
+        // panel.
         true => {
             let panel = rows.min(PANEL_ROWS as u64);
-            cols * cols * (F32 + 3 * 8) + threads * panel * (panel * (F32 + 3 * 8) + cols * F32)
+            cols * cols * (F32 + 3 * 8) + parts * panel * (panel * (F32 + 3 * 8) + cols * F32)
         }
         false => 0,
     };
     // Once it is encoded: all errors, the factor of the inputs, and what becomes of the errors of a panel.
-    let measuring = match options.output_errors && options.calibrates(layer) {
+    let measuring = match options.output_errors && is_calibrated {
         true => F32 * (weights + cols * cols + 2 * rows.min(PANEL_ROWS as u64) * cols),
         false => 0,
     };
     let feedback = feedback.max(measuring);
-    F32 * weights + codes + arrays + threads * cols * STRIP_BYTES + feedback
+    F32 * weights + codes + arrays + parts * cols * STRIP_BYTES + feedback
 }
 
 /// What a calibration holds.

@@ -63,10 +63,9 @@ pub(super) fn seconds(source: &dyn Source, options: &CompressOptions, plan: &Pla
                 }
             };
             let (rows, cols) = (layer.rows as f64, layer.cols as f64);
-            total += rate.matrix;
-            all += rate.weight * rows * cols;
+            all += rate.matrix + rate.weight * rows * cols;
             let in_turn = in_turn(layer, calibrated, matrices == 1) as f64;
-            longest = longest.max(rate.weight * in_turn * cols);
+            longest = longest.max(rate.matrix + rate.weight * in_turn * cols);
             if calibrated {
                 products += feedback_products(rows, cols, options.output_errors);
             }
@@ -90,9 +89,9 @@ pub(super) fn seconds(source: &dyn Source, options: &CompressOptions, plan: &Pla
 /// Rows of a matrix that one thread encodes at least. Parts of a matrix that is `alone` are shared out evenly.
 fn in_turn(layer: &LayerInfo, calibrated: bool, alone: bool) -> usize {
     // Without a trellis most of the time goes into the search for primes, row by row.
-    let together = match calibrated && layer.hadamard.is_some() {
-        true => rows_in_turn(true),
-        false => 1,
+    let together = match layer.hadamard {
+        Some(_) => rows_in_turn(calibrated),
+        None => 1,
     };
     let turns = match alone {
         true => layer

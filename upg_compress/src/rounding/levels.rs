@@ -294,6 +294,16 @@ mod tests {
             let plain = plain.with_simd(pulp::Scalar::new());
             let best = levels.error(weights, 0.017);
             assert_eq!(plain.to_bits(), best.to_bits(), "{weights:?}");
+            #[cfg(target_arch = "x86_64")]
+            if let Some(simd) = pulp::x86::V3::try_new() {
+                let error = SquaredError {
+                    levels,
+                    weights,
+                    step: 0.017,
+                };
+                let avx2 = Simd::vectorize(simd, error);
+                assert_eq!(avx2.to_bits(), best.to_bits(), "{weights:?}");
+            }
         }
         let weights: Vec<f32> = (0..64)
             .map(|i| (i * 37 % 101) as f32 * 0.03 - 1.5)

@@ -210,6 +210,7 @@ mod tests {
         );
         assert!(two.iter().all(|b| b.1 <= MOST_BYTES), "{two:?}");
         let many = batches(CONFIG, 64);
+        assert!(counts(&many).iter().any(|&n| n > 4), "{many:?}");
         assert!(
             many.iter().all(|b| b.1 <= MOST_BYTES || b.0 == 1),
             "{many:?}"

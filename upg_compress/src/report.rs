@@ -189,21 +189,15 @@ mod tests {
         }
     }
 
-    #[test]
-    fn totals_are_of_this_run_and_bits_of_everything() {
-        let report = CompressReport {
+    /// Of a calibrated run.
+    fn report(tensors: Vec<TensorReport>, restored: usize) -> CompressReport {
+        CompressReport {
             file_bytes: 100,
             weights: 80,
             layers: Vec::new(),
             zeros: None,
-            tensors: vec![
-                tensor("model.embed_tokens.weight", "q8", &[4, 5], 30),
-                tensor("model.layers.0.norm.weight", "keep", &[8], 32),
-                tensor("model.layers.0.a.weight", "q4", &[4, 8], 16),
-                tensor("model.layers.0.b.weight", "keep", &[2, 10], 40),
-                tensor("empty", "keep", &[0], 0),
-            ],
-            restored: 1,
+            tensors,
+            restored,
             calibration: Some(CalibrationReport {
                 tokens: 60,
                 layers: (1, 2),
@@ -211,7 +205,19 @@ mod tests {
             }),
             encoding_seconds: 2.0,
             seconds: 9.0,
-        };
+        }
+    }
+
+    #[test]
+    fn totals_are_of_this_run_and_bits_of_everything() {
+        let tensors = vec![
+            tensor("model.embed_tokens.weight", "q8", &[4, 5], 30),
+            tensor("model.layers.0.norm.weight", "keep", &[8], 32),
+            tensor("model.layers.0.a.weight", "q4", &[4, 8], 16),
+            tensor("model.layers.0.b.weight", "keep", &[2, 10], 40),
+            tensor("empty", "keep", &[0], 0),
+        ];
+        let report = report(tensors, 1);
         let json = report.to_json();
         let totals = &json["totals"];
         assert_eq!(totals["bits_per_weight"], 10.0);
@@ -226,26 +232,13 @@ mod tests {
     #[test]
     fn the_divergence_is_that_of_the_whole_model_or_none() {
         let name = "model.layers.0.mlp.down_proj.weight";
-        let mut report = CompressReport {
-            file_bytes: 100,
-            weights: 80,
-            layers: Vec::new(),
-            zeros: None,
-            tensors: vec![
-                tensor("model.embed_tokens.weight", "q8", &[4, 5], 30),
-                tensor(name, "t3", &[4, 8], 16),
-                tensor(&name.replace('0', "1"), "t3", &[4, 8], 16),
-                tensor(&name.replace('0', "2"), "mdcsr", &[4, 8], 16),
-            ],
-            restored: 2,
-            calibration: Some(CalibrationReport {
-                tokens: 60,
-                layers: (1, 2),
-                seconds: 3.0,
-            }),
-            encoding_seconds: 2.0,
-            seconds: 9.0,
-        };
+        let tensors = vec![
+            tensor("model.embed_tokens.weight", "q8", &[4, 5], 30),
+            tensor(name, "t3", &[4, 8], 16),
+            tensor(&name.replace('0', "1"), "t3", &[4, 8], 16),
+            tensor(&name.replace('0', "2"), "mdcsr", &[4, 8], 16),
+        ];
+        let mut report = report(tensors, 2);
         let divergence = |report: &CompressReport| report.to_json()["totals"]["divergence"].clone();
         report.tensors[2].divergence = Some(0.25);
         assert_eq!(divergence(&report), Value::Null);

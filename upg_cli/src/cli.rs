@@ -7,6 +7,7 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use upg_compress::plan::{Choice, Override};
 use upg_compress::source::synthetic::PUBLISHED;
+use upg_compress::tuning::TuneOptions;
 use upg_compress::zeros::Sparse;
 use upg_kernel::format::Encoding;
 use upg_kernel::inference::CacheType;
@@ -58,6 +59,8 @@ pub struct Cli {
 pub enum Command {
     /// Compress a model directory or a GGUF file into a UPG file
     Compress(CompressArgs),
+    /// Let the scales and norms of a UPG file learn from the original model
+    Tune(TuneArgs),
     /// Rebuild a Hugging Face directory that transformers can load
     Decompress(DecompressArgs),
     /// List what a UPG file holds
@@ -154,6 +157,38 @@ pub struct CompressArgs {
     /// divergence that they predict, unless an earlier run without --report has done it, and how fast it went
     #[arg(long, value_name = "FILE")]
     pub report: Option<PathBuf>,
+}
+
+#[derive(Args)]
+#[command(after_help = "\
+Codes and size stay as they are. Tune on another part of the text than you measure on, and with few bits rather than
+many: what is won shrinks with what was lost.
+
+Examples:
+  upg tune phi4-t2.safetensors --original Phi-4/ -o phi4-t2-tuned.safetensors
+  upg tune phi4-t2.safetensors --original Phi-4/ -o phi4-t2.safetensors --text book.txt --passes 1")]
+pub struct TuneArgs {
+    /// UPG file
+    pub file: PathBuf,
+    /// What it was made of: Hugging Face directory or GGUF file
+    #[arg(long, value_name = "SOURCE")]
+    pub original: PathBuf,
+    /// File to write; it appears whole or not at all, and may be the one that is tuned
+    #[arg(short, long, value_name = "FILE")]
+    pub output: PathBuf,
+    /// Text to learn on: UTF-8, or JSON lines with a string "text" each if its name ends in .jsonl [default: one that
+    /// comes with upg]
+    #[arg(long, value_name = "TEXT")]
+    pub text: Option<PathBuf>,
+    /// Most tokens of it to use [default: all of TEXT, 32768 of the one that comes with upg]
+    #[arg(long, value_name = "N")]
+    pub tokens: Option<NonZeroUsize>,
+    /// How often to go through the text; each time takes about as long as calibrating on it
+    #[arg(long, value_name = "N", default_value_t = TuneOptions::default().passes)]
+    pub passes: usize,
+    /// By which part of itself a scale moves in a step, about
+    #[arg(long, value_name = "RATE", default_value_t = TuneOptions::default().rate)]
+    pub rate: f64,
 }
 
 #[derive(Args)]

@@ -9,4 +9,5 @@ pub mod decompress;
 pub mod eval;
 pub mod inspect;
 pub mod run;
+pub mod tune;
 pub mod verify;

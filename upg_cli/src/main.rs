@@ -51,6 +51,7 @@ fn run(cli: cli::Cli) -> Result<()> {
     };
     match command {
         cli::Command::Compress(args) => commands::compress::run(&args),
+        cli::Command::Tune(args) => commands::tune::run(&args),
         cli::Command::Decompress(args) => commands::decompress::run(&args),
         cli::Command::Inspect(args) => commands::inspect::run(&args),
         cli::Command::Verify(args) => commands::verify::run(&args),

@@ -3,7 +3,7 @@
 
 use crate::batches::{Batch, rows_in_turn, side_by_side};
 use crate::budget::{self, Budget};
-use crate::calibration::Calibrator;
+use crate::calibration::{Calibration, Calibrator};
 use crate::curvature::Curvature;
 use crate::journal::Record;
 use crate::plan::{CompressOptions, Plan, PlannedTensor, is_prunable};
@@ -17,6 +17,7 @@ use crate::trellis;
 use crate::zeros::Zeros;
 use rayon::prelude::*;
 use safetensors::Dtype;
+use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Instant;
@@ -29,9 +30,12 @@ use upg_kernel::{Error, ErrorKind, Matrix, Result, WholeFile};
 pub use crate::report::CompressReport;
 
 /// The metadata key of the options that were chosen.
-const RECIPE: &str = "recipe";
+pub(crate) const RECIPE: &str = "recipe";
 
-/// Room in the header for `compression_ratio` and `bits_per_weight`.
+const COMPRESSION_RATIO: &str = "compression_ratio";
+const BITS_PER_WEIGHT: &str = "bits_per_weight";
+
+/// Room in the header for these two.
 const FIGURE_DIGITS: usize = 24;
 
 /// Compresses `source` into a UPG file at `out`, which appears whole or not at all.
@@ -266,12 +270,7 @@ pub(crate) fn compress_with(
         encoding_seconds,
         seconds: 0.0,
     };
-    let ratio = 4.0 * report.weights as f64 / report.file_bytes as f64;
-    metadata.insert("compression_ratio".into(), format!("{ratio:.4}"));
-    metadata.insert(
-        "bits_per_weight".into(),
-        format!("{:.4}", report.bits_per_weight()),
-    );
+    insert_figures(&mut metadata, report.file_bytes, report.weights);
     writer.finish(metadata, &report.layers)?;
     resumable.map_or(Ok(()), Resumable::finish)?;
     report.seconds = started.elapsed().as_secs_f64();
@@ -285,7 +284,7 @@ pub(crate) fn metadata(
     plan: &Plan,
 ) -> BTreeMap<String, String> {
     let files = source.files();
-    let recipe = serde_json::json!({
+    let recipe = json!({
         "tool": concat!("upg ", env!("CARGO_PKG_VERSION")),
         "encoding": match options.budget {
             Some(_) => "mixed".to_owned(),
@@ -297,22 +296,14 @@ pub(crate) fn metadata(
         "seed": options.seed,
         "sparse": options.sparse.to_string(),
         "prune": options.prune,
-        "calibration": options.calibration.as_ref().map(|calibration| {
-            serde_json::json!({
-                "text": if calibration.is_built_in() { "built-in" } else { "given" },
-                "checksum": calibration.checksum(),
-                "tokens": calibration.tokens().len(),
-                "window": calibration.window(),
-            })
-        }),
+        "calibration": options.calibration.as_ref().map(calibration_json),
     });
     let mut metadata = BTreeMap::from([
         ("model".to_owned(), source.model_name().to_owned()),
         (RECIPE.to_owned(), recipe.to_string()),
         ("config.json".to_owned(), files.config_json.clone()),
-        ("compression_ratio".to_owned(), "0".repeat(FIGURE_DIGITS)),
-        ("bits_per_weight".to_owned(), "0".repeat(FIGURE_DIGITS)),
     ]);
+    reserve_figures(&mut metadata);
     for (key, text) in [
         ("generation_config.json", &files.generation_config_json),
         ("tokenizer_config.json", &files.tokenizer_config_json),
@@ -324,6 +315,36 @@ pub(crate) fn metadata(
         }
     }
     metadata
+}
+
+/// What a text is recognized by, for people.
+pub(crate) fn calibration_json(calibration: &Calibration) -> Value {
+    json!({
+        "text": if calibration.is_built_in() { "built-in" } else { "given" },
+        "checksum": calibration.checksum(),
+        "tokens": calibration.tokens().len(),
+        "window": calibration.window(),
+    })
+}
+
+/// Makes room for [`insert_figures`].
+pub(crate) fn reserve_figures(metadata: &mut BTreeMap<String, String>) {
+    for key in [COMPRESSION_RATIO, BITS_PER_WEIGHT] {
+        metadata.insert(key.to_owned(), "0".repeat(FIGURE_DIGITS));
+    }
+}
+
+/// How large the file is for each of the weights in it.
+pub(crate) fn insert_figures(
+    metadata: &mut BTreeMap<String, String>,
+    file_bytes: u64,
+    weights: u64,
+) {
+    let (bytes, weights) = (file_bytes as f64, weights as f64);
+    let ratio = format!("{:.4}", 4.0 * weights / bytes);
+    metadata.insert(COMPRESSION_RATIO.to_owned(), ratio);
+    let bits = format!("{:.4}", 8.0 * bytes / weights);
+    metadata.insert(BITS_PER_WEIGHT.to_owned(), bits);
 }
 
 /// Errors (`Invalid`): a value that is not finite, which would spoil every answer.

@@ -74,4 +74,5 @@ pub mod resume;
 pub mod rounding;
 pub mod source;
 pub mod trellis;
+pub mod tuning;
 pub mod zeros;

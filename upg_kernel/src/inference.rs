@@ -26,7 +26,7 @@ pub mod tokenizer;
 mod upg_model;
 pub mod weights;
 
-pub use backward::{Backward, GradientObserver};
+pub use backward::{Backward, GainGradients, GradientObserver, Head};
 pub use batch::Batch;
 pub use block::{Input, Observer};
 pub use config::ModelConfig;

@@ -125,6 +125,37 @@ impl Matrix {
         }
     }
 
+    /// What the rows are multiplied by, `[rows]`; `None` for a matrix that is not compressed.
+    pub fn scales(&self) -> Option<&Array<f32>> {
+        match self {
+            Self::Dense(_) => None,
+            Self::MdCsr(m) => Some(&m.arrays().scales),
+            Self::Grouped(m) => Some(m.scales()),
+            Self::Bitmap(m) => Some(&m.arrays().scales),
+            Self::Trellis(m) => Some(&m.parts().scales),
+        }
+    }
+
+    /// The same codes with other [`Matrix::scales`], which share their memory.
+    ///
+    /// Errors: `Argument` for a matrix without any; `Shape` and `Invalid` for scales that no file may have (rule 9).
+    pub fn with_scales(&self, scales: Vec<f32>) -> Result<Self> {
+        checked_scales(&scales, self.rows())?;
+        let mut matrix = self.clone();
+        let of_matrix = match &mut matrix {
+            Self::Dense(_) => {
+                let message = "scales for a matrix that is not compressed";
+                return Err(Error::new(ErrorKind::Argument, message));
+            }
+            Self::MdCsr(m) => m.scales_mut(),
+            Self::Grouped(m) => m.scales_mut(),
+            Self::Bitmap(m) => m.scales_mut(),
+            Self::Trellis(m) => m.scales_mut(),
+        };
+        *of_matrix = scales.into();
+        Ok(matrix)
+    }
+
     /// Number of rows (outputs).
     pub fn rows(&self) -> usize {
         self.stored().rows()

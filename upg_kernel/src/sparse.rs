@@ -217,6 +217,11 @@ impl MdCSRMatrix {
         &self.arrays
     }
 
+    /// For others that are checked.
+    pub(crate) fn scales_mut(&mut self) -> &mut Array<f32> {
+        &mut self.arrays.scales
+    }
+
     /// The whole matrix `[rows, cols]` in f32.
     pub fn to_dense(&self) -> Vec<f32> {
         let mut out = vec![0.0; self.rows * self.cols];

@@ -12,7 +12,7 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 use std::collections::HashMap;
 use std::sync::Arc;
 use upg_kernel::inference::{
-    Backward, Input, Layerwise, Model, ModelConfig, Session, WeightSource,
+    Backward, Head, Input, Layerwise, Model, ModelConfig, Session, WeightSource,
 };
 use upg_kernel::matrix::{DenseMatrix, DenseValues, Matrix};
 use upg_kernel::{ErrorKind, Result};
@@ -183,6 +183,205 @@ fn gradients_are_differences_of_the_loss() {
             expected.len()
         );
     }
+}
+
+/// Everything that [`Backward::toward`] finds for `tokens`: the divergence, and by names the gradients of row factors and
+/// of factors of gains.
+fn toward(
+    config: &ModelConfig,
+    student: &dyn WeightSource,
+    teacher: &dyn WeightSource,
+    tokens: &[u32],
+    len: usize,
+) -> (f64, HashMap<String, Vec<f64>>) {
+    let forward = |source: &dyn WeightSource| {
+        let (vocab, hidden) = (config.vocab_size, config.hidden_size);
+        let embedding = source.matrix("model.embed_tokens.weight", vocab, hidden);
+        let mut run = Layerwise::new(config.clone(), &embedding.unwrap(), tokens, len).unwrap();
+        let mut before = Vec::new();
+        for layer in 0..config.num_layers {
+            before.push(run.hidden().to_vec());
+            run.layer(layer, source, &mut |_, _, _| Ok(())).unwrap();
+        }
+        (before, run.hidden().to_vec())
+    };
+    let (before, hidden) = forward(student);
+    let (_, wanted) = forward(teacher);
+    let head = Head::new(config, teacher).unwrap();
+    let back = Backward::toward(config.clone(), student, &hidden, len, &head, &wanted);
+    let (mut run, divergence) = back.unwrap();
+    let mut found = HashMap::new();
+    let of_gains = |name: &str, gradients: &[f32]| {
+        let gains = student.vector(name, config.hidden_size).unwrap();
+        let pairs = gradients.iter().zip(gains);
+        pairs
+            .map(|(g, gain)| f64::from(*g) * f64::from(gain))
+            .collect::<Vec<_>>()
+    };
+    let last = "model.norm.weight".to_owned();
+    found.insert(last.clone(), of_gains(&last, run.of_last_gain()));
+    for layer in (0..config.num_layers).rev() {
+        let mut observe = |input: Input, x: &[f32], gradients: &[f32]| {
+            let parts = input.matrices(config);
+            let width: usize = parts.iter().map(|(_, rows)| rows).sum();
+            let n = gradients.len() / width;
+            let mut first = 0;
+            for (part, rows) in parts {
+                let name = format!("model.layers.{layer}.{part}.weight");
+                let y = student.matrix(&name, rows, x.len() / n)?.spmm(x, n)?;
+                let of_row = |row: usize| {
+                    let products = (0..n).map(|i| {
+                        f64::from(y[i * rows + row]) * f64::from(gradients[i * width + first + row])
+                    });
+                    products.sum()
+                };
+                found.insert(name, (0..rows).map(of_row).collect());
+                first += rows;
+            }
+            Ok(())
+        };
+        let gains = run
+            .layer(layer, student, &before[layer], &mut observe)
+            .unwrap();
+        let name = |norm: &str| format!("model.layers.{layer}.{norm}.weight");
+        for (norm, gradients) in [
+            ("input_layernorm", gains.input),
+            ("post_attention_layernorm", gains.feed_forward),
+        ] {
+            found.insert(name(norm), of_gains(&name(norm), &gradients));
+        }
+    }
+    (divergence, found)
+}
+
+/// A source whose tensor `name` has its rows, or its values if it is a vector, multiplied by `1 + by`.
+struct Scaled<'a> {
+    source: &'a dyn WeightSource,
+    name: &'a str,
+    by: Vec<f32>,
+}
+
+impl WeightSource for Scaled<'_> {
+    fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Matrix> {
+        let matrix = self.source.matrix(name, rows, cols)?;
+        if name != self.name {
+            return Ok(matrix);
+        }
+        let mut values = matrix.to_dense();
+        let of_rows = values.chunks_exact_mut(cols).zip(&self.by);
+        of_rows.for_each(|(row, by)| row.iter_mut().for_each(|w| *w *= 1.0 + by));
+        let values = DenseValues::F32(values.into());
+        Ok(Matrix::Dense(DenseMatrix::new(rows, cols, values)?))
+    }
+
+    fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>> {
+        let mut vector = self.source.vector(name, len)?;
+        if name == self.name {
+            let values = vector.iter_mut().zip(&self.by);
+            values.for_each(|(value, by)| *value *= 1.0 + by);
+        }
+        Ok(vector)
+    }
+
+    fn contains(&self, name: &str) -> bool {
+        self.source.contains(name)
+    }
+}
+
+/// Of the predictions of `wanted` from those of `logits`, in nats, the sum over positions.
+fn divergence(wanted: &[f32], logits: &[f32], vocab: usize) -> f64 {
+    let log_probabilities = |logits: &[f32]| {
+        let sum: f64 = logits.iter().map(|&l| f64::from(l).exp()).sum();
+        let of_all: Vec<f64> = logits.iter().map(|&l| f64::from(l) - sum.ln()).collect();
+        of_all
+    };
+    let positions = wanted.chunks_exact(vocab).zip(logits.chunks_exact(vocab));
+    positions
+        .map(|(p, q)| {
+            let (p, q) = (log_probabilities(p), log_probabilities(q));
+            p.iter().zip(q).map(|(p, q)| p.exp() * (p - q)).sum::<f64>()
+        })
+        .sum()
+}
+
+#[test]
+fn gradients_of_the_divergence_are_its_differences() {
+    for (name, weights) in MODELS {
+        let (config, source) = (config(name), source(weights));
+        let case = cases(name).pop().unwrap();
+        let (tokens, len) = (case.prompt[..48].to_vec(), 24);
+        // The student has another first layer: rows a tenth up and down.
+        let size = match config.family.fused {
+            true => 2 * config.intermediate_size,
+            false => config.intermediate_size,
+        };
+        let part = if config.family.fused {
+            "gate_up_proj"
+        } else {
+            "gate_proj"
+        };
+        let up_and_down = |i: usize| if i % 2 == 0 { 0.3 } else { -0.3 };
+        let student = Scaled {
+            source: &source,
+            name: &format!("model.layers.0.mlp.{part}.weight"),
+            by: (0..size).map(up_and_down).collect(),
+        };
+        let wanted = logits(&config, &source, &tokens, len);
+        let (found, gradients) = toward(&config, &student, &source, &tokens, len);
+        let expected = divergence(
+            &wanted,
+            &logits(&config, &student, &tokens, len),
+            config.vocab_size,
+        );
+        assert!(
+            (found - expected).abs() <= 1e-3 * expected,
+            "{name}: {found} {expected}"
+        );
+        // Moved along their gradients, by a step that is as long for all.
+        let norm = |g: &[f64]| g.iter().map(|g| g * g).sum::<f64>().sqrt();
+        let most = gradients.values().map(|g| norm(g)).fold(0.0, f64::max);
+        for (tensor, gradient) in &gradients {
+            let length = norm(gradient);
+            assert!(length > 0.0, "{name} {tensor}");
+            let at = |step: f64| {
+                let by = gradient
+                    .iter()
+                    .map(|g| (step * g / length) as f32)
+                    .collect();
+                let moved = Scaled {
+                    source: &student,
+                    name: tensor,
+                    by,
+                };
+                divergence(
+                    &wanted,
+                    &logits(&config, &moved, &tokens, len),
+                    config.vocab_size,
+                )
+            };
+            let difference = (at(0.01) - at(-0.01)) / 0.02;
+            assert!(
+                (difference - length).abs() <= 0.01 * most,
+                "{name} {tensor}: {difference} {length}, largest {most}"
+            );
+        }
+    }
+}
+
+#[test]
+fn another_head_is_refused() {
+    let (name, weights) = MODELS[0];
+    let (config, source) = (config(name), source(weights));
+    let head = Head::new(&config, &source).unwrap();
+    let hidden = vec![0.5; 4 * config.hidden_size];
+    let refused = |wanted: &[f32]| {
+        let back = Backward::toward(config.clone(), &source, &hidden, 2, &head, wanted);
+        back.unwrap_err().kind()
+    };
+    assert_eq!(refused(&hidden[1..]), ErrorKind::Argument);
+    assert_eq!(refused(&[]), ErrorKind::Argument);
+    let bad = vec![f32::NAN; hidden.len()];
+    assert_eq!(refused(&bad), ErrorKind::Invalid);
 }
 
 #[test]

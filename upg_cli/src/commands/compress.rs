@@ -218,7 +218,7 @@ fn summary(output: &Path, source: &dyn Source, report: &CompressReport) -> Strin
 }
 
 /// What the model is run over: the text in a file, or the one that comes with upg.
-fn calibration(
+pub fn calibration(
     source: &dyn Source,
     path: Option<&Path>,
     most: Option<usize>,

@@ -303,6 +303,36 @@ fn a_real_model_answers_is_measured_and_goes_back_to_its_directory() {
 }
 
 #[test]
+fn a_real_model_is_tuned_on_a_text() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let (text, out) = (at("text"), at("tuned"));
+    fs::write(&text, "It was a bright cold day in April. ".repeat(60)).unwrap();
+    let (model, original) = (smollm2(), gguf());
+    let said = succeed([
+        "tune",
+        model,
+        "--original",
+        original.to_str().unwrap(),
+        "-o",
+        &out,
+        "--text",
+        &text,
+        "--tokens",
+        "512",
+        "--passes",
+        "1",
+    ]);
+    assert!(said.contains("scales and gains tuned"), "{said}");
+    let size = |path: &str| fs::metadata(path).unwrap().len();
+    // The recipe is longer.
+    assert!(size(&out).abs_diff(size(model)) <= 4096);
+    succeed(["verify", &out]);
+    let answer = succeed(["run", &out, "-p", "The capital of France is", "-n", "4"]);
+    assert!(answer.contains("Paris"), "{answer}");
+}
+
+#[test]
 fn chat_keeps_to_its_commands_and_ends_with_its_input() {
     let mut child = upg(["chat", smollm2(), "-n", "8"])
         .stdin(Stdio::piped())

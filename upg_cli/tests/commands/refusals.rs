@@ -1,7 +1,7 @@
 //! What is refused, with which words and exit code.
 
 use crate::common::{compress_tiny, names, output, succeed, tiny_model, upg};
-use crate::smollm2;
+use crate::{gguf, smollm2};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -64,6 +64,11 @@ const BAD: &[(&[&str], i32, &[&str])] = &[
     (&["eval", "{smollm2}", "--text", "{}/story", "--window", "4", "--against", "{}/text"], 1, &["text", "unknown kind"]),
     (&["eval", "{smollm2}", "--text", "{}/story", "--window", "4", "--against", "{smollm2}", "--logits", "{}/text"], 2, &["text", "upg eval wrote"]),
     (&["chat", "{}/model"], 1, &["no chat template"]),
+    (&["tune", "{}/model", "--original", "{}/phi3", "-o", "{}/tuned"], 1, &["no tokenizer"]),
+    (&["tune", "{}/model", "--original", "{}/none", "-o", "{}/tuned"], 1, &["none"]),
+    (&["tune", "{}/model", "--original", "{smollm2-gguf}", "-o", "{}/tuned", "--tokens", "512"], 2, &["model", "that the file was made of"]),
+    (&["tune", "{smollm2}", "--original", "{smollm2-gguf}", "-o", "{}/tuned", "--text", "{}/text"], 2, &["has 2 tokens"]),
+    (&["tune", "{smollm2}", "--original", "{smollm2-gguf}", "-o", "{}/text", "--text", "{}/text"], 2, &["overwrite"]),
 ];
 
 /// Everything that `BAD` names.
@@ -201,7 +206,8 @@ fn bad_input_gives_one_line_an_exit_code_and_no_file() {
     let before = names(folder.path());
     for (args, expected, fragments) in BAD {
         let args = args.iter().map(|arg| {
-            arg.replace("{smollm2}", smollm2())
+            arg.replace("{smollm2-gguf}", gguf().to_str().unwrap())
+                .replace("{smollm2}", smollm2())
                 .replace("{}", folder.path().to_str().unwrap())
         });
         let mut command = upg(args);

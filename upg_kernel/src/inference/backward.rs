@@ -16,6 +16,7 @@ use crate::matrix::product::{Scratch, Write, multiply};
 use crate::team::Team;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
+use rayon::prelude::*;
 
 mod heads;
 
@@ -52,7 +53,56 @@ pub struct Backward {
     len: usize,
     /// `[sequences, len, hidden]`.
     gradients: Vec<f32>,
+    /// Of the gains of the last norm.
+    of_gain: Vec<f32>,
     scratch: Scratch,
+}
+
+/// Gradients of the gains of the norms of a layer, `[hidden]` each, added up over all positions.
+#[derive(Debug, Clone)]
+pub struct GainGradients {
+    /// Before attention.
+    pub input: Vec<f32>,
+    /// Before gate and up.
+    pub feed_forward: Vec<f32>,
+}
+
+/// What makes predictions of the hidden states after the last layer: the last norm and the output head.
+#[derive(Debug)]
+pub struct Head {
+    weights: HeadWeights,
+}
+
+impl Head {
+    /// That of the model in `source`. Errors: those of loading ([`Model::load`](super::Model::load)).
+    pub fn new(config: &ModelConfig, source: &dyn WeightSource) -> Result<Self> {
+        Ok(Self {
+            weights: HeadWeights::load(config, source)?,
+        })
+    }
+
+    /// Of `hidden [n, hidden]`: `[n, vocab]`.
+    fn logits(&self, hidden: &[f32], scratch: &mut Scratch, out: &mut Vec<f32>) -> Result<()> {
+        let HeadWeights { norm, matrix } = &self.weights;
+        let mut normed = Vec::new();
+        norm.of(Kernels::active()?, hidden, &mut normed);
+        let n = hidden.len() / matrix.cols().max(1);
+        out.resize(n * matrix.rows(), 0.0);
+        multiply([Some(matrix)], &normed, n, Write::Set, scratch, out)
+    }
+
+    fn check(&self, vocab: usize, positions: usize, hidden: &[f32]) -> Result<()> {
+        let matrix = &self.weights.matrix;
+        if matrix.rows() == vocab && hidden.len() == positions * matrix.cols() {
+            return Ok(());
+        }
+        let message = format!(
+            "{} hidden values and a vocabulary of {}, expected {positions} positions and {vocab}",
+            hidden.len(),
+            matrix.rows()
+        );
+        Err(Error::new(ErrorKind::Argument, message))
+    }
 }
 
 impl Backward {
@@ -69,32 +119,80 @@ impl Backward {
         len: usize,
         seed: u64,
     ) -> Result<Self> {
+        let (mut random, vocab) = (ChaCha8Rng::seed_from_u64(seed), config.vocab_size);
+        Self::from_logits(config, source, hidden, len, |_, logits| {
+            let mut positions = logits.chunks_exact_mut(vocab);
+            positions.try_for_each(|logits| fluctuate(logits, &mut random))
+        })
+    }
+
+    /// [`Backward::new`] for the gradients of the Kullback-Leibler divergence from what another model predicts, the
+    /// sum over all positions, in nats: of the logits they are `q - p`. That model's `wanted_hidden` are of the same
+    /// tokens. Returns the divergence too.
+    ///
+    /// Memory: also the logits of 256 positions. Errors: also `Argument` if there are not as many of its hidden states
+    /// or tokens of its vocabulary.
+    pub fn toward(
+        config: ModelConfig,
+        source: &dyn WeightSource,
+        hidden: &[f32],
+        len: usize,
+        wanted: &Head,
+        wanted_hidden: &[f32],
+    ) -> Result<(Self, f64)> {
+        let (vocab, positions) = (config.vocab_size, hidden.len() / config.hidden_size.max(1));
+        wanted.check(vocab, positions, wanted_hidden)?;
+        let (mut divergence, mut scratch, mut p) = (0.0, Scratch::default(), Vec::new());
+        let of_wanted = wanted_hidden.len() / positions.max(1);
+        let back = Self::from_logits(config, source, hidden, len, |first, logits| {
+            let n = logits.len() / vocab;
+            let rows = &wanted_hidden[first * of_wanted..][..n * of_wanted];
+            wanted.logits(rows, &mut scratch, &mut p)?;
+            let of_positions = logits.par_chunks_exact_mut(vocab);
+            let divergences = of_positions.zip(p.par_chunks_exact_mut(vocab));
+            let divergences: Vec<f64> = divergences
+                .map(|(q, p)| part_from(q, p))
+                .collect::<Result<_>>()?;
+            // In order: the same for any number of threads.
+            divergence += divergences.iter().sum::<f64>();
+            Ok(())
+        })?;
+        Ok((back, divergence))
+    }
+
+    /// `gradient` gets the number of a position and logits from there on, and turns these into their gradients.
+    fn from_logits(
+        config: ModelConfig,
+        source: &dyn WeightSource,
+        hidden: &[f32],
+        len: usize,
+        mut gradient: impl FnMut(usize, &mut [f32]) -> Result<()>,
+    ) -> Result<Self> {
         config.check()?;
-        let kernels = Kernels::active()?;
         let size = len.checked_mul(config.hidden_size);
         if !size.is_some_and(|size| size > 0 && hidden.len().is_multiple_of(size)) {
             let message = format!("{} values as sequences of {len} positions", hidden.len());
             return Err(Error::new(ErrorKind::Argument, message));
         }
-        let HeadWeights { norm, matrix } = HeadWeights::load(&config, source)?;
-        let head = matrix.to_dense();
-        let mut random = ChaCha8Rng::seed_from_u64(seed);
+        let head = Head::new(&config, source)?;
+        let weights = head.weights.matrix.to_dense();
         let mut scratch = Scratch::default();
-        let (mut normed, mut logits) = (Vec::new(), Vec::new());
+        let mut logits = Vec::new();
         let mut gradients = vec![0.0; hidden.len()];
+        let mut of_gain = vec![0.0; config.hidden_size];
         let together = LOGITS_TOGETHER * config.hidden_size;
-        for (x, gradients) in hidden.chunks(together).zip(gradients.chunks_mut(together)) {
-            norm.of(kernels, x, &mut normed);
+        let chunks = hidden.chunks(together).zip(gradients.chunks_mut(together));
+        for (number, (x, gradients)) in chunks.enumerate() {
+            head.logits(x, &mut scratch, &mut logits)?;
+            gradient(number * LOGITS_TOGETHER, &mut logits)?;
             let n = x.len() / config.hidden_size;
-            logits.resize(n * config.vocab_size, 0.0);
-            let parts = [Some(&matrix)];
-            multiply(parts, &normed, n, Write::Set, &mut scratch, &mut logits)?;
-            for logits in logits.chunks_exact_mut(config.vocab_size) {
-                fluctuate(logits, &mut random)?;
-            }
             let logits = View::new(&logits, n, config.vocab_size, config.vocab_size);
-            back(logits, &head, false, gradients);
-            norm_back(&norm, x, gradients);
+            back(logits, &weights, false, gradients);
+            add(
+                &mut of_gain,
+                &gain_gradients(&head.weights.norm, x, gradients),
+            );
+            norm_back(&head.weights.norm, x, gradients);
         }
         let rope = Rope::new(&config.rope);
         Ok(Self {
@@ -102,8 +200,14 @@ impl Backward {
             config,
             len,
             gradients,
+            of_gain,
             scratch,
         })
+    }
+
+    /// Of the gains of the last norm, `[hidden]`.
+    pub fn of_last_gain(&self) -> &[f32] {
+        &self.of_gain
     }
 
     /// `[sequences, len, hidden]`: of the input of the last layer that was passed, or of the output of the model.
@@ -112,8 +216,8 @@ impl Backward {
     }
 
     /// Takes the gradients back through layer `index`, whose input was `hidden [sequences, len, hidden]`. `observe` sees, for
-    /// some sequences at a time, the four [`Input`]s from the last to the first. Cost: about three times that of the
-    /// layer forwards.
+    /// some sequences at a time, the four [`Input`]s from the last to the first. Returns the gradients of the gains of its
+    /// norms. Cost: about three times that of the layer forwards.
     ///
     /// Errors: `Argument` for another number of values; those of loading the layer and of `observe`. The gradients are of
     /// no use after one.
@@ -123,7 +227,7 @@ impl Backward {
         source: &dyn WeightSource,
         hidden: &[f32],
         observe: GradientObserver<'_>,
-    ) -> Result<()> {
+    ) -> Result<GainGradients> {
         let argument = |message| Err(Error::new(ErrorKind::Argument, message));
         let Some(&window) = self.config.windows.get(index) else {
             return argument(format!("layer {index} of {}", self.config.num_layers));
@@ -143,13 +247,17 @@ impl Backward {
         };
         let size = self.len * self.config.hidden_size;
         let together = (POSITIONS_TOGETHER / self.len).max(1) * size;
+        let mut of_gains = GainGradients {
+            input: vec![0.0; self.config.hidden_size],
+            feed_forward: vec![0.0; self.config.hidden_size],
+        };
         for (x, gradients) in hidden
             .chunks(together)
             .zip(self.gradients.chunks_mut(together))
         {
-            pass.run(x, gradients, &mut self.scratch, observe)?;
+            pass.run(x, gradients, &mut self.scratch, &mut of_gains, observe)?;
         }
-        Ok(())
+        Ok(of_gains)
     }
 }
 
@@ -171,6 +279,7 @@ impl Pass<'_> {
         x: &[f32],
         gradients: &mut [f32],
         scratch: &mut Scratch,
+        of_gains: &mut GainGradients,
         observe: GradientObserver<'_>,
     ) -> Result<()> {
         let &Self {
@@ -220,6 +329,8 @@ impl Pass<'_> {
         observe(Input::FeedForward, &mlp_normed, &gate_up)?;
         let of_normed = &mut mlp_normed;
         joint_back(&layer.gate_up, &gate_up, n, of_normed);
+        let of_gain = gain_gradients(&layer.mlp_norm, &middle, of_normed);
+        add(&mut of_gains.feed_forward, &of_gain);
         norm_back(&layer.mlp_norm, &middle, of_normed);
         add(gradients, of_normed);
 
@@ -252,6 +363,8 @@ impl Pass<'_> {
         observe(Input::Attention, &normed, &of_qkv)?;
         let of_normed = &mut normed;
         joint_back(&layer.qkv, &of_qkv, n, of_normed);
+        let of_gain = gain_gradients(&layer.input_norm, x, of_normed);
+        add(&mut of_gains.input, &of_gain);
         norm_back(&layer.input_norm, x, of_normed);
         add(gradients, of_normed);
         Ok(())
@@ -262,11 +375,7 @@ impl Pass<'_> {
 ///
 /// Errors (`Invalid`): a logit is not finite.
 fn fluctuate(logits: &mut [f32], random: &mut ChaCha8Rng) -> Result<()> {
-    if let Some(bad) = logits.iter().find(|logit| !logit.is_finite()) {
-        let message = format!("the model predicts a logit of {bad}");
-        return Err(Error::new(ErrorKind::Invalid, message)
-            .hint("its weights give no finite numbers for this text"));
-    }
+    check_finite(logits)?;
     let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let mut sum = 0.0;
     for logit in &mut *logits {
@@ -288,6 +397,42 @@ fn fluctuate(logits: &mut [f32], random: &mut ChaCha8Rng) -> Result<()> {
         *value = *value * *value * along - *value;
     }
     Ok(())
+}
+
+/// For the logits of a position: `q` becomes the gradients of the divergence from the predictions of the logits `p`, of which
+/// nothing is left. Returns the divergence, in nats.
+///
+/// Errors (`Invalid`): a logit is not finite.
+fn part_from(q: &mut [f32], p: &mut [f32]) -> Result<f64> {
+    let of_q = log_sum(q)?;
+    let of_p = log_sum(p)?;
+    let mut divergence = 0.0;
+    for (q, p) in q.iter_mut().zip(p) {
+        let (log_q, log_p) = (*q - of_q, *p - of_p);
+        let probability = exp(log_p);
+        divergence += f64::from(probability) * f64::from(log_p - log_q);
+        *q = exp(log_q) - probability;
+    }
+    Ok(divergence)
+}
+
+/// What is to be taken from logits, so that they are the logarithms of probabilities.
+fn log_sum(logits: &[f32]) -> Result<f32> {
+    check_finite(logits)?;
+    let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = logits.iter().map(|&l| f64::from(exp(l - most))).sum();
+    Ok(most + sum.ln() as f32)
+}
+
+fn check_finite(logits: &[f32]) -> Result<()> {
+    match logits.iter().find(|logit| !logit.is_finite()) {
+        None => Ok(()),
+        Some(bad) => {
+            let message = format!("the model predicts a logit of {bad}");
+            Err(Error::new(ErrorKind::Invalid, message)
+                .hint("its weights give no finite numbers for this text"))
+        }
+    }
 }
 
 /// `out [n, inputs] = gradients [n, outputs] * weights [outputs, inputs]`, or that added.
@@ -322,11 +467,29 @@ fn norm_back(norm: &RmsNorm, x: &[f32], gradients: &mut [f32]) {
     });
 }
 
+/// Of the gains of a norm, for its inputs `x` and the gradients of its outputs: `sum of dy * x * r`.
+fn gain_gradients(norm: &RmsNorm, x: &[f32], gradients: &[f32]) -> Vec<f32> {
+    let len = norm.gain.len().max(1);
+    let mut sums = vec![0.0; len];
+    for (x, gradients) in x.chunks_exact(len).zip(gradients.chunks_exact(len)) {
+        let r = one_over_size(norm, x) as f32;
+        let pairs = x.iter().zip(gradients);
+        sums.iter_mut()
+            .zip(pairs)
+            .for_each(|(sum, (x, g))| *sum += x * r * g);
+    }
+    sums
+}
+
+/// `1 / sqrt(mean(x^2) + eps)`.
+fn one_over_size(norm: &RmsNorm, x: &[f32]) -> f64 {
+    let squares: f64 = x.iter().map(|&x| f64::from(x).powi(2)).sum();
+    1.0 / (squares / x.len() as f64 + f64::from(norm.eps)).sqrt()
+}
+
 /// With `y = gain * x * r`, `r = 1 / sqrt(mean(x^2) + eps)`: `r * gain * dy - x * r^3 * mean(gain * dy * x)`.
 fn norm_back_row(norm: &RmsNorm, x: &[f32], gradients: &mut [f32]) {
-    let len = x.len() as f64;
-    let squares: f64 = x.iter().map(|&x| f64::from(x).powi(2)).sum();
-    let r = 1.0 / (squares / len + f64::from(norm.eps)).sqrt();
+    let (len, r) = (x.len() as f64, one_over_size(norm, x));
     let mut along = 0.0;
     for ((g, &gain), &x) in gradients.iter_mut().zip(&norm.gain).zip(x) {
         *g *= gain;

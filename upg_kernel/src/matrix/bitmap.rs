@@ -73,6 +73,11 @@ impl BitmapMatrix {
         Ok(matrix)
     }
 
+    /// For others that are checked.
+    pub(super) fn scales_mut(&mut self) -> &mut Array<f32> {
+        &mut self.arrays.scales
+    }
+
     fn check_bits(&self, strip: usize) -> Result<()> {
         let invalid = |message| Err(Error::new(ErrorKind::Invalid, message).rule(rules::BITMAP));
         let rows = strips::rows(strip, self.rows).len();

@@ -82,6 +82,11 @@ impl GroupedMatrix {
         &self.scales
     }
 
+    /// For others that are checked.
+    pub(super) fn scales_mut(&mut self) -> &mut Array<f32> {
+        &mut self.scales
+    }
+
     fn groups(&self) -> usize {
         self.cols.div_ceil(self.group)
     }

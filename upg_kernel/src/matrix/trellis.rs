@@ -101,6 +101,11 @@ impl TrellisMatrix {
         self.k
     }
 
+    /// For others that are checked.
+    pub(super) fn scales_mut(&mut self) -> &mut Array<f32> {
+        &mut self.parts.scales
+    }
+
     /// What the file stores.
     pub fn parts(&self) -> &TrellisParts {
         &self.parts

@@ -1,0 +1,50 @@
+//! `upg tune`.
+#![forbid(unsafe_code)]
+
+use super::compress::calibration;
+use crate::cli::TuneArgs;
+use crate::progress::WeightsBar;
+use crate::terminal::{self, bytes, duration};
+use std::num::NonZeroUsize;
+use upg_compress::source;
+use upg_compress::tuning::{TuneOptions, TuneReport, tune};
+use upg_kernel::format::UpgFile;
+use upg_kernel::{Result, refuse_to_overwrite};
+
+pub fn run(args: &TuneArgs) -> Result<()> {
+    refuse_to_overwrite(&args.output, &args.text)?;
+    let file = UpgFile::open(&args.file)?;
+    let source = source::open(&args.original)?;
+    let most = args.tokens.map(NonZeroUsize::get);
+    let calibration = calibration(source.as_ref(), args.text.as_deref(), most)?;
+    let options = TuneOptions {
+        passes: args.passes,
+        rate: args.rate,
+    };
+    let progress = WeightsBar::new()?;
+    let tuned = tune(
+        source.as_ref(),
+        &file,
+        &calibration,
+        options,
+        &args.output,
+        &progress,
+    );
+    let report = tuned.map_err(|e| e.at(&args.file))?;
+    drop(progress);
+    terminal::print(&summary(args, &report))
+}
+
+fn summary(args: &TuneArgs, report: &TuneReport) -> String {
+    let divergences = report.divergences.iter().map(|d| format!("{d:.4}"));
+    format!(
+        "{}: {}, {:.3} bits per weight; {} scales and gains tuned in {}\n\
+         divergence from the original while learning, pass by pass: {}\n",
+        args.output.display(),
+        bytes(report.file_bytes),
+        8.0 * report.file_bytes as f64 / report.weights as f64,
+        report.parameters,
+        duration(report.seconds),
+        divergences.collect::<Vec<_>>().join(", "),
+    )
+}

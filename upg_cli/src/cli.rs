@@ -61,6 +61,8 @@ pub enum Command {
     Compress(CompressArgs),
     /// Let the scales and norms of a UPG file learn from the original model
     Tune(TuneArgs),
+    /// Make a UPG file of one of version 1 (a Python pickle), without running anything of it
+    Convert(ConvertArgs),
     /// Rebuild a Hugging Face directory that transformers can load
     Decompress(DecompressArgs),
     /// List what a UPG file holds
@@ -99,7 +101,7 @@ Examples:
   upg compress Phi-4/ -o phi4.safetensors --encoding t3 --calibrate --resume
   upg compress Phi-4/ -o phi4.safetensors --encoding t3 --dry-run")]
 pub struct CompressArgs {
-    /// Hugging Face directory (config.json, *.safetensors) or GGUF file
+    /// Hugging Face directory (config.json, *.safetensors), GGUF file, or UPG file of version 1 (see convert)
     pub source: PathBuf,
     /// File to write; it appears whole or not at all, in the place of an older one
     #[arg(short, long, value_name = "FILE")]
@@ -193,6 +195,35 @@ pub struct TuneArgs {
 
 #[derive(Args)]
 #[command(after_help = "\
+The weights are those of the old file exactly, as mdcsr, or encoded again with --to. An old file has no config and no
+tokenizer; without --model its weights can be read and decompressed, but not run. For more choices than --to an old file is
+a source of `upg compress` too.
+
+Examples:
+  upg convert old.upg -o new.safetensors --model Phi-4/
+  upg convert old.upg -o new.safetensors --model Phi-4/ --to q4")]
+pub struct ConvertArgs {
+    /// UPG file of version 1
+    pub file: PathBuf,
+    /// File to write; it appears whole or not at all, in the place of an older one
+    #[arg(short, long, value_name = "FILE", required_unless_present = "to_path")]
+    pub output: Option<PathBuf>,
+    /// The same as --output
+    #[arg(value_name = "NEW", conflicts_with = "output")]
+    pub to_path: Option<PathBuf>,
+    /// Hugging Face directory of the model, whose config.json, tokenizer and chat template go into the file
+    #[arg(long, value_name = "DIR")]
+    pub model: Option<PathBuf>,
+    /// Encode the matrices of the transformer blocks again, as `upg compress --encoding` does
+    #[arg(long, value_name = "ENCODING")]
+    pub to: Option<Choice>,
+    /// Files of the out-of-band buffers of a pickle of protocol 5, in the order in which they were written; few have any
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    pub buffers: Vec<PathBuf>,
+}
+
+#[derive(Args)]
+#[command(after_help = "\
 Example:
   upg decompress model.safetensors -o model-hf/")]
 pub struct DecompressArgs {
@@ -225,7 +256,7 @@ Examples:
   upg inspect model.safetensors
   upg inspect model.safetensors --json | jq '.layers[] | select(.encoding == \"q4\")'")]
 pub struct InspectArgs {
-    /// UPG file
+    /// UPG file, also of version 1
     pub file: PathBuf,
     /// Print JSON
     #[arg(long)]

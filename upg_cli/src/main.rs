@@ -8,6 +8,7 @@ mod terminal;
 mod threads;
 
 use clap::Parser;
+use log::{Level, LevelFilter, Log};
 use std::process::ExitCode;
 use upg_kernel::kernels::Kernels;
 use upg_kernel::{Error, ErrorKind, Result};
@@ -19,7 +20,28 @@ const USAGE: u8 = 2;
 /// Exit code after Ctrl-C, as shells have it.
 const INTERRUPTED: u8 = 130;
 
+/// Warnings of the libraries, in the form of the command's own messages.
+struct Warnings;
+
+impl Log for Warnings {
+    fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
+        metadata.level() <= Level::Warn && metadata.target().starts_with("upg_")
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        if self.enabled(record.metadata()) {
+            terminal::note(format_args!("upg: {}", record.args()));
+        }
+    }
+
+    fn flush(&self) {}
+}
+
 fn main() -> ExitCode {
+    // It fails only if there is one already.
+    if log::set_logger(&Warnings).is_ok() {
+        log::set_max_level(LevelFilter::Warn);
+    }
     let cli = cli::Cli::parse();
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
@@ -52,6 +74,7 @@ fn run(cli: cli::Cli) -> Result<()> {
     match command {
         cli::Command::Compress(args) => commands::compress::run(&args),
         cli::Command::Tune(args) => commands::tune::run(&args),
+        cli::Command::Convert(args) => commands::convert::run(&args),
         cli::Command::Decompress(args) => commands::decompress::run(&args),
         cli::Command::Inspect(args) => commands::inspect::run(&args),
         cli::Command::Verify(args) => commands::verify::run(&args),

@@ -29,7 +29,11 @@ fn directory(folder: &Path) -> PathBuf {
     let source = SyntheticSource::new(CONFIG, 1).unwrap();
     let path = folder.join("model");
     fs::create_dir(&path).unwrap();
-    fs::write(path.join("config.json"), &source.files().config_json).unwrap();
+    fs::write(
+        path.join("config.json"),
+        source.files().config_json.as_ref().unwrap(),
+    )
+    .unwrap();
     let raw: Vec<_> = (0..source.tensors().len())
         .map(|index| source.read_raw(index).unwrap())
         .collect();

@@ -68,7 +68,10 @@ pub fn compress(
         }
         None => options,
     };
-    let all_layers = source.files().config()?.num_layers;
+    let all_layers = match &options.calibration {
+        Some(_) => source.files().config()?.num_layers,
+        None => 0,
+    };
     let (mut calibration_seconds, mut calibrated_layers) = (0.0, 0);
     let mut report = compress_with(source, out, options, progress, |jobs| {
         let mut calibrated = Vec::new();
@@ -283,7 +286,6 @@ pub(crate) fn metadata(
     options: &CompressOptions,
     plan: &Plan,
 ) -> BTreeMap<String, String> {
-    let files = source.files();
     let recipe = json!({
         "tool": concat!("upg ", env!("CARGO_PKG_VERSION")),
         "encoding": match options.budget {
@@ -298,22 +300,10 @@ pub(crate) fn metadata(
         "prune": options.prune,
         "calibration": options.calibration.as_ref().map(calibration_json),
     });
-    let mut metadata = BTreeMap::from([
-        ("model".to_owned(), source.model_name().to_owned()),
-        (RECIPE.to_owned(), recipe.to_string()),
-        ("config.json".to_owned(), files.config_json.clone()),
-    ]);
+    let mut metadata = source.files().metadata();
+    metadata.insert("model".to_owned(), source.model_name().to_owned());
+    metadata.insert(RECIPE.to_owned(), recipe.to_string());
     reserve_figures(&mut metadata);
-    for (key, text) in [
-        ("generation_config.json", &files.generation_config_json),
-        ("tokenizer_config.json", &files.tokenizer_config_json),
-        ("special_tokens_map.json", &files.special_tokens_map_json),
-        ("chat_template", &files.chat_template),
-    ] {
-        if let Some(text) = text {
-            metadata.insert(key.to_owned(), text.clone());
-        }
-    }
     metadata
 }
 

@@ -183,8 +183,9 @@ impl Plan {
     }
 
     pub(crate) fn new(source: &dyn Source, options: &CompressOptions) -> Result<Self> {
-        // A file that no engine could run is not worth hours of work.
-        let tied = source.files().config()?.tie_word_embeddings;
+        // A file that no engine could run is not worth hours of work; weights alone may be all that there is.
+        let files = source.files();
+        let tied = files.config_json.is_some() && files.config()?.tie_word_embeddings;
         if let Some(group) = options.group.filter(|group| !matches!(group, 32 | 64)) {
             let message = format!("a group of {group} columns");
             return Err(Error::new(ErrorKind::Argument, message).hint("use 32 or 64"));

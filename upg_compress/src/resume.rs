@@ -144,7 +144,7 @@ pub(crate) fn fingerprint(
 ) -> Result<Fingerprint> {
     let files = source.files();
     let texts = [
-        Some(files.config_json.as_bytes()),
+        files.config_json.as_ref().map(String::as_bytes),
         files.generation_config_json.as_deref().map(str::as_bytes),
         files.tokenizer_json.as_deref(),
         files.tokenizer_config_json.as_deref().map(str::as_bytes),

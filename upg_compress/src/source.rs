@@ -1,4 +1,4 @@
-//! Where models come from: a Hugging Face directory or a GGUF file behind one trait.
+//! Where models come from: a Hugging Face directory, a GGUF file or a UPG file of version 1 behind one trait.
 //!
 //! A source gives every tensor under the name that transformers gives it, in the order in which the
 //! model uses it, together with the texts (config, tokenizer, chat template) that belong to it. The
@@ -9,6 +9,7 @@
 pub mod gguf;
 pub mod hf;
 pub mod synthetic;
+pub mod v1;
 
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -19,8 +20,7 @@ use std::fs::File;
 use std::io::Read;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use upg_kernel::inference::ModelConfig;
-use upg_kernel::inference::tokenizer::{SpecialIds, Tokenizer};
+pub use upg_kernel::format::texts::ModelFiles;
 use upg_kernel::{Error, ErrorKind, Result};
 
 /// A floating-point type that a tensor can be kept in as it is.
@@ -166,40 +166,6 @@ pub struct SkippedTensor {
     pub reason: &'static str,
 }
 
-/// The texts that travel with the weights, as transformers names them.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct ModelFiles {
-    /// `config.json`: a JSON object; rebuilt from the metadata for GGUF.
-    pub config_json: String,
-    /// `generation_config.json`.
-    pub generation_config_json: Option<String>,
-    /// `tokenizer.json`.
-    pub tokenizer_json: Option<Vec<u8>>,
-    /// `tokenizer_config.json`.
-    pub tokenizer_config_json: Option<String>,
-    /// `special_tokens_map.json`.
-    pub special_tokens_map_json: Option<String>,
-    /// The Jinja text of the default chat template.
-    pub chat_template: Option<String>,
-}
-
-impl ModelFiles {
-    /// The configuration of the model, checked. Errors: those of [`ModelConfig::from_json`].
-    pub fn config(&self) -> Result<ModelConfig> {
-        ModelConfig::from_json(&self.config_json, self.generation_config_json.as_deref())
-    }
-
-    /// The tokenizer of the model. Errors: `Missing` if it has none; those of [`Tokenizer::from_json`].
-    pub fn tokenizer(&self) -> Result<Tokenizer> {
-        let json = self.tokenizer_json.as_deref().ok_or_else(|| {
-            Error::new(ErrorKind::Missing, "the model has no tokenizer")
-                .hint("a text cannot be read without one: put tokenizer.json beside the weights")
-        })?;
-        let special = SpecialIds::from(&self.config()?);
-        Tokenizer::from_json(json, self.tokenizer_config_json.as_deref(), special)
-    }
-}
-
 /// The bytes of a tensor that is kept as it is.
 #[derive(Debug)]
 pub struct RawTensor<'a> {
@@ -262,11 +228,12 @@ pub trait Source: Send + Sync {
     }
 }
 
-/// Opens what `path` is: a Hugging Face directory, or a GGUF file known by its magic.
+/// Opens what `path` is: a Hugging Face directory, or a GGUF file or UPG file of version 1 known by its first bytes. With the
+/// last go the texts of the folder that it is in.
 ///
 /// Reads headers and texts only. Errors: `Io`, and `Unsupported` for every other kind of file, saying
-/// what was found and what to pass instead; then those of [`hf::HfSource::open`] and
-/// [`gguf::GgufSource::open`].
+/// what was found and what to pass instead; then those of [`hf::HfSource::open`], [`gguf::GgufSource::open`] and
+/// [`v1::V1Source::open`].
 pub fn open(path: impl AsRef<Path>) -> Result<Box<dyn Source>> {
     let path = path.as_ref();
     let io = |e| Error::io("cannot open", path, e);
@@ -284,6 +251,10 @@ pub fn open(path: impl AsRef<Path>) -> Result<Box<dyn Source>> {
     if magic.starts_with(b"GGUF") {
         return Ok(Box::new(gguf::GgufSource::open(path)?));
     }
+    if upg_kernel::v1::is_pickle(path) {
+        let folder = upg_kernel::v1::folder_of(path);
+        return Ok(Box::new(v1::V1Source::open(path, &[], Some(folder))?));
+    }
     Err(not_a_source(path, &magic).at(path))
 }
 
@@ -300,8 +271,8 @@ fn not_a_source(path: &Path, magic: &[u8]) -> Error {
             "a GGML file from before GGUF",
             "convert the original model to GGUF, or pass its Hugging Face directory",
         ),
-        [b'P', b'K', 3, 4, ..] | [0x80, 2..=5, ..] => (
-            "a Python pickle or PyTorch checkpoint",
+        [b'P', b'K', 3, 4, ..] => (
+            "a PyTorch checkpoint",
             "convert it to safetensors first and pass the model's directory",
         ),
         [_, _, _, _, _, 0, 0, 0, b'{', ..] if is_upg(path) => (

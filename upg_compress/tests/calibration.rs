@@ -286,7 +286,7 @@ fn every_family_is_calibrated_from_the_last_layer_to_the_first() {
     let folder = tempfile::tempdir().unwrap();
     for (name, weights) in MODELS {
         let source = open(name, weights, folder.path());
-        let config = ModelConfig::from_json(&source.files().config_json, None).unwrap();
+        let config = source.files().config().unwrap();
         let calibration = calibration(name);
         assert_eq!(calibration.tokens().len(), 72);
         let mut calibrator = Calibrator::new(source.as_ref(), &calibration, &()).unwrap();

@@ -101,6 +101,12 @@ impl Error {
         self
     }
 
+    /// Says where in the file it is.
+    pub(crate) fn place(mut self, place: impl fmt::Display) -> Self {
+        let _ = write!(self.0.message, " ({place})");
+        self
+    }
+
     /// Says how to mend it.
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
         self.0.hint = Some(hint.into());

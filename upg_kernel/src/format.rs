@@ -8,6 +8,7 @@ mod kept;
 mod layout;
 pub(crate) mod rules;
 mod sizes;
+pub mod texts;
 mod writer;
 
 pub use checksum::data as checksum_of;

@@ -52,7 +52,7 @@
 //! - [`UPGModel`]: a whole model; [`inference`] has its parts (config, tokenizer, chat template,
 //!   decoder, KV cache, sampling, [`mod@inference::evaluate`]).
 //! - [`UPGDecompressor`]: layers as candle tensors or into the caller's buffer.
-//! - [`mod@format`]: opening, checking and writing files.
+//! - [`mod@format`]: opening, checking and writing files; [`v1`]: files of version 1.
 //! - [`matrix`], [`sparse`], [`rotation`], [`prime_lut`]: the encodings. All decode by one formula,
 //!   `scale * prime * value`.
 //! - [`kernels`]: the arithmetic.
@@ -90,6 +90,7 @@ mod team;
 mod test_data;
 pub mod trellis_code;
 mod upg_decompress;
+pub mod v1;
 mod whole_file;
 
 pub use array::Array;

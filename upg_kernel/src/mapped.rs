@@ -37,6 +37,12 @@ impl MappedFile {
         })
     }
 
+    /// With another path, for messages.
+    pub(crate) fn shown_as(mut self, path: &Path) -> Self {
+        self.path = path.to_path_buf();
+        self
+    }
+
     /// The path it was opened with.
     pub fn path(&self) -> &Path {
         &self.path

@@ -161,7 +161,7 @@ impl MdCSRMatrix {
     }
 
     fn collect(rows: usize, cols: usize, encoded: Vec<EncodedRow>) -> Result<Self> {
-        let nnz: usize = encoded.iter().map(|row| row.values.len()).sum();
+        let nnz: usize = encoded.iter().map(|row| row.entries.values.len()).sum();
         if u32::try_from(nnz).is_err() {
             return Err(Error::new(
                 ErrorKind::TooLarge,
@@ -172,24 +172,24 @@ impl MdCSRMatrix {
         row_pointers.push(0u32);
         let mut end = 0;
         for row in &encoded {
-            end += row.values.len() as u32;
+            end += row.entries.values.len() as u32;
             row_pointers.push(end);
         }
         let arrays = MdCSRArrays {
             values: encoded
                 .iter()
-                .flat_map(|r| r.values.iter().copied())
+                .flat_map(|r| r.entries.values.iter().copied())
                 .collect::<Vec<_>>()
                 .into(),
             delta_indices: encoded
                 .iter()
-                .flat_map(|r| r.deltas.iter().copied())
+                .flat_map(|r| r.entries.deltas.iter().copied())
                 .collect::<Vec<_>>()
                 .into(),
             row_pointers: row_pointers.into(),
             prime_indices: encoded
                 .iter()
-                .flat_map(|r| r.primes.iter().copied())
+                .flat_map(|r| r.entries.primes.iter().copied())
                 .collect::<Vec<_>>()
                 .into(),
             scales: encoded.iter().map(|r| r.scale).collect::<Vec<_>>().into(),
@@ -295,9 +295,7 @@ impl StoredMatrix for MdCSRMatrix {
 /// One row on its way into the arrays.
 struct EncodedRow {
     scale: f32,
-    values: Vec<i8>,
-    deltas: Vec<u8>,
-    primes: Vec<u16>,
+    entries: StoredEntries,
 }
 
 impl EncodedRow {
@@ -315,31 +313,98 @@ impl EncodedRow {
         let scale = ((f64::from(largest) / LARGEST_PRODUCT) as f32).max(f32::MIN_POSITIVE);
         let mut encoded = Self {
             scale,
-            values: Vec::new(),
-            deltas: Vec::new(),
-            primes: Vec::new(),
+            entries: StoredEntries::default(),
         };
         let mut last = 0;
         for (column, w) in entries {
             let (value, prime) = nearest_product(f64::from(w) / f64::from(scale));
-            if value == 0 {
-                continue;
+            if value != 0 {
+                encoded.entries.push(column - last, value, prime);
+                last = column;
             }
-            let mut gap = column - last;
-            while gap > LARGEST_DELTA {
-                encoded.push(0, LARGEST_DELTA as u8, 0);
-                gap -= LARGEST_DELTA;
-            }
-            encoded.push(value, gap as u8, prime);
-            last = column;
         }
         Ok(encoded)
     }
+}
 
-    fn push(&mut self, value: i8, delta: u8, prime: u16) {
+/// Entries as they are stored.
+#[derive(Default)]
+struct StoredEntries {
+    values: Vec<i8>,
+    deltas: Vec<u8>,
+    primes: Vec<u16>,
+}
+
+impl StoredEntries {
+    /// An entry `gap` columns after the last one of its row, with the padding that this takes.
+    fn push(&mut self, mut gap: usize, value: i8, prime: u16) {
+        while gap > LARGEST_DELTA {
+            self.push_stored(0, LARGEST_DELTA as u8, 0);
+            gap -= LARGEST_DELTA;
+        }
+        self.push_stored(value, gap as u8, prime);
+    }
+
+    fn push_stored(&mut self, value: i8, delta: u8, prime: u16) {
         self.values.push(value);
         self.deltas.push(delta);
         self.primes.push(prime);
+    }
+}
+
+/// Puts a matrix together from entries that have values and primes already, row by row.
+pub(crate) struct RowBuilder {
+    cols: usize,
+    entries: StoredEntries,
+    row_pointers: Vec<u32>,
+    scales: Vec<f32>,
+    /// The column of the last entry of this row.
+    last: usize,
+}
+
+impl RowBuilder {
+    /// A matrix without rows yet.
+    pub(crate) fn new(cols: usize) -> Self {
+        Self {
+            cols,
+            entries: StoredEntries::default(),
+            row_pointers: vec![0],
+            scales: Vec::new(),
+            last: 0,
+        }
+    }
+
+    /// Adds an entry to the row, in a later column than those before. One of value 0 is left out: the weight is 0.
+    pub(crate) fn push(&mut self, column: usize, value: i8, prime: u16) {
+        if value != 0 {
+            self.entries.push(column - self.last, value, prime);
+            self.last = column;
+        }
+    }
+
+    /// Ends the row. Errors (`TooLarge`): there are too many entries.
+    pub(crate) fn end_row(&mut self, scale: f32) -> Result<()> {
+        let stored = u32::try_from(self.entries.values.len());
+        let stored = stored.map_err(|_| {
+            let message = "more than 2^32 - 1 entries, with those that bridge gaps";
+            Error::new(ErrorKind::TooLarge, message)
+        })?;
+        self.row_pointers.push(stored);
+        self.scales.push(scale);
+        self.last = 0;
+        Ok(())
+    }
+
+    /// The matrix. Errors: those of [`MdCSRMatrix::new`].
+    pub(crate) fn finish(self) -> Result<MdCSRMatrix> {
+        let arrays = MdCSRArrays {
+            values: self.entries.values.into(),
+            delta_indices: self.entries.deltas.into(),
+            row_pointers: self.row_pointers.into(),
+            prime_indices: self.entries.primes.into(),
+            scales: self.scales.into(),
+        };
+        MdCSRMatrix::new(arrays.scales.len(), self.cols, arrays)
     }
 }
 

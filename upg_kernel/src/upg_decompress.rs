@@ -8,6 +8,7 @@ use crate::matrix::Matrix;
 use crate::matrix::decode::Decode;
 use crate::matrix::strips::STRIP_ROWS;
 use crate::prime_lut::PrimeIndex;
+use crate::v1;
 use candle_core::{DType, Device, Tensor, WithDType};
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -77,6 +78,12 @@ impl UPGDecompressor {
     /// ```
     pub fn from_safetensors(path: impl AsRef<Path>) -> Result<Self> {
         Ok(Self::new(Arc::new(UpgFile::open(path)?)))
+    }
+
+    /// As [`UPGDecompressor::from_safetensors`], for a file of version 1 too, which is converted into a temporary one first:
+    /// that is deprecated, convert it once. Cost and errors: those of [`v1::open_any`].
+    pub fn from_file(path: impl AsRef<Path>) -> Result<Self> {
+        Ok(Self::new(Arc::new(v1::open_any(path)?)))
     }
 
     /// Decompresses from a file that is already open.

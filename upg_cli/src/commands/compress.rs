@@ -161,7 +161,7 @@ fn write_report(mut file: WholeFile, report: &CompressReport, preflight: &Prefli
     file.commit()
 }
 
-fn summary(output: &Path, source: &dyn Source, report: &CompressReport) -> String {
+pub fn summary(output: &Path, source: &dyn Source, report: &CompressReport) -> String {
     let mut text = format!(
         "{}: {}, {:.3} bits per weight ({:.1} % of F32), in {:.1} s\n",
         output.display(),

@@ -9,7 +9,7 @@ use upg_compress::source::FloatType;
 use upg_kernel::{Result, UPGDecompressor};
 
 pub fn run(args: &DecompressArgs) -> Result<()> {
-    let model = UPGDecompressor::from_safetensors(&args.file)?;
+    let model = UPGDecompressor::from_file(&args.file)?;
     let dtype = args.dtype.map(|dtype| match dtype {
         FloatArg::Bf16 => FloatType::Bf16,
         FloatArg::F16 => FloatType::F16,

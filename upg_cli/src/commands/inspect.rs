@@ -1,14 +1,19 @@
 //! `upg inspect`.
 #![forbid(unsafe_code)]
 
+use super::inspect_v1;
 use crate::cli::InspectArgs;
 use crate::terminal;
 use serde_json::{Value, json};
 use std::fmt::Write;
 use upg_kernel::Result;
 use upg_kernel::format::UpgFile;
+use upg_kernel::v1::is_pickle;
 
 pub fn run(args: &InspectArgs) -> Result<()> {
+    if is_pickle(&args.file) {
+        return inspect_v1::run(args);
+    }
     let file = UpgFile::open(&args.file)?;
     let text = if args.json {
         format!("{:#}\n", as_json(&file))

@@ -94,7 +94,7 @@ impl GgufSource {
         let (tokenizer, ends) = tokenizer_files(&vocab)?;
         let generation = config::generation_config_json(&metadata, dims.vocab, &ends)?;
         let files = ModelFiles {
-            config_json: config::config_json(&metadata, family, &dims, &facts)?,
+            config_json: Some(config::config_json(&metadata, family, &dims, &facts)?),
             generation_config_json: Some(generation),
             chat_template: vocab.chat_template.clone(),
             ..tokenizer

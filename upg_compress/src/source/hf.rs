@@ -9,13 +9,14 @@ use super::{
     fill_rows, sort_key, tensor_at,
 };
 use compressed_tensors::{Bitmask, Compression, Gathered, Packed, without_compression};
-use directory::{INDEX, SINGLE, TEXTS, model_name, parse_object, read_files, read_index};
+use directory::{INDEX, SINGLE, model_name, no_config, read_index};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use upg_kernel::format::texts::{TEXTS, parse_object};
 use upg_kernel::{Error, ErrorKind, MappedFile, Result};
 
 /// A Hugging Face model directory; its weight files are mapped, not read.
@@ -59,11 +60,14 @@ impl HfSource {
     /// other than BF16, F16, F32), `TooLarge`; `Shape` and `Invalid` for compressed weights whose parts do not agree.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
         let dir = dir.as_ref();
-        let mut files = read_files(dir)?;
-        let config = parse_object(&files.config_json, &dir.join("config.json"))?;
+        let mut files = ModelFiles::read(dir)?;
+        let Some(config_json) = &files.config_json else {
+            return Err(no_config(dir));
+        };
+        let config = parse_object(config_json, &dir.join("config.json"))?;
         let compression = Compression::of(&config).map_err(|e| e.at(dir.join("config.json")))?;
         if compression.is_some() {
-            files.config_json = without_compression(&config);
+            files.config_json = Some(without_compression(&config));
         }
         let mut source = Self {
             dir: dir.to_path_buf(),

@@ -161,7 +161,7 @@ impl SyntheticSource {
         Ok(Self {
             name: format!("synthetic-{}", family.model_type),
             files: ModelFiles {
-                config_json: config_json.to_owned(),
+                config_json: Some(config_json.to_owned()),
                 ..ModelFiles::default()
             },
             seed,
@@ -323,7 +323,7 @@ mod tests {
     fn tensors_are_those_of_transformers() {
         for family in ["llama3", "mistral", "qwen2", "qwen3", "phi3", "phi4-mini"] {
             let real = HfSource::open(data(&format!("families/{family}"))).unwrap();
-            let made = SyntheticSource::new(&real.files().config_json, 1).unwrap();
+            let made = SyntheticSource::new(real.files().config_json.as_ref().unwrap(), 1).unwrap();
             let list = |s: &dyn Source| -> Vec<(String, Vec<usize>)> {
                 let pair = |t: &TensorInfo| (t.name.clone(), t.shape.clone());
                 s.tensors().iter().map(pair).collect()

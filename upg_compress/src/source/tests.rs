@@ -108,7 +108,7 @@ fn one_file_of_every_dtype() {
         "a rotary table, computed from the config"
     );
     let files = source.files();
-    assert_eq!(files.config_json, "{\"a\":1}");
+    assert_eq!(files.config_json.as_deref(), Some("{\"a\":1}"));
     assert_eq!(files.tokenizer_json.as_deref(), Some(b"{}".as_slice()));
     assert_eq!(files.chat_template.as_deref(), Some("T"));
     assert_eq!(files.special_tokens_map_json.as_deref(), Some("{}"));

@@ -8,6 +8,7 @@ use crate::array::Array;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mapped::MappedFile;
 use crate::matrix::{Matrix, checked_scales, strips};
+use crate::v1;
 use bytemuck::Pod;
 use rayon::prelude::*;
 use safetensors::{Dtype, SafeTensors};
@@ -15,6 +16,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Range;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
+use tempfile::TempDir;
 
 /// The value of the metadata key `format`.
 pub(super) const FORMAT: &str = "upg";
@@ -40,6 +42,8 @@ pub struct UpgFile {
     layers: Vec<LayerInfo>,
     matrices: Vec<OnceLock<Matrix>>,
     by_name: HashMap<String, usize>,
+    /// The folder of a file that is to be removed with this.
+    temporary: Option<TempDir>,
 }
 
 impl UpgFile {
@@ -50,6 +54,9 @@ impl UpgFile {
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let file = Arc::new(MappedFile::open(path)?);
+        if matches!(**file, [0x80, 2..=5, ..]) {
+            return Err(v1::not_converted().at(path));
+        }
         Self::from_mapped(file).map_err(|e| e.at(path))
     }
 
@@ -100,7 +107,21 @@ impl UpgFile {
             matrices: layers.iter().map(|_| OnceLock::new()).collect(),
             layers,
             by_name,
+            temporary: None,
         })
+    }
+
+    /// [`UpgFile::open`] for a file in a temporary folder, which goes with it, made of the one at `shown_as`.
+    pub(crate) fn open_temporary(path: &Path, shown_as: &Path, temporary: TempDir) -> Result<Self> {
+        let file = Arc::new(MappedFile::open(path)?.shown_as(shown_as));
+        let mut upg = Self::from_mapped(file).map_err(|e| e.at(shown_as))?;
+        upg.temporary = Some(temporary);
+        Ok(upg)
+    }
+
+    /// Whether it was made of a file of version 1, for as long as this is open.
+    pub fn is_temporary(&self) -> bool {
+        self.temporary.is_some()
     }
 
     /// Shapes of all arrays, scales and pointers.

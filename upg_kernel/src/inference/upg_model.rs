@@ -10,6 +10,7 @@ use super::{Model, ModelConfig, Sampler, SamplingOptions, Session, SessionOption
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::UpgFile;
 use crate::matrix::Matrix;
+use crate::v1;
 use candle_core::{Device, Tensor};
 use std::path::Path;
 use std::sync::Arc;
@@ -27,8 +28,9 @@ pub struct UPGModel {
 impl UPGModel {
     /// Opens a UPG file with everything that is in it.
     ///
-    /// Weights are mapped, not read: the time goes into the header and the tokenizer. Errors: those
-    /// of [`UpgFile::open`], [`ModelConfig::from_json`], [`Model::load`] and
+    /// Weights are mapped, not read: the time goes into the header and the tokenizer. A file of version 1 is converted into a
+    /// temporary one first ([`v1::open_any`]): that is deprecated, convert it once. Errors: those
+    /// of [`v1::open_any`], [`ModelConfig::from_json`], [`Model::load`] and
     /// [`Tokenizer::from_json`]; `Missing` if there is no `config.json` in the file.
     ///
     /// ```no_run
@@ -40,7 +42,7 @@ impl UPGModel {
     /// ```
     pub fn from_file(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let file = Arc::new(UpgFile::open(path)?);
+        let file = Arc::new(v1::open_any(path)?);
         Self::from_open_file(file).map_err(|e| e.at(path))
     }
 

@@ -1,30 +1,11 @@
 //! The files of a model directory: which there are, how large they may be, what is wrong if one is not there.
 #![forbid(unsafe_code)]
 
-use super::ModelFiles;
 use serde_json::Value;
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{ErrorKind as IoKind, Read};
 use std::path::{Path, PathBuf};
-use upg_kernel::inference::chat_template::default_template;
+use upg_kernel::format::texts::{MAX_BLOB, parse_object, read_text};
 use upg_kernel::{Error, ErrorKind, Result};
-
-/// Largest config-like text that is read: the real ones stay under 1 MB.
-const MAX_TEXT: u64 = 16 << 20;
-
-/// Largest `tokenizer.json` and weight index: the real ones stay under 40 MB.
-const MAX_BLOB: u64 = 256 << 20;
-
-/// What else belongs to a directory.
-pub(super) const TEXTS: [&str; 6] = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-];
 
 pub(super) const SINGLE: &str = "model.safetensors";
 pub(super) const INDEX: &str = "model.safetensors.index.json";
@@ -97,29 +78,7 @@ fn no_weights(dir: &Path) -> Error {
         .hint("download the model's .safetensors files too")
 }
 
-/// Reads config, tokenizer and template.
-pub(super) fn read_files(dir: &Path) -> Result<ModelFiles> {
-    let text = |name: &str| read_text(&dir.join(name), MAX_TEXT);
-    let Some(config_json) = text("config.json")? else {
-        return Err(no_config(dir));
-    };
-    let tokenizer_config_json = text("tokenizer_config.json")?;
-    let mut chat_template = text("chat_template.jinja")?;
-    if let (None, Some(json)) = (&chat_template, &tokenizer_config_json) {
-        let config = parse_object(json, &dir.join("tokenizer_config.json"))?;
-        chat_template = default_template(&config)?.map(str::to_owned);
-    }
-    Ok(ModelFiles {
-        config_json,
-        generation_config_json: text("generation_config.json")?,
-        tokenizer_json: read_capped(&dir.join("tokenizer.json"), MAX_BLOB)?,
-        tokenizer_config_json,
-        special_tokens_map_json: text("special_tokens_map.json")?,
-        chat_template,
-    })
-}
-
-fn no_config(dir: &Path) -> Error {
+pub(super) fn no_config(dir: &Path) -> Error {
     let gguf = std::fs::read_dir(dir)
         .into_iter()
         .flatten()
@@ -149,44 +108,4 @@ pub(super) fn model_name(dir: &Path) -> String {
     }
     let plain = dir.file_name().map(|n| n.to_string_lossy().into_owned());
     plain.unwrap_or_else(|| "model".to_owned())
-}
-
-/// A JSON object, or a `Malformed` error.
-pub(super) fn parse_object(text: &str, path: &Path) -> Result<Value> {
-    let malformed = |m: String| Error::new(ErrorKind::Malformed, m).at(path);
-    let value: Value =
-        serde_json::from_str(text).map_err(|e| malformed(format!("not JSON: {e}")))?;
-    if !value.is_object() {
-        return Err(malformed("not a JSON object".to_owned()));
-    }
-    Ok(value)
-}
-
-fn read_text(path: &Path, cap: u64) -> Result<Option<String>> {
-    let Some(bytes) = read_capped(path, cap)? else {
-        return Ok(None);
-    };
-    String::from_utf8(bytes)
-        .map(Some)
-        .map_err(|_| Error::new(ErrorKind::Malformed, "not UTF-8 text").at(path))
-}
-
-/// A whole file of at most `cap` bytes; `None` if there is none.
-fn read_capped(path: &Path, cap: u64) -> Result<Option<Vec<u8>>> {
-    let io = |e| Error::io("cannot read", path, e);
-    // Before it is opened: opening a pipe waits for its other end.
-    let metadata = match std::fs::metadata(path) {
-        Err(e) if e.kind() == IoKind::NotFound => return Ok(None),
-        metadata => metadata.map_err(io)?,
-    };
-    if !metadata.is_file() {
-        return Err(io(std::io::Error::other("not a regular file")));
-    }
-    let file = File::open(path).map_err(io)?;
-    let mut bytes = Vec::new();
-    file.take(cap + 1).read_to_end(&mut bytes).map_err(io)?;
-    if bytes.len() as u64 > cap {
-        return Err(Error::new(ErrorKind::TooLarge, format!("more than {cap} bytes")).at(path));
-    }
-    Ok(Some(bytes))
 }

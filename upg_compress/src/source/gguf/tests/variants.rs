@@ -134,7 +134,7 @@ fn config_of(bytes: &[u8]) -> Result<serde_json::Value> {
     let path = dir.path().join("m.gguf");
     std::fs::write(&path, bytes).unwrap();
     let source = GgufSource::open(&path)?;
-    Ok(serde_json::from_str(&source.files().config_json).unwrap())
+    Ok(serde_json::from_str(source.files().config_json.as_ref().unwrap()).unwrap())
 }
 
 #[test]

@@ -62,7 +62,8 @@ fn every_checkpoint_has_its_dense_values() {
                 assert_eq!(some, values[part.start * cols..part.end * cols], "{at}");
             }
         }
-        let config: Value = serde_json::from_str(&source.files().config_json).unwrap();
+        let config: Value =
+            serde_json::from_str(source.files().config_json.as_ref().unwrap()).unwrap();
         let left: Vec<&String> = config.as_object().unwrap().keys().collect();
         assert_eq!(
             left,

@@ -1,0 +1,203 @@
+"""convert_pickle_to_safetensors.py and `upg convert` make the same bytes of the same files, and refuse the same ones.
+
+    python3 tests/test_convert_pickle.py path/to/upg
+"""
+import json
+import os
+import pathlib
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+from safetensors.numpy import load_file
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+DATA = ROOT / "upg_kernel/tests/data/v1"
+SCRIPT = ROOT / "convert_pickle_to_safetensors.py"
+CANARY = "upg-v1-canary"
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+import upg_reader  # noqa: E402
+from convert_pickle_to_safetensors import ConversionError, convert_upg_to_safetensors  # noqa: E402
+
+# A refusal takes at most so much, whatever the file says: measured up to 250 MB and 6 s.
+MOST_MEMORY = 600 << 20
+MOST_SECONDS = 60
+
+
+def main(upg):
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        for test in (files_of_python, texts_of_a_model, dangerous_pickles, cut_short, changed_bytes, whole_or_nothing):
+            print(f"{test.__name__}: {test(pathlib.Path(folder), upg)}")
+
+
+def both(upg, file, *more):
+    """What the two make of a file: (bytes or None, error) of each."""
+    results = []
+    for name, command in (("python", [sys.executable, SCRIPT]), ("rust", [upg, "convert"])):
+        out = pathlib.Path(f"{name}.safetensors")
+        out.unlink(missing_ok=True)
+        result = run([*command, file, out, *more])
+        assert result.returncode in (0, 1, 2), f"{file}: {command} ended with {result.returncode}: {result.stderr}"
+        assert out.exists() == (result.returncode == 0), f"{file}: {result.stderr}"
+        results.append((out.read_bytes() if out.exists() else None, result.stderr))
+    return results
+
+
+def run(command):
+    def limits():
+        # A panic or a crash leaves no file behind.
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+    command = [str(c) for c in command]
+    return subprocess.run(command, capture_output=True, text=True, preexec_fn=limits, timeout=MOST_SECONDS)
+
+
+def buffers_of(file):
+    found = sorted(DATA.glob(f"{file.stem}.*.buffer"))
+    return ["--buffers", *found] if found else []
+
+
+def files_of_python(folder, upg):
+    expected = load_file(DATA / "expected.safetensors")
+    files = sorted(DATA.glob("numpy*.upg"))
+    assert len(files) == 46, len(files)
+    for file in files:
+        kind = "one" if "-one" in file.name else "rows"
+        (python, error), (rust, _) = both(upg, file, *buffers_of(file))
+        assert python is not None, error
+        assert python == rust, f"{file.name}: the two differ"
+        assert python == (DATA / f"{kind}.safetensors").read_bytes(), f"{file.name}: other bytes than recorded"
+    for kind in ("rows", "one"):
+        path = DATA / f"{kind}.safetensors"
+        found = {layer["name"]: matrix for layer, matrix in upg_reader.layers(path)}
+        found["model.norm.weight"] = load_file(path)["model.norm.weight"]
+        for name, matrix in found.items():
+            np.testing.assert_allclose(matrix, expected[f"{kind}/{name}"], rtol=1e-6, atol=0)
+        assert len(found) == 4
+    return f"{len(files)} files, every byte equal"
+
+
+def texts_of_a_model(folder, upg):
+    model = folder / "model"
+    model.mkdir()
+    tiny = ROOT / "upg_kernel/tests/data/tiny-models/phi3"
+    for name in ("config.json", "generation_config.json"):
+        (model / name).write_bytes((tiny / name).read_bytes())
+    (model / "tokenizer.json").write_text('{"a": "\u00e9\\n"}')
+    file = DATA / "numpy2-p5-arrays.upg"
+    templates = [
+        {},
+        {"chat_template": "{{ '\u00e9\"\\\t' }}"},
+        {"chat_template": [{"name": "tools", "template": "x"}, {"name": "default", "template": "y\u2028"}]},
+    ]
+    for config in templates:
+        (model / "tokenizer_config.json").write_text(json.dumps(config, ensure_ascii=False))
+        (python, error), (rust, _) = both(upg, file, "--model", model)
+        assert python is not None and python == rust, f"{config}: {error}"
+        assert run([upg, "verify", "rust.safetensors"]).returncode == 0
+    (model / "chat_template.jinja").write_text("z\x7f")
+    (python, error), (rust, _) = both(upg, file, "--model", model)
+    assert python is not None and python == rust, error
+    return f"{len(templates) + 1} of them"
+
+
+def dangerous_pickles(folder, upg):
+    cases = json.loads((DATA / "hostile.json").read_text())
+    assert len(cases) >= 100
+    file, most, slowest = folder / "hostile.upg", 0, 0
+    for case in cases:
+        file.write_bytes(b"".join(bytes.fromhex(part) * count for part, count in case["parts"]))
+        for command in ([sys.executable, SCRIPT, file, "out"], [upg, "convert", file, "out"]):
+            started = time.monotonic()
+            # Of this run alone: the largest of all children so far only grows.
+            result = run(["/usr/bin/env", "python3", "-c", MEASURED, *command]) if sys.platform == "linux" else run(command)
+            memory = result.stderr.rpartition("peak ")[2].partition("\n")[0]
+            slowest = max(slowest, time.monotonic() - started)
+            if sys.platform == "linux":
+                most = max(most, int(memory) << 10)
+            assert result.returncode == 1, f"{case['name']}: {command}: {result.stderr}"
+            assert case["says"] in result.stderr, f"{case['name']}: {command}: {result.stderr}"
+            assert result.stderr.count("\n") <= 2 and "Traceback" not in result.stderr, result.stderr
+            assert not pathlib.Path("out").exists()
+            assert not pathlib.Path(CANARY).exists(), f"{case['name']} was run"
+    assert most < MOST_MEMORY, most
+    # The canary would have sung.
+    first = cases[0]
+    subprocess.run([sys.executable, "-c", "import pickle, sys; pickle.loads(bytes.fromhex(sys.argv[1]))", first["parts"][0][0]], check=True)
+    assert pathlib.Path(CANARY).exists()
+    os.remove(CANARY)
+    return f"{len(cases)} refused by both, at most {most >> 20} MB and {slowest:.1f} s"
+
+
+MEASURED = """
+import resource, subprocess, sys
+result = subprocess.run(sys.argv[1:])
+print("peak", resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=sys.stderr)
+sys.exit(result.returncode)
+"""
+
+
+def in_process(path):
+    out = pathlib.Path("python.safetensors")
+    out.unlink(missing_ok=True)
+    try:
+        convert_upg_to_safetensors(path, out)
+    except ConversionError:
+        assert not out.exists()
+        return None
+    return out.read_bytes()
+
+
+def cut_short(folder, upg):
+    """Every beginning of a file, in Python; the Rust tests have the same."""
+    data = (DATA / "numpy1-p2-one.upg").read_bytes()
+    file = folder / "cut.upg"
+    for length in range(len(data)):
+        file.write_bytes(data[:length])
+        assert in_process(file) is None, length
+    return f"{len(data)} beginnings refused"
+
+
+def changed_bytes(folder, upg):
+    """Files with a byte changed: both refuse, or both make the same of them."""
+    draw = random.Random(1)
+    files = sorted(DATA.glob("numpy*-p[245]-*.upg"))
+    file, made, refused = folder / "changed.upg", 0, 0
+    for _ in range(80):
+        data = bytearray(draw.choice(files).read_bytes())
+        for _ in range(draw.choice((1, 1, 2))):
+            data[draw.randrange(len(data))] = draw.choice((0, 1, 2, 5, 0x2E, 0x80, 0xFF, draw.randrange(256)))
+        file.write_bytes(data)
+        (python, error), (rust, rust_error) = both(upg, file)
+        assert python == rust, f"{data.hex()}: {error!r} {rust_error!r}"
+        made, refused = made + (python is not None), refused + (python is None)
+    assert made > 5 and refused > 5, (made, refused)
+    return f"{made} made alike, {refused} refused alike"
+
+
+def whole_or_nothing(folder, upg):
+    file = folder / "model.upg"
+    file.write_bytes((DATA / "numpy2-p5-arrays.upg").read_bytes())
+    before = file.read_bytes()
+    for missing in (folder / "none.upg", folder):
+        assert [data for data, _ in both(upg, missing)] == [None, None]
+    link = folder / "link"
+    link.symlink_to(file)
+    for out in (file, link, folder / "." / "model.upg"):
+        for command in ([sys.executable, SCRIPT], [upg, "convert"]):
+            result = run([*command, file, out])
+            assert result.returncode in (1, 2) and "overwrite" in result.stderr, result.stderr
+    assert file.read_bytes() == before
+    assert not [name for name in os.listdir() if name.startswith(".upg-")]
+    for _, error in both(upg, DATA / "catalogue.upg"):
+        assert "has the weights of none" in error and "upg compress microsoft/phi-4 -o phi-4.safetensors" in error, error
+    return "no input overwritten, nothing left behind"
+
+
+if __name__ == "__main__":
+    main(pathlib.Path(sys.argv[1]).resolve())

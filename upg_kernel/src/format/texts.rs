@@ -1,0 +1,148 @@
+//! The texts of a model directory: config, tokenizer and chat template, and how they are read.
+#![forbid(unsafe_code)]
+
+use super::TOKENIZER;
+use crate::error::{Error, ErrorKind, Result};
+use crate::inference::ModelConfig;
+use crate::inference::chat_template::default_template;
+use crate::inference::tokenizer::{SpecialIds, Tokenizer};
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{ErrorKind as IoKind, Read};
+use std::path::Path;
+
+/// Largest config-like text that is read: the real ones stay under 1 MB.
+const MAX_TEXT: u64 = 16 << 20;
+
+/// Largest `tokenizer.json`: the real ones stay under 40 MB.
+pub const MAX_BLOB: u64 = 256 << 20;
+
+/// The files of a directory that are not weights.
+pub const TEXTS: [&str; 6] = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+];
+
+/// The texts that travel with the weights, as transformers names them.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ModelFiles {
+    /// `config.json`: a JSON object; rebuilt from the metadata for GGUF. Without one a model cannot be run.
+    pub config_json: Option<String>,
+    /// `generation_config.json`.
+    pub generation_config_json: Option<String>,
+    /// `tokenizer.json`.
+    pub tokenizer_json: Option<Vec<u8>>,
+    /// `tokenizer_config.json`.
+    pub tokenizer_config_json: Option<String>,
+    /// `special_tokens_map.json`.
+    pub special_tokens_map_json: Option<String>,
+    /// The Jinja text of the default chat template.
+    pub chat_template: Option<String>,
+}
+
+impl ModelFiles {
+    /// What a directory has of them. The chat template may be in the config of the tokenizer.
+    ///
+    /// Errors: `Io`; `Malformed` for what is not UTF-8, or JSON where it has to be; `TooLarge` above 256 MiB, or 16 MiB for all
+    /// but the tokenizer.
+    pub fn read(dir: &Path) -> Result<Self> {
+        let text = |name: &str| read_text(&dir.join(name), MAX_TEXT);
+        let tokenizer_config_json = text("tokenizer_config.json")?;
+        let mut chat_template = text("chat_template.jinja")?;
+        if let (None, Some(json)) = (&chat_template, &tokenizer_config_json) {
+            let config = parse_object(json, &dir.join("tokenizer_config.json"))?;
+            chat_template = default_template(&config)?.map(str::to_owned);
+        }
+        Ok(Self {
+            config_json: text("config.json")?,
+            generation_config_json: text("generation_config.json")?,
+            tokenizer_json: read_capped(&dir.join(TOKENIZER), MAX_BLOB)?,
+            tokenizer_config_json,
+            special_tokens_map_json: text("special_tokens_map.json")?,
+            chat_template,
+        })
+    }
+
+    /// Those that are metadata of a UPG file, by their keys.
+    pub fn metadata(&self) -> BTreeMap<String, String> {
+        let texts = [
+            ("config.json", &self.config_json),
+            ("generation_config.json", &self.generation_config_json),
+            ("tokenizer_config.json", &self.tokenizer_config_json),
+            ("special_tokens_map.json", &self.special_tokens_map_json),
+            ("chat_template", &self.chat_template),
+        ];
+        let there = texts.into_iter();
+        there
+            .filter_map(|(key, text)| Some((key.to_owned(), text.clone()?)))
+            .collect()
+    }
+
+    /// The configuration of the model, checked. Errors: `Missing` if there is
+    /// none; those of [`ModelConfig::from_json`].
+    pub fn config(&self) -> Result<ModelConfig> {
+        let config_json = self.config_json.as_deref().ok_or_else(|| {
+            Error::new(ErrorKind::Missing, "the model has no config.json")
+                .hint("put it beside the weights")
+        })?;
+        ModelConfig::from_json(config_json, self.generation_config_json.as_deref())
+    }
+
+    /// The tokenizer of the model. Errors: `Missing` if it has none; those of [`Tokenizer::from_json`].
+    pub fn tokenizer(&self) -> Result<Tokenizer> {
+        let json = self.tokenizer_json.as_deref().ok_or_else(|| {
+            Error::new(ErrorKind::Missing, "the model has no tokenizer")
+                .hint("a text cannot be read without one: put tokenizer.json beside the weights")
+        })?;
+        let special = SpecialIds::from(&self.config()?);
+        Tokenizer::from_json(json, self.tokenizer_config_json.as_deref(), special)
+    }
+}
+
+/// A JSON object. Errors (`Malformed`): `text`, which is that of `path`, is something else.
+pub fn parse_object(text: &str, path: &Path) -> Result<Value> {
+    let malformed = |m: String| Error::new(ErrorKind::Malformed, m).at(path);
+    let value: Value =
+        serde_json::from_str(text).map_err(|e| malformed(format!("not JSON: {e}")))?;
+    if !value.is_object() {
+        return Err(malformed("not a JSON object".to_owned()));
+    }
+    Ok(value)
+}
+
+/// A UTF-8 file of at most `cap` bytes; `None` if there is none.
+///
+/// Errors: `Io`; `TooLarge`; `Malformed` if it is something else.
+pub fn read_text(path: &Path, cap: u64) -> Result<Option<String>> {
+    let Some(bytes) = read_capped(path, cap)? else {
+        return Ok(None);
+    };
+    String::from_utf8(bytes)
+        .map(Some)
+        .map_err(|_| Error::new(ErrorKind::Malformed, "not UTF-8 text").at(path))
+}
+
+/// A whole file of at most `cap` bytes; `None` if there is none.
+fn read_capped(path: &Path, cap: u64) -> Result<Option<Vec<u8>>> {
+    let io = |e| Error::io("cannot read", path, e);
+    // Before it is opened: opening a pipe waits for its other end.
+    let metadata = match std::fs::metadata(path) {
+        Err(e) if e.kind() == IoKind::NotFound => return Ok(None),
+        metadata => metadata.map_err(io)?,
+    };
+    if !metadata.is_file() {
+        return Err(io(std::io::Error::other("not a regular file")));
+    }
+    let file = File::open(path).map_err(io)?;
+    let mut bytes = Vec::new();
+    file.take(cap + 1).read_to_end(&mut bytes).map_err(io)?;
+    if bytes.len() as u64 > cap {
+        return Err(Error::new(ErrorKind::TooLarge, format!("more than {cap} bytes")).at(path));
+    }
+    Ok(Some(bytes))
+}

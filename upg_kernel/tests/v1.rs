@@ -32,7 +32,7 @@ fn files_of_python() -> Vec<(PathBuf, &'static str)> {
         false => (path, "rows"),
     };
     let files: Vec<_> = paths.map(with_kind).collect();
-    assert_eq!(files.len(), 46);
+    assert_eq!(files.len(), 48);
     files
 }
 

@@ -7,9 +7,11 @@ Made with numpy 1.26.4 and scipy 1.11.4, and with numpy 2.4.6 and scipy 1.17.1, 
 one.safetensors are what convert_pickle_to_safetensors.py makes of all the files with a scale for each row, and with one scale.
 """
 import collections
+import io
 import json
 import os
 import pickle
+import pickletools
 import struct
 import sys
 
@@ -132,6 +134,15 @@ def write(name, data):
         file.write(data)
 
 
+def unframed(value):
+    out = io.BytesIO()
+    pickler = pickle._Pickler(out, 4)
+    pickler.framer.start_framing = lambda: None
+    pickler.dump(value)
+    assert not any(opcode.name == "FRAME" for opcode, *_ in pickletools.genops(out.getvalue()))
+    return out.getvalue()
+
+
 def make_files(name):
     import numpy
     import scipy.sparse as sparse
@@ -140,10 +151,9 @@ def make_files(name):
         for form in ("arrays", "other-names", "csr", "one", "one-csr"):
             write(f"{name}-p{protocol}-{form}.upg", pickle.dumps(model(form, numpy, sparse), protocol))
     write(f"{name}-p5-unsorted.upg", pickle.dumps(model("unsorted", numpy, sparse), 5))
-    # What pickle.Pickler.fast and pickletools.optimize leave: no memo, no frames.
-    import pickletools
-
+    # Without the places in the memo that nothing asks for, and without frames.
     write(f"{name}-p4-optimized.upg", pickletools.optimize(pickle.dumps(model("arrays", numpy, sparse), 4)))
+    write(f"{name}-p4-unframed.upg", unframed(model("arrays", numpy, sparse)))
     buffers = []
     data = pickle.dumps(model("arrays", numpy, sparse), 5, buffer_callback=buffers.append)
     write(f"{name}-p5-out-of-band.upg", data)

@@ -1,6 +1,6 @@
 //! Tuning a compressed file: the scales of its rows and the gains of its norms learn to predict what the original predicts.
 //!
-//! Codes stay as they are, and so does the size of the file. The loss is the Kullback-Leibler divergence of the predictions of
+//! Codes stay as they are, and so does the size of the file but for gains, which are F32 then. The loss is the Kullback-Leibler divergence of the predictions of
 //! the original from those of the file, over all positions of a text; its gradients come from a pass back through the
 //! compressed model. What rounding loses is mostly not in the scales; but a few of them turn the errors of thousands of codes a
 //! little towards what the layers behind can make up for. Learning them after rounding is what AQLM (arXiv 2401.06118) and
@@ -16,6 +16,7 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 use rayon::prelude::*;
 use safetensors::Dtype;
 use serde_json::{Value, json};
+use std::cmp::Ordering;
 use std::collections::{BTreeMap, HashMap};
 use std::f64::consts::PI;
 use std::path::Path;
@@ -31,13 +32,19 @@ const MEMORY: (f64, f64) = (0.9, 0.95);
 /// Steps over which the rate rises at the start.
 const WARM_UP: f64 = 10.0;
 
+/// One sequence in so many is not learned from, but shows what was won.
+const HELD_OUT: usize = 16;
+
+/// At most so many are looked at for that.
+const MOST_CHECKED: usize = 4;
+
 /// Of the order in which sequences are taken.
 const ORDER_SEED: u64 = 0;
 
 /// How a file is tuned.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct TuneOptions {
-    /// How often the whole text is gone through.
+    /// How often the text is gone through.
     pub passes: usize,
     /// By which part of itself a scale or gain moves in a step at most, about; it falls to nothing towards the end.
     pub rate: f64,
@@ -55,9 +62,11 @@ impl Default for TuneOptions {
 /// What tuning gave.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TuneReport {
-    /// The divergence from the original, in nats of a position, as it was met in each pass: of each sequence before what it
-    /// taught.
-    pub divergences: Vec<f64>,
+    /// The divergence from the original, in nats of a position, before and after, of sequences that were held out; if the
+    /// text has too few, of some that it learned from.
+    pub divergence: (f64, f64),
+    /// As it was met in each pass: of each sequence before what it taught.
+    pub passes: Vec<f64>,
     /// Scales and gains that were learned.
     pub parameters: usize,
     /// Bytes of the new file.
@@ -71,14 +80,14 @@ pub struct TuneReport {
 /// Tunes `file`, which was made of the model in `source`, on the text of `calibration`, and writes it to `out`, which may be
 /// the same file.
 ///
-/// Each sequence of the text is a step: forwards and backwards through the compressed model. Cost: a pass is about as
+/// Each sequence of the text is a step: forwards and backwards through the compressed model; but one in 16 is held out, and
+/// nothing is written if the divergence of those has not fallen. Cost: a pass is about as
 /// much as running the original over the text for a calibration. Memory: `4 * hidden` bytes a token of the text and
 /// `4 * hidden * layers` a token of a sequence; the heads of both as f32; one layer of weights as f32. The result does not
 /// depend on the number of threads.
 ///
 /// Errors: `Argument` if `file` is not of this model, has nothing to tune, or for options that are not above 0; those
-/// of reading both, of [`Layerwise::new`] and of [`Backward::toward`]; `Invalid` if the loss is not finite; `Io`;
-/// `Interrupted`. Nothing is written after an error.
+/// of reading both, of [`Layerwise::new`] and of [`Backward::toward`]; `Invalid` if nothing was won; `Io`; `Interrupted`. Nothing is written after an error.
 pub fn tune(
     source: &dyn Source,
     file: &UpgFile,
@@ -95,48 +104,98 @@ pub fn tune(
             .hint("use at least one pass, and a rate above 0 and below 1"));
     }
     let whole = WholeFile::create_from(out, source.own_files())?;
+    check_room(file, out)?;
     check_origin(source, file)?;
-    let mut student = Student::new(file)?;
+    let of_file = |e: Error| e.at(file.path());
+    let mut student = Student::new(file).map_err(of_file)?;
     let window = calibration.window();
     let sequences: Vec<&[u32]> = calibration.tokens().chunks_exact(window).collect();
-    let steps = passes * sequences.len();
+    let held_out = sequences.len() / HELD_OUT;
+    let learned = sequences.len() - held_out;
+    let steps = passes * learned;
     let in_layers: u64 = student.matrices.iter().map(|(_, weights)| weights).sum();
     progress.start(steps as u64 * in_layers);
     let wanted = Wanted::new(source, calibration, progress)?;
+    // Where none are held out, what was learned from has to do.
+    let checked = match held_out {
+        0 => 0..learned.min(MOST_CHECKED),
+        n => learned..learned + n.min(MOST_CHECKED),
+    };
+    let divergence_of = |student: &Student<'_>| -> Result<f64> {
+        let of_sequence =
+            |i: usize| student.divergence(sequences[i], wanted.of(i), &wanted.head, progress);
+        let sum: f64 = checked.clone().map(of_sequence).sum::<Result<_>>()?;
+        Ok(sum / (checked.len() * window) as f64)
+    };
+    let before = divergence_of(&student).map_err(of_file)?;
 
+    let too_fast = |e: Error| match e.kind() {
+        ErrorKind::Invalid => of_file(e).hint("use a lower rate"),
+        _ => of_file(e),
+    };
     let mut random = ChaCha8Rng::seed_from_u64(ORDER_SEED);
-    let mut order: Vec<usize> = (0..sequences.len()).collect();
-    let mut divergences = Vec::new();
+    let mut order: Vec<usize> = (0..learned).collect();
+    let mut of_passes = Vec::new();
     let mut step = 0;
     for _ in 0..passes {
         shuffle(&mut order, &mut random);
         let mut sum = 0.0;
-        for &sequence in &order {
+        for &i in &order {
             step += 1;
-            let found = student.learn(
-                sequences[sequence],
-                wanted.of(sequence),
-                &wanted.head,
-                progress,
-            )?;
-            sum += found;
-            student.step(step, rate * share_of_rate(step, steps));
+            let found = student.learn(sequences[i], wanted.of(i), &wanted.head, progress);
+            sum += found.map_err(too_fast)?;
+            let rate = rate * share_of_rate(step, steps);
+            student.step(step, rate).map_err(too_fast)?;
         }
-        divergences.push(sum / (sequences.len() * window) as f64);
+        of_passes.push(sum / (learned * window) as f64);
+    }
+    let after = divergence_of(&student).map_err(too_fast)?;
+    // Not a number is no gain either.
+    if !matches!(after.partial_cmp(&before), Some(Ordering::Less)) {
+        let message = format!(
+            "nothing was won: the divergence from the original was {before:.6}, and is {after:.6}"
+        );
+        return Err(Error::new(ErrorKind::Invalid, message)
+            .at(file.path())
+            .hint("use a lower rate or a longer text; the file stays as it is"));
     }
     let recipe = json!({
+        "tool": concat!("upg ", env!("CARGO_PKG_VERSION")),
         "calibration": calibration_json(calibration),
         "passes": passes,
         "rate": rate,
     });
     let (file_bytes, weights) = student.write(source, whole, recipe, progress)?;
     Ok(TuneReport {
-        divergences,
+        divergence: (before, after),
+        passes: of_passes,
         parameters: student.parameters.iter().map(|p| p.factors.len()).sum(),
         file_bytes,
         weights,
         seconds: started.elapsed().as_secs_f64(),
     })
+}
+
+/// Errors (`Io`): the new file will not fit, which is better known hours before.
+fn check_room(file: &UpgFile, out: &Path) -> Result<()> {
+    let folder = match out.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    let free = fs4::available_space(folder)
+        .map_err(|e| Error::io("cannot ask for the free room beside", out, e))?;
+    match file.file_len() <= free {
+        true => Ok(()),
+        false => {
+            let message = format!(
+                "{} bytes are to be written, {free} are free",
+                file.file_len()
+            );
+            Err(Error::new(ErrorKind::Io, message)
+                .at(out)
+                .hint("make room for it"))
+        }
+    }
 }
 
 /// Of the rate, in step `step` (from 1) of `steps`: it rises, then falls along a cosine.
@@ -203,7 +262,7 @@ impl Wanted {
         }
         Ok(Self {
             head: Head::new(&config, &source)?,
-            hidden: run.hidden().to_vec(),
+            hidden: run.into_hidden(),
             of_sequence: window * config.hidden_size,
         })
     }
@@ -242,7 +301,13 @@ impl Parameter {
     }
 
     /// One step of Adam, the one of number `step`. The gradients begin anew.
-    fn step(&mut self, step: usize, rate: f64) {
+    ///
+    /// Errors (`Invalid`): one of them is not finite.
+    fn step(&mut self, step: usize, rate: f64) -> Result<()> {
+        if let Some(bad) = self.gradients.iter().find(|g| !g.is_finite()) {
+            let message = format!("the gradient of a scale is {bad}");
+            return Err(Error::new(ErrorKind::Invalid, message));
+        }
         let unbiased = |memory: f64| 1.0 - memory.powi(step as i32);
         let of_means = (unbiased(MEMORY.0), unbiased(MEMORY.1));
         let all = self.factors.iter_mut().zip(&mut self.gradients);
@@ -255,6 +320,7 @@ impl Parameter {
                 *factor -= (rate * *mean / of_means.0 / size) as f32;
             }
         }
+        Ok(())
     }
 }
 
@@ -330,6 +396,38 @@ impl<'a> Student<'a> {
         }
     }
 
+    /// The predictions for a sequence, to go back from, and their divergence from what is wanted, the sum over positions.
+    /// `observe` gets the hidden states before each layer.
+    fn predict(
+        &self,
+        tokens: &[u32],
+        wanted_hidden: &[f32],
+        wanted: &Head,
+        progress: &dyn Progress,
+        mut observe: impl FnMut(&[f32]),
+    ) -> Result<(Backward, f64)> {
+        let (config, len) = (&self.config, tokens.len());
+        let embedding = self.matrix(EMBEDDING, config.vocab_size, config.hidden_size)?;
+        let mut run = Layerwise::new(config.clone(), &embedding, tokens, len)?;
+        for index in 0..config.num_layers {
+            observe(run.hidden());
+            run.layer(index, self, &mut |_, _, _| progress.proceed())?;
+        }
+        let hidden = run.hidden();
+        Backward::toward(config.clone(), self, hidden, len, wanted, wanted_hidden)
+    }
+
+    fn divergence(
+        &self,
+        tokens: &[u32],
+        wanted_hidden: &[f32],
+        wanted: &Head,
+        progress: &dyn Progress,
+    ) -> Result<f64> {
+        let predicted = self.predict(tokens, wanted_hidden, wanted, progress, |_| ())?;
+        Ok(predicted.1)
+    }
+
     /// Takes the gradients of a sequence. Returns its divergence from what is wanted, the sum over its positions.
     fn learn(
         &mut self,
@@ -338,25 +436,13 @@ impl<'a> Student<'a> {
         wanted: &Head,
         progress: &dyn Progress,
     ) -> Result<f64> {
-        let (config, len) = (self.config.clone(), tokens.len());
-        let embedding = self.matrix(EMBEDDING, config.vocab_size, config.hidden_size)?;
-        let mut run = Layerwise::new(config.clone(), &embedding, tokens, len)?;
         let mut states = Vec::new();
-        for index in 0..config.num_layers {
-            states.push(run.hidden().to_vec());
-            run.layer(index, self, &mut |_, _, _| progress.proceed())?;
-        }
-        let hidden = run.hidden();
-        let back = Backward::toward(config.clone(), self, hidden, len, wanted, wanted_hidden);
-        let (mut back, divergence) = back?;
-        if !divergence.is_finite() {
-            let message = format!("the divergence from the original is {divergence}");
-            return Err(Error::new(ErrorKind::Invalid, message)
-                .at(self.file.path())
-                .hint("use a lower rate"));
-        }
+        let keep = |hidden: &[f32]| states.push(hidden.to_vec());
+        let (mut back, divergence) = self.predict(tokens, wanted_hidden, wanted, progress, keep)?;
         self.add_gradients(LAST_NORM, back.of_last_gain());
         for (index, hidden) in states.into_iter().enumerate().rev() {
+            let prefix = format!("model.layers.{index}.");
+            progress.tensor(&prefix[..prefix.len() - 1]);
             let mut of_rows = Vec::new();
             let gains = back.layer(index, self, &hidden, &mut |input, x, gradients| {
                 progress.proceed()?;
@@ -366,11 +452,9 @@ impl<'a> Student<'a> {
             for (name, gradients) in of_rows {
                 let i = self.by_name[&name];
                 self.parameters[i].gradients = gradients;
-                progress.tensor(&name);
             }
             self.add_gradients(&norm_name(index, INPUT_NORM), &gains.input);
             self.add_gradients(&norm_name(index, FEED_FORWARD_NORM), &gains.feed_forward);
-            let prefix = format!("model.layers.{index}.");
             let of_layer = self
                 .matrices
                 .iter()
@@ -408,7 +492,11 @@ impl<'a> Student<'a> {
                         .for_each(|(sum, (y, g))| *sum += f64::from(*y) * f64::from(*g));
                 }
                 let pairs = sums.iter().zip(&parameter.factors);
-                let of_factors = pairs.map(|(sum, factor)| (sum / f64::from(*factor)) as f32);
+                // A factor of 0 has made outputs of 0, which say nothing.
+                let of_factors = pairs.map(|(sum, factor)| match *factor {
+                    0.0 => 0.0,
+                    factor => (sum / f64::from(factor)) as f32,
+                });
                 found.push((name, of_factors.collect()));
             }
             first += rows;
@@ -416,10 +504,9 @@ impl<'a> Student<'a> {
         Ok(found)
     }
 
-    fn step(&mut self, step: usize, rate: f64) {
-        self.parameters
-            .par_iter_mut()
-            .for_each(|p| p.step(step, rate));
+    fn step(&mut self, step: usize, rate: f64) -> Result<()> {
+        let parameters = self.parameters.par_iter_mut();
+        parameters.map(|p| p.step(step, rate)).collect()
     }
 
     /// Bytes of the file, and weights.
@@ -487,7 +574,13 @@ impl<'a> Student<'a> {
             Ok(Value::Object(recipe)) => recipe,
             _ => serde_json::Map::new(),
         };
-        recipe.insert("tuned".into(), tuned);
+        let earlier = recipe.remove("tuned");
+        let mut all = match earlier {
+            Some(Value::Array(all)) => all,
+            _ => Vec::new(),
+        };
+        all.push(tuned);
+        recipe.insert("tuned".into(), Value::Array(all));
         Value::Object(recipe).to_string()
     }
 }

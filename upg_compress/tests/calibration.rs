@@ -16,7 +16,7 @@ use upg_compress::plan::{Choice, CompressOptions};
 use upg_compress::progress::Progress;
 use upg_compress::source::{self, Source};
 use upg_kernel::format::{Encoding, LayerInfo, UpgFile};
-use upg_kernel::inference::{Input, ModelConfig};
+use upg_kernel::inference::Input;
 use upg_kernel::{Error, ErrorKind};
 
 /// What is left of the error of outputs, against rounding that looks at the weights only. Measured: 0.26 to 0.36.

@@ -136,7 +136,7 @@ impl Matrix {
         }
     }
 
-    /// The same codes with other [`Matrix::scales`], which share their memory.
+    /// The same codes, in the same memory, with other [`Matrix::scales`].
     ///
     /// Errors: `Argument` for a matrix without any; `Shape` and `Invalid` for scales that no file may have (rule 9).
     pub fn with_scales(&self, scales: Vec<f32>) -> Result<Self> {

@@ -13,6 +13,7 @@ mod catalogue;
 mod convert;
 mod globals;
 mod numpy;
+mod objects;
 mod pickle;
 
 pub use catalogue::{Catalogue, CatalogueEntry};
@@ -35,14 +36,21 @@ pub struct V1File {
 
 /// Whether `path` begins as a pickle of protocol 2 to 5 does. `false` too if it cannot be read.
 pub fn is_pickle(path: &Path) -> bool {
-    let start = || -> Option<[u8; 2]> {
+    let start = || -> Option<Vec<u8>> {
         // Reading a pipe would wait for its other end.
         std::fs::metadata(path).ok()?.is_file().then_some(())?;
-        let mut start = [0; 2];
-        File::open(path).ok()?.read_exact(&mut start).ok()?;
+        let mut start = Vec::new();
+        let file = File::open(path).ok()?;
+        file.take(16).read_to_end(&mut start).ok()?;
         Some(start)
     };
-    matches!(start(), Some([0x80, 2..=5]))
+    start().is_some_and(|start| begins_as_pickle(&start))
+}
+
+/// Two bytes say so; but a safetensors file may begin with them too, as a part of the length of its header.
+pub(crate) fn begins_as_pickle(start: &[u8]) -> bool {
+    let is_safetensors = matches!(start, [_, _, _, _, 0, 0, 0, 0, b'{', ..]);
+    matches!(start, [0x80, 2..=5, ..]) && !is_safetensors
 }
 
 impl V1File {

@@ -309,7 +309,11 @@ fn gradients_of_the_divergence_are_its_differences() {
     for (name, weights) in MODELS {
         let (config, source) = (config(name), source(weights));
         let case = cases(name).pop().unwrap();
-        let (tokens, len) = (case.prompt[..48].to_vec(), 24);
+        let (mut tokens, len) = (case.prompt[..48].to_vec(), 24);
+        if name == MODELS[0].0 {
+            // More positions than logits that are computed at once.
+            tokens = tokens.repeat(6);
+        }
         // The student has another first layer: rows a tenth up and down.
         let size = match config.family.fused {
             true => 2 * config.intermediate_size,
@@ -320,7 +324,7 @@ fn gradients_of_the_divergence_are_its_differences() {
         } else {
             "gate_proj"
         };
-        let up_and_down = |i: usize| if i % 2 == 0 { 0.3 } else { -0.3 };
+        let up_and_down = |i: usize| if i.is_multiple_of(2) { 0.3 } else { -0.3 };
         let student = Scaled {
             source: &source,
             name: &format!("model.layers.0.mlp.{part}.weight"),
@@ -361,7 +365,7 @@ fn gradients_of_the_divergence_are_its_differences() {
             };
             let difference = (at(0.01) - at(-0.01)) / 0.02;
             assert!(
-                (difference - length).abs() <= 0.01 * most,
+                (difference - length).abs() <= 0.01 * length.max(0.1 * most),
                 "{name} {tensor}: {difference} {length}, largest {most}"
             );
         }

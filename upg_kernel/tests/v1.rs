@@ -145,6 +145,23 @@ fn old_files_are_opened_as_they_are() {
     assert!(e.to_string().contains("upg convert"), "{e}");
 }
 
+/// The length of a header can have the bytes that a pickle begins with.
+#[test]
+fn a_file_of_version_2_that_begins_as_a_pickle_is_none() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("padded.safetensors");
+    let bytes = fs::read(file("rows.safetensors")).unwrap();
+    let header = u64::from_le_bytes(bytes[..8].try_into().unwrap());
+    let longer: u64 = 0x10280;
+    let mut padded = longer.to_le_bytes().to_vec();
+    padded.extend(&bytes[8..8 + header as usize]);
+    padded.resize(8 + longer as usize, b' ');
+    padded.extend(&bytes[8 + header as usize..]);
+    fs::write(&path, padded).unwrap();
+    assert!(!is_pickle(&path));
+    UpgFile::open(&path).unwrap().verify(&|_| ()).unwrap();
+}
+
 #[test]
 fn a_list_without_weights_is_read_and_not_converted() {
     let path = file("catalogue.upg");

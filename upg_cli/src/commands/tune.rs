@@ -9,7 +9,7 @@ use std::num::NonZeroUsize;
 use upg_compress::source;
 use upg_compress::tuning::{TuneOptions, TuneReport, tune};
 use upg_kernel::format::UpgFile;
-use upg_kernel::{Result, refuse_to_overwrite};
+use upg_kernel::{ErrorKind, Result, refuse_to_overwrite};
 
 pub fn run(args: &TuneArgs) -> Result<()> {
     refuse_to_overwrite(&args.output, &args.text)?;
@@ -18,7 +18,7 @@ pub fn run(args: &TuneArgs) -> Result<()> {
     let most = args.tokens.map(NonZeroUsize::get);
     let calibration = calibration(source.as_ref(), args.text.as_deref(), most)?;
     let options = TuneOptions {
-        passes: args.passes,
+        passes: args.passes.get(),
         rate: args.rate,
     };
     let progress = WeightsBar::new()?;
@@ -30,21 +30,26 @@ pub fn run(args: &TuneArgs) -> Result<()> {
         &args.output,
         &progress,
     );
-    let report = tuned.map_err(|e| e.at(&args.file))?;
+    // What is wrong with the file says so itself.
+    let report = tuned.map_err(|e| match e.kind() {
+        ErrorKind::Interrupted => e,
+        _ => e.at(&args.original),
+    })?;
     drop(progress);
     terminal::print(&summary(args, &report))
 }
 
 fn summary(args: &TuneArgs, report: &TuneReport) -> String {
-    let divergences = report.divergences.iter().map(|d| format!("{d:.4}"));
+    let passes = report.passes.iter().map(|d| format!("{d:.4}"));
+    let (before, after) = report.divergence;
     format!(
         "{}: {}, {:.3} bits per weight; {} scales and gains tuned in {}\n\
-         divergence from the original while learning, pass by pass: {}\n",
+         divergence from the original {before:.4} before and {after:.4} after; while learning, pass by pass: {}\n",
         args.output.display(),
         bytes(report.file_bytes),
         8.0 * report.file_bytes as f64 / report.weights as f64,
         report.parameters,
         duration(report.seconds),
-        divergences.collect::<Vec<_>>().join(", "),
+        passes.collect::<Vec<_>>().join(", "),
     )
 }

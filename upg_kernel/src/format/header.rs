@@ -54,7 +54,7 @@ impl UpgFile {
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let file = Arc::new(MappedFile::open(path)?);
-        if matches!(**file, [0x80, 2..=5, ..]) {
+        if v1::begins_as_pickle(&file) {
             return Err(v1::not_converted().at(path));
         }
         Self::from_mapped(file).map_err(|e| e.at(path))

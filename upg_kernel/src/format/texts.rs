@@ -15,7 +15,7 @@ use std::path::Path;
 /// Largest config-like text that is read: the real ones stay under 1 MB.
 const MAX_TEXT: u64 = 16 << 20;
 
-/// Largest `tokenizer.json`: the real ones stay under 40 MB.
+/// Largest `tokenizer.json` and index of weight files: the real ones stay under 40 MB.
 pub const MAX_BLOB: u64 = 256 << 20;
 
 /// The files of a directory that are not weights.

@@ -86,6 +86,11 @@ impl Layerwise {
         &self.hidden
     }
 
+    /// [`Layerwise::hidden`] at the end.
+    pub fn into_hidden(self) -> Vec<f32> {
+        self.hidden
+    }
+
     /// Takes all sequences through layer `index` with the weights of `source`. `observe` sees the inputs of all
     /// positions, some sequences at a time: for each of these the four [`Input`](super::Input)s in their order.
     ///

@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::numpy::NdArray;
-use super::pickle::{Id, Object, Objects};
+use super::objects::{Id, Object, Objects};
 use crate::error::{Error, ErrorKind, Result};
 use serde_json::Value;
 use std::collections::{BTreeMap, HashSet};

@@ -3,7 +3,7 @@
 
 use super::bytes::Bytes;
 use super::numpy::{Dtype, NdArray};
-use super::pickle::{Csr, Id, Object, Objects};
+use super::objects::{Csr, Id, Object, Objects};
 use crate::error::{Error, ErrorKind, Result};
 use std::collections::BTreeMap;
 use std::fmt;

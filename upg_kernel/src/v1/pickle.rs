@@ -1,13 +1,12 @@
 //! A pickle machine that calls nothing: it knows the opcodes and globals that a version 1 file needs, and refuses a
 //! file at the first other one.
 //!
-//! Objects are numbers into one list, so that a file can neither nest them deeper than a stack nor tie them to a knot
-//! that is never freed; and a list that holds itself a million times is one list. Large strings stay in the file.
+//! Large strings stay in the file.
 #![forbid(unsafe_code)]
 
 use super::bytes::{Bytes, Files, Span};
-use super::globals::{self, Global};
-use super::numpy::{Dtype, NdArray};
+use super::globals;
+use super::objects::{Id, Object, Objects};
 use crate::error::{Error, ErrorKind, Result};
 use std::collections::{BTreeMap, HashMap};
 use std::io::{BufRead, BufReader, Read};
@@ -25,115 +24,6 @@ const LONGEST_NAME: usize = 256;
 /// What PyTorch writes at the start of an old checkpoint: a number.
 const TORCH: [u8; 14] = *b"\x80\x02\x8A\x0Al\xFC\x9CF\xF9 j\xA8P\x19";
 
-/// The number of an object in the list of [`Objects`].
-pub(super) type Id = usize;
-
-/// What a pickle has made.
-#[derive(Debug)]
-pub(super) enum Object {
-    None,
-    Bool(bool),
-    Int(i64),
-    Float(f64),
-    Text {
-        text: String,
-        /// Where it stands.
-        place: Bytes,
-    },
-    /// A text of more than [`LONGEST_TEXT`] bytes.
-    LongText(Bytes),
-    Bytes(Bytes),
-    Tuple(Vec<Id>),
-    List(Vec<Id>),
-    Dict(BTreeMap<String, Id>),
-    Global(Global),
-    Dtype(Dtype),
-    /// An array before its numbers come.
-    NewArray,
-    Array(Box<NdArray>),
-    /// A csr_matrix before its parts come.
-    NewCsr,
-    Csr(Box<Csr>),
-}
-
-/// The parts of a scipy.sparse.csr_matrix.
-#[derive(Debug, Clone)]
-pub(super) struct Csr {
-    pub shape: Vec<u64>,
-    pub data: NdArray,
-    pub indices: NdArray,
-    pub indptr: NdArray,
-}
-
-/// Everything that a pickle has made, by number.
-pub(super) struct Objects(Vec<Object>);
-
-impl Objects {
-    pub(super) fn get(&self, id: Id) -> &Object {
-        &self.0[id]
-    }
-
-    pub(super) fn put(&mut self, id: Id, object: Object) {
-        self.0[id] = object;
-    }
-
-    pub(super) fn text(&self, id: Id) -> Option<&str> {
-        match self.get(id) {
-            Object::Text { text, .. } => Some(text),
-            _ => None,
-        }
-    }
-
-    pub(super) fn tuple(&self, id: Id) -> Option<&[Id]> {
-        match self.get(id) {
-            Object::Tuple(items) => Some(items),
-            _ => None,
-        }
-    }
-
-    /// The numbers of a tuple or list of them, none of which is negative.
-    pub(super) fn sizes(&self, id: Id) -> Option<Vec<u64>> {
-        let (Object::Tuple(items) | Object::List(items)) = self.get(id) else {
-            return None;
-        };
-        // More dimensions than numpy has.
-        if items.len() > 64 {
-            return None;
-        }
-        let size = |&id: &Id| match self.get(id) {
-            Object::Int(n) => u64::try_from(*n).ok(),
-            _ => None,
-        };
-        items.iter().map(size).collect()
-    }
-
-    /// An object in a few words, for messages.
-    pub(super) fn describe(&self, id: Id) -> String {
-        match self.get(id) {
-            Object::None => "None".to_owned(),
-            Object::Bool(value) => format!("the truth value {value}"),
-            Object::Int(n) => format!("the number {n}"),
-            Object::Float(n) => format!("the number {n:?}"),
-            Object::Text { text, .. } if text.len() <= 80 => format!("the text '{text}'"),
-            Object::Text { .. } | Object::LongText(_) => "a long text".to_owned(),
-            Object::Bytes(bytes) => format!("{} bytes", bytes.len),
-            Object::Tuple(items) => format!("a tuple of {}", items.len()),
-            Object::List(items) => format!("a list of {}", items.len()),
-            Object::Dict(items) if items.len() <= 32 && items.keys().all(|k| k.len() <= 80) => {
-                let keys: Vec<_> = items.keys().map(String::as_str).collect();
-                format!("a dict of [{}]", keys.join(", "))
-            }
-            Object::Dict(items) => format!("a dict of {} keys", items.len()),
-            Object::Global(global) => format!("the global '{global}'"),
-            Object::Dtype(dtype) => format!("the dtype {dtype}"),
-            Object::NewArray => "an array without numbers".to_owned(),
-            Object::Array(array) => array.to_string(),
-            Object::NewCsr => "a csr_matrix without its parts".to_owned(),
-            Object::Csr(csr) => format!("a csr_matrix {:?}", csr.shape),
-        }
-    }
-}
-
 /// Runs the pickle and returns what it has made: all objects, and the one that it stands for.
 ///
 /// Cost: its opcodes, of which there are at most four million; arrays are passed over. Memory: at most about 200 MB
@@ -147,7 +37,7 @@ pub(super) fn read(files: &Files) -> Result<(Objects, Id)> {
         position: 0,
         opcode_at: 0,
         files,
-        objects: Objects(Vec::new()),
+        objects: Objects::default(),
         stack: Vec::new(),
         marks: Vec::new(),
         memo: HashMap::new(),
@@ -448,11 +338,11 @@ impl Machine<'_> {
     }
 
     fn push(&mut self, object: Object) -> Result<()> {
-        if self.objects.0.len() == MOST_OBJECTS {
+        if self.objects.len() == MOST_OBJECTS {
             return Err(too_large(format!("more than {MOST_OBJECTS} objects")));
         }
-        self.stack.push(self.objects.0.len());
-        self.objects.0.push(object);
+        self.stack.push(self.objects.len());
+        self.objects.push(object);
         Ok(())
     }
 
@@ -491,7 +381,7 @@ impl Machine<'_> {
 
     fn append(&mut self, items: Vec<Id>) -> Result<()> {
         let list = self.top()?;
-        let Object::List(list) = &mut self.objects.0[list] else {
+        let Object::List(list) = self.objects.get_mut(list) else {
             return Err(malformed(format!(
                 "a list is to grow, but there is {}",
                 self.objects.describe(list)
@@ -514,7 +404,7 @@ impl Machine<'_> {
                     format!("{} as the key of a dict", self.objects.describe(key)),
                 ));
             };
-            let Object::Dict(items) = &mut self.objects.0[dict] else {
+            let Object::Dict(items) = self.objects.get_mut(dict) else {
                 return Err(malformed(format!(
                     "a dict is to grow, but there is {}",
                     self.objects.describe(dict)

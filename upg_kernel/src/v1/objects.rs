@@ -1,0 +1,132 @@
+//! What a pickle makes.
+//!
+//! Objects are numbers into one list, so that a file can neither nest them deeper than a stack nor tie them to a knot
+//! that is never freed; and a list that holds itself a million times is one list.
+#![forbid(unsafe_code)]
+
+use super::bytes::Bytes;
+use super::globals::Global;
+use super::numpy::{Dtype, NdArray};
+use std::collections::BTreeMap;
+
+/// The number of an object in the list of [`Objects`].
+pub(super) type Id = usize;
+
+/// What a pickle has made.
+#[derive(Debug)]
+pub(super) enum Object {
+    None,
+    Bool(bool),
+    Int(i64),
+    Float(f64),
+    Text {
+        text: String,
+        /// Where it stands.
+        place: Bytes,
+    },
+    /// A text that is too long to be read.
+    LongText(Bytes),
+    Bytes(Bytes),
+    Tuple(Vec<Id>),
+    List(Vec<Id>),
+    Dict(BTreeMap<String, Id>),
+    Global(Global),
+    Dtype(Dtype),
+    /// An array before its numbers come.
+    NewArray,
+    Array(Box<NdArray>),
+    /// A csr_matrix before its parts come.
+    NewCsr,
+    Csr(Box<Csr>),
+}
+
+/// The parts of a scipy.sparse.csr_matrix.
+#[derive(Debug, Clone)]
+pub(super) struct Csr {
+    pub shape: Vec<u64>,
+    pub data: NdArray,
+    pub indices: NdArray,
+    pub indptr: NdArray,
+}
+
+/// Everything that a pickle has made, by number.
+#[derive(Default)]
+pub(super) struct Objects(Vec<Object>);
+
+impl Objects {
+    pub(super) fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    pub(super) fn push(&mut self, object: Object) {
+        self.0.push(object);
+    }
+
+    pub(super) fn get_mut(&mut self, id: Id) -> &mut Object {
+        &mut self.0[id]
+    }
+
+    pub(super) fn get(&self, id: Id) -> &Object {
+        &self.0[id]
+    }
+
+    pub(super) fn put(&mut self, id: Id, object: Object) {
+        self.0[id] = object;
+    }
+
+    pub(super) fn text(&self, id: Id) -> Option<&str> {
+        match self.get(id) {
+            Object::Text { text, .. } => Some(text),
+            _ => None,
+        }
+    }
+
+    pub(super) fn tuple(&self, id: Id) -> Option<&[Id]> {
+        match self.get(id) {
+            Object::Tuple(items) => Some(items),
+            _ => None,
+        }
+    }
+
+    /// The numbers of a tuple or list of them, none of which is negative.
+    pub(super) fn sizes(&self, id: Id) -> Option<Vec<u64>> {
+        let (Object::Tuple(items) | Object::List(items)) = self.get(id) else {
+            return None;
+        };
+        // More dimensions than numpy has.
+        if items.len() > 64 {
+            return None;
+        }
+        let size = |&id: &Id| match self.get(id) {
+            Object::Int(n) => u64::try_from(*n).ok(),
+            _ => None,
+        };
+        items.iter().map(size).collect()
+    }
+
+    /// An object in a few words, for messages.
+    pub(super) fn describe(&self, id: Id) -> String {
+        match self.get(id) {
+            Object::None => "None".to_owned(),
+            Object::Bool(value) => format!("the truth value {value}"),
+            Object::Int(n) => format!("the number {n}"),
+            Object::Float(n) => format!("the number {n:?}"),
+            Object::Text { text, .. } if text.len() <= 80 => format!("the text '{text}'"),
+            Object::Text { .. } | Object::LongText(_) => "a long text".to_owned(),
+            Object::Bytes(bytes) => format!("{} bytes", bytes.len),
+            Object::Tuple(items) => format!("a tuple of {}", items.len()),
+            Object::List(items) => format!("a list of {}", items.len()),
+            Object::Dict(items) if items.len() <= 32 && items.keys().all(|k| k.len() <= 80) => {
+                let keys: Vec<_> = items.keys().map(String::as_str).collect();
+                format!("a dict of [{}]", keys.join(", "))
+            }
+            Object::Dict(items) => format!("a dict of {} keys", items.len()),
+            Object::Global(global) => format!("the global '{global}'"),
+            Object::Dtype(dtype) => format!("the dtype {dtype}"),
+            Object::NewArray => "an array without numbers".to_owned(),
+            Object::Array(array) => array.to_string(),
+            Object::NewCsr => "a csr_matrix without its parts".to_owned(),
+            Object::Csr(csr) => format!("a csr_matrix {:?}", csr.shape),
+        }
+    }
+}

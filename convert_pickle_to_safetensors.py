@@ -22,11 +22,14 @@ import sys
 import numpy as np
 
 # What a pickle may have, so that a hostile one costs neither memory nor time.
-MOST_OBJECTS = 1 << 20
-MOST_OPCODES = 1 << 22
+MOST_OBJECTS = 1 << 19
+MOST_OPCODES = 1 << 21
 LONGEST_TEXT = 1 << 12
 MOST_TEXT = 1 << 26
 LONGEST_NAME = 256
+LONGEST_NOTE = 256
+MOST_DIMENSIONS = 4
+MOST_OF_A_STATE = 64
 
 # Of the UPG format, version 2.
 MOST_ROWS, MOST_COLS, LARGEST_MATRIX, MOST_LAYERS = 1 << 24, 1 << 20, 1 << 32, 100_000
@@ -36,7 +39,9 @@ LARGEST_SCALE = np.float32(2.0**64)
 LARGEST_DELTA = 255
 ALIGNMENT = 64
 FIGURE_DIGITS = 24
-# Entries that are converted at once.
+# Entries with those that bridge gaps, for each byte that is read, and in addition.
+MOST_ENTRIES = (16, 1 << 25)
+# Entries, and rows, that are converted at once.
 CHUNK = 1 << 18
 
 METHOD = "prime_sparse_v1"
@@ -86,7 +91,7 @@ ALLOWED = {
     ("scipy.sparse._csr", "csr_matrix"): "csr_matrix",
     ("scipy.sparse._csr", "csr_array"): "csr_matrix",
 }
-DTYPES = ("i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
+DTYPES = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
 TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
 
 
@@ -161,7 +166,7 @@ def len_of(shape):
 
 def sizes(value):
     """A tuple or list of numbers that are not negative; None for anything else."""
-    if type(value) not in (tuple, list) or len(value) > 64:
+    if type(value) not in (tuple, list) or len(value) > MOST_DIMENSIONS:
         return None
     return tuple(value) if all(type(n) is int and n >= 0 for n in value) else None
 
@@ -248,6 +253,9 @@ class Unpickler:
         value = self.pop()
         if self.stack or self.marks:
             raise ConversionError("the pickle ends with more than one object")
+        passed = len(self.files) - 1
+        if self.next_buffer <= passed:
+            raise ConversionError(f"{passed} buffers were passed, it has {self.next_buffer - 1}")
         if self.position != self.length:
             raise ConversionError(f"{self.length - self.position} bytes after the end of the pickle")
         return value
@@ -271,13 +279,14 @@ class Unpickler:
         return struct.unpack(form, self.read(struct.calcsize(form)))[0]
 
     def line(self):
-        line = bytearray()
-        while (byte := self.read(1)) != b"\n":
-            if len(line) == LONGEST_NAME:
+        line = self.input.readline(LONGEST_NAME + 1)
+        self.position += len(line)
+        if not line.endswith(b"\n"):
+            if len(line) > LONGEST_NAME:
                 raise ConversionError("the name of a global is too long")
-            line += byte
+            self.check_left(1)
         try:
-            return line.decode()
+            return line[:-1].decode()
         except UnicodeDecodeError:
             raise ConversionError("the name of a global is not UTF-8") from None
 
@@ -424,6 +433,7 @@ class Unpickler:
         if type(arguments) is not tuple:
             raise ConversionError("a call without a tuple of arguments")
         made = None
+        # False and 0 are made of numbers, so only None is nothing.
         if is_new == (target.kind == "csr_matrix"):
             made = getattr(self, f"call_{target.kind}", lambda *_: None)(arguments)
         if made is None:
@@ -480,7 +490,13 @@ class Unpickler:
     def call_scalar(self, arguments):
         if len(arguments) != 2 or type(arguments[0]) is not Dtype or type(arguments[1]) is not Bytes:
             return None
-        return Array().set(arguments[0].numpy, (), False, arguments[1])
+        array = Array().set(arguments[0].numpy, (), False, arguments[1])
+        # A number, as Python has it.
+        numbers = Numbers(self.files, array)
+        number = numbers.take(1)[0].item()
+        numbers.finish()
+        self.input.seek(self.position)
+        return min(number, 2**63 - 1) if type(number) is int else number
 
     def build(self):
         state = self.pop()
@@ -516,7 +532,8 @@ class Unpickler:
         return True
 
     def build_csr(self, target, state):
-        if type(state) is not dict:
+        # scipy has about ten.
+        if type(state) is not dict or len(state) > MOST_OF_A_STATE:
             return False
         parts = [state.get(name) for name in ("data", "indices", "indptr")]
         shape = sizes(state.get("_shape"))
@@ -604,8 +621,9 @@ def text_of(items, key):
 
 def check_note(items, key):
     value = items.get(key)
-    if value is not None and type(value) not in (bool, int, float, Text):
-        raise ConversionError(f"'{key}' is {describe(value)}, expected a number, a text or a truth value")
+    short = type(value) is Text and len(value.encode()) <= LONGEST_NOTE
+    if not (value is None or short or type(value) in (bool, int, float, Dtype)):
+        raise ConversionError(f"'{key}' is {describe(value)}, expected a number, a short text or a truth value")
 
 
 def integers(value, name):
@@ -705,18 +723,21 @@ class Catalogue:
         if "files" not in top:
             raise ConversionError(f"no 'files' in the file, which has [{', '.join(sorted(top))}]; it is a pickle, but not of a version 1 model")
         self.method = text_of(top, "compression_method")
-        self.tensors = []
+        self.tensors, names = [], set()
         for file in listed(top["files"], "'files'"):
             file = fields(file, "an entry of 'files'", FILE_KEYS)
             text_of(file, "filename")
             if "tensors" not in file:
                 raise ConversionError("no 'tensors' in an entry of 'files'")
-            self.tensors += [Tensor(t, self.method) for t in listed(file["tensors"], "'tensors'")]
-        names = set()
-        for tensor in self.tensors:
-            if tensor.name in names:
-                raise ConversionError(f"tensor '{tensor.name}': listed twice")
-            names.add(tensor.name)
+            for value in listed(file["tensors"], "'tensors'"):
+                tensor = Tensor(value, self.method)
+                # A list can hold the same tensor a million times at no cost.
+                if tensor.name in names:
+                    raise ConversionError(f"tensor '{tensor.name}': listed twice")
+                if len(names) == MOST_LAYERS:
+                    raise ConversionError(f"more than {MOST_LAYERS} tensors")
+                names.add(tensor.name)
+                self.tensors.append(tensor)
         self.model_type, self.source = text_of(top, "model_type"), text_of(top, "source")
         check_note(top, "target_compression")
 
@@ -790,6 +811,11 @@ class Numbers:
         return data
 
     def finish(self):
+        if self.decoder is not None:
+            try:
+                self.decoder.decode(b"", True)
+            except UnicodeDecodeError:
+                raise ConversionError("an array has more bytes than its shape says") from None
         if self.at != self.end or self.waiting:
             raise ConversionError("an array has more bytes than its shape says")
 
@@ -823,7 +849,7 @@ def check_range(numbers, low, high, name):
 class Rows:
     """The arrays of `mdcsr`: values, delta_indices, row_pointers, prime_indices, scales."""
 
-    def __init__(self, files, parts, rows, cols):
+    def __init__(self, files, parts, rows, cols, most):
         values, indices, pointers, primes, scale = parts
         nnz = len(values)
         for name, part in (("indices", indices), ("prime_indices", primes)):
@@ -832,42 +858,52 @@ class Rows:
         if len(pointers) != rows + 1:
             raise ConversionError(f"{len(pointers)} row pointers for {rows} rows")
         self.scales = read_scales(files, scale, rows)
-        self.cols = cols
+        self.cols, self.nnz, self.most = cols, nnz, most
         self.chunks, self.stored, self.entries = [], 0, 0
-        counts = self.read_counts(files, pointers, nnz)
         streams = [Numbers(files, part) for part in (indices, values, primes)]
-        per_row = np.zeros(rows, np.int64)
+        numbers = Numbers(files, pointers)
+        start = int(numbers.take(1)[0])
+        if start != 0:
+            raise ConversionError(f"the row pointers start with {start}")
+        self.row_pointers = np.zeros(rows + 1, "<u4")
+        for first in range(0, rows, CHUNK):
+            count = min(CHUNK, rows - first)
+            ends = self.check_ends(first, start, numbers.take(count))
+            per_row = self.convert_rows(np.diff(ends, prepend=start), streams)
+            self.row_pointers[first + 1 : first + count + 1] = self.row_pointers[first] + np.cumsum(per_row)
+            start = int(ends[-1])
+        if start != nnz:
+            raise ConversionError(f"the row pointers end with {start}, for {nnz} values")
+        for stream in (numbers, *streams):
+            stream.finish()
+
+    def check_ends(self, first, start, ends):
+        """Where rows from `first` on end, the one before them at `start`."""
+        # In the type that they have, where a large one is not a negative one.
+        starts = np.concatenate([np.array([start], ends.dtype), ends[:-1]])
+        bad = (ends < starts) | (ends > self.nnz)
+        if not bad.any():
+            # Columns are all different: no row has more.
+            bad = ends.astype(np.int64) - starts.astype(np.int64) > self.cols
+        if bad.any():
+            row = int(np.argmax(bad))
+            raise ConversionError(
+                f"row {first + row} has the entries {starts[row]} to {ends[row]} of {self.nnz}, in {self.cols} columns"
+            )
+        return ends.astype(np.int64)
+
+    def convert_rows(self, counts, streams):
+        """Rows with so many entries each. Returns how many are stored of each."""
         ends = np.cumsum(counts)
-        first = 0
-        while first < rows:
+        stored, first = [], 0
+        while first < len(counts):
             # Whole rows, of about CHUNK entries together.
             before = int(ends[first - 1]) if first else 0
             last = max(first + 1, int(np.searchsorted(ends, before + CHUNK, "right")))
-            per_row[first:last] = self.convert(counts[first:last], *(s.take(int(ends[last - 1]) - before) for s in streams))
+            part = (stream.take(int(ends[last - 1]) - before) for stream in streams)
+            stored.append(self.convert(counts[first:last], *part))
             first = last
-        for stream in streams:
-            stream.finish()
-        self.row_pointers = np.concatenate([[0], np.cumsum(per_row)]).astype("<u4")
-
-    def read_counts(self, files, pointers, nnz):
-        numbers = Numbers(files, pointers)
-        ends = numbers.take(len(pointers))
-        numbers.finish()
-        check = (ends < 0) | (ends > nnz)
-        if check.any():
-            raise ConversionError(f"row pointer {ends[np.argmax(check)]} for {nnz} values")
-        ends = ends.astype(np.int64)
-        if ends[0] != 0:
-            raise ConversionError(f"the row pointers start with {ends[0]}")
-        counts = np.diff(ends)
-        # Columns are all different: no row has more.
-        bad = (counts < 0) | (counts > self.cols)
-        if bad.any():
-            row = int(np.argmax(bad))
-            raise ConversionError(f"row {row} has the entries {ends[row]} to {ends[row + 1]} of {nnz}, in {self.cols} columns")
-        if ends[-1] != nnz:
-            raise ConversionError(f"the row pointers end with {ends[-1]}, for {nnz} values")
-        return counts
+        return np.concatenate(stored)
 
     def convert(self, counts, columns, values, primes):
         """Entries that each of these rows has in the file."""
@@ -896,17 +932,17 @@ class Rows:
         self.stored += total
         if self.stored >= 2**32:
             raise ConversionError("more than 2^32 - 1 entries, with those that bridge gaps")
+        if self.stored > self.most:
+            raise ConversionError(f"more than {self.most} entries, with those that bridge gaps, for a file of this size")
         if total == len(gaps):
             chunk = (values.astype("i1"), gaps.astype("u1"), primes.astype("<u2"))
-            stored = row
         else:
             place = np.arange(len(gaps)) + np.cumsum(bridges, dtype=np.int64)
             chunk = (np.zeros(total, "i1"), np.full(total, LARGEST_DELTA, "u1"), np.zeros(total, "<u2"))
             for out, source in zip(chunk, (values, gaps - LARGEST_DELTA * bridges, primes)):
                 out[place] = source
-            stored = np.repeat(row, bridges + 1)
         self.chunks.append(chunk)
-        return np.bincount(stored, minlength=len(counts))
+        return np.bincount(row, bridges + 1, len(counts)).astype(np.int64)
 
     def arrays(self):
         """(name, dtype, shape, parts), in the order of the file."""
@@ -963,9 +999,12 @@ class Writer:
         if capacity > LARGEST_HEADER:
             raise ConversionError(f"a header of {capacity} bytes, at most {LARGEST_HEADER}")
         self.path = os.path.realpath(path)
-        if os.path.exists(self.path) and not os.path.isfile(self.path):
+        is_nowhere = os.path.islink(path) and not os.path.exists(path)
+        if is_nowhere or (os.path.exists(self.path) and not os.path.isfile(self.path)):
             raise ConversionError(f"{path}: not a regular file")
-        folder, name = os.path.split(self.path)
+        folder = os.path.dirname(self.path)
+        if not os.path.isdir(folder):
+            raise ConversionError(f"{path}: cannot write: no such folder; make the folder {folder} first")
         self.temporary = os.path.join(folder, f".upg-{secrets.token_hex(4)}.partial")
         # With the permissions that a new file gets; never one that is there.
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
@@ -1021,14 +1060,20 @@ class Writer:
         self.out.close()
         os.replace(self.temporary, self.path)
         if os.name == "posix":
-            folder = os.open(os.path.dirname(self.path), os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+            # Some file systems know no such thing; the file is in its place.
+            with contextlib.suppress(OSError):
+                folder = os.open(os.path.dirname(self.path), os.O_RDONLY)
+                os.fsync(folder)
+                os.close(folder)
 
     def abandon(self):
-        self.out.close()
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(self.temporary)
+        try:
+            # On a full disk what is in the buffer cannot be written here either.
+            with contextlib.suppress(OSError):
+                self.out.close()
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(self.temporary)
 
 
 def header_capacity(layers, other, metadata):
@@ -1083,6 +1128,45 @@ def read_file(folder, name, cap, as_text=True):
         raise ConversionError(f"{path}: not UTF-8 text") from None
 
 
+def template_of(text, path):
+    """The default chat template in the config of a tokenizer, which is JSON as strict as the Rust reader has it."""
+
+    def number(text):
+        value = float(text)
+        if not np.isfinite(value):
+            raise ValueError(f"{text[:40]} is out of range")
+        return value
+
+    def constant(name):
+        raise ValueError(f"{name} is no JSON")
+
+    def check(value, depth):
+        if depth > 127:
+            raise ValueError("nested too deep")
+        if type(value) is str:
+            value.encode()
+        for item in value.items() if type(value) is dict else enumerate(value) if type(value) is list else ():
+            check(item[0], depth)
+            check(item[1], depth + 1)
+
+    try:
+        config = json.loads(text, parse_float=number, parse_int=number, parse_constant=constant)
+        check(config, 0)
+    except (ValueError, RecursionError) as e:
+        raise ConversionError(f"{path}: not JSON: {e}") from None
+    if type(config) is not dict:
+        raise ConversionError(f"{path}: not a JSON object")
+    template = config.get("chat_template")
+    if template is None:
+        return None
+    if type(template) is list:
+        named = [t for t in template if type(t) is dict and t.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    if type(template) is not str:
+        raise ConversionError(f"{path}: chat_template is neither a text nor a list with a 'default'")
+    return template
+
+
 def read_model_files(folder):
     """(metadata, tokenizer.json or None): what a Hugging Face directory has beside weights."""
     if folder is None:
@@ -1093,19 +1177,7 @@ def read_model_files(folder):
         raise ConversionError(f"{folder}: no config.json in this directory")
     texts["chat_template"] = read_file(folder, "chat_template.jinja", MAX_TEXT_FILE)
     if texts["chat_template"] is None and texts["tokenizer_config.json"] is not None:
-        try:
-            config = json.loads(texts["tokenizer_config.json"])
-        except ValueError as e:
-            raise ConversionError(f"{folder}/tokenizer_config.json: not JSON: {e}") from None
-        if type(config) is not dict:
-            raise ConversionError(f"{folder}/tokenizer_config.json: not a JSON object")
-        template = config.get("chat_template")
-        if type(template) is list:
-            named = [t for t in template if type(t) is dict and t.get("name") == "default"]
-            template = named[0].get("template") if named else None
-        if template is not None and type(template) is not str:
-            raise ConversionError(f"{folder}/tokenizer_config.json: 'chat_template' is neither a text nor a list")
-        texts["chat_template"] = template
+        texts["chat_template"] = template_of(texts["tokenizer_config.json"], f"{folder}/tokenizer_config.json")
     tokenizer = read_file(folder, "tokenizer.json", MAX_TOKENIZER, as_text=False)
     return {name: text for name, text in texts.items() if text is not None}, tokenizer
 
@@ -1115,7 +1187,7 @@ def convert_upg_to_safetensors(pickle_path, output_path, model_dir=None, buffers
 
     `model_dir`: a Hugging Face directory whose config, tokenizer and chat template go into the file. `buffers`: the files of
     the out-of-band buffers of a pickle of protocol 5, in order. `progress`: called with (tensors done, of how many, name).
-    Returns a dict of what was converted. Memory: about 4 bytes an entry of the largest tensor, and 50 MB. Raises
+    Returns a dict of what was converted. Memory: about 4 bytes an entry and 8 a row of the largest tensor, and 100 MB. Raises
     ConversionError, and OSError where files cannot be read or written.
     """
     read = [pickle_path, *buffers]
@@ -1160,12 +1232,17 @@ def write(files, catalogue, output_path, metadata, tokenizer, progress):
     writer = Writer(output_path, header_capacity(layers, [*other, "tokenizer.json"], metadata))
     try:
         index = entries = weights = 0
+        most = MOST_ENTRIES[0] * sum(os.fstat(file.fileno()).st_size for file in files) + MOST_ENTRIES[1]
+        left = most
         for number, tensor in enumerate(catalogue.tensors):
             if progress:
                 progress(number, len(catalogue.tensors), tensor.name)
             with tensor.errors():
                 rows, cols = tensor.size
-                converted = Rows(files, tensor.parts, rows, cols)
+                converted = Rows(files, tensor.parts, rows, cols, most)
+                left -= converted.stored
+                if left < 0:
+                    raise ConversionError(f"more than {most} entries, with those that bridge gaps, for a file of this size")
             entries, weights = entries + converted.entries, weights + rows * cols
             if len(tensor.shape) == 1:
                 writer.tensor(tensor.name, "F32", [cols], [converted.dense_row().astype("<f4")])
@@ -1203,6 +1280,8 @@ def main():
     parser.add_argument("--buffers", metavar="FILE", nargs="+", default=[], help="files of the out-of-band buffers of a pickle of protocol 5, in order")
     parser.add_argument("--quiet", action="store_true", help="no progress and no summary")
     args = parser.parse_args()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
 
     def progress(done, of, name):
         shown = "".join(c if c.isprintable() else "?" for c in name)
@@ -1211,6 +1290,8 @@ def main():
     shows = sys.stderr.isatty() and not args.quiet
     try:
         done = convert_upg_to_safetensors(args.pickle, args.output, args.model, args.buffers, progress if shows else None)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (ConversionError, OSError) as e:
         message = "".join(c if c.isprintable() else "?" for c in str(e))
         print(f"{chr(13) if shows else ''}convert_pickle_to_safetensors.py: {message}", file=sys.stderr)

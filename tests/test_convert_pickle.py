@@ -100,10 +100,21 @@ def texts_of_a_model(folder, upg):
         (python, error), (rust, _) = both(upg, file, "--model", model)
         assert python is not None and python == rust, f"{config}: {error}"
         assert run([upg, "verify", "rust.safetensors"]).returncode == 0
+    # What one of the two refuses the other must refuse too.
+    deep = "[" * 200 + "]" * 200
+    for text in (
+        '{"chat_template": NaN}', '{"a": 1e999}', '{"a": ' + "9" * 400 + "}", '{"a": "\\ud800"}', '{"a": ' + deep + "}",
+        '{"chat_template": []}', '{"chat_template": [{"template": "x"}]}', '{"chat_template": [{"name": "default"}]}',
+        '{"chat_template": "\\ud800"}', '{"chat_template": 5}', "[]", "{", "", "[" * 100_000,
+    ):
+        (model / "tokenizer_config.json").write_text(text)
+        (python, error), (rust, rust_error) = both(upg, file, "--model", model)
+        assert python is None and rust is None, f"{text[:60]}: {error} {rust_error}"
+        assert "Traceback" not in error, error
     (model / "chat_template.jinja").write_text("z\x7f")
     (python, error), (rust, _) = both(upg, file, "--model", model)
     assert python is not None and python == rust, error
-    return f"{len(templates) + 1} of them"
+    return f"{len(templates) + 1} made alike, 14 refused"
 
 
 def dangerous_pickles(folder, upg):

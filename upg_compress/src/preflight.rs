@@ -160,15 +160,18 @@ pub(crate) fn file_bytes(
     Ok(bytes)
 }
 
-fn free(folder: &Path) -> Result<u64> {
+/// Room on the disk of a folder.
+pub(crate) fn free(folder: &Path) -> Result<u64> {
     fs4::available_space(folder)
         .map_err(|e| Error::io("cannot find out how much room is left", folder, e))
 }
 
 /// Of the hidden states before each layer.
 fn temporary_bytes(source: &dyn Source, options: &CompressOptions) -> Result<u64> {
-    let config = source.files().config()?;
-    let tokens = options.calibration.as_ref().map_or(0, |c| c.tokens().len());
+    let Some(calibration) = &options.calibration else {
+        return Ok(0);
+    };
+    let (config, tokens) = (source.files().config()?, calibration.tokens().len());
     Ok(4 * (tokens * config.hidden_size * config.num_layers) as u64)
 }
 

@@ -9,6 +9,7 @@
 
 use crate::calibration::{Calibration, Weights};
 use crate::compress::{RECIPE, calibration_json, insert_figures, relative_error, reserve_figures};
+use crate::preflight::free;
 use crate::progress::Progress;
 use crate::source::Source;
 use rand_chacha::ChaCha8Rng;
@@ -24,6 +25,7 @@ use std::time::Instant;
 use upg_kernel::format::{FileWriter, LayerInfo, TOKENIZER, UpgFile, header_capacity};
 use upg_kernel::inference::weights::EMBEDDING;
 use upg_kernel::inference::{Backward, Head, Input, Layerwise, ModelConfig, WeightSource};
+use upg_kernel::v1::folder_of;
 use upg_kernel::{Error, ErrorKind, Matrix, Result, WholeFile};
 
 /// Of Adam (arXiv 1412.6980): how long gradients and their squares are remembered.
@@ -178,12 +180,7 @@ pub fn tune(
 
 /// Errors (`Io`): the new file will not fit, which is better known hours before.
 fn check_room(file: &UpgFile, out: &Path) -> Result<()> {
-    let folder = match out.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    };
-    let free = fs4::available_space(folder)
-        .map_err(|e| Error::io("cannot ask for the free room beside", out, e))?;
+    let free = free(folder_of(out))?;
     match file.file_len() <= free {
         true => Ok(()),
         false => {

@@ -395,6 +395,11 @@ impl RowBuilder {
         Ok(())
     }
 
+    /// Those so far, with those that bridge gaps.
+    pub(crate) fn entries(&self) -> usize {
+        self.entries.values.len()
+    }
+
     /// The matrix. Errors: those of [`MdCSRMatrix::new`].
     pub(crate) fn finish(self) -> Result<MdCSRMatrix> {
         let arrays = MdCSRArrays {

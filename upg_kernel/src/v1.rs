@@ -59,7 +59,7 @@ impl V1File {
     ///
     /// Cost: the opcodes of the pickle; arrays are passed over. Memory: at most some 200 MB, whatever the file says. Errors:
     /// `Io`; `Malformed` for what is no whole pickle; `Unsupported` for an opcode or a global that no version 1 file has;
-    /// `TooLarge` for more than a million objects or four million opcodes; `Missing`, `Invalid`, `Shape` or `Unsupported`
+    /// `TooLarge` for more than 524,288 objects or 2,097,152 opcodes; `Missing`, `Invalid`, `Shape` or `Unsupported`
     /// for what is not in the schema.
     pub fn open(path: impl AsRef<Path>, buffers: &[PathBuf]) -> Result<Self> {
         let path = path.as_ref();

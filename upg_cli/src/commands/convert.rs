@@ -8,6 +8,7 @@ use crate::terminal::{self, bytes};
 use std::path::{Path, PathBuf};
 use upg_compress::compress::compress;
 use upg_compress::plan::{Choice, CompressOptions};
+use upg_compress::preflight::Preflight;
 use upg_compress::progress::Progress;
 use upg_compress::source::v1::V1Source;
 use upg_kernel::format::Encoding;
@@ -48,8 +49,10 @@ fn convert(args: &ConvertArgs, output: &Path) -> Result<()> {
     let texts = args.model.as_deref().map(ModelFiles::read);
     let texts = texts.transpose()?.unwrap_or_default();
     let progress = WeightsBar::new()?;
-    let weights = file.catalogue().tensors.iter();
-    progress.start(weights.map(|t| t.shape.iter().product::<u64>()).sum());
+    // Sizes are not checked yet.
+    let sizes = file.catalogue().tensors.iter().map(|tensor| &tensor.shape);
+    let weights = sizes.map(|shape| shape.iter().fold(1u64, |n, &d| n.saturating_mul(d)));
+    progress.start(weights.fold(0, u64::saturating_add));
     let mut before = 0;
     let converted = file.convert(output, &texts, &mut |name, weights| {
         progress.proceed()?;
@@ -78,8 +81,11 @@ fn summary_of(output: &Path, converted: &Converted, can_run: bool) -> String {
 
 fn encode(args: &ConvertArgs, output: &Path, choice: Choice) -> Result<()> {
     let source = V1Source::open(&args.file, &args.buffers, args.model.as_deref())?;
+    let options = CompressOptions::new(choice);
+    let preflight = Preflight::new(&source, output, &options).map_err(|e| e.at(&args.file))?;
+    preflight.check()?;
     let progress = WeightsBar::new()?;
-    let report = compress(&source, output, &CompressOptions::new(choice), &progress);
+    let report = compress(&source, output, &options, &progress);
     let report = report.map_err(|e| e.at(&args.file))?;
     drop(progress);
     terminal::print(&summary(output, &source, &report))

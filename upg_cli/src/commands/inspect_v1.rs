@@ -11,7 +11,7 @@ use upg_kernel::v1::{Catalogue, CatalogueEntry, V1File};
 pub fn run(args: &InspectArgs) -> Result<()> {
     let file = V1File::open(&args.file, &[])?;
     let text = match args.json {
-        true => format!("{:#}\n", as_json(&file)),
+        true => plain(&format!("{:#}\n", as_json(&file))),
         false => as_table(&file),
     };
     terminal::print(&text)
@@ -22,7 +22,7 @@ fn as_json(file: &V1File) -> Value {
     let tensors = catalogue.tensors.iter().map(|tensor| {
         json!({
             "name": tensor.name,
-            "file": tensor.file,
+            "file": tensor.file.as_deref(),
             "shape": tensor.shape,
             "weights": tensor.has_weights(),
             "notes": tensor.notes,
@@ -37,6 +37,18 @@ fn as_json(file: &V1File) -> Value {
         "target_compression": catalogue.target_compression,
         "tensors": tensors.collect::<Vec<_>>(),
     })
+}
+
+/// JSON leaves some control characters as they are, which would steer the terminal.
+fn plain(json: &str) -> String {
+    let mut out = String::with_capacity(json.len());
+    for c in json.chars() {
+        match c.is_control() && c != '\n' {
+            true => out += &format!("\\u{:04x}", u32::from(c)),
+            false => out.push(c),
+        }
+    }
+    out
 }
 
 fn as_table(file: &V1File) -> String {

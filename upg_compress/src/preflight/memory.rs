@@ -43,9 +43,8 @@ impl Memory {
         let texts = source.files().tokenizer_json.as_ref();
         let texts = texts.map_or(0, |json| json.len() as u64);
         let mut all = 0;
-        let config = source.files().config()?;
         let held = match &options.calibration {
-            Some(calibration) => held(source, &config, calibration),
+            Some(calibration) => held(source, &source.files().config()?, calibration),
             None => Held::default(),
         };
         for batch in Batch::all(source, options, &plan.tensors)? {

@@ -35,12 +35,12 @@ impl V1Source {
     pub fn open(path: &Path, buffers: &[PathBuf], texts: Option<&Path>) -> Result<Self> {
         let file = V1File::open(path, buffers)?;
         file.check_weights()?;
+        file.check_sizes()?;
         let listed = &file.catalogue().tensors;
         let mut numbers: Vec<usize> = (0..listed.len()).collect();
         numbers.sort_by_key(|&number| sort_key(&listed[number].name));
         let tensor = |&number: &usize| TensorInfo {
             name: listed[number].name.clone(),
-            // Whether they can be so large is checked before they are read.
             shape: listed[number].shape.iter().map(|&n| n as usize).collect(),
             dtype: SourceDtype::Quantized("UPG 1"),
         };

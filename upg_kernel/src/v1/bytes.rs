@@ -41,6 +41,13 @@ impl Files {
         self.0.len() - 1
     }
 
+    /// Of all files together.
+    pub(super) fn bytes(&self) -> u64 {
+        self.0
+            .iter()
+            .fold(0, |sum, file| sum.saturating_add(file.len))
+    }
+
     /// The whole of a file; panics for one that is not there.
     pub(super) fn whole(&self, file: usize) -> Bytes {
         Bytes {

@@ -4,8 +4,10 @@
 use super::numpy::NdArray;
 use super::objects::{Id, Object, Objects};
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::rules;
 use serde_json::Value;
 use std::collections::{BTreeMap, HashSet};
+use std::sync::Arc;
 
 /// The arithmetic of version 1: `scale * prime * value`, entry by entry.
 const METHOD: &str = "prime_sparse_v1";
@@ -57,13 +59,13 @@ pub struct Catalogue {
 #[derive(Debug, Clone)]
 pub struct CatalogueEntry {
     /// The file of the source model that it is from.
-    pub file: Option<String>,
+    pub file: Option<Arc<str>>,
     /// Its Hugging Face name.
     pub name: String,
     /// `[rows, cols]` of a matrix, `[n]` of a vector.
     pub shape: Vec<u64>,
     /// What else is said of it (`dtype`, `original_bytes` and so on): nothing that the weights depend on.
-    pub notes: BTreeMap<String, Value>,
+    pub notes: BTreeMap<&'static str, Value>,
     pub(super) parts: Option<Parts>,
 }
 
@@ -110,21 +112,26 @@ impl Catalogue {
                 .hint("it is a pickle, but not of a version 1 model")
         })?;
         let method = reader.optional_text(&top, "compression_method")?;
-        let mut tensors = Vec::new();
+        let (mut tensors, mut names) = (Vec::new(), HashSet::new());
         for &file in reader.list(*files, "'files'")? {
             let file = reader.dict(file, "an entry of 'files'", &FILE_KEYS, &[])?;
-            let filename = reader.optional_text(&file, "filename")?;
+            let filename = reader.optional_text(&file, "filename")?.map(Arc::from);
             let listed = file.get("tensors").ok_or_else(|| {
                 Error::new(ErrorKind::Missing, "no 'tensors' in an entry of 'files'")
             })?;
             for &tensor in reader.list(*listed, "'tensors'")? {
-                tensors.push(reader.tensor(tensor, filename.clone(), method.as_deref())?);
+                let tensor = reader.tensor(tensor, filename.clone(), method.as_deref())?;
+                // A list can hold the same tensor a million times at no cost.
+                if !names.insert(tensor.name.clone()) {
+                    let message = "listed twice";
+                    return Err(Error::new(ErrorKind::Invalid, message).tensor(tensor.name));
+                }
+                if names.len() > rules::MOST_LAYERS {
+                    let message = format!("more than {} tensors", rules::MOST_LAYERS);
+                    return Err(Error::new(ErrorKind::TooLarge, message));
+                }
+                tensors.push(tensor);
             }
-        }
-        let mut names = HashSet::new();
-        if let Some(twice) = tensors.iter().find(|t| !names.insert(t.name.as_str())) {
-            let message = "listed twice";
-            return Err(Error::new(ErrorKind::Invalid, message).tensor(&twice.name));
         }
         Ok(Self {
             model_type: reader.optional_text(&top, "model_type")?,
@@ -143,6 +150,9 @@ impl Catalogue {
 
 type Dict<'a> = BTreeMap<&'a str, Id>;
 
+/// Bytes of a text that is only shown.
+const LONGEST_NOTE: usize = 256;
+
 struct Reader<'a>(&'a Objects);
 
 impl<'a> Reader<'a> {
@@ -153,7 +163,8 @@ impl<'a> Reader<'a> {
             return Err(Error::new(ErrorKind::Unsupported, message));
         };
         let is_known = |key: &str| known.contains(&key) || parts.iter().any(|p| p.contains(&key));
-        if let Some((key, value)) = items.iter().find(|(key, _)| !is_known(key)) {
+        let unknown = items.iter().filter(|(key, _)| !is_known(key));
+        if let Some((key, value)) = unknown.min_by_key(|(key, _)| key) {
             let shown: String = key.chars().take(80).collect();
             let parts: Vec<String> = parts.iter().map(|names| names.join("/")).collect();
             let expected = [known.join(", "), parts.join(", ")];
@@ -165,9 +176,9 @@ impl<'a> Reader<'a> {
             );
             return Err(Error::new(ErrorKind::Unsupported, message));
         }
-        let is_there = |(_, value): &(&String, &Id)| !matches!(self.0.get(**value), Object::None);
+        let is_there = |(_, value): &&(Arc<str>, Id)| !matches!(self.0.get(*value), Object::None);
         let items = items.iter().filter(is_there);
-        Ok(items.map(|(key, value)| (key.as_str(), *value)).collect())
+        Ok(items.map(|(key, value)| (&**key, *value)).collect())
     }
 
     fn list(&self, id: Id, what: &str) -> Result<&'a [Id]> {
@@ -185,7 +196,7 @@ impl<'a> Reader<'a> {
             return Ok(None);
         };
         match self.0.text(id) {
-            Some(text) => Ok(Some(text.to_owned())),
+            Some(text) => Ok(Some(text.to_string())),
             None => {
                 let message = format!("'{key}' is {}, expected a text", self.0.describe(id));
                 Err(Error::new(ErrorKind::Unsupported, message))
@@ -202,17 +213,23 @@ impl<'a> Reader<'a> {
             Object::Bool(value) => (*value).into(),
             Object::Int(n) => (*n).into(),
             Object::Float(n) => (*n).into(),
-            Object::Text { text, .. } => text.as_str().into(),
+            Object::Text { text, .. } if text.len() <= LONGEST_NOTE => (&**text).into(),
+            Object::Dtype(dtype) => dtype.to_string().into(),
             _ => {
                 let found = self.0.describe(id);
                 let message =
-                    format!("'{key}' is {found}, expected a number, a text or a truth value");
+                    format!("'{key}' is {found}, expected a number, a short text or a truth value");
                 return Err(Error::new(ErrorKind::Unsupported, message));
             }
         })
     }
 
-    fn tensor(&self, id: Id, file: Option<String>, method: Option<&str>) -> Result<CatalogueEntry> {
+    fn tensor(
+        &self,
+        id: Id,
+        file: Option<Arc<str>>,
+        method: Option<&str>,
+    ) -> Result<CatalogueEntry> {
         let all_parts = [VALUES, INDICES, POINTERS, PRIMES, SCALES];
         // Before its name is known.
         let unnamed = self.dict(id, "a tensor", &TENSOR_KEYS, &all_parts);
@@ -233,7 +250,10 @@ impl<'a> Reader<'a> {
 
     fn name_of(&self, id: Id) -> Option<&str> {
         match self.0.get(id) {
-            Object::Dict(items) => self.0.text(*items.get("name")?),
+            Object::Dict(items) => {
+                let (_, name) = items.iter().find(|(key, _)| **key == *"name")?;
+                self.0.text(*name).map(|name| &**name)
+            }
             _ => None,
         }
     }
@@ -242,7 +262,7 @@ impl<'a> Reader<'a> {
         &self,
         tensor: &Dict<'_>,
         name: &str,
-        file: Option<String>,
+        file: Option<Arc<str>>,
         method: Option<&str>,
     ) -> Result<CatalogueEntry> {
         let shape = tensor
@@ -260,7 +280,7 @@ impl<'a> Reader<'a> {
             match self.note(tensor, key)? {
                 Value::Null => {}
                 note => {
-                    notes.insert((*key).to_owned(), note);
+                    notes.insert(*key, note);
                 }
             }
         }
@@ -306,12 +326,7 @@ impl<'a> Reader<'a> {
         };
         let array = |part: usize| {
             let (name, id) = found[part].ok_or_else(|| missing(all[part]))?;
-            let Object::Array(array) = self.0.get(id) else {
-                let message = format!("'{name}' is {}, expected an array", self.0.describe(id));
-                return Err(Error::new(ErrorKind::Unsupported, message));
-            };
-            array.check_integers(name)?;
-            Ok(array.as_ref().clone())
+            self.integers(name, id)
         };
         let primes = array(3)?;
         let (scale_name, scale) = found[4].ok_or_else(|| missing(all[4]))?;
@@ -347,19 +362,22 @@ impl<'a> Reader<'a> {
             let message = format!("a csr_matrix {:?}, which is not its shape", csr.shape);
             return Err(Error::new(ErrorKind::Shape, message));
         }
-        for (name, part) in [
-            ("data", &csr.data),
-            ("indices", &csr.indices),
-            ("indptr", &csr.indptr),
-        ] {
-            part.check_integers(name)?;
-        }
         Ok(Some(Parts {
-            values: csr.data.clone(),
-            indices: csr.indices.clone(),
-            pointers: csr.indptr.clone(),
+            values: self.integers("data", csr.data)?,
+            indices: self.integers("indices", csr.indices)?,
+            pointers: self.integers("indptr", csr.indptr)?,
             primes,
             scale,
         }))
+    }
+
+    /// An array of integers, of one dimension.
+    fn integers(&self, name: &str, id: Id) -> Result<NdArray> {
+        let Object::Array(array) = self.0.get(id) else {
+            let message = format!("'{name}' is {}, expected an array", self.0.describe(id));
+            return Err(Error::new(ErrorKind::Unsupported, message));
+        };
+        array.check_integers(name)?;
+        Ok(array.as_ref().clone())
     }
 }

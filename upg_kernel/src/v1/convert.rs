@@ -19,6 +19,10 @@ use safetensors::Dtype;
 use serde_json::json;
 use std::path::Path;
 
+/// Entries with those that bridge gaps, for each byte that is read, and in addition: far columns, and arrays that tensors
+/// share, must not make gigabytes of kilobytes.
+const MOST_ENTRIES: (u64, u64) = (16, 1 << 25);
+
 /// Room in the header for a number.
 const FIGURE_DIGITS: usize = 24;
 
@@ -44,7 +48,8 @@ impl V1File {
     ///
     /// Memory: about 5 bytes an entry of the largest tensor. The bytes depend on the file and `texts` only. Errors:
     /// `Missing` if the weights of all tensors or of some are not in the file; `Shape`, `Invalid` or `Unsupported` for
-    /// arrays that do not fit each other or what version 2 can hold; `TooLarge` for sizes that it cannot; `Malformed`, `Io`; `Argument` if `out` is a file that
+    /// arrays that do not fit each other or what version 2 can hold; `TooLarge` for sizes that it cannot, and where
+    /// more entries have to bridge gaps than 16 for each byte that is read and 33 million; `Malformed`, `Io`; `Argument` if `out` is a file that
     /// is read.
     pub fn convert(
         &self,
@@ -68,9 +73,14 @@ impl V1File {
         let read = || {
             let parts = entry.parts.as_ref().ok_or_else(no_weights)?;
             let (rows, cols) = sizes(entry)?;
-            read_rows(&self.files, parts, rows, cols)
+            read_rows(&self.files, parts, rows, cols, self.most_entries())
         };
         read().map_err(|e: Error| e.tensor(&entry.name).at(&self.path))
+    }
+
+    /// That may be made of the whole file.
+    fn most_entries(&self) -> u64 {
+        MOST_ENTRIES.0 * self.files.bytes() + MOST_ENTRIES.1
     }
 
     /// Errors (`Missing`): the file is only a list, or has not the weights of all tensors.
@@ -94,6 +104,15 @@ impl V1File {
             None => Ok(()),
             Some(entry) => Err(no_weights().tensor(&entry.name).at(&self.path)),
         }
+    }
+
+    /// Errors (`Shape`, `TooLarge`): a tensor that is neither a matrix nor a vector, or larger than one can be.
+    pub fn check_sizes(&self) -> Result<()> {
+        let mut tensors = self.catalogue.tensors.iter();
+        tensors.try_for_each(|entry| {
+            let checked = sizes(entry).map(|_| ());
+            checked.map_err(|e| e.tensor(&entry.name).at(&self.path))
+        })
     }
 
     /// The model it was made of, if that can stand in a command as it is: nothing in a file may tempt anybody to run more.
@@ -146,10 +165,14 @@ impl V1File {
             weights: 0,
             file_bytes: 0,
         };
+        let mut left = self.most_entries();
         for (index, entry) in tensors.iter().enumerate() {
             let weights = entry.shape.iter().product();
             proceed(&entry.name, weights)?;
             let matrix = self.matrix(index)?;
+            left = left
+                .checked_sub(matrix.nnz() as u64)
+                .ok_or_else(|| too_many(self.most_entries()).tensor(&entry.name))?;
             done.weights += weights;
             done.entries += matrix.arrays().values.iter().filter(|v| **v != 0).count() as u64;
             if entry.shape.len() == 1 {
@@ -216,7 +239,8 @@ fn sizes(entry: &CatalogueEntry) -> Result<(usize, usize)> {
         }
     };
     let fits = (1..=rules::MOST_ROWS as u64).contains(&rows)
-        && (1..=rules::MOST_COLS as u64).contains(&cols);
+        && (1..=rules::MOST_COLS as u64).contains(&cols)
+        && rows * cols <= rules::LARGEST_MATRIX as u64;
     match fits {
         true => Ok((rows as usize, cols as usize)),
         false => {
@@ -226,7 +250,13 @@ fn sizes(entry: &CatalogueEntry) -> Result<(usize, usize)> {
     }
 }
 
-fn read_rows(files: &Files, parts: &Parts, rows: usize, cols: usize) -> Result<MdCSRMatrix> {
+fn read_rows(
+    files: &Files,
+    parts: &Parts,
+    rows: usize,
+    cols: usize,
+    most: u64,
+) -> Result<MdCSRMatrix> {
     let nnz = parts.values.len();
     for (name, part) in [
         ("indices", &parts.indices),
@@ -270,6 +300,9 @@ fn read_rows(files: &Files, parts: &Parts, rows: usize, cols: usize) -> Result<M
         row.read((end - start) as usize, &mut builder)
             .map_err(|e| e.place(format_args!("row {number}")))?;
         builder.end_row(scale)?;
+        if builder.entries() as u64 > most {
+            return Err(too_many(most));
+        }
         start = end;
     }
     if start as u64 != nnz {
@@ -282,6 +315,12 @@ fn read_rows(files: &Files, parts: &Parts, rows: usize, cols: usize) -> Result<M
     row.indices.finish()?;
     row.primes.finish()?;
     builder.finish()
+}
+
+fn too_many(most: u64) -> Error {
+    let message =
+        format!("more than {most} entries, with those that bridge gaps, for a file of this size");
+    Error::new(ErrorKind::TooLarge, message)
 }
 
 fn invalid(message: String) -> Error {

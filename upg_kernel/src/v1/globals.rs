@@ -5,7 +5,6 @@ use super::bytes::Bytes;
 use super::numpy::{Dtype, NdArray};
 use super::objects::{Csr, Id, Object, Objects};
 use crate::error::{Error, ErrorKind, Result};
-use std::collections::BTreeMap;
 use std::fmt;
 
 /// A global that is on the list.
@@ -91,7 +90,7 @@ pub(super) fn call(
     }
     let made = match (global, arguments) {
         (Global::CsrMatrix, []) => Some(Object::NewCsr),
-        (Global::OrderedDict, []) => Some(Object::Dict(BTreeMap::new())),
+        (Global::OrderedDict, []) => Some(Object::Dict(Vec::new())),
         (Global::EmptyBytes, []) => Some(Object::Bytes(EMPTY)),
         (Global::Encode, &[text, codec]) => encoded(objects, text, codec),
         (Global::Dtype, &[code, align, copy]) => dtype(objects, code, align, copy)?,
@@ -120,7 +119,7 @@ const EMPTY: Bytes = Bytes {
 };
 
 fn encoded(objects: &Objects, text: Id, codec: Id) -> Option<Object> {
-    if objects.text(codec) != Some("latin1") {
+    if objects.text(codec).map(|t| &**t) != Some("latin1") {
         return None;
     }
     let bytes = match objects.get(text) {
@@ -160,7 +159,7 @@ fn from_buffer(
     shape: Id,
     order: Id,
 ) -> Result<Option<Object>> {
-    let fortran = match objects.text(order) {
+    let fortran = match objects.text(order).map(|t| &**t) {
         Some("C" | "K" | "A") => false,
         Some("F") => true,
         _ => return Ok(None),
@@ -242,16 +241,24 @@ fn built_array(objects: &Objects, state: Id) -> Result<Option<Object>> {
     }
 }
 
+/// Keys of the state of a csr_matrix.
+const MOST_OF_A_STATE: usize = 64;
+
 /// A dict with `_shape`, `data`, `indices` and `indptr`; what else is in it is scipy's own.
 fn built_csr(objects: &Objects, state: Id) -> Option<Object> {
     let Object::Dict(state) = objects.get(state) else {
         return None;
     };
-    let part = |name: &str| match objects.get(*state.get(name)?) {
-        Object::Array(array) => Some(array.as_ref().clone()),
-        _ => None,
+    // scipy has about ten.
+    if state.len() > MOST_OF_A_STATE {
+        return None;
+    }
+    let item = |name: &str| Some(state.iter().find(|(key, _)| **key == *name)?.1);
+    let part = |name: &str| {
+        let id = item(name)?;
+        matches!(objects.get(id), Object::Array(_)).then_some(id)
     };
-    let shape = objects.sizes(*state.get("_shape")?)?;
+    let shape = objects.sizes(item("_shape")?)?;
     Some(Object::Csr(Box::new(Csr {
         shape,
         data: part("data")?,

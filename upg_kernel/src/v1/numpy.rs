@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::bytes::{Bytes, BytesReader, Files};
+use super::objects::Object;
 use crate::error::{Error, ErrorKind, Result};
 use std::fmt;
 
@@ -13,6 +14,8 @@ enum Kind {
     Int,
     Uint,
     Float,
+    /// Only numbers by themselves.
+    Bool,
 }
 
 /// The type of an array's numbers.
@@ -35,6 +38,7 @@ impl Dtype {
             "u2" => (Kind::Uint, 2),
             "u4" => (Kind::Uint, 4),
             "u8" => (Kind::Uint, 8),
+            "b1" => (Kind::Bool, 1),
             "f2" => (Kind::Float, 2),
             "f4" => (Kind::Float, 4),
             "f8" => (Kind::Float, 8),
@@ -58,7 +62,7 @@ impl Dtype {
     }
 
     pub(super) fn is_integer(self) -> bool {
-        self.kind != Kind::Float
+        matches!(self.kind, Kind::Int | Kind::Uint)
     }
 
     /// A number of `bytes`, which are as many as it has.
@@ -90,7 +94,7 @@ impl Dtype {
 
     fn integer(self, bytes: &[u8]) -> i64 {
         let bits = u64::from_le_bytes(self.little_endian(bytes));
-        if self.kind == Kind::Uint {
+        if self.kind != Kind::Int {
             return i64::try_from(bits).unwrap_or(i64::MAX);
         }
         // The sign is extended.
@@ -105,7 +109,7 @@ impl Dtype {
             (Kind::Float, 2) => half::f16::from_le_bytes([raw[0], raw[1]]).to_f32(),
             (Kind::Float, 4) => f32::from_le_bytes([raw[0], raw[1], raw[2], raw[3]]),
             (Kind::Float, _) => f64::from_le_bytes(raw) as f32,
-            (Kind::Uint, _) => u64::from_le_bytes(raw) as f32,
+            (Kind::Uint | Kind::Bool, _) => u64::from_le_bytes(raw) as f32,
             (Kind::Int, _) => self.integer(bytes) as f32,
         }
     }
@@ -117,6 +121,7 @@ impl fmt::Display for Dtype {
             Kind::Int => "int",
             Kind::Uint => "uint",
             Kind::Float => "float",
+            Kind::Bool => return f.write_str("bool"),
         };
         write!(f, "{kind}{}", 8 * self.size)
     }
@@ -134,7 +139,10 @@ impl NdArray {
     /// Errors (`Malformed`): the bytes are not as many as type and shape ask for; (`Unsupported`): an array
     /// of columns, of more than one of them.
     pub(super) fn new(dtype: Dtype, shape: Vec<u64>, fortran: bool, bytes: Bytes) -> Result<Self> {
-        let numbers = shape.iter().try_fold(1u64, |n, &d| n.checked_mul(d));
+        let numbers = match shape.contains(&0) {
+            true => Some(0),
+            false => shape.iter().try_fold(1u64, |n, &d| n.checked_mul(d)),
+        };
         let asked = numbers.and_then(|n| n.checked_mul(dtype.size as u64));
         // Characters take one byte or two.
         let fits = asked.is_some_and(|asked| match bytes.latin1 {
@@ -158,10 +166,28 @@ impl NdArray {
 
     /// Number of its numbers.
     pub(super) fn len(&self) -> u64 {
-        self.shape.iter().product()
+        match self.shape.contains(&0) {
+            true => 0,
+            false => self.shape.iter().product(),
+        }
     }
 
-    /// Errors (`Shape`): more than one dimension; (`Unsupported`): no integers.
+    /// Its only number, as Python has it.
+    pub(super) fn scalar(&self, files: &Files) -> Result<Object> {
+        let mut bytes = vec![0; self.dtype.size];
+        let mut reader = files.reader(&self.bytes);
+        reader.fill(&mut bytes)?;
+        reader.finish()?;
+        let raw = self.dtype.little_endian(&bytes);
+        Ok(match (self.dtype.kind, self.dtype.size) {
+            (Kind::Float, 8) => Object::Float(f64::from_le_bytes(raw)),
+            (Kind::Float, _) => Object::Float(self.dtype.float(&bytes).into()),
+            (Kind::Bool, _) => Object::Bool(raw[0] != 0),
+            (Kind::Uint | Kind::Int, _) => Object::Int(self.dtype.integer(&bytes)),
+        })
+    }
+
+    /// Errors (`Shape`): not one dimension; (`Unsupported`): no integers.
     pub(super) fn check_integers(&self, name: &str) -> Result<()> {
         if !self.dtype.is_integer() {
             let message = format!("'{name}' is {self}, expected integers");
@@ -185,6 +211,10 @@ impl NdArray {
 
     /// All of its numbers. Memory: 4 bytes each. Errors: those of reading.
     pub(super) fn floats(&self, files: &Files) -> Result<Vec<f32>> {
+        if self.dtype.kind == Kind::Bool {
+            let message = format!("{self}, expected numbers");
+            return Err(Error::new(ErrorKind::Unsupported, message));
+        }
         let (mut reader, size) = (files.reader(&self.bytes), self.dtype.size);
         let mut left = self.len() as usize;
         let mut out = Vec::with_capacity(left);
@@ -268,7 +298,7 @@ mod tests {
         let mut out = Vec::new();
         Dtype::parse("u8").unwrap().integers(&[0xFF; 8], &mut out);
         assert_eq!(out, [i64::MAX]);
-        for code in ["O8", "b1", "V4", "f16", "c8", "S1", ""] {
+        for code in ["O8", "V4", "f16", "c8", "S1", ""] {
             assert_eq!(Dtype::parse(code), None, "{code}");
         }
     }

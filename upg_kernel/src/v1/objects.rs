@@ -7,7 +7,10 @@
 use super::bytes::Bytes;
 use super::globals::Global;
 use super::numpy::{Dtype, NdArray};
-use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// No array of a version 1 file has more.
+const MOST_DIMENSIONS: usize = 4;
 
 /// The number of an object in the list of [`Objects`].
 pub(super) type Id = usize;
@@ -20,7 +23,7 @@ pub(super) enum Object {
     Int(i64),
     Float(f64),
     Text {
-        text: String,
+        text: Arc<str>,
         /// Where it stands.
         place: Bytes,
     },
@@ -29,7 +32,8 @@ pub(super) enum Object {
     Bytes(Bytes),
     Tuple(Vec<Id>),
     List(Vec<Id>),
-    Dict(BTreeMap<String, Id>),
+    /// In the order of the file; no key twice.
+    Dict(Vec<(Arc<str>, Id)>),
     Global(Global),
     Dtype(Dtype),
     /// An array before its numbers come.
@@ -44,9 +48,10 @@ pub(super) enum Object {
 #[derive(Debug, Clone)]
 pub(super) struct Csr {
     pub shape: Vec<u64>,
-    pub data: NdArray,
-    pub indices: NdArray,
-    pub indptr: NdArray,
+    /// Arrays, as the two others.
+    pub data: Id,
+    pub indices: Id,
+    pub indptr: Id,
 }
 
 /// Everything that a pickle has made, by number.
@@ -74,7 +79,7 @@ impl Objects {
         self.0[id] = object;
     }
 
-    pub(super) fn text(&self, id: Id) -> Option<&str> {
+    pub(super) fn text(&self, id: Id) -> Option<&Arc<str>> {
         match self.get(id) {
             Object::Text { text, .. } => Some(text),
             _ => None,
@@ -93,8 +98,7 @@ impl Objects {
         let (Object::Tuple(items) | Object::List(items)) = self.get(id) else {
             return None;
         };
-        // More dimensions than numpy has.
-        if items.len() > 64 {
+        if items.len() > MOST_DIMENSIONS {
             return None;
         }
         let size = |&id: &Id| match self.get(id) {
@@ -116,8 +120,9 @@ impl Objects {
             Object::Bytes(bytes) => format!("{} bytes", bytes.len),
             Object::Tuple(items) => format!("a tuple of {}", items.len()),
             Object::List(items) => format!("a list of {}", items.len()),
-            Object::Dict(items) if items.len() <= 32 && items.keys().all(|k| k.len() <= 80) => {
-                let keys: Vec<_> = items.keys().map(String::as_str).collect();
+            Object::Dict(items) if items.len() <= 32 && items.iter().all(|i| i.0.len() <= 80) => {
+                let mut keys: Vec<&str> = items.iter().map(|(key, _)| &**key).collect();
+                keys.sort_unstable();
                 format!("a dict of [{}]", keys.join(", "))
             }
             Object::Dict(items) => format!("a dict of {} keys", items.len()),

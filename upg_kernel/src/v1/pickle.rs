@@ -5,16 +5,17 @@
 #![forbid(unsafe_code)]
 
 use super::bytes::{Bytes, Files, Span};
-use super::globals;
+use super::globals::{self, Global};
 use super::objects::{Id, Object, Objects};
 use crate::error::{Error, ErrorKind, Result};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{HashMap, HashSet};
 use std::io::{BufRead, BufReader, Read};
+use std::sync::Arc;
 
 /// Objects that a pickle may make. A tensor takes about 50 to 100.
-const MOST_OBJECTS: usize = 1 << 20;
+const MOST_OBJECTS: usize = 1 << 19;
 /// Opcodes that it may have.
-const MOST_OPCODES: u32 = 1 << 22;
+const MOST_OPCODES: u32 = 1 << 21;
 /// Bytes of a text that is read; a longer one can only stand for bytes, which are left where they are.
 const LONGEST_TEXT: u64 = 1 << 12;
 /// Bytes of all texts that are read.
@@ -26,7 +27,7 @@ const TORCH: [u8; 14] = *b"\x80\x02\x8A\x0Al\xFC\x9CF\xF9 j\xA8P\x19";
 
 /// Runs the pickle and returns what it has made: all objects, and the one that it stands for.
 ///
-/// Cost: its opcodes, of which there are at most four million; arrays are passed over. Memory: at most about 200 MB
+/// Cost: its opcodes, of which there are at most two million; arrays are passed over. Memory: at most about 200 MB
 /// more than at the start. Errors: `Io`; `Malformed` (cut short, a stack that does not work out, bytes after the end);
 /// `Unsupported` (an opcode or a global that no version 1 file has); `TooLarge`.
 pub(super) fn read(files: &Files) -> Result<(Objects, Id)> {
@@ -41,6 +42,7 @@ pub(super) fn read(files: &Files) -> Result<(Objects, Id)> {
         stack: Vec::new(),
         marks: Vec::new(),
         memo: HashMap::new(),
+        keys: HashSet::new(),
         text_left: MOST_TEXT,
         next_buffer: 1,
     };
@@ -63,6 +65,8 @@ struct Machine<'a> {
     /// Heights of the stack.
     marks: Vec<usize>,
     memo: HashMap<u32, Id>,
+    /// Every key of every dict.
+    keys: HashSet<(Id, Arc<str>)>,
     text_left: u64,
     next_buffer: usize,
 }
@@ -104,6 +108,14 @@ impl Machine<'_> {
         let top = self.pop()?;
         if !self.stack.is_empty() || !self.marks.is_empty() {
             return Err(malformed("the pickle ends with more than one object"));
+        }
+        let passed = self.files.buffers();
+        if self.next_buffer <= passed {
+            let message = format!(
+                "{passed} buffers were passed, it has {}",
+                self.next_buffer - 1
+            );
+            return Err(Error::new(ErrorKind::Argument, message));
         }
         match self.len - self.position {
             0 => Ok(top),
@@ -157,7 +169,7 @@ impl Machine<'_> {
                 _ => Err(malformed("no buffer to make read-only")),
             },
             b']' => self.push(Object::List(Vec::new())),
-            b'}' => self.push(Object::Dict(BTreeMap::new())),
+            b'}' => self.push(Object::Dict(Vec::new())),
             b')' => self.push(Object::Tuple(Vec::new())),
             0x85..=0x87 => {
                 let items = self.pop_many(usize::from(opcode - 0x84))?;
@@ -301,7 +313,10 @@ impl Machine<'_> {
         let mut text = vec![0; len as usize];
         self.read_exact(&mut text)?;
         let text = String::from_utf8(text).map_err(|_| malformed("a text that is not UTF-8"))?;
-        self.push(Object::Text { text, place })
+        self.push(Object::Text {
+            text: text.into(),
+            place,
+        })
     }
 
     fn long(&mut self) -> Result<()> {
@@ -398,7 +413,7 @@ impl Machine<'_> {
             return Err(malformed("a key without a value"));
         }
         for &[key, value] in pairs {
-            let Some(key_text) = self.objects.text(key).map(str::to_owned) else {
+            let Some(name) = self.objects.text(key).cloned() else {
                 return Err(Error::new(
                     ErrorKind::Unsupported,
                     format!("{} as the key of a dict", self.objects.describe(key)),
@@ -410,7 +425,8 @@ impl Machine<'_> {
                     self.objects.describe(dict)
                 )));
             };
-            if items.insert(key_text, value).is_some() {
+            items.push((Arc::clone(&name), value));
+            if !self.keys.insert((dict, name)) {
                 let message = format!("{} as a key twice in a dict", self.objects.describe(key));
                 return Err(malformed(message));
             }
@@ -464,6 +480,10 @@ impl Machine<'_> {
             return Err(malformed("a call without a tuple of arguments"));
         };
         let made = globals::call(&self.objects, global, arguments, is_new)?;
+        let made = match made {
+            Object::Array(array) if global == Global::Scalar => array.scalar(self.files)?,
+            made => made,
+        };
         self.push(made)
     }
 

@@ -52,6 +52,13 @@ def model(form, numpy, sparse):
             "quantization": "int8",
             "manifold_encoded": True,
         }
+        if form == "other-names":
+            # What comes out of computations with numpy.
+            tensor["sparsity_level"] = numpy.float64(0.5)
+            tensor["original_bytes"] = numpy.int64(tensor["original_bytes"])
+            tensor["manifold_encoded"] = numpy.bool_(True)
+            tensor["dtype"] = numpy.dtype("float32")
+            tensor["shape"] = tuple(numpy.int64(n) for n in shape)
         rows_scale = {
             "arrays": numpy.array(scales, numpy.float32),
             "other-names": numpy.array(scales, ">f8").reshape(-1, 1),
@@ -322,15 +329,38 @@ def hostile():
         yield f"{name} of {huge} bytes", whole(opcode + struct.pack(form, huge)), "cut short"
     yield "a number of 255 bytes", whole(b"\x8a\xff" + b"\x01" * 255), "a number of 255 bytes"
     yield "a name without an end", [(b"\x80\x04c", 1), (b"a", 100_000)], "the name of a global is too long"
+    # Lists, dicts, keys and arrays that are in a file once and in it a thousand times.
+    shared = b"}" + text("name") + text("a") + b"s" + text("shape") + b"K\x01\x85s\x94"
+    tensors = b"}" + text("tensors") + b"](" + shared + b"h\x00" * 3000 + b"es\x94"
+    yield "a tensor a thousand times", whole(b"}" + text("files") + b"](" + tensors + b"h\x01" * 3000 + b"es"), "tensor 'a': listed twice"
+    yield "a long note", sparse_file(more=[("dtype", [(text("a" * 300), 1)])]), "expected a number, a short text"
+    yield "a key in half a million dicts", [(b"\x80\x04" + text("k" * 4000) + b"\x94N\x94", 1), (b"}h\x00h\x01s", 500_000), (b".", 1)], "more than one object"
+    yield "an array of 64 dimensions", [(b"\x80\x04", 1), *array("i1", [1] * 64, b"x"), (b".", 1)], "as the state of an array"
+    far = [
+        ("shape", [(b"(\x8a\x08" + struct.pack("<q", 1 << 12) + b"\x8a\x08" + struct.pack("<q", 1 << 20) + b"t", 1)]),
+        ("values", array("i1", [1 << 12], b"\x01", 1 << 12)),
+        ("indices", array("i4", [1 << 12], struct.pack("<i", (1 << 20) - 1), 1 << 12)),
+        ("indptr", array("i4", [(1 << 12) + 1], b"".join(struct.pack("<i", n) for n in range((1 << 12) + 1)))),
+        ("prime_indices", array("u2", [1 << 12], bytes(2), 1 << 12)),
+        ("scale", [(b"K\x01", 1)]),
+    ]
+    parts = [(b"\x80\x04}" + text("files") + b"]}" + text("tensors") + b"](", 1)]
+    for number in range(3):
+        parts.append((b"}" + text("name") + text(f"{number}") + b"s", 1))
+        for place, (key, value) in enumerate(far):
+            # Put into the memo by the first, and taken from it by the others.
+            taken = [(b"h" + bytes([place]), 1)] if number else [*value, (b"q" + bytes([place]), 1)]
+            parts += [(text(key), 1), *taken, (b"s", 1)]
+    yield "gaps that become gigabytes", [*parts, (b"esas.", 1)], "with those that bridge gaps"
     yield "a buffer that is not there", [(b"\x80\x05\x97.", 1)], "out-of-band buffers"
     yield "text that is no UTF-8", whole(b"X\x03\x00\x00\x00\xed\xa0\x80"), "a text that is not UTF-8"
     # Much of something.
-    yield "many objects", [(b"\x80\x04", 1), (b"N", 1_100_000), (b".", 1)], "more than 1048576 objects"
-    yield "many opcodes", [(b"\x80\x04N", 1), (b"q\x00", 4_300_000), (b".", 1)], "more than 4194304 opcodes"
-    yield "a full memo", [(b"\x80\x04N", 1), (b"\x94", 1_100_000), (b".", 1)], "more than 1048576 places in the memo"
+    yield "many objects", [(b"\x80\x04", 1), (b"N", 600_000), (b".", 1)], "more than 524288 objects"
+    yield "many opcodes", [(b"\x80\x04N", 1), (b"q\x00", 2_200_000), (b".", 1)], "more than 2097152 opcodes"
+    yield "a full memo", [(b"\x80\x04N", 1), (b"\x94", 600_000), (b".", 1)], "more than 524288 places in the memo"
     yield "the last place of the memo", whole(b"Nr\xff\xff\xff\xffj\xfe\xff\xff\xff"), "nothing in the memo at 4294967294"
-    yield "nested a million times", [(b"\x80\x04N", 1), (b"\x85", 1_000_000), (b".", 1)], "the file is a tuple of 1"
-    yield "many marks", [(b"\x80\x04", 1), (b"(", 4_000_000), (b".", 1)], "takes more from the stack"
+    yield "nested half a million times", [(b"\x80\x04N", 1), (b"\x85", 500_000), (b".", 1)], "the file is a tuple of 1"
+    yield "many marks", [(b"\x80\x04", 1), (b"(", 2_000_000), (b".", 1)], "takes more from the stack"
     laughs = b"]\x94" + b"".join(b"](" + b"h" + bytes([n]) + (b"h" + bytes([n])) * 9 + b"e\x94" for n in range(60))
     yield "a list of lists of lists", whole(b"}" + text("files") + laughs.replace(b"]\x94", b"]\x94", 1) + b"\x85s"), ""
     yield "a list that holds itself", whole(b"}" + text("files") + b"]\x94h\x00as"), "an entry of 'files' is a list of 1"

@@ -37,7 +37,7 @@ if ! "$venv/bin/python" -c 'import numpy, safetensors' 2>/dev/null; then
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check 'numpy>=2,<3' 'safetensors>=0.5,<1'
 fi
 
-cargo test --workspace --locked
+cargo test --workspace --locked --no-fail-fast
 # Without rounded activations the text has to be that of transformers, token by token.
 # (Of the whole workspace: for one package dependencies would be compiled again, with other features.)
 UPG_KERNEL=scalar cargo test --workspace --test smollm2 --locked q8_continues_as_transformers_does

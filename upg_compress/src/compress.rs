@@ -21,7 +21,9 @@ use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Instant;
-use upg_kernel::format::{Encoding, FileWriter, LayerInfo, TOKENIZER, header_capacity};
+use upg_kernel::format::{
+    Encoding, FileWriter, LayerInfo, TOKENIZER, header_capacity, insert_figures, reserve_figures,
+};
 use upg_kernel::inference::Input;
 use upg_kernel::matrix::strips::STRIP_ROWS;
 use upg_kernel::sparse::MdCSRMatrix;
@@ -31,12 +33,6 @@ pub use crate::report::CompressReport;
 
 /// The metadata key of the options that were chosen.
 pub(crate) const RECIPE: &str = "recipe";
-
-const COMPRESSION_RATIO: &str = "compression_ratio";
-const BITS_PER_WEIGHT: &str = "bits_per_weight";
-
-/// Room in the header for these two.
-const FIGURE_DIGITS: usize = 24;
 
 /// Compresses `source` into a UPG file at `out`, which appears whole or not at all.
 ///
@@ -315,26 +311,6 @@ pub(crate) fn calibration_json(calibration: &Calibration) -> Value {
         "tokens": calibration.tokens().len(),
         "window": calibration.window(),
     })
-}
-
-/// Makes room for [`insert_figures`].
-pub(crate) fn reserve_figures(metadata: &mut BTreeMap<String, String>) {
-    for key in [COMPRESSION_RATIO, BITS_PER_WEIGHT] {
-        metadata.insert(key.to_owned(), "0".repeat(FIGURE_DIGITS));
-    }
-}
-
-/// How large the file is for each of the weights in it.
-pub(crate) fn insert_figures(
-    metadata: &mut BTreeMap<String, String>,
-    file_bytes: u64,
-    weights: u64,
-) {
-    let (bytes, weights) = (file_bytes as f64, weights as f64);
-    let ratio = format!("{:.4}", 4.0 * weights / bytes);
-    metadata.insert(COMPRESSION_RATIO.to_owned(), ratio);
-    let bits = format!("{:.4}", 8.0 * bytes / weights);
-    metadata.insert(BITS_PER_WEIGHT.to_owned(), bits);
 }
 
 /// Errors (`Invalid`): a value that is not finite, which would spoil every answer.

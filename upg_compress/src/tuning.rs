@@ -8,7 +8,7 @@
 #![forbid(unsafe_code)]
 
 use crate::calibration::{Calibration, Weights};
-use crate::compress::{RECIPE, calibration_json, insert_figures, relative_error, reserve_figures};
+use crate::compress::{RECIPE, calibration_json, relative_error};
 use crate::preflight::free;
 use crate::progress::Progress;
 use crate::source::Source;
@@ -22,7 +22,9 @@ use std::collections::{BTreeMap, HashMap};
 use std::f64::consts::PI;
 use std::path::Path;
 use std::time::Instant;
-use upg_kernel::format::{FileWriter, LayerInfo, TOKENIZER, UpgFile, header_capacity};
+use upg_kernel::format::{
+    FileWriter, LayerInfo, TOKENIZER, UpgFile, header_capacity, insert_figures, reserve_figures,
+};
 use upg_kernel::inference::weights::EMBEDDING;
 use upg_kernel::inference::{Backward, Head, Input, Layerwise, ModelConfig, WeightSource};
 use upg_kernel::v1::folder_of;
@@ -114,9 +116,8 @@ pub fn tune(
     let sequences: Vec<&[u32]> = calibration.tokens().chunks_exact(window).collect();
     let held_out = sequences.len() / HELD_OUT;
     let learned = sequences.len() - held_out;
-    let steps = passes * learned;
     let in_layers: u64 = student.matrices.iter().map(|(_, weights)| weights).sum();
-    progress.start(steps as u64 * in_layers);
+    progress.start((passes * learned) as u64 * in_layers);
     let wanted = Wanted::new(source, calibration, progress)?;
     // Where none are held out, what was learned from has to do.
     let checked = match held_out {
@@ -131,27 +132,16 @@ pub fn tune(
     };
     let before = divergence_of(&student).map_err(of_file)?;
 
-    let too_fast = |e: Error| match e.kind() {
-        ErrorKind::Invalid => of_file(e).hint("use a lower rate"),
-        _ => of_file(e),
-    };
-    let mut random = ChaCha8Rng::seed_from_u64(ORDER_SEED);
-    let mut order: Vec<usize> = (0..learned).collect();
-    let mut of_passes = Vec::new();
-    let mut step = 0;
-    for _ in 0..passes {
-        shuffle(&mut order, &mut random);
-        let mut sum = 0.0;
-        for &i in &order {
-            step += 1;
-            let found = student.learn(sequences[i], wanted.of(i), &wanted.head, progress);
-            sum += found.map_err(too_fast)?;
-            let rate = rate * share_of_rate(step, steps);
-            student.step(step, rate).map_err(too_fast)?;
-        }
-        of_passes.push(sum / (learned * window) as f64);
-    }
-    let after = divergence_of(&student).map_err(too_fast)?;
+    let of_passes = learn_all(
+        &mut student,
+        &sequences[..learned],
+        &wanted,
+        options,
+        progress,
+    );
+    let of_passes = of_passes.map_err(too_fast).map_err(of_file)?;
+    let after = divergence_of(&student);
+    let after = after.map_err(too_fast).map_err(of_file)?;
     // Not a number is no gain either.
     if !matches!(after.partial_cmp(&before), Some(Ordering::Less)) {
         let message = format!(
@@ -176,6 +166,41 @@ pub fn tune(
         weights,
         seconds: started.elapsed().as_secs_f64(),
     })
+}
+
+/// All passes over these sequences, the first ones of `wanted`. Returns the divergence of each pass.
+fn learn_all(
+    student: &mut Student<'_>,
+    sequences: &[&[u32]],
+    wanted: &Wanted,
+    options: TuneOptions,
+    progress: &dyn Progress,
+) -> Result<Vec<f64>> {
+    let steps = options.passes * sequences.len();
+    let mut random = ChaCha8Rng::seed_from_u64(ORDER_SEED);
+    let mut order: Vec<usize> = (0..sequences.len()).collect();
+    let mut of_passes = Vec::new();
+    let mut step = 0;
+    for _ in 0..options.passes {
+        shuffle(&mut order, &mut random);
+        let (mut sum, mut positions) = (0.0, 0);
+        for &i in &order {
+            step += 1;
+            sum += student.learn(sequences[i], wanted.of(i), &wanted.head, progress)?;
+            positions += sequences[i].len();
+            student.step(step, options.rate * share_of_rate(step, steps))?;
+        }
+        of_passes.push(sum / positions as f64);
+    }
+    Ok(of_passes)
+}
+
+/// What numbers that are not finite say of steps.
+fn too_fast(e: Error) -> Error {
+    match e.kind() {
+        ErrorKind::Invalid => e.hint("use a lower rate"),
+        _ => e,
+    }
 }
 
 /// Errors (`Io`): the new file will not fit, which is better known hours before.

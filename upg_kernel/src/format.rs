@@ -17,5 +17,5 @@ pub use index::{Encoding, LayerInfo};
 pub use rules::TOKENIZER;
 pub use writer::{
     ALIGNMENT as TENSOR_ALIGNMENT, FileWriter, WrittenArray, check_kept_name, header_bytes,
-    header_capacity,
+    header_capacity, insert_figures, reserve_figures,
 };

@@ -328,7 +328,11 @@ fn other_files_are_named() {
     let plain = shard(&[(NORM, Dtype::F32)]);
     let table: Vec<(&[u8], &str)> = vec![
         (b"", "an empty file"),
-        (b"\x80\x04\x95\0\0\0\0", "pickle"),
+        (
+            b"\x80\x04K\x01.",
+            "the file is the number 1, expected a dict",
+        ),
+        (b"\x80\x02\x8A\nl\xFC\x9CF\xF9 j\xA8P\x19.", "PyTorch"),
         (b"PK\x03\x04", "PyTorch"),
         (b"FUGG\0\0\0\0", "big-endian GGUF"),
         (b"tjgg\x03\0\0\0", "before GGUF"),

@@ -27,6 +27,28 @@ const ENTRY_BYTES: usize = 330;
 /// Bytes of a layer's description that are known only when it is encoded.
 const LAYER_BYTES: usize = 80;
 
+const COMPRESSION_RATIO: &str = "compression_ratio";
+const BITS_PER_WEIGHT: &str = "bits_per_weight";
+
+/// Room in the header for these two.
+const FIGURE_DIGITS: usize = 24;
+
+/// Makes room for [`insert_figures`] in metadata whose size is asked for before.
+pub fn reserve_figures(metadata: &mut BTreeMap<String, String>) {
+    for key in [COMPRESSION_RATIO, BITS_PER_WEIGHT] {
+        metadata.insert(key.to_owned(), "0".repeat(FIGURE_DIGITS));
+    }
+}
+
+/// How large a file of so many bytes is for each of the weights in it.
+pub fn insert_figures(metadata: &mut BTreeMap<String, String>, file_bytes: u64, weights: u64) {
+    let (bytes, weights) = (file_bytes as f64, weights as f64);
+    let ratio = format!("{:.4}", 4.0 * weights / bytes);
+    metadata.insert(COMPRESSION_RATIO.to_owned(), ratio);
+    let bits = format!("{:.4}", 8.0 * bytes / weights);
+    metadata.insert(BITS_PER_WEIGHT.to_owned(), bits);
+}
+
 /// Bytes that the header of a file needs at most: for these layers, other tensors of these names, and
 /// these texts as metadata (beside what [`FileWriter::finish`] adds).
 pub fn header_capacity<'a>(

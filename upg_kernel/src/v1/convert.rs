@@ -8,7 +8,8 @@ use super::numpy::Integers;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::texts::ModelFiles;
 use crate::format::{
-    Encoding, FileWriter, LayerInfo, TOKENIZER, check_kept_name, header_capacity, rules,
+    Encoding, FileWriter, LayerInfo, TOKENIZER, check_kept_name, header_capacity, insert_figures,
+    reserve_figures, rules,
 };
 use crate::matrix::Matrix;
 use crate::prime_lut::PRIME_COUNT;
@@ -22,9 +23,6 @@ use std::path::Path;
 /// Entries with those that bridge gaps, for each byte that is read, and in addition: far columns, and arrays that tensors
 /// share, must not make gigabytes of kilobytes.
 const MOST_ENTRIES: (u64, u64) = (16, 1 << 25);
-
-/// Room in the header for a number.
-const FIGURE_DIGITS: usize = 24;
 
 /// What was converted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -150,9 +148,7 @@ impl V1File {
             "compression_method": self.catalogue.compression_method,
         });
         metadata.insert("recipe".into(), recipe.to_string());
-        for key in ["compression_ratio", "bits_per_weight"] {
-            metadata.insert(key.into(), "0".repeat(FIGURE_DIGITS));
-        }
+        reserve_figures(&mut metadata);
         let kept = tensors.iter().filter(|t| t.shape.len() == 1);
         let other = kept.map(|t| t.name.as_str()).chain([TOKENIZER]);
         let capacity = header_capacity(&layers, other, &metadata)?;
@@ -190,15 +186,7 @@ impl V1File {
             writer.tensor(TOKENIZER, Dtype::U8, &[json.len()], json)?;
         }
         done.file_bytes = writer.file_len();
-        let (bytes, weights) = (done.file_bytes as f64, done.weights as f64);
-        metadata.insert(
-            "compression_ratio".into(),
-            format!("{:.4}", 4.0 * weights / bytes),
-        );
-        metadata.insert(
-            "bits_per_weight".into(),
-            format!("{:.4}", 8.0 * bytes / weights),
-        );
+        insert_figures(&mut metadata, done.file_bytes, done.weights);
         writer.finish(metadata, &layers)?;
         Ok(done)
     }

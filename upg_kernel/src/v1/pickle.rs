@@ -345,7 +345,7 @@ impl Machine<'_> {
                 }
             };
             return Err(Error::new(ErrorKind::Missing, message)
-                .hint("pass the files of the buffers with --buffers, in the order in which they were written"));
+                .hint("`upg convert` takes the files of the buffers, --buffers FILE ..., in the order in which they were written"));
         }
         let bytes = self.files.whole(self.next_buffer);
         self.next_buffer += 1;

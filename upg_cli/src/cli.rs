@@ -21,6 +21,12 @@ fn positive(text: &str) -> Result<f64, String> {
     number.ok_or_else(|| "expected a number above 0".to_owned())
 }
 
+/// A whole number above 0.
+fn count(text: &str) -> Result<usize, String> {
+    let number = text.parse::<NonZeroUsize>();
+    number.map(NonZeroUsize::get).map_err(|e| e.to_string())
+}
+
 /// A number above 0 and below 1.
 fn share(text: &str) -> Result<f64, String> {
     let number = positive(text).ok().filter(|n| *n < 1.0);
@@ -192,8 +198,8 @@ pub struct TuneArgs {
     #[arg(long, value_name = "N")]
     pub tokens: Option<NonZeroUsize>,
     /// How often to go through the text; each time takes about as long as calibrating on it
-    #[arg(long, value_name = "N", default_value = "2")]
-    pub passes: NonZeroUsize,
+    #[arg(long, value_name = "N", default_value_t = TuneOptions::default().passes, value_parser = count)]
+    pub passes: usize,
     /// By which part of itself a scale moves in a step, about
     #[arg(long, value_name = "RATE", default_value_t = TuneOptions::default().rate, value_parser = share)]
     pub rate: f64,

@@ -26,35 +26,43 @@ const TOLERANCE: f64 = 0.001;
 /// Of the signs in the loss.
 const SEED: u64 = 7;
 
-/// A source with one matrix moved.
-struct Moved<'a> {
+/// A source with one tensor changed.
+struct Changed<'a> {
     source: &'a dyn WeightSource,
     name: &'a str,
-    by: Vec<f32>,
+    change: &'a dyn Fn(&mut [f32]),
 }
 
-impl WeightSource for Moved<'_> {
+impl WeightSource for Changed<'_> {
     fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Matrix> {
         let matrix = self.source.matrix(name, rows, cols)?;
         if name != self.name {
             return Ok(matrix);
         }
-        let pairs = matrix.to_dense().into_iter().zip(&self.by);
-        let values: Vec<f32> = pairs.map(|(w, by)| w + by).collect();
-        Ok(Matrix::Dense(DenseMatrix::new(
-            rows,
-            cols,
-            DenseValues::F32(values.into()),
-        )?))
+        let mut values = matrix.to_dense();
+        (self.change)(&mut values);
+        let values = DenseValues::F32(values.into());
+        Ok(Matrix::Dense(DenseMatrix::new(rows, cols, values)?))
     }
 
     fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>> {
-        self.source.vector(name, len)
+        let mut vector = self.source.vector(name, len)?;
+        if name == self.name {
+            (self.change)(&mut vector);
+        }
+        Ok(vector)
     }
 
     fn contains(&self, name: &str) -> bool {
         self.source.contains(name)
     }
+}
+
+/// Rows of a matrix, or values of a vector, times `1 + by`.
+fn scale(values: &mut [f32], by: &[f32]) {
+    let cols = values.len() / by.len();
+    let rows = values.chunks_exact_mut(cols).zip(by);
+    rows.for_each(|(row, by)| row.iter_mut().for_each(|w| *w *= 1.0 + by));
 }
 
 /// Of all positions of the sequences.
@@ -161,11 +169,13 @@ fn gradients_are_differences_of_the_loss() {
         let mut worst: f64 = 0.0;
         for (matrix, (by, change)) in &expected {
             let at = |sign: f32| {
-                let by = by.iter().map(|by| sign * by).collect();
-                let moved = Moved {
+                let moved = Changed {
                     source: &source,
                     name: matrix,
-                    by,
+                    change: &|values| {
+                        let pairs = values.iter_mut().zip(by);
+                        pairs.for_each(|(w, by)| *w += sign * by);
+                    },
                 };
                 let logits = logits(&config, &moved, &tokens, len);
                 let products = logits.iter().zip(&factors).map(|(l, c)| f64::from(*l) * c);
@@ -254,40 +264,6 @@ fn toward(
     (divergence, found)
 }
 
-/// A source whose tensor `name` has its rows, or its values if it is a vector, multiplied by `1 + by`.
-struct Scaled<'a> {
-    source: &'a dyn WeightSource,
-    name: &'a str,
-    by: Vec<f32>,
-}
-
-impl WeightSource for Scaled<'_> {
-    fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Matrix> {
-        let matrix = self.source.matrix(name, rows, cols)?;
-        if name != self.name {
-            return Ok(matrix);
-        }
-        let mut values = matrix.to_dense();
-        let of_rows = values.chunks_exact_mut(cols).zip(&self.by);
-        of_rows.for_each(|(row, by)| row.iter_mut().for_each(|w| *w *= 1.0 + by));
-        let values = DenseValues::F32(values.into());
-        Ok(Matrix::Dense(DenseMatrix::new(rows, cols, values)?))
-    }
-
-    fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>> {
-        let mut vector = self.source.vector(name, len)?;
-        if name == self.name {
-            let values = vector.iter_mut().zip(&self.by);
-            values.for_each(|(value, by)| *value *= 1.0 + by);
-        }
-        Ok(vector)
-    }
-
-    fn contains(&self, name: &str) -> bool {
-        self.source.contains(name)
-    }
-}
-
 /// Of the predictions of `wanted` from those of `logits`, in nats, the sum over positions.
 fn divergence(wanted: &[f32], logits: &[f32], vocab: usize) -> f64 {
     let log_probabilities = |logits: &[f32]| {
@@ -325,10 +301,11 @@ fn gradients_of_the_divergence_are_its_differences() {
             "gate_proj"
         };
         let up_and_down = |i: usize| if i.is_multiple_of(2) { 0.3 } else { -0.3 };
-        let student = Scaled {
+        let by: Vec<f32> = (0..size).map(up_and_down).collect();
+        let student = Changed {
             source: &source,
             name: &format!("model.layers.0.mlp.{part}.weight"),
-            by: (0..size).map(up_and_down).collect(),
+            change: &|values| scale(values, &by),
         };
         let wanted = logits(&config, &source, &tokens, len);
         let (found, gradients) = toward(&config, &student, &source, &tokens, len);
@@ -348,14 +325,12 @@ fn gradients_of_the_divergence_are_its_differences() {
             let length = norm(gradient);
             assert!(length > 0.0, "{name} {tensor}");
             let at = |step: f64| {
-                let by = gradient
-                    .iter()
-                    .map(|g| (step * g / length) as f32)
-                    .collect();
-                let moved = Scaled {
+                let by = gradient.iter().map(|g| (step * g / length) as f32);
+                let by: Vec<f32> = by.collect();
+                let moved = Changed {
                     source: &student,
                     name: tensor,
-                    by,
+                    change: &|values| scale(values, &by),
                 };
                 divergence(
                     &wanted,

@@ -18,7 +18,7 @@ pub fn run(args: &TuneArgs) -> Result<()> {
     let most = args.tokens.map(NonZeroUsize::get);
     let calibration = calibration(source.as_ref(), args.text.as_deref(), most)?;
     let options = TuneOptions {
-        passes: args.passes.get(),
+        passes: args.passes,
         rate: args.rate,
     };
     let progress = WeightsBar::new()?;

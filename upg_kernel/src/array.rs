@@ -46,6 +46,14 @@ impl<T: Pod> Array<T> {
         })?;
         Ok(Self(Storage::Mapped(Arc::clone(file), range)))
     }
+
+    /// The file that it is a part of, and its first byte there; `None` if it is in memory of its own.
+    pub(crate) fn place(&self) -> Option<(&Arc<MappedFile>, usize)> {
+        match &self.0 {
+            Storage::Owned(_) => None,
+            Storage::Mapped(file, range) => Some((file, range.start)),
+        }
+    }
 }
 
 impl<T: Pod> From<Vec<T>> for Array<T> {

@@ -82,6 +82,7 @@ pub mod kernels;
 mod mapped;
 pub mod matrix;
 mod memory;
+pub mod metal_kernels;
 pub mod prime_lut;
 pub mod rotation;
 pub mod sparse;

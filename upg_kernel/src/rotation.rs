@@ -42,7 +42,7 @@ impl Rotation {
     }
 
     /// The sign bits, `ceil(size / 8)` bytes, least significant first.
-    pub fn signs(&self) -> &[u8] {
+    pub fn signs(&self) -> &Array<u8> {
         &self.signs
     }
 

@@ -78,7 +78,7 @@ impl TrellisCode {
     }
 
     /// The level at a point of the ring, given by its upper 8 bits.
-    const fn level_at(&self, point: u8) -> i8 {
+    pub(crate) const fn level_at(&self, point: u8) -> i8 {
         let mirror = if point < 128 { 0 } else { 255 };
         let depth = point ^ mirror;
         let level = self.coarse[depth as usize / 8] + self.fine[fine_index(depth)];

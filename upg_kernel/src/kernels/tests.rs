@@ -2,14 +2,9 @@
 
 use super::activations::Activations;
 use super::*;
-use crate::array::Array;
-use crate::matrix::{
-    BitmapArrays, BitmapMatrix, GroupedMatrix, Levels, StoredMatrix, TrellisMatrix, TrellisParts,
-    strips::{self, STRIP_ROWS},
-    trellis::strip_bytes,
-};
+use crate::matrix::{GroupedMatrix, Levels, StoredMatrix, strips::STRIP_ROWS};
 use crate::rotation::Rotation;
-use crate::test_data::{noise, signed};
+use crate::test_data::{bitmap, grouped, noise, signed, trellis};
 
 /// Relative to the sum of the magnitudes of all products. Sums of four products are exact, those of up
 /// to 64 groups are added in f32; measured: 3e-7.
@@ -23,19 +18,6 @@ const COLS: [usize; 14] = [
 /// Around the edges of strips.
 const ROWS: [usize; 4] = [1, 3, 64, 67];
 
-/// Scales of any size; row 0 is all zeros.
-fn scales(rows: usize) -> Array<f32> {
-    let scale = |r: usize| {
-        if r == 0 {
-            0.0
-        } else {
-            let sign = if r % 3 == 1 { -1.0 } else { 1.0 };
-            sign * 2f32.powi(r as i32 * 7 % 90 - 60)
-        }
-    };
-    (0..rows).map(scale).collect::<Vec<_>>().into()
-}
-
 /// Those of this machine, and what they would be on machines with fewer instructions.
 fn with_fallbacks() -> Vec<Kernels> {
     let all = Kernels::available();
@@ -48,81 +30,6 @@ fn with_fallbacks() -> Vec<Kernels> {
         without.chain(all.iter().copied()).collect()
     };
     all
-}
-
-fn grouped(rows: usize, cols: usize, group: usize, nibbles: bool) -> GroupedMatrix {
-    let groups = strips::count(rows) * cols.div_ceil(group);
-    let weights = groups * group * STRIP_ROWS;
-    let levels = match nibbles {
-        false => Levels::Bytes(signed(noise(weights, 1))),
-        true => Levels::Nibbles {
-            codes: noise(weights / 2, 2).into(),
-            codebook: signed(noise(16, 3)),
-        },
-    };
-    let primes = noise(groups * STRIP_ROWS, 4).into();
-    GroupedMatrix::new(rows, cols, group, levels, primes, scales(rows)).unwrap()
-}
-
-/// Words of every density: empty ones, full ones, and all between.
-fn bitmap(rows: usize, cols: usize, nibbles: bool) -> BitmapMatrix {
-    let groups = strips::count(rows) * cols.div_ceil(64);
-    let (mut bits, mut pointers, mut stored) = (Vec::new(), vec![0u32], 0);
-    let words = groups * 64;
-    let random = noise(words * 16, 5);
-    for (i, random) in random.as_chunks().0.iter().enumerate() {
-        let random = u128::from_le_bytes(*random);
-        let (a, b) = (random as u64, (random >> 64) as u64);
-        // Each kind is met in every quarter of a tile.
-        let dense = match (i + i / 4) % 4 {
-            0 => 0,
-            1 => u64::MAX,
-            2 => a,
-            _ => a & b,
-        };
-        let strip = i / (cols.div_ceil(64) * 64);
-        let in_strip = i % (cols.div_ceil(64) * 64);
-        let mut word = 0;
-        for bit in 0..64 {
-            let row = strip * STRIP_ROWS + in_strip % 4 * 16 + bit / 4;
-            let col = in_strip / 4 * 4 + bit % 4;
-            if row < rows && col < cols {
-                word |= dense & 1 << bit;
-            }
-        }
-        bits.extend(word.to_le_bytes());
-        let n = word.count_ones() as usize;
-        stored += if nibbles { n.div_ceil(2) } else { n };
-        if (i + 1) % (cols.div_ceil(64) * 64) == 0 {
-            pointers.push(stored as u32);
-        }
-    }
-    let levels = match nibbles {
-        false => Levels::Bytes(signed(noise(stored, 6))),
-        true => Levels::Nibbles {
-            codes: noise(stored, 7).into(),
-            codebook: signed(noise(16, 8)),
-        },
-    };
-    let arrays = BitmapArrays {
-        bitmap: bits.into(),
-        levels,
-        strip_pointers: pointers.into(),
-        prime_indices: noise(groups * STRIP_ROWS, 9).into(),
-        scales: scales(rows),
-    };
-    BitmapMatrix::new(rows, cols, arrays).unwrap()
-}
-
-fn trellis(rows: usize, cols: usize, k: u8) -> TrellisMatrix {
-    let codes = rows.div_ceil(64) * strip_bytes(cols, k).unwrap();
-    let parts = TrellisParts {
-        codes: noise(codes, 10).into(),
-        prime_indices: noise(rows, 13).into(),
-        scales: scales(rows),
-        rotation: Rotation::new(cols, 1, vec![0].into()).unwrap(),
-    };
-    TrellisMatrix::new(rows, cols, k, parts).unwrap()
 }
 
 /// Activations with groups of every size, and one of zeros.
@@ -248,7 +155,7 @@ fn every_kernel_multiplies_many_vectors_as_the_reference_does() {
                 check_many(kernels, &bitmap(rows, cols, false), n, "s8");
                 check_many(kernels, &bitmap(rows, cols, true), n, "s4");
                 for k in [2, 3, 4] {
-                    check_many(kernels, &trellis(rows, cols, k), n, &format!("t{k}"));
+                    check_many(kernels, &trellis(rows, cols, k, 1), n, &format!("t{k}"));
                 }
             }
         }
@@ -374,7 +281,7 @@ fn every_kernel_multiplies_every_encoding_as_the_reference_does() {
                 check(kernels, &bitmap(rows, cols, false), "s8");
                 check(kernels, &bitmap(rows, cols, true), "s4");
                 for k in [2, 3, 4] {
-                    check(kernels, &trellis(rows, cols, k), &format!("t{k}"));
+                    check(kernels, &trellis(rows, cols, k, 1), &format!("t{k}"));
                 }
             }
         }

@@ -1,0 +1,68 @@
+//! Matrix-vector products on Apple GPUs: the kernels of `kernels/spmv.metal`, and what calls them.
+//!
+//! - [`source`] is the text of the kernels, [`KERNELS`] their names.
+//! - [`Plan`] says which of them multiply a matrix, with which buffers, arguments and threads. It knows nothing of a
+//!   device, so that the tests can run it on any system, on a CPU.
+//! - With the feature `metal`, `MetalSpMV` runs plans on the GPU, and `UpgLinear` does on candle's Metal device.
+//!
+//! `docs/metal.md` says what was checked, and how; **no Apple GPU has run this yet**.
+
+mod args;
+mod plan;
+#[cfg(test)]
+mod tests;
+
+pub use args::{RotateArgs, SparseArgs, StripArgs};
+pub use plan::{Dispatch, Element, Operand, Plan, SparseKernel, Weights};
+
+/// Every kernel of [`source`] by name: those of matrices also with `_batch` for four vectors at once, all with the type
+/// of their input.
+pub const KERNELS: [&str; 39] = [
+    "mdcsr_row_f32",
+    "mdcsr_row_f16",
+    "mdcsr_row_shared_f32",
+    "mdcsr_row_shared_f16",
+    "mdcsr_row_batch_f32",
+    "mdcsr_row_batch_f16",
+    "mdcsr_simd_f32",
+    "mdcsr_simd_f16",
+    "q8_f32",
+    "q8_f16",
+    "q8_batch_f32",
+    "q8_batch_f16",
+    "q4_f32",
+    "q4_f16",
+    "q4_batch_f32",
+    "q4_batch_f16",
+    "s8_f32",
+    "s8_f16",
+    "s8_batch_f32",
+    "s8_batch_f16",
+    "s4_f32",
+    "s4_f16",
+    "s4_batch_f32",
+    "s4_batch_f16",
+    "t2_f32",
+    "t2_f16",
+    "t2_batch_f32",
+    "t2_batch_f16",
+    "t3_f32",
+    "t3_f16",
+    "t3_batch_f32",
+    "t3_batch_f16",
+    "t4_f32",
+    "t4_f16",
+    "t4_batch_f32",
+    "t4_batch_f16",
+    "rotate_block_f32",
+    "rotate_block_f16",
+    "rotate_across",
+];
+
+/// The kernels in the Metal Shading Language, one text: what `spmv.metal` includes stands in it.
+pub fn source() -> String {
+    const INCLUDE: &str = "#include \"spmv_args.h\"\n";
+    // Once only, in a text that nothing includes.
+    let args = include_str!("../kernels/spmv_args.h").replace("#pragma once\n", "");
+    include_str!("../kernels/spmv.metal").replace(INCLUDE, &args)
+}

@@ -1,0 +1,530 @@
+//! Every kernel of `spmv.metal` on the CPU, against sums in f64 over the weights that the reference decodes.
+//!
+//! They need clang, `UPG_CLANG` or one that is found, and say so where there is none; with `UPG_REQUIRE_CLANG` set they
+//! fail there. What it is that runs them: `tests/metal_on_cpu/machine.h`.
+
+mod on_cpu;
+mod planted;
+
+use super::plan::SparseKernel;
+use super::{Element, KERNELS, Plan, source};
+use crate::array::Array;
+use crate::matrix::{Matrix, StoredMatrix};
+use crate::prime_lut::PRIME_COUNT;
+use crate::sparse::{MdCSRArrays, MdCSRMatrix};
+use crate::test_data::{bitmap, grouped, noise, scales, trellis};
+use bytemuck::cast_slice;
+use half::f16;
+use on_cpu::{Job, Program};
+use rayon::prelude::*;
+use std::sync::OnceLock;
+
+/// Of the sum of the magnitudes of all products: sums are in f32, in pieces, but for rows of `mdcsr` with a thread each.
+const TOLERANCE: f64 = 2e-6;
+
+/// Forwards, backwards, and two at random.
+const SCHEDULES: [u32; 4] = [0, 1, 2, 3];
+
+/// The kernels as they are, with as few liberties as clang knows and with all of them.
+fn programs() -> Option<&'static [Program; 2]> {
+    static PROGRAMS: OnceLock<Option<[Program; 2]>> = OnceLock::new();
+    let made = PROGRAMS.get_or_init(|| {
+        let clang = clang()?;
+        let options: [&[&str]; 2] = [&["-ffp-contract=off"], &["-ffast-math"]];
+        let program = |options: &[&str]| Program::new(&clang, &source(), |_| true, options);
+        let (exact, fast) = rayon::join(|| program(options[0]), || program(options[1]));
+        let compiled = |program: Result<_, String>| program.unwrap_or_else(|e| panic!("{e}"));
+        Some([compiled(exact), compiled(fast)])
+    });
+    made.as_ref()
+}
+
+fn clang() -> Option<String> {
+    let found = on_cpu::clang();
+    if found.is_none() {
+        let missing =
+            "there is no clang++ here: install clang (15 or later), or name it in UPG_CLANG";
+        assert!(std::env::var_os("UPG_REQUIRE_CLANG").is_none(), "{missing}");
+        eprintln!("Not run: {missing}");
+    }
+    found
+}
+
+/// A matrix and what to call it.
+struct Case {
+    name: String,
+    matrix: Matrix,
+    sparse: SparseKernel,
+}
+
+impl Case {
+    fn new(name: impl Into<String>, matrix: Matrix) -> Self {
+        Self {
+            name: name.into(),
+            matrix,
+            sparse: SparseKernel::default(),
+        }
+    }
+}
+
+/// The size of a rotation as compressed files have it.
+fn hadamard(cols: usize) -> usize {
+    1 << cols.ilog2()
+}
+
+/// Every packed encoding with random codes.
+fn packed(rows: usize, cols: usize) -> Vec<Case> {
+    let mut cases = Vec::new();
+    for (group, nibbles) in [(32, false), (64, false), (32, true), (64, true)] {
+        let name = format!("q{} of {group}", if nibbles { 4 } else { 8 });
+        let matrix = Matrix::Grouped(grouped(rows, cols, group, nibbles));
+        cases.push(Case::new(name, matrix));
+    }
+    for nibbles in [false, true] {
+        let name = if nibbles { "s4" } else { "s8" };
+        cases.push(Case::new(name, Matrix::Bitmap(bitmap(rows, cols, nibbles))));
+    }
+    for k in [2, 3, 4] {
+        let matrix = Matrix::Trellis(trellis(rows, cols, k, hadamard(cols)));
+        cases.push(Case::new(format!("t{k}"), matrix));
+    }
+    cases
+}
+
+/// One matrix for every kernel of `mdcsr`.
+fn every_sparse_kernel(name: &str, matrix: &MdCSRMatrix) -> Vec<Case> {
+    let all = [
+        ("row", SparseKernel::Row),
+        ("row_shared", SparseKernel::RowShared),
+        ("row_batch", SparseKernel::RowBatch),
+        ("simd", SparseKernel::Simd),
+    ];
+    let case = |(kernel, sparse)| Case {
+        name: format!("mdcsr_{kernel} {name}"),
+        matrix: Matrix::MdCsr(matrix.clone()),
+        sparse,
+    };
+    all.into_iter().map(case).collect()
+}
+
+/// Rows of every kind: empty, full, with every gap up to 300 columns, with an entry in the last column only.
+fn sparse(rows: usize, cols: usize) -> MdCSRMatrix {
+    let mut arrays = (Vec::new(), Vec::new(), vec![0u32]);
+    let (values, deltas, pointers) = (&mut arrays.0, &mut arrays.1, &mut arrays.2);
+    let mut random = noise(rows * cols * 2, 20).into_iter();
+    let mut byte = || usize::from(random.next().expect("enough"));
+    for row in 0..rows {
+        let columns: Vec<usize> = match row % 5 {
+            0 => (0..cols).collect(),
+            1 => Vec::new(),
+            2 => vec![cols - 1],
+            3 => (0..cols).filter(|_| byte() < 100).collect(),
+            _ => {
+                let next = |column: &usize| Some(column + 1 + byte() * 300 / 256);
+                let all = std::iter::successors(Some(row % cols), next);
+                all.take_while(|column| *column < cols).collect()
+            }
+        };
+        let mut at = 0;
+        for column in columns {
+            while column - at > 255 {
+                values.push(0);
+                deltas.push(255);
+                at += 255;
+            }
+            values.push((byte() as i8).max(-127) | 1);
+            deltas.push((column - at) as u8);
+            at = column;
+        }
+        pointers.push(values.len() as u32);
+    }
+    let primes = noise(values.len() * 2, 21);
+    let prime = |bytes: &[u8; 2]| u16::from_le_bytes(*bytes) % PRIME_COUNT as u16;
+    let primes: Vec<u16> = primes.as_chunks().0.iter().map(prime).collect();
+    sparse_of(cols, arrays.0, arrays.1, arrays.2, primes, scales(rows))
+}
+
+fn sparse_of(
+    cols: usize,
+    values: Vec<i8>,
+    deltas: Vec<u8>,
+    pointers: Vec<u32>,
+    primes: Vec<u16>,
+    scales: Array<f32>,
+) -> MdCSRMatrix {
+    let arrays = MdCSRArrays {
+        values: values.into(),
+        delta_indices: deltas.into(),
+        row_pointers: pointers.into(),
+        prime_indices: primes.into(),
+        scales,
+    };
+    MdCSRMatrix::new(arrays.scales.len(), cols, arrays).unwrap()
+}
+
+/// Inputs of a moderate size, as bytes of an element and exactly.
+fn input(len: usize, element: Element, seed: u64) -> (Vec<u8>, Vec<f32>) {
+    let values = noise(len * 2, seed);
+    let value = |bytes: &[u8; 2]| f32::from(i16::from_le_bytes(*bytes)) / 16384.0;
+    let values: Vec<f32> = values.as_chunks().0.iter().map(value).collect();
+    match element {
+        Element::F32 => (cast_slice(&values).to_vec(), values),
+        Element::F16 => {
+            let halves: Vec<f16> = values.iter().map(|&x| f16::from_f32(x)).collect();
+            let exact = halves.iter().map(|x| x.to_f32()).collect();
+            (cast_slice(&halves).to_vec(), exact)
+        }
+    }
+}
+
+/// What an output has to be.
+struct Expected {
+    value: f64,
+    /// The sum of the magnitudes of all products, and the same without the scale of the row.
+    size: f64,
+    unscaled: f64,
+    /// How many products there are.
+    terms: usize,
+}
+
+impl Expected {
+    /// Every output, vector by vector.
+    fn all(matrix: &Matrix, x: &[f32]) -> Vec<Self> {
+        let cols = matrix.cols();
+        let stored: &dyn StoredMatrix = match matrix {
+            Matrix::MdCsr(m) => m,
+            Matrix::Grouped(m) => m,
+            Matrix::Bitmap(m) => m,
+            Matrix::Trellis(m) => m,
+            Matrix::Dense(_) => unreachable!("there is no kernel for it"),
+        };
+        let mut weights = vec![0.0; matrix.rows() * cols];
+        stored.decode_rows(0, &mut weights);
+        // The same with scales of 1.
+        let unscaled = matrix.with_scales(vec![1.0; matrix.rows()]).unwrap();
+        let unscaled = match unscaled {
+            // In the stored basis.
+            Matrix::Trellis(m) => {
+                let mut weights = vec![0.0; m.rows() * cols];
+                m.decode_rows(0, &mut weights);
+                weights
+            }
+            matrix => matrix.to_dense(),
+        };
+        let mut all = Vec::new();
+        for x in x.chunks(cols) {
+            let x = rotated(matrix, x);
+            for (row, unscaled) in weights.chunks(cols).zip(unscaled.chunks(cols)) {
+                let sum = |row: &[f32], term: fn(f64) -> f64| -> f64 {
+                    let products = row
+                        .iter()
+                        .zip(&x)
+                        .map(|(&w, &x)| f64::from(w) * f64::from(x));
+                    products.map(term).sum()
+                };
+                all.push(Self {
+                    value: sum(row, |p| p),
+                    size: sum(row, f64::abs),
+                    unscaled: sum(unscaled, f64::abs),
+                    terms: row.iter().filter(|w| **w != 0.0).count(),
+                });
+            }
+        }
+        all
+    }
+
+    /// The error in units of what is allowed; NaN and all that no rounding explains are far above 1.
+    ///
+    /// Allowed are roundings of sums in f32, a scale that counts as 0 because it is too small for an exponent, and the
+    /// rounding of the output.
+    fn error(&self, found: f64, case: &Case, element: Element) -> f64 {
+        let one_by_one = case.sparse != SparseKernel::Simd;
+        let roundings = if one_by_one {
+            self.terms as f64 + 2.0
+        } else {
+            0.0
+        };
+        let relative = TOLERANCE.max(roundings * f64::from(f32::EPSILON) / 2.0);
+        let tiny = f64::from(f32::MIN_POSITIVE);
+        let mut allowed = self.size * relative + (self.unscaled + 1.0) * tiny;
+        if element == Element::F16 {
+            if self.value.abs() + allowed >= 65_504.0 && found == f64::INFINITY.copysign(self.value)
+            {
+                return 0.0;
+            }
+            allowed += self.value.abs() / 2048.0 + f64::from(f16::MIN_POSITIVE_SUBNORMAL) / 2.0;
+        }
+        let error = (found - self.value).abs() / allowed;
+        if error.is_nan() { f64::INFINITY } else { error }
+    }
+}
+
+/// The input as the stored weights want it.
+fn rotated(matrix: &Matrix, x: &[f32]) -> Vec<f32> {
+    let mut x = x.to_vec();
+    if let Matrix::Trellis(m) = matrix {
+        m.parts().rotation.apply(&mut x);
+    }
+    x
+}
+
+/// Runs a plan of the case with all schedules and compares. The largest error in units of what is allowed.
+fn check(
+    program: &Program,
+    case: &Case,
+    vectors: usize,
+    element: Element,
+    max_threads: usize,
+) -> Result<f64, String> {
+    let matrix = &case.matrix;
+    let (rows, cols) = (matrix.rows(), matrix.cols());
+    let what = format!(
+        "{} [{rows}, {cols}] x {vectors} {element:?}, {max_threads} threads",
+        case.name
+    );
+    let plan = Plan::with_kernel(matrix, vectors, element, case.sparse, |_| max_threads);
+    let plan = plan.map_err(|e| e.to_string())?;
+    let (bytes, x) = input(vectors * cols, element, 30);
+    let job = Job {
+        plan: &plan,
+        x: &bytes,
+        element,
+        outputs: vectors * rows,
+        schedules: &SCHEDULES,
+    };
+    let left = program.run(&job).map_err(|e| format!("{what}: {e}"))?;
+    if let Some(other) = left.iter().position(|other| other.y != left[0].y) {
+        return Err(format!("{what}: schedules 0 and {other} differ"));
+    }
+    let y: Vec<f64> = match element {
+        Element::F32 => floats::<f32>(&left[0].y),
+        Element::F16 => floats::<f16>(&left[0].y),
+    };
+    let mut worst = 0f64;
+    for (i, (&found, expected)) in y.iter().zip(Expected::all(matrix, &x)).enumerate() {
+        let error = expected.error(found, case, element);
+        if error > 1.0 {
+            let (row, vector, expected) = (i % rows, i / rows, expected.value);
+            return Err(format!(
+                "{what}: row {row} of vector {vector} is {found}, not {expected}"
+            ));
+        }
+        worst = worst.max(error);
+    }
+    Ok(worst)
+}
+
+fn floats<T: bytemuck::AnyBitPattern + Into<f64>>(bytes: &[u8]) -> Vec<f64> {
+    let values = bytes.chunks_exact(size_of::<T>());
+    let value = |bytes| bytemuck::pod_read_unaligned::<T>(bytes).into();
+    values.map(value).collect()
+}
+
+/// All cases with both programs, one and some vectors of both types; panics with what is wrong.
+fn check_all(cases: &[Case], max_threads: usize) {
+    let Some(programs) = programs() else { return };
+    let mut jobs = Vec::new();
+    for case in cases {
+        for program in programs {
+            for element in [Element::F32, Element::F16] {
+                // One, and two batches of which the second is not full.
+                jobs.extend([1, 5].map(|vectors| (case, program, element, vectors)));
+            }
+        }
+    }
+    let run = |&(case, program, element, vectors): &(_, _, _, _)| {
+        check(program, case, vectors, element, max_threads)
+    };
+    let results: Vec<_> = jobs.par_iter().map(run).collect();
+    let wrong: Vec<_> = results.iter().filter_map(|r| r.as_ref().err()).collect();
+    let count = wrong.len();
+    assert!(
+        wrong.is_empty(),
+        "{count} of {}: {:#?}",
+        results.len(),
+        &wrong[..count.min(5)]
+    );
+    let worst = results.into_iter().flatten().fold(0.0, f64::max);
+    println!(
+        "{} runs, largest error {worst:.2} of what is allowed",
+        jobs.len()
+    );
+}
+
+#[test]
+fn test_metal_spmv_source_has_the_types_of_metal() {
+    let Some(clang) = clang() else { return };
+    on_cpu::check(&clang, &source()).unwrap_or_else(|e| panic!("{e}"));
+    // What only address spaces tell apart.
+    let wrong = [
+        (
+            "threadgroup const half *levels = table",
+            "device const half *levels = table",
+        ),
+        (
+            "shared[i] = float(x[start + i]);",
+            "device float *to = shared + i; *to = float(x[start + i]);",
+        ),
+        (
+            "const uint row = at.x;",
+            "args.rows = 1; const uint row = at.x;",
+        ),
+        ("float sum = 0.0f;", "threadgroup float sum;"),
+        ("float sum = 0.0f;", "double sum = 0.0;"),
+    ];
+    for (from, to) in wrong {
+        let source = source();
+        assert!(source.contains(from), "{from}");
+        let error = on_cpu::check(&clang, &source.replacen(from, to, 1));
+        assert!(error.is_err(), "{to} is not refused");
+    }
+}
+
+#[test]
+fn test_metal_spmv_every_kernel_is_in_the_list() {
+    let Some(clang) = clang() else { return };
+    let mut found = on_cpu::kernels(&clang, &source()).unwrap_or_else(|e| panic!("{e}"));
+    found.sort();
+    let mut listed = KERNELS.map(String::from);
+    listed.sort();
+    assert_eq!(found, listed);
+}
+
+#[test]
+fn test_metal_spmv_packed_encodings_of_every_edge() {
+    let mut cases = Vec::new();
+    for rows in [1, 7, 64, 65] {
+        for cols in [1, 63, 64, 65] {
+            cases.extend(packed(rows, cols));
+        }
+    }
+    cases.extend(packed(3, 5120));
+    cases.extend(packed(130, 200));
+    check_all(&cases, 1024);
+}
+
+#[test]
+fn test_metal_spmv_packed_encodings_with_any_number_of_threads() {
+    for max_threads in [32, 96] {
+        check_all(&packed(67, 300), max_threads);
+    }
+}
+
+#[test]
+fn test_metal_spmv_sparse_rows_of_every_kind() {
+    let mut cases = Vec::new();
+    for (rows, cols) in [(1, 1), (5, 63), (11, 64), (300, 65), (23, 5120)] {
+        cases.extend(every_sparse_kernel("", &sparse(rows, cols)));
+    }
+    // No entries at all; padding only; a last block that is not whole, at every offset.
+    let empty = sparse_of(9, vec![], vec![], vec![0; 4], vec![], vec![1.0; 3].into());
+    cases.extend(every_sparse_kernel("empty", &empty));
+    for entries in 1..=9 {
+        let deltas = (0..entries).map(|i| u8::from(i > 0)).collect();
+        let matrix = sparse_of(
+            9,
+            vec![-3; entries],
+            deltas,
+            vec![0, 0, entries as u32, entries as u32],
+            vec![9_999; entries],
+            vec![1.0, -0.5, 2.0].into(),
+        );
+        cases.extend(every_sparse_kernel(&format!("of {entries}"), &matrix));
+    }
+    check_all(&cases, 1024);
+}
+
+/// Nothing but zeros, and the largest and smallest scales that a file may have.
+#[test]
+fn test_metal_spmv_zeros_and_extreme_scales() {
+    let (rows, cols) = (66, 130);
+    let tiny = f32::from_bits(1);
+    let extreme = [
+        2f32.powi(64),
+        -(2f32.powi(64)),
+        tiny,
+        -tiny,
+        f32::MIN_POSITIVE,
+        0.0,
+        -0.0,
+    ];
+    let extreme: Vec<f32> = extreme.into_iter().cycle().take(rows).collect();
+    let mut cases = every_sparse_kernel("", &sparse(rows, cols));
+    cases.extend(packed(rows, cols));
+    for case in &mut cases {
+        case.name += " of extreme scales";
+        case.matrix = case.matrix.with_scales(extreme.clone()).unwrap();
+    }
+    let zeros = |case: Case| Case {
+        name: case.name.replace("extreme scales", "zeros"),
+        matrix: case.matrix.with_scales(vec![0.0; rows]).unwrap(),
+        sparse: case.sparse,
+    };
+    cases.extend(packed(rows, cols).into_iter().map(zeros));
+    check_all(&cases, 1024);
+}
+
+/// The rotated input is that of the CPU to the bit.
+#[test]
+fn test_metal_spmv_rotations() {
+    let Some([program, _]) = programs() else {
+        return;
+    };
+    let sizes = [
+        (1, 1),
+        (2, 2),
+        (3, 2),
+        (7, 4),
+        (8, 8),
+        (31, 16),
+        (32, 32),
+        (70, 64),
+        (200, 128),
+        (4097, 1),
+        (576, 512),
+        (5120, 4096),
+        (8192, 8192),
+        (17_920, 16_384),
+        (65_536, 65_536),
+        (140_000, 131_072),
+    ];
+    let run = |&(cols, size): &(usize, usize)| {
+        let matrix = Matrix::Trellis(trellis(1, cols, 2, size));
+        for (element, vectors) in [(Element::F32, 1), (Element::F32, 2), (Element::F16, 2)] {
+            let what = format!("{size} of {cols} columns x {vectors} {element:?}");
+            let mut plan = Plan::new(&matrix, vectors, element, |_| 1024).unwrap();
+            // Without the product, which takes long for so many columns.
+            plan.dispatches.pop();
+            let (bytes, x) = input(vectors * cols, element, 31);
+            let job = Job {
+                plan: &plan,
+                x: &bytes,
+                element,
+                outputs: vectors,
+                schedules: if cols > 10_000 { &[3] } else { &SCHEDULES },
+            };
+            let left = program.run(&job).unwrap_or_else(|e| panic!("{what}: {e}"));
+            let expected: Vec<f32> = x.chunks(cols).flat_map(|x| rotated(&matrix, x)).collect();
+            for left in left {
+                assert!(left.rotated == expected, "{what}");
+            }
+        }
+    };
+    sizes.par_iter().for_each(run);
+}
+
+#[test]
+fn test_metal_spmv_plans_refuse_what_kernels_cannot_do() {
+    use crate::error::ErrorKind;
+    use crate::matrix::{DenseMatrix, DenseValues};
+    let values = DenseValues::F32(vec![1.0; 6].into());
+    let dense = Matrix::Dense(DenseMatrix::new(2, 3, values).unwrap());
+    let matrix = Matrix::MdCsr(sparse(2, 3));
+    let error = |matrix, vectors| {
+        let plan = Plan::new(matrix, vectors, Element::F32, |_| 1024);
+        plan.unwrap_err().kind()
+    };
+    assert_eq!(error(&dense, 1), ErrorKind::Unsupported);
+    assert_eq!(error(&matrix, 0), ErrorKind::Argument);
+    assert_eq!(error(&matrix, 1 << 32), ErrorKind::TooLarge);
+}

@@ -1,0 +1,359 @@
+//! Compiles a `.metal` file with clang and runs its kernels on the CPU: see `machine.h`.
+
+mod translate;
+
+use crate::metal_kernels::{Element, Operand, Plan};
+use crate::prime_lut::PRIME_LUT;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::OnceLock;
+use tempfile::TempDir;
+
+const NAMES: [&str; 9] = [
+    "clang++",
+    "clang++-22",
+    "clang++-21",
+    "clang++-20",
+    "clang++-19",
+    "clang++-18",
+    "clang++-17",
+    "clang++-16",
+    "clang++-15",
+];
+
+/// The C++ compiler of clang: `UPG_CLANG`, or what the system has; `None` if there is none.
+pub(super) fn clang() -> Option<String> {
+    let runs = |name: &str| {
+        let version = Command::new(name).arg("--version").output();
+        version.is_ok_and(|out| {
+            out.status.success() && String::from_utf8_lossy(&out.stdout).contains("clang")
+        })
+    };
+    match std::env::var("UPG_CLANG") {
+        Ok(name) => {
+            assert!(
+                runs(&name),
+                "UPG_CLANG names {name}, which does not run as clang"
+            );
+            Some(name)
+        }
+        Err(_) => NAMES.into_iter().find(|name| runs(name)).map(String::from),
+    }
+}
+
+/// A compiled `.metal` file.
+pub(super) struct Program {
+    executable: PathBuf,
+    _folder: TempDir,
+}
+
+/// What the kernels of a job have left, for one schedule.
+pub(super) struct Left {
+    pub(super) y: Vec<u8>,
+    pub(super) rotated: Vec<f32>,
+}
+
+/// What a run is about.
+pub(super) struct Job<'a> {
+    pub(super) plan: &'a Plan<'a>,
+    /// The input as bytes.
+    pub(super) x: &'a [u8],
+    pub(super) element: Element,
+    /// How many elements the output has.
+    pub(super) outputs: usize,
+    pub(super) schedules: &'a [u32],
+}
+
+fn here() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/metal_on_cpu")
+}
+
+fn checked(command: &mut Command) -> Result<Vec<u8>, String> {
+    let out = command.output().map_err(|e| format!("{command:?}: {e}"))?;
+    match out.status.success() {
+        true => Ok(out.stdout),
+        false => Err(String::from_utf8_lossy(&out.stderr).into_owned()),
+    }
+}
+
+/// The file as C++, in `folder`.
+fn translated(
+    clang: &str,
+    source: &str,
+    chosen: impl Fn(&str) -> bool,
+    is_checked: bool,
+    folder: &Path,
+) -> Result<PathBuf, String> {
+    let metal = folder.join("spmv.metal");
+    std::fs::write(&metal, source).map_err(|e| e.to_string())?;
+    let preprocessed = checked(
+        Command::new(clang)
+            .args([
+                "-E",
+                "-x",
+                "c++",
+                "-std=c++17",
+                "-D__METAL_VERSION__=310",
+                "-I",
+            ])
+            .arg(here().join("stub"))
+            .arg(&metal),
+    )?;
+    let cpp = translate::to_cpp(&String::from_utf8_lossy(&preprocessed), chosen, is_checked)?;
+    let path = folder.join(if is_checked {
+        "checked.cpp"
+    } else {
+        "kernels.cpp"
+    });
+    std::fs::write(&path, cpp).map_err(|e| e.to_string())?;
+    Ok(path)
+}
+
+/// Options for all of it: Metal's compiler knows the attributes that clang does not.
+const OPTIONS: [&str; 6] = [
+    "-std=c++17",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-unknown-attributes",
+    "-Wno-unknown-pragmas",
+];
+
+/// Checks the types of a `.metal` file, address spaces among them. Errors: what clang says.
+pub(super) fn check(clang: &str, source: &str) -> Result<(), String> {
+    let folder = TempDir::new().map_err(|e| e.to_string())?;
+    let cpp = translated(clang, source, |_| true, true, folder.path())?;
+    checked(
+        Command::new(clang)
+            .args(OPTIONS)
+            .args(["-fsyntax-only", "-DMETAL_ADDRESS_SPACES", "-I"])
+            .arg(here().join("include"))
+            .arg("-I")
+            .arg(here())
+            .arg(cpp),
+    )
+    .map(|_| ())
+}
+
+/// The names of the kernels of a `.metal` file.
+pub(super) fn kernels(clang: &str, source: &str) -> Result<Vec<String>, String> {
+    let names = std::cell::RefCell::new(Vec::new());
+    let folder = TempDir::new().map_err(|e| e.to_string())?;
+    let chosen = |name: &str| {
+        names.borrow_mut().push(name.to_string());
+        true
+    };
+    translated(clang, source, chosen, true, folder.path())?;
+    Ok(names.into_inner())
+}
+
+/// Compiles `from` to `to`.
+fn compile(clang: &str, options: &[&str], from: &Path, to: PathBuf) -> Result<PathBuf, String> {
+    let mut command = Command::new(clang);
+    command.args(OPTIONS).args(options).arg("-c");
+    command
+        .arg("-I")
+        .arg(here().join("include"))
+        .arg("-I")
+        .arg(here());
+    command.arg(from).arg("-o").arg(&to);
+    checked(&mut command).map(|_| to)
+}
+
+/// What is linked to the kernels, compiled once.
+fn machine(clang: &str) -> Result<&'static [PathBuf; 2], String> {
+    static MACHINE: OnceLock<Result<(TempDir, [PathBuf; 2]), String>> = OnceLock::new();
+    let made = MACHINE.get_or_init(|| {
+        let folder = TempDir::new().map_err(|e| e.to_string())?;
+        let object = |name: &str| {
+            let to = folder.path().join(name).with_extension("o");
+            compile(clang, &["-O2"], &here().join(name), to)
+        };
+        let objects = [object("machine.cpp")?, object("job.cpp")?];
+        Ok((folder, objects))
+    });
+    made.as_ref()
+        .map(|(_, objects)| objects)
+        .map_err(String::clone)
+}
+
+impl Program {
+    /// Compiles the kernels of a `.metal` file whose names are `chosen`, with `options`. Errors: what clang says.
+    pub(super) fn new(
+        clang: &str,
+        source: &str,
+        chosen: impl Fn(&str) -> bool,
+        options: &[&str],
+    ) -> Result<Self, String> {
+        let folder = TempDir::new().map_err(|e| e.to_string())?;
+        let cpp = translated(clang, source, chosen, false, folder.path())?;
+        // The hooks before accesses to memory, which machine.cpp defines, and traps where something is undefined.
+        // Locals that nothing was assigned to are not 0.
+        let kernels = [
+            "-O1",
+            "-fsanitize=thread",
+            "-fsanitize=alignment,shift,integer-divide-by-zero,signed-integer-overflow,bounds,float-cast-overflow",
+            "-fsanitize-trap=all",
+            "-ftrivial-auto-var-init=pattern",
+        ];
+        let kernels = compile(
+            clang,
+            &[&kernels, options].concat(),
+            &cpp,
+            folder.path().join("kernels.o"),
+        )?;
+        let executable = folder.path().join("run");
+        checked(
+            Command::new(clang)
+                .arg(kernels)
+                .args(machine(clang)?)
+                .arg("-o")
+                .arg(&executable),
+        )?;
+        Ok(Self {
+            executable,
+            _folder: folder,
+        })
+    }
+
+    /// What is left with each schedule. Errors: what is wrong in the first of them where something is.
+    pub(super) fn run(&self, job: &Job<'_>) -> Result<Vec<Left>, String> {
+        let input = Encoded::new(job);
+        let mut child = Command::new(&self.executable)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .map_err(|e| e.to_string())?;
+        let mut stdin = child.stdin.take().expect("piped");
+        // It reads all before it writes; if it ends early its status says so.
+        let _ = stdin.write_all(&input);
+        drop(stdin);
+        let out = child.wait_with_output().map_err(|e| e.to_string())?;
+        if !out.status.success() {
+            return Err(format!(
+                "{}: {}",
+                out.status,
+                String::from_utf8_lossy(&out.stderr).trim()
+            ));
+        }
+        let mut out = out.stdout.as_slice();
+        let mut outputs = Vec::new();
+        for schedule in job.schedules {
+            let error = taken(&mut out, None);
+            if !error.is_empty() {
+                return Err(format!(
+                    "schedule {schedule}: {}",
+                    String::from_utf8_lossy(&error)
+                ));
+            }
+            // In the order of `Encoded::new`.
+            let y = taken(&mut out, Some(job.outputs * job.element.size()));
+            let rotated = taken(&mut out, Some(job.plan.rotated * 4));
+            let rotated = rotated
+                .as_chunks()
+                .0
+                .iter()
+                .map(|x| f32::from_le_bytes(*x))
+                .collect();
+            outputs.push(Left { y, rotated });
+        }
+        Ok(outputs)
+    }
+}
+
+/// So many bytes, or as many as a number before them says.
+fn taken(from: &mut &[u8], size: Option<usize>) -> Vec<u8> {
+    let size = size.unwrap_or_else(|| {
+        let mut size = [0; 4];
+        from.read_exact(&mut size).expect("the output of the job");
+        u32::from_le_bytes(size) as usize
+    });
+    let mut bytes = vec![0; size];
+    from.read_exact(&mut bytes).expect("the output of the job");
+    bytes
+}
+
+/// A job in the format of `job.cpp`.
+#[derive(Default)]
+struct Encoded {
+    buffers: Vec<u8>,
+    count: u32,
+}
+
+impl Encoded {
+    fn new(job: &Job<'_>) -> Vec<u8> {
+        let size = job.element.size();
+        let mut all = Self::default();
+        let y = all.buffer(size, Err(job.outputs * size));
+        let rotated = all.buffer(4, Err(job.plan.rotated * 4));
+        let x = all.buffer(size, Ok(job.x));
+        let primes = all.buffer(4, Ok(bytemuck::cast_slice(&PRIME_LUT)));
+        let mut dispatches = Vec::new();
+        put(&mut dispatches, job.plan.dispatches.len());
+        for dispatch in &job.plan.dispatches {
+            put(&mut dispatches, dispatch.kernel.len());
+            dispatches.extend(dispatch.kernel.as_bytes());
+            // Argument 0 is no buffer.
+            put(&mut dispatches, dispatch.operands.len() + 1);
+            dispatches.extend(u32::MAX.to_le_bytes());
+            for operand in &dispatch.operands {
+                let buffer = match operand {
+                    Operand::Weights(weights) => {
+                        all.buffer(weights.alignment(), Ok(weights.bytes()))
+                    }
+                    Operand::Levels(k) => {
+                        let levels = Plan::upper_levels(*k).expect("2, 3 or 4");
+                        all.buffer(2, Ok(bytemuck::cast_slice(&levels)))
+                    }
+                    Operand::Primes => primes,
+                    Operand::X => x,
+                    Operand::Y => y,
+                    Operand::Rotated => rotated,
+                    Operand::Unused => u32::MAX,
+                };
+                dispatches.extend(buffer.to_le_bytes());
+            }
+            put(&mut dispatches, dispatch.args.len());
+            dispatches.extend(&dispatch.args);
+            put(&mut dispatches, dispatch.threadgroup_bytes.len());
+            for &bytes in &dispatch.threadgroup_bytes {
+                put(&mut dispatches, bytes);
+            }
+            for number in [
+                dispatch.threadgroups[0],
+                dispatch.threadgroups[1],
+                dispatch.threads,
+            ] {
+                put(&mut dispatches, number);
+            }
+        }
+        put(&mut dispatches, job.schedules.len());
+        for schedule in job.schedules {
+            dispatches.extend(schedule.to_le_bytes());
+        }
+        let mut bytes = all.count.to_le_bytes().to_vec();
+        bytes.extend(all.buffers);
+        bytes.extend(dispatches);
+        bytes
+    }
+
+    /// Its number; with bytes to read, or so many that kernels write.
+    fn buffer(&mut self, alignment: usize, content: Result<&[u8], usize>) -> u32 {
+        put(
+            &mut self.buffers,
+            content.map_or_else(|size| size, <[u8]>::len),
+        );
+        put(&mut self.buffers, alignment);
+        put(&mut self.buffers, usize::from(content.is_err()));
+        self.buffers.extend(content.unwrap_or_default());
+        self.count += 1;
+        self.count - 1
+    }
+}
+
+fn put(bytes: &mut Vec<u8>, number: usize) {
+    let number = u32::try_from(number).expect("jobs are small");
+    bytes.extend(number.to_le_bytes());
+}

@@ -1,0 +1,290 @@
+//! Tests of the tests: kernels with a bug in them, each of which has to be found.
+
+use super::*;
+
+/// A bug: what stands in the source, once or more, and what in its first place; the kernels that it is in; and a part of
+/// the message if it is not just another result.
+struct Bug {
+    name: &'static str,
+    from: &'static str,
+    to: &'static str,
+    kernel: &'static str,
+    message: &'static str,
+}
+
+const WRONG: &str = "of vector";
+/// Two threads at a byte with no barrier between, or the reader of it was first.
+const NO_BARRIER: &str = "of threadgroup memory, which";
+
+const BUGS: &[Bug] = &[
+    Bug {
+        name: "no barrier before the sums of others are read",
+        from: "    threadgroup_barrier(mem_flags::mem_threadgroup);\n    for (uint i = place.tid; i < STRIP_ROWS * N",
+        to: "    for (uint i = place.tid; i < STRIP_ROWS * N",
+        kernel: "q8_f32",
+        message: NO_BARRIER,
+    },
+    Bug {
+        name: "no barrier after tables were filled",
+        from: "        table[i] = half(primes[i]);\n    }\n    threadgroup_barrier(mem_flags::mem_threadgroup);",
+        to: "        table[i] = half(primes[i]);\n    }",
+        kernel: "q4_f32",
+        message: NO_BARRIER,
+    },
+    Bug {
+        name: "no barrier before the window is overwritten",
+        from: "        // Nobody may still read the window before.\n        threadgroup_barrier(mem_flags::mem_threadgroup);",
+        to: "",
+        kernel: "mdcsr_row_shared_f32",
+        message: NO_BARRIER,
+    },
+    Bug {
+        name: "no barrier after the window was loaded",
+        from: "        threadgroup_barrier(mem_flags::mem_threadgroup);\n        while (k < end",
+        to: "        while (k < end",
+        kernel: "mdcsr_row_shared_f32",
+        message: NO_BARRIER,
+    },
+    Bug {
+        name: "a barrier of a SIMD-group in place of one of all",
+        from: "    threadgroup_barrier(mem_flags::mem_threadgroup);\n    codes += strip_pointers[place.strip];",
+        to: "    simdgroup_barrier(mem_flags::mem_threadgroup);\n    codes += strip_pointers[place.strip];",
+        kernel: "s8_f32",
+        message: NO_BARRIER,
+    },
+    Bug {
+        name: "no barrier between spans",
+        from: "        threadgroup_barrier(mem_flags::mem_threadgroup);\n        for (uint work = tid",
+        to: "        for (uint work = tid",
+        kernel: "rotate_block_f32",
+        message: NO_BARRIER,
+    },
+    Bug {
+        name: "a barrier that threads without a row do not reach",
+        from: "    uint k = row < args.rows ? row_pointers[row] : 0;",
+        to: "    if (row >= args.rows) { return; }\n    uint k = row_pointers[row];",
+        kernel: "mdcsr_row_shared_f32",
+        message: "does not reach the barrier",
+    },
+    Bug {
+        name: "a function of the SIMD-group that some threads do not call",
+        from: "            codes += simd_sum(counted_once);",
+        to: "            if (mine != 0) { codes += simd_sum(counted_once); }",
+        kernel: "s8_f32",
+        message: "where others of its SIMD-group are",
+    },
+    Bug {
+        name: "one row more than there are",
+        from: "    if (row >= args.rows) {\n        return;",
+        to: "    if (row > args.rows) {\n        return;",
+        kernel: "mdcsr_row_f32",
+        message: "none of its own",
+    },
+    Bug {
+        name: "rows of a strip that are not there",
+        from: "        if (row < args.rows && vector < args.vectors)",
+        to: "        if (vector < args.vectors)",
+        kernel: "t2_f32",
+        message: "none of its own",
+    },
+    Bug {
+        name: "one row less than there are",
+        from: "        if (row < args.rows && vector < args.vectors)",
+        to: "        if (row + 1 < args.rows && vector < args.vectors)",
+        kernel: "t3_f32",
+        message: WRONG,
+    },
+    Bug {
+        name: "four columns where one is left",
+        from: "    if (col + 4 <= cols) {",
+        to: "    if (col < cols) {",
+        kernel: "q8_f16",
+        message: "past the end",
+    },
+    Bug {
+        name: "an input that is taken to be aligned",
+        from: "typedef packed_float4 four;",
+        to: "typedef float4 four;",
+        kernel: "q8_batch_f32",
+        message: "undefined",
+    },
+    Bug {
+        name: "words past the last entry",
+        from: "            if (args.entries - first >= 4) {",
+        to: "            if (true) {",
+        kernel: "mdcsr_simd_f32",
+        message: "past the end",
+    },
+    Bug {
+        name: "tiles past the last one",
+        from: "(min(tile, tiles - 1) * 8 + place.octet)",
+        to: "(tile * 8 + place.octet)",
+        kernel: "t4_f32",
+        message: "none of its own",
+    },
+    Bug {
+        name: "an inclusive for an exclusive prefix of columns",
+        from: "simd_prefix_exclusive_sum(run)",
+        to: "simd_prefix_inclusive_sum(run)",
+        kernel: "mdcsr_simd_f32",
+        message: "",
+    },
+    Bug {
+        name: "an inclusive for an exclusive prefix of codes",
+        from: "simd_prefix_exclusive_sum(counted_once)",
+        to: "simd_prefix_inclusive_sum(counted_once)",
+        kernel: "s4_f32",
+        message: "",
+    },
+    Bug {
+        name: "a wrong shift of half bytes",
+        from: "word >> 4 & 0x0F0F0F0F",
+        to: "word >> 3 & 0x0F0F0F0F",
+        kernel: "q4_f16",
+        message: WRONG,
+    },
+    Bug {
+        name: "a wrong shift between words",
+        from: "word[at + 1] << (32 - shift)",
+        to: "word[at + 1] << (31 - shift)",
+        kernel: "t3_f16",
+        message: WRONG,
+    },
+    Bug {
+        name: "a shift by all bits of a word",
+        from: "shift == 0 ? word[at] : ",
+        to: "",
+        kernel: "t2_f32",
+        message: "undefined",
+    },
+    Bug {
+        name: "states with a bit too many",
+        from: "K == 4 ? bits & 0x1FFF : bits",
+        to: "bits",
+        kernel: "t4_f16",
+        message: WRONG,
+    },
+    Bug {
+        name: "primes of the group before",
+        from: "add_group(prime_indices + g * STRIP_ROWS, prime_table, place, of_group, sums);\n    }\n    finish",
+        to: "add_group(prime_indices + g / 2 * STRIP_ROWS, prime_table, place, of_group, sums);\n    }\n    finish",
+        kernel: "q8_f32",
+        message: WRONG,
+    },
+    Bug {
+        name: "sums that begin with what was there",
+        from: "            sums[row][v] = 0.0f;",
+        to: "",
+        kernel: "t2_f32",
+        message: "",
+    },
+    Bug {
+        name: "counts of one SIMD-group that nobody writes",
+        from: "    if (lane == 0) {\n        counts[simd] = counted;",
+        to: "    if (lane == 0 && simd > 0) {\n        counts[simd] = counted;",
+        kernel: "s8_f32",
+        message: "which nothing has written",
+    },
+    Bug {
+        name: "a vector of a batch that is not there",
+        from: "        fours[v] = vector < args.vectors ? four_of",
+        to: "        fours[v] = vector <= args.vectors ? four_of",
+        kernel: "q8_batch_f32",
+        message: "none of its own",
+    },
+    Bug {
+        name: "all SIMD-groups write one place",
+        from: "partial[(place.simd * N + v) * STRIP_ROWS",
+        to: "partial[v * STRIP_ROWS",
+        kernel: "t4_f32",
+        message: NO_BARRIER,
+    },
+    Bug {
+        name: "a write to the weights",
+        from: "        column += deltas[k];",
+        to: "        column += deltas[k];\n        ((device uchar *)deltas)[k] = 1;",
+        kernel: "mdcsr_row_f16",
+        message: "bound for reading",
+    },
+    Bug {
+        name: "the other sign of a rotation",
+        from: "& 1 ? -value : value",
+        to: "& 1 ? value : -value",
+        kernel: "rotate_block_f16",
+        message: WRONG,
+    },
+];
+
+/// What is run for a kernel: matrices of its encoding at every edge that a bug of it may be at.
+fn cases(kernel: &str) -> Vec<Case> {
+    let mut cases = Vec::new();
+    for (rows, cols) in [(7, 65), (65, 63), (66, 300)] {
+        cases.extend(packed(rows, cols));
+        cases.extend(every_sparse_kernel("", &sparse(rows, cols)));
+    }
+    cases.extend(every_sparse_kernel("", &sparse(5, 4999)));
+    cases.extend(packed(3, 4999));
+    let encoding = kernel.split_once('_').expect("a type").0;
+    let of_kernel = |case: &Case| match encoding {
+        "mdcsr" => kernel.rsplit_once('_').expect("a type").0 == case.name.trim(),
+        "rotate" => case.name == "t2",
+        _ => case.name.starts_with(encoding),
+    };
+    cases.retain(of_kernel);
+    assert!(!cases.is_empty(), "nothing to run for {kernel}");
+    cases
+}
+
+/// What is found first.
+fn found(program: &Program, kernel: &str) -> Result<(), String> {
+    let (_, element) = kernel.rsplit_once('_').expect("a type");
+    let element = if element == "f16" {
+        Element::F16
+    } else {
+        Element::F32
+    };
+    let vectors = if kernel.contains("batch") { 5 } else { 1 };
+    for case in cases(kernel) {
+        check(program, &case, vectors, element, 256)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn test_metal_spmv_every_planted_bug_is_found() {
+    let Some(clang) = clang() else { return };
+    let right = source();
+    let missed = BUGS.par_iter().filter_map(|bug| {
+        assert!(
+            right.contains(bug.from),
+            "{}: it is not there to be broken",
+            bug.name
+        );
+        let wrong = right.replacen(bug.from, bug.to, 1);
+        // The product needs the rotation, and the rotation shows in the product.
+        let is_used = |name: &str| {
+            name == bug.kernel || name.starts_with("rotate") || name.starts_with("t2_f")
+        };
+        let program = Program::new(&clang, &wrong, is_used, &["-Wno-error"]);
+        let program = program.unwrap_or_else(|e| panic!("{}: {e}", bug.name));
+        match found(&program, bug.kernel) {
+            Err(message) if message.contains(bug.message) => None,
+            other => Some(format!("{}: {other:?}", bug.name)),
+        }
+    });
+    let missed: Vec<_> = missed.collect();
+    assert!(missed.is_empty(), "{missed:#?}");
+}
+
+/// What is run for a bug finds nothing where there is none.
+#[test]
+fn test_metal_spmv_nothing_is_found_where_no_bug_is() {
+    let Some([program, _]) = programs() else {
+        return;
+    };
+    let found: Vec<_> = BUGS
+        .par_iter()
+        .filter_map(|bug| found(program, bug.kernel).err())
+        .collect();
+    assert!(found.is_empty(), "{found:#?}");
+}

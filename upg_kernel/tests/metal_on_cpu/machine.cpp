@@ -1,0 +1,606 @@
+// See machine.h.
+#include "machine.h"
+
+#include <csetjmp>
+#include <csignal>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <sys/mman.h>
+#include <unistd.h>
+
+// Saves the registers that a function has to keep and the stack pointer to *from, and goes on with the stack `to`.
+extern "C" void switch_stack(void **from, void *to);
+#ifdef __APPLE__
+#define SYMBOL(name) "_" name
+#else
+#define SYMBOL(name) name
+#endif
+#if defined(__x86_64__)
+asm(".text\n.globl " SYMBOL("switch_stack") "\n" SYMBOL("switch_stack") ":\n"
+    "pushq %rbp\n pushq %rbx\n pushq %r12\n pushq %r13\n pushq %r14\n pushq %r15\n"
+    "movq %rsp, (%rdi)\n movq %rsi, %rsp\n"
+    "popq %r15\n popq %r14\n popq %r13\n popq %r12\n popq %rbx\n popq %rbp\n ret\n");
+constexpr size_t SAVED = 6, RETURN = 6;
+#elif defined(__aarch64__)
+asm(".text\n.p2align 2\n.globl " SYMBOL("switch_stack") "\n" SYMBOL("switch_stack") ":\n"
+    "sub sp, sp, #160\n"
+    "stp x19, x20, [sp, #0]\n stp x21, x22, [sp, #16]\n stp x23, x24, [sp, #32]\n stp x25, x26, [sp, #48]\n"
+    "stp x27, x28, [sp, #64]\n stp x29, x30, [sp, #80]\n"
+    "stp d8, d9, [sp, #96]\n stp d10, d11, [sp, #112]\n stp d12, d13, [sp, #128]\n stp d14, d15, [sp, #144]\n"
+    "mov x9, sp\n str x9, [x0]\n mov sp, x1\n"
+    "ldp x19, x20, [sp, #0]\n ldp x21, x22, [sp, #16]\n ldp x23, x24, [sp, #32]\n ldp x25, x26, [sp, #48]\n"
+    "ldp x27, x28, [sp, #64]\n ldp x29, x30, [sp, #80]\n"
+    "ldp d8, d9, [sp, #96]\n ldp d10, d11, [sp, #112]\n ldp d12, d13, [sp, #128]\n ldp d14, d15, [sp, #144]\n"
+    "add sp, sp, #160\n ret\n");
+constexpr size_t SAVED = 20, RETURN = 11;
+#else
+#error "switching stacks is written for x86-64 and 64-bit ARM"
+#endif
+
+namespace metal_on_cpu {
+
+constexpr uint32_t WIDTH = 32;
+constexpr size_t STACK = 64 << 10;
+constexpr unsigned char POISON = 0xFF; // as floats: NaN
+
+// A thread, by its number among those of all threadgroups (0: none), and how many barriers it had passed.
+struct Touch {
+    uint64_t thread = 0;
+    uint32_t epochs = 0;
+};
+// Who touched a byte last. Two readers are enough: of any two at least one is not the thread that writes next.
+struct Buffer::Cell {
+    Touch writer, readers[2];
+    bool is_set = false;
+};
+typedef Buffer::Cell Cell;
+
+Buffer::Buffer() = default;
+Buffer::~Buffer() = default;
+Buffer::Buffer(Buffer &&) = default;
+
+enum class State { Ready, AtFunction, AtBarrier, Returned };
+
+struct Thread {
+    void *stack_pointer;
+    State state;
+    const char *function; // at which it waits
+    int line;
+    uint32_t index, lane, simd;
+    uint32_t position[3], in_group[3];
+    uint32_t epochs; // barriers that it has passed, of both kinds
+};
+
+struct Simdgroup {
+    unsigned char slots[2][WIDTH * SLOT]; // in turns: one is read while the next is filled
+    uint32_t turn;
+};
+
+struct Threadgroup {
+    std::vector<Thread> threads;
+    std::vector<Simdgroup> simds;
+    uint32_t epoch; // threadgroup barriers so far
+    uint32_t position[3], size[3], grid[3];
+    uint32_t simd_count;
+    uint64_t first_thread; // its number among those of all threadgroups
+};
+
+struct Memory {
+    std::vector<unsigned char> bytes;
+    std::vector<Cell> cells;
+    size_t size;
+};
+
+struct Machine {
+    Threadgroup group;
+    std::vector<Memory> shared;
+    const Dispatch *dispatch;
+    std::vector<Buffer> *buffers;
+    std::vector<unsigned char> arguments;
+    const Kernel *kernel;
+    unsigned char *stacks = nullptr;
+    size_t stack_count = 0;
+    void *main_stack;
+    Thread *running = nullptr;
+    std::string error;
+};
+static Machine machine;
+
+// ---- Errors
+
+static std::string where() {
+    const Thread &thread = *machine.running;
+    char text[200];
+    snprintf(text, sizeof text, "%s: thread %u of threadgroup %u,%u", machine.kernel->name, thread.index,
+             machine.group.position[0], machine.group.position[1]);
+    return text;
+}
+
+static void back_to_main() { switch_stack(&machine.running->stack_pointer, machine.main_stack); }
+
+void fail(const char *format, ...) {
+    char text[400];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(text, sizeof text, format, arguments);
+    va_end(arguments);
+    if (machine.error.empty()) {
+        machine.error = where() + ": " + text;
+    }
+    machine.running->state = State::Returned;
+    back_to_main();
+    abort();
+}
+
+static void on_signal(int signal, siginfo_t *info, void *) {
+    // Only what may be called here; the process ends.
+    char text[400];
+    const char *kernel = machine.running ? machine.kernel->name : "no kernel";
+    const unsigned thread = machine.running ? machine.running->index : 0;
+    const int length =
+        signal == SIGSEGV || signal == SIGBUS
+            ? snprintf(text, sizeof text, "%s: thread %u: memory at %p cannot be touched\n", kernel, thread, info->si_addr)
+            : snprintf(text, sizeof text, "%s: thread %u: undefined: alignment, shift, bounds or overflow\n", kernel, thread);
+    if (write(STDERR_FILENO, text, size_t(length)) < 0) {
+        _exit(4);
+    }
+    _exit(3);
+}
+
+static void catch_signals() {
+    static unsigned char stack[64 << 10];
+    stack_t alternate = {};
+    alternate.ss_sp = stack;
+    alternate.ss_size = sizeof stack;
+    sigaltstack(&alternate, nullptr);
+    struct sigaction action = {};
+    action.sa_sigaction = on_signal;
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+    for (int signal : {SIGSEGV, SIGBUS, SIGILL, SIGTRAP, SIGFPE}) {
+        sigaction(signal, &action, nullptr);
+    }
+}
+
+// ---- Memory
+
+static size_t pages(size_t size) {
+    const size_t page = size_t(sysconf(_SC_PAGESIZE));
+    return (size + page - 1) / page * page;
+}
+
+Buffer make_buffer(size_t size, size_t alignment, bool is_written) {
+    const size_t page = pages(1), body = pages(size);
+    // A page before and one behind that cannot be touched.
+    unsigned char *all = (unsigned char *)mmap(nullptr, body + 2 * page, PROT_READ | PROT_WRITE,
+                                               MAP_PRIVATE | MAP_ANON, -1, 0);
+    if (all == MAP_FAILED || mprotect(all, page, PROT_NONE) || mprotect(all + page + body, page, PROT_NONE)) {
+        perror("memory of a buffer");
+        exit(4);
+    }
+    Buffer buffer;
+    buffer.bytes = all + page + (body - size) / alignment * alignment;
+    buffer.size = size;
+    buffer.is_written = is_written;
+    if (is_written) {
+        buffer.cells.resize(size);
+    }
+    return buffer;
+}
+
+void clear(Buffer &buffer) {
+    memset(buffer.bytes, POISON, buffer.size);
+    buffer.cells.assign(buffer.cells.size(), Cell());
+}
+
+static bool is_stack(const unsigned char *at) {
+    return at >= machine.stacks && at < machine.stacks + machine.stack_count * STACK;
+}
+
+#ifndef __APPLE__
+extern "C" char __executable_start, end;
+#endif
+// Constants of the program, and what this file has.
+static bool is_program(const unsigned char *at) {
+#ifdef __APPLE__
+    (void)at;
+    return true;
+#else
+    return at >= (unsigned char *)&__executable_start && at < (unsigned char *)&end;
+#endif
+}
+template <class T> static bool is_in(const std::vector<T> &list, const unsigned char *at) {
+    return at >= (const unsigned char *)list.data() && at < (const unsigned char *)(list.data() + list.size());
+}
+// What <metal_stdlib> and `argument` read of this file's memory.
+static bool is_machine(const unsigned char *at) {
+    return is_in(machine.group.simds, at) || is_in(machine.group.threads, at);
+}
+
+// Whether the running thread and that of `other` touch a byte with no barrier between.
+static bool is_race(const Touch &other) {
+    const Thread &thread = *machine.running;
+    const Threadgroup &group = machine.group;
+    if (other.thread == 0 || other.thread == group.first_thread + thread.index) {
+        return false;
+    }
+    if (other.thread < group.first_thread) {
+        return true; // of another threadgroup: they run at any time
+    }
+    // Within a SIMD-group its own barriers count too.
+    const Thread &second = group.threads[other.thread - group.first_thread];
+    return second.simd == thread.simd ? other.epochs == thread.epochs : other.epochs >= group.epoch;
+}
+
+static void touch(std::vector<Cell> &cells, size_t offset, size_t size, bool is_write, const char *memory) {
+    const Thread &thread = *machine.running;
+    const Touch self = {machine.group.first_thread + thread.index, thread.epochs};
+    for (size_t i = offset; i < offset + size; i++) {
+        Cell &cell = cells[i];
+        if (!is_write && !cell.is_set) {
+            fail("reads byte %zu of %s, which nothing has written", i, memory);
+        }
+        if (is_race(cell.writer)) {
+            fail("%s byte %zu of %s, which another thread writes, without a barrier between",
+                 is_write ? "writes" : "reads", i, memory);
+        }
+        if (is_write) {
+            if (is_race(cell.readers[0]) || is_race(cell.readers[1])) {
+                fail("writes byte %zu of %s, which another thread reads, without a barrier between", i, memory);
+            }
+            cell.writer = self;
+            cell.is_set = true;
+        } else {
+            if (cell.readers[0].thread != self.thread) {
+                cell.readers[1] = cell.readers[0];
+            }
+            cell.readers[0] = self;
+        }
+    }
+}
+
+static void access(const void *address, size_t size, bool is_write) {
+    if (!machine.running) {
+        return;
+    }
+    const unsigned char *at = (const unsigned char *)address;
+    if (is_stack(at)) {
+        return;
+    }
+    for (Buffer &buffer : *machine.buffers) {
+        if (at >= buffer.bytes && at < buffer.bytes + buffer.size) {
+            const size_t offset = size_t(at - buffer.bytes);
+            if (offset + size > buffer.size) {
+                fail("%zu bytes at %zu are past the end of a buffer of %zu", size, offset, buffer.size);
+            }
+            if (buffer.is_written) {
+                touch(buffer.cells, offset, size, is_write, "a buffer");
+            } else if (is_write) {
+                fail("writes to a buffer that is bound for reading");
+            }
+            return;
+        }
+    }
+    for (Memory &memory : machine.shared) {
+        const unsigned char *bytes = memory.bytes.data();
+        if (at >= bytes && at < bytes + memory.size) {
+            const size_t offset = size_t(at - bytes);
+            if (offset + size > memory.size) {
+                fail("%zu bytes at %zu are past %zu of threadgroup memory", size, offset, memory.size);
+            }
+            touch(memory.cells, offset, size, is_write, "threadgroup memory");
+            return;
+        }
+    }
+    if (is_in(machine.arguments, at) && is_in(machine.arguments, at + size - 1) && !is_write) {
+        return;
+    }
+    if (is_write || !(is_machine(at) || is_program(at))) {
+        fail("%s memory that is none of its own, at %p", is_write ? "writes" : "reads", address);
+    }
+}
+
+// ---- What a thread calls
+
+uint32_t lane() { return machine.running->lane; }
+
+const unsigned char *exchange(const char *name, int line, const void *value, size_t size) {
+    Thread &thread = *machine.running;
+    Simdgroup &simd = machine.group.simds[thread.simd];
+    unsigned char *slots = simd.slots[simd.turn];
+    memcpy(slots + SLOT * thread.lane, value, size);
+    thread.state = State::AtFunction;
+    thread.function = name;
+    thread.line = line;
+    back_to_main();
+    return slots;
+}
+
+void simdgroup_barrier(int line) {
+    const char nothing = 0;
+    exchange("simdgroup_barrier", line, &nothing, 1);
+    machine.running->epochs++;
+}
+
+void threadgroup_barrier(int line) {
+    Thread &thread = *machine.running;
+    thread.state = State::AtBarrier;
+    thread.function = "threadgroup_barrier";
+    thread.line = line;
+    back_to_main();
+}
+
+void *pointer(const Parameter &parameter) {
+    if (parameter.kind == Kind::Threadgroup) {
+        if (parameter.index >= machine.shared.size()) {
+            fail("threadgroup memory %u is not bound", parameter.index);
+        }
+        return machine.shared[parameter.index].bytes.data();
+    }
+    if (parameter.index == 0) {
+        return machine.arguments.data();
+    }
+    const std::vector<uint32_t> &bound = machine.dispatch->buffers;
+    if (parameter.index >= bound.size() || bound[parameter.index] == UINT32_MAX) {
+        return nullptr;
+    }
+    return (*machine.buffers)[bound[parameter.index]].bytes;
+}
+
+const uint32_t *numbers(const Parameter &parameter) {
+    static const uint32_t width = WIDTH;
+    const Thread &thread = *machine.running;
+    const Threadgroup &group = machine.group;
+    switch (parameter.kind) {
+    case Kind::PositionInGrid: return thread.position;
+    case Kind::PositionInThreadgroup: return thread.in_group;
+    case Kind::ThreadgroupInGrid: return group.position;
+    case Kind::ThreadsPerThreadgroup: return group.size;
+    case Kind::ThreadgroupsPerGrid: return group.grid;
+    case Kind::IndexInThreadgroup: return &thread.index;
+    case Kind::IndexInSimdgroup: return &thread.lane;
+    case Kind::SimdgroupIndex: return &thread.simd;
+    case Kind::Simdgroups: return &group.simd_count;
+    case Kind::ThreadsPerSimdgroup: return &width;
+    default: fail("a number that is none");
+    }
+}
+
+// ---- Order
+
+static void thread_main() {
+    machine.kernel->run();
+    machine.running->state = State::Returned;
+    back_to_main();
+    abort();
+}
+
+static void resume(Thread &thread) {
+    machine.running = &thread;
+    switch_stack(&machine.main_stack, thread.stack_pointer);
+    machine.running = nullptr;
+}
+
+// 0 to n - 1 (32 at most), in the order of a schedule.
+struct Order {
+    unsigned char all[WIDTH];
+    uint32_t n;
+    Order(uint32_t n, uint64_t schedule, uint64_t &random) : n(n) {
+        for (uint32_t i = 0; i < n; i++) {
+            all[i] = (unsigned char)(schedule == 1 ? n - 1 - i : i);
+        }
+        for (uint32_t i = n; schedule > 1 && i > 1; i--) {
+            random ^= random << 13, random ^= random >> 7, random ^= random << 17;
+            std::swap(all[i - 1], all[uint32_t(random) % i]);
+        }
+    }
+    const unsigned char *begin() const { return all; }
+    const unsigned char *end() const { return all + n; }
+};
+
+// Runs a SIMD-group until all of it waits at a barrier or has returned.
+static void run_simdgroup(uint32_t simd, uint64_t schedule, uint64_t &random) {
+    Thread *lanes = &machine.group.threads[simd * WIDTH];
+    for (;;) {
+        for (uint32_t lane : Order(WIDTH, schedule, random)) {
+            if (lanes[lane].state == State::Ready) {
+                resume(lanes[lane]);
+                if (!machine.error.empty()) {
+                    return;
+                }
+            }
+        }
+        const Thread *first = nullptr;
+        for (uint32_t lane = 0; lane < WIDTH; lane++) {
+            first = !first && lanes[lane].state == State::AtFunction ? &lanes[lane] : first;
+        }
+        if (!first) {
+            return;
+        }
+        for (uint32_t lane = 0; lane < WIDTH; lane++) {
+            Thread &thread = lanes[lane];
+            if (thread.state != State::AtFunction || thread.line != first->line || thread.function != first->function) {
+                machine.running = &thread;
+                machine.error = where() + ": is not at " + first->function + " in line " + std::to_string(first->line) +
+                                ", where others of its SIMD-group are";
+                return;
+            }
+            thread.state = State::Ready;
+        }
+        machine.group.simds[simd].turn ^= 1;
+    }
+}
+
+static void run_threadgroup(uint64_t schedule, uint64_t &random) {
+    Threadgroup &group = machine.group;
+    for (;;) {
+        for (uint32_t simd : Order(group.simd_count, schedule, random)) {
+            run_simdgroup(simd, schedule, random);
+            if (!machine.error.empty()) {
+                return;
+            }
+        }
+        size_t returned = 0;
+        for (Thread &thread : group.threads) {
+            returned += thread.state == State::Returned;
+        }
+        if (returned == group.threads.size()) {
+            return;
+        }
+        const Thread *waiting = nullptr;
+        for (Thread &thread : group.threads) {
+            waiting = !waiting && thread.state == State::AtBarrier ? &thread : waiting;
+        }
+        for (Thread &thread : group.threads) {
+            if (thread.state != State::AtBarrier || thread.line != waiting->line) {
+                machine.running = &thread;
+                machine.error = where() + ": does not reach the barrier in line " + std::to_string(waiting->line);
+                return;
+            }
+            thread.state = State::Ready;
+        }
+        // A barrier of all is one of each SIMD-group too: the counts go on from the largest.
+        group.epoch++;
+        for (Thread &thread : group.threads) {
+            group.epoch = thread.epochs >= group.epoch ? thread.epochs + 1 : group.epoch;
+        }
+        for (Thread &thread : group.threads) {
+            thread.epochs = group.epoch;
+        }
+    }
+}
+
+static void begin_threadgroup(const Dispatch &dispatch, uint32_t number) {
+    Threadgroup &group = machine.group;
+    group.position[0] = number % dispatch.threadgroups[0];
+    group.position[1] = number / dispatch.threadgroups[0];
+    group.first_thread = 1 + uint64_t(number) * dispatch.threads;
+    group.simd_count = dispatch.threads / WIDTH;
+    group.simds.assign(group.simd_count, Simdgroup());
+    group.threads.resize(dispatch.threads);
+    group.epoch++;
+    for (uint32_t i = 0; i < dispatch.threads; i++) {
+        Thread &thread = group.threads[i];
+        thread.state = State::Ready;
+        thread.index = i;
+        thread.lane = i % WIDTH;
+        thread.simd = i / WIDTH;
+        thread.epochs = group.epoch;
+        thread.in_group[0] = i;
+        thread.in_group[1] = thread.in_group[2] = 0;
+        thread.position[0] = group.position[0] * dispatch.threads + i;
+        thread.position[1] = group.position[1];
+        thread.position[2] = 0;
+        // As if `switch_stack` had been called at the beginning of `thread_main`.
+        void **top = (void **)(machine.stacks + (i + 1) * STACK) - 4;
+        top -= SAVED + 1;
+        top = (void **)((uintptr_t)top & ~uintptr_t(15));
+        memset(top, 0, (SAVED + 1) * sizeof(void *));
+        top[RETURN] = (void *)thread_main;
+        thread.stack_pointer = top;
+    }
+    for (Memory &memory : machine.shared) {
+        memset(memory.bytes.data(), POISON, memory.bytes.size());
+        memory.cells.assign(memory.size, Cell());
+    }
+}
+
+std::string run(const Dispatch &dispatch, std::vector<Buffer> &buffers, uint64_t schedule) {
+    static bool is_first = true;
+    if (is_first) {
+        catch_signals();
+        is_first = false;
+    }
+    machine.kernel = kernels;
+    while (machine.kernel->name && dispatch.kernel != machine.kernel->name) {
+        machine.kernel++;
+    }
+    if (!machine.kernel->name) {
+        return "there is no kernel " + dispatch.kernel;
+    }
+    if (dispatch.threads == 0 || dispatch.threads % WIDTH != 0 || dispatch.threads > 1024) {
+        return dispatch.kernel + ": " + std::to_string(dispatch.threads) + " threads are not up to 32 SIMD-groups";
+    }
+    size_t shared = 0;
+    for (uint32_t bytes : dispatch.threadgroup_bytes) {
+        if (bytes % 16 != 0) {
+            return dispatch.kernel + ": threadgroup memory is not a multiple of 16 bytes";
+        }
+        shared += bytes;
+    }
+    if (shared > 32768) {
+        return dispatch.kernel + ": more than 32 KiB of threadgroup memory";
+    }
+    machine.dispatch = &dispatch;
+    machine.buffers = &buffers;
+    machine.arguments = dispatch.arguments;
+    machine.error.clear();
+    machine.shared.resize(dispatch.threadgroup_bytes.size());
+    for (size_t i = 0; i < machine.shared.size(); i++) {
+        machine.shared[i].size = dispatch.threadgroup_bytes[i];
+        machine.shared[i].bytes.resize(machine.shared[i].size + 64);
+    }
+    if (machine.stack_count < dispatch.threads) {
+        machine.stack_count = 1024;
+        machine.stacks = (unsigned char *)mmap(nullptr, machine.stack_count * STACK, PROT_READ | PROT_WRITE,
+                                               MAP_PRIVATE | MAP_ANON | MAP_NORESERVE, -1, 0);
+    }
+    Threadgroup &group = machine.group;
+    group.epoch = 0;
+    group.size[0] = dispatch.threads;
+    group.grid[0] = dispatch.threadgroups[0];
+    group.grid[1] = dispatch.threadgroups[1];
+    group.size[1] = group.size[2] = group.grid[2] = 1;
+    group.position[2] = 0;
+    // Who touched what before belongs to another dispatch, which has finished.
+    for (Buffer &buffer : buffers) {
+        for (Cell &cell : buffer.cells) {
+            cell.writer = cell.readers[0] = cell.readers[1] = Touch();
+        }
+    }
+    uint64_t random = (schedule + 1) * 0x9E3779B97F4A7C15;
+    const uint32_t count = dispatch.threadgroups[0] * dispatch.threadgroups[1];
+    for (uint32_t number = 0; number < count; number++) {
+        begin_threadgroup(dispatch, number);
+        run_threadgroup(schedule, random);
+        machine.running = nullptr;
+        if (!machine.error.empty()) {
+            return machine.error;
+        }
+    }
+    return "";
+}
+
+} // namespace metal_on_cpu
+
+// ---- Hooks of `-fsanitize=thread`
+
+using metal_on_cpu::access;
+#define HOOKS(size)                                                                   \
+    extern "C" void __tsan_read##size(void *at) { access(at, size, false); }          \
+    extern "C" void __tsan_write##size(void *at) { access(at, size, true); }          \
+    extern "C" void __tsan_unaligned_read##size(void *at) { access(at, size, false); } \
+    extern "C" void __tsan_unaligned_write##size(void *at) { access(at, size, true); } \
+    extern "C" void __tsan_read_write##size(void *at) {                                \
+        access(at, size, false);                                                       \
+        access(at, size, true);                                                        \
+    }                                                                                  \
+    extern "C" void __tsan_unaligned_read_write##size(void *at) { __tsan_read_write##size(at); }
+HOOKS(1)
+HOOKS(2)
+HOOKS(4)
+HOOKS(8)
+HOOKS(16)
+extern "C" void __tsan_init() {}
+extern "C" void __tsan_func_entry(void *) {}
+extern "C" void __tsan_func_exit() {}
+extern "C" void *__tsan_memcpy(void *to, const void *from, size_t size) {
+    access(from, size, false);
+    access(to, size, true);
+    return memcpy(to, from, size);
+}
+extern "C" void *__tsan_memset(void *to, int value, size_t size) {
+    access(to, size, true);
+    return memset(to, value, size);
+}

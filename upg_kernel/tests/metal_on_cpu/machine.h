@@ -1,0 +1,122 @@
+// Runs the threads of a GPU kernel on a CPU, one at a time, in an order of its choice, and watches what they touch.
+//
+// A kernel is compiled by clang with the hooks of its thread sanitizer (`-fsanitize=thread`), which are defined here
+// instead of by the sanitizer: they are called before every access to memory that other threads may see. So these are
+// found whatever the order of the threads is, and named with the kernel, the thread and the place:
+//   - an access outside of the buffers and the threadgroup memory that the dispatch was given, or to an element past
+//     the end of one (behind it there is also a page that cannot be read);
+//   - a write to a buffer that is bound for reading;
+//   - a read of threadgroup memory, or of a buffer that kernels write, that nothing has written;
+//   - two threads at one byte, one of them writing, with no barrier between: threadgroup_barrier, or simdgroup_barrier
+//     if both are in one SIMD-group; in memory of the device also from different threadgroups, for which there is none;
+//   - threads of a SIMD-group at different simd_* functions, or one of them returned or at a barrier;
+//   - a barrier that not all threads of a threadgroup reach;
+//   - what `-fsanitize=alignment,shift,...` finds: it ends in a trap, which is reported as one.
+//
+// Not covered: Apple's compiler and hardware, the speed, memory order weaker than that of barriers, and of Metal what
+// the kernels do not use.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+namespace metal_on_cpu {
+
+// ---- For <metal_stdlib>
+
+constexpr unsigned SLOT = 16; // bytes that a lane can exchange
+uint32_t lane();
+const unsigned char *exchange(const char *name, int line, const void *value, size_t size);
+void simdgroup_barrier(int line);
+void threadgroup_barrier(int line);
+[[noreturn]] void fail(const char *format, ...) __attribute__((format(printf, 1, 2)));
+
+// ---- For the kernels, as translated
+
+// What a parameter of a kernel is.
+enum class Kind {
+    Buffer,
+    Threadgroup,
+    PositionInGrid,
+    PositionInThreadgroup,
+    ThreadgroupInGrid,
+    ThreadsPerThreadgroup,
+    ThreadgroupsPerGrid,
+    IndexInThreadgroup,
+    IndexInSimdgroup,
+    SimdgroupIndex,
+    Simdgroups,
+    ThreadsPerSimdgroup,
+};
+struct Parameter {
+    Kind kind;
+    unsigned index; // of Buffer and Threadgroup
+};
+struct Kernel {
+    const char *name;
+    void (*run)();
+};
+extern const Kernel kernels[]; // ends with a null name
+
+void *pointer(const Parameter &parameter);
+const uint32_t *numbers(const Parameter &parameter);
+
+template <class A> inline A argument(const Parameter &parameter) {
+    if constexpr (std::is_pointer_v<A>) {
+        return A(pointer(parameter));
+    } else if constexpr (std::is_reference_v<A>) {
+        return *(std::remove_reference_t<A> *)pointer(parameter);
+    } else {
+        const uint32_t *from = numbers(parameter);
+        if constexpr (std::is_arithmetic_v<A>) {
+            return A(from[0]);
+        } else {
+            A vector;
+            for (unsigned i = 0; i < sizeof(A) / sizeof(vector[0]); i++) {
+                vector[i] = from[i];
+            }
+            return vector;
+        }
+    }
+}
+template <class... A, size_t... I>
+inline void call_with(void (*kernel)(A...), const Parameter *parameters, std::index_sequence<I...>) {
+    kernel(argument<A>(parameters[I])...);
+}
+template <class... A, size_t N> inline void call(void (*kernel)(A...), const Parameter (&parameters)[N]) {
+    static_assert(sizeof...(A) == N, "a description for each parameter");
+    call_with(kernel, parameters, std::index_sequence_for<A...>{});
+}
+
+// ---- For job.cpp
+
+struct Buffer {
+    unsigned char *bytes = nullptr;
+    size_t size = 0;
+    bool is_written = false; // by kernels
+    struct Cell;
+    std::vector<Cell> cells; // of those that are written
+    Buffer();
+    ~Buffer();
+    Buffer(Buffer &&);
+};
+// The last of `size` bytes is as near to a page that cannot be touched as an alignment of the first allows.
+Buffer make_buffer(size_t size, size_t alignment, bool is_written);
+// Forgets what was written.
+void clear(Buffer &buffer);
+
+struct Dispatch {
+    std::string kernel;
+    std::vector<uint32_t> buffers;           // by index of the parameter; UINT32_MAX: not bound
+    std::vector<unsigned char> arguments;    // buffer 0
+    std::vector<uint32_t> threadgroup_bytes; // by index
+    uint32_t threadgroups[2];
+    uint32_t threads;
+};
+// Runs it in the order that `schedule` stands for: 0 forwards, 1 backwards, others at random. Returns what is wrong.
+std::string run(const Dispatch &dispatch, std::vector<Buffer> &buffers, uint64_t schedule);
+
+} // namespace metal_on_cpu

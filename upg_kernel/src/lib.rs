@@ -51,11 +51,12 @@
 //!
 //! - [`UPGModel`]: a whole model; [`inference`] has its parts (config, tokenizer, chat template,
 //!   decoder, KV cache, sampling, [`mod@inference::evaluate`]).
-//! - [`UPGDecompressor`]: layers as candle tensors or into the caller's buffer.
+//! - [`UPGDecompressor`]: layers as candle tensors or into the caller's buffer; [`UpgLinear`]: a layer of candle whose
+//!   weights stay compressed.
 //! - [`mod@format`]: opening, checking and writing files; [`v1`]: files of version 1.
 //! - [`matrix`], [`sparse`], [`rotation`], [`prime_lut`]: the encodings. All decode by one formula,
 //!   `scale * prime * value`.
-//! - [`kernels`]: the arithmetic.
+//! - [`kernels`]: the arithmetic; [`metal_kernels`]: products on Apple GPUs.
 //!
 //! # What to rely on
 //!
@@ -91,6 +92,7 @@ mod team;
 mod test_data;
 pub mod trellis_code;
 mod upg_decompress;
+mod upg_linear;
 pub mod v1;
 mod whole_file;
 
@@ -101,4 +103,5 @@ pub use mapped::MappedFile;
 pub use matrix::Matrix;
 pub use memory::{peak_memory, sum_words};
 pub use upg_decompress::{LayerId, UPGDecompressor, WeightFloat, reconstruct_weight};
+pub use upg_linear::UpgLinear;
 pub use whole_file::{WholeFile, refuse_to_overwrite, sync_folder_of};

@@ -3,17 +3,33 @@
 //! - [`source`] is the text of the kernels, [`KERNELS`] their names.
 //! - [`Plan`] says which of them multiply a matrix, with which buffers, arguments and threads. It knows nothing of a
 //!   device, so that the tests can run it on any system, on a CPU.
-//! - With the feature `metal`, `MetalSpMV` runs plans on the GPU, and `UpgLinear` does on candle's Metal device.
+//! - With the feature `metal`, `MetalSpMV` runs plans on the GPU, and [`crate::UpgLinear`] does on candle's Metal device.
 //!
 //! `docs/metal.md` says what was checked, and how; **no Apple GPU has run this yet**.
 
+#[cfg(all(feature = "metal", not(target_vendor = "apple")))]
+#[path = "metal_kernels/absent.rs"]
+mod spmv;
+
 mod args;
+#[cfg(all(feature = "metal", target_vendor = "apple"))]
+mod candle;
+#[cfg(all(feature = "metal", target_vendor = "apple"))]
+mod gpu;
 mod plan;
+#[cfg(all(feature = "metal", target_vendor = "apple"))]
+mod spmv;
 #[cfg(test)]
 mod tests;
 
 pub use args::{RotateArgs, SparseArgs, StripArgs};
+#[cfg(all(feature = "metal", target_vendor = "apple"))]
+pub(crate) use candle::OnMetal;
 pub use plan::{Dispatch, Element, Operand, Plan, SparseKernel, Weights};
+#[cfg(feature = "metal")]
+pub use spmv::MetalSpMV;
+#[cfg(all(feature = "metal", target_vendor = "apple"))]
+pub use spmv::{MetalFloat, MetalMatrix, MetalPass, MetalVector};
 
 /// Every kernel of [`source`] by name: those of matrices also with `_batch` for four vectors at once, all with the type
 /// of their input.

@@ -219,7 +219,7 @@ impl Program {
 
     /// What is left with each schedule. Errors: what is wrong in the first of them where something is.
     pub(super) fn run(&self, job: &Job<'_>) -> Result<Vec<Left>, String> {
-        let input = Encoded::new(job);
+        let input = Encoded::job(job);
         let mut child = Command::new(&self.executable)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -248,7 +248,7 @@ impl Program {
                     String::from_utf8_lossy(&error)
                 ));
             }
-            // In the order of `Encoded::new`.
+            // In the order of `Encoded::job`.
             let y = taken(&mut out, Some(job.outputs * job.element.size()));
             let rotated = taken(&mut out, Some(job.plan.rotated * 4));
             let rotated = rotated
@@ -283,7 +283,7 @@ struct Encoded {
 }
 
 impl Encoded {
-    fn new(job: &Job<'_>) -> Vec<u8> {
+    fn job(job: &Job<'_>) -> Vec<u8> {
         let size = job.element.size();
         let mut all = Self::default();
         let y = all.buffer(size, Err(job.outputs * size));

@@ -1,0 +1,343 @@
+//! [`MetalSpMV`] on a system that has Metal.
+
+use super::gpu::{Device, Encoder, Gpu, GpuBuffer, Pipeline, Resident, Vectors, encode};
+use super::plan::Element;
+use crate::error::{Error, ErrorKind, Result};
+use crate::matrix::Matrix;
+use bytemuck::{Pod, cast_slice};
+use candle_core::{DType, Tensor, WithDType};
+use half::f16;
+use objc2::rc::{Retained, autoreleasepool};
+use objc2::runtime::ProtocolObject;
+use objc2_metal::{
+    MTLCommandBuffer, MTLCommandBufferStatus, MTLCommandEncoder, MTLCommandQueue,
+    MTLComputeCommandEncoder, MTLCreateSystemDefaultDevice, MTLDevice, MTLSize,
+};
+use std::ffi::c_void;
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Products of compressed matrices with vectors on the GPU of this machine.
+///
+/// **Not run on hardware yet**: `docs/metal.md` says what was checked.
+///
+/// ```no_run
+/// # fn main() -> upg_kernel::Result<()> {
+/// use candle_core::{Device, Tensor};
+/// use upg_kernel::UPGDecompressor;
+/// use upg_kernel::metal_kernels::MetalSpMV;
+///
+/// let file = UPGDecompressor::from_safetensors("models/smollm2-q4.safetensors")?;
+/// let (info, matrix) = file.layer(0)?;
+/// let metal = MetalSpMV::new()?;
+/// let x = Tensor::ones(info.cols, candle_core::DType::F32, &Device::Cpu)?;
+/// let y = metal.execute(matrix, &x)?; // [rows]
+///
+/// // Many products, with weights that stay on the GPU and results that do too:
+/// let matrix = metal.load(matrix)?;
+/// let x = metal.vector(&vec![1.0f32; info.cols], 1)?;
+/// let mut pass = metal.pass()?;
+/// let y = pass.spmv(&matrix, &x)?;
+/// pass.finish()?;
+/// let y: Vec<f32> = y.to_vec()?;
+/// # Ok(())
+/// # }
+/// ```
+pub struct MetalSpMV {
+    device: Arc<Gpu>,
+    command_queue: Retained<ProtocolObject<dyn MTLCommandQueue>>,
+}
+
+impl MetalSpMV {
+    /// With the default device; compiles the kernels (some tenths of a second the first time).
+    ///
+    /// Errors (`Unsupported`): there is no device, or it lacks what the kernels need: the message says what.
+    pub fn new() -> Result<Self> {
+        let device = MTLCreateSystemDefaultDevice().ok_or_else(|| {
+            Error::new(ErrorKind::Unsupported, "there is no Metal device here")
+                .hint("multiply on the CPU: `Matrix::spmv`")
+        })?;
+        Self::on(device)
+    }
+
+    fn on(device: Device) -> Result<Self> {
+        let command_queue = device.newCommandQueue().ok_or_else(|| {
+            let message = format!("{} has no command queue", device.name());
+            Error::new(ErrorKind::Unsupported, message)
+        })?;
+        Ok(Self {
+            device: Arc::new(Gpu::new(device)?),
+            command_queue,
+        })
+    }
+
+    /// The name of the device.
+    pub fn device_name(&self) -> String {
+        self.device.device.name().to_string()
+    }
+
+    /// How many bytes of weights and vectors the device has room for with good speed.
+    pub fn working_set(&self) -> u64 {
+        self.device.device.recommendedMaxWorkingSetSize()
+    }
+
+    /// `W x` for a vector `[cols]`, or for each row of `[n, cols]`: a tensor `[rows]` or `[n, rows]` of the same type, on
+    /// the CPU as `vector` is. Waits for the GPU; copies weights that are not mapped: [`MetalSpMV::load`] does once.
+    ///
+    /// Errors: `Unsupported` for a type other than F32 and F16 or a matrix that is not compressed; `Shape` for a tensor
+    /// of another shape; `TooLarge` if the device has no room.
+    pub fn execute(&self, matrix: &Matrix, vector: &Tensor) -> Result<Tensor> {
+        match vector.dtype() {
+            DType::F32 => self.execute_as::<f32>(matrix, vector),
+            DType::F16 => self.execute_as::<f16>(matrix, vector),
+            other => Err(Error::new(
+                ErrorKind::Unsupported,
+                format!("a vector of {other:?}, expected F32 or F16"),
+            )),
+        }
+    }
+
+    fn execute_as<T: MetalFloat + WithDType>(
+        &self,
+        matrix: &Matrix,
+        vector: &Tensor,
+    ) -> Result<Tensor> {
+        let mut shape = vector.dims().to_vec();
+        let (rows, cols) = (matrix.rows(), matrix.cols());
+        if !matches!(shape.len(), 1 | 2) || shape.last() != Some(&cols) {
+            let message = format!("a tensor {shape:?} for a matrix [{rows}, {cols}]");
+            let hint = format!("use [{cols}] or [n, {cols}]");
+            return Err(Error::new(ErrorKind::Shape, message).hint(hint));
+        }
+        let values: Vec<T> = vector.flatten_all()?.to_vec1()?;
+        let matrix = self.load(matrix)?;
+        let x = self.vector(&values, values.len() / cols)?;
+        let mut pass = self.pass()?;
+        let y = pass.spmv(&matrix, &x)?;
+        pass.finish()?;
+        *shape.last_mut().expect("one or two dimensions") = rows;
+        Ok(Tensor::from_vec(
+            y.to_vec::<T>()?,
+            shape,
+            &candle_core::Device::Cpu,
+        )?)
+    }
+
+    /// The matrix for kernels: weights of a mapped file stay where they are, others are copied.
+    ///
+    /// Errors: `Unsupported` for a matrix that is not compressed; `TooLarge` if the device has no room.
+    pub fn load(&self, matrix: &Matrix) -> Result<MetalMatrix> {
+        Ok(MetalMatrix(Arc::new(Resident::new(&self.device, matrix)?)))
+    }
+
+    /// Copies `n` vectors, one after the other, to the GPU. Errors (`Argument`): `values` is not as many of equal length.
+    pub fn vector<T: MetalFloat>(&self, values: &[T], n: usize) -> Result<MetalVector> {
+        if n == 0 || values.is_empty() || !values.len().is_multiple_of(n) {
+            let message = format!("{} values are not {n} vectors", values.len());
+            return Err(Error::new(ErrorKind::Argument, message));
+        }
+        Ok(MetalVector {
+            buffer: self.device.copied(cast_slice(values))?,
+            n,
+            len: values.len() / n,
+            element: T::ELEMENT,
+            is_ready: Arc::new(AtomicBool::new(true)),
+        })
+    }
+
+    /// Begins a pass: products that run one after the other, without the CPU in between.
+    pub fn pass(&self) -> Result<MetalPass<'_>> {
+        let none = || Error::new(ErrorKind::TooLarge, "the device has no room for commands");
+        // What Metal returns belongs to a pool, which a thread of Rust does not have.
+        autoreleasepool(|_| {
+            let commands = self.command_queue.commandBuffer().ok_or_else(none)?;
+            let encoder = commands.computeCommandEncoder().ok_or_else(none)?;
+            Ok(MetalPass {
+                spmv: self,
+                commands,
+                encoder: Raw(encoder),
+                is_encoding: true,
+                results: Vec::new(),
+            })
+        })
+    }
+}
+
+/// A type of vectors on the GPU: `f32` or `f16`.
+pub trait MetalFloat: Pod {
+    /// As plans call it.
+    const ELEMENT: Element;
+}
+
+impl MetalFloat for f32 {
+    const ELEMENT: Element = Element::F32;
+}
+
+impl MetalFloat for f16 {
+    const ELEMENT: Element = Element::F16;
+}
+
+/// A matrix that kernels can read; cheap to clone.
+#[derive(Clone)]
+pub struct MetalMatrix(Arc<Resident>);
+
+impl MetalMatrix {
+    /// The matrix.
+    pub fn matrix(&self) -> &Matrix {
+        self.0.matrix()
+    }
+}
+
+/// `n` vectors on the GPU, all f32 or all f16; cheap to clone.
+#[derive(Clone)]
+pub struct MetalVector {
+    buffer: GpuBuffer,
+    n: usize,
+    len: usize,
+    element: Element,
+    /// Whether the pass that writes it has finished.
+    is_ready: Arc<AtomicBool>,
+}
+
+impl MetalVector {
+    /// How many vectors, and of how many elements.
+    pub fn shape(&self) -> (usize, usize) {
+        (self.n, self.len)
+    }
+
+    /// The values, vector by vector. Errors (`Argument`): `T` is not their type, or the pass that computes them has
+    /// not finished.
+    pub fn to_vec<T: MetalFloat>(&self) -> Result<Vec<T>> {
+        if T::ELEMENT != self.element {
+            let message = format!("vectors of {:?} read as {:?}", self.element, T::ELEMENT);
+            return Err(Error::new(ErrorKind::Argument, message));
+        }
+        if !self.is_ready.load(Ordering::Acquire) {
+            let message = "the pass that computes this vector has not finished";
+            return Err(Error::new(ErrorKind::Argument, message).hint("call `finish` on it"));
+        }
+        // SAFETY: made with so many bytes, in shared memory; the only pass that writes it has finished.
+        let bytes = unsafe { self.buffer.read(self.n * self.len * size_of::<T>()) };
+        Ok(cast_slice(bytes).to_vec())
+    }
+}
+
+/// Products that are encoded but not computed before [`MetalPass::finish`]. Dropped without it nothing is computed.
+pub struct MetalPass<'a> {
+    spmv: &'a MetalSpMV,
+    commands: Retained<ProtocolObject<dyn MTLCommandBuffer>>,
+    encoder: Raw,
+    is_encoding: bool,
+    results: Vec<Arc<AtomicBool>>,
+}
+
+impl MetalPass<'_> {
+    /// `W x` for each vector of `x`, which may be the result of a product of this pass.
+    ///
+    /// Errors: `Shape` if the vectors have another length than the matrix has columns; `TooLarge` if the device has no
+    /// room.
+    pub fn spmv(&mut self, matrix: &MetalMatrix, x: &MetalVector) -> Result<MetalVector> {
+        let (rows, cols) = (matrix.matrix().rows(), matrix.matrix().cols());
+        if x.len != cols {
+            let message = format!(
+                "vectors of {} elements for a matrix [{rows}, {cols}]",
+                x.len
+            );
+            return Err(Error::new(ErrorKind::Shape, message));
+        }
+        let gpu = &self.spmv.device;
+        let plan = gpu.plan(matrix.matrix(), x.n, x.element)?;
+        let bytes =
+            x.n.checked_mul(rows)
+                .and_then(|n| n.checked_mul(x.element.size()));
+        let bytes = bytes
+            .ok_or_else(|| Error::new(ErrorKind::TooLarge, format!("{} x {rows} outputs", x.n)))?;
+        let vectors = Vectors {
+            x: x.buffer.clone(),
+            y: gpu.empty(bytes)?,
+            rotated: match plan.rotated {
+                0 => None,
+                n => Some(gpu.empty(4 * n)?),
+            },
+        };
+        encode(gpu, &matrix.0, &plan, &vectors, &mut self.encoder)?;
+        let is_ready = Arc::new(AtomicBool::new(false));
+        self.results.push(Arc::clone(&is_ready));
+        Ok(MetalVector {
+            buffer: vectors.y,
+            n: x.n,
+            len: rows,
+            element: x.element,
+            is_ready,
+        })
+    }
+
+    /// Runs the products and waits for them. Errors (`Io`): what the device says.
+    pub fn finish(mut self) -> Result<()> {
+        self.end_encoding();
+        self.commands.commit();
+        self.commands.waitUntilCompleted();
+        if self.commands.status() != MTLCommandBufferStatus::Completed {
+            let reason = self
+                .commands
+                .error()
+                .map(|e| e.localizedDescription().to_string());
+            let reason = reason.unwrap_or_else(|| "it does not say why".to_string());
+            return Err(Error::new(
+                ErrorKind::Io,
+                format!("the GPU did not finish: {reason}"),
+            ));
+        }
+        for result in &self.results {
+            result.store(true, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    fn end_encoding(&mut self) {
+        if std::mem::take(&mut self.is_encoding) {
+            self.encoder.0.endEncoding();
+        }
+    }
+}
+
+impl Drop for MetalPass<'_> {
+    fn drop(&mut self) {
+        // Metal wants it before it lets go of an encoder.
+        self.end_encoding();
+    }
+}
+
+/// An encoder whose dispatches run one after the other, each after what the one before has written.
+struct Raw(Retained<ProtocolObject<dyn MTLComputeCommandEncoder>>);
+
+impl Encoder for Raw {
+    fn pipeline(&mut self, pipeline: &Pipeline) {
+        self.0.setComputePipelineState(pipeline);
+    }
+
+    fn bytes(&mut self, index: usize, bytes: &[u8]) {
+        let start = NonNull::from(bytes).cast::<c_void>();
+        // SAFETY: so many bytes, fewer than 4 KiB, which are copied.
+        unsafe { self.0.setBytes_length_atIndex(start, bytes.len(), index) };
+    }
+
+    fn buffer(&mut self, index: usize, buffer: &GpuBuffer, _is_written: bool) {
+        // SAFETY: the plan binds what the kernel declares at this index, and the offset is inside of the buffer.
+        unsafe {
+            self.0
+                .setBuffer_offset_atIndex(Some(buffer.raw()), buffer.offset, index)
+        };
+    }
+
+    fn threadgroup_memory(&mut self, index: usize, bytes: usize) {
+        // SAFETY: as the kernel declares it, in multiples of 16 bytes.
+        unsafe { self.0.setThreadgroupMemoryLength_atIndex(bytes, index) };
+    }
+
+    fn dispatch(&mut self, threadgroups: MTLSize, threads: MTLSize) {
+        self.0
+            .dispatchThreadgroups_threadsPerThreadgroup(threadgroups, threads);
+    }
+}

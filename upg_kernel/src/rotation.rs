@@ -42,7 +42,12 @@ impl Rotation {
     }
 
     /// The sign bits, `ceil(size / 8)` bytes, least significant first.
-    pub fn signs(&self) -> &Array<u8> {
+    pub fn signs(&self) -> &[u8] {
+        &self.signs
+    }
+
+    /// The same, with where they are.
+    pub(crate) fn sign_array(&self) -> &Array<u8> {
         &self.signs
     }
 

@@ -19,20 +19,20 @@ impl Path {
     /// All variants that this machine can run, the fastest one last. All of them give the same
     /// result.
     pub fn available() -> Vec<Self> {
-        let mut paths = vec![Self(Kind::Portable)];
-        #[cfg(target_arch = "x86_64")]
-        {
-            if is_x86_feature_detected!("avx2") {
-                paths.push(Self(Kind::Avx2));
-            }
-            if is_x86_feature_detected!("avx512f")
-                && is_x86_feature_detected!("avx512bw")
-                && is_x86_feature_detected!("avx512vl")
-            {
-                paths.push(Self(Kind::Avx512));
-            }
-        }
-        paths
+        let paths = [
+            (Kind::Portable, true),
+            #[cfg(target_arch = "x86_64")]
+            (Kind::Avx2, is_x86_feature_detected!("avx2")),
+            #[cfg(target_arch = "x86_64")]
+            (
+                Kind::Avx512,
+                is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512vl"),
+            ),
+        ];
+        let there = paths.into_iter().filter(|(_, is_there)| *is_there);
+        there.map(|(kind, _)| Self(kind)).collect()
     }
 
     /// The fastest variant of this machine.

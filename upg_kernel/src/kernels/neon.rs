@@ -43,7 +43,7 @@ impl Neon {
     }
 
     /// Whether products are made with `sdot`.
-    #[cfg(test)]
+    #[cfg(all(test, target_os = "linux"))]
     pub(super) fn has_sdot(self) -> bool {
         self.sdot.is_some()
     }

@@ -1,7 +1,7 @@
 //! Products on candle's Metal device, among its own operations.
 
 use super::gpu::{Encoder, Gpu, GpuBuffer, Pipeline, Resident, Vectors, encode};
-use super::plan::Element;
+use super::plan::{Element, SparseKernel};
 use crate::error::{Error, ErrorKind, Result};
 use crate::matrix::Matrix;
 use candle_core::backend::BackendStorage;
@@ -61,7 +61,7 @@ impl OnMetal {
         let resident = of_device(&self.0, number, || Resident::new(&gpu, matrix))?;
         let matrix = resident.matrix();
         let vectors = layout.shape().elem_count() / matrix.cols();
-        let plan = gpu.plan(matrix, vectors, element)?;
+        let plan = gpu.plan(matrix, vectors, element, SparseKernel::default())?;
         let outputs = vectors * matrix.rows();
         let y = device.new_buffer(outputs, x.dtype(), "upg_product")?;
         let rotated = match plan.rotated {

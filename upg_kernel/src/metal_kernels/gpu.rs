@@ -1,6 +1,6 @@
 //! What both ways to a GPU share: compiled kernels, buffers of weights, and how the calls of a plan are encoded.
 
-use super::plan::{Element, Operand, Plan, Weights};
+use super::plan::{Element, Operand, Plan, SparseKernel, Weights};
 use super::source;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mapped::MappedFile;
@@ -178,6 +178,7 @@ impl Gpu {
         matrix: &'a Matrix,
         vectors: usize,
         element: Element,
+        sparse: SparseKernel,
     ) -> Result<Plan<'a>> {
         let failed = RefCell::new(None);
         let max_threads = |name: &str| match self.pipeline(name) {
@@ -187,7 +188,7 @@ impl Gpu {
                 0
             }
         };
-        let plan = Plan::new(matrix, vectors, element, max_threads);
+        let plan = Plan::with_kernel(matrix, vectors, element, sparse, max_threads);
         match failed.into_inner() {
             Some(e) => Err(e),
             None => plan,

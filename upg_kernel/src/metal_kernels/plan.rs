@@ -521,7 +521,7 @@ impl Planner<'_> {
         let mut dispatches = vec![Dispatch {
             args: bytes_of(&args).to_vec(),
             operands: vec![
-                Operand::Weights(Weights::new(rotation.signs())),
+                Operand::Weights(Weights::new(rotation.sign_array())),
                 from,
                 Operand::Rotated,
             ],

@@ -1,7 +1,7 @@
 //! [`MetalSpMV`] on a system that has Metal.
 
 use super::gpu::{Device, Encoder, Gpu, GpuBuffer, Pipeline, Resident, Vectors, encode};
-use super::plan::Element;
+use super::plan::{Element, SparseKernel};
 use crate::error::{Error, ErrorKind, Result};
 use crate::matrix::Matrix;
 use bytemuck::{Pod, cast_slice};
@@ -122,6 +122,32 @@ impl MetalSpMV {
             shape,
             &candle_core::Device::Cpu,
         )?)
+    }
+
+    /// Products of vectors and results as bytes, for tests of all kernels.
+    #[cfg(test)]
+    pub(super) fn products(
+        &self,
+        matrix: &Matrix,
+        sparse: SparseKernel,
+        x: &[u8],
+        vectors: usize,
+        element: Element,
+    ) -> Result<Vec<u8>> {
+        let x = MetalVector {
+            buffer: self.device.copied(x)?,
+            n: vectors,
+            len: matrix.cols(),
+            element,
+            is_ready: Arc::new(AtomicBool::new(true)),
+        };
+        let mut pass = self.pass()?;
+        let y = pass.run(&self.load(matrix)?, &x, sparse)?;
+        pass.finish()?;
+        Ok(match element {
+            Element::F32 => cast_slice(&y.to_vec::<f32>()?).to_vec(),
+            Element::F16 => cast_slice(&y.to_vec::<f16>()?).to_vec(),
+        })
     }
 
     /// The matrix for kernels: weights of a mapped file stay where they are, others are copied.
@@ -246,8 +272,19 @@ impl MetalPass<'_> {
             );
             return Err(Error::new(ErrorKind::Shape, message));
         }
+        self.run(matrix, x, SparseKernel::default())
+    }
+
+    /// [`MetalPass::spmv`] of vectors that fit, with this kernel if the matrix is `mdcsr`.
+    fn run(
+        &mut self,
+        matrix: &MetalMatrix,
+        x: &MetalVector,
+        sparse: SparseKernel,
+    ) -> Result<MetalVector> {
         let gpu = &self.spmv.device;
-        let plan = gpu.plan(matrix.matrix(), x.n, x.element)?;
+        let rows = matrix.matrix().rows();
+        let plan = gpu.plan(matrix.matrix(), x.n, x.element, sparse)?;
         let bytes =
             x.n.checked_mul(rows)
                 .and_then(|n| n.checked_mul(x.element.size()));

@@ -268,7 +268,7 @@ fn rotated(matrix: &Matrix, x: &[f32]) -> Vec<f32> {
     x
 }
 
-/// Runs a plan of the case with all schedules and compares. The largest error in units of what is allowed.
+/// Runs the case with all schedules and compares. The largest error in units of what is allowed.
 fn check(
     program: &Program,
     case: &Case,
@@ -277,31 +277,44 @@ fn check(
     max_threads: usize,
 ) -> Result<f64, String> {
     let matrix = &case.matrix;
-    let (rows, cols) = (matrix.rows(), matrix.cols());
-    let what = format!(
-        "{} [{rows}, {cols}] x {vectors} {element:?}, {max_threads} threads",
-        case.name
-    );
     let plan = Plan::with_kernel(matrix, vectors, element, case.sparse, |_| max_threads);
     let plan = plan.map_err(|e| e.to_string())?;
+    compare(case, vectors, element, |x| {
+        let job = Job {
+            plan: &plan,
+            x,
+            element,
+            outputs: vectors * matrix.rows(),
+            schedules: &SCHEDULES,
+        };
+        let left = program.run(&job)?;
+        match left.iter().position(|other| other.y != left[0].y) {
+            Some(other) => Err(format!("schedules 0 and {other} differ")),
+            None => Ok(left.into_iter().next().expect("four of them").y),
+        }
+    })
+    .map_err(|e| format!("{e} (up to {max_threads} threads)"))
+}
+
+/// Compares the outputs, as bytes, that `run` makes of an input, as bytes.
+fn compare(
+    case: &Case,
+    vectors: usize,
+    element: Element,
+    run: impl FnOnce(&[u8]) -> Result<Vec<u8>, String>,
+) -> Result<f64, String> {
+    let (rows, cols) = (case.matrix.rows(), case.matrix.cols());
+    let what = format!("{} [{rows}, {cols}] x {vectors} {element:?}", case.name);
     let (bytes, x) = input(vectors * cols, element, 30);
-    let job = Job {
-        plan: &plan,
-        x: &bytes,
-        element,
-        outputs: vectors * rows,
-        schedules: &SCHEDULES,
-    };
-    let left = program.run(&job).map_err(|e| format!("{what}: {e}"))?;
-    if let Some(other) = left.iter().position(|other| other.y != left[0].y) {
-        return Err(format!("{what}: schedules 0 and {other} differ"));
-    }
+    let y = run(&bytes).map_err(|e| format!("{what}: {e}"))?;
     let y: Vec<f64> = match element {
-        Element::F32 => floats::<f32>(&left[0].y),
-        Element::F16 => floats::<f16>(&left[0].y),
+        Element::F32 => floats::<f32>(&y),
+        Element::F16 => floats::<f16>(&y),
     };
+    let expected = Expected::all(&case.matrix, &x);
+    assert_eq!(y.len(), expected.len());
     let mut worst = 0f64;
-    for (i, (&found, expected)) in y.iter().zip(Expected::all(matrix, &x)).enumerate() {
+    for (i, (&found, expected)) in y.iter().zip(&expected).enumerate() {
         let error = expected.error(found, case, element);
         if error > 1.0 {
             let (row, vector, expected) = (i % rows, i / rows, expected.value);
@@ -320,35 +333,98 @@ fn floats<T: bytemuck::AnyBitPattern + Into<f64>>(bytes: &[u8]) -> Vec<f64> {
     values.map(value).collect()
 }
 
+/// One vector, and two batches of which the second is not full.
+const VECTORS: [usize; 2] = [1, 5];
+
+const ELEMENTS: [Element; 2] = [Element::F32, Element::F16];
+
 /// All cases with both programs, one and some vectors of both types; panics with what is wrong.
 fn check_all(cases: &[Case], max_threads: usize) {
     let Some(programs) = programs() else { return };
     let mut jobs = Vec::new();
     for case in cases {
         for program in programs {
-            for element in [Element::F32, Element::F16] {
-                // One, and two batches of which the second is not full.
-                jobs.extend([1, 5].map(|vectors| (case, program, element, vectors)));
+            for element in ELEMENTS {
+                jobs.extend(VECTORS.map(|vectors| (case, program, element, vectors)));
             }
         }
     }
     let run = |&(case, program, element, vectors): &(_, _, _, _)| {
-        check(program, case, vectors, element, max_threads)
+        let error = check(program, case, vectors, element, max_threads);
+        error.map(|error| (element, error))
     };
-    let results: Vec<_> = jobs.par_iter().map(run).collect();
+    report(jobs.par_iter().map(run).collect());
+}
+
+/// Panics with what is wrong, or prints the largest errors.
+fn report(results: Vec<Result<(Element, f64), String>>) {
     let wrong: Vec<_> = results.iter().filter_map(|r| r.as_ref().err()).collect();
-    let count = wrong.len();
-    assert!(
-        wrong.is_empty(),
-        "{count} of {}: {:#?}",
-        results.len(),
-        &wrong[..count.min(5)]
-    );
-    let worst = results.into_iter().flatten().fold(0.0, f64::max);
-    println!(
-        "{} runs, largest error {worst:.2} of what is allowed",
-        jobs.len()
-    );
+    let (some, count) = (&wrong[..wrong.len().min(5)], wrong.len());
+    assert!(wrong.is_empty(), "{count} of {}: {some:#?}", results.len());
+    for element in ELEMENTS {
+        let errors = results.iter().flatten().filter(|(e, _)| *e == element);
+        let (count, worst) = errors.fold((0, 0.0), |(n, worst), (_, e)| (n + 1, e.max(worst)));
+        println!("{count} runs with {element:?}, largest error {worst:.2} of what is allowed");
+    }
+}
+
+/// The same cases on the GPU of this machine.
+#[cfg(all(feature = "metal", target_vendor = "apple"))]
+#[test]
+fn test_metal_spmv_on_the_device() {
+    let metal = super::MetalSpMV::new().unwrap_or_else(|e| panic!("{e}"));
+    println!("{}", metal.device_name());
+    let mut results = Vec::new();
+    for case in [edges(), sparse_rows(), extremes()].into_iter().flatten() {
+        for element in ELEMENTS {
+            for vectors in VECTORS {
+                let error = compare(&case, vectors, element, |x| {
+                    let y = metal.products(&case.matrix, case.sparse, x, vectors, element);
+                    y.map_err(|e| e.to_string())
+                });
+                results.push(error.map(|error| (element, error)));
+            }
+        }
+    }
+    report(results);
+}
+
+/// candle's Metal device gives what its CPU gives.
+#[cfg(all(feature = "metal", target_vendor = "apple"))]
+#[test]
+fn test_metal_spmv_in_candle() {
+    use candle_core::{Device, Module, Tensor};
+    let device = Device::new_metal(0).unwrap();
+    for case in packed(67, 130) {
+        let scales = (0..67).map(|r| 1e-6 * (1 + r % 7) as f32).collect();
+        let matrix = case.matrix.with_scales(scales).unwrap();
+        let layer = crate::UpgLinear::new(matrix, None).unwrap();
+        for dtype in [
+            candle_core::DType::F32,
+            candle_core::DType::F16,
+            candle_core::DType::BF16,
+        ] {
+            let (_, x) = input(2 * 3 * 130, Element::F16, 32);
+            let x = Tensor::from_vec(x, (2, 3, 130), &Device::Cpu)
+                .unwrap()
+                .to_dtype(dtype)
+                .unwrap();
+            let on = |device: &Device| -> Vec<f32> {
+                let y = layer.forward(&x.to_device(device).unwrap()).unwrap();
+                let y = y.to_dtype(candle_core::DType::F32).unwrap();
+                y.flatten_all().unwrap().to_vec1().unwrap()
+            };
+            let (cpu, gpu) = (on(&Device::Cpu), on(&device));
+            let largest = cpu.iter().fold(0.0f32, |a, x| a.max(x.abs()));
+            for (a, b) in cpu.iter().zip(&gpu) {
+                assert!(
+                    (a - b).abs() <= 1e-2 * largest,
+                    "{} {dtype:?}: {a} {b}",
+                    case.name
+                );
+            }
+        }
+    }
 }
 
 #[test]
@@ -390,8 +466,8 @@ fn test_metal_spmv_every_kernel_is_in_the_list() {
     assert_eq!(found, listed);
 }
 
-#[test]
-fn test_metal_spmv_packed_encodings_of_every_edge() {
+/// Packed encodings of every edge.
+fn edges() -> Vec<Case> {
     let mut cases = Vec::new();
     for rows in [1, 7, 64, 65] {
         for cols in [1, 63, 64, 65] {
@@ -400,7 +476,12 @@ fn test_metal_spmv_packed_encodings_of_every_edge() {
     }
     cases.extend(packed(3, 5120));
     cases.extend(packed(130, 200));
-    check_all(&cases, 1024);
+    cases
+}
+
+#[test]
+fn test_metal_spmv_packed_encodings_of_every_edge() {
+    check_all(&edges(), 1024);
 }
 
 #[test]
@@ -410,58 +491,54 @@ fn test_metal_spmv_packed_encodings_with_any_number_of_threads() {
     }
 }
 
-#[test]
-fn test_metal_spmv_sparse_rows_of_every_kind() {
+/// `mdcsr` with rows of every kind, without entries, and with a last block that is not whole, of every length.
+fn sparse_rows() -> Vec<Case> {
     let mut cases = Vec::new();
     for (rows, cols) in [(1, 1), (5, 63), (11, 64), (300, 65), (23, 5120)] {
         cases.extend(every_sparse_kernel("", &sparse(rows, cols)));
     }
-    // No entries at all; padding only; a last block that is not whole, at every offset.
     let empty = sparse_of(9, vec![], vec![], vec![0; 4], vec![], vec![1.0; 3].into());
     cases.extend(every_sparse_kernel("empty", &empty));
     for entries in 1..=9 {
         let deltas = (0..entries).map(|i| u8::from(i > 0)).collect();
-        let matrix = sparse_of(
-            9,
-            vec![-3; entries],
-            deltas,
-            vec![0, 0, entries as u32, entries as u32],
-            vec![9_999; entries],
-            vec![1.0, -0.5, 2.0].into(),
-        );
+        let pointers = vec![0, 0, entries as u32, entries as u32];
+        let (values, primes) = (vec![-3; entries], vec![9_999; entries]);
+        let scales = vec![1.0, -0.5, 2.0].into();
+        let matrix = sparse_of(9, values, deltas, pointers, primes, scales);
         cases.extend(every_sparse_kernel(&format!("of {entries}"), &matrix));
     }
-    check_all(&cases, 1024);
+    cases
 }
 
-/// Nothing but zeros, and the largest and smallest scales that a file may have.
 #[test]
-fn test_metal_spmv_zeros_and_extreme_scales() {
+fn test_metal_spmv_sparse_rows_of_every_kind() {
+    check_all(&sparse_rows(), 1024);
+}
+
+/// The largest and smallest scales that a file may have, and nothing but zeros.
+fn extremes() -> Vec<Case> {
     let (rows, cols) = (66, 130);
     let tiny = f32::from_bits(1);
-    let extreme = [
-        2f32.powi(64),
-        -(2f32.powi(64)),
-        tiny,
-        -tiny,
-        f32::MIN_POSITIVE,
-        0.0,
-        -0.0,
-    ];
-    let extreme: Vec<f32> = extreme.into_iter().cycle().take(rows).collect();
+    let largest = 2f32.powi(64);
+    let scales = [largest, -largest, tiny, -tiny, f32::MIN_POSITIVE, 0.0, -0.0];
+    let scales: Vec<f32> = scales.into_iter().cycle().take(rows).collect();
     let mut cases = every_sparse_kernel("", &sparse(rows, cols));
     cases.extend(packed(rows, cols));
-    for case in &mut cases {
-        case.name += " of extreme scales";
-        case.matrix = case.matrix.with_scales(extreme.clone()).unwrap();
-    }
-    let zeros = |case: Case| Case {
-        name: case.name.replace("extreme scales", "zeros"),
-        matrix: case.matrix.with_scales(vec![0.0; rows]).unwrap(),
+    let with = |case: &Case, name: &str, scales: &[f32]| Case {
+        name: format!("{} of {name}", case.name),
+        matrix: case.matrix.with_scales(scales.to_vec()).unwrap(),
         sparse: case.sparse,
     };
-    cases.extend(packed(rows, cols).into_iter().map(zeros));
-    check_all(&cases, 1024);
+    let extreme = cases
+        .iter()
+        .map(|case| with(case, "extreme scales", &scales));
+    let zeros = cases.iter().map(|case| with(case, "zeros", &[0.0; 66]));
+    extreme.chain(zeros).collect()
+}
+
+#[test]
+fn test_metal_spmv_zeros_and_extreme_scales() {
+    check_all(&extremes(), 1024);
 }
 
 /// The rotated input is that of the CPU to the bit.

@@ -11,7 +11,8 @@ safetensors, then runs every test: those of the three crates, the commands on a 
 independent reader of the format, and the Python converter of old files.
 
 Needs Rust (cargo), a C compiler, Python 3 with pip and venv, 4 GB of disk and, the first time, a
-network. Writes models/ beside this script and where cargo builds (target/).
+network; for the kernels for Apple GPUs, which it runs on the CPU, also clang++ 15 or later, else it says that they
+were not tested. Writes models/ beside this script and where cargo builds (target/).
 END
 }
 
@@ -37,11 +38,14 @@ if ! "$venv/bin/python" -c 'import numpy, safetensors' 2>/dev/null; then
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check 'numpy>=2,<3' 'safetensors>=0.5,<1'
 fi
 
-cargo test --workspace --locked --no-fail-fast
+cargo test --workspace --features metal --locked --no-fail-fast
 # Without rounded activations the text has to be that of transformers, token by token.
 # (Of the whole workspace: for one package dependencies would be compiled again, with other features.)
-UPG_KERNEL=scalar cargo test --workspace --test smollm2 --locked q8_continues_as_transformers_does
+UPG_KERNEL=scalar cargo test --workspace --features metal --test smollm2 --locked q8_continues_as_transformers_does
 # The command was built for its own tests.
 "$venv/bin/python" tests/test_python_reader.py "$target/debug/upg"
 "$venv/bin/python" tests/test_convert_pickle.py "$target/debug/upg"
+if [ -z "$(find_clang)" ]; then
+    echo "NOT TESTED for want of clang++: the kernels for Apple GPUs (upg_kernel/kernels/spmv.metal)"
+fi
 echo "All tests passed."

@@ -39,6 +39,32 @@ need_venv() {
     fi
 }
 
+# The C++ compiler of clang that the tests of the kernels for Apple GPUs use; nothing if there is none.
+find_clang() {
+    local name
+    for name in "${UPG_CLANG-}" clang++ clang++-{22,21,20,19,18,17,16,15}; do
+        if [ -n "$name" ] && command -v "$name" >/dev/null; then
+            echo "$name"
+            return
+        fi
+    done
+}
+
+need_clang() {
+    local package
+    if [ -z "$(find_clang)" ] && command -v apt-get >/dev/null && [ "$(id -u)" -eq 0 ]; then
+        apt-get update -qq
+        # The one of the distribution may be too old.
+        for package in clang-{19,18,17,16,15} clang; do
+            DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$package" >/dev/null 2>&1 && break
+        done
+    fi
+    if [ -z "$(find_clang)" ]; then
+        echo "Missing: clang++, 15 or later. Debian, Ubuntu: apt install clang; macOS: xcode-select --install" >&2
+        exit 1
+    fi
+}
+
 # at_least 1.96.0-nightly 1.95: major and minor version only.
 at_least() {
     local f_major f_minor w_major w_minor _

@@ -118,15 +118,7 @@ impl Gpu {
             let message = format!("{name} lacks the functions of SIMD-groups that the kernels use");
             return Err(unsupported(message).hint("an Apple GPU from M1 or A14 on has them"));
         }
-        let text = NSString::from_str(&source());
-        let library = device.newLibraryWithSource_options_error(&text, None);
-        let library = library.map_err(|e| {
-            unsupported(format!(
-                "{name} does not compile the kernels: {}",
-                e.localizedDescription()
-            ))
-            .hint("they need Metal 3 (macOS 13); please report this")
-        })?;
+        let library = library(&device)?;
         let levels = |k| {
             let levels = Plan::upper_levels(k).expect("2, 3 or 4");
             GpuBuffer::copied(&device, cast_slice(&levels))
@@ -266,6 +258,33 @@ impl Gpu {
         files.push((place, Arc::downgrade(&whole.shared)));
         Ok(whole)
     }
+}
+
+/// The kernels: as the build has compiled them, or from their source.
+fn library(device: &Device) -> Result<Retained<ProtocolObject<dyn MTLLibrary>>> {
+    #[cfg(upg_metallib)]
+    {
+        let compiled = include_bytes!(concat!(env!("OUT_DIR"), "/spmv.metallib"));
+        let compiled = dispatch2::DispatchData::from_static_bytes(compiled);
+        match device.newLibraryWithData_error(&compiled) {
+            Ok(library) => return Ok(library),
+            Err(e) => log::warn!(
+                "compiling the kernels again: {} does not take those of the build: {}",
+                device.name(),
+                e.localizedDescription()
+            ),
+        }
+    }
+    let text = NSString::from_str(&source());
+    let library = device.newLibraryWithSource_options_error(&text, None);
+    library.map_err(|e| {
+        let reason = e.localizedDescription();
+        unsupported(format!(
+            "{} does not compile the kernels: {reason}",
+            device.name()
+        ))
+        .hint("they need Metal 3 (macOS 13); please report this")
+    })
 }
 
 fn page_size() -> usize {

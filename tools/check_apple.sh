@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# What another system can check of the code for Apple's: its types. Run it again as you like.
+set -euo pipefail
+
+usage() {
+    cat <<'END'
+Usage: tools/check_apple.sh
+
+Checks the whole workspace for macOS on Apple Silicon with clippy, tests, benchmarks and the feature `metal`
+included, with kernels compiled at run time and by the build. Nothing is linked or run. (`cargo test` runs the kernels
+for the GPU on the CPU: test.sh does that.)
+
+Needs Rust (cargo) with rustup or the source of its standard library, clang, 3 GB of disk and, the first time, a
+network. Installs clang where it is missing, with apt-get (Debian, Ubuntu; as root), and the standard library of Rust for macOS.
+Writes where cargo builds (target/).
+END
+}
+
+case "${1-}" in
+-h | --help) usage && exit ;;
+?*) usage >&2 && exit 2 ;;
+esac
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$root"
+. tools/need.sh
+macos=aarch64-apple-darwin
+
+need_clang
+clang=$(find_clang)
+# For C code of dependencies: there are no headers of Apple's here, and what is compiled is not used.
+export CC_aarch64_apple_darwin=${clang/++/} CFLAGS_aarch64_apple_darwin=-ffreestanding
+unset RUSTFLAGS CARGO_ENCODED_RUSTFLAGS CARGO_BUILD_RUSTFLAGS
+
+sysroot=$(rustc --print sysroot)
+std=()
+if ! ls "$sysroot/lib/rustlib/$macos/lib"/libstd-* >/dev/null 2>&1 &&
+    ! { command -v rustup >/dev/null && timeout 300 rustup target add $macos; }; then
+    # Then from its source, which takes a compiler that says it is a nightly one.
+    if ! [ -e "$sysroot/lib/rustlib/src/rust/library/Cargo.toml" ]; then
+        echo "Missing: the standard library of Rust for $macos, or its source. Get one: rustup target add $macos" >&2
+        exit 1
+    fi
+    export RUSTC_BOOTSTRAP=1
+    std=(-Zbuild-std=std,panic_abort)
+fi
+
+check() {
+    cargo clippy --workspace --features metal --all-targets --locked --target $macos "${std[@]}" -- -D warnings
+}
+UPG_METALLIB=none check
+# Any file will do: it is embedded, not read.
+UPG_METALLIB="$root/upg_kernel/kernels/spmv.metal" check
+echo "The types are those of $macos."

@@ -44,19 +44,21 @@
 //          A thread has 32 bits, 8 rows of a tile; a prefix sum over the threads says where its codes start.
 //          Of s4 the 64 bits of two threads share a run of whole bytes: the second starts at a half byte.
 //   t2-t4  A thread reads 32 states of 13 bits from k words and the next one; the 16 bytes behind every strip are for it.
-//          The level is that of upg_format_v2.md: what an upper half of the ring has is looked up, a lower half is its
-//          mirror image. Tiles behind the last one are taken to be the last one, with an x of 0.
+//          The level is that of upg_format_v2.md, looked up by its point on the ring. Tiles behind the last one are taken
+//          to be the last one, with an x of 0.
 //          x is the rotated input, which rotate_* has put into a buffer of floats.
 //
-//   Tables are in threadgroup memory, as halves: 16 levels, 64 (t2, t3) or 128 (t4) levels, 256 primes. All are integers
-//   below 2048, which halves hold exactly. Shuffles would not do: with an index of its own for each thread they
+//   Threadgroup memory is one piece: tables, the sums of the SIMD-groups, and for s a count of each. (Of pieces with numbers of
+//   their own, those that the kernel before has used would stay in an encoder, and may count.)
+//   Tables are of halves: 16 levels, 128 (t2, t3) or 256 (t4) levels, 256 primes. All are integers
+//   of magnitudes below 2048, which halves hold exactly. Shuffles would not do: with an index of its own for each thread they
 //   take about 30 cycles (docs/metal.md).
 //
 // Rotation of the input of t: a pass over `size` columns, signs and then a Hadamard transform
 //   rotate_block_*  a threadgroup transforms a block of up to 4096 columns in threadgroup memory: a thread takes 16
 //                   elements at a distance of 1, then of 16, then of 256, with barriers between.
 //   rotate_across   the rest of a longer transform: a thread takes 2 to 16 elements at a distance of 4096 or more.
-//   Additions are those of the format, span 1 first, so that the result is that of the CPU to the bit.
+//   Additions are those of the format, span 1 first: the result is that of the CPU to the bit, if the compiler keeps them.
 
 #include "spmv_args.h"
 #include <metal_stdlib>
@@ -83,6 +85,7 @@ float4 four_of(device const T *x, uint col, uint cols) {
         return float4(x4[0], x4[1], x4[2], x4[3]);
     }
     float4 x4 = float4(0.0f);
+#pragma unroll
     for (uint i = 0; i < 4; i++) {
         if (col + i < cols) {
             x4[i] = float(x[col + i]);
@@ -263,10 +266,13 @@ template <typename T>
                 value = *(device const char4 *)(values + first);
                 prime = *(device const ushort4 *)(prime_indices + first);
             } else {
-                for (uint i = 0; i < args.entries - first; i++) {
-                    delta[i] = deltas[first + i];
-                    value[i] = values[first + i];
-                    prime[i] = prime_indices[first + i];
+#pragma unroll
+                for (uint i = 0; i < 3; i++) {
+                    if (i < args.entries - first) {
+                        delta[i] = deltas[first + i];
+                        value[i] = values[first + i];
+                        prime[i] = prime_indices[first + i];
+                    }
                 }
             }
         }
@@ -281,12 +287,13 @@ template <typename T>
         }
         const uint base = before + simd_prefix_exclusive_sum(run);
         before += simd_sum(run);
+        // All loads first, without a branch: of entries that are not of this row, whose column may be none of x, that of
+        // column 0. What is not stored is not multiplied: x may be infinite there.
 #pragma unroll
         for (uint i = 0; i < 4; i++) {
-            // Of entries that are not of this row the column may be none of x.
-            if (value[i] != 0) {
-                sum += weight(primes, prime[i], value[i]) * float(x[base + columns[i]]);
-            }
+            const bool is_stored = value[i] != 0;
+            const float element = float(x[is_stored ? base + columns[i] : 0]);
+            sum += is_stored ? weight(primes, prime[i], value[i]) * element : 0.0f;
         }
     }
     sum = simd_sum(sum);
@@ -360,7 +367,7 @@ void add_group(
 }
 
 // Adds up the sums of all threads, and writes the rows. `row_primes` are the prime indices of t, else null.
-// `partial` has 64 * N floats for each SIMD-group.
+// `partial` has STRIP_ROWS * N floats for each SIMD-group.
 template <typename T, int N>
 void finish(
     thread const float (&sums)[OCTET][N], Place place, constant UpgStripArgs &args, device const float *scales,
@@ -395,6 +402,11 @@ void finish(
 }
 
 // Of q4 and s4: 16 levels, then 256 primes; of q8 and s8 the primes only.
+constexpr uint table_size(bool nibbles) { return nibbles ? 16 + PRIMES : PRIMES; }
+
+// What is behind a table of `size` halves, a multiple of 8.
+threadgroup float *behind(threadgroup half *table, uint size) { return (threadgroup float *)(table + size); }
+
 void fill_tables(threadgroup half *table, device const char *codebook, device const uint *primes, Place place) {
     if (codebook) {
         for (uint i = place.tid; i < 16; i += place.threads()) {
@@ -410,10 +422,11 @@ void fill_tables(threadgroup half *table, device const char *codebook, device co
 
 // ---- q8 and q4
 
-// The levels of four codes, each in a byte.
-float4 levels_of(uint codes, threadgroup const half *levels) {
-    const uchar4 code = as_type<uchar4>(codes);
-    return float4(levels[code.x], levels[code.y], levels[code.z], levels[code.w]);
+// The levels of the low (`from` 0) or high (4) halves of four bytes.
+float4 levels_of(uint codes, int from, threadgroup const half *levels) {
+    return float4(
+        levels[codes >> from & 15], levels[codes >> (from + 8) & 15], levels[codes >> (from + 16) & 15],
+        levels[codes >> (from + 24) & 15]);
 }
 
 template <bool NIBBLES, typename T, int N>
@@ -427,7 +440,6 @@ template <bool NIBBLES, typename T, int N>
     device const T *x [[buffer(6)]],
     device T *y [[buffer(7)]],
     threadgroup half *table [[threadgroup(0)]],
-    threadgroup float *partial [[threadgroup(1)]],
     uint2 group [[threadgroup_position_in_grid]],
     uint tid [[thread_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]],
@@ -435,6 +447,7 @@ template <bool NIBBLES, typename T, int N>
     uint simds [[simdgroups_per_threadgroup]]) {
     const Place place(group, tid, lane, simd, simds, N);
     fill_tables(table, NIBBLES ? codebook : nullptr, primes, place);
+    threadgroup float *partial = behind(table, table_size(NIBBLES));
     threadgroup const half *levels = table;
     threadgroup const half *prime_table = table + (NIBBLES ? 16 : 0);
 
@@ -452,20 +465,18 @@ template <bool NIBBLES, typename T, int N>
         for (uint step = 0; step < steps; step++) {
             const uint tile = (g * steps + step) * STEP_TILES + place.slot;
             device const uint4 *bytes = (device const uint4 *)(codes + tile * TILE_BYTES + place.octet * 32);
-            const uint4 halves[2] = {bytes[0], bytes[1]};
-            float4 low[N], high[N];
-            fours_of(x, place.first, tile * width, args, low);
-            if (NIBBLES) {
-                fours_of(x, place.first, tile * width + 4, args, high);
-            }
+            const uint4 words[2] = {bytes[0], bytes[1]};
+            // One tile after the other, so that the elements of x of one are held at a time.
 #pragma unroll
-            for (int row = 0; row < OCTET; row++) {
-                const uint word = halves[row / 4][row % 4];
-                if (NIBBLES) {
-                    multiply(levels_of(word & 0x0F0F0F0F, levels), low, of_group[row]);
-                    multiply(levels_of(word >> 4 & 0x0F0F0F0F, levels), high, of_group[row]);
-                } else {
-                    multiply(float4(as_type<char4>(word)), low, of_group[row]);
+            for (int half_tile = 0; half_tile < (NIBBLES ? 2 : 1); half_tile++) {
+                float4 fours[N];
+                fours_of(x, place.first, tile * width + 4 * half_tile, args, fours);
+#pragma unroll
+                for (int row = 0; row < OCTET; row++) {
+                    const uint word = words[row / 4][row % 4];
+                    const float4 weights =
+                        NIBBLES ? levels_of(word, 4 * half_tile, levels) : float4(as_type<char4>(word));
+                    multiply(weights, fours, of_group[row]);
                 }
             }
         }
@@ -511,8 +522,6 @@ template <bool NIBBLES, typename T, int N>
     device const T *x [[buffer(8)]],
     device T *y [[buffer(9)]],
     threadgroup half *table [[threadgroup(0)]],
-    threadgroup float *partial [[threadgroup(1)]],
-    threadgroup uint *counts [[threadgroup(2)]], // one for each SIMD-group
     uint2 group [[threadgroup_position_in_grid]],
     uint tid [[thread_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]],
@@ -520,9 +529,11 @@ template <bool NIBBLES, typename T, int N>
     uint simds [[simdgroups_per_threadgroup]]) {
     const Place place(group, tid, lane, simd, simds, N);
     fill_tables(table, NIBBLES ? codebook : nullptr, primes, place);
+    threadgroup float *partial = behind(table, table_size(NIBBLES));
     threadgroup const half *levels = table;
     threadgroup const half *prime_table = table + (NIBBLES ? 16 : 0);
 
+    threadgroup uint *counts = (threadgroup uint *)(partial + simds * N * STRIP_ROWS);
     bits += ulong(place.strip) * (args.strip_bytes / 4);
     prime_indices += ulong(place.strip) * args.groups * STRIP_ROWS;
     const uint run = (args.groups + simds - 1) / simds;
@@ -552,25 +563,32 @@ template <bool NIBBLES, typename T, int N>
         clear(of_group);
         for (uint step = g * BITMAP_STEPS; step < (g + 1) * BITMAP_STEPS; step++) {
             const uint mine = bits[step * 32 + lane];
-            uint bytes, code;
-            word_of<NIBBLES>(popcount(mine), place.octet, bytes, code);
+            const uint kept = popcount(mine);
+            uint bytes, start;
+            word_of<NIBBLES>(kept, place.octet, bytes, start);
             // The threads of a word have the same place: the bytes count once, with the second of them.
             const uint counted_once = place.octet % 2 == 1 ? bytes : 0;
-            uint at = simd_prefix_exclusive_sum(counted_once);
-            float4 fours[N];
-            fours_of(x, place.first, (step * STEP_TILES + place.slot) * 4, args, fours);
+            device const uchar *mine_codes = codes + simd_prefix_exclusive_sum(counted_once);
+            if (kept > 0) {
+                float4 fours[N];
+                fours_of(x, place.first, (step * STEP_TILES + place.slot) * 4, args, fours);
+                // Each load stands by itself, without a branch: of a bit that is not set that of the next code, or the last.
+                uint next = 0;
 #pragma unroll
-            for (int row = 0; row < OCTET; row++) {
-                float4 weights = float4(0.0f);
+                for (int row = 0; row < OCTET; row++) {
+                    float4 weights;
 #pragma unroll
-                for (int col = 0; col < 4; col++) {
-                    if (mine >> (4 * row + col) & 1) {
-                        const uchar byte = codes[at + (NIBBLES ? code / 2 : code)];
-                        weights[col] = NIBBLES ? float(levels[byte >> (code % 2 * 4) & 15]) : float(as_type<char>(byte));
-                        code++;
+                    for (int col = 0; col < 4; col++) {
+                        const bool is_kept = mine >> (4 * row + col) & 1;
+                        const uint code = start + min(next, kept - 1);
+                        const uchar byte = mine_codes[NIBBLES ? code / 2 : code];
+                        const float level =
+                            NIBBLES ? float(levels[byte >> (code % 2 * 4) & 15]) : float(as_type<char>(byte));
+                        weights[col] = is_kept ? level : 0.0f;
+                        next += is_kept ? 1 : 0;
                     }
+                    multiply(weights, fours, of_group[row]);
                 }
-                multiply(weights, fours, of_group[row]);
             }
             codes += simd_sum(counted_once);
         }
@@ -590,15 +608,17 @@ instantiate_kernel("s4_batch_f16", bitmap<true, half, BATCH>)
 
 // ---- t2, t3 and t4
 
-// The level of the state that the low 13 bits of `bits` are; higher ones do not count.
+// Levels that the points of a ring have: with 7 of their bits, 8 for t4.
+constexpr int point_bits(int k) { return k == 4 ? 8 : 7; }
+
+// The level of the state that begins at bit `from` of `bits`, 0 to 12.
+//
+// What is below it is taken away, not shifted away, as a multiplication takes place anywhere in a word: the point is in
+// bits from + 8 to from + 15 of the product then.
 template <int K>
-float level_of(uint bits, uint multiplier, threadgroup const half *upper) {
-    // The multipliers of t2 and t3 are multiples of 8, which shifts the bits above away; that of t4 is one of 4.
-    const ushort point = ushort((K == 4 ? bits & 0x1FFF : bits) * multiplier);
-    const bool is_upper = point >= 0x8000;
-    const ushort depth = is_upper ? ushort(~point) : point;
-    const half level = upper[depth >> (K == 4 ? 8 : 9)];
-    return float(is_upper ? level : half(half(-1.0f) - level));
+float level_of(uint bits, int from, uint multiplier, threadgroup const half *levels) {
+    const uint product = (bits & 0x1FFFu << from) * multiplier;
+    return float(levels[product >> (from + 16 - point_bits(K)) & ((1u << point_bits(K)) - 1)]);
 }
 
 template <int K, typename T, int N>
@@ -607,19 +627,20 @@ template <int K, typename T, int N>
     device const uchar *codes [[buffer(1)]],
     device const uchar *prime_indices [[buffer(2)]],
     device const float *scales [[buffer(3)]],
-    device const half *levels [[buffer(4)]], // of the upper half of the ring
+    device const half *levels [[buffer(4)]], // of every point
     device const uint *primes [[buffer(5)]],
     device const float *x [[buffer(6)]],
     device T *y [[buffer(7)]],
     threadgroup half *table [[threadgroup(0)]],
-    threadgroup float *partial [[threadgroup(1)]],
     uint2 group [[threadgroup_position_in_grid]],
     uint tid [[thread_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]],
     uint simd [[simdgroup_index_in_threadgroup]],
     uint simds [[simdgroups_per_threadgroup]]) {
     const Place place(group, tid, lane, simd, simds, N);
-    for (uint i = tid; i < (K == 4 ? 128 : 64); i += place.threads()) {
+    constexpr uint points = 1u << point_bits(K);
+    threadgroup float *partial = behind(table, points);
+    for (uint i = tid; i < points; i += place.threads()) {
         table[i] = levels[i];
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -647,7 +668,7 @@ template <int K, typename T, int N>
             float4 weights;
 #pragma unroll
             for (int col = 0; col < 4; col++) {
-                weights[col] = level_of<K>(window >> (K * col), args.multiplier, table);
+                weights[col] = level_of<K>(window, K * col, args.multiplier, table);
             }
             multiply(weights, fours, sums[row]);
         }

@@ -4,13 +4,7 @@
 // compares the numbers of this file with those of the other.
 #pragma once
 
-#ifdef __METAL_VERSION__
-#include <metal_stdlib>
-typedef uint upg_u32;
-#else
-#include <stdint.h>
-typedef uint32_t upg_u32;
-#endif
+typedef unsigned int upg_u32;
 
 #define UPG_SIZE(type, size) static_assert(sizeof(type) == size, "size of " #type)
 #define UPG_AT(type, field, offset) static_assert(__builtin_offsetof(type, field) == offset, "place of " #field)

@@ -86,7 +86,11 @@ fn run(
     buffers: &Vectors,
 ) -> Result<()> {
     let encoder = device.command_encoder()?;
-    encode(gpu, resident, plan, buffers, &mut Candle(encoder.as_ref()))
+    let mut encoder = Candle(encoder.as_ref());
+    encode(gpu, resident, &plan.dispatches, buffers, &mut encoder)?;
+    // It stays in the encoder, and candle's kernels may have as much of their own.
+    encoder.threadgroup_memory(16);
+    Ok(())
 }
 
 fn shared(buffer: &Buffer, offset: usize) -> GpuBuffer {
@@ -115,8 +119,8 @@ impl Encoder for Candle<'_> {
         }
     }
 
-    fn threadgroup_memory(&mut self, index: usize, bytes: usize) {
-        self.0.set_threadgroup_memory_length(index, bytes);
+    fn threadgroup_memory(&mut self, bytes: usize) {
+        self.0.set_threadgroup_memory_length(0, bytes);
     }
 
     fn dispatch(&mut self, threadgroups: MTLSize, threads: MTLSize) {

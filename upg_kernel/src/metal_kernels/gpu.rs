@@ -1,6 +1,6 @@
 //! What both ways to a GPU share: compiled kernels, buffers of weights, and how the calls of a plan are encoded.
 
-use super::plan::{Element, Operand, Plan, SparseKernel, Weights};
+use super::plan::{Dispatch, Element, Operand, Plan, SparseKernel, Weights};
 use super::source;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mapped::MappedFile;
@@ -72,6 +72,11 @@ impl GpuBuffer {
         Self::new(device, raw, bytes.len())
     }
 
+    /// How many hold it.
+    pub fn holders(&self) -> usize {
+        Arc::strong_count(&self.shared)
+    }
+
     pub fn raw(&self) -> &RawBuffer {
         &self.shared.0
     }
@@ -120,7 +125,7 @@ impl Gpu {
         }
         let library = library(&device)?;
         let levels = |k| {
-            let levels = Plan::upper_levels(k).expect("2, 3 or 4");
+            let levels = Plan::levels(k).expect("2, 3 or 4");
             GpuBuffer::copied(&device, cast_slice(&levels))
         };
         Ok(Self {
@@ -202,9 +207,6 @@ impl Gpu {
 
     /// Weights for kernels: those of a mapped file where they are, others copied.
     fn weights(&self, weights: &Weights<'_>) -> Result<GpuBuffer> {
-        if weights.bytes().is_empty() {
-            return Ok(self.primes.clone()); // which nothing reads
-        }
         match weights.in_file() {
             Some((file, first)) => {
                 let whole = self.file(file).map_err(|e| e.at(file.path()))?;
@@ -299,7 +301,7 @@ fn unsupported(message: String) -> Error {
 /// A matrix whose weights are in buffers.
 pub(super) struct Resident {
     matrix: Matrix,
-    /// By the place of the first byte.
+    /// By the place of the first byte, of arrays that have one.
     buffers: HashMap<usize, GpuBuffer>,
 }
 
@@ -318,7 +320,9 @@ impl Resident {
             .flat_map(|dispatch| &dispatch.operands);
         let mut buffers = HashMap::new();
         for operand in operands {
-            if let Operand::Weights(weights) = operand {
+            if let Operand::Weights(weights) = operand
+                && !weights.bytes().is_empty()
+            {
                 let place = weights.bytes().as_ptr() as usize;
                 buffers.insert(place, gpu.weights(weights)?);
             }
@@ -331,11 +335,14 @@ impl Resident {
         &self.matrix
     }
 
-    fn buffer(&self, weights: &Weights<'_>) -> &GpuBuffer {
+    /// `None` for an array of no bytes.
+    fn buffer(&self, weights: &Weights<'_>) -> Option<&GpuBuffer> {
+        if weights.bytes().is_empty() {
+            return None;
+        }
         let place = weights.bytes().as_ptr() as usize;
-        self.buffers
-            .get(&place)
-            .expect("the arrays of a matrix do not move")
+        let buffer = self.buffers.get(&place);
+        Some(buffer.expect("the arrays of a matrix do not move"))
     }
 }
 
@@ -347,31 +354,32 @@ pub(super) struct Vectors {
     pub rotated: Option<GpuBuffer>,
 }
 
-/// Calls of kernels that run one after the other.
+/// Calls of kernels, each after those that have written what it reads.
 pub(super) trait Encoder {
     fn pipeline(&mut self, pipeline: &Pipeline);
     fn bytes(&mut self, index: usize, bytes: &[u8]);
     fn buffer(&mut self, index: usize, buffer: &GpuBuffer, is_written: bool);
-    fn threadgroup_memory(&mut self, index: usize, bytes: usize);
+    /// At index 0, where it stays for the calls after it.
+    fn threadgroup_memory(&mut self, bytes: usize);
     fn dispatch(&mut self, threadgroups: MTLSize, threads: MTLSize);
 }
 
-/// Encodes a plan of the matrix.
+/// Encodes calls of a plan of the matrix.
 pub(super) fn encode(
     gpu: &Gpu,
     resident: &Resident,
-    plan: &Plan<'_>,
+    dispatches: &[Dispatch<'_>],
     vectors: &Vectors,
     encoder: &mut impl Encoder,
 ) -> Result<()> {
-    for dispatch in &plan.dispatches {
+    for dispatch in dispatches {
         encoder.pipeline(&gpu.pipeline(&dispatch.kernel)?);
         encoder.bytes(0, &dispatch.args);
         // The one that is written comes last.
         let last = dispatch.operands.len();
         for (index, operand) in (1..).zip(&dispatch.operands) {
             let buffer = match operand {
-                Operand::Weights(weights) => resident.buffer(weights),
+                Operand::Weights(weights) => resident.buffer(weights).unwrap_or(&gpu.primes),
                 Operand::Levels(k) => &gpu.levels[usize::from(*k) - 2],
                 Operand::X => &vectors.x,
                 Operand::Y => &vectors.y,
@@ -381,8 +389,8 @@ pub(super) fn encode(
             };
             encoder.buffer(index, buffer, index == last);
         }
-        for (index, bytes) in dispatch.threadgroup_bytes.iter().enumerate() {
-            encoder.threadgroup_memory(index, *bytes);
+        if dispatch.threadgroup_bytes > 0 {
+            encoder.threadgroup_memory(dispatch.threadgroup_bytes);
         }
         let [width, height] = dispatch.threadgroups;
         encoder.dispatch(size(width, height), size(dispatch.threads, 1));

@@ -130,7 +130,7 @@ pub enum Operand<'a> {
     Weights(Weights<'a>),
     /// [`crate::prime_lut::PRIME_LUT`], 10,000 `u32`.
     Primes,
-    /// [`Plan::upper_levels`] of the encoding with so many bits.
+    /// [`Plan::levels`] of the encoding with so many bits.
     Levels(u8),
     /// The input.
     X,
@@ -151,8 +151,8 @@ pub struct Dispatch<'a> {
     pub args: Vec<u8>,
     /// Its arguments from 1 on.
     pub operands: Vec<Operand<'a>>,
-    /// Bytes of threadgroup memory, by index: multiples of 16, 32 KiB in all at most.
-    pub threadgroup_bytes: Vec<usize>,
+    /// Bytes of threadgroup memory, all of it at index 0: a multiple of 16, 32 KiB at most; 0 if it has none.
+    pub threadgroup_bytes: usize,
     /// Threadgroups in two dimensions.
     pub threadgroups: [usize; 2],
     /// Threads of each, in the first dimension: whole SIMD-groups.
@@ -223,19 +223,13 @@ impl<'a> Plan<'a> {
         }
     }
 
-    /// The levels of the upper half of the ring of `t2`, `t3` and `t4`, from the outermost on: 64, 64 and 128. `None` if
-    /// `k` is not 2, 3 or 4.
-    ///
-    /// All levels are distinct there in 7 bits of a point for `t2` and `t3`, 8 for `t4`; the lower half has `-1 - level`.
-    pub fn upper_levels(k: u8) -> Option<Vec<f16>> {
+    /// The levels of `t2`, `t3` and `t4` by the bits of a point that they depend on: 128, 128 and 256. `None` if `k` is
+    /// not 2, 3 or 4.
+    pub fn levels(k: u8) -> Option<Vec<f16>> {
         let code = TrellisCode::of(k)?;
-        let step = 256 / code.levels();
-        let points = (128..=255u8).rev().step_by(step);
-        Some(
-            points
-                .map(|point| f16::from_f32(f32::from(code.level_at(point))))
-                .collect(),
-        )
+        let points = (0..=255u8).step_by(256 / code.levels());
+        let level = |point| f16::from_f32(f32::from(code.level_at(point)));
+        Some(points.map(level).collect())
     }
 }
 
@@ -304,8 +298,8 @@ impl Planner<'_> {
                 Operand::Y,
             ],
             threadgroup_bytes: match kernel {
-                SparseKernel::RowShared => vec![memory(4 * window)],
-                _ => Vec::new(),
+                SparseKernel::RowShared => memory(4 * window),
+                _ => 0,
             },
             threadgroups: [rows.div_ceil(rows_of_group), vectors],
             threads,
@@ -325,8 +319,8 @@ impl Planner<'_> {
             _ => format!("{encoding}_batch"),
         });
         let simds = match strips::count(rows) {
-            0..64 => 16,
-            64..256 => 8,
+            0..128 => 16,
+            128..256 => 8,
             _ => 4,
         };
         Strips {
@@ -350,23 +344,21 @@ impl Planner<'_> {
         })
     }
 
-    /// The call of a kernel for strips whose tables have so many halves; `more` threadgroup memory for each SIMD-group.
+    /// The call of a kernel for strips whose tables have so many halves, and which counts so many bytes in each SIMD-group.
     fn strip_dispatch<'a>(
         &self,
         strips: Strips,
         args: &StripArgs,
         operands: Vec<Operand<'a>>,
         table: usize,
-        more: Option<usize>,
+        counts: usize,
     ) -> Dispatch<'a> {
         let simds = strips.threads / SIMD;
         let sums = 4 * simds * STRIP_ROWS * strips.batch;
-        let mut threadgroup_bytes = vec![memory(2 * table), memory(sums)];
-        threadgroup_bytes.extend(more.map(|bytes| memory(bytes * simds)));
         Dispatch {
             args: bytes_of(args).to_vec(),
             operands,
-            threadgroup_bytes,
+            threadgroup_bytes: memory(2 * table + sums + counts * simds),
             threadgroups: [
                 strips::count(args.rows as usize),
                 self.vectors.div_ceil(strips.batch),
@@ -410,7 +402,7 @@ impl Planner<'_> {
         ];
         let strips = self.strips(name, rows);
         Ok(Plan {
-            dispatches: vec![self.strip_dispatch(strips, &args, operands, table, None)],
+            dispatches: vec![self.strip_dispatch(strips, &args, operands, table, 0)],
             rotated: 0,
         })
     }
@@ -444,7 +436,7 @@ impl Planner<'_> {
             Operand::Y,
         ];
         let strips = self.strips(name, rows);
-        let count = Some(size_of::<u32>());
+        let count = size_of::<u32>();
         Ok(Plan {
             dispatches: vec![self.strip_dispatch(strips, &args, operands, table, count)],
             rotated: 0,
@@ -471,7 +463,7 @@ impl Planner<'_> {
         ];
         let strips = self.strips(&format!("t{k}"), rows);
         let mut dispatches = self.rotation(&parts.rotation)?;
-        dispatches.push(self.strip_dispatch(strips, &args, operands, code.levels() / 2, None));
+        dispatches.push(self.strip_dispatch(strips, &args, operands, code.levels(), 0));
         let rotated = self.vectors.checked_mul(cols);
         let rotated = rotated.ok_or_else(|| too_large(self.vectors, "vectors"))?;
         Ok(Plan {
@@ -525,7 +517,7 @@ impl Planner<'_> {
                 from,
                 Operand::Rotated,
             ],
-            threadgroup_bytes: vec![memory(4 * (block + block / RADIX))],
+            threadgroup_bytes: memory(4 * (block + block / RADIX)),
             threadgroups: [size / block + copied.div_ceil(BLOCK), self.vectors],
             threads: self.threads(&name, block / RADIX),
             kernel: name,
@@ -545,7 +537,7 @@ impl Planner<'_> {
             dispatches.push(Dispatch {
                 args: bytes_of(&args).to_vec(),
                 operands: vec![Operand::Rotated],
-                threadgroup_bytes: Vec::new(),
+                threadgroup_bytes: 0,
                 threadgroups: [(size / radix).div_ceil(threads), self.vectors],
                 threads,
                 kernel: name,
@@ -579,18 +571,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn upper_levels_and_their_mirror_image_are_all_levels() {
+    fn levels_are_those_of_every_state() {
         for k in [2, 3, 4] {
             let code = TrellisCode::of(k).unwrap();
-            let upper = Plan::upper_levels(k).unwrap();
+            let levels = Plan::levels(k).unwrap();
             for state in 0..8192u16 {
-                let point = state.wrapping_mul(code.multiplier());
-                let depth = if point >= 0x8000 { !point } else { point };
-                let level = upper[usize::from(depth >> if k == 4 { 8 } else { 9 })].to_f32();
-                let level = if point >= 0x8000 { level } else { -1.0 - level };
+                let point = usize::from(state.wrapping_mul(code.multiplier()));
+                let level = levels[(point * levels.len()) >> 16].to_f32();
                 assert_eq!(level, f32::from(code.level(state)), "t{k} {state}");
             }
         }
-        assert!(Plan::upper_levels(5).is_none());
+        assert!(Plan::levels(5).is_none());
     }
 }

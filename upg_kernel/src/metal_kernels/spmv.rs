@@ -4,19 +4,22 @@ use super::gpu::{Device, Encoder, Gpu, GpuBuffer, Pipeline, Resident, Vectors, e
 use super::plan::{Element, SparseKernel};
 use crate::error::{Error, ErrorKind, Result};
 use crate::matrix::Matrix;
+use crate::rotation::Rotation;
 use bytemuck::{Pod, cast_slice};
 use candle_core::{DType, Tensor, WithDType};
 use half::f16;
 use objc2::rc::{Retained, autoreleasepool};
 use objc2::runtime::ProtocolObject;
 use objc2_metal::{
-    MTLCommandBuffer, MTLCommandBufferStatus, MTLCommandEncoder, MTLCommandQueue,
-    MTLComputeCommandEncoder, MTLCreateSystemDefaultDevice, MTLDevice, MTLSize,
+    MTLBarrierScope, MTLCommandBuffer, MTLCommandBufferStatus, MTLCommandEncoder, MTLCommandQueue,
+    MTLComputeCommandEncoder, MTLCopyAllDevices, MTLCreateSystemDefaultDevice, MTLDevice,
+    MTLDispatchType, MTLSize,
 };
+use std::collections::HashSet;
 use std::ffi::c_void;
 use std::ptr::NonNull;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Products of compressed matrices with vectors on the GPU of this machine.
 ///
@@ -45,20 +48,30 @@ use std::sync::atomic::{AtomicBool, Ordering};
 /// # }
 /// ```
 pub struct MetalSpMV {
-    device: Arc<Gpu>,
+    device: Gpu,
     command_queue: Retained<ProtocolObject<dyn MTLCommandQueue>>,
+    /// Buffers of results, by their size; those that nobody else holds can be used again.
+    free: Mutex<Vec<(usize, GpuBuffer)>>,
 }
+
+// What `MTLCreateSystemDefaultDevice` needs to find one.
+#[cfg(target_os = "macos")]
+#[link(name = "CoreGraphics", kind = "framework")]
+unsafe extern "C" {}
 
 impl MetalSpMV {
     /// With the default device; compiles the kernels (some tenths of a second the first time).
     ///
     /// Errors (`Unsupported`): there is no device, or it lacks what the kernels need: the message says what.
     pub fn new() -> Result<Self> {
-        let device = MTLCreateSystemDefaultDevice().ok_or_else(|| {
+        // There is no default device for a process without a window, in ssh for example.
+        let device = MTLCreateSystemDefaultDevice().or_else(|| MTLCopyAllDevices().firstObject());
+        let device = device.ok_or_else(|| {
             Error::new(ErrorKind::Unsupported, "there is no Metal device here")
                 .hint("multiply on the CPU: `Matrix::spmv`")
         })?;
-        Self::on(device)
+        // What Metal returns belongs to a pool, which a thread of Rust does not have.
+        autoreleasepool(|_| Self::on(device))
     }
 
     fn on(device: Device) -> Result<Self> {
@@ -67,8 +80,9 @@ impl MetalSpMV {
             Error::new(ErrorKind::Unsupported, message)
         })?;
         Ok(Self {
-            device: Arc::new(Gpu::new(device)?),
+            device: Gpu::new(device)?,
             command_queue,
+            free: Mutex::default(),
         })
     }
 
@@ -83,7 +97,8 @@ impl MetalSpMV {
     }
 
     /// `W x` for a vector `[cols]`, or for each row of `[n, cols]`: a tensor `[rows]` or `[n, rows]` of the same type, on
-    /// the CPU as `vector` is. Waits for the GPU; copies weights that are not mapped: [`MetalSpMV::load`] does once.
+    /// the CPU as `vector` is. Waits for the GPU, and makes buffers of the weights (a copy of those that are not mapped) that
+    /// it forgets again: [`MetalSpMV::load`] makes them once.
     ///
     /// Errors: `Unsupported` for a type other than F32 and F16 or a matrix that is not compressed; `Shape` for a tensor
     /// of another shape; `TooLarge` if the device has no room.
@@ -172,21 +187,45 @@ impl MetalSpMV {
         })
     }
 
-    /// Begins a pass: products that run one after the other, without the CPU in between.
+    /// Begins a pass: products that run without the CPU in between, those that do not depend on each other side by side.
+    /// A device takes some dozens of passes that were begun and not finished.
     pub fn pass(&self) -> Result<MetalPass<'_>> {
         let none = || Error::new(ErrorKind::TooLarge, "the device has no room for commands");
-        // What Metal returns belongs to a pool, which a thread of Rust does not have.
         autoreleasepool(|_| {
             let commands = self.command_queue.commandBuffer().ok_or_else(none)?;
-            let encoder = commands.computeCommandEncoder().ok_or_else(none)?;
+            let encoder =
+                commands.computeCommandEncoderWithDispatchType(MTLDispatchType::Concurrent);
             Ok(MetalPass {
                 spmv: self,
                 commands,
-                encoder: Raw(encoder),
+                encoder: Raw {
+                    encoder: encoder.ok_or_else(none)?,
+                    written: HashSet::new(),
+                    is_dependent: false,
+                    next: Vec::new(),
+                },
                 is_encoding: true,
                 results: Vec::new(),
+                rotated: Vec::new(),
             })
         })
+    }
+
+    /// A buffer of at least so many bytes that nobody else holds.
+    fn result(&self, bytes: usize) -> Result<GpuBuffer> {
+        let size = bytes
+            .checked_next_power_of_two()
+            .ok_or_else(|| Error::new(ErrorKind::TooLarge, format!("a result of {bytes} bytes")))?;
+        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        let unused = free
+            .iter()
+            .find(|(found, buffer)| *found == size && buffer.holders() == 1);
+        if let Some((_, buffer)) = unused {
+            return Ok(buffer.clone());
+        }
+        let buffer = self.device.empty(size)?;
+        free.push((size, buffer.clone()));
+        Ok(buffer)
     }
 }
 
@@ -232,6 +271,15 @@ impl MetalVector {
         (self.n, self.len)
     }
 
+    fn is_ready(&self) -> bool {
+        self.is_ready.load(Ordering::Acquire)
+    }
+
+    /// Whether it is this one, and not another with the same values.
+    fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.is_ready, &other.is_ready)
+    }
+
     /// The values, vector by vector. Errors (`Argument`): `T` is not their type, or the pass that computes them has
     /// not finished.
     pub fn to_vec<T: MetalFloat>(&self) -> Result<Vec<T>> {
@@ -239,7 +287,7 @@ impl MetalVector {
             let message = format!("vectors of {:?} read as {:?}", self.element, T::ELEMENT);
             return Err(Error::new(ErrorKind::Argument, message));
         }
-        if !self.is_ready.load(Ordering::Acquire) {
+        if !self.is_ready() {
             let message = "the pass that computes this vector has not finished";
             return Err(Error::new(ErrorKind::Argument, message).hint("call `finish` on it"));
         }
@@ -255,7 +303,10 @@ pub struct MetalPass<'a> {
     commands: Retained<ProtocolObject<dyn MTLCommandBuffer>>,
     encoder: Raw,
     is_encoding: bool,
-    results: Vec<Arc<AtomicBool>>,
+    /// They hold their buffers, which are not used again before the pass has finished.
+    results: Vec<MetalVector>,
+    /// Inputs that were rotated, and the result: matrices that share an input share the rotation.
+    rotated: Vec<(MetalVector, Rotation, GpuBuffer)>,
 }
 
 impl MetalPass<'_> {
@@ -272,10 +323,15 @@ impl MetalPass<'_> {
             );
             return Err(Error::new(ErrorKind::Shape, message));
         }
+        let is_of_this_pass = self.results.iter().any(|result| result.is_same(x));
+        if !x.is_ready() && !is_of_this_pass {
+            let message = "a vector of another pass, which has not finished";
+            return Err(Error::new(ErrorKind::Argument, message).hint("call `finish` on it"));
+        }
         self.run(matrix, x, SparseKernel::default())
     }
 
-    /// [`MetalPass::spmv`] of vectors that fit, with this kernel if the matrix is `mdcsr`.
+    /// [`MetalPass::spmv`] of vectors that are there and fit, with this kernel if the matrix is `mdcsr`.
     fn run(
         &mut self,
         matrix: &MetalMatrix,
@@ -285,56 +341,74 @@ impl MetalPass<'_> {
         let gpu = &self.spmv.device;
         let rows = matrix.matrix().rows();
         let plan = gpu.plan(matrix.matrix(), x.n, x.element, sparse)?;
-        let bytes =
-            x.n.checked_mul(rows)
-                .and_then(|n| n.checked_mul(x.element.size()));
+        let bytes = x.n.checked_mul(rows);
+        let bytes = bytes.and_then(|n| n.checked_mul(x.element.size()));
         let bytes = bytes
             .ok_or_else(|| Error::new(ErrorKind::TooLarge, format!("{} x {rows} outputs", x.n)))?;
+        let mut dispatches = &plan.dispatches[..];
+        let rotated = match matrix.matrix() {
+            Matrix::Trellis(m) => {
+                let rotation = &m.parts().rotation;
+                let same = |(input, known, _): &&(MetalVector, Rotation, GpuBuffer)| {
+                    input.is_same(x) && known == rotation
+                };
+                Some(match self.rotated.iter().find(same) {
+                    Some((_, _, buffer)) => {
+                        // The product only, which is the last.
+                        dispatches = &dispatches[dispatches.len() - 1..];
+                        buffer.clone()
+                    }
+                    None => {
+                        let buffer = self.spmv.result(4 * plan.rotated)?;
+                        let input = (x.clone(), rotation.clone(), buffer.clone());
+                        self.rotated.push(input);
+                        buffer
+                    }
+                })
+            }
+            _ => None,
+        };
         let vectors = Vectors {
             x: x.buffer.clone(),
-            y: gpu.empty(bytes)?,
-            rotated: match plan.rotated {
-                0 => None,
-                n => Some(gpu.empty(4 * n)?),
-            },
+            y: self.spmv.result(bytes)?,
+            rotated,
         };
-        encode(gpu, &matrix.0, &plan, &vectors, &mut self.encoder)?;
-        let is_ready = Arc::new(AtomicBool::new(false));
-        self.results.push(Arc::clone(&is_ready));
-        Ok(MetalVector {
+        encode(gpu, &matrix.0, dispatches, &vectors, &mut self.encoder)?;
+        let y = MetalVector {
             buffer: vectors.y,
             n: x.n,
             len: rows,
             element: x.element,
-            is_ready,
-        })
+            is_ready: Arc::new(AtomicBool::new(false)),
+        };
+        self.results.push(y.clone());
+        Ok(y)
     }
 
     /// Runs the products and waits for them. Errors (`Io`): what the device says.
     pub fn finish(mut self) -> Result<()> {
         self.end_encoding();
-        self.commands.commit();
-        self.commands.waitUntilCompleted();
-        if self.commands.status() != MTLCommandBufferStatus::Completed {
-            let reason = self
-                .commands
-                .error()
-                .map(|e| e.localizedDescription().to_string());
+        autoreleasepool(|_| {
+            self.commands.commit();
+            self.commands.waitUntilCompleted();
+            if self.commands.status() == MTLCommandBufferStatus::Completed {
+                return Ok(());
+            }
+            let reason = self.commands.error();
+            let reason = reason.map(|e| e.localizedDescription().to_string());
             let reason = reason.unwrap_or_else(|| "it does not say why".to_string());
-            return Err(Error::new(
-                ErrorKind::Io,
-                format!("the GPU did not finish: {reason}"),
-            ));
-        }
+            let message = format!("the GPU did not finish: {reason}");
+            Err(Error::new(ErrorKind::Io, message))
+        })?;
         for result in &self.results {
-            result.store(true, Ordering::Release);
+            result.is_ready.store(true, Ordering::Release);
         }
         Ok(())
     }
 
     fn end_encoding(&mut self) {
         if std::mem::take(&mut self.is_encoding) {
-            self.encoder.0.endEncoding();
+            self.encoder.encoder.endEncoding();
         }
     }
 }
@@ -346,35 +420,57 @@ impl Drop for MetalPass<'_> {
     }
 }
 
-/// An encoder whose dispatches run one after the other, each after what the one before has written.
-struct Raw(Retained<ProtocolObject<dyn MTLComputeCommandEncoder>>);
+/// An encoder whose calls run side by side, but for those that read what others have written.
+struct Raw {
+    encoder: Retained<ProtocolObject<dyn MTLComputeCommandEncoder>>,
+    /// Buffers that were written since the last barrier. Nothing is written that was read before.
+    written: HashSet<usize>,
+    /// Whether the next call has bound one of them, and what it writes itself.
+    is_dependent: bool,
+    next: Vec<usize>,
+}
 
 impl Encoder for Raw {
     fn pipeline(&mut self, pipeline: &Pipeline) {
-        self.0.setComputePipelineState(pipeline);
+        self.encoder.setComputePipelineState(pipeline);
     }
 
     fn bytes(&mut self, index: usize, bytes: &[u8]) {
         let start = NonNull::from(bytes).cast::<c_void>();
         // SAFETY: so many bytes, fewer than 4 KiB, which are copied.
-        unsafe { self.0.setBytes_length_atIndex(start, bytes.len(), index) };
+        unsafe {
+            self.encoder
+                .setBytes_length_atIndex(start, bytes.len(), index)
+        };
     }
 
-    fn buffer(&mut self, index: usize, buffer: &GpuBuffer, _is_written: bool) {
+    fn buffer(&mut self, index: usize, buffer: &GpuBuffer, is_written: bool) {
+        let place = Retained::as_ptr(buffer.raw()).addr();
+        // A pass of a rotation reads and writes one buffer: it is bound for reading first.
+        self.is_dependent |= self.written.contains(&place);
+        if is_written {
+            self.next.push(place);
+        }
         // SAFETY: the plan binds what the kernel declares at this index, and the offset is inside of the buffer.
         unsafe {
-            self.0
+            self.encoder
                 .setBuffer_offset_atIndex(Some(buffer.raw()), buffer.offset, index)
         };
     }
 
-    fn threadgroup_memory(&mut self, index: usize, bytes: usize) {
-        // SAFETY: as the kernel declares it, in multiples of 16 bytes.
-        unsafe { self.0.setThreadgroupMemoryLength_atIndex(bytes, index) };
+    fn threadgroup_memory(&mut self, bytes: usize) {
+        // SAFETY: as the kernel declares it, a multiple of 16 bytes.
+        unsafe { self.encoder.setThreadgroupMemoryLength_atIndex(bytes, 0) };
     }
 
     fn dispatch(&mut self, threadgroups: MTLSize, threads: MTLSize) {
-        self.0
+        if std::mem::take(&mut self.is_dependent) {
+            self.encoder
+                .memoryBarrierWithScope(MTLBarrierScope::Buffers);
+            self.written.clear();
+        }
+        self.written.extend(self.next.drain(..));
+        self.encoder
             .dispatchThreadgroups_threadsPerThreadgroup(threadgroups, threads);
     }
 }

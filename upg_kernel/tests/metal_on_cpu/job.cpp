@@ -1,7 +1,7 @@
 // Runs the dispatches that stand on the standard input in several orders, and writes what they leave to the standard output.
 //
 // Numbers are u32, little-endian. In: the number of buffers; of each its size, alignment, whether kernels write it, and,
-// if they do not, its bytes. The number of dispatches; of each its kernel, the numbers of its buffers, its arguments, the sizes of its
+// if they do not, its bytes. The number of dispatches; of each its kernel, the numbers of its buffers, its arguments, the size of its
 // threadgroup memory, threadgroups in two dimensions, threads. The schedules. Lists and texts begin with their length.
 // Out, for each schedule: what is wrong, or an empty text and the bytes of the buffers that kernels write.
 #include "machine.h"
@@ -56,7 +56,7 @@ int main() {
         dispatch.kernel.assign(name.begin(), name.end());
         dispatch.buffers = read_list<uint32_t>();
         dispatch.arguments = read_list<unsigned char>();
-        dispatch.threadgroup_bytes = read_list<uint32_t>();
+        dispatch.threadgroup_bytes = read_u32();
         dispatch.threadgroups[0] = read_u32();
         dispatch.threadgroups[1] = read_u32();
         dispatch.threads = read_u32();

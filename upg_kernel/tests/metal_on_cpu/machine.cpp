@@ -95,7 +95,7 @@ struct Memory {
 
 struct Machine {
     Threadgroup group;
-    std::vector<Memory> shared;
+    Memory shared;
     const Dispatch *dispatch;
     std::vector<Buffer> *buffers;
     std::vector<unsigned char> arguments;
@@ -282,16 +282,14 @@ static void access(const void *address, size_t size, bool is_write) {
             return;
         }
     }
-    for (Memory &memory : machine.shared) {
-        const unsigned char *bytes = memory.bytes.data();
-        if (at >= bytes && at < bytes + memory.size) {
-            const size_t offset = size_t(at - bytes);
-            if (offset + size > memory.size) {
-                fail("%zu bytes at %zu are past %zu of threadgroup memory", size, offset, memory.size);
-            }
-            touch(memory.cells, offset, size, is_write, "threadgroup memory");
-            return;
+    Memory &shared = machine.shared;
+    if (at >= shared.bytes.data() && at < shared.bytes.data() + shared.size) {
+        const size_t offset = size_t(at - shared.bytes.data());
+        if (offset + size > shared.size) {
+            fail("%zu bytes at %zu are past %zu of threadgroup memory", size, offset, shared.size);
         }
+        touch(shared.cells, offset, size, is_write, "threadgroup memory");
+        return;
     }
     if (is_in(machine.arguments, at) && is_in(machine.arguments, at + size - 1) && !is_write) {
         return;
@@ -333,10 +331,10 @@ void threadgroup_barrier(int line) {
 
 void *pointer(const Parameter &parameter) {
     if (parameter.kind == Kind::Threadgroup) {
-        if (parameter.index >= machine.shared.size()) {
+        if (parameter.index > 0 || machine.shared.size == 0) {
             fail("threadgroup memory %u is not bound", parameter.index);
         }
-        return machine.shared[parameter.index].bytes.data();
+        return machine.shared.bytes.data();
     }
     if (parameter.index == 0) {
         return machine.arguments.data();
@@ -500,10 +498,8 @@ static void begin_threadgroup(const Dispatch &dispatch, uint32_t number) {
         top[RETURN] = (void *)thread_main;
         thread.stack_pointer = top;
     }
-    for (Memory &memory : machine.shared) {
-        memset(memory.bytes.data(), POISON, memory.bytes.size());
-        memory.cells.assign(memory.size, Cell());
-    }
+    memset(machine.shared.bytes.data(), POISON, machine.shared.bytes.size());
+    machine.shared.cells.assign(machine.shared.size, Cell());
 }
 
 std::string run(const Dispatch &dispatch, std::vector<Buffer> &buffers, uint64_t schedule) {
@@ -522,25 +518,16 @@ std::string run(const Dispatch &dispatch, std::vector<Buffer> &buffers, uint64_t
     if (dispatch.threads == 0 || dispatch.threads % WIDTH != 0 || dispatch.threads > 1024) {
         return dispatch.kernel + ": " + std::to_string(dispatch.threads) + " threads are not up to 32 SIMD-groups";
     }
-    size_t shared = 0;
-    for (uint32_t bytes : dispatch.threadgroup_bytes) {
-        if (bytes % 16 != 0) {
-            return dispatch.kernel + ": threadgroup memory is not a multiple of 16 bytes";
-        }
-        shared += bytes;
-    }
-    if (shared > 32768) {
-        return dispatch.kernel + ": more than 32 KiB of threadgroup memory";
+    if (dispatch.threadgroup_bytes % 16 != 0 || dispatch.threadgroup_bytes > 32768) {
+        return dispatch.kernel + ": " + std::to_string(dispatch.threadgroup_bytes) +
+               " bytes of threadgroup memory are not a multiple of 16 up to 32 KiB";
     }
     machine.dispatch = &dispatch;
     machine.buffers = &buffers;
     machine.arguments = dispatch.arguments;
     machine.error.clear();
-    machine.shared.resize(dispatch.threadgroup_bytes.size());
-    for (size_t i = 0; i < machine.shared.size(); i++) {
-        machine.shared[i].size = dispatch.threadgroup_bytes[i];
-        machine.shared[i].bytes.resize(machine.shared[i].size + 64);
-    }
+    machine.shared.size = dispatch.threadgroup_bytes;
+    machine.shared.bytes.resize(machine.shared.size + 64);
     if (machine.stack_count < dispatch.threads) {
         machine.stack_count = 1024;
         machine.stacks = (unsigned char *)mmap(nullptr, machine.stack_count * STACK, PROT_READ | PROT_WRITE,

@@ -112,7 +112,7 @@ struct Dispatch {
     std::string kernel;
     std::vector<uint32_t> buffers;           // by index of the parameter; UINT32_MAX: not bound
     std::vector<unsigned char> arguments;    // buffer 0
-    std::vector<uint32_t> threadgroup_bytes; // by index
+    uint32_t threadgroup_bytes;              // at index 0, the only one
     uint32_t threadgroups[2];
     uint32_t threads;
 };

@@ -304,7 +304,7 @@ impl Encoded {
                         all.buffer(weights.alignment(), Ok(weights.bytes()))
                     }
                     Operand::Levels(k) => {
-                        let levels = Plan::upper_levels(*k).expect("2, 3 or 4");
+                        let levels = Plan::levels(*k).expect("2, 3 or 4");
                         all.buffer(2, Ok(bytemuck::cast_slice(&levels)))
                     }
                     Operand::Primes => primes,
@@ -317,10 +317,7 @@ impl Encoded {
             }
             put(&mut dispatches, dispatch.args.len());
             dispatches.extend(&dispatch.args);
-            put(&mut dispatches, dispatch.threadgroup_bytes.len());
-            for &bytes in &dispatch.threadgroup_bytes {
-                put(&mut dispatches, bytes);
-            }
+            put(&mut dispatches, dispatch.threadgroup_bytes);
             for number in [
                 dispatch.threadgroups[0],
                 dispatch.threadgroups[1],

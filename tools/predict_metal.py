@@ -1,0 +1,137 @@
+#!/usr/bin/env python3
+"""Predicts the speed of the kernels for Apple GPUs from what they compute for each weight; nothing is run.
+
+    python3 tools/predict_metal.py
+
+Prints the tables of docs/metal.md: instructions and bytes of a weight, and tokens per second of Phi-4 by chip, as the memory
+allows and as the arithmetic does. Counted by hand in kernels/spmv.metal, one vector. Cycles are those that
+github.com/philipturner/metal-benchmarks measured on M1 and A14; of later chips none are known, and they are taken to be the same.
+"""
+
+import random
+
+# ---- Instructions of a weight: simple ones (adds, fused multiply-adds, bitwise, selections; a cycle for each scheduler),
+# complex ones (integer products, shifts, bit fields, int to float: four cycles) and loads from threadgroup memory.
+# `words`: how many words of four bytes the table has that is looked up at random.
+
+DOT = 5 / 4  # four products and the sum so far, of four weights
+
+
+def windows(rows_with_a_shift):
+    """Of 8 rows of 4 weights: two shifts and an `or` where a row does not begin with a word."""
+    return {"complex": 2 * rows_with_a_shift / 32, "simple": rows_with_a_shift / 32}
+
+
+def trellis(rows_with_a_shift):
+    window = windows(rows_with_a_shift)
+    return {
+        # a mask, the address in the table, the product with x; addresses and ends for 32 weights
+        "simple": 1 + 1 + DOT + 12 / 32 + window["simple"],
+        # the product with the multiplier, the point in it
+        "complex": 2 + window["complex"],
+        "loads": 1,
+    }
+
+
+# The primes of 8 rows for each group of columns: a byte, a load, an address, a product.
+def primes(weights_of_a_thread):
+    return {"simple": 16 / weights_of_a_thread, "complex": 8 / weights_of_a_thread, "loads": 8 / weights_of_a_thread}
+
+
+def add(a, b):
+    return {key: a[key] + b[key] for key in a}
+
+
+KERNELS = {
+    # a byte out of its word and to float
+    "q8": (add({"simple": DOT + 8 / 32, "complex": 2, "loads": 0}, primes(128)), 128, 1 + 1 / 64),
+    # half a byte, its level
+    "q4": (add({"simple": DOT + 1 + 10 / 64, "complex": 1, "loads": 1}, primes(64)), 8, 1 / 2 + 1 / 32),
+    "t2": (trellis(6), 64, 2 / 8),
+    "t3": (trellis(7), 64, 3 / 8),
+    "t4": (trellis(4), 128, 4 / 8),
+}
+
+
+def conflicts(words):
+    """Loads that 32 threads need with 32 banks of 4 bytes, when each wants one of so many words at random: an assumption."""
+    draw, runs, total = random.Random(1), 20000, 0
+    for _ in range(runs):
+        banks = [0] * 32
+        for word in {draw.randrange(words) for _ in range(32)}:
+            banks[word % 32] += 1
+        total += max(banks)
+    return total / runs
+
+
+def cycles(kernel):
+    """Of a scheduler, for 32 weights: the complex pipeline alone, all issues, and threadgroup memory, which four share.
+
+    What was measured of mixtures (a product with 2 additions in 4.0 cycles, with 3 in 5.4, with 4 in 6.1) is about
+    simple + 2 * complex, and not below 4 * complex.
+    """
+    count, words, _ = KERNELS[kernel]
+    return {
+        "complex": 4 * count["complex"],
+        "issue": count["simple"] + 2 * count["complex"] + count["loads"],
+        "threadgroup": 4 * conflicts(words) * count["loads"],
+    }
+
+
+# Cores, GHz and GB/s of the largest of each kind. Cores and bandwidth: Apple's technical specifications. GHz: M1 and M2 from
+# metal-benchmarks; M3 and M4 as databases of hardware have them; M5 not known, taken as M4.
+CHIPS = [
+    ("M1", 8, 1.278, 68),
+    ("M1 Pro", 16, 1.296, 200),
+    ("M1 Max", 32, 1.296, 400),
+    ("M2", 10, 1.398, 100),
+    ("M2 Pro", 19, 1.398, 200),
+    ("M2 Max", 38, 1.398, 400),
+    ("M3", 10, 1.398, 100),
+    ("M3 Pro", 18, 1.398, 150),
+    ("M3 Max", 40, 1.398, 400),
+    ("M4", 10, 1.578, 120),
+    ("M4 Pro", 20, 1.578, 273),
+    ("M4 Max", 40, 1.578, 546),
+    ("M5", 10, 1.578, 153),
+    ("M5 Pro", 20, 1.578, 307),
+    ("M5 Max", 40, 1.578, 614),
+]
+
+# Phi-4: 40 layers of query, key and value; output; gate and up; down. And the output head, q4 beside t2 and t3, else q8.
+BLOCKS = 40 * (7680 * 5120 + 5120 * 5120 + 35840 * 5120 + 5120 * 17920)
+HEAD = 100352 * 5120
+
+
+def per_token(kernel, ghz_cores, bandwidth):
+    """Tokens per second by memory and by arithmetic."""
+    parts = [(kernel, BLOCKS), ("q8" if kernel == "q4" else "q4", HEAD)]
+    size = sum(weights * KERNELS[name][2] for name, weights in parts)
+    work = sum(weights * max(cycles(name).values()) for name, weights in parts)
+    # 128 lanes a core: four schedulers of 32.
+    return bandwidth * 1e9 / size, ghz_cores * 1e9 * 128 / work, size
+
+
+def main():
+    print("| | simple | complex | threadgroup loads | bytes | cycles: complex / issue / threadgroup |")
+    print("|---|---|---|---|---|---|")
+    for name, (count, _, size) in KERNELS.items():
+        c = cycles(name)
+        print(
+            f"| `{name}` | {count['simple']:.2f} | {count['complex']:.2f} | {count['loads']:.2f} | {size:.3f} |"
+            f" {c['complex']:.1f} / {c['issue']:.1f} / {c['threadgroup']:.1f} |"
+        )
+    print()
+    sizes = {name: per_token(name, 1, 1)[2] for name in ("t2", "t3", "q4")}
+    print("| | cores | GHz | GB/s |" + "".join(f" {n}, {s / 1e9:.2f} GB |" for n, s in sizes.items()))
+    print("|---|---|---|---|---|---|---|")
+    for chip, cores, ghz, bandwidth in CHIPS:
+        row = f"| {chip} | {cores} | {ghz} | {bandwidth} |"
+        for name in sizes:
+            memory, work, _ = per_token(name, cores * ghz, bandwidth)
+            row += f" {memory:.0f} / {work:.0f} |"
+        print(row)
+
+
+if __name__ == "__main__":
+    main()

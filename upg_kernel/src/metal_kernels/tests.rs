@@ -457,6 +457,7 @@ fn test_metal_spmv_source_has_the_types_of_metal() {
         ),
         ("float sum = 0.0f;", "threadgroup float sum;"),
         ("float sum = 0.0f;", "double sum = 0.0;"),
+        ("    if (col + 4 <= cols) {", "    if constexpr (true) {"),
     ];
     for (from, to) in wrong {
         let source = source();

@@ -110,9 +110,10 @@ fn translated(
     Ok(path)
 }
 
-/// Options for all of it: Metal's compiler knows the attributes that clang does not.
-const OPTIONS: [&str; 6] = [
+/// Options for all of it: Metal's compiler knows the attributes that clang does not, and its `char` has a sign everywhere.
+const OPTIONS: [&str; 7] = [
     "-std=c++17",
+    "-fsigned-char",
     "-Wall",
     "-Wextra",
     "-Werror",
@@ -127,9 +128,15 @@ pub(super) fn check(clang: &str, source: &str) -> Result<(), String> {
     checked(
         Command::new(clang)
             .args(OPTIONS)
-            .args(["-fsyntax-only", "-DMETAL_ADDRESS_SPACES", "-I"])
+            // Metal is C++14; what the headers here have of C++17 does not count.
+            .args([
+                "-Wpre-c++17-compat",
+                "-fsyntax-only",
+                "-DMETAL_ADDRESS_SPACES",
+            ])
+            .arg("-isystem")
             .arg(here().join("include"))
-            .arg("-I")
+            .arg("-isystem")
             .arg(here())
             .arg(cpp),
     )

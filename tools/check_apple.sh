@@ -46,9 +46,9 @@ if ! ls "$sysroot/lib/rustlib/$macos/lib"/libstd-* >/dev/null 2>&1 &&
 fi
 
 check() {
-    cargo clippy --workspace --features metal --all-targets --locked --target $macos "${std[@]}" -- -D warnings
+    cargo clippy --features metal --locked --target $macos ${std[@]+"${std[@]}"} "$@" -- -D warnings
 }
-UPG_METALLIB=none check
+UPG_METALLIB=none check --workspace --all-targets
 # Any file will do: it is embedded, not read.
-UPG_METALLIB="$root/upg_kernel/kernels/spmv.metal" check
+UPG_METALLIB="$root/upg_kernel/kernels/spmv.metal" check --package upg_kernel --lib
 echo "The types are those of $macos."

@@ -39,11 +39,14 @@ need_venv() {
     fi
 }
 
-# The C++ compiler of clang that the tests of the kernels for Apple GPUs use; nothing if there is none.
+# The C++ compiler of clang, 15 or later, that the tests of the kernels for Apple GPUs use; nothing if there is none.
 find_clang() {
-    local name
-    for name in "${UPG_CLANG-}" clang++ clang++-{22,21,20,19,18,17,16,15}; do
-        if [ -n "$name" ] && command -v "$name" >/dev/null; then
+    local name major
+    set -- clang++ clang++-{22,21,20,19,18,17,16,15}
+    if [ -n "${UPG_CLANG-}" ]; then set -- "$UPG_CLANG"; fi
+    for name in "$@"; do
+        major=$("$name" -dM -E -x c++ /dev/null 2>/dev/null | sed -n 's/^#define __clang_major__ //p') || major=0
+        if [ "${major:-0}" -ge 15 ]; then
             echo "$name"
             return
         fi
@@ -54,7 +57,6 @@ need_clang() {
     local package
     if [ -z "$(find_clang)" ] && command -v apt-get >/dev/null && [ "$(id -u)" -eq 0 ]; then
         apt-get update -qq
-        # The one of the distribution may be too old.
         for package in clang-{19,18,17,16,15} clang; do
             DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$package" >/dev/null 2>&1 && break
         done

@@ -60,27 +60,38 @@ export CC_aarch64_unknown_linux_gnu=aarch64-linux-gnu-gcc
 export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUSTFLAGS="-C target-feature=+crt-static"
 unset RUSTFLAGS CARGO_ENCODED_RUSTFLAGS CARGO_BUILD_RUSTFLAGS
 
-log=$(mktemp)
-trap 'rm -f "$log"' EXIT
+logs=$(mktemp -d)
+trap 'rm -rf "$logs"' EXIT
 
-# test_as PROCESSOR true|false: whether it has dot products, which one of the tests prints.
+# test_as PROCESSOR true|false: whether it has dot products, which one of the tests prints. Its output goes to a file.
 test_as() {
-    echo "As $1:"
     CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -cpu $1" \
         cargo test --package upg_kernel --lib --locked --target $linux -- \
-        kernels:: --skip metal_kernels:: --nocapture --test-threads 1 2>&1 | tee "$log"
+        kernels:: --skip metal_kernels:: --nocapture --test-threads 1 >"$logs/$1" 2>&1 || return
     for line in "dot products: $2" \
         "every_kernel_multiplies_every_encoding_as_the_reference_does ... ok" \
         "every_kernel_multiplies_many_vectors_as_the_reference_does ... ok"; do
-        if ! grep -qF "$line" "$log"; then
-            echo "As $1, the tests did not say '$line'" >&2
-            exit 1
+        if ! grep -qF "$line" "$logs/$1"; then
+            echo "As $1, the tests did not say '$line'" >>"$logs/$1"
+            return 1
         fi
     done
 }
 
-test_as max true
-test_as cortex-a53 false
+cargo test --package upg_kernel --lib --locked --target $linux --no-run
+# Each is one thread of an emulator.
+test_as max true &
+first=$!
+test_as cortex-a53 false &
+second=$!
+failed=0
+wait $first || failed=1
+wait $second || failed=1
+for processor in max cortex-a53; do
+    echo "As $processor:"
+    cat "$logs/$processor"
+done
+if [ $failed -ne 0 ]; then exit 1; fi
 
 cargo clippy --package upg_kernel --lib --tests --locked --target $linux -- -D warnings
 echo "All tests of the kernels for 64-bit ARM passed."

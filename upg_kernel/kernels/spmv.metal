@@ -17,7 +17,7 @@
 //   - Sums are taken without the scale of the row, which comes last: scale * (prime * sum). Nothing depends on
 //     infinities, on NaN, on the sign of zero or on the order of a sum, so that fast math may be on or off.
 //
-// mdcsr: rows of entries (delta, value, prime index)
+// mdcsr: rows of entries (delta, value, prime index), those of value 0 being padding, which is not multiplied
 //   mdcsr_row         a thread a row, as one would write it down. The threads of a SIMD-group read memory at 32 places.
 //   mdcsr_row_shared  the same with x in threadgroup memory, a window of columns at a time: columns ascend, so that a
 //                     row is done with a window when its next column is behind it. All threads take part in loading,
@@ -133,7 +133,9 @@ template <typename T>
     float sum = 0.0f;
     for (uint k = row_pointers[row]; k < end; k++) {
         column += deltas[k];
-        sum += weight(primes, prime_indices[k], values[k]) * float(x[column]);
+        if (values[k] != 0) {
+            sum += weight(primes, prime_indices[k], values[k]) * float(x[column]);
+        }
     }
     y[ulong(at.y) * args.y_stride + row] = T(scales[row] * sum);
 }
@@ -171,7 +173,9 @@ template <typename T>
         }
         threadgroup_barrier(mem_flags::mem_threadgroup);
         while (k < end && column < start + width) {
-            sum += weight(primes, prime_indices[k], values[k]) * shared[column - start];
+            if (values[k] != 0) {
+                sum += weight(primes, prime_indices[k], values[k]) * shared[column - start];
+            }
             k++;
             column += k < end ? uint(deltas[k]) : 0;
         }
@@ -213,6 +217,9 @@ template <typename T, int N>
     uint column = 0;
     for (uint k = row_pointers[row]; k < end; k++) {
         column += deltas[k];
+        if (values[k] == 0) {
+            continue;
+        }
         const float w = weight(primes, prime_indices[k], values[k]);
 #pragma unroll
         for (int v = 0; v < N; v++) {
@@ -288,7 +295,7 @@ template <typename T>
         const uint base = before + simd_prefix_exclusive_sum(run);
         before += simd_sum(run);
         // All loads first, without a branch: of entries that are not of this row, whose column may be none of x, that of
-        // column 0. What is not stored is not multiplied: x may be infinite there.
+        // column 0. The product is not taken then: x may be infinite there.
 #pragma unroll
         for (uint i = 0; i < 4; i++) {
             const bool is_stored = value[i] != 0;

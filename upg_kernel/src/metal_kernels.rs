@@ -16,6 +16,8 @@ mod args;
 mod candle;
 #[cfg(all(feature = "metal", target_vendor = "apple"))]
 mod gpu;
+#[cfg(any(test, all(feature = "metal", target_vendor = "apple")))]
+mod hazards;
 mod plan;
 #[cfg(all(feature = "metal", target_vendor = "apple"))]
 mod spmv;

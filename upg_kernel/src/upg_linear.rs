@@ -10,12 +10,14 @@ use candle_core::{
     Tensor,
 };
 use half::{bf16, f16};
+use std::sync::Arc;
 
 /// `y = W x + b` for any model of candle, as `candle_nn::Linear` is, with `W` in one of the encodings of UPG.
 ///
 /// The input is `[.., cols]` in F32, F16 or BF16, the output `[.., rows]` in the same type; sums are taken in f32. On the
 /// CPU products are those of [`Matrix::spmm`] (`docs/numerics.md`), on candle's Metal device, with the feature `metal`, those
-/// of [`crate::metal_kernels`]; there `keep` is not supported. Nothing is decompressed. There is no gradient.
+/// of [`crate::metal_kernels`], for which a matrix has to be compressed. Nothing is decompressed. There is no gradient. A
+/// clone shares the weights.
 ///
 /// ```
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -29,8 +31,9 @@ use half::{bf16, f16};
 /// # Ok(())
 /// # }
 /// ```
+#[derive(Clone, Debug)]
 pub struct UpgLinear {
-    product: Product,
+    product: Arc<Product>,
     bias: Option<Tensor>,
 }
 
@@ -48,7 +51,10 @@ impl UpgLinear {
             #[cfg(all(feature = "metal", target_vendor = "apple"))]
             on_metal: OnMetal::default(),
         };
-        Ok(Self { product, bias })
+        Ok(Self {
+            product: Arc::new(product),
+            bias,
+        })
     }
 
     /// Layer `id` of an open file, without a bias. Errors: those of [`UPGDecompressor::layer`].
@@ -92,7 +98,7 @@ impl Module for UpgLinear {
         } else {
             x.clone()
         };
-        let y = x.contiguous()?.apply_op1_no_bwd(&self.product)?;
+        let y = x.contiguous()?.apply_op1_no_bwd(&*self.product)?;
         let y = if is_wide { y.to_dtype(dtype)? } else { y };
         match &self.bias {
             None => Ok(y),
@@ -101,6 +107,7 @@ impl Module for UpgLinear {
     }
 }
 
+#[derive(Debug)]
 struct Product {
     matrix: Matrix,
     #[cfg(all(feature = "metal", target_vendor = "apple"))]

@@ -36,6 +36,13 @@ fn of_device<T>(
 #[derive(Default)]
 pub(crate) struct OnMetal(ByDevice<Resident>);
 
+impl std::fmt::Debug for OnMetal {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let devices = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        write!(f, "OnMetal({} devices)", devices.len())
+    }
+}
+
 impl OnMetal {
     /// `W x` for each of the vectors that `layout` has one after the other in `x`: `[vectors, rows]` of the same type.
     ///

@@ -8,6 +8,7 @@ use crate::matrix::Matrix;
 use crate::prime_lut::PRIME_LUT;
 use block2::RcBlock;
 use bytemuck::cast_slice;
+use nix::unistd::{SysconfVar, sysconf};
 use objc2::rc::Retained;
 use objc2::runtime::ProtocolObject;
 use objc2_foundation::NSString;
@@ -18,6 +19,7 @@ use objc2_metal::{
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ffi::c_void;
+use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
@@ -72,9 +74,10 @@ impl GpuBuffer {
         Self::new(device, raw, bytes.len())
     }
 
-    /// How many hold it.
-    pub fn holders(&self) -> usize {
-        Arc::strong_count(&self.shared)
+    /// Whether nobody else has it, nor reads any more what was in it.
+    pub fn is_held_here_only(&mut self) -> bool {
+        // Not the count, which says nothing of when others were done.
+        Arc::get_mut(&mut self.shared).is_some()
     }
 
     pub fn raw(&self) -> &RawBuffer {
@@ -104,14 +107,9 @@ pub(super) struct Gpu {
     primes: GpuBuffer,
     /// Of `t2`, `t3` and `t4`.
     levels: [GpuBuffer; 3],
-    /// Mapped files, by the place of their first byte, that somebody has a buffer of.
-    files: Mutex<Vec<(usize, Weak<SharedBuffer>)>>,
+    /// Pages of mapped files, by their place and length, that somebody has a buffer of.
+    files: Mutex<Vec<(usize, usize, Weak<SharedBuffer>)>>,
 }
-
-// SAFETY: devices, libraries and pipelines may be used from any thread (Metal Programming Guide, "Creating Commands").
-unsafe impl Send for Gpu {}
-// SAFETY: as above; what changes is behind a mutex.
-unsafe impl Sync for Gpu {}
 
 impl Gpu {
     /// Compiles the kernels: some tenths of a second, the first time on a machine; then Metal has them in its cache.
@@ -209,56 +207,62 @@ impl Gpu {
     fn weights(&self, weights: &Weights<'_>) -> Result<GpuBuffer> {
         match weights.in_file() {
             Some((file, first)) => {
-                let whole = self.file(file).map_err(|e| e.at(file.path()))?;
-                Ok(GpuBuffer {
-                    offset: first,
-                    ..whole
-                })
+                let last = first + weights.bytes().len();
+                self.view(file, first..last).map_err(|e| e.at(file.path()))
             }
             None => self.copied(weights.bytes()),
         }
     }
 
-    /// The whole file as one buffer, in place.
-    fn file(&self, file: &Arc<MappedFile>) -> Result<GpuBuffer> {
-        let mut files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
-        files.retain(|(_, buffer)| buffer.strong_count() > 0);
-        let place = file.as_ptr() as usize;
-        let known = files.iter().find(|(known, _)| *known == place);
-        if let Some(shared) = known.and_then(|(_, buffer)| buffer.upgrade()) {
-            return Ok(GpuBuffer { shared, offset: 0 });
-        }
+    /// Bytes of a file in place: the whole file is one buffer, or, if that is more than the device takes, the pages of these
+    /// bytes are.
+    fn view(&self, file: &Arc<MappedFile>, bytes: Range<usize>) -> Result<GpuBuffer> {
         // Buffers are of whole pages, as maps are.
-        let len = file.len().next_multiple_of(page_size());
+        let page = page_size()?;
         let most = self.device.maxBufferLength();
-        if len > most {
+        let mut pages = 0..file.len().next_multiple_of(page);
+        if pages.len() > most {
+            pages = bytes.start / page * page..bytes.end.next_multiple_of(page);
+        }
+        if pages.len() > most {
             let message = format!(
-                "a file of {len} bytes, and {} takes buffers of up to {most}",
+                "a matrix of {} bytes, and {} takes buffers of up to {most}",
+                bytes.len(),
                 self.device.name()
             );
-            return Err(Error::new(ErrorKind::TooLarge, message)
-                .hint("multiply on the CPU, or make a smaller file (`upg compress --to t3`)"));
+            let error = Error::new(ErrorKind::TooLarge, message);
+            return Err(error.hint("multiply it on the CPU: `Matrix::spmv`"));
         }
-        let start = NonNull::from(&file[..]).cast::<c_void>();
+        let mut files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
+        files.retain(|(_, _, buffer)| buffer.strong_count() > 0);
+        let offset = bytes.start - pages.start;
+        let place = file.as_ptr() as usize + pages.start;
+        let known = files
+            .iter()
+            .find(|(known, len, _)| *known == place && *len == pages.len());
+        if let Some(shared) = known.and_then(|(_, _, buffer)| buffer.upgrade()) {
+            return Ok(GpuBuffer { shared, offset });
+        }
+        let start = NonNull::from(&file[pages.start..]).cast::<c_void>();
         // The map stays until Metal lets go of the buffer, which is after the last command that reads it.
         let map = Mutex::new(Some(Arc::clone(file)));
         let unmap = RcBlock::new(move |_: NonNull<c_void>, _: usize| {
             map.lock().unwrap_or_else(PoisonError::into_inner).take();
         });
-        // SAFETY: `start` is the first byte of a map, which begins a page and has all bytes of its last one; the block
-        // keeps it, and may run on any thread. Kernels only read it.
+        // SAFETY: `start` is the first byte of a page of a map, which begins a page and has all bytes of its last one; the
+        // block keeps it, and may run on any thread. Kernels only read it.
         let raw = unsafe {
             self.device
                 .newBufferWithBytesNoCopy_length_options_deallocator(
                     start,
-                    len,
+                    pages.len(),
                     MTLResourceOptions::StorageModeShared,
                     Some(&unmap),
                 )
         };
-        let whole = GpuBuffer::new(&self.device, raw, len)?;
-        files.push((place, Arc::downgrade(&whole.shared)));
-        Ok(whole)
+        let view = GpuBuffer::new(&self.device, raw, pages.len())?;
+        files.push((place, pages.len(), Arc::downgrade(&view.shared)));
+        Ok(GpuBuffer { offset, ..view })
     }
 }
 
@@ -289,9 +293,11 @@ fn library(device: &Device) -> Result<Retained<ProtocolObject<dyn MTLLibrary>>> 
     })
 }
 
-fn page_size() -> usize {
-    // Of Apple Silicon. A multiple of that of Intel Macs, which have no GPU for these kernels.
-    16 << 10
+/// Of this process: under Rosetta it is another than that of the machine.
+fn page_size() -> Result<usize> {
+    let size = sysconf(SysconfVar::PAGE_SIZE).ok().flatten();
+    let size = size.and_then(|size| usize::try_from(size).ok());
+    size.ok_or_else(|| Error::new(ErrorKind::Io, "the system does not say how large a page is"))
 }
 
 fn unsupported(message: String) -> Error {

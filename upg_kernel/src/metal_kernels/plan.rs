@@ -149,7 +149,7 @@ pub struct Dispatch<'a> {
     pub kernel: String,
     /// Its argument 0.
     pub args: Vec<u8>,
-    /// Its arguments from 1 on.
+    /// Its arguments from 1 on; it writes the last one, and nothing else.
     pub operands: Vec<Operand<'a>>,
     /// Bytes of threadgroup memory, all of it at index 0: a multiple of 16, 32 KiB at most; 0 if it has none.
     pub threadgroup_bytes: usize,
@@ -157,6 +157,13 @@ pub struct Dispatch<'a> {
     pub threadgroups: [usize; 2],
     /// Threads of each, in the first dimension: whole SIMD-groups.
     pub threads: usize,
+}
+
+impl<'a> Dispatch<'a> {
+    /// What it writes.
+    pub fn written(&self) -> &Operand<'a> {
+        self.operands.last().expect("every kernel writes something")
+    }
 }
 
 /// The calls that compute `Y = W X`, in their order: each reads what those before it have written.

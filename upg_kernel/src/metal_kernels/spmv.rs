@@ -1,6 +1,7 @@
 //! [`MetalSpMV`] on a system that has Metal.
 
 use super::gpu::{Device, Encoder, Gpu, GpuBuffer, Pipeline, Resident, Vectors, encode};
+use super::hazards::Hazards;
 use super::plan::{Element, SparseKernel};
 use crate::error::{Error, ErrorKind, Result};
 use crate::matrix::Matrix;
@@ -12,10 +13,8 @@ use objc2::rc::{Retained, autoreleasepool};
 use objc2::runtime::ProtocolObject;
 use objc2_metal::{
     MTLBarrierScope, MTLCommandBuffer, MTLCommandBufferStatus, MTLCommandEncoder, MTLCommandQueue,
-    MTLComputeCommandEncoder, MTLCopyAllDevices, MTLCreateSystemDefaultDevice, MTLDevice,
-    MTLDispatchType, MTLSize,
+    MTLComputeCommandEncoder, MTLCreateSystemDefaultDevice, MTLDevice, MTLDispatchType, MTLSize,
 };
-use std::collections::HashSet;
 use std::ffi::c_void;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -50,7 +49,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 pub struct MetalSpMV {
     device: Gpu,
     command_queue: Retained<ProtocolObject<dyn MTLCommandQueue>>,
-    /// Buffers of results, by their size; those that nobody else holds can be used again.
+    /// Buffers of results, by their size; those that nobody else holds are used again. They stay until this is dropped.
     free: Mutex<Vec<(usize, GpuBuffer)>>,
 }
 
@@ -65,7 +64,9 @@ impl MetalSpMV {
     /// Errors (`Unsupported`): there is no device, or it lacks what the kernels need: the message says what.
     pub fn new() -> Result<Self> {
         // There is no default device for a process without a window, in ssh for example.
-        let device = MTLCreateSystemDefaultDevice().or_else(|| MTLCopyAllDevices().firstObject());
+        let device = MTLCreateSystemDefaultDevice();
+        #[cfg(target_os = "macos")]
+        let device = device.or_else(|| objc2_metal::MTLCopyAllDevices().firstObject());
         let device = device.ok_or_else(|| {
             Error::new(ErrorKind::Unsupported, "there is no Metal device here")
                 .hint("multiply on the CPU: `Matrix::spmv`")
@@ -96,12 +97,12 @@ impl MetalSpMV {
         self.device.device.recommendedMaxWorkingSetSize()
     }
 
-    /// `W x` for a vector `[cols]`, or for each row of `[n, cols]`: a tensor `[rows]` or `[n, rows]` of the same type, on
-    /// the CPU as `vector` is. Waits for the GPU, and makes buffers of the weights (a copy of those that are not mapped) that
+    /// `W x` for a vector `[cols]`, or for each row of `[n, cols]`: a tensor `[rows]` or `[n, rows]` of the same type on
+    /// the CPU, wherever `vector` is. Waits for the GPU, and makes buffers of the weights (a copy of those that are not mapped) that
     /// it forgets again: [`MetalSpMV::load`] makes them once.
     ///
     /// Errors: `Unsupported` for a type other than F32 and F16 or a matrix that is not compressed; `Shape` for a tensor
-    /// of another shape; `TooLarge` if the device has no room.
+    /// of another shape, `Argument` for one of no vectors; `TooLarge` if the device has no room.
     pub fn execute(&self, matrix: &Matrix, vector: &Tensor) -> Result<Tensor> {
         match vector.dtype() {
             DType::F32 => self.execute_as::<f32>(matrix, vector),
@@ -188,7 +189,7 @@ impl MetalSpMV {
     }
 
     /// Begins a pass: products that run without the CPU in between, those that do not depend on each other side by side.
-    /// A device takes some dozens of passes that were begun and not finished.
+    /// The queue has room for 64 that were begun and neither finished nor dropped; the next one waits, for ever on one thread.
     pub fn pass(&self) -> Result<MetalPass<'_>> {
         let none = || Error::new(ErrorKind::TooLarge, "the device has no room for commands");
         autoreleasepool(|_| {
@@ -200,12 +201,11 @@ impl MetalSpMV {
                 commands,
                 encoder: Raw {
                     encoder: encoder.ok_or_else(none)?,
-                    written: HashSet::new(),
-                    is_dependent: false,
-                    next: Vec::new(),
+                    hazards: Hazards::default(),
                 },
                 is_encoding: true,
                 results: Vec::new(),
+                inputs: Vec::new(),
                 rotated: Vec::new(),
             })
         })
@@ -217,11 +217,10 @@ impl MetalSpMV {
             .checked_next_power_of_two()
             .ok_or_else(|| Error::new(ErrorKind::TooLarge, format!("a result of {bytes} bytes")))?;
         let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
-        let unused = free
-            .iter()
-            .find(|(found, buffer)| *found == size && buffer.holders() == 1);
-        if let Some((_, buffer)) = unused {
-            return Ok(buffer.clone());
+        for (_, buffer) in free.iter_mut().filter(|(found, _)| *found == size) {
+            if buffer.is_held_here_only() {
+                return Ok(buffer.clone());
+            }
         }
         let buffer = self.device.empty(size)?;
         free.push((size, buffer.clone()));
@@ -303,8 +302,9 @@ pub struct MetalPass<'a> {
     commands: Retained<ProtocolObject<dyn MTLCommandBuffer>>,
     encoder: Raw,
     is_encoding: bool,
-    /// They hold their buffers, which are not used again before the pass has finished.
     results: Vec<MetalVector>,
+    /// With the results, all buffers of the pass: while it holds them they are not used for anything else.
+    inputs: Vec<MetalVector>,
     /// Inputs that were rotated, and the result: matrices that share an input share the rotation.
     rotated: Vec<(MetalVector, Rotation, GpuBuffer)>,
 }
@@ -346,13 +346,15 @@ impl MetalPass<'_> {
         let bytes = bytes
             .ok_or_else(|| Error::new(ErrorKind::TooLarge, format!("{} x {rows} outputs", x.n)))?;
         let mut dispatches = &plan.dispatches[..];
+        let mut new = None;
         let rotated = match matrix.matrix() {
             Matrix::Trellis(m) => {
                 let rotation = &m.parts().rotation;
-                let same = |(input, known, _): &&(MetalVector, Rotation, GpuBuffer)| {
-                    input.is_same(x) && known == rotation
-                };
-                Some(match self.rotated.iter().find(same) {
+                let known = self
+                    .rotated
+                    .iter()
+                    .find(|(input, known, _)| input.is_same(x) && known == rotation);
+                Some(match known {
                     Some((_, _, buffer)) => {
                         // The product only, which is the last.
                         dispatches = &dispatches[dispatches.len() - 1..];
@@ -360,8 +362,7 @@ impl MetalPass<'_> {
                     }
                     None => {
                         let buffer = self.spmv.result(4 * plan.rotated)?;
-                        let input = (x.clone(), rotation.clone(), buffer.clone());
-                        self.rotated.push(input);
+                        new = Some((x.clone(), rotation.clone(), buffer.clone()));
                         buffer
                     }
                 })
@@ -374,6 +375,8 @@ impl MetalPass<'_> {
             rotated,
         };
         encode(gpu, &matrix.0, dispatches, &vectors, &mut self.encoder)?;
+        self.rotated.extend(new);
+        self.inputs.push(x.clone());
         let y = MetalVector {
             buffer: vectors.y,
             n: x.n,
@@ -420,14 +423,10 @@ impl Drop for MetalPass<'_> {
     }
 }
 
-/// An encoder whose calls run side by side, but for those that read what others have written.
+/// An encoder whose calls run side by side, but for those that depend on others.
 struct Raw {
     encoder: Retained<ProtocolObject<dyn MTLComputeCommandEncoder>>,
-    /// Buffers that were written since the last barrier. Nothing is written that was read before.
-    written: HashSet<usize>,
-    /// Whether the next call has bound one of them, and what it writes itself.
-    is_dependent: bool,
-    next: Vec<usize>,
+    hazards: Hazards,
 }
 
 impl Encoder for Raw {
@@ -446,11 +445,7 @@ impl Encoder for Raw {
 
     fn buffer(&mut self, index: usize, buffer: &GpuBuffer, is_written: bool) {
         let place = Retained::as_ptr(buffer.raw()).addr();
-        // A pass of a rotation reads and writes one buffer: it is bound for reading first.
-        self.is_dependent |= self.written.contains(&place);
-        if is_written {
-            self.next.push(place);
-        }
+        self.hazards.bind(place, is_written);
         // SAFETY: the plan binds what the kernel declares at this index, and the offset is inside of the buffer.
         unsafe {
             self.encoder
@@ -464,12 +459,10 @@ impl Encoder for Raw {
     }
 
     fn dispatch(&mut self, threadgroups: MTLSize, threads: MTLSize) {
-        if std::mem::take(&mut self.is_dependent) {
+        if self.hazards.call() {
             self.encoder
                 .memoryBarrierWithScope(MTLBarrierScope::Buffers);
-            self.written.clear();
         }
-        self.written.extend(self.next.drain(..));
         self.encoder
             .dispatchThreadgroups_threadsPerThreadgroup(threadgroups, threads);
     }

@@ -1,13 +1,14 @@
 // Runs the dispatches that stand on the standard input in several orders, and writes what they leave to the standard output.
 //
 // Numbers are u32, little-endian. In: the number of buffers; of each its size, alignment, whether kernels write it, and,
-// if they do not, its bytes. The number of dispatches; of each its kernel, the numbers of its buffers, its arguments, the size of its
+// if they do not, its bytes. The number of dispatches; of each its kernel, the numbers of its buffers and of the one it writes, its arguments, the size of its
 // threadgroup memory, threadgroups in two dimensions, threads. The schedules. Lists and texts begin with their length.
 // Out, for each schedule: what is wrong, or an empty text and the bytes of the buffers that kernels write.
 #include "machine.h"
 
 #include <cstdio>
 #include <cstdlib>
+#include <unistd.h>
 
 using namespace metal_on_cpu;
 
@@ -41,6 +42,8 @@ static void flush_subnormals() {
 }
 
 int main() {
+    // A kernel that does not end is wrong too.
+    alarm(120);
     flush_subnormals();
     std::vector<Buffer> buffers;
     for (uint32_t n = read_u32(); n > 0; n--) {
@@ -55,6 +58,7 @@ int main() {
         const std::vector<char> name = read_list<char>();
         dispatch.kernel.assign(name.begin(), name.end());
         dispatch.buffers = read_list<uint32_t>();
+        dispatch.written = read_u32();
         dispatch.arguments = read_list<unsigned char>();
         dispatch.threadgroup_bytes = read_u32();
         dispatch.threadgroups[0] = read_u32();

@@ -45,15 +45,16 @@ constexpr uint32_t WIDTH = 32;
 constexpr size_t STACK = 64 << 10;
 constexpr unsigned char POISON = 0xFF; // as floats: NaN
 
-// A thread, by its number among those of all threadgroups (0: none), and how many barriers it had passed.
+// A thread, by its number among those of all threadgroups (0: none), and how many barriers for this memory it had passed.
 struct Touch {
     uint64_t thread = 0;
-    uint32_t epochs = 0;
+    uint32_t epoch = 0;
 };
-// Who touched a byte last. Two readers are enough: of any two at least one is not the thread that writes next.
+// Who touched a byte last. Three readers since the last barrier are enough: two of them are not the thread that writes next.
 struct Buffer::Cell {
-    Touch writer, readers[2];
+    Touch writer, readers[3];
     bool is_set = false;
+    bool is_read_elsewhere = false; // by another threadgroup
 };
 typedef Buffer::Cell Cell;
 
@@ -68,9 +69,11 @@ struct Thread {
     State state;
     const char *function; // at which it waits
     int line;
+    unsigned memories; // that its barrier is for, a bit for each
     uint32_t index, lane, simd;
     uint32_t position[3], in_group[3];
-    uint32_t epochs; // barriers that it has passed, of both kinds
+    uint32_t epochs[2]; // barriers that it has passed, for memory of the threadgroup and of the device
+    uint32_t calls;     // of functions of the SIMD-group
 };
 
 struct Simdgroup {
@@ -81,7 +84,7 @@ struct Simdgroup {
 struct Threadgroup {
     std::vector<Thread> threads;
     std::vector<Simdgroup> simds;
-    uint32_t epoch; // threadgroup barriers so far
+    uint32_t epochs[2]; // barriers of all threads so far, for either memory
     uint32_t position[3], size[3], grid[3];
     uint32_t simd_count;
     uint64_t first_thread; // its number among those of all threadgroups
@@ -171,7 +174,7 @@ static size_t pages(size_t size) {
 }
 
 Buffer make_buffer(size_t size, size_t alignment, bool is_written) {
-    const size_t page = pages(1), body = pages(size);
+    const size_t page = pages(1), body = pages(size + alignment);
     // A page before and one behind that cannot be touched.
     unsigned char *all = (unsigned char *)mmap(nullptr, body + 2 * page, PROT_READ | PROT_WRITE,
                                                MAP_PRIVATE | MAP_ANON, -1, 0);
@@ -180,7 +183,13 @@ Buffer make_buffer(size_t size, size_t alignment, bool is_written) {
         exit(4);
     }
     Buffer buffer;
+    buffer.first = all;
+    buffer.end = all + body + 2 * page;
     buffer.bytes = all + page + (body - size) / alignment * alignment;
+    // No more aligned than it has to be.
+    if ((uintptr_t)buffer.bytes / alignment % 2 == 0 && buffer.bytes > all + page) {
+        buffer.bytes -= alignment;
+    }
     buffer.size = size;
     buffer.is_written = is_written;
     if (is_written) {
@@ -204,6 +213,7 @@ extern "C" char __executable_start, end;
 // Constants of the program, and what this file has.
 static bool is_program(const unsigned char *at) {
 #ifdef __APPLE__
+    // Not told apart from other memory there; what is near a buffer is found all the same.
     (void)at;
     return true;
 #else
@@ -218,45 +228,75 @@ static bool is_machine(const unsigned char *at) {
     return is_in(machine.group.simds, at) || is_in(machine.group.threads, at);
 }
 
-// Whether the running thread and that of `other` touch a byte with no barrier between.
-static bool is_race(const Touch &other) {
+static bool is_of_this_group(uint64_t thread) {
+    const Threadgroup &group = machine.group;
+    return thread >= group.first_thread && thread < group.first_thread + group.threads.size();
+}
+
+// Whether the running thread and that of `other` touch a byte with no barrier for this memory between.
+static bool is_race(const Touch &other, unsigned memory) {
     const Thread &thread = *machine.running;
     const Threadgroup &group = machine.group;
     if (other.thread == 0 || other.thread == group.first_thread + thread.index) {
         return false;
     }
-    if (other.thread < group.first_thread) {
-        return true; // of another threadgroup: they run at any time
+    if (!is_of_this_group(other.thread)) {
+        return true; // they run at any time
     }
     // Within a SIMD-group its own barriers count too.
     const Thread &second = group.threads[other.thread - group.first_thread];
-    return second.simd == thread.simd ? other.epochs == thread.epochs : other.epochs >= group.epoch;
+    return second.simd == thread.simd ? other.epoch == thread.epochs[memory] : other.epoch >= group.epochs[memory];
 }
 
-static void touch(std::vector<Cell> &cells, size_t offset, size_t size, bool is_write, const char *memory) {
+// Notes a reader, in the place of one that is done with.
+static void note_reader(Cell &cell, Touch self, unsigned memory) {
+    Touch *place = nullptr;
+    for (Touch &reader : cell.readers) {
+        if (reader.thread != 0 && !is_of_this_group(reader.thread)) {
+            cell.is_read_elsewhere = true;
+            reader = Touch();
+        }
+        if (reader.thread == self.thread) {
+            reader = self;
+            return;
+        }
+        if (reader.thread == 0 || reader.epoch < machine.group.epochs[memory]) {
+            place = &reader;
+        }
+    }
+    if (place) {
+        *place = self;
+    }
+}
+
+enum { OF_THREADGROUP, OF_DEVICE };
+
+static void touch(std::vector<Cell> &cells, size_t offset, size_t size, bool is_write, unsigned memory) {
+    static const char *const names[] = {"threadgroup memory", "a buffer"};
     const Thread &thread = *machine.running;
-    const Touch self = {machine.group.first_thread + thread.index, thread.epochs};
+    const Touch self = {machine.group.first_thread + thread.index, thread.epochs[memory]};
     for (size_t i = offset; i < offset + size; i++) {
         Cell &cell = cells[i];
         if (!is_write && !cell.is_set) {
-            fail("reads byte %zu of %s, which nothing has written", i, memory);
+            fail("reads byte %zu of %s, which nothing has written", i, names[memory]);
         }
-        if (is_race(cell.writer)) {
+        if (is_race(cell.writer, memory)) {
             fail("%s byte %zu of %s, which another thread writes, without a barrier between",
-                 is_write ? "writes" : "reads", i, memory);
+                 is_write ? "writes" : "reads", i, names[memory]);
         }
-        if (is_write) {
-            if (is_race(cell.readers[0]) || is_race(cell.readers[1])) {
-                fail("writes byte %zu of %s, which another thread reads, without a barrier between", i, memory);
-            }
-            cell.writer = self;
-            cell.is_set = true;
-        } else {
-            if (cell.readers[0].thread != self.thread) {
-                cell.readers[1] = cell.readers[0];
-            }
-            cell.readers[0] = self;
+        if (!is_write) {
+            note_reader(cell, self, memory);
+            continue;
         }
+        bool is_read = cell.is_read_elsewhere;
+        for (const Touch &reader : cell.readers) {
+            is_read = is_read || is_race(reader, memory);
+        }
+        if (is_read) {
+            fail("writes byte %zu of %s, which another thread reads, without a barrier between", i, names[memory]);
+        }
+        cell.writer = self;
+        cell.is_set = true;
     }
 }
 
@@ -269,18 +309,21 @@ static void access(const void *address, size_t size, bool is_write) {
         return;
     }
     for (Buffer &buffer : *machine.buffers) {
-        if (at >= buffer.bytes && at < buffer.bytes + buffer.size) {
-            const size_t offset = size_t(at - buffer.bytes);
-            if (offset + size > buffer.size) {
-                fail("%zu bytes at %zu are past the end of a buffer of %zu", size, offset, buffer.size);
-            }
-            if (buffer.is_written) {
-                touch(buffer.cells, offset, size, is_write, "a buffer");
-            } else if (is_write) {
-                fail("writes to a buffer that is bound for reading");
-            }
-            return;
+        if (at < buffer.first || at >= buffer.end) {
+            continue;
         }
+        const ptrdiff_t offset = at - buffer.bytes;
+        if (offset < 0 || size_t(offset) + size > buffer.size) {
+            fail("%zu bytes at %td are outside of a buffer of %zu", size, offset, buffer.size);
+        }
+        const bool is_bound_for_writing = &buffer == &(*machine.buffers)[machine.dispatch->written];
+        if (is_write && !is_bound_for_writing) {
+            fail("writes to a buffer that is bound for reading");
+        }
+        if (buffer.is_written) {
+            touch(buffer.cells, size_t(offset), size, is_write, OF_DEVICE);
+        }
+        return;
     }
     Memory &shared = machine.shared;
     if (at >= shared.bytes.data() && at < shared.bytes.data() + shared.size) {
@@ -288,7 +331,7 @@ static void access(const void *address, size_t size, bool is_write) {
         if (offset + size > shared.size) {
             fail("%zu bytes at %zu are past %zu of threadgroup memory", size, offset, shared.size);
         }
-        touch(shared.cells, offset, size, is_write, "threadgroup memory");
+        touch(shared.cells, offset, size, is_write, OF_THREADGROUP);
         return;
     }
     if (is_in(machine.arguments, at) && is_in(machine.arguments, at + size - 1) && !is_write) {
@@ -309,23 +352,27 @@ const unsigned char *exchange(const char *name, int line, const void *value, siz
     unsigned char *slots = simd.slots[simd.turn];
     memcpy(slots + SLOT * thread.lane, value, size);
     thread.state = State::AtFunction;
+    thread.calls++;
     thread.function = name;
     thread.line = line;
     back_to_main();
     return slots;
 }
 
-void simdgroup_barrier(int line) {
+void simdgroup_barrier(unsigned memories, int line) {
     const char nothing = 0;
     exchange("simdgroup_barrier", line, &nothing, 1);
-    machine.running->epochs++;
+    for (unsigned memory : {OF_THREADGROUP, OF_DEVICE}) {
+        machine.running->epochs[memory] += memories >> memory & 1;
+    }
 }
 
-void threadgroup_barrier(int line) {
+void threadgroup_barrier(unsigned memories, int line) {
     Thread &thread = *machine.running;
     thread.state = State::AtBarrier;
     thread.function = "threadgroup_barrier";
     thread.line = line;
+    thread.memories = memories;
     back_to_main();
 }
 
@@ -380,6 +427,11 @@ static void resume(Thread &thread) {
     machine.running = nullptr;
 }
 
+static uint32_t next(uint64_t &random) {
+    random ^= random << 13, random ^= random >> 7, random ^= random << 17;
+    return uint32_t(random);
+}
+
 // 0 to n - 1 (32 at most), in the order of a schedule.
 struct Order {
     unsigned char all[WIDTH];
@@ -389,8 +441,7 @@ struct Order {
             all[i] = (unsigned char)(schedule == 1 ? n - 1 - i : i);
         }
         for (uint32_t i = n; schedule > 1 && i > 1; i--) {
-            random ^= random << 13, random ^= random >> 7, random ^= random << 17;
-            std::swap(all[i - 1], all[uint32_t(random) % i]);
+            std::swap(all[i - 1], all[next(random) % i]);
         }
     }
     const unsigned char *begin() const { return all; }
@@ -418,7 +469,8 @@ static void run_simdgroup(uint32_t simd, uint64_t schedule, uint64_t &random) {
         }
         for (uint32_t lane = 0; lane < WIDTH; lane++) {
             Thread &thread = lanes[lane];
-            if (thread.state != State::AtFunction || thread.line != first->line || thread.function != first->function) {
+            if (thread.state != State::AtFunction || thread.line != first->line || thread.function != first->function ||
+                thread.calls != first->calls) {
                 machine.running = &thread;
                 machine.error = where() + ": is not at " + first->function + " in line " + std::to_string(first->line) +
                                 ", where others of its SIMD-group are";
@@ -458,13 +510,19 @@ static void run_threadgroup(uint64_t schedule, uint64_t &random) {
             }
             thread.state = State::Ready;
         }
-        // A barrier of all is one of each SIMD-group too: the counts go on from the largest.
-        group.epoch++;
-        for (Thread &thread : group.threads) {
-            group.epoch = thread.epochs >= group.epoch ? thread.epochs + 1 : group.epoch;
-        }
-        for (Thread &thread : group.threads) {
-            thread.epochs = group.epoch;
+        for (unsigned memory : {OF_THREADGROUP, OF_DEVICE}) {
+            if (!(waiting->memories >> memory & 1)) {
+                continue;
+            }
+            // A barrier of all is one of each SIMD-group too: the counts go on from the largest.
+            uint32_t epoch = group.epochs[memory];
+            for (Thread &thread : group.threads) {
+                epoch = thread.epochs[memory] > epoch ? thread.epochs[memory] : epoch;
+            }
+            group.epochs[memory] = epoch + 1;
+            for (Thread &thread : group.threads) {
+                thread.epochs[memory] = epoch + 1;
+            }
         }
     }
 }
@@ -477,14 +535,16 @@ static void begin_threadgroup(const Dispatch &dispatch, uint32_t number) {
     group.simd_count = dispatch.threads / WIDTH;
     group.simds.assign(group.simd_count, Simdgroup());
     group.threads.resize(dispatch.threads);
-    group.epoch++;
+    group.epochs[OF_THREADGROUP]++;
+    group.epochs[OF_DEVICE]++;
     for (uint32_t i = 0; i < dispatch.threads; i++) {
         Thread &thread = group.threads[i];
         thread.state = State::Ready;
         thread.index = i;
         thread.lane = i % WIDTH;
         thread.simd = i / WIDTH;
-        thread.epochs = group.epoch;
+        memcpy(thread.epochs, group.epochs, sizeof thread.epochs);
+        thread.calls = 0;
         thread.in_group[0] = i;
         thread.in_group[1] = thread.in_group[2] = 0;
         thread.position[0] = group.position[0] * dispatch.threads + i;
@@ -534,7 +594,7 @@ std::string run(const Dispatch &dispatch, std::vector<Buffer> &buffers, uint64_t
                                                MAP_PRIVATE | MAP_ANON | MAP_NORESERVE, -1, 0);
     }
     Threadgroup &group = machine.group;
-    group.epoch = 0;
+    group.epochs[OF_THREADGROUP] = group.epochs[OF_DEVICE] = 0;
     group.size[0] = dispatch.threads;
     group.grid[0] = dispatch.threadgroups[0];
     group.grid[1] = dispatch.threadgroups[1];
@@ -543,12 +603,20 @@ std::string run(const Dispatch &dispatch, std::vector<Buffer> &buffers, uint64_t
     // Who touched what before belongs to another dispatch, which has finished.
     for (Buffer &buffer : buffers) {
         for (Cell &cell : buffer.cells) {
-            cell.writer = cell.readers[0] = cell.readers[1] = Touch();
+            const bool is_set = cell.is_set;
+            cell = Cell();
+            cell.is_set = is_set;
         }
     }
     uint64_t random = (schedule + 1) * 0x9E3779B97F4A7C15;
-    const uint32_t count = dispatch.threadgroups[0] * dispatch.threadgroups[1];
-    for (uint32_t number = 0; number < count; number++) {
+    std::vector<uint32_t> numbers(dispatch.threadgroups[0] * dispatch.threadgroups[1]);
+    for (uint32_t i = 0; i < numbers.size(); i++) {
+        numbers[i] = schedule == 1 ? uint32_t(numbers.size()) - 1 - i : i;
+    }
+    for (uint32_t i = uint32_t(numbers.size()); schedule > 1 && i > 1; i--) {
+        std::swap(numbers[i - 1], numbers[next(random) % i]);
+    }
+    for (uint32_t number : numbers) {
         begin_threadgroup(dispatch, number);
         run_threadgroup(schedule, random);
         machine.running = nullptr;

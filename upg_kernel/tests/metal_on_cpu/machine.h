@@ -4,17 +4,19 @@
 // instead of by the sanitizer: they are called before every access to memory that other threads may see. So these are
 // found whatever the order of the threads is, and named with the kernel, the thread and the place:
 //   - an access outside of the buffers and the threadgroup memory that the dispatch was given, or to an element past
-//     the end of one (behind it there is also a page that cannot be read);
+//     the end of one (around it there are also pages that cannot be read);
 //   - a write to a buffer that is bound for reading;
 //   - a read of threadgroup memory, or of a buffer that kernels write, that nothing has written;
-//   - two threads at one byte, one of them writing, with no barrier between: threadgroup_barrier, or simdgroup_barrier
-//     if both are in one SIMD-group; in memory of the device also from different threadgroups, for which there is none;
-//   - threads of a SIMD-group at different simd_* functions, or one of them returned or at a barrier;
+//   - two threads at one byte, one of them writing, with no barrier for that memory between: threadgroup_barrier, or
+//     simdgroup_barrier if both are in one SIMD-group; in memory of the device also from different threadgroups, for which
+//     there is none;
+//   - threads of a SIMD-group at different simd_* functions or different calls of one, or one of them returned or at a
+//     barrier;
 //   - a barrier that not all threads of a threadgroup reach;
 //   - what `-fsanitize=alignment,shift,...` finds: it ends in a trap, which is reported as one.
 //
-// Not covered: Apple's compiler and hardware, the speed, memory order weaker than that of barriers, and of Metal what
-// the kernels do not use.
+// Not covered: Apple's compiler and hardware, the speed, memory order weaker than that of barriers, sizes from 4 GiB on,
+// and of Metal what the kernels do not use.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -30,8 +32,9 @@ namespace metal_on_cpu {
 constexpr unsigned SLOT = 16; // bytes that a lane can exchange
 uint32_t lane();
 const unsigned char *exchange(const char *name, int line, const void *value, size_t size);
-void simdgroup_barrier(int line);
-void threadgroup_barrier(int line);
+// `memories`: 1 for that of the threadgroup, 2 for that of the device.
+void simdgroup_barrier(unsigned memories, int line);
+void threadgroup_barrier(unsigned memories, int line);
 [[noreturn]] void fail(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
 // ---- For the kernels, as translated
@@ -96,6 +99,7 @@ template <class... A, size_t N> inline void call(void (*kernel)(A...), const Par
 struct Buffer {
     unsigned char *bytes = nullptr;
     size_t size = 0;
+    unsigned char *first = nullptr, *end = nullptr; // with what cannot be touched
     bool is_written = false; // by kernels
     struct Cell;
     std::vector<Cell> cells; // of those that are written
@@ -103,7 +107,7 @@ struct Buffer {
     ~Buffer();
     Buffer(Buffer &&);
 };
-// The last of `size` bytes is as near to a page that cannot be touched as an alignment of the first allows.
+// The last of `size` bytes is near to a page that cannot be touched, and the first at an odd multiple of `alignment`.
 Buffer make_buffer(size_t size, size_t alignment, bool is_written);
 // Forgets what was written.
 void clear(Buffer &buffer);
@@ -111,6 +115,7 @@ void clear(Buffer &buffer);
 struct Dispatch {
     std::string kernel;
     std::vector<uint32_t> buffers;           // by index of the parameter; UINT32_MAX: not bound
+    uint32_t written;                        // the one that it may write
     std::vector<unsigned char> arguments;    // buffer 0
     uint32_t threadgroup_bytes;              // at index 0, the only one
     uint32_t threadgroups[2];

@@ -4,11 +4,15 @@ mod translate;
 
 use crate::metal_kernels::{Element, Operand, Plan};
 use crate::prime_lut::PRIME_LUT;
+use sha2::{Digest, Sha256};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::OnceLock;
+use std::sync::{Mutex, PoisonError};
 use tempfile::TempDir;
+
+/// The oldest that the options below work with.
+const OLDEST_CLANG: u32 = 15;
 
 const NAMES: [&str; 9] = [
     "clang++",
@@ -22,30 +26,39 @@ const NAMES: [&str; 9] = [
     "clang++-15",
 ];
 
-/// The C++ compiler of clang: `UPG_CLANG`, or what the system has; `None` if there is none.
+/// The C++ compiler of clang: `UPG_CLANG`, or what the system has; `None` if there is none from 15 on.
 pub(super) fn clang() -> Option<String> {
-    let runs = |name: &str| {
-        let version = Command::new(name).arg("--version").output();
-        version.is_ok_and(|out| {
-            out.status.success() && String::from_utf8_lossy(&out.stdout).contains("clang")
-        })
-    };
-    match std::env::var("UPG_CLANG") {
-        Ok(name) => {
+    match std::env::var("UPG_CLANG")
+        .ok()
+        .filter(|name| !name.is_empty())
+    {
+        Some(name) => {
+            let is_new = version(&name).is_some_and(|version| version >= OLDEST_CLANG);
             assert!(
-                runs(&name),
-                "UPG_CLANG names {name}, which does not run as clang"
+                is_new,
+                "UPG_CLANG, {name}, is no clang++ from {OLDEST_CLANG} on"
             );
             Some(name)
         }
-        Err(_) => NAMES.into_iter().find(|name| runs(name)).map(String::from),
+        None => NAMES
+            .into_iter()
+            .find(|name| version(name).is_some_and(|version| version >= OLDEST_CLANG))
+            .map(String::from),
     }
+}
+
+/// The major version, of a compiler that is clang.
+fn version(clang: &str) -> Option<u32> {
+    let macros = ["-dM", "-E", "-x", "c++", "/dev/null"];
+    let defined = Command::new(clang).args(macros).output().ok()?.stdout;
+    let defined = String::from_utf8_lossy(&defined).into_owned();
+    let major = defined.split("#define __clang_major__ ").nth(1)?;
+    major.split_whitespace().next()?.parse().ok()
 }
 
 /// A compiled `.metal` file.
 pub(super) struct Program {
     executable: PathBuf,
-    _folder: TempDir,
 }
 
 /// What the kernels of a job have left, for one schedule.
@@ -85,8 +98,8 @@ fn translated(
     is_checked: bool,
     folder: &Path,
 ) -> Result<PathBuf, String> {
-    let metal = folder.join("spmv.metal");
-    std::fs::write(&metal, source).map_err(|e| e.to_string())?;
+    const NAME: &str = "spmv.metal";
+    std::fs::write(folder.join(NAME), source).map_err(|e| e.to_string())?;
     let preprocessed = checked(
         Command::new(clang)
             .args([
@@ -98,7 +111,9 @@ fn translated(
                 "-I",
             ])
             .arg(here().join("stub"))
-            .arg(&metal),
+            // So that the text does not say where it was.
+            .current_dir(folder)
+            .arg(NAME),
     )?;
     let cpp = translate::to_cpp(&String::from_utf8_lossy(&preprocessed), chosen, is_checked)?;
     let path = folder.join(if is_checked {
@@ -111,12 +126,9 @@ fn translated(
 }
 
 /// Options for all of it: Metal's compiler knows the attributes that clang does not, and its `char` has a sign everywhere.
-const OPTIONS: [&str; 7] = [
+const OPTIONS: [&str; 4] = [
     "-std=c++17",
     "-fsigned-char",
-    "-Wall",
-    "-Wextra",
-    "-Werror",
     "-Wno-unknown-attributes",
     "-Wno-unknown-pragmas",
 ];
@@ -130,6 +142,9 @@ pub(super) fn check(clang: &str, source: &str) -> Result<(), String> {
             .args(OPTIONS)
             // Metal is C++14; what the headers here have of C++17 does not count.
             .args([
+                "-Wall",
+                "-Wextra",
+                "-Werror",
                 "-Wpre-c++17-compat",
                 "-fsyntax-only",
                 "-DMETAL_ADDRESS_SPACES",
@@ -168,21 +183,58 @@ fn compile(clang: &str, options: &[&str], from: &Path, to: PathBuf) -> Result<Pa
     checked(&mut command).map(|_| to)
 }
 
+/// A folder for what depends on these texts only, filled by `make` if it is not there: among what cargo builds.
+fn built(
+    texts: &[&[u8]],
+    make: impl FnOnce(&Path) -> Result<(), String>,
+) -> Result<PathBuf, String> {
+    let mut hash = Sha256::new();
+    for text in texts {
+        hash.update(text.len().to_le_bytes());
+        hash.update(text);
+    }
+    let name: String = hash.finalize()[..16]
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    let all = Path::new(env!("OUT_DIR")).join("metal_on_cpu");
+    let folder = all.join(name);
+    if !folder.exists() {
+        std::fs::create_dir_all(&all).map_err(|e| e.to_string())?;
+        let new = TempDir::new_in(&all).map_err(|e| e.to_string())?;
+        make(new.path())?;
+        // Another test may have been faster, with the same.
+        if std::fs::rename(new.path(), &folder).is_ok() {
+            let _moved = new.keep();
+        }
+    }
+    Ok(folder)
+}
+
+/// What a compiler calls itself: another one makes other programs.
+fn called(clang: &str) -> Result<Vec<u8>, String> {
+    checked(Command::new(clang).arg("--version"))
+}
+
 /// What is linked to the kernels, compiled once.
-fn machine(clang: &str) -> Result<&'static [PathBuf; 2], String> {
-    static MACHINE: OnceLock<Result<(TempDir, [PathBuf; 2]), String>> = OnceLock::new();
-    let made = MACHINE.get_or_init(|| {
-        let folder = TempDir::new().map_err(|e| e.to_string())?;
-        let object = |name: &str| {
-            let to = folder.path().join(name).with_extension("o");
-            compile(clang, &["-O2"], &here().join(name), to)
-        };
-        let objects = [object("machine.cpp")?, object("job.cpp")?];
-        Ok((folder, objects))
-    });
-    made.as_ref()
-        .map(|(_, objects)| objects)
-        .map_err(String::clone)
+fn machine(clang: &str) -> Result<PathBuf, String> {
+    static LOCK: Mutex<()> = Mutex::new(());
+    let _alone = LOCK.lock().unwrap_or_else(PoisonError::into_inner);
+    let texts =
+        ["machine.cpp", "job.cpp", "machine.h"].map(|name| std::fs::read(here().join(name)));
+    let mut all = vec![called(clang)?, OPTIONS.concat().into_bytes()];
+    for text in texts {
+        all.push(text.map_err(|e| e.to_string())?);
+    }
+    let all: Vec<&[u8]> = all.iter().map(Vec::as_slice).collect();
+    built(&all, |folder| {
+        for name in ["machine", "job"] {
+            let from = here().join(name).with_extension("cpp");
+            let to = folder.join(name).with_extension("o");
+            compile(clang, &["-O2"], &from, to)?;
+        }
+        Ok(())
+    })
 }
 
 impl Program {
@@ -200,27 +252,34 @@ impl Program {
         let kernels = [
             "-O1",
             "-fsanitize=thread",
+            "-mllvm",
+            "-tsan-instrument-read-before-write=1",
             "-fsanitize=alignment,shift,integer-divide-by-zero,signed-integer-overflow,bounds,float-cast-overflow",
             "-fsanitize-trap=all",
             "-ftrivial-auto-var-init=pattern",
         ];
-        let kernels = compile(
-            clang,
-            &[&kernels, options].concat(),
-            &cpp,
-            folder.path().join("kernels.o"),
-        )?;
-        let executable = folder.path().join("run");
-        checked(
-            Command::new(clang)
-                .arg(kernels)
-                .args(machine(clang)?)
+        let options = [&kernels, options].concat();
+        let machine = machine(clang)?;
+        let read = |path: &Path| std::fs::read(path).map_err(|e| e.to_string());
+        let texts = [
+            read(&cpp)?,
+            options.concat().into_bytes(),
+            // It stands for the compiler, and for what is linked.
+            machine.as_os_str().as_encoded_bytes().to_vec(),
+            read(&here().join("include/metal_stdlib"))?,
+        ];
+        let executable = built(&texts.each_ref().map(Vec::as_slice), |folder| {
+            let kernels = compile(clang, &options, &cpp, folder.join("kernels.o"))?;
+            let objects = ["machine.o", "job.o"].map(|name| machine.join(name));
+            let mut link = Command::new(clang);
+            link.arg(kernels)
+                .args(objects)
                 .arg("-o")
-                .arg(&executable),
-        )?;
+                .arg(folder.join("run"));
+            checked(&mut link).map(|_| ())
+        })?;
         Ok(Self {
-            executable,
-            _folder: folder,
+            executable: executable.join("run"),
         })
     }
 
@@ -322,6 +381,12 @@ impl Encoded {
                 };
                 dispatches.extend(buffer.to_le_bytes());
             }
+            let written = match dispatch.written() {
+                Operand::Y => y,
+                Operand::Rotated => rotated,
+                other => unreachable!("{other:?} is not written"),
+            };
+            dispatches.extend(written.to_le_bytes());
             put(&mut dispatches, dispatch.args.len());
             dispatches.extend(&dispatch.args);
             put(&mut dispatches, dispatch.threadgroup_bytes);

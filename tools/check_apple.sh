@@ -50,5 +50,5 @@ check() {
 }
 UPG_METALLIB=none check --workspace --all-targets
 # Any file will do: it is embedded, not read.
-UPG_METALLIB="$root/upg_kernel/kernels/spmv.metal" check --package upg_kernel --lib
+UPG_METALLIB="$root/upg_kernel/kernels/spmv.metal" check --workspace
 echo "The types are those of $macos."

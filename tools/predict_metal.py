@@ -42,6 +42,13 @@ def add(a, b):
     return {key: a[key] + b[key] for key in a}
 
 
+# Of SIMD-group functions, in cycles of a scheduler (metal-benchmarks): a prefix sum, a sum, a shuffle.
+PREFIX, SUM, SHUFFLE = 11.75, 16.6, 2.0
+
+# Half of the weights kept. For each position: whether its bit is set (2), the next code (2), selection, how many so far,
+# the product; for 32 of them two counts of bits and what says where codes begin.
+BITMAP = {"simple": 6 + DOT + (PREFIX + SUM + 2 * SHUFFLE) / 32, "complex": 2 / 32, "loads": 0}
+
 KERNELS = {
     # a byte out of its word and to float
     "q8": (add({"simple": DOT + 8 / 32, "complex": 2, "loads": 0}, primes(128)), 128, 1 + 1 / 64),
@@ -50,6 +57,13 @@ KERNELS = {
     "t2": (trellis(6), 64, 2 / 8),
     "t3": (trellis(7), 64, 3 / 8),
     "t4": (trellis(4), 128, 4 / 8),
+    # a byte from memory, its sign, to float
+    "s8": (add(add(BITMAP, {"simple": 1, "complex": 2, "loads": 0}), primes(128)), 128, 1 / 8 + 1 / 2 + 1 / 64),
+    # a byte from memory, which half of it (a shift by a number that is not constant counts twice), its level
+    "s4": (add(add(BITMAP, {"simple": 4, "complex": 4, "loads": 1}), primes(128)), 8, 1 / 8 + 1 / 4 + 1 / 64),
+    # An entry: whether it is of the row (3), selections (3), sums of deltas (2), the product; bytes out of words and their
+    # signs, prime times value, to float. Of four entries a prefix sum and a sum. Without the two loads at random places.
+    "mdcsr_simd": ({"simple": 9 + 10 / 4 + (PREFIX + SUM) / 4, "complex": 4, "loads": 0}, 1, 4),
 }
 
 

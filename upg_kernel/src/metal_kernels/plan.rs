@@ -35,6 +35,9 @@ const RADIX: usize = 16;
 /// Columns of x that `mdcsr_row_shared` holds at a time: 16 KiB of floats, half of what a threadgroup may have.
 const WINDOW: usize = 4096;
 
+/// Columns that the 32-bit arithmetic of the kernels has room for, steps past the last one included.
+const MOST_COLS: usize = 1 << 30;
+
 /// What weights that are read as words are aligned to.
 const ALIGNMENT: usize = 16;
 
@@ -211,6 +214,9 @@ impl<'a> Plan<'a> {
                 matrix.cols()
             );
             return Err(Error::new(ErrorKind::Argument, message));
+        }
+        if matrix.cols() > MOST_COLS {
+            return Err(too_large(matrix.cols(), "columns"));
         }
         let planner = Planner {
             vectors,

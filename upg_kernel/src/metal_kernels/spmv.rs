@@ -158,7 +158,7 @@ impl MetalSpMV {
             is_ready: Arc::new(AtomicBool::new(true)),
         };
         let mut pass = self.pass()?;
-        let y = pass.run(&self.load(matrix)?, &x, sparse)?;
+        let y = pass.spmv_with(&self.load(matrix)?, &x, sparse)?;
         pass.finish()?;
         Ok(match element {
             Element::F32 => cast_slice(&y.to_vec::<f32>()?).to_vec(),
@@ -312,9 +312,19 @@ pub struct MetalPass<'a> {
 impl MetalPass<'_> {
     /// `W x` for each vector of `x`, which may be the result of a product of this pass.
     ///
-    /// Errors: `Shape` if the vectors have another length than the matrix has columns; `TooLarge` if the device has no
-    /// room.
+    /// Errors: `Shape` if the vectors have another length than the matrix has columns; `Argument` if `x` is of another pass,
+    /// which has not finished; `TooLarge` if the device has no room.
     pub fn spmv(&mut self, matrix: &MetalMatrix, x: &MetalVector) -> Result<MetalVector> {
+        self.spmv_with(matrix, x, SparseKernel::default())
+    }
+
+    /// [`MetalPass::spmv`] with this kernel, if the matrix is `mdcsr`.
+    pub fn spmv_with(
+        &mut self,
+        matrix: &MetalMatrix,
+        x: &MetalVector,
+        sparse: SparseKernel,
+    ) -> Result<MetalVector> {
         let (rows, cols) = (matrix.matrix().rows(), matrix.matrix().cols());
         if x.len != cols {
             let message = format!(
@@ -328,18 +338,7 @@ impl MetalPass<'_> {
             let message = "a vector of another pass, which has not finished";
             return Err(Error::new(ErrorKind::Argument, message).hint("call `finish` on it"));
         }
-        self.run(matrix, x, SparseKernel::default())
-    }
-
-    /// [`MetalPass::spmv`] of vectors that are there and fit, with this kernel if the matrix is `mdcsr`.
-    fn run(
-        &mut self,
-        matrix: &MetalMatrix,
-        x: &MetalVector,
-        sparse: SparseKernel,
-    ) -> Result<MetalVector> {
         let gpu = &self.spmv.device;
-        let rows = matrix.matrix().rows();
         let plan = gpu.plan(matrix.matrix(), x.n, x.element, sparse)?;
         let bytes = x.n.checked_mul(rows);
         let bytes = bytes.and_then(|n| n.checked_mul(x.element.size()));

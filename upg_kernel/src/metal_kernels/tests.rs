@@ -514,4 +514,13 @@ fn test_metal_spmv_plans_refuse_what_kernels_cannot_do() {
     assert_eq!(error(&dense, 1), ErrorKind::Unsupported);
     assert_eq!(error(&matrix, 0), ErrorKind::Argument);
     assert_eq!(error(&matrix, 1 << 32), ErrorKind::TooLarge);
+    let wide = sparse_of(
+        (1 << 30) + 1,
+        vec![],
+        vec![],
+        vec![0; 2],
+        vec![],
+        vec![1.0].into(),
+    );
+    assert_eq!(error(&Matrix::MdCsr(wide), 1), ErrorKind::TooLarge);
 }

@@ -111,7 +111,7 @@ float weight(device const uint *primes, ushort prime_index, char value) {
     return float(int(primes[prime_index]) * int(value));
 }
 
-template <typename T>
+template <typename T, int N>
 [[kernel]] void mdcsr_row(
     constant UpgSparseArgs &args [[buffer(0)]],
     device const char *values [[buffer(1)]],
@@ -127,21 +127,40 @@ template <typename T>
     if (row >= args.rows) {
         return;
     }
-    x += ulong(at.y) * args.x_stride;
+    const uint first = at.y * N;
+    // Vectors that are not there are computed as the last one is, and not written.
+    device const T *vectors[N];
+    float sums[N];
+#pragma unroll
+    for (int v = 0; v < N; v++) {
+        vectors[v] = x + ulong(min(first + v, args.vectors - 1)) * args.x_stride;
+        sums[v] = 0.0f;
+    }
     const uint end = row_pointers[row + 1];
     uint column = 0;
-    float sum = 0.0f;
     for (uint k = row_pointers[row]; k < end; k++) {
         column += deltas[k];
-        if (values[k] != 0) {
-            sum += weight(primes, prime_indices[k], values[k]) * float(x[column]);
+        if (values[k] == 0) {
+            continue;
+        }
+        const float w = weight(primes, prime_indices[k], values[k]);
+#pragma unroll
+        for (int v = 0; v < N; v++) {
+            sums[v] += w * float(vectors[v][column]);
         }
     }
-    y[ulong(at.y) * args.y_stride + row] = T(scales[row] * sum);
+#pragma unroll
+    for (int v = 0; v < N; v++) {
+        if (first + v < args.vectors) {
+            y[ulong(first + v) * args.y_stride + row] = T(scales[row] * sums[v]);
+        }
+    }
 }
 
-instantiate_kernel("mdcsr_row_f32", mdcsr_row<float>)
-instantiate_kernel("mdcsr_row_f16", mdcsr_row<half>)
+instantiate_kernel("mdcsr_row_f32", mdcsr_row<float, 1>)
+instantiate_kernel("mdcsr_row_f16", mdcsr_row<half, 1>)
+instantiate_kernel("mdcsr_row_batch_f32", mdcsr_row<float, BATCH>)
+instantiate_kernel("mdcsr_row_batch_f16", mdcsr_row<half, BATCH>)
 
 template <typename T>
 [[kernel]] void mdcsr_row_shared(
@@ -187,55 +206,6 @@ template <typename T>
 
 instantiate_kernel("mdcsr_row_shared_f32", mdcsr_row_shared<float>)
 instantiate_kernel("mdcsr_row_shared_f16", mdcsr_row_shared<half>)
-
-template <typename T, int N>
-[[kernel]] void mdcsr_row_batch(
-    constant UpgSparseArgs &args [[buffer(0)]],
-    device const char *values [[buffer(1)]],
-    device const uchar *deltas [[buffer(2)]],
-    device const uint *row_pointers [[buffer(3)]],
-    device const ushort *prime_indices [[buffer(4)]],
-    device const float *scales [[buffer(5)]],
-    device const uint *primes [[buffer(6)]],
-    device const T *x [[buffer(7)]],
-    device T *y [[buffer(8)]],
-    uint2 at [[thread_position_in_grid]]) {
-    const uint row = at.x;
-    if (row >= args.rows) {
-        return;
-    }
-    const uint first = at.y * N;
-    // Vectors that are not there are computed as the last one is, and not written.
-    device const T *vectors[N];
-    float sums[N];
-#pragma unroll
-    for (int v = 0; v < N; v++) {
-        vectors[v] = x + ulong(min(first + v, args.vectors - 1)) * args.x_stride;
-        sums[v] = 0.0f;
-    }
-    const uint end = row_pointers[row + 1];
-    uint column = 0;
-    for (uint k = row_pointers[row]; k < end; k++) {
-        column += deltas[k];
-        if (values[k] == 0) {
-            continue;
-        }
-        const float w = weight(primes, prime_indices[k], values[k]);
-#pragma unroll
-        for (int v = 0; v < N; v++) {
-            sums[v] += w * float(vectors[v][column]);
-        }
-    }
-#pragma unroll
-    for (int v = 0; v < N; v++) {
-        if (first + v < args.vectors) {
-            y[ulong(first + v) * args.y_stride + row] = T(scales[row] * sums[v]);
-        }
-    }
-}
-
-instantiate_kernel("mdcsr_row_batch_f32", mdcsr_row_batch<float, BATCH>)
-instantiate_kernel("mdcsr_row_batch_f16", mdcsr_row_batch<half, BATCH>)
 
 template <typename T>
 [[kernel]] void mdcsr_simd(

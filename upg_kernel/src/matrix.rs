@@ -115,7 +115,8 @@ pub enum Matrix {
 }
 
 impl Matrix {
-    fn stored(&self) -> &dyn StoredMatrix {
+    /// What all encodings have in common.
+    pub(crate) fn stored(&self) -> &dyn StoredMatrix {
         match self {
             Self::Dense(m) => m,
             Self::MdCsr(m) => m,

@@ -312,7 +312,7 @@ pub(super) struct Resident {
 }
 
 impl Resident {
-    /// Copies nothing that is mapped, and nothing of a mapped file.
+    /// Weights that a kernel can read in their file stay there, all others are copied.
     pub fn new(gpu: &Gpu, matrix: &Matrix) -> Result<Self> {
         let mut resident = Self {
             matrix: matrix.clone(),

@@ -9,7 +9,7 @@ mod planted;
 
 use super::plan::SparseKernel;
 use super::{Element, KERNELS, Plan, source};
-use crate::matrix::{Matrix, StoredMatrix};
+use crate::matrix::Matrix;
 use crate::test_data::{noise, trellis};
 use bytemuck::cast_slice;
 use cases::*;
@@ -84,26 +84,14 @@ impl Expected {
     /// Every output, vector by vector.
     fn all(matrix: &Matrix, x: &[f32]) -> Vec<Self> {
         let cols = matrix.cols();
-        let stored: &dyn StoredMatrix = match matrix {
-            Matrix::MdCsr(m) => m,
-            Matrix::Grouped(m) => m,
-            Matrix::Bitmap(m) => m,
-            Matrix::Trellis(m) => m,
-            Matrix::Dense(_) => unreachable!("there is no kernel for it"),
+        // As they are stored, not turned back.
+        let decoded = |matrix: &Matrix| {
+            let mut weights = vec![0.0; matrix.rows() * cols];
+            matrix.stored().decode_rows(0, &mut weights);
+            weights
         };
-        let mut weights = vec![0.0; matrix.rows() * cols];
-        stored.decode_rows(0, &mut weights);
-        // The same with scales of 1.
-        let unscaled = matrix.with_scales(vec![1.0; matrix.rows()]).unwrap();
-        let unscaled = match unscaled {
-            // In the stored basis.
-            Matrix::Trellis(m) => {
-                let mut weights = vec![0.0; m.rows() * cols];
-                m.decode_rows(0, &mut weights);
-                weights
-            }
-            matrix => matrix.to_dense(),
-        };
+        let weights = decoded(matrix);
+        let unscaled = decoded(&matrix.with_scales(vec![1.0; matrix.rows()]).unwrap());
         let mut all = Vec::new();
         for x in x.chunks(cols) {
             let x = rotated(matrix, x);

@@ -15,12 +15,25 @@ pub struct View<'a> {
 impl<'a> View<'a> {
     /// `[rows, cols]` row by row, of which each begins `stride` elements after the one before.
     ///
-    /// Panics if `values` ends before the matrix does.
+    /// Panics if `values` ends before the matrix does, or if rows overlap (`stride < cols`).
     pub fn new(values: &'a [f32], rows: usize, cols: usize, stride: usize) -> Self {
-        let last = rows.saturating_sub(1).checked_mul(stride);
-        let end = last.and_then(|last| last.checked_add(cols));
+        if rows == 0 || cols == 0 {
+            return Self {
+                values: &[],
+                rows,
+                cols,
+                row_stride: 0,
+                col_stride: 0,
+            };
+        }
+        // Overlapping rows would let small slices stand for sizes whose products wrap.
+        assert!(rows == 1 || stride >= cols, "rows of {cols} every {stride}");
+        let stride = if rows == 1 { cols } else { stride };
+        let end = (rows - 1)
+            .checked_mul(stride)
+            .and_then(|last| last.checked_add(cols));
         assert!(
-            rows == 0 || cols == 0 || end.is_some_and(|end| end <= values.len()),
+            end.is_some_and(|end| end <= values.len()),
             "[{rows}, {cols}] every {stride} is in {} values",
             values.len()
         );
@@ -40,12 +53,15 @@ impl<'a> View<'a> {
 
     /// Some of its rows. Panics if there are fewer.
     pub fn rows_of(self, rows: Range<usize>) -> Self {
-        assert!(rows.end <= self.rows, "row {} of {}", rows.end, self.rows);
+        assert!(
+            rows.start <= rows.end && rows.end <= self.rows,
+            "rows {rows:?} of {}",
+            self.rows
+        );
+        // Does not wrap where there is a row, whose elements are in the slice.
+        let start = rows.start.saturating_mul(self.row_stride);
         Self {
-            values: self
-                .values
-                .get(rows.start * self.row_stride..)
-                .unwrap_or(&[]),
+            values: self.values.get(start..).unwrap_or(&[]),
             rows: rows.len(),
             ..self
         }
@@ -86,7 +102,7 @@ pub fn multiply(weights: &[f32], x: &[f32], cols: usize, out: &mut [f32]) {
 /// Panics if the sizes do not fit.
 pub fn product(a: View<'_>, b: View<'_>, add: bool, out: &mut [f32]) {
     assert!(
-        a.cols == b.rows && out.len() == a.rows * b.cols,
+        a.cols == b.rows && a.rows.checked_mul(b.cols) == Some(out.len()),
         "[{}, {}] x [{}, {}] gives {} values",
         a.rows,
         a.cols,
@@ -94,9 +110,19 @@ pub fn product(a: View<'_>, b: View<'_>, add: bool, out: &mut [f32]) {
         b.cols,
         out.len()
     );
-    // SAFETY: the largest element touched of `a` and `b` is in its slice, as `View::new` has checked; transposing
-    // does not change that, and `rows_of` only leaves rows out. That of `out`, row-major, is its last one, by the assertion above. Borrows keep `out`
-    // apart from the inputs. All three are passed transposed.
+    if out.is_empty() {
+        return;
+    }
+    if a.cols == 0 {
+        if !add {
+            out.fill(0.0);
+        }
+        return;
+    }
+    // SAFETY: all three matrices have elements. The largest one touched of `a` and `b` is in its slice, as `View::new`
+    // has checked without wrapping, so that strides are below `isize::MAX`; transposing does not change that, and
+    // `rows_of` only leaves rows out. The largest one of `out`, row-major, is its last one, by the assertion above.
+    // Borrows keep `out` apart from the inputs. All three are passed transposed.
     unsafe {
         gemm::gemm(
             b.cols,
@@ -163,6 +189,47 @@ mod tests {
                 assert!((out - expected).abs() <= TOLERANCE, "{out} {expected}");
             }
         }
+    }
+
+    /// Sizes whose product is 0, or that of a small slice, once it wraps.
+    #[test]
+    fn sizes_that_wrap_are_refused() {
+        let panics = |run: &dyn Fn()| {
+            let run = std::panic::AssertUnwindSafe(run);
+            std::panic::catch_unwind(run).is_err()
+        };
+        let one = [1.0; 4];
+        let huge = 1 << (usize::BITS - 2);
+        // As many rows that are all the same element.
+        assert!(panics(&|| _ = View::new(&one, huge, 1, 0)));
+        assert!(panics(&|| _ = View::new(&one, 2, 2, 1)));
+        assert!(panics(&|| _ = View::new(&one, huge, 1, 1)));
+        assert!(panics(&|| _ = View::new(&one, 3, 1, usize::MAX / 2 + 1)));
+        // Matrices without an element may have any size beside 0, so that the output alone says how many there are.
+        let [tall, wide] = [
+            View::new(&[], huge, 0, 0),
+            View::new(&[], 4, 0, 0).transposed(),
+        ];
+        assert!(panics(&|| product(tall, wide, false, &mut [])));
+        // The rows of one row: no stride that is only a number.
+        let row = View::new(&one, 1, 4, usize::MAX);
+        let mut out = [f32::NAN];
+        product(row, row.transposed(), false, &mut out);
+        assert_eq!(out, [4.0]);
+        assert!(panics(&|| _ = row.rows_of(1..2)));
+        let reversed = std::ops::Range { start: 1, end: 0 };
+        assert!(panics(&|| _ = row.rows_of(reversed.clone())));
+        assert_eq!(row.rows_of(1..1).cols(), 4);
+    }
+
+    #[test]
+    fn a_product_over_no_columns_is_zero() {
+        let (a, b) = (View::new(&[], 2, 0, 0), View::new(&[], 0, 3, 3));
+        let mut out = [7.0; 6];
+        product(a, b, true, &mut out);
+        assert_eq!(out, [7.0; 6]);
+        product(a, b, false, &mut out);
+        assert_eq!(out, [0.0; 6]);
     }
 
     #[test]

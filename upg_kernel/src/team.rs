@@ -5,13 +5,14 @@
 //! while before they sleep, and take tasks one by one: a thread that the system does not run takes none,
 //! and nobody waits for it.
 
-use std::any::Any;
-use std::cell::UnsafeCell;
+mod handover;
+mod sync;
+
+use handover::Handover;
 use std::marker::PhantomData;
 use std::ops::Range;
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::panic::resume_unwind;
+use std::sync::{Arc, LazyLock, Mutex, TryLockError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -36,196 +37,60 @@ const ALONE_AFTER_STALL: u32 = 16;
 
 /// Threads that work on the loops of one caller at a time.
 pub(crate) struct Team {
-    shared: Arc<Shared>,
+    shared: Arc<Handover>,
     /// Held by the caller whose loop the team works on: until when it does without the others.
     caller: Mutex<Option<Instant>>,
     threads: Vec<JoinHandle<()>>,
 }
 
-/// On cache lines of their own: what all threads write must not slow down what they only read.
-#[repr(align(128))]
-struct Padded<T>(T);
-
-struct Shared {
-    /// The number of the loop: all that an idle thread looks at.
-    number: Padded<AtomicU64>,
-    /// Of each thread's share of the tasks, which follow one another: the low half of the number of the loop
-    /// in the upper half, how many tasks nobody has taken in the lower. What lies together in memory is so
-    /// read by one thread; whoever has finished takes from the shares of others.
-    open: Box<[Padded<AtomicU64>]>,
-    /// Tasks of the loop that are not finished.
-    unfinished: Padded<AtomicUsize>,
-    job: UnsafeCell<Job>,
-    /// What the first of the tasks that panicked said.
-    panic: Mutex<Option<Box<dyn Any + Send>>>,
-    sleepers: AtomicUsize,
-    asleep: Mutex<()>,
-    wake: Condvar,
-    ends: AtomicBool,
-}
-
-// SAFETY: `job` is the only part that is not `Sync` by itself. It is written by `Team::run` alone, while no
-// task is unfinished, and read only by a thread that has taken a task and not finished it; the task
-// is `Sync`.
-unsafe impl Sync for Shared {}
-// SAFETY: as above; the pointer in `job` is not used after `Team::run` has returned.
-unsafe impl Send for Shared {}
-
-#[derive(Clone, Copy)]
-struct Job {
-    task: *const (dyn Fn(usize) + Sync),
-    tasks: usize,
-}
-
-impl Shared {
-    /// Takes a task of the present loop, if there is one that nobody has, and does it. Thread `own` looks at
-    /// its share first.
-    fn work(&self, own: usize) -> bool {
-        let shares = self.open.len();
-        let taken = (own..own + shares).find_map(|share| {
-            let share = share % shares;
-            self.take(share).map(|left| (share, left))
-        });
-        let Some((share, left)) = taken else {
-            return false;
-        };
-        // SAFETY: the task just taken is unfinished, so that the job of its loop stays; it was written
-        // before the share was opened, which the exchange in `take` has seen.
-        let job = unsafe { *self.job.get() };
-        // SAFETY: `Team::run`, which has borrowed the closure, returns only after this task is finished.
-        let task = unsafe { &*job.task };
-        let done = catch_unwind(AssertUnwindSafe(|| {
-            task(share_end(job.tasks, share, shares) - left);
-        }));
-        if let Err(panic) = done {
-            lock(&self.panic).get_or_insert(panic);
-        }
-        self.unfinished.0.fetch_sub(1, Ordering::Release);
-        true
-    }
-
-    /// How many tasks of a share were left before this thread took one of them.
-    ///
-    /// The exchange fails if the share belongs to another loop by now (all 2^32 loops the numbers repeat).
-    fn take(&self, share: usize) -> Option<usize> {
-        let mut open = self.open[share].0.load(Ordering::Acquire);
+/// Waits for work and does it until the team ends: the life of thread `own`.
+fn serve(shared: &Handover, own: usize) {
+    let mut seen = 0;
+    while !shared.ends() {
+        let idle_since = Instant::now();
         loop {
-            let left = open & u64::from(u32::MAX);
-            if left == 0 {
-                return None;
+            let is_new = (0..SPINS).any(|_| {
+                std::hint::spin_loop();
+                shared.number() != seen
+            });
+            if is_new {
+                seen = shared.number();
+                while shared.work(own) {}
+                break;
             }
-            let taken = self.open[share].0.compare_exchange_weak(
-                open,
-                open - 1,
-                Ordering::AcqRel,
-                Ordering::Acquire,
-            );
-            match taken {
-                Ok(_) => return Some(left as usize),
-                Err(now) => open = now,
+            if idle_since.elapsed() >= AWAKE {
+                shared.sleep(seen);
+                break;
             }
-        }
-    }
-
-    /// The life of thread `own` of the team.
-    fn serve(&self, own: usize) {
-        let mut seen = 0;
-        while !self.ends.load(Ordering::Relaxed) {
-            let idle_since = Instant::now();
-            loop {
-                let is_new = (0..SPINS).any(|_| {
-                    std::hint::spin_loop();
-                    self.number.0.load(Ordering::Acquire) != seen
-                });
-                if is_new {
-                    seen = self.number.0.load(Ordering::Acquire);
-                    while self.work(own) {}
-                    break;
-                }
-                if idle_since.elapsed() >= AWAKE {
-                    self.sleep(seen);
-                    break;
-                }
-            }
-        }
-    }
-
-    /// Until there is another loop than `seen`.
-    fn sleep(&self, seen: u64) {
-        let mut guard = lock(&self.asleep);
-        // Before the last look at the number: either this look sees a new loop, or its caller sees a sleeper.
-        self.sleepers.fetch_add(1, Ordering::SeqCst);
-        while self.number.0.load(Ordering::SeqCst) == seen && !self.ends.load(Ordering::SeqCst) {
-            guard = self
-                .wake
-                .wait(guard)
-                .unwrap_or_else(PoisonError::into_inner);
-        }
-        self.sleepers.fetch_sub(1, Ordering::SeqCst);
-    }
-
-    /// Waits until every task is finished; returns until when to do without the others, if that was a stall.
-    fn wait(&self, stall: Duration) -> Option<Instant> {
-        let is_done = || {
-            std::hint::spin_loop();
-            self.unfinished.0.load(Ordering::Acquire) == 0
-        };
-        if (0..SPINS_AT_THE_END).any(|_| is_done()) {
-            return None;
-        }
-        let started = Instant::now();
-        while !(0..SPINS_AT_THE_END).any(|_| is_done()) {
-            if started.elapsed() > stall {
-                // Whom this processor is left to may be the one that is waited for.
-                std::thread::yield_now();
-            }
-        }
-        let waited = started.elapsed();
-        (waited > stall).then(|| started + waited * (1 + ALONE_AFTER_STALL))
-    }
-
-    fn wake_sleepers(&self) {
-        if self.sleepers.load(Ordering::SeqCst) > 0 {
-            drop(lock(&self.asleep));
-            self.wake.notify_all();
         }
     }
 }
 
-/// One past the last task of a share.
-fn share_end(tasks: usize, share: usize, shares: usize) -> usize {
-    tasks * (share + 1) / shares
-}
-
-/// What these mutexes protect is whole whenever they are free, also after a panic.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+/// Waits until every task is finished; returns until when to do without the others, if that was a stall.
+fn wait(shared: &Handover, stall: Duration) -> Option<Instant> {
+    if (0..SPINS_AT_THE_END).any(|_| shared.is_finished()) {
+        return None;
+    }
+    let started = Instant::now();
+    while !(0..SPINS_AT_THE_END).any(|_| shared.is_finished()) {
+        if started.elapsed() > stall {
+            // Whom this processor is left to may be the one that is waited for.
+            std::thread::yield_now();
+        }
+    }
+    let waited = started.elapsed();
+    (waited > stall).then(|| started + waited * (1 + ALONE_AFTER_STALL))
 }
 
 impl Team {
     /// A team of so many threads, the caller included; of fewer if the system gives no more.
     pub(crate) fn new(threads: usize) -> Self {
-        let shared = Arc::new(Shared {
-            number: Padded(AtomicU64::new(0)),
-            open: (0..threads.max(1))
-                .map(|_| Padded(AtomicU64::new(0)))
-                .collect(),
-            unfinished: Padded(AtomicUsize::new(0)),
-            job: UnsafeCell::new(Job {
-                task: &|_| {},
-                tasks: 0,
-            }),
-            panic: Mutex::new(None),
-            sleepers: AtomicUsize::new(0),
-            asleep: Mutex::new(()),
-            wake: Condvar::new(),
-            ends: AtomicBool::new(false),
-        });
+        let shared = Arc::new(Handover::new(threads));
         let spawn = |index| {
             let shared = Arc::clone(&shared);
             std::thread::Builder::new()
                 .name(format!("upg-{index}"))
-                .spawn(move || shared.serve(index))
+                .spawn(move || serve(&shared, index))
         };
         let threads = (1..threads).map_while(|index| spawn(index).ok()).collect();
         Self {
@@ -271,25 +136,12 @@ impl Team {
         // SAFETY: only the lifetime changes. The pointer is used by threads that have a task of this
         // loop, and this function does not return, nor unwind, before all of them are finished.
         let task: &'static (dyn Fn(usize) + Sync) = unsafe { std::mem::transmute(task) };
-        shared.unfinished.0.store(tasks, Ordering::Relaxed);
-        // SAFETY: the guard of `caller` makes this the only writer, and no task of an earlier loop is
-        // unfinished, so that there is no reader.
-        unsafe { *shared.job.get() = Job { task, tasks } };
-        let number = shared.number.0.load(Ordering::Relaxed) + 1;
-        let shares = shared.open.len();
-        let mut first = 0;
-        for (share, open) in shared.open.iter().enumerate() {
-            let end = share_end(tasks, share, shares);
-            let count = (end - first) as u64;
-            open.0.store(number << 32 | count, Ordering::Release);
-            first = end;
-        }
-        shared.number.0.store(number, Ordering::SeqCst);
-        shared.wake_sleepers();
+        // SAFETY: the guard of `caller` makes this the only caller, which has waited for the loop before.
+        unsafe { shared.open(tasks, task) };
         while shared.work(0) {}
         let a_task = started.elapsed() * self.threads() as u32 / tasks as u32;
-        *alone_until = shared.wait(STALL + 2 * a_task);
-        if let Some(panic) = lock(&shared.panic).take() {
+        *alone_until = wait(shared, STALL + 2 * a_task);
+        if let Some(panic) = shared.take_panic() {
             resume_unwind(panic);
         }
     }
@@ -360,8 +212,7 @@ impl Team {
 
 impl Drop for Team {
     fn drop(&mut self) {
-        self.shared.ends.store(true, Ordering::SeqCst);
-        self.shared.wake_sleepers();
+        self.shared.end();
         for thread in self.threads.drain(..) {
             // A thread of a team catches every panic of its tasks.
             thread.join().expect("threads of a team end by themselves");
@@ -486,7 +337,10 @@ impl<'a> Tiles<'a> {
 
 #[cfg(test)]
 mod tests {
+    use super::handover::lock;
     use super::*;
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+    use std::sync::atomic::{AtomicUsize, Ordering};
 
     fn sum_of_squares(team: &Team, tasks: usize) -> usize {
         let sum = AtomicUsize::new(0);
@@ -556,6 +410,27 @@ mod tests {
         );
         assert_eq!(done.into_inner(), 49);
         assert_eq!(sum_of_squares(&team, 10), 295);
+    }
+
+    /// A payload that panics again when it is dropped.
+    struct Bomb;
+
+    impl Drop for Bomb {
+        fn drop(&mut self) {
+            panic!("dropped");
+        }
+    }
+
+    #[test]
+    fn payloads_that_panic_when_they_are_dropped_end_no_thread_and_leave_no_task_open() {
+        let team = Team::new(2);
+        for _ in 0..20 {
+            let run = || team.run(50, |_| std::panic::panic_any(Bomb));
+            let first = catch_unwind(AssertUnwindSafe(run)).unwrap_err();
+            assert!(first.is::<Bomb>());
+            std::mem::forget(first);
+            assert_eq!(sum_of_squares(&team, 10), 295);
+        }
     }
 
     /// The one thread beside the caller loses its processor for a while, with a task in hand.

@@ -5,12 +5,13 @@
 // (`_f32`, `_f16`); those with `_batch` take BATCH vectors in a threadgroup and decode a weight once for all of them.
 //
 // What the host keeps (src/metal_kernels/plan.rs)
-//   - The matrix was checked when it was made: columns, pointers and prime indices are inside of their arrays. The
-//     kernels rely on it, and on nothing else that a file says.
+//   - The matrix was checked when it was made: columns, pointers and prime indices are inside of their arrays. Another
+//     process may have changed the mapped file since: results mean nothing then.
 //   - Arrays of bytes that are read as words start at multiples of 16, as do strips in them.
 //   - Threadgroups have whole SIMD-groups, of 32 threads.
 // What a kernel keeps
-//   - It reads no byte outside of its arrays: not for the last row, not for the last column, not for the last entry.
+//   - It reads no byte outside of its arrays: not for the last row, not for the last column, not for the last entry, and
+//     whatever the arrays say. Each index that is made of their content is bounded where it is used.
 //     Vectors of x need no padding and no alignment beyond that of an element.
 //   - It writes the rows there are, and only those.
 //   - All threads of a SIMD-group reach its simd_* functions together, all of a threadgroup its barriers.
@@ -106,9 +107,11 @@ void fours_of(device const T *x, uint first, uint col, constant UpgStripArgs &ar
 
 // ---- mdcsr
 
+constant constexpr uint SPARSE_PRIMES = 10000; // that an index of mdcsr can name
+
 // prime * value: an integer below 2^24, exact in a float.
 float weight(device const uint *primes, ushort prime_index, char value) {
-    return float(int(primes[prime_index]) * int(value));
+    return float(int(primes[min(uint(prime_index), SPARSE_PRIMES - 1)]) * int(value));
 }
 
 template <typename T, int N>
@@ -136,7 +139,7 @@ template <typename T, int N>
         vectors[v] = x + ulong(min(first + v, args.vectors - 1)) * args.x_stride;
         sums[v] = 0.0f;
     }
-    const uint end = row_pointers[row + 1];
+    const uint end = min(row_pointers[row + 1], args.entries);
     uint column = 0;
     for (uint k = row_pointers[row]; k < end; k++) {
         column += deltas[k];
@@ -144,9 +147,10 @@ template <typename T, int N>
             continue;
         }
         const float w = weight(primes, prime_indices[k], values[k]);
+        const uint within = min(column, args.cols - 1);
 #pragma unroll
         for (int v = 0; v < N; v++) {
-            sums[v] += w * float(vectors[v][column]);
+            sums[v] += w * float(vectors[v][within]);
         }
     }
 #pragma unroll
@@ -180,7 +184,7 @@ template <typename T>
     const uint row = at.x;
     x += ulong(at.y) * args.x_stride;
     uint k = row < args.rows ? row_pointers[row] : 0;
-    const uint end = row < args.rows ? row_pointers[row + 1] : 0;
+    const uint end = row < args.rows ? min(row_pointers[row + 1], args.entries) : 0;
     uint column = k < end ? uint(deltas[k]) : 0;
     float sum = 0.0f;
     for (uint start = 0; start < args.cols; start += args.window) {
@@ -228,7 +232,7 @@ template <typename T>
         return;
     }
     x += ulong(group.y) * args.x_stride;
-    const uint start = row_pointers[row], end = row_pointers[row + 1];
+    const uint start = row_pointers[row], end = min(row_pointers[row + 1], args.entries);
     uint before = 0; // the column of the last entry of the blocks so far
     float sum = 0.0f;
     // In steps that never go past the end, which may be near 2^32.
@@ -269,7 +273,7 @@ template <typename T>
 #pragma unroll
         for (uint i = 0; i < 4; i++) {
             const bool is_stored = value[i] != 0;
-            const float element = float(x[is_stored ? base + columns[i] : 0]);
+            const float element = float(x[is_stored ? min(base + columns[i], args.cols - 1) : 0]);
             sum += is_stored ? weight(primes, prime[i], value[i]) * element : 0.0f;
         }
     }
@@ -528,9 +532,9 @@ template <bool NIBBLES, typename T, int N>
         counts[simd] = counted;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    codes += strip_pointers[place.strip];
+    uint at = strip_pointers[place.strip];
     for (uint before = 0; before < simd; before++) {
-        codes += counts[before];
+        at += counts[before];
     }
 
     float sums[OCTET][N];
@@ -545,11 +549,12 @@ template <bool NIBBLES, typename T, int N>
             word_of<NIBBLES>(kept, place.octet, bytes, start);
             // The threads of a word have the same place: the bytes count once, with the second of them.
             const uint counted_once = place.octet % 2 == 1 ? bytes : 0;
-            device const uchar *mine_codes = codes + simd_prefix_exclusive_sum(counted_once);
-            if (kept > 0) {
+            const uint mine_at = at + simd_prefix_exclusive_sum(counted_once);
+            if (kept > 0 && args.stored > 0) {
                 float4 fours[N];
                 fours_of(x, place.first, (step * STEP_TILES + place.slot) * 4, args, fours);
-                // Each load stands by itself, without a branch: of a bit that is not set that of the next code, or the last.
+                // Each load stands by itself, without a branch: a bit that is not set loads the next code, or the last one
+                // of the matrix.
                 uint next = 0;
 #pragma unroll
                 for (int row = 0; row < OCTET; row++) {
@@ -557,8 +562,8 @@ template <bool NIBBLES, typename T, int N>
 #pragma unroll
                     for (int col = 0; col < 4; col++) {
                         const bool is_kept = mine >> (4 * row + col) & 1;
-                        const uint code = start + min(next, kept - 1);
-                        const uchar byte = mine_codes[NIBBLES ? code / 2 : code];
+                        const uint code = start + next;
+                        const uchar byte = codes[min(mine_at + (NIBBLES ? code / 2 : code), args.stored - 1)];
                         const float level =
                             NIBBLES ? float(levels[byte >> (code % 2 * 4) & 15]) : float(as_type<char>(byte));
                         weights[col] = is_kept ? level : 0.0f;
@@ -567,7 +572,7 @@ template <bool NIBBLES, typename T, int N>
                     multiply(weights, fours, of_group[row]);
                 }
             }
-            codes += simd_sum(counted_once);
+            at += simd_sum(counted_once);
         }
         add_group(prime_indices + g * STRIP_ROWS, prime_table, place, of_group, sums);
     }

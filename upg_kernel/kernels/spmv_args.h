@@ -39,8 +39,9 @@ struct UpgStripArgs {
     upg_u32 groups;      // of a strip; not of t
     upg_u32 strip_bytes; // of codes; of s: of the bitmap
     upg_u32 multiplier;  // of t: what a state is multiplied with
+    upg_u32 stored;      // of s: bytes of codes of the whole matrix
 };
-UPG_SIZE(UpgStripArgs, 36);
+UPG_SIZE(UpgStripArgs, 40);
 UPG_AT(UpgStripArgs, rows, 0);
 UPG_AT(UpgStripArgs, cols, 4);
 UPG_AT(UpgStripArgs, vectors, 8);
@@ -50,6 +51,7 @@ UPG_AT(UpgStripArgs, group, 20);
 UPG_AT(UpgStripArgs, groups, 24);
 UPG_AT(UpgStripArgs, strip_bytes, 28);
 UPG_AT(UpgStripArgs, multiplier, 32);
+UPG_AT(UpgStripArgs, stored, 36);
 
 // Of rotate_block_* and rotate_across.
 struct UpgRotateArgs {

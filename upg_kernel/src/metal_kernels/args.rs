@@ -48,7 +48,7 @@ arguments! {
 
 arguments! {
     /// `UpgStripArgs`, of all packed encodings.
-    StripArgs: 36 {
+    StripArgs: 40 {
         rows: u32 = 0,
         cols: u32 = 4,
         vectors: u32 = 8,
@@ -58,6 +58,7 @@ arguments! {
         groups: u32 = 24,
         strip_bytes: u32 = 28,
         multiplier: u32 = 32,
+        stored: u32 = 36,
     }
 }
 

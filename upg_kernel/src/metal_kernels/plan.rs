@@ -108,6 +108,13 @@ impl<'a> Weights<'a> {
         }
     }
 
+    /// Puts as many other bytes in the place of these.
+    #[cfg(test)]
+    pub(super) fn change(&mut self, bytes: &'a [u8]) {
+        assert_eq!(bytes.len(), self.bytes.len());
+        self.bytes = bytes;
+    }
+
     /// The bytes, which may be mapped.
     pub fn bytes(&self) -> &'a [u8] {
         self.bytes
@@ -354,6 +361,7 @@ impl Planner<'_> {
             groups: 0,
             strip_bytes: number(strip_bytes, "bytes of a strip")?,
             multiplier: 0,
+            stored: 0,
         })
     }
 
@@ -432,9 +440,11 @@ impl Planner<'_> {
                 ("s4", Weights::new(codes), codebook, LEVELS + PRIMES)
             }
         };
+        let stored = arrays.strip_pointers.last().copied();
         let args = StripArgs {
             group: number(BITMAP_GROUP, "columns")?,
             groups: number(groups, "groups")?,
+            stored: stored.unwrap_or_default(),
             ..self.strip_args(rows, cols, strip_bytes)?
         };
         let operands = vec![

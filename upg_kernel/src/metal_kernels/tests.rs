@@ -8,7 +8,7 @@ mod on_cpu;
 mod planted;
 
 use super::plan::SparseKernel;
-use super::{Element, KERNELS, Plan, source};
+use super::{Element, KERNELS, Operand, Plan, source};
 use crate::matrix::Matrix;
 use crate::test_data::{noise, trellis};
 use bytemuck::cast_slice;
@@ -435,6 +435,54 @@ fn test_metal_spmv_infinities_where_nothing_is_stored() {
         let y = floats::<f32>(&left[0].y);
         assert!(y[1..].iter().all(|y| y.is_finite()), "{}: {y:?}", case.name);
     }
+}
+
+/// A mapped file may change after its matrices were checked: no kernel reads outside of a buffer then.
+#[test]
+fn test_metal_spmv_arrays_that_changed_lead_nowhere_else() {
+    let Some([program, _]) = programs() else {
+        return;
+    };
+    let (rows, cols, vectors) = (67, 300, 2);
+    let mut cases = packed(rows, cols);
+    cases.extend(every_sparse_kernel("", &sparse(rows, cols)));
+    let check = |case: &Case| {
+        let plan = |vectors| {
+            Plan::with_kernel(&case.matrix, vectors, Element::F32, case.sparse, |_| 1024).unwrap()
+        };
+        let vectors = if case.sparse == SparseKernel::RowBatch {
+            vectors
+        } else {
+            1
+        };
+        let (x, _) = input(vectors * cols, Element::F32, 5);
+        let lens: Vec<_> = (plan(vectors).dispatches.last().unwrap().operands.iter())
+            .map(|operand| match operand {
+                Operand::Weights(weights) => weights.bytes().len(),
+                _ => 0,
+            })
+            .collect();
+        for (operand, &len) in lens.iter().enumerate().filter(|(_, len)| **len > 0) {
+            for fill in [0, 1, 127, 255] {
+                let changed = vec![fill; len];
+                let mut plan = plan(vectors);
+                let last = plan.dispatches.last_mut().unwrap();
+                if let Operand::Weights(weights) = &mut last.operands[operand] {
+                    weights.change(&changed);
+                }
+                let job = Job {
+                    plan: &plan,
+                    x: &x,
+                    element: Element::F32,
+                    outputs: vectors * rows,
+                    schedules: &[0],
+                };
+                let left = program.run(&job);
+                left.unwrap_or_else(|e| panic!("{}, operand {operand}: {e}", case.name));
+            }
+        }
+    };
+    cases.par_iter().for_each(check);
 }
 
 /// The rotated input is that of the CPU to the bit.

@@ -117,19 +117,32 @@ pub(super) fn decode<T: Float>(kernels: Kernels, entries: Entries<'_>, out: &mut
             }
             Place::Apart => {
                 T::round(kernels, &weights, &mut rounded);
-                // As many turns as can be unrolled, where there are so many.
-                column = match block.len {
-                    BLOCK => put_apart(block.deltas, &rounded, column, out),
-                    len => put_apart(&block.deltas[..len], &rounded, column, out),
-                };
+                column = put_apart(&block, &rounded, column, out);
             }
         }
     }
 }
 
-/// Puts weights where they belong, from the column of the entry before on. Returns the last column.
+/// Stores the weights of a block, whose entries lie apart, from the column of the entry before on. Returns the last
+/// column.
+///
+/// Each store checks its column: another process may change the deltas of a mapped file while they are read.
 #[inline(always)]
-fn put_apart<T: Copy>(deltas: &[u8], weights: &[T], mut column: usize, out: &mut [T]) -> usize {
+pub(super) fn put_apart<T: Copy>(
+    block: &Block<'_>,
+    weights: &[T; BLOCK],
+    column: usize,
+    out: &mut [T],
+) -> usize {
+    // As many turns as can be unrolled, where there are so many.
+    match block.len {
+        BLOCK => put_entries(block.deltas, weights, column, out),
+        len => put_entries(&block.deltas[..len], &weights[..len], column, out),
+    }
+}
+
+#[inline(always)]
+fn put_entries<T: Copy>(deltas: &[u8], weights: &[T], mut column: usize, out: &mut [T]) -> usize {
     for (delta, weight) in deltas.iter().zip(weights) {
         column += usize::from(*delta);
         out[column] = *weight;

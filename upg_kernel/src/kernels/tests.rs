@@ -1,5 +1,8 @@
 //! Every kernel of this machine against sums in f64 over the weights that the reference decodes.
 
+#[cfg(unix)]
+mod changed;
+
 use super::activations::Activations;
 use super::*;
 use crate::matrix::{GroupedMatrix, Levels, StoredMatrix, strips::STRIP_ROWS};

@@ -5,7 +5,7 @@
 
 use super::decode::Sixteens;
 use super::*;
-use crate::kernels::sparse::{BLOCK, Block, Blocks, Entries, Place};
+use crate::kernels::sparse::{BLOCK, Block, Blocks, Entries, Place, put_apart};
 use crate::prime_lut::PRIME_COUNT;
 
 /// As [`crate::kernels::sparse::decode`].
@@ -29,43 +29,10 @@ pub(super) fn decode<T: Element>(proof: Avx512, entries: Entries<'_>, out: &mut 
             },
             Place::Apart => {
                 T::put(weights, &mut rounded);
-                let last = last_column(&block, column);
-                assert!(last < out.len(), "column {last} of {}", out.len());
-                // SAFETY: the deltas of these entries lead to the last column, which is inside of `out`.
-                unsafe {
-                    // As many stores as can be unrolled, where there are so many.
-                    match block.len {
-                        BLOCK => put_apart(block.deltas, &rounded, column, out),
-                        len => put_apart(&block.deltas[..len], &rounded[..len], column, out),
-                    }
-                }
-                column = last;
+                column = put_apart(&block, &rounded, column, out);
             }
         }
     }
-}
-
-/// Puts weights where they belong, one by one: instructions that scatter a register are slower on some processors, and
-/// there are none for halves.
-///
-/// # Safety
-/// `column` and all deltas together are below the length of `out`.
-#[inline(always)]
-unsafe fn put_apart<T: Copy>(deltas: &[u8], weights: &[T], mut column: usize, out: &mut [T]) {
-    for (delta, weight) in deltas.iter().zip(weights) {
-        column += usize::from(*delta);
-        // SAFETY: by the caller; deltas are not negative.
-        unsafe { *out.get_unchecked_mut(column) = *weight };
-    }
-}
-
-/// The column of the last entry of a block, `column` being that of the entry before the block.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw")]
-fn last_column(block: &Block<'_>, column: usize) -> usize {
-    let sums = _mm512_sad_epu8(load(block.deltas), _mm512_setzero_si512());
-    // Deltas after the last entry are 1.
-    column + _mm512_reduce_add_epi64(sums) as usize - (BLOCK - block.len)
 }
 
 /// The product with `x [cols]`, in f32: 64 partial sums, of which each gets every 64th entry in order.
@@ -93,7 +60,8 @@ pub(super) fn dot(entries: Entries<'_>, x: &[f32]) -> f32 {
             }
             None => {
                 let before = match block.place {
-                    Place::From(first) => first - usize::from(block.deltas[0]),
+                    // Wraps only where the delta is no longer the one that `first` was made of.
+                    Place::From(first) => first.wrapping_sub(usize::from(block.deltas[0])),
                     Place::Apart => column,
                 };
                 (picked, column) = pick(&block, before, x);
@@ -133,6 +101,9 @@ fn weights(block: &Block<'_>, scale: __m512) -> [__m512; 4] {
 
 /// The elements of `x` in the columns of a block, zeros after them, and the last of these columns; `before` is the column
 /// of the entry before. Panics if the last one is past the end of `x`.
+///
+/// The columns that are gathered are bounded by themselves: another process may change the deltas of a mapped file
+/// between two reads of them, and the compiler may read them again.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 fn pick(block: &Block<'_>, before: usize, x: &[f32]) -> ([__m512; 4], usize) {
@@ -153,14 +124,16 @@ fn pick(block: &Block<'_>, before: usize, x: &[f32]) -> ([__m512; 4], usize) {
     // Deltas after the last entry are 1.
     let last = _mm_cvtsi128_si32(_mm512_castsi512_si128(before)) as usize - (BLOCK - block.len);
     assert!(last < x.len(), "column {last} of {}", x.len());
+    let largest = _mm512_set1_epi32((x.len() - 1) as i32);
     let valid = u64::MAX >> (BLOCK - block.len);
     let mut picked = [_mm512_setzero_ps(); 4];
     for i in 0..4 {
         let valid = (valid >> (16 * i)) as u16;
-        // SAFETY: only lanes of entries are loaded, whose columns ascend up to the last one, which is inside of `x`.
+        let columns = _mm512_min_epu32(columns[i], largest);
+        // SAFETY: `x` has elements, by the assertion above, and each column is at most the last of them.
         picked[i] = unsafe {
             let (none, x) = (_mm512_setzero_ps(), x.as_ptr().cast());
-            _mm512_mask_i32gather_ps::<4>(none, valid, columns[i], x)
+            _mm512_mask_i32gather_ps::<4>(none, valid, columns, x)
         };
     }
     (picked, last)

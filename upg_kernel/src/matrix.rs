@@ -172,6 +172,11 @@ impl Matrix {
     /// Every element of `out` is overwritten. Errors: `Argument` if `out` is not a whole number of rows, or
     /// they reach past the last row; those of [`Kernels::active`].
     pub fn rows_into(&self, first: usize, out: &mut [f32]) -> Result<()> {
+        self.rows_into_with(Kernels::active()?, first, out)
+    }
+
+    /// [`Matrix::rows_into`] with chosen kernels: the same bits whatever they are.
+    pub fn rows_into_with(&self, kernels: Kernels, first: usize, out: &mut [f32]) -> Result<()> {
         let (rows, cols) = (self.rows(), self.cols());
         let n = out.len() / cols.max(1);
         if n * cols != out.len() || first.checked_add(n).is_none_or(|end| end > rows) {
@@ -186,7 +191,7 @@ impl Matrix {
         if out.is_empty() {
             return Ok(());
         }
-        self.decode(Kernels::active()?, first, false, out, &mut Vec::new());
+        self.decode(kernels, first, false, out, &mut Vec::new());
         Ok(())
     }
 
@@ -288,7 +293,13 @@ impl Matrix {
     ///
     /// Errors: `Argument` if `x` or `out` has another length; those of [`Kernels::active`].
     pub fn spmm_into(&self, x: &[f32], n: usize, out: &mut [f32]) -> Result<()> {
-        product::multiply([Some(self)], x, n, Write::Set, &mut Scratch::default(), out)
+        self.spmm_with(Kernels::active()?, x, n, out)
+    }
+
+    /// [`Matrix::spmm_into`] with chosen kernels; `docs/numerics.md` says how far their results differ.
+    pub fn spmm_with(&self, kernels: Kernels, x: &[f32], n: usize, out: &mut [f32]) -> Result<()> {
+        let scratch = &mut Scratch::default();
+        product::multiply_with(kernels, [Some(self)], x, n, Write::Set, scratch, out)
     }
 }
 

@@ -69,7 +69,19 @@ pub(crate) fn multiply<const N: usize>(
     scratch: &mut Scratch,
     out: &mut [f32],
 ) -> Result<()> {
-    let kernels = Kernels::active()?;
+    multiply_with(Kernels::active()?, parts, x, n, write, scratch, out)
+}
+
+/// [`multiply`] with chosen kernels.
+pub(crate) fn multiply_with<const N: usize>(
+    kernels: Kernels,
+    parts: [Option<&Matrix>; N],
+    x: &[f32],
+    n: usize,
+    write: Write,
+    scratch: &mut Scratch,
+    out: &mut [f32],
+) -> Result<()> {
     let stored = parts.map(|part| part.map(Matrix::stored));
     let rows = stored.map(|part| part.map_or(0, StoredMatrix::rows));
     let Some(cols) = stored.iter().flatten().next().map(|part| part.cols()) else {

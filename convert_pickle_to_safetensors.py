@@ -13,6 +13,7 @@ import argparse
 import codecs
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import secrets
@@ -29,6 +30,8 @@ MOST_TEXT = 1 << 26
 LONGEST_NAME = 256
 LONGEST_NOTE = 256
 MOST_DIMENSIONS = 4
+# Numbers in a row that are left in the file. A shape, or the state of a dtype, has fewer.
+SHORTEST_RUN = 16
 MOST_OF_A_STATE = 64
 
 # Of the UPG format, version 2.
@@ -92,6 +95,11 @@ ALLOWED = {
     ("scipy.sparse._csr", "csr_array"): "csr_matrix",
 }
 DTYPES = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
+# Opcodes of numbers, and what follows; LONG1 says how long it is.
+FORMS = {ord("K"): struct.Struct("<B"), ord("M"): struct.Struct("<H"), ord("J"): struct.Struct("<i"), ord("G"): struct.Struct(">d")}
+TRUTHS = {0x88: True, 0x89: False}
+LONG1 = 0x8A
+LONGEST_NUMBER = 10
 TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
 
 
@@ -140,6 +148,72 @@ class Array:
         return self
 
 
+def numbers_from(file, start):
+    """Yields (number, where it ends) of the opcodes from byte `start` on, up to the first that has no number."""
+    block, at, size = b"", 0, 1 << 9
+    while True:
+        if len(block) - at < LONGEST_NUMBER:
+            file.seek(start + len(block))
+            start, block, at, size = start + at, block[at:] + file.read(size), 0, 1 << 16
+        left = len(block) - at
+        opcode = block[at] if left else None
+        if opcode in FORMS and left > FORMS[opcode].size:
+            (number,) = FORMS[opcode].unpack_from(block, at + 1)
+            at += 1 + FORMS[opcode].size
+        elif opcode in TRUTHS:
+            number, at = TRUTHS[opcode], at + 1
+        elif opcode == LONG1 and left > 1 and block[at + 1] <= 8 and left >= 2 + block[at + 1]:
+            begin, at = at + 2, at + 2 + block[at + 1]
+            number = int.from_bytes(block[begin:at], "little", signed=True)
+        else:
+            return
+        yield number, start + at
+
+
+class Run:
+    """Numbers that follow one another in a list or tuple. They stay in the pickle, each with its opcode."""
+
+    def __init__(self, file, start):
+        self.start = self.end = start
+        self.count, self.has_floats, self.has_bools = 0, False, False
+        for number, self.end in numbers_from(file, start):
+            self.count += 1
+            self.has_floats |= type(number) is float
+            self.has_bools |= type(number) is bool
+
+
+class NumberList:
+    """A list or tuple in the place of an array: of numbers, of one list of them, or of lists of one number each."""
+
+    def __init__(self, value, name):
+        self.described, self.name = describe(value), name
+        self.items, self.count, self.has_floats = [], 0, False
+        self.is_flat = not any(type(item) in (list, tuple) for item in value)
+        for item in value:
+            inner = type(item) in (list, tuple)
+            if inner != (not self.is_flat) or (inner and len(value) != 1 and len(item) != 1):
+                self.refuse(item)
+            for number in item if inner else (item,):
+                self.add(number)
+
+    def add(self, item):
+        if type(item) is Run and not item.has_bools:
+            self.count += item.count
+            self.has_floats |= item.has_floats
+        elif type(item) in (int, float):
+            self.count += 1
+            self.has_floats |= type(item) is float
+        else:
+            self.refuse(item)
+        self.items.append(item)
+
+    def refuse(self, item):
+        raise ConversionError(f"'{self.name}' is {self.described} with {describe(item)} in it, expected numbers")
+
+    def __len__(self):
+        return self.count
+
+
 class Csr:
     """A scipy.sparse.csr_matrix; `shape` is None until it is built."""
 
@@ -162,6 +236,11 @@ def len_of(shape):
     for n in shape:
         length *= n
     return length
+
+
+def count_of(items):
+    """Length of a list or tuple, each number of a run counted."""
+    return sum(item.count if type(item) is Run else 1 for item in items)
 
 
 def sizes(value):
@@ -190,7 +269,12 @@ def describe(value):
             return f"a dict of [{', '.join(sorted(value))}]"
         return f"a dict of {len(value)} keys"
     if type(value) in (tuple, list):
-        return f"a {type(value).__name__} of {len(value)}"
+        return f"a {type(value).__name__} of {count_of(value)}"
+    if type(value) is Run:
+        kind = "numbers and truth values" if value.has_bools else "numbers" if value.has_floats else "integers"
+        return f"{value.count} {kind}"
+    if type(value) is NumberList:
+        return value.described
     if type(value) is Global:
         return f"the global '{value.name}'"
     if type(value) is Dtype:
@@ -240,6 +324,9 @@ class Unpickler:
             opcode = self.read(1)[0]
             if opcode == 0x2E:  # STOP
                 return self.stop()
+            is_number = opcode in FORMS or opcode in TRUTHS or opcode == LONG1
+            if is_number and self.marks and self.marks[-1] == len(self.stack) and self.run_of_numbers():
+                continue
             step = self.STEPS.get(opcode)
             if step is None:
                 name = REFUSED.get(opcode)
@@ -339,6 +426,17 @@ class Unpickler:
 
     def mark(self):
         self.marks.append(len(self.stack))
+
+    def run_of_numbers(self):
+        """Passes over the numbers of a list or tuple. False, at the same place, if they are few or not all that is put into it."""
+        run = Run(self.input, self.opcode_at)
+        self.input.seek(run.end)
+        is_whole = run.count >= SHORTEST_RUN and self.input.read(1) in (b"e", b"t")
+        if is_whole:
+            self.position = run.end
+            self.push(run)
+        self.input.seek(self.position)
+        return is_whole
 
     def long1(self):
         length = self.read(1)[0]
@@ -547,13 +645,9 @@ class Unpickler:
         0x95: frame,
         ord("("): mark,
         ord("N"): lambda self: self.push(None),
-        0x88: lambda self: self.push(True),
-        0x89: lambda self: self.push(False),
-        ord("J"): lambda self: self.push(self.number("<i")),
-        ord("K"): lambda self: self.push(self.number("<B")),
-        ord("M"): lambda self: self.push(self.number("<H")),
-        0x8A: long1,
-        ord("G"): lambda self: self.push(self.number(">d")),
+        **{opcode: lambda self, truth=truth: self.push(truth) for opcode, truth in TRUTHS.items()},
+        **{opcode: lambda self, form=form: self.push(self.number(form.format)) for opcode, form in FORMS.items()},
+        LONG1: long1,
         0x8C: lambda self: self.string("<B"),
         ord("X"): lambda self: self.string("<I"),
         0x8D: lambda self: self.string("<Q"),
@@ -626,10 +720,26 @@ def check_note(items, key):
         raise ConversionError(f"'{key}' is {describe(value)}, expected a number, a short text or a truth value")
 
 
-def integers(value, name):
-    """An array of integers, of one dimension."""
+def numbers(value, name, lists, expected):
+    """An array, or a list or tuple in the place of one. `lists` has those that were read: tensors can share them at no cost."""
+    if type(value) in (list, tuple):
+        if id(value) not in lists:
+            lists[id(value)] = NumberList(value, name)
+        return lists[id(value)]
     if type(value) is not Array or value.dtype is None:
-        raise ConversionError(f"'{name}' is {describe(value)}, expected an array")
+        raise ConversionError(f"'{name}' is {describe(value)}, expected {expected}")
+    return value
+
+
+def integers(value, name, lists):
+    """An array or list of integers, of one dimension."""
+    value = numbers(value, name, lists, "an array")
+    if type(value) is NumberList:
+        if not value.is_flat:
+            raise ConversionError(f"'{name}' is {describe(value)} with lists in it, expected one dimension")
+        if value.has_floats:
+            raise ConversionError(f"'{name}' is {describe(value)} with floats in it, expected integers")
+        return value
     if value.dtype.kind not in "iu":
         raise ConversionError(f"'{name}' is {describe(value)}, expected integers")
     if len(value.shape) != 1:
@@ -637,7 +747,7 @@ def integers(value, name):
     return value
 
 
-def parts_of(tensor):
+def parts_of(tensor, lists):
     """(values, indices, pointers, primes, scale), or None if the file has no weights of the tensor."""
     found = []
     for names in PARTS:
@@ -655,10 +765,10 @@ def parts_of(tensor):
             raise ConversionError(f"no '{names}', but [{there}]")
         return tensor[found[number]], found[number]
 
-    primes = integers(*part(3))
+    primes = integers(*part(3), lists)
     scale, scale_name = part(4)
-    if not (type(scale) in (int, float) or (type(scale) is Array and scale.dtype is not None)):
-        raise ConversionError(f"'{scale_name}' is {describe(scale)}, expected a number or an array")
+    if type(scale) not in (int, float):
+        scale = numbers(scale, scale_name, lists, "a number or an array")
     values = tensor.get(found[0]) if found[0] else None
     if type(values) is Csr and values.shape is not None:
         beside = found[1] or found[2]
@@ -666,15 +776,15 @@ def parts_of(tensor):
             raise ConversionError(f"a csr_matrix, and '{beside}' beside it")
         if values.shape != sizes(tensor["shape"]):
             raise ConversionError(f"a csr_matrix {list(values.shape)}, which is not its shape")
-        of_csr = [integers(getattr(values, name), name) for name in ("data", "indices", "indptr")]
+        of_csr = [integers(getattr(values, name), name, lists) for name in ("data", "indices", "indptr")]
         return (*of_csr, primes, scale)
-    return (integers(*part(0)), integers(*part(1)), integers(*part(2)), primes, scale)
+    return (*(integers(*part(number), lists) for number in range(3)), primes, scale)
 
 
 class Tensor:
     """A tensor of the catalogue."""
 
-    def __init__(self, value, method):
+    def __init__(self, value, method, lists):
         name = value.get("name") if type(value) is dict else None
         self.name = str(name) if type(name) is Text else None
         with self.errors():
@@ -688,7 +798,7 @@ class Tensor:
                 raise ConversionError(f"'shape' is {describe(tensor['shape'])}, expected a tuple of sizes")
             for key in TENSOR_KEYS[2:]:
                 check_note(tensor, key)
-            self.parts = parts_of(tensor)
+            self.parts = parts_of(tensor, lists)
             own = tensor.get("compression_method")
             other = str(own) if type(own) is Text else method
             if self.parts and other not in (None, METHOD):
@@ -723,14 +833,14 @@ class Catalogue:
         if "files" not in top:
             raise ConversionError(f"no 'files' in the file, which has [{', '.join(sorted(top))}]; it is a pickle, but not of a version 1 model")
         self.method = text_of(top, "compression_method")
-        self.tensors, names = [], set()
+        self.tensors, names, lists = [], set(), {}
         for file in listed(top["files"], "'files'"):
             file = fields(file, "an entry of 'files'", FILE_KEYS)
             text_of(file, "filename")
             if "tensors" not in file:
                 raise ConversionError("no 'tensors' in an entry of 'files'")
             for value in listed(file["tensors"], "'tensors'"):
-                tensor = Tensor(value, self.method)
+                tensor = Tensor(value, self.method, lists)
                 # A list can hold the same tensor a million times at no cost.
                 if tensor.name in names:
                     raise ConversionError(f"tensor '{tensor.name}': listed twice")
@@ -800,6 +910,9 @@ class Numbers:
         self.waiting = data[wanted:]
         return np.frombuffer(data, self.dtype, count)
 
+    def floats(self, count):
+        return self.take(count).astype(np.float32)
+
     def next(self, length):
         if length > self.end - self.at or (length == 0 and self.decoder is not None):
             raise ConversionError("an array has fewer bytes than its shape says")
@@ -820,16 +933,58 @@ class Numbers:
             raise ConversionError("an array has more bytes than its shape says")
 
 
+class ListNumbers:
+    """The numbers of a list, from first to last, a part at a time."""
+
+    def __init__(self, files, numbers):
+        self.left = self.all(files[0], numbers.items)
+
+    def all(self, file, items):
+        for item in items:
+            if type(item) is Run:
+                yield from (number for number, _ in itertools.islice(numbers_from(file, item.start), item.count))
+            else:
+                yield item
+
+    def next(self, count, types):
+        part = list(itertools.islice(self.left, count))
+        # Every number was looked at before.
+        if len(part) != count or any(type(number) not in types for number in part):
+            raise ConversionError("a list was changed while it was read")
+        return part
+
+    def take(self, count):
+        return np.array(self.next(count, (int,)), np.int64)
+
+    def floats(self, count):
+        """Numbers as float32, each rounded by itself."""
+        part = self.next(count, (int, float))
+        out = np.array([0.0 if type(number) is int else number for number in part]).astype(np.float32)
+        whole = [i for i, number in enumerate(part) if type(number) is int]
+        out[whole] = np.array([part[i] for i in whole], np.int64).astype(np.float32)
+        return out
+
+    def finish(self):
+        """A list has no length but the number of its items."""
+
+
+def reader(files, numbers):
+    return (ListNumbers if type(numbers) is NumberList else Numbers)(files, numbers)
+
+
 def read_scales(files, scale, rows):
-    if type(scale) is not Array:
+    if type(scale) not in (Array, NumberList):
         with np.errstate(over="ignore"):
             scales = np.full(rows, np.float32(float(scale)), np.float32)
     else:
-        if sum(n != 1 for n in scale.shape) > 1 or len(scale) not in (1, rows):
+        is_row = type(scale) is NumberList or sum(n != 1 for n in scale.shape) <= 1
+        if not is_row or len(scale) not in (1, rows):
             raise ConversionError(f"the scales are {describe(scale)}, for {rows} rows")
-        numbers = Numbers(files, scale)
+        if type(scale) is Array and scale.dtype.kind == "b":
+            raise ConversionError(f"{describe(scale)}, expected numbers")
+        numbers = reader(files, scale)
         with np.errstate(over="ignore"):
-            scales = numbers.take(len(scale)).astype(np.float32)
+            scales = np.concatenate([numbers.floats(min(CHUNK, len(scale) - at)) for at in range(0, len(scale), CHUNK)])
         numbers.finish()
         if len(scales) == 1:
             scales = np.full(rows, scales[0], np.float32)
@@ -860,8 +1015,8 @@ class Rows:
         self.scales = read_scales(files, scale, rows)
         self.cols, self.nnz, self.most = cols, nnz, most
         self.chunks, self.stored, self.entries = [], 0, 0
-        streams = [Numbers(files, part) for part in (indices, values, primes)]
-        numbers = Numbers(files, pointers)
+        streams = [reader(files, part) for part in (indices, values, primes)]
+        numbers = reader(files, pointers)
         start = int(numbers.take(1)[0])
         if start != 0:
             raise ConversionError(f"the row pointers start with {start}")
@@ -1212,7 +1367,20 @@ def convert_upg_to_safetensors(pickle_path, output_path, model_dir=None, buffers
             raise ConversionError(f"{pickle_path}: {e}") from None
 
 
+def check_shared(catalogue, most):
+    """Tensors can share arrays at no cost; what is made of them has to fit the file. Entries of value 0 count too: they are read."""
+    left = most
+    for tensor in catalogue.tensors:
+        with tensor.errors():
+            values, _, pointers, *_ = tensor.parts
+            left -= len(values) + len(pointers)
+            if left < 0:
+                raise ConversionError(f"more than {most} rows and entries together, for a file of this size")
+
+
 def write(files, catalogue, output_path, metadata, tokenizer, progress):
+    most = MOST_ENTRIES[0] * sum(os.fstat(file.fileno()).st_size for file in files) + MOST_ENTRIES[1]
+    check_shared(catalogue, most)
     layers, other = [], []
     for tensor in catalogue.tensors:
         with tensor.errors():
@@ -1232,7 +1400,6 @@ def write(files, catalogue, output_path, metadata, tokenizer, progress):
     writer = Writer(output_path, header_capacity(layers, [*other, "tokenizer.json"], metadata))
     try:
         index = entries = weights = 0
-        most = MOST_ENTRIES[0] * sum(os.fstat(file.fileno()).st_size for file in files) + MOST_ENTRIES[1]
         left = most
         for number, tensor in enumerate(catalogue.tensors):
             if progress:

@@ -31,7 +31,7 @@ MOST_SECONDS = 60
 def main(upg):
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        for test in (files_of_python, texts_of_a_model, dangerous_pickles, cut_short, changed_bytes, whole_or_nothing):
+        for test in (files_of_python, lists_of_numbers, texts_of_a_model, dangerous_pickles, cut_short, changed_bytes, whole_or_nothing):
             print(f"{test.__name__}: {test(pathlib.Path(folder), upg)}")
 
 
@@ -65,7 +65,7 @@ def buffers_of(file):
 def files_of_python(folder, upg):
     expected = load_file(DATA / "expected.safetensors")
     files = sorted(DATA.glob("numpy*.upg"))
-    assert len(files) == 48, len(files)
+    assert len(files) == 72, len(files)
     for file in files:
         kind = "one" if "-one" in file.name else "rows"
         (python, error), (rust, _) = both(upg, file, *buffers_of(file))
@@ -80,6 +80,23 @@ def files_of_python(folder, upg):
             np.testing.assert_allclose(matrix, expected[f"{kind}/{name}"], rtol=1e-6, atol=0)
         assert len(found) == 4
     return f"{len(files)} files, every byte equal"
+
+
+def joined(parts):
+    return b"".join(bytes.fromhex(part) * count for part, count in parts)
+
+
+def lists_of_numbers(folder, upg):
+    cases = json.loads((DATA / "alike.json").read_text())
+    assert len(cases) > 15
+    file = folder / "alike.upg"
+    for case in cases:
+        made = set()
+        for kind in ("lists", "arrays"):
+            file.write_bytes(joined(case[kind]))
+            made.update(both(upg, file))
+        assert len(made) == 1 and (None, "") not in made, f"{case['name']}: {[error for _, error in made]}"
+    return f"{len(cases)} made alike, with lists and with arrays"
 
 
 def texts_of_a_model(folder, upg):
@@ -122,7 +139,7 @@ def dangerous_pickles(folder, upg):
     assert len(cases) >= 100
     file, most, slowest = folder / "hostile.upg", 0, 0
     for case in cases:
-        file.write_bytes(b"".join(bytes.fromhex(part) * count for part, count in case["parts"]))
+        file.write_bytes(joined(case["parts"]))
         for command in ([sys.executable, SCRIPT, file, "out"], [upg, "convert", file, "out"]):
             started = time.monotonic()
             code, error, memory = measured(command)

@@ -12,6 +12,8 @@ mod bytes;
 mod catalogue;
 mod convert;
 mod globals;
+mod lists;
+mod numbers;
 mod numpy;
 mod objects;
 mod pickle;
@@ -57,8 +59,8 @@ impl V1File {
     /// Reads what a file lists. `buffers` are the files of its out-of-band buffers (protocol 5), in the order in which they
     /// were written; most files have none.
     ///
-    /// Cost: the opcodes of the pickle; arrays are passed over. Memory: at most some 200 MB, whatever the file says. Errors:
-    /// `Io`; `Malformed` for what is no whole pickle; `Unsupported` for an opcode or a global that no version 1 file has;
+    /// Cost: the opcodes of the pickle; arrays, and the numbers of long lists, are passed over. Memory: at most some 200 MB,
+    /// whatever the file says. Errors: `Io`; `Malformed` for what is no whole pickle; `Unsupported` for an opcode or a global that no version 1 file has;
     /// `TooLarge` for more than 524,288 objects or 2,097,152 opcodes; `Missing`, `Invalid`, `Shape` or `Unsupported`
     /// for what is not in the schema.
     pub fn open(path: impl AsRef<Path>, buffers: &[PathBuf]) -> Result<Self> {

@@ -32,7 +32,7 @@ fn files_of_python() -> Vec<(PathBuf, &'static str)> {
         false => (path, "rows"),
     };
     let files: Vec<_> = paths.map(with_kind).collect();
-    assert_eq!(files.len(), 48);
+    assert_eq!(files.len(), 72);
     files
 }
 
@@ -206,20 +206,44 @@ fn no_command_of_a_file_is_passed_on() {
     }
 }
 
+/// The cases of a file of them.
+fn cases(name: &str) -> Vec<Value> {
+    serde_json::from_slice(&fs::read(file(name)).unwrap()).unwrap()
+}
+
+/// The bytes of parts, each with how often it comes.
+fn joined(parts: &Value) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for part in parts.as_array().unwrap() {
+        let part_bytes = of_hex(part[0].as_str().unwrap());
+        (0..part[1].as_u64().unwrap()).for_each(|_| bytes.extend(&part_bytes));
+    }
+    bytes
+}
+
+#[test]
+fn lists_of_numbers_are_as_the_arrays_of_the_same_numbers() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("old.upg");
+    let cases = cases("alike.json");
+    assert!(cases.len() > 15);
+    for case in cases {
+        let [of_lists, of_arrays] = ["lists", "arrays"].map(|kind| {
+            fs::write(&path, joined(&case[kind])).unwrap();
+            convert(&path, &[]).unwrap_or_else(|e| panic!("{}: {kind}: {e}", case["name"]))
+        });
+        assert!(of_lists == of_arrays, "{}", case["name"]);
+    }
+}
+
 #[test]
 fn hostile_pickles_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("hostile");
-    let cases: Vec<Value> =
-        serde_json::from_slice(&fs::read(file("hostile.json")).unwrap()).unwrap();
+    let cases = cases("hostile.json");
     assert!(cases.len() > 100);
     for case in cases {
-        let mut bytes = Vec::new();
-        for part in case["parts"].as_array().unwrap() {
-            let part_bytes = of_hex(part[0].as_str().unwrap());
-            (0..part[1].as_u64().unwrap()).for_each(|_| bytes.extend(&part_bytes));
-        }
-        fs::write(&path, &bytes).unwrap();
+        fs::write(&path, joined(&case["parts"])).unwrap();
         let e = convert(&path, &[]).expect_err(case["name"].as_str().unwrap());
         let says = case["says"].as_str().unwrap();
         assert!(e.to_string().contains(says), "{}: {e}", case["name"]);

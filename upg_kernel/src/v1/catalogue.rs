@@ -1,12 +1,14 @@
 //! What a version 1 file says of its tensors.
 #![forbid(unsafe_code)]
 
-use super::numpy::NdArray;
+use super::lists::NumberList;
+use super::numbers::Numbers;
 use super::objects::{Id, Object, Objects};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::rules;
 use serde_json::Value;
-use std::collections::{BTreeMap, HashSet};
+use std::cell::RefCell;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
 /// The arithmetic of version 1: `scale * prime * value`, entry by entry.
@@ -79,10 +81,10 @@ impl CatalogueEntry {
 /// The weights of a tensor: compressed sparse rows.
 #[derive(Debug, Clone)]
 pub(super) struct Parts {
-    pub values: NdArray,
-    pub indices: NdArray,
-    pub pointers: NdArray,
-    pub primes: NdArray,
+    pub values: Numbers,
+    pub indices: Numbers,
+    pub pointers: Numbers,
+    pub primes: Numbers,
     pub scale: Scale,
 }
 
@@ -91,8 +93,8 @@ pub(super) struct Parts {
 pub(super) enum Scale {
     /// All by the same.
     One(f64),
-    /// An array of one number, or of one for each row.
-    Array(NdArray),
+    /// One number, or one for each row.
+    Many(Numbers),
 }
 
 impl Catalogue {
@@ -101,7 +103,10 @@ impl Catalogue {
     /// Errors: `Invalid`, `Missing`, `Shape` or `Unsupported` for anything that is not as the schema has it, with
     /// what was found.
     pub(super) fn read(objects: &Objects, top: Id) -> Result<Self> {
-        let reader = Reader(objects);
+        let reader = Reader {
+            objects,
+            lists: RefCell::default(),
+        };
         let top = reader.dict(top, "the file", &TOP_KEYS, &[])?;
         let files = top.get("files").ok_or_else(|| {
             let message = format!(
@@ -153,13 +158,17 @@ type Dict<'a> = BTreeMap<&'a str, Id>;
 /// Bytes of a text that is only shown.
 const LONGEST_NOTE: usize = 256;
 
-struct Reader<'a>(&'a Objects);
+struct Reader<'a> {
+    objects: &'a Objects,
+    /// Lists of numbers that were read: tensors can share them at no cost.
+    lists: RefCell<HashMap<Id, Arc<NumberList>>>,
+}
 
 impl<'a> Reader<'a> {
     /// A dict whose keys are all among these. A key with the value None is as one that is not there.
     fn dict(&self, id: Id, what: &str, known: &[&str], parts: &[&[&str]]) -> Result<Dict<'a>> {
-        let Object::Dict(items) = self.0.get(id) else {
-            let message = format!("{what} is {}, expected a dict", self.0.describe(id));
+        let Object::Dict(items) = self.objects.get(id) else {
+            let message = format!("{what} is {}, expected a dict", self.objects.describe(id));
             return Err(Error::new(ErrorKind::Unsupported, message));
         };
         let is_known = |key: &str| known.contains(&key) || parts.iter().any(|p| p.contains(&key));
@@ -171,34 +180,32 @@ impl<'a> Reader<'a> {
             let expected: Vec<_> = expected.iter().filter(|e| !e.is_empty()).cloned().collect();
             let message = format!(
                 "{what} has '{shown}' ({}), which version 1 does not have; it has {}",
-                self.0.describe(*value),
+                self.objects.describe(*value),
                 expected.join(", ")
             );
             return Err(Error::new(ErrorKind::Unsupported, message));
         }
-        let is_there = |(_, value): &&(Arc<str>, Id)| !matches!(self.0.get(*value), Object::None);
+        let is_there =
+            |(_, value): &&(Arc<str>, Id)| !matches!(self.objects.get(*value), Object::None);
         let items = items.iter().filter(is_there);
         Ok(items.map(|(key, value)| (&**key, *value)).collect())
     }
 
     fn list(&self, id: Id, what: &str) -> Result<&'a [Id]> {
-        match self.0.get(id) {
-            Object::List(items) | Object::Tuple(items) => Ok(items),
-            _ => {
-                let message = format!("{what} is {}, expected a list", self.0.describe(id));
-                Err(Error::new(ErrorKind::Unsupported, message))
-            }
-        }
+        self.objects.items(id).ok_or_else(|| {
+            let message = format!("{what} is {}, expected a list", self.objects.describe(id));
+            Error::new(ErrorKind::Unsupported, message)
+        })
     }
 
     fn optional_text(&self, dict: &Dict<'_>, key: &str) -> Result<Option<String>> {
         let Some(&id) = dict.get(key) else {
             return Ok(None);
         };
-        match self.0.text(id) {
+        match self.objects.text(id) {
             Some(text) => Ok(Some(text.to_string())),
             None => {
-                let message = format!("'{key}' is {}, expected a text", self.0.describe(id));
+                let message = format!("'{key}' is {}, expected a text", self.objects.describe(id));
                 Err(Error::new(ErrorKind::Unsupported, message))
             }
         }
@@ -209,14 +216,14 @@ impl<'a> Reader<'a> {
         let Some(&id) = dict.get(key) else {
             return Ok(Value::Null);
         };
-        Ok(match self.0.get(id) {
+        Ok(match self.objects.get(id) {
             Object::Bool(value) => (*value).into(),
             Object::Int(n) => (*n).into(),
             Object::Float(n) => (*n).into(),
             Object::Text { text, .. } if text.len() <= LONGEST_NOTE => (&**text).into(),
             Object::Dtype(dtype) => dtype.to_string().into(),
             _ => {
-                let found = self.0.describe(id);
+                let found = self.objects.describe(id);
                 let message =
                     format!("'{key}' is {found}, expected a number, a short text or a truth value");
                 return Err(Error::new(ErrorKind::Unsupported, message));
@@ -238,7 +245,7 @@ impl<'a> Reader<'a> {
             None => e,
         })?;
         let name = self.optional_text(&tensor, "name")?.ok_or_else(|| {
-            let found = self.0.describe(id);
+            let found = self.objects.describe(id);
             Error::new(
                 ErrorKind::Missing,
                 format!("a tensor without a name: {found}"),
@@ -249,10 +256,10 @@ impl<'a> Reader<'a> {
     }
 
     fn name_of(&self, id: Id) -> Option<&str> {
-        match self.0.get(id) {
+        match self.objects.get(id) {
             Object::Dict(items) => {
                 let (_, name) = items.iter().find(|(key, _)| **key == *"name")?;
-                self.0.text(*name).map(|name| &**name)
+                self.objects.text(*name).map(|name| &**name)
             }
             _ => None,
         }
@@ -268,10 +275,10 @@ impl<'a> Reader<'a> {
         let shape = tensor
             .get("shape")
             .ok_or_else(|| Error::new(ErrorKind::Missing, "a tensor without a shape"))?;
-        let shape = self.0.sizes(*shape).ok_or_else(|| {
+        let shape = self.objects.sizes(*shape).ok_or_else(|| {
             let message = format!(
                 "'shape' is {}, expected a tuple of sizes",
-                self.0.describe(*shape)
+                self.objects.describe(*shape)
             );
             Error::new(ErrorKind::Unsupported, message)
         })?;
@@ -330,18 +337,13 @@ impl<'a> Reader<'a> {
         };
         let primes = array(3)?;
         let (scale_name, scale) = found[4].ok_or_else(|| missing(all[4]))?;
-        let scale = match self.0.get(scale) {
+        let scale = match self.objects.get(scale) {
             Object::Int(n) => Scale::One(*n as f64),
             Object::Float(n) => Scale::One(*n),
-            Object::Array(array) => Scale::Array(array.as_ref().clone()),
-            _ => {
-                let found = self.0.describe(scale);
-                let message = format!("'{scale_name}' is {found}, expected a number or an array");
-                return Err(Error::new(ErrorKind::Unsupported, message));
-            }
+            _ => Scale::Many(self.numbers(scale_name, scale, "a number or an array")?),
         };
         // A csr_matrix in the place of values has the columns and pointers too.
-        let csr = found[0].and_then(|(_, id)| match self.0.get(id) {
+        let csr = found[0].and_then(|(_, id)| match self.objects.get(id) {
             Object::Csr(csr) => Some(csr),
             _ => None,
         });
@@ -358,7 +360,7 @@ impl<'a> Reader<'a> {
             let message = format!("a csr_matrix, and '{name}' beside it");
             return Err(Error::new(ErrorKind::Invalid, message));
         }
-        if Some(csr.shape.clone()) != tensor.get("shape").and_then(|&id| self.0.sizes(id)) {
+        if Some(csr.shape.clone()) != tensor.get("shape").and_then(|&id| self.objects.sizes(id)) {
             let message = format!("a csr_matrix {:?}, which is not its shape", csr.shape);
             return Err(Error::new(ErrorKind::Shape, message));
         }
@@ -371,13 +373,29 @@ impl<'a> Reader<'a> {
         }))
     }
 
-    /// An array of integers, of one dimension.
-    fn integers(&self, name: &str, id: Id) -> Result<NdArray> {
-        let Object::Array(array) = self.0.get(id) else {
-            let message = format!("'{name}' is {}, expected an array", self.0.describe(id));
-            return Err(Error::new(ErrorKind::Unsupported, message));
-        };
-        array.check_integers(name)?;
-        Ok(array.as_ref().clone())
+    /// An array or list of integers, of one dimension.
+    fn integers(&self, name: &str, id: Id) -> Result<Numbers> {
+        let numbers = self.numbers(name, id, "an array")?;
+        numbers.check_integers(name)?;
+        Ok(numbers)
+    }
+
+    /// An array, or a list or tuple in the place of one.
+    fn numbers(&self, name: &str, id: Id, expected: &str) -> Result<Numbers> {
+        match self.objects.get(id) {
+            Object::Array(array) => return Ok(Numbers::Array(array.as_ref().clone())),
+            Object::List(_) | Object::Tuple(_) => {}
+            _ => {
+                let found = self.objects.describe(id);
+                let message = format!("'{name}' is {found}, expected {expected}");
+                return Err(Error::new(ErrorKind::Unsupported, message));
+            }
+        }
+        if let Some(list) = self.lists.borrow().get(&id) {
+            return Ok(Numbers::List(Arc::clone(list)));
+        }
+        let list = Arc::new(NumberList::new(self.objects, id, name)?);
+        self.lists.borrow_mut().insert(id, Arc::clone(&list));
+        Ok(Numbers::List(list))
     }
 }

@@ -4,7 +4,7 @@
 use super::V1File;
 use super::bytes::Files;
 use super::catalogue::{CatalogueEntry, Parts, Scale};
-use super::numpy::Integers;
+use super::numbers::Integers;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::texts::ModelFiles;
 use crate::format::{
@@ -47,7 +47,8 @@ impl V1File {
     /// Memory: about 5 bytes an entry of the largest tensor. The bytes depend on the file and `texts` only. Errors:
     /// `Missing` if the weights of all tensors or of some are not in the file; `Shape`, `Invalid` or `Unsupported` for
     /// arrays that do not fit each other or what version 2 can hold; `TooLarge` for sizes that it cannot, and where
-    /// more entries have to bridge gaps than 16 for each byte that is read and 33 million; `Malformed`, `Io`; `Argument` if `out` is a file that
+    /// more entries have to bridge gaps than 16 for each byte that is read and 33 million, or tensors that share arrays have more
+    /// rows and entries together; `Malformed`, `Io`; `Argument` if `out` is a file that
     /// is read.
     pub fn convert(
         &self,
@@ -128,6 +129,25 @@ impl V1File {
         format!("{}.safetensors", last.unwrap_or("model"))
     }
 
+    /// Errors (`TooLarge`): tensors that share arrays have more rows and entries together than may be made of a file of this
+    /// size. Entries of value 0 count too: they are read, though left out.
+    fn check_shared(&self) -> Result<()> {
+        let mut left = self.most_entries();
+        for entry in &self.catalogue.tensors {
+            let rest = entry.parts.as_ref().map_or(Some(left), |parts| {
+                left.checked_sub(parts.values.len())?
+                    .checked_sub(parts.pointers.len())
+            });
+            left = rest.ok_or_else(|| {
+                let most = self.most_entries();
+                let message =
+                    format!("more than {most} rows and entries together, for a file of this size");
+                Error::new(ErrorKind::TooLarge, message).tensor(&entry.name)
+            })?;
+        }
+        Ok(())
+    }
+
     fn write(
         &self,
         out: WholeFile,
@@ -135,6 +155,7 @@ impl V1File {
         proceed: &mut dyn FnMut(&str, u64) -> Result<()>,
     ) -> Result<Converted> {
         let tensors = &self.catalogue.tensors;
+        self.check_shared()?;
         let mut layers = Vec::new();
         for entry in tensors {
             layers.extend(described(entry).map_err(|e| e.tensor(&entry.name))?);
@@ -318,12 +339,12 @@ fn invalid(message: String) -> Error {
 fn scales(files: &Files, scale: &Scale, rows: usize) -> Result<Vec<f32>> {
     let scales = match scale {
         Scale::One(scale) => vec![*scale as f32; rows],
-        Scale::Array(array) => {
-            let is_row = array.shape.iter().filter(|&&d| d != 1).count() <= 1;
-            if !is_row || (array.len() != 1 && array.len() != rows as u64) {
-                return Err(shape(format!("the scales are {array}, for {rows} rows")));
+        Scale::Many(numbers) => {
+            let fits = numbers.len() == 1 || numbers.len() == rows as u64;
+            if !fits || !numbers.is_row() {
+                return Err(shape(format!("the scales are {numbers}, for {rows} rows")));
             }
-            let scales = array.floats(files)?;
+            let scales = numbers.floats(files)?;
             match *scales.as_slice() {
                 [scale] => vec![scale; rows],
                 _ => scales,

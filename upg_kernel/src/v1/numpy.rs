@@ -201,8 +201,8 @@ impl NdArray {
     }
 
     /// Its integers, a part after the other.
-    pub(super) fn integers<'a>(&self, files: &'a Files) -> Integers<'a> {
-        Integers {
+    pub(super) fn integers<'a>(&self, files: &'a Files) -> ArrayReader<'a> {
+        ArrayReader {
             reader: files.reader(&self.bytes),
             dtype: self.dtype,
             bytes: Vec::new(),
@@ -238,13 +238,13 @@ impl fmt::Display for NdArray {
 }
 
 /// The integers of an array, from first to last.
-pub(super) struct Integers<'a> {
+pub(super) struct ArrayReader<'a> {
     reader: BytesReader<'a>,
     dtype: Dtype,
     bytes: Vec<u8>,
 }
 
-impl Integers<'_> {
+impl ArrayReader<'_> {
     /// Puts the next `n` in the place of what `out` has. Errors: those of reading.
     pub(super) fn take(&mut self, n: usize, out: &mut Vec<i64>) -> Result<()> {
         out.clear();

@@ -6,6 +6,7 @@
 
 use super::bytes::Bytes;
 use super::globals::Global;
+use super::lists::{Number, Run};
 use super::numpy::{Dtype, NdArray};
 use std::sync::Arc;
 
@@ -22,6 +23,8 @@ pub(super) enum Object {
     Bool(bool),
     Int(i64),
     Float(f64),
+    /// Numbers that follow one another in a list or tuple.
+    Run(Box<Run>),
     Text {
         text: Arc<str>,
         /// Where it stands.
@@ -42,6 +45,16 @@ pub(super) enum Object {
     /// A csr_matrix before its parts come.
     NewCsr,
     Csr(Box<Csr>),
+}
+
+impl From<Number> for Object {
+    fn from(number: Number) -> Self {
+        match number {
+            Number::Bool(value) => Self::Bool(value),
+            Number::Int(n) => Self::Int(n),
+            Number::Float(n) => Self::Float(n),
+        }
+    }
 }
 
 /// The parts of a scipy.sparse.csr_matrix.
@@ -86,6 +99,23 @@ impl Objects {
         }
     }
 
+    /// The items of a list or tuple.
+    pub(super) fn items(&self, id: Id) -> Option<&[Id]> {
+        match self.get(id) {
+            Object::Tuple(items) | Object::List(items) => Some(items),
+            _ => None,
+        }
+    }
+
+    /// Length of a list or tuple with these items, each number of a run counted.
+    fn count(&self, items: &[Id]) -> u64 {
+        let count = |&id: &Id| match self.get(id) {
+            Object::Run(run) => run.count,
+            _ => 1,
+        };
+        items.iter().map(count).sum()
+    }
+
     pub(super) fn tuple(&self, id: Id) -> Option<&[Id]> {
         match self.get(id) {
             Object::Tuple(items) => Some(items),
@@ -95,9 +125,7 @@ impl Objects {
 
     /// The numbers of a tuple or list of them, none of which is negative.
     pub(super) fn sizes(&self, id: Id) -> Option<Vec<u64>> {
-        let (Object::Tuple(items) | Object::List(items)) = self.get(id) else {
-            return None;
-        };
+        let items = self.items(id)?;
         if items.len() > MOST_DIMENSIONS {
             return None;
         }
@@ -115,11 +143,12 @@ impl Objects {
             Object::Bool(value) => format!("the truth value {value}"),
             Object::Int(n) => format!("the number {n}"),
             Object::Float(n) => format!("the number {n:?}"),
+            Object::Run(run) => run.to_string(),
             Object::Text { text, .. } if text.len() <= 80 => format!("the text '{text}'"),
             Object::Text { .. } | Object::LongText(_) => "a long text".to_owned(),
             Object::Bytes(bytes) => format!("{} bytes", bytes.len),
-            Object::Tuple(items) => format!("a tuple of {}", items.len()),
-            Object::List(items) => format!("a list of {}", items.len()),
+            Object::Tuple(items) => format!("a tuple of {}", self.count(items)),
+            Object::List(items) => format!("a list of {}", self.count(items)),
             Object::Dict(items) if items.len() <= 32 && items.iter().all(|i| i.0.len() <= 80) => {
                 let mut keys: Vec<&str> = items.iter().map(|(key, _)| &**key).collect();
                 keys.sort_unstable();

@@ -6,6 +6,7 @@
 
 use super::bytes::{Bytes, Files, Span};
 use super::globals::{self, Global};
+use super::lists::{Number, Run};
 use super::objects::{Id, Object, Objects};
 use crate::error::{Error, ErrorKind, Result};
 use std::collections::{HashMap, HashSet};
@@ -20,6 +21,8 @@ const MOST_OPCODES: u32 = 1 << 21;
 const LONGEST_TEXT: u64 = 1 << 12;
 /// Bytes of all texts that are read.
 const MOST_TEXT: u64 = 1 << 26;
+/// Numbers in a row that are left in the file. A shape, or the state of a type, has fewer.
+const SHORTEST_RUN: u64 = 16;
 /// Bytes of the name of a global.
 const LONGEST_NAME: usize = 256;
 /// What PyTorch writes at the start of an old checkpoint: a number.
@@ -27,7 +30,7 @@ const TORCH: [u8; 14] = *b"\x80\x02\x8A\x0Al\xFC\x9CF\xF9 j\xA8P\x19";
 
 /// Runs the pickle and returns what it has made: all objects, and the one that it stands for.
 ///
-/// Cost: its opcodes, of which there are at most two million; arrays are passed over. Memory: at most about 200 MB
+/// Cost: its opcodes, of which there are at most two million; arrays, and the numbers of long lists, are passed over. Memory: at most about 200 MB
 /// more than at the start. Errors: `Io`; `Malformed` (cut short, a stack that does not work out, bytes after the end);
 /// `Unsupported` (an opcode or a global that no version 1 file has); `TooLarge`.
 pub(super) fn read(files: &Files) -> Result<(Objects, Id)> {
@@ -137,25 +140,7 @@ impl Machine<'_> {
                 Ok(())
             }
             b'N' => self.push(Object::None),
-            0x88 => self.push(Object::Bool(true)),
-            0x89 => self.push(Object::Bool(false)),
-            b'J' => {
-                let n = i32::from_le_bytes(self.bytes()?);
-                self.push(Object::Int(n.into()))
-            }
-            b'K' => {
-                let [n] = self.bytes()?;
-                self.push(Object::Int(n.into()))
-            }
-            b'M' => {
-                let n = u16::from_le_bytes(self.bytes()?);
-                self.push(Object::Int(n.into()))
-            }
-            0x8A => self.long(),
-            b'G' => {
-                let n = f64::from_be_bytes(self.bytes()?);
-                self.push(Object::Float(n))
-            }
+            _ if Number::has_opcode(opcode) => self.number(opcode),
             0x8C | b'X' | 0x8D => self.string(opcode),
             b'C' | b'B' | 0x8E | 0x96 => {
                 let len = self.length(opcode)?;
@@ -225,10 +210,14 @@ impl Machine<'_> {
 
     /// The next bytes of the file.
     fn bytes<const N: usize>(&mut self) -> Result<[u8; N]> {
-        self.check_left(N as u64)?;
         let mut out = [0; N];
-        self.read_exact(&mut out)?;
+        self.fill(&mut out)?;
         Ok(out)
+    }
+
+    fn fill(&mut self, out: &mut [u8]) -> Result<()> {
+        self.check_left(out.len() as u64)?;
+        self.read_exact(out)
     }
 
     fn u64(&mut self) -> Result<u64> {
@@ -276,6 +265,51 @@ impl Machine<'_> {
         })
     }
 
+    fn number(&mut self, opcode: u8) -> Result<()> {
+        let is_first = self.marks.last() == Some(&self.stack.len());
+        if is_first && self.run_of_numbers(opcode)? {
+            return Ok(());
+        }
+        let number = self.read_number(opcode)?;
+        self.push(number.into())
+    }
+
+    fn read_number(&mut self, opcode: u8) -> Result<Number> {
+        Number::read(opcode, |out| self.fill(out))
+    }
+
+    /// Passes over the numbers of a list or tuple, `opcode` being that of the first of them. Returns `false`, at the
+    /// place where it was, if they are few or not all that is put into the list.
+    fn run_of_numbers(&mut self, opcode: u8) -> Result<bool> {
+        let (mut opcode, first) = (opcode, self.position);
+        let mut run = Run::new(self.opcode_at);
+        while Number::has_opcode(opcode) {
+            let number = self.read_number(opcode)?;
+            run.add(number, self.position);
+            self.opcode_at = self.position;
+            [opcode] = self.bytes()?;
+        }
+        if run.count < SHORTEST_RUN || !matches!(opcode, b'e' | b't') {
+            self.opcode_at = run.bytes.start;
+            self.go_back_to(first)?;
+            return Ok(false);
+        }
+        self.go_back_to(self.opcode_at)?;
+        self.push(Object::Run(Box::new(run)))?;
+        Ok(true)
+    }
+
+    fn go_back_to(&mut self, position: u64) -> Result<()> {
+        let distance = self.position - position;
+        self.position = position;
+        self.seek(-(distance as i64))
+    }
+
+    fn seek(&mut self, distance: i64) -> Result<()> {
+        let sought = self.input.seek_relative(distance);
+        sought.map_err(|e| Error::new(ErrorKind::Io, format!("cannot read: {e}")).with_source(e))
+    }
+
     /// Bytes that stay where they are.
     fn pass_over(&mut self, len: u64) -> Result<Bytes> {
         self.check_left(len)?;
@@ -287,9 +321,7 @@ impl Machine<'_> {
         };
         self.position += len;
         let distance = i64::try_from(len).map_err(|_| malformed("a length above 2^63"))?;
-        let sought = self.input.seek_relative(distance);
-        sought
-            .map_err(|e| Error::new(ErrorKind::Io, format!("cannot read: {e}")).with_source(e))?;
+        self.seek(distance)?;
         Ok(bytes)
     }
 
@@ -317,22 +349,6 @@ impl Machine<'_> {
             text: text.into(),
             place,
         })
-    }
-
-    fn long(&mut self) -> Result<()> {
-        let [len] = self.bytes()?;
-        if len > 8 {
-            return Err(too_large(format!("a number of {len} bytes")));
-        }
-        self.check_left(len.into())?;
-        let mut bytes = [0; 8];
-        self.read_exact(&mut bytes[..usize::from(len)])?;
-        let unused = 64 - 8 * u32::from(len);
-        let n = match len {
-            0 => 0,
-            _ => (i64::from_le_bytes(bytes) << unused) >> unused,
-        };
-        self.push(Object::Int(n))
     }
 
     fn next_buffer(&mut self) -> Result<()> {

@@ -1,7 +1,7 @@
 """Writes the files of version 1 here, what they stand for, and pickles that have to be refused.
 
     python make.py NAME     the files NAME-*.upg, with the numpy and scipy that are installed (NAME: numpy1, numpy2)
-    python make.py hostile  hostile.json
+    python make.py hostile  hostile.json, and alike.json: lists of numbers, each with the arrays that stand for the same
 
 Made with numpy 1.26.4 and scipy 1.11.4, and with numpy 2.4.6 and scipy 1.17.1, on Python 3.11. rows.safetensors and
 one.safetensors are what convert_pickle_to_safetensors.py makes of all the files with a scale for each row, and with one scale.
@@ -65,7 +65,13 @@ def model(form, numpy, sparse):
             "csr": numpy.array(scales),
             "unsorted": numpy.array(scales, numpy.float32),
         }
+        rows_scale |= {
+            "lists": [scales, [[s] for s in scales], tuple(int(s) for s in scales), [scales]][number],
+            "numbers": list(numpy.array(scales, numpy.float32)),
+        }
         one_scale = [0.125, numpy.float32(0.125), numpy.array([0.125], numpy.float16), numpy.array(0.125)][number]
+        if form == "one-lists":
+            one_scale = [[0.125], (0.125,), [[0.125]], [numpy.float16(0.125)]][number]
         scale = one_scale if form.startswith("one") else rows_scale[form]
         types = {"other-names": (">i2", numpy.uint64, ">i8", numpy.uint32)}.get(form, (numpy.int8, numpy.int32, numpy.int32, numpy.uint16))
         values, columns, pointers, primes = (numpy.array(a, t) for a, t in zip((values, columns, pointers, primes), types))
@@ -81,6 +87,11 @@ def model(form, numpy, sparse):
             else:
                 columns = numpy.insert(columns, at, free)
                 pointers[1:] += 1
+        if form in ("lists", "one-lists"):
+            kind = tuple if number % 2 else list
+            values, columns, pointers, primes = (kind(a.tolist()) for a in (values, columns, pointers, primes))
+        elif form == "numbers":
+            values, columns, pointers, primes = (list(a) for a in (values, columns, pointers, primes))
         if form in ("csr", "one-csr") and len(shape) == 2:
             matrix = sparse.csr_matrix((values, columns, pointers), shape=shape)
             tensor |= {"data": matrix, "prime_indices": primes, "scales": scale}
@@ -155,7 +166,7 @@ def make_files(name):
     import scipy.sparse as sparse
 
     for protocol in (2, 3, 4, 5):
-        for form in ("arrays", "other-names", "csr", "one", "one-csr"):
+        for form in ("arrays", "other-names", "csr", "one", "one-csr", "lists", "numbers", "one-lists"):
             write(f"{name}-p{protocol}-{form}.upg", pickle.dumps(model(form, numpy, sparse), protocol))
     write(f"{name}-p5-unsorted.upg", pickle.dumps(model("unsorted", numpy, sparse), 5))
     # Without the places in the memo that nothing asks for, and without frames.
@@ -405,19 +416,146 @@ def hostile():
     yield "a scale that is no number", sparse_file(scale=[(b"G" + struct.pack(">d", float("nan")), 1)]), "the scale of row 0 is"
     yield "an infinite scale", sparse_file(scale=[(b"G" + struct.pack(">d", 1e300), 1)]), "the scale of row 0 is inf"
     yield "too many scales", sparse_file(scale=array("f4", [2], bytes(8))), "the scales are an array of float32 [2], for 1 rows"
+    # Lists that fit no better.
+    for name, items, says in [
+        ("floats", [1, 2.0], "with floats in it, expected integers"),
+        ("many floats", [1] * 20 + [2.0] * 20, "'values' is a list of 40 with floats in it, expected integers"),
+        ("truth values", [1, True], "with the truth value true in it, expected numbers"),
+        ("many truth values", [True] * 20, "with 20 numbers and truth values in it, expected numbers"),
+        ("None", [1, None], "with None in it, expected numbers"),
+        ("texts", ["1", "2"], "with the text '1' in it, expected numbers"),
+        ("bytes", [b"12", 1], "with 2 bytes in it, expected numbers"),
+        ("dicts", [1, {}], "with a dict of [] in it, expected numbers"),
+        ("lists", [[1], [2]], "with lists in it, expected one dimension"),
+        ("one list", [[1, 2]], "with lists in it, expected one dimension"),
+        ("lists and numbers", [[1], 2], "with the number 2 in it, expected numbers"),
+        ("numbers and a tuple", [*range(20), (20,)], "in it, expected numbers"),
+        ("large values", [1, 128], "a value of 128"),
+        ("many large values", [200] * 20, "2 indices for 20 values"),
+        ("three values", [1, 2, 3], "2 indices for 3 values"),
+    ]:
+        yield f"values in a list: {name}", sparse_file(values=plain(items)), says
+    yield "an array in a list", sparse_file(values=[(b"](", 1), *array("i1", [1], b"x"), (b"e", 1)]), "with an array of int8 [1] in it, expected numbers"
+    yield "an empty list of columns", sparse_file(indices=plain([])), "0 indices for 2 values"
+    yield "a column of a list too many", sparse_file(indices=plain([0, 4])), "a column of 4"
+    yield "a negative column of a list", sparse_file(indices=plain((-1, 3))), "a column of -1"
+    yield "a column of 2^63 - 1 in a list", sparse_file(indices=plain([0, (1 << 63) - 1])), "a column of 9223372036854775807"
+    yield "a column of 2^63 in a list", sparse_file(indices=plain([0, 1 << 63])), "a number of 9 bytes"
+    yield "a column of 2^63 in a long list", sparse_file(indices=plain([0] * 20 + [1 << 63])), "a number of 9 bytes"
+    yield "a column of 2^4000 in a list", sparse_file(indices=plain([0, 1 << 4000])), "opcode LONG4,"
+    yield "a column twice in a list", sparse_file(indices=plain([3, 3])), "two entries in column 3"
+    yield "a large prime index in a list", sparse_file(primes=plain([0, 10_000])), "a prime index of 10000"
+    yield "descending pointers in a list", sparse_file(shape=(2, 4), indptr=plain([0, 2, 1])), "row 1 has the entries 2 to 1"
+    yield "too few pointers in a list", sparse_file(indptr=plain([0])), "1 row pointers for 1 rows"
+    yield "no number as a scale in a list", sparse_file(scale=plain([float("nan")])), "the scale of row 0 is"
+    yield "an infinite scale in a list", sparse_file(scale=plain([1e300])), "the scale of row 0 is inf"
+    yield "a truth value as a scale in a list", sparse_file(scale=plain([True])), "'scale' is a list of 1 with the truth value true in it"
+    yield "an array of truth values as scales", sparse_file(scale=array("b1", [1], b"\x01")), "an array of bool [1], expected numbers"
+    yield "too many scales in a list", sparse_file(scale=plain([1.0, 2.0])), "the scales are a list of 2, for 1 rows"
+    yield "a table of scales", sparse_file(shape=(4, 4), indptr=plain([0, 2, 2, 2, 2]), scale=plain([[1.0, 2.0], [3.0, 4.0]])), "with a list of 2 in it, expected numbers"
+    yield "scales in three lists", sparse_file(scale=plain([[[1.0]]])), "with a list of 1 in it, expected numbers"
+    yield "no scales", sparse_file(scale=plain([])), "the scales are a list of 0, for 1 rows"
+    yield "scales of lists of nothing", sparse_file(scale=plain([[], []])), "with a list of 0 in it, expected numbers"
+    yield "a long list that is cut short", [(b"\x80\x04](", 1), (b"K\x01", 100), (b"K", 1)], "cut short"
+    yield "a long list without an end", [(b"\x80\x04](", 1), (b"K\x01", 100), (b".", 1)], "more than one object"
+    yield "a long list in no list", [(b"\x80\x04N(", 1), (b"K\x01", 100), (b"e.", 1)], "a list is to grow, but there is None"
+    yield "a shape of many numbers", sparse_file(more=[("dtype", plain(list(range(100))))]), "'dtype' is a list of 100, expected"
+    yield "a million numbers as files", [(b"\x80\x04}" + text("files") + b"](", 1), (b"K\x01", 1_000_000), (b"es.", 1)], "an entry of 'files' is 1000000 integers"
+    yield "half a million lists", [(b"\x80\x04", 1), (b"(K\x01", 600_000), (b".", 1)], "more than 524288 objects"
+    parts = [(b"\x80\x04}" + text("files") + b"]}" + text("tensors") + b"](", 1)]
+    rows = 1 << 22
+    empty = [
+        ("shape", [(b"(\x8a\x08" + struct.pack("<q", rows) + b"K\x04t", 1)]),
+        ("values", array("i1", [0], b"")),
+        ("indices", array("i1", [0], b"")),
+        ("indptr", array("i1", [rows + 1], b"\x00", rows + 1)),
+        ("prime_indices", array("i1", [0], b"")),
+        ("scale", [(b"K\x01", 1)]),
+    ]
+    for number in range(30):
+        parts.append((b"}" + text("name") + text(f"{number}") + b"s", 1))
+        for place, (key, value) in enumerate(empty):
+            taken = [(b"h" + bytes([place]), 1)] if number else [*value, (b"q" + bytes([place]), 1)]
+            parts += [(text(key), 1), *taken, (b"s", 1)]
+    yield "rows that become gigabytes", [*parts, (b"esas.", 1)], "rows and entries together, for a file of this size"
     yield "a matrix of no rows", sparse_file(shape=(0, 4)), "outside the limits"
     yield "a matrix of 2^40 rows", sparse_file(shape=(1 << 40, 4)), "outside the limits"
     yield "three dimensions", sparse_file(shape=(1, 2, 2)), "expected one or two dimensions"
 
 
+def plain(value):
+    """What Python makes of a value, as parts of a larger pickle."""
+    return [(unframed(value)[2:-1], 1)]
+
+
+def alike():
+    """(name, file with lists, file with arrays): the same numbers."""
+    count = 1200
+    values, primes = [n % 256 - 128 for n in range(count)], [n * 7 % 10_000 for n in range(count)]
+    shape, columns, pointers, scales = (3, 400), list(range(400)) * 3, [0, 400, 800, 1200], [1.5, 2, -0.25]
+    of_arrays = {
+        "values": array("i1", [count], struct.pack(f"<{count}b", *values)),
+        "indices": array("i2", [count], struct.pack(f"<{count}h", *columns)),
+        "indptr": array("u8", [4], struct.pack("<4Q", *pointers)),
+        "primes": array("u2", [count], struct.pack(f"<{count}H", *primes)),
+        "scale": array("f8", [3], struct.pack("<3d", *scales)),
+    }
+    of_lists = {"values": values, "indices": columns, "indptr": pointers, "primes": primes, "scale": scales}
+    for kind in (list, tuple):
+        found = sparse_file(shape=shape, **{key: plain(kind(numbers)) for key, numbers in of_lists.items()})
+        yield f"{count} numbers in a {kind.__name__}", found, sparse_file(shape=shape, **of_arrays)
+
+    def with_scales(scale, count):
+        indptr = array("i4", [count + 1], struct.pack(f"<{count + 1}i", 0, *[2] * count))
+        return sparse_file(shape=(count, 4), indptr=indptr, scale=scale)
+
+    whole = [(1 << 40) + 1, -3, (1 << 24) + 1, (1 << 62) + (1 << 38) + 1, 0, (1 << 53) + (1 << 29) + 1]
+    yield "whole scales", with_scales(plain(whole), 6), with_scales(array("i8", [6], struct.pack("<6q", *whole)), 6)
+    fine = [0.1, 1e-46, 1e-40, -0.0, 1.8e19, 1 + 2**-24, 1 + 3 * 2**-24, 2**-149, 2**-150 * 1.5]
+    yield "scales to round", with_scales(plain(fine), 9), with_scales(array("f8", [9], struct.pack("<9d", *fine)), 9)
+    many = [n / 7 for n in range(20)]
+    row = struct.pack("<20d", *many)
+    yield "scales in a row", with_scales(plain([many]), 20), with_scales(array("f8", [1, 20], row), 20)
+    yield "scales in a column", with_scales(plain([[s] for s in many]), 20), with_scales(array("f8", [20, 1], row), 20)
+    yield "scales in tuples", with_scales(plain(tuple((s,) for s in many)), 20), with_scales(array("f8", [20], row), 20)
+    yield "one scale in lists", with_scales(plain([[0.5]]), 20), with_scales(array("f8", [1], struct.pack("<d", 0.5)), 20)
+    none = array("i4", [0], b"")
+    zeros = array("i4", [2], bytes(8))
+    nothing = {key: plain(value) for key, value in {"values": [], "indices": (), "primes": [], "indptr": [0, 0]}.items()}
+    yield "lists of nothing", sparse_file(**nothing), sparse_file(values=none, indices=none, primes=none, indptr=zeros)
+    twenty = [(f"{key} {name}", key, body) for key in ("values", "primes") for name, body in (
+        ("from the memo", b"](K\x01q\x07" + b"h\x07" * 19 + b"e"),
+        ("one by one", b"]" + b"K\x01a" * 20),
+        ("in two parts", b"](" + b"K\x01" * 18 + b"e(K\x01M\x01\x00e"),
+        ("of every size", b"](" + b"K\x01M\x01\x00J\x01\x00\x00\x00\x8a\x01\x01\x8a\x08\x01" + bytes(7) + b"K\x01" * 15 + b"e"),
+    )]
+    for name, key, body in twenty:
+        numbers = {
+            "values": array("i1", [20], b"\x01", 20),
+            "indices": array("i1", [20], bytes(range(20))),
+            "indptr": array("i1", [2], b"\x00\x14"),
+            "primes": array("i1", [20], b"\x01", 20),
+        }
+        yield name, sparse_file(shape=(1, 20), **(numbers | {key: [(body, 1)]})), sparse_file(shape=(1, 20), **numbers)
+    shared = plain([0, 3])
+    both = {"indices": [*shared, (b"q\x07", 1)], "primes": [(b"h\x07", 1)]}
+    prime_array = array("i1", [2], b"\x00\x03")
+    # The columns come before the prime indices.
+    yield "one list as two parts", sparse_file(**both), sparse_file(indices=prime_array, primes=prime_array)
+
+
+def make_json(name, cases):
+    def shown(value):
+        return [[part.hex(), count] for part, count in value if part] if type(value) is list else value
+
+    lines = ",\n".join(json.dumps({key: shown(value) for key, value in case.items()}) for case in cases)
+    write(name, f"[\n{lines}\n]\n".encode())
+    print(lines.count("\n") + 1, "cases in", name)
+
+
 def make_hostile():
-    cases = [
-        {"name": name, "parts": [[part.hex(), count] for part, count in parts if part], "says": says}
-        for name, parts, says in hostile()
-    ]
-    lines = ",\n".join(json.dumps(case) for case in cases)
-    write("hostile.json", f"[\n{lines}\n]\n".encode())
-    print(len(cases), "pickles")
+    make_json("hostile.json", ({"name": name, "parts": parts, "says": says} for name, parts, says in hostile()))
+    make_json("alike.json", ({"name": name, "lists": lists, "arrays": arrays} for name, lists, arrays in alike()))
 
 
 if __name__ == "__main__":

@@ -31,12 +31,7 @@ gguf=$(python3 tools/get_smollm2.py models)
 export UPG_TEST_GGUF="$root/$gguf"
 target=$(target_folder)
 venv=$target/venv
-if ! "$venv/bin/python" -c 'import numpy, safetensors' 2>/dev/null; then
-    rm -rf "$venv"
-    python3 -m venv "$venv"
-    # Ranges, for Python 3.9 as for the newest one.
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check 'numpy>=2,<3' 'safetensors>=0.5,<1'
-fi
+make_venv "$venv" tests/requirements.txt
 
 cargo test --workspace --features metal --locked --no-fail-fast
 # Without rounded activations the text has to be that of transformers, token by token.

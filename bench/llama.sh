@@ -25,11 +25,10 @@ build_llama() {
     if [ -z "$missing" ]; then return; fi
     rm -rf "$llama"
     mkdir -p "$llama"
-    python3 -m venv "$llama/venv"
-    local pip=("$llama/venv/bin/python" -m pip --disable-pip-version-check --no-input)
-    # scikit-build-core is what the source package is described with; nothing is built by it.
-    "${pip[@]}" install --quiet 'cmake>=3.28,<5' 'ninja>=1.11,<2' 'scikit-build-core>=0.10,<2'
-    "${pip[@]}" download --quiet --progress-bar off --no-deps --no-build-isolation --require-hashes \
+    make_venv "$llama/venv" bench/llama-build.txt
+    # scikit-build-core describes the source package; nothing is built by it.
+    "$llama/venv/bin/python" -m pip --disable-pip-version-check --no-input download --quiet --progress-bar off \
+        --no-deps --no-build-isolation --require-hashes \
         --no-binary llama-cpp-python --dest "$llama" --requirement bench/llama-cpp.txt
     tar -xzf "$llama/llama_cpp_python-$version.tar.gz" -C "$llama" --no-same-owner
     # Its build asks git for its commit; that must not be the one of this repository.

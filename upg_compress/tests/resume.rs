@@ -67,6 +67,8 @@ fn on_threads<T: Send>(threads: usize, f: impl FnOnce() -> T + Send) -> T {
 
 struct Case {
     folder: TempDir,
+    /// Of the output.
+    name: String,
     source: Box<dyn Source>,
     options: CompressOptions,
     /// What a run gives that nothing stops, and what it says of it.
@@ -101,6 +103,7 @@ impl Case {
         options.resume = true;
         Self {
             folder,
+            name: "out".into(),
             source,
             options,
             expected,
@@ -109,7 +112,7 @@ impl Case {
     }
 
     fn out(&self) -> PathBuf {
-        self.folder.path().join("out")
+        self.folder.path().join(&self.name)
     }
 
     fn partial(&self) -> [PathBuf; 2] {
@@ -371,4 +374,41 @@ fn errors_of_outputs_are_measured_if_asked_for() {
         report.bits_per_weight_blocks(),
     );
     assert!((found - stated).abs() < 1e-9, "{found} {stated}");
+}
+
+/// A name has at most 255 bytes; the files beside the output have longer ones.
+#[test]
+fn outputs_with_long_names_go_on_too() {
+    let mut case = Case::new(Encoding::Q4, false);
+    for (name, bytes) in [
+        ("a".repeat(240), 240),
+        ("b".repeat(255), 255),
+        ("語".repeat(85), 255),
+    ] {
+        assert_eq!(name.len(), bytes);
+        case.name = name;
+        case.stop(7);
+        assert_eq!(case.finish(), 7);
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn neither_of_the_two_files_is_opened_through_a_link() {
+    let case = Case::new(Encoding::Q4, false);
+    let [data, journal] = case.partial();
+    for path in [&data, &journal] {
+        // A run that was stopped, one file of it moved and a link left in its place.
+        case.stop(3);
+        let moved = case.folder.path().join("moved");
+        fs::rename(path, &moved).unwrap();
+        std::os::unix::fs::symlink(&moved, path).unwrap();
+        let before = fs::read(&moved).unwrap();
+        let e = case.run(&()).unwrap_err();
+        assert!(e.to_string().contains("not a regular file"), "{e}");
+        assert!(fs::read(&moved).unwrap() == before);
+        for left in [&moved, &data, &journal] {
+            fs::remove_file(left).unwrap();
+        }
+    }
 }

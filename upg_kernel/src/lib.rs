@@ -104,4 +104,4 @@ pub use matrix::Matrix;
 pub use memory::{peak_memory, sum_words};
 pub use upg_decompress::{LayerId, UPGDecompressor, WeightFloat, reconstruct_weight};
 pub use upg_linear::UpgLinear;
-pub use whole_file::{WholeFile, refuse_to_overwrite, sync_folder_of};
+pub use whole_file::{WholeFile, is_at, open_regular_file, refuse_to_overwrite, sync_folder_of};

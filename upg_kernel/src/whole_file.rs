@@ -1,9 +1,12 @@
 //! Files that appear whole or not at all.
 #![forbid(unsafe_code)]
 
+mod temporary;
+
 use crate::error::{Error, ErrorKind, Result};
-use std::ffi::OsString;
-use std::fs::{File, OpenOptions};
+use crate::format::checksum_of;
+use std::ffi::{OsStr, OsString};
+use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use tempfile::TempPath;
@@ -11,43 +14,56 @@ use tempfile::TempPath;
 /// Bytes that are written at once.
 const BUFFER: usize = 1 << 20;
 
-/// A file on its way to `path`: written beside it under another name, put in its place by
-/// [`WholeFile::commit`]. If that is never reached, nothing is left, and what was at `path` stays.
+/// Most bytes of a file name. File systems that count otherwise (UTF-16, characters) allow at least as much.
+const LONGEST_NAME: usize = 255;
+/// Bytes that are kept free for a suffix, so that all files beside one have names of the same kind.
+const LONGEST_SUFFIX: usize = ".partial.journal".len();
+/// Most bytes of a long name that a shortened one begins with.
+const BEGINNING: usize = 160;
+
+/// Permissions of a new file on Unix, before the umask.
+const NEW_FILE: u32 = 0o666;
+
+/// A file on its way to `path`: written in the same folder, put in its place by [`WholeFile::commit`]. If that is
+/// never reached, nothing is left, and what was at `path` stays.
+///
+/// That holds for a process that is killed too: on Linux the file has no name before [`WholeFile::commit`] where the file
+/// system allows it. Elsewhere it is named `.upg-*.partial` and locked, and the next [`WholeFile::create`] in the folder
+/// removes such files that nobody has locked. (Over a network that takes locks that all machines see.)
 #[derive(Debug)]
 pub struct WholeFile {
     out: BufWriter<File>,
-    temporary: TempPath,
+    /// `None`: the file has no name yet.
+    temporary: Option<TempPath>,
     path: PathBuf,
     /// Where `path` leads to, if it is a link.
     target: PathBuf,
+    /// The file that was there at the start.
+    replaced: Option<Box<Metadata>>,
 }
 
 impl WholeFile {
-    /// Starts a file in the folder of `path`, with the permissions that a new file gets. A link is
-    /// followed: the file that it leads to is replaced.
+    /// Starts a file in the folder of `path`. A link is followed: the file that it leads to is replaced.
     ///
-    /// Writes go through a buffer of 1 MiB. Errors: `Io` if the folder cannot be written to, or `path`
-    /// is something else than a file, such as a device.
+    /// A file that takes the place of another gets its permissions, without set-user-id and set-group-id, and where the
+    /// system allows it its owner and group. (A group that it cannot have gives the permissions of everybody to the
+    /// group that it has.) A new one gets the permissions that new files get. Writes go through a buffer of 1 MiB.
+    /// Errors: `Io` if the folder cannot be written to, or `path` is something else than a file, such as a device.
     pub fn create(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let io = |e| Error::io("cannot write", path, e);
         let target = checked_target(path)?;
-        let folder = folder_of(&target);
-        let mut builder = tempfile::Builder::new();
-        builder.prefix(".upg-").suffix(".partial");
-        #[cfg(unix)]
-        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-        // Its own message names the temporary file, which means nothing to anybody.
-        let temporary = builder.tempfile_in(folder);
-        let (file, temporary) = temporary.map_err(|e| io(e.kind().into()))?.into_parts();
+        let mode = mode_of(std::fs::metadata(&target).ok().as_ref());
+        let created = temporary::create(folder_of(&target), mode);
+        let (file, temporary) = created.map_err(|e| Error::io("cannot write", path, e))?;
         Ok(Self::new(file, temporary, path, target))
     }
 
-    fn new(file: File, temporary: TempPath, path: &Path, target: PathBuf) -> Self {
+    fn new(file: File, temporary: Option<TempPath>, path: &Path, target: PathBuf) -> Self {
         Self {
             out: BufWriter::with_capacity(BUFFER, file),
             temporary,
             path: path.to_path_buf(),
+            replaced: std::fs::metadata(&target).ok().map(Box::new),
             target,
         }
     }
@@ -73,20 +89,16 @@ impl WholeFile {
         let target = checked_target(path)?;
         let partial = Self::partial(path)?;
         let io = |e| Error::io("cannot write", &partial, e);
-        // Not through a link: renaming would move the link.
-        if std::fs::symlink_metadata(&partial).is_ok_and(|found| !found.is_file()) {
-            return Err(io(io::Error::other("not a regular file")));
-        }
-        let mut open = OpenOptions::new();
-        open.read(true).write(true).create(true).truncate(false);
-        let file = open.open(&partial).map_err(io)?;
+        let mode = mode_of(std::fs::metadata(&target).ok().as_ref());
+        let file = open_regular(&partial, mode).map_err(io)?;
         sync_folder_of(&partial).map_err(io)?;
         let mut temporary = TempPath::try_from_path(&partial).map_err(io)?;
         temporary.disable_cleanup(true);
-        Ok(Self::new(file, temporary, path, target))
+        Ok(Self::new(file, Some(temporary), path, target))
     }
 
-    /// Where the file that [`WholeFile::resume`] opens for `path` is: beside it, with `.partial` after its name.
+    /// Where the file that [`WholeFile::resume`] opens for `path` is: beside it, with `.partial` after its name, which
+    /// [`WholeFile::beside`] shortens.
     ///
     /// Errors: `Io` if `path` cannot be written to.
     pub fn partial(path: impl AsRef<Path>) -> Result<PathBuf> {
@@ -95,11 +107,13 @@ impl WholeFile {
 
     /// The file beside the one that `path` is, through links, with `suffix` after its name.
     ///
-    /// Errors: `Io` if `path` cannot be written to.
+    /// A name of more than 239 bytes leaves no room for that: of it come the first characters, up to 160 bytes, `~` and
+    /// a checksum of the whole name. Errors: `Io` if `path` cannot be written to.
     pub fn beside(path: impl AsRef<Path>, suffix: &str) -> Result<PathBuf> {
-        let mut name = OsString::from(checked_target(path.as_ref())?);
-        name.push(suffix);
-        Ok(name.into())
+        let mut path = checked_target(path.as_ref())?;
+        let name = path.file_name().unwrap_or_default();
+        path.set_file_name(name_beside(name, suffix));
+        Ok(path)
     }
 
     /// Where the file will be.
@@ -128,8 +142,16 @@ impl WholeFile {
 
     /// Brings everything to disk, then puts the file in its place. Errors: `Io`.
     pub fn commit(mut self) -> Result<()> {
+        let written = self.out.flush();
+        let replaced = std::fs::metadata(&self.target).ok();
+        let replaced = replaced.as_ref().or(self.replaced.as_deref());
+        let resembles = |_| replaced.map_or(Ok(()), |old| resemble(self.out.get_ref(), old));
+        written
+            .and_then(resembles)
+            .map_err(|e| Error::io("cannot write", &self.path, e))?;
         self.sync()?;
         let Self {
+            mut out,
             temporary,
             path,
             target,
@@ -138,7 +160,7 @@ impl WholeFile {
         let finish = || -> io::Result<()> {
             // Opened first: once the file has its name, nothing of this may fail for lack of rights.
             let folder = open_folder_of(&target);
-            temporary.persist(&target).map_err(|e| e.error)?;
+            temporary::put(out.get_mut(), temporary, &target)?;
             sync_folder(folder)
         };
         finish().map_err(|e| Error::io("cannot write", &path, e))
@@ -185,6 +207,126 @@ fn sync_folder(folder: Option<File>) -> io::Result<()> {
         Err(e) if e.kind() == io::ErrorKind::Unsupported => Ok(()),
         synced => synced,
     }
+}
+
+/// Opens the file at `path` for reading and writing, and makes it if need be: not through a link, and nothing but a
+/// regular file. Errors: those of the system.
+pub fn open_regular_file(path: &Path) -> io::Result<File> {
+    open_regular(path, NEW_FILE)
+}
+
+fn open_regular(path: &Path, mode: u32) -> io::Result<File> {
+    let irregular = || io::Error::other("not a regular file");
+    let mut options = options_no_follow();
+    options.read(true).write(true).create(true).truncate(false);
+    match with_mode(&mut options, mode).open(path) {
+        Ok(file) => match file.metadata()?.is_file() {
+            true => Ok(file),
+            false => Err(irregular()),
+        },
+        // The system has a code for each kind of thing that it does not open.
+        Err(e) => Err(match std::fs::symlink_metadata(path) {
+            Ok(found) if !found.is_file() => irregular(),
+            _ => e,
+        }),
+    }
+}
+
+/// Options to open a file with, but no link, and without waiting for the other end of a pipe.
+fn options_no_follow() -> OpenOptions {
+    let mut options = OpenOptions::new();
+    #[cfg(unix)]
+    {
+        use nix::fcntl::OFlag;
+        let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
+        std::os::unix::fs::OpenOptionsExt::custom_flags(&mut options, flags.bits());
+    }
+    #[cfg(windows)]
+    {
+        const FILE_FLAG_OPEN_REPARSE_POINT: u32 = 0x0020_0000;
+        let flags = FILE_FLAG_OPEN_REPARSE_POINT;
+        std::os::windows::fs::OpenOptionsExt::custom_flags(&mut options, flags);
+    }
+    options
+}
+
+/// Permissions for a file that is made.
+fn with_mode(options: &mut OpenOptions, mode: u32) -> &mut OpenOptions {
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::mode(options, mode);
+    #[cfg(not(unix))]
+    let _ = mode;
+    options
+}
+
+/// Whether `path` is this open file, not through a link. `false` too if that cannot be found out.
+pub fn is_at(file: &File, path: &Path) -> bool {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::MetadataExt;
+        let places = [file.metadata(), std::fs::symlink_metadata(path)];
+        let [opened, named] = places.map(|found| found.ok().map(|m| (m.dev(), m.ino())));
+        opened.is_some() && opened == named
+    }
+    #[cfg(not(unix))]
+    {
+        let opened = file.try_clone().and_then(same_file::Handle::from_file);
+        let named = same_file::Handle::from_path(path);
+        opened.is_ok_and(|opened| named.is_ok_and(|named| opened == named))
+    }
+}
+
+/// Permissions that a file is made with which is to take the place of `replaced`: its owner can write it, and nobody
+/// reads it meanwhile who may not read that one.
+fn mode_of(replaced: Option<&Metadata>) -> u32 {
+    #[cfg(unix)]
+    if let Some(replaced) = replaced {
+        use std::os::unix::fs::PermissionsExt;
+        return replaced.permissions().mode() & NEW_FILE | 0o600;
+    }
+    let _ = replaced;
+    NEW_FILE
+}
+
+/// Gives `file` the owner, group and permissions of `old`, as far as the system allows it.
+#[cfg(unix)]
+fn resemble(file: &File, old: &Metadata) -> io::Result<()> {
+    use std::fs::Permissions;
+    use std::os::unix::fs::{MetadataExt, PermissionsExt, fchown};
+    let (uid, gid) = (old.uid(), old.gid());
+    let new = file.metadata()?;
+    if (new.uid(), new.gid()) != (uid, gid) && fchown(file, Some(uid), Some(gid)).is_err() {
+        // Not everybody may give files away, but members of a group may give them to the group.
+        let _ = fchown(file, None, Some(gid));
+    }
+    let mut mode = old.mode() & 0o777;
+    if file.metadata()?.gid() != gid {
+        mode = mode & 0o707 | mode & (mode & 0o007) << 3;
+    }
+    match file.set_permissions(Permissions::from_mode(mode)) {
+        // File systems of other systems have no permissions to set.
+        Err(e) if e.kind() == io::ErrorKind::PermissionDenied => Ok(()),
+        Err(e) if e.kind() == io::ErrorKind::Unsupported => Ok(()),
+        set => set,
+    }
+}
+
+#[cfg(not(unix))]
+fn resemble(_: &File, _: &Metadata) -> io::Result<()> {
+    Ok(())
+}
+
+/// `name` and `suffix`, shortened to what file systems take; see [`WholeFile::beside`].
+fn name_beside(name: &OsStr, suffix: &str) -> OsString {
+    if name.len() + suffix.len().max(LONGEST_SUFFIX) <= LONGEST_NAME {
+        let mut name = name.to_os_string();
+        name.push(suffix);
+        return name;
+    }
+    let text = name.to_string_lossy();
+    let beginning = &text[..text.floor_char_boundary(BEGINNING)];
+    let checksum = checksum_of(name.as_encoded_bytes());
+    format!("{beginning}~{checksum}{suffix}").into()
 }
 
 /// Errors (`Argument`): a file at `path` would take the place of one of the files `read`, by whatever path.
@@ -247,124 +389,4 @@ fn folder_of(path: &Path) -> &Path {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn names(folder: &Path) -> Vec<String> {
-        let entries = std::fs::read_dir(folder).unwrap();
-        let mut names: Vec<_> = entries
-            .map(|e| e.unwrap().file_name().into_string().unwrap())
-            .collect();
-        names.sort();
-        names
-    }
-
-    #[test]
-    fn nothing_shows_before_the_commit_and_nothing_else_after() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("f");
-        std::fs::write(&path, b"old").unwrap();
-        let mut dropped = WholeFile::create(&path).unwrap();
-        dropped.write_all(b"half").unwrap();
-        assert_eq!(std::fs::read(&path).unwrap(), b"old");
-        drop(dropped);
-        assert_eq!(names(dir.path()), ["f"]);
-
-        let mut file = WholeFile::create(&path).unwrap();
-        file.write_all(b"..new").unwrap();
-        file.seek(SeekFrom::Start(0)).unwrap();
-        file.write_all(b"a ").unwrap();
-        file.commit().unwrap();
-        assert_eq!(std::fs::read(&path).unwrap(), b"a new");
-        assert_eq!(names(dir.path()), ["f"]);
-    }
-
-    #[test]
-    fn a_partial_file_stays_and_is_continued() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("f");
-        let mut first = WholeFile::resume(&path).unwrap();
-        first.write_all(b"abcdef").unwrap();
-        first.sync().unwrap();
-        drop(first);
-        assert_eq!(names(dir.path()), ["f.partial"]);
-
-        let mut second = WholeFile::resume(&path).unwrap();
-        let mut found = [0; 3];
-        second.read_exact(&mut found).unwrap();
-        assert_eq!(&found, b"abc");
-        second.truncate(4).unwrap();
-        second.write_all(b"E").unwrap();
-        second.commit().unwrap();
-        assert_eq!(names(dir.path()), ["f"]);
-        assert_eq!(std::fs::read(&path).unwrap(), b"abcdE");
-    }
-
-    #[test]
-    fn no_file_of_the_input_is_overwritten_by_any_path() {
-        let dir = tempfile::tempdir().unwrap();
-        let read = dir.path().join("f");
-        std::fs::write(&read, b"").unwrap();
-        std::fs::create_dir(dir.path().join("d")).unwrap();
-        let refused = |out: PathBuf, read: &Path| {
-            let e = WholeFile::create_from(&out, [read]).err();
-            e.is_some_and(|e| e.kind() == ErrorKind::Argument)
-        };
-        assert!(refused(dir.path().join("f"), &read));
-        assert!(refused(dir.path().join("d/../f"), &read));
-        // A name of the input that is not there yet.
-        assert!(refused(dir.path().join("d/../g"), &dir.path().join("g")));
-        assert!(!refused(dir.path().join("d/f"), &read));
-        #[cfg(unix)]
-        {
-            std::os::unix::fs::symlink(&read, dir.path().join("link")).unwrap();
-            assert!(refused(dir.path().join("link"), &read));
-        }
-    }
-
-    #[cfg(unix)]
-    #[test]
-    fn others_can_read_it_as_any_new_file() {
-        use std::os::unix::fs::PermissionsExt;
-        let dir = tempfile::tempdir().unwrap();
-        let mode = |name: &str| {
-            let metadata = std::fs::metadata(dir.path().join(name)).unwrap();
-            metadata.permissions().mode()
-        };
-        std::fs::write(dir.path().join("plain"), b"").unwrap();
-        let file = WholeFile::create(dir.path().join("whole")).unwrap();
-        file.commit().unwrap();
-        assert_eq!(mode("whole"), mode("plain"));
-    }
-
-    #[cfg(unix)]
-    #[test]
-    fn links_are_followed_and_what_is_no_file_is_left_alone() {
-        let dir = tempfile::tempdir().unwrap();
-        let at = |name: &str| dir.path().join(name);
-        let link = |to: &str, name: &str| std::os::unix::fs::symlink(at(to), at(name)).unwrap();
-        std::fs::create_dir(at("d")).unwrap();
-        std::fs::write(at("d/f"), b"old").unwrap();
-        link("d/f", "link");
-        let mut file = WholeFile::create(at("link")).unwrap();
-        file.write_all(b"new").unwrap();
-        file.commit().unwrap();
-        assert_eq!(std::fs::read(at("d/f")).unwrap(), b"new");
-        assert!(at("link").is_symlink());
-
-        link("none", "dangling");
-        std::os::unix::net::UnixListener::bind(at("socket")).unwrap();
-        for bad in ["d", "dangling", "socket"] {
-            let e = WholeFile::create(at(bad)).unwrap_err();
-            assert_eq!(e.kind(), ErrorKind::Io, "{bad}");
-        }
-        assert_eq!(names(dir.path()), ["d", "dangling", "link", "socket"]);
-    }
-
-    #[test]
-    fn a_folder_that_is_not_there_is_an_io_error() {
-        let dir = tempfile::tempdir().unwrap();
-        let e = WholeFile::create(dir.path().join("none/f")).unwrap_err();
-        assert_eq!(e.kind(), ErrorKind::Io);
-    }
-}
+mod tests;

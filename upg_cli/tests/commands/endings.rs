@@ -1,6 +1,6 @@
 //! Work that ends before it is done: by Ctrl-C, a full disk, a reader that goes away.
 
-use crate::common::{compress_tiny, names, output, succeed, tiny_model, upg};
+use crate::common::{catches_interrupts, compress_tiny, names, output, succeed, tiny_model, upg};
 use crate::{gguf, smollm2};
 use std::fs;
 use std::io::Write;
@@ -93,7 +93,7 @@ fn ctrl_c_ends_work_with_its_exit_code_and_no_file() {
     .stderr(Stdio::piped())
     .spawn()
     .unwrap();
-    wait_until(|| !names(folder.path()).is_empty());
+    wait_until(|| catches_interrupts(&child));
     interrupt(&child);
     assert_eq!(child.wait().unwrap().code(), Some(130));
     assert_eq!(names(folder.path()), [""; 0]);

@@ -8,7 +8,7 @@
 use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 
 pub fn upg<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_upg"));
@@ -64,4 +64,36 @@ pub fn names(folder: &Path) -> Vec<String> {
         .collect();
     names.sort();
     names
+}
+
+/// Whether a process is far enough to end its work in order after Ctrl-C; where that is not to be seen, after a second.
+pub fn catches_interrupts(child: &Child) -> bool {
+    const SIGINT: u32 = 2;
+    let Ok(status) = fs::read_to_string(format!("/proc/{}/status", child.id())) else {
+        std::thread::sleep(std::time::Duration::from_secs(1));
+        return true;
+    };
+    let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
+    let caught = caught.map(|mask| u64::from_str_radix(mask.trim(), 16).unwrap());
+    caught.is_some_and(|mask| mask >> (SIGINT - 1) & 1 == 1)
+}
+
+/// The tiny phi3 with a tokenizer that knows two letters and takes no notice of others, compressed to q8.
+pub fn model_of_two_letters(folder: &Path) -> PathBuf {
+    let (source, out) = (folder.join("source"), folder.join("model.safetensors"));
+    fs::create_dir(&source).unwrap();
+    for file in ["config.json", "model.safetensors"] {
+        fs::copy(tiny_model("phi3").join(file), source.join(file)).unwrap();
+    }
+    let special = |id: u32, content: &str| {
+        serde_json::json!({"id": id, "content": content, "special": true, "single_word": false, "lstrip": false,
+            "rstrip": false, "normalized": false})
+    };
+    let tokenizer = serde_json::json!({"version": "1.0", "added_tokens": [special(1, "<s>"), special(2, "</s>")],
+        "model": {"type": "BPE", "vocab": {"a": 0, "<s>": 1, "</s>": 2, "b": 3}, "merges": []}});
+    fs::write(source.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    let [from, to] = [&source, &out].map(|path| path.to_str().unwrap());
+    succeed(["compress", from, "-o", to, "--encoding", "q8"]);
+    fs::remove_dir_all(source).unwrap();
+    out
 }

@@ -6,13 +6,14 @@ use crate::source::FloatType;
 use bytemuck::Pod;
 use half::{bf16, f16};
 use rayon::prelude::*;
+use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
-use safetensors::{Dtype, SafeTensors};
 use serde_json::{Map, Value};
 use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use upg_kernel::format::read_header;
 use upg_kernel::{Error, ErrorKind, MappedFile, Result, UPGDecompressor, WeightFloat, WholeFile};
 
 /// Marks the weights that this program wrote, in their safetensors metadata.
@@ -84,7 +85,7 @@ fn refuse_foreign_model(out: &Path, read: &Path) -> Result<()> {
     let weights = out.join(WEIGHTS);
     let is_ours = || {
         let map = MappedFile::open(&weights).ok()?;
-        let (_, header) = SafeTensors::read_metadata(&map).ok()?;
+        let (_, header) = read_header(&map).ok()?;
         let (key, value) = MADE_BY;
         Some(header.metadata().as_ref()?.get(key)? == value)
     };

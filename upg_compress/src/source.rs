@@ -21,7 +21,7 @@ use std::io::Read;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 pub use upg_kernel::format::texts::ModelFiles;
-use upg_kernel::{Error, ErrorKind, Result};
+use upg_kernel::{Error, ErrorKind, OpenOptions, Result};
 
 /// A floating-point type that a tensor can be kept in as it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -235,11 +235,18 @@ pub trait Source: Send + Sync {
 /// what was found and what to pass instead; then those of [`hf::HfSource::open`], [`gguf::GgufSource::open`] and
 /// [`v1::V1Source::open`].
 pub fn open(path: impl AsRef<Path>) -> Result<Box<dyn Source>> {
+    open_with(path, OpenOptions::default())
+}
+
+/// [`open`] with options: weights that are read, not mapped, are in memory as a whole. (Those of version 1 are never mapped.)
+///
+/// Errors: also those of [`MappedFile::read`](upg_kernel::MappedFile::read).
+pub fn open_with(path: impl AsRef<Path>, options: OpenOptions) -> Result<Box<dyn Source>> {
     let path = path.as_ref();
     let io = |e| Error::io("cannot open", path, e);
     let metadata = std::fs::metadata(path).map_err(io)?;
     if metadata.is_dir() {
-        return Ok(Box::new(hf::HfSource::open(path)?));
+        return Ok(Box::new(hf::HfSource::open_with(path, options)?));
     }
     // Reading a pipe or a device would wait, and neither can be mapped.
     if !metadata.is_file() {
@@ -249,7 +256,7 @@ pub fn open(path: impl AsRef<Path>) -> Result<Box<dyn Source>> {
     let file = File::open(path).map_err(io)?;
     file.take(16).read_to_end(&mut magic).map_err(io)?;
     if magic.starts_with(b"GGUF") {
-        return Ok(Box::new(gguf::GgufSource::open(path)?));
+        return Ok(Box::new(gguf::GgufSource::open_with(path, options)?));
     }
     if upg_kernel::v1::is_pickle(path) {
         let folder = upg_kernel::v1::folder_of(path);
@@ -294,7 +301,7 @@ pub fn is_upg(path: &Path) -> bool {
     let Ok(file) = upg_kernel::MappedFile::open(path) else {
         return false;
     };
-    let Ok((_, header)) = safetensors::SafeTensors::read_metadata(&file) else {
+    let Ok((_, header)) = upg_kernel::format::read_header(&file) else {
         return false;
     };
     let format = header.metadata().as_ref().and_then(|m| m.get("format"));

@@ -7,9 +7,9 @@ use bytemuck::Pod;
 use std::ops::{Deref, Range};
 use std::sync::Arc;
 
-/// A read-only `[T]` that lives in a `Vec` or in a [`MappedFile`], without a lifetime parameter.
+/// A read-only `[T]` that lives in a `Vec` or in a [`MappedFile`] (mapped or read), without a lifetime parameter.
 ///
-/// Cloning a mapped one copies nothing. The file is little-endian, as every platform that UPG
+/// Cloning one of a file copies nothing. The file is little-endian, as every platform that UPG
 /// supports is.
 #[derive(Clone)]
 pub struct Array<T: Pod>(Storage<T>);
@@ -75,7 +75,7 @@ impl<T: Pod> Deref for Array<T> {
     fn deref(&self) -> &[T] {
         match &self.0 {
             Storage::Owned(values) => values,
-            // Range, length and alignment were checked by `mapped`; the map never moves.
+            // Range, length and alignment were checked by `mapped`; the memory of a file never moves.
             Storage::Mapped(file, range) => bytemuck::cast_slice(&file[range.clone()]),
         }
     }

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod checksum;
+mod container;
 mod header;
 mod index;
 mod kept;
@@ -12,6 +13,7 @@ pub mod texts;
 mod writer;
 
 pub use checksum::data as checksum_of;
+pub use container::read_header;
 pub use header::UpgFile;
 pub use index::{Encoding, LayerInfo};
 pub use rules::TOKENIZER;

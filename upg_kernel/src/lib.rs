@@ -99,7 +99,7 @@ mod whole_file;
 pub use array::Array;
 pub use error::{Error, ErrorKind, Result};
 pub use inference::UPGModel;
-pub use mapped::MappedFile;
+pub use mapped::{MAPPED_PATH_BYTES, MappedFile, OpenOptions, mapped_path_at};
 pub use matrix::Matrix;
 pub use memory::{peak_memory, sum_words};
 pub use upg_decompress::{LayerId, UPGDecompressor, WeightFloat, reconstruct_weight};

@@ -1,18 +1,50 @@
 //! The only memory map of the project.
 
-use crate::error::{Error, Result};
-use std::fs::File;
+mod live;
+
+use crate::error::{Error, ErrorKind, Result};
+use live::Listed;
+use memmap2::{Mmap, MmapMut};
+use std::fs::{File, Metadata};
+use std::io::{self, Read};
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
 
-/// A file mapped read-only into memory; its pages are read from disk when first touched.
+pub use live::{MAPPED_PATH_BYTES, mapped_path_at};
+
+/// How files of weights are opened. The default maps them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct OpenOptions {
+    /// Whether a file is mapped: nothing is read before it is used, and memory that the system can take away again is
+    /// all that it costs. Else it is read into memory as a whole, and a UPG file is checked against its checksums then:
+    /// for files that others may write, and for network disks.
+    pub mmap: bool,
+}
+
+impl Default for OpenOptions {
+    fn default() -> Self {
+        Self { mmap: true }
+    }
+}
+
+impl OpenOptions {
+    /// Options with which a file is read into memory.
+    pub fn in_memory() -> Self {
+        Self { mmap: false }
+    }
+}
+
+/// A file in memory, read-only: mapped, so that its pages are read from disk when first touched, or read as a whole.
 ///
-/// The file must not be changed in place while it is mapped: on most systems a reader then sees the
-/// new bytes, and touching a part that was cut off ends the process with a bus error. UPG's own
-/// writer never changes a file in place: it renames a finished new one over the old one, and an open
-/// map keeps the old one.
+/// A mapped file must not be changed in place: on most systems a reader then sees the new bytes, and touching a part
+/// that was cut off ends the process with a bus error. Copying another file over it does both. Replace it by renaming:
+/// an open map keeps the old one. UPG's own writer does so. [`MappedFile::read`] is for files with which that cannot be
+/// relied on.
 pub struct MappedFile {
-    map: memmap2::Mmap,
+    /// Before the map: it leaves the list before its addresses are free for others.
+    _listed: Option<Listed>,
+    map: Mmap,
     path: PathBuf,
 }
 
@@ -20,21 +52,61 @@ impl MappedFile {
     /// Maps `path`. Cost: one system call, no reading. Errors: kind `Io`.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let io = |e| Error::io("cannot open", path, e);
-        // Before it is opened: opening a pipe waits for its other end.
-        if !std::fs::metadata(path).map_err(io)?.is_file() {
-            return Err(io(std::io::Error::other("not a regular file")));
-        }
-        let file = File::open(path).map_err(io)?;
-        // SAFETY: the map is private to this value, never written through, and handed out only as
-        // `&[u8]` bound to its life. Another process that truncates the file under us can end this
-        // process (documented above), but bytes that change are plain data to every reader here:
-        // each value read is checked or masked where it is used as an index.
-        let map = unsafe { memmap2::Mmap::map(&file) }.map_err(io)?;
+        let (file, _) = open(path)?;
+        // SAFETY: `map` asks that the file does not change while it is mapped. No process can promise that for others: a
+        // private map shares its pages with whoever writes the file in place, and a `&[u8]` or `&[T]` whose bytes change is
+        // outside of Rust's model. This is what UPG relies on instead. The map is private to this value, never written
+        // through, and lent only for its life. Values read from it have types of which all bits are values (`Pod`), so
+        // no read makes an invalid one. An index is computed from one read and bounded where it is used, whatever was
+        // found when the file was checked. Texts are copied before they are parsed, so that none changes after it was
+        // found to be UTF-8. A change then gives wrong numbers or an error, and no access outside of an array; a part
+        // that was cut off ends the process with a bus error (documented above). Who cannot rule changes out has
+        // `MappedFile::read`.
+        let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io("cannot open", path, e))?;
         Ok(Self {
+            _listed: Listed::new(&map, path),
             map,
             path: path.to_path_buf(),
         })
+    }
+
+    /// Reads `path` into memory of its own, which starts at a page.
+    ///
+    /// Cost: the memory and the time to read the whole file. Errors: `Io`, also if the file changes meanwhile, as far
+    /// as its length and time of change tell; `TooLarge` if the memory is not to be had.
+    pub fn read(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let io = |e| Error::io("cannot read", path, e);
+        let (mut file, before) = open(path)?;
+        let no_memory = |e: io::Error| {
+            let message = format!("no memory for its {} bytes: {e}", before.len());
+            Error::new(ErrorKind::TooLarge, message)
+                .at(path)
+                .hint("map the file instead of reading it, or end other programs")
+        };
+        let len = usize::try_from(before.len()).map_err(|e| no_memory(io::Error::other(e)))?;
+        let mut memory = MmapMut::map_anon(len).map_err(no_memory)?;
+        let is_whole = fill(&mut memory, &mut file).map_err(io)?;
+        let after = file.metadata().map_err(io)?;
+        if !is_whole || state(&before) != state(&after) {
+            let message = "the file changed while it was read";
+            return Err(Error::new(ErrorKind::Io, message)
+                .at(path)
+                .hint("try again when nobody writes it"));
+        }
+        Ok(Self {
+            _listed: None,
+            map: memory.make_read_only().map_err(io)?,
+            path: path.to_path_buf(),
+        })
+    }
+
+    /// [`MappedFile::open`] or [`MappedFile::read`].
+    pub fn open_with(path: impl AsRef<Path>, options: OpenOptions) -> Result<Self> {
+        match options.mmap {
+            true => Self::open(path),
+            false => Self::read(path),
+        }
     }
 
     /// With another path, for messages.
@@ -47,6 +119,32 @@ impl MappedFile {
     pub fn path(&self) -> &Path {
         &self.path
     }
+}
+
+fn open(path: &Path) -> Result<(File, Metadata)> {
+    let io = |e| Error::io("cannot open", path, e);
+    // Before it is opened: opening a pipe waits for its other end.
+    if !std::fs::metadata(path).map_err(io)?.is_file() {
+        return Err(io(io::Error::other("not a regular file")));
+    }
+    let file = File::open(path).map_err(io)?;
+    let metadata = file.metadata().map_err(io)?;
+    Ok((file, metadata))
+}
+
+/// Fills `memory`; `false` if there are fewer bytes, or more.
+fn fill(memory: &mut [u8], from: &mut impl Read) -> io::Result<bool> {
+    match from.read_exact(memory) {
+        Ok(()) => {}
+        Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => return Ok(false),
+        Err(e) => return Err(e),
+    }
+    Ok(from.take(1).read_to_end(&mut Vec::new())? == 0)
+}
+
+/// What tells whether a file has changed, roughly.
+fn state(metadata: &Metadata) -> (u64, Option<std::time::SystemTime>) {
+    (metadata.len(), metadata.modified().ok())
 }
 
 impl Deref for MappedFile {
@@ -71,7 +169,6 @@ impl std::fmt::Debug for MappedFile {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::ErrorKind;
 
     #[test]
     fn maps_what_the_file_holds_even_after_it_is_replaced() {
@@ -85,12 +182,56 @@ mod tests {
     }
 
     #[test]
+    fn what_was_read_stays_whatever_becomes_of_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        for content in [&b""[..], b"old", &[7; 10_000]] {
+            std::fs::write(&path, content).unwrap();
+            let read = MappedFile::read(&path).unwrap();
+            assert!(read.as_ptr().addr().is_multiple_of(64));
+            std::fs::write(&path, b"").unwrap();
+            assert!(&read[..] == content);
+            assert_eq!(read.path(), path);
+        }
+    }
+
+    #[test]
+    fn a_file_of_another_length_than_it_had_is_seen() {
+        let mut memory = [0; 4];
+        for (found, is_whole) in [("123", false), ("1234", true), ("12345", false)] {
+            let filled = fill(&mut memory, &mut found.as_bytes()).unwrap();
+            assert_eq!(filled, is_whole, "{found}");
+        }
+    }
+
+    #[test]
+    fn only_what_is_mapped_is_listed_and_only_while_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        std::fs::write(&path, [1; 5000]).unwrap();
+        let is_listed = |address| {
+            let mut found = [0; MAPPED_PATH_BYTES];
+            let len = mapped_path_at(address, &mut found);
+            len.is_some_and(|len| found[..len] == *path.to_str().unwrap().as_bytes())
+        };
+        let map = MappedFile::open(&path).unwrap();
+        let address = map.as_ptr().addr();
+        assert!(is_listed(address) && is_listed(address + 4999) && !is_listed(address + 5000));
+        drop(map);
+        assert!(!is_listed(address));
+        let read = MappedFile::read(&path).unwrap();
+        assert!(!is_listed(read.as_ptr().addr()));
+    }
+
+    #[test]
     fn a_missing_file_and_a_directory_are_io_errors() {
         let dir = tempfile::tempdir().unwrap();
         for path in [dir.path().join("none"), dir.path().to_path_buf()] {
-            let e = MappedFile::open(&path).unwrap_err();
-            assert_eq!(e.kind(), ErrorKind::Io);
-            assert!(e.to_string().contains(&path.display().to_string()));
+            for options in [OpenOptions::default(), OpenOptions::in_memory()] {
+                let e = MappedFile::open_with(&path, options).unwrap_err();
+                assert_eq!(e.kind(), ErrorKind::Io);
+                assert!(e.to_string().contains(&path.display().to_string()));
+            }
         }
     }
 }

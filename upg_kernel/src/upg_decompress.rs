@@ -4,6 +4,7 @@
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{LayerInfo, UpgFile};
 use crate::kernels::{Float, Kernels};
+use crate::mapped::OpenOptions;
 use crate::matrix::Matrix;
 use crate::matrix::decode::Decode;
 use crate::matrix::strips::STRIP_ROWS;
@@ -83,7 +84,12 @@ impl UPGDecompressor {
     /// As [`UPGDecompressor::from_safetensors`], for a file of version 1 too, which is converted into a temporary one first:
     /// that is deprecated, convert it once. Cost and errors: those of [`v1::open_any`].
     pub fn from_file(path: impl AsRef<Path>) -> Result<Self> {
-        Ok(Self::new(Arc::new(v1::open_any(path)?)))
+        Self::from_file_with(path, OpenOptions::default())
+    }
+
+    /// [`UPGDecompressor::from_file`] with options. Cost and errors: also those of [`UpgFile::open_with`].
+    pub fn from_file_with(path: impl AsRef<Path>, options: OpenOptions) -> Result<Self> {
+        Ok(Self::new(Arc::new(v1::open_any_with(path, options)?)))
     }
 
     /// Decompresses from a file that is already open.

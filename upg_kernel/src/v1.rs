@@ -24,6 +24,7 @@ pub use convert::Converted;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::UpgFile;
 use crate::format::texts::ModelFiles;
+use crate::mapped::OpenOptions;
 use bytes::Files;
 use std::fs::File;
 use std::io::Read;
@@ -95,9 +96,14 @@ impl V1File {
 /// Cost: of version 1 that of [`V1File::convert`], and room where temporary files are. Errors: those of [`UpgFile::open`], of
 /// [`V1File::open`] and of [`V1File::convert`].
 pub fn open_any(path: impl AsRef<Path>) -> Result<UpgFile> {
+    open_any_with(path, OpenOptions::default())
+}
+
+/// [`open_any`] with options. Errors: also those of [`UpgFile::open_with`].
+pub fn open_any_with(path: impl AsRef<Path>, options: OpenOptions) -> Result<UpgFile> {
     let path = path.as_ref();
     if !is_pickle(path) {
-        return UpgFile::open(path);
+        return UpgFile::open_with(path, options);
     }
     let v1 = V1File::open(path, &[])?;
     log::warn!(
@@ -110,7 +116,7 @@ pub fn open_any(path: impl AsRef<Path>) -> Result<UpgFile> {
         temporary.map_err(|e| Error::io("cannot make a temporary folder for", path, e))?;
     let converted = temporary.path().join("converted.safetensors");
     v1.convert(&converted, &texts, &mut |_, _| Ok(()))?;
-    UpgFile::open_temporary(&converted, path, temporary)
+    UpgFile::open_temporary(&converted, path, temporary, options)
 }
 
 /// The folder of a file: where the texts of its model are looked for.

@@ -32,7 +32,8 @@ const F32: u64 = 4;
 pub struct Memory {
     /// What the process has for itself.
     pub own: u64,
-    /// Pages of the source that it has read: the system counts them too, but takes them away when it needs them.
+    /// Pages of the source that it has read: the system counts them too, but takes them away when it needs them. A source
+    /// that was read into memory stays there; what the system has left is then counted without it.
     pub mapped: u64,
 }
 

@@ -26,9 +26,9 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use types::GgmlType;
-use upg_kernel::{Error, ErrorKind, MappedFile, Result};
+use upg_kernel::{Error, ErrorKind, MappedFile, OpenOptions, Result};
 
-/// A model in one GGUF file; the file is mapped, not read.
+/// A model in one GGUF file; the file is mapped, not read, unless options say otherwise.
 #[derive(Debug)]
 pub struct GgufSource {
     file: MappedFile,
@@ -60,15 +60,22 @@ impl GgufSource {
     /// (architecture, tensor type, split files, what the families do not have), `Missing` (keys,
     /// tensors), `Shape`, `Invalid`, `TooLarge`.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        Self::open_with(path, OpenOptions::default())
+    }
+
+    /// [`GgufSource::open`] with options. Errors: also those of [`MappedFile::read`].
+    pub fn open_with(path: impl AsRef<Path>, options: OpenOptions) -> Result<Self> {
         let path = path.as_ref();
-        Self::from_map(MappedFile::open(path)?).map_err(|e| e.at(path))
+        Self::from_map(MappedFile::open_with(path, options)?).map_err(|e| e.at(path))
     }
 
     fn from_map(file: MappedFile) -> Result<Self> {
         let header = Header::read(&file)?;
+        // A copy: texts of a mapped file may change while they are read.
+        let texts = file.get(..header.end).unwrap_or_default().to_vec();
         let metadata = Metadata {
             header: &header,
-            file: &file,
+            file: &texts,
         };
         let mut stored: BTreeMap<&str, &Entry> = header
             .tensors

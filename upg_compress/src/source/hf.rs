@@ -10,16 +10,17 @@ use super::{
 };
 use compressed_tensors::{Bitmask, Compression, Gathered, Packed, without_compression};
 use directory::{INDEX, SINGLE, model_name, no_config, read_index};
-use safetensors::{Dtype, SafeTensors};
+use safetensors::Dtype;
 use serde_json::Value;
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use upg_kernel::format::read_header;
 use upg_kernel::format::texts::{TEXTS, parse_object};
-use upg_kernel::{Error, ErrorKind, MappedFile, Result};
+use upg_kernel::{Error, ErrorKind, MappedFile, OpenOptions, Result};
 
-/// A Hugging Face model directory; its weight files are mapped, not read.
+/// A Hugging Face model directory; its weight files are mapped, not read, unless options say otherwise.
 #[derive(Debug)]
 pub struct HfSource {
     dir: PathBuf,
@@ -59,6 +60,11 @@ impl HfSource {
     /// (quantized checkpoints other than the formats of `compressed-tensors` that are read, pickled weights, dtypes
     /// other than BF16, F16, F32), `TooLarge`; `Shape` and `Invalid` for compressed weights whose parts do not agree.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
+        Self::open_with(dir, OpenOptions::default())
+    }
+
+    /// [`HfSource::open`] with options. Errors: also those of [`MappedFile::read`].
+    pub fn open_with(dir: impl AsRef<Path>, options: OpenOptions) -> Result<Self> {
         let dir = dir.as_ref();
         let mut files = ModelFiles::read(dir)?;
         let Some(config_json) = &files.config_json else {
@@ -78,7 +84,7 @@ impl HfSource {
             places: Vec::new(),
             skipped: Vec::new(),
         };
-        let mut stored = source.map_shards(dir)?;
+        let mut stored = source.map_shards(dir, options)?;
         source.skip_unused(&mut stored, &config, dir)?;
         let gathered = match compression {
             Some(compression) => {
@@ -92,15 +98,15 @@ impl HfSource {
     }
 
     /// Maps every weight file and gathers its tensors by name.
-    fn map_shards(&mut self, dir: &Path) -> Result<Tensors> {
+    fn map_shards(&mut self, dir: &Path, options: OpenOptions) -> Result<Tensors> {
         let Some(index) = read_index(dir)? else {
-            return self.map_shard(&dir.join(SINGLE));
+            return self.map_shard(&dir.join(SINGLE), options);
         };
         let shards: BTreeSet<&String> = index.values().collect();
         let mut all = BTreeMap::new();
         for shard in shards {
             let path = dir.join(shard);
-            for (name, stored) in self.map_shard(&path)? {
+            for (name, stored) in self.map_shard(&path, options)? {
                 if index.get(&name) == Some(shard) {
                     all.insert(name, stored);
                 } else {
@@ -121,8 +127,8 @@ impl HfSource {
     }
 
     /// Maps one weight file; the safetensors crate checks that offsets, shapes and length agree.
-    fn map_shard(&mut self, path: &Path) -> Result<Tensors> {
-        let map = match MappedFile::open(path) {
+    fn map_shard(&mut self, path: &Path, options: OpenOptions) -> Result<Tensors> {
+        let map = match MappedFile::open_with(path, options) {
             Err(_) if !path.exists() => {
                 return Err(
                     Error::new(ErrorKind::Missing, "this weight file is missing")
@@ -140,8 +146,7 @@ impl HfSource {
             .at(path)
             .hint("download it again (an unfinished download, or a git-lfs pointer?)")
         };
-        let (header, metadata) =
-            SafeTensors::read_metadata(&map).map_err(|e| malformed(e.to_string()))?;
+        let (header, metadata) = read_header(&map).map_err(|e| malformed(e.to_string()))?;
         let base = header + size_of::<u64>();
         let mut found = BTreeMap::new();
         for (name, info) in metadata.tensors() {

@@ -3,15 +3,15 @@
 
 use super::index::{self, Encoding, LayerInfo};
 use super::rules::{CHECKSUM, PAD_PREFIX, TOKENIZER};
-use super::{checksum, layout, rules};
+use super::{checksum, container, layout, rules};
 use crate::array::Array;
 use crate::error::{Error, ErrorKind, Result};
-use crate::mapped::MappedFile;
+use crate::mapped::{MappedFile, OpenOptions};
 use crate::matrix::{Matrix, checked_scales, strips};
 use crate::v1;
 use bytemuck::Pod;
 use rayon::prelude::*;
-use safetensors::{Dtype, SafeTensors};
+use safetensors::Dtype;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Range;
 use std::path::Path;
@@ -52,12 +52,29 @@ impl UpgFile {
     /// Errors: `Io`; `Malformed` if it is not safetensors or cut short; `Unsupported`, `Missing`,
     /// `Shape`, `Invalid`, `TooLarge` or `Checksum` with the broken rule.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        Self::open_with(path, OpenOptions::default())
+    }
+
+    /// [`UpgFile::open`] with options. A file that is read, not mapped, is verified before anything else is done with it:
+    /// what is used later is what had the right checksums.
+    ///
+    /// Cost of reading: the file in memory, read once, and the computing of [`UpgFile::verify`]. Errors: those of
+    /// [`UpgFile::open`], [`MappedFile::read`] and [`UpgFile::verify`].
+    pub fn open_with(path: impl AsRef<Path>, options: OpenOptions) -> Result<Self> {
         let path = path.as_ref();
-        let file = Arc::new(MappedFile::open(path)?);
+        let file = Arc::new(MappedFile::open_with(path, options)?);
         if v1::begins_as_pickle(&file) {
             return Err(v1::not_converted().at(path));
         }
-        Self::from_mapped(file).map_err(|e| e.at(path))
+        Self::checked(file, options).map_err(|e| e.at(path))
+    }
+
+    fn checked(file: Arc<MappedFile>, options: OpenOptions) -> Result<Self> {
+        let upg = Self::from_mapped(file)?;
+        if !options.mmap {
+            upg.verify(&|_| {})?;
+        }
+        Ok(upg)
     }
 
     fn from_mapped(file: Arc<MappedFile>) -> Result<Self> {
@@ -112,9 +129,14 @@ impl UpgFile {
     }
 
     /// [`UpgFile::open`] for a file in a temporary folder, which goes with it, made of the one at `shown_as`.
-    pub(crate) fn open_temporary(path: &Path, shown_as: &Path, temporary: TempDir) -> Result<Self> {
-        let file = Arc::new(MappedFile::open(path)?.shown_as(shown_as));
-        let mut upg = Self::from_mapped(file).map_err(|e| e.at(shown_as))?;
+    pub(crate) fn open_temporary(
+        path: &Path,
+        shown_as: &Path,
+        temporary: TempDir,
+        options: OpenOptions,
+    ) -> Result<Self> {
+        let file = Arc::new(MappedFile::open_with(path, options)?.shown_as(shown_as));
+        let mut upg = Self::checked(file, options).map_err(|e| e.at(shown_as))?;
         upg.temporary = Some(temporary);
         Ok(upg)
     }
@@ -296,7 +318,7 @@ type Table = (BTreeMap<String, TensorEntry>, BTreeMap<String, String>);
 fn read_table(file: &MappedFile) -> Result<Table> {
     let malformed =
         |message: String| Error::new(ErrorKind::Malformed, message).rule(rules::CONTAINER);
-    let (header_len, header) = SafeTensors::read_metadata(file)
+    let (header_len, header) = container::read_header(file)
         .map_err(|e| malformed(format!("not a whole safetensors file: {e}")).with_source(e))?;
     let start = header_len + size_of::<u64>();
     let mut tensors = BTreeMap::new();

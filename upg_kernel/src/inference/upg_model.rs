@@ -9,6 +9,7 @@ use super::weights::{WeightSource, shape_mismatch};
 use super::{Model, ModelConfig, Sampler, SamplingOptions, Session, SessionOptions};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::UpgFile;
+use crate::mapped::OpenOptions;
 use crate::matrix::Matrix;
 use crate::v1;
 use candle_core::{Device, Tensor};
@@ -41,8 +42,24 @@ impl UPGModel {
     /// # }
     /// ```
     pub fn from_file(path: impl AsRef<Path>) -> Result<Self> {
+        Self::from_file_with(path, OpenOptions::default())
+    }
+
+    /// [`UPGModel::from_file`] with options: for example read into memory and verified, not mapped.
+    ///
+    /// Cost and errors: also those of [`UpgFile::open_with`].
+    ///
+    /// ```no_run
+    /// # fn main() -> upg_kernel::Result<()> {
+    /// use upg_kernel::{OpenOptions, UPGModel};
+    ///
+    /// let model = UPGModel::from_file_with("/net/smollm2-q4.safetensors", OpenOptions::in_memory())?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn from_file_with(path: impl AsRef<Path>, options: OpenOptions) -> Result<Self> {
         let path = path.as_ref();
-        let file = Arc::new(v1::open_any(path)?);
+        let file = Arc::new(v1::open_any_with(path, options)?);
         Self::from_open_file(file).map_err(|e| e.at(path))
     }
 
@@ -55,7 +72,11 @@ impl UPGModel {
         let special = SpecialIds::from(&config);
         let tokenizer = file
             .tokenizer_json()
-            .map(|json| Tokenizer::from_json(json, file.metadata("tokenizer_config.json"), special))
+            // A copy: a text that changes while it is parsed would be no text.
+            .map(<[u8]>::to_vec)
+            .map(|json| {
+                Tokenizer::from_json(&json, file.metadata("tokenizer_config.json"), special)
+            })
             .transpose()?;
         let model = Arc::new(Model::load(config, &*file)?);
         Ok(Self {

@@ -60,6 +60,8 @@ pub(super) struct Entry {
 pub(super) struct Header {
     values: BTreeMap<String, Value>,
     pub(super) tensors: Vec<Entry>,
+    /// Where it ends: all texts are before that.
+    pub(super) end: usize,
 }
 
 /// A tensor description before the start of the data is known.
@@ -122,7 +124,11 @@ impl Header {
             .into_iter()
             .map(|t| t.place(start, alignment, file.len()))
             .collect::<Result<_>>()?;
-        Ok(Self { values, tensors })
+        Ok(Self {
+            values,
+            tensors,
+            end: cursor.at,
+        })
     }
 
     /// The value of a key.
@@ -267,8 +273,7 @@ impl<'a> Cursor<'a> {
         if bytes.len() > MAX_NAME {
             return Err(malformed(format!("a name of {} bytes", bytes.len())));
         }
-        let name = std::str::from_utf8(bytes).map_err(|_| malformed("a name is not UTF-8"))?;
-        Ok(name.to_owned())
+        String::from_utf8(bytes.to_vec()).map_err(|_| malformed("a name is not UTF-8"))
     }
 
     fn value(&mut self, kind: u32, depth: usize) -> Result<Value> {

@@ -1,0 +1,178 @@
+//! Which files are mapped where: a list that the handler of a signal can read.
+#![forbid(unsafe_code)]
+
+use std::path::Path;
+use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering, fence};
+
+/// Maps that are listed at the same time. Others work, but [`mapped_path_at`] does not find them.
+const SLOTS: usize = 1024;
+
+/// Most bytes of a path that are listed; of a longer one they are its end.
+pub const MAPPED_PATH_BYTES: usize = 512;
+
+/// Values of [`Slot::start`] that are no addresses: nothing is there, and somebody is writing it.
+const FREE: usize = 0;
+const TAKEN: usize = 1;
+
+/// One map. Its fields are atomic so that reading them at any moment is defined; `start` says whether they belong
+/// together.
+struct Slot {
+    start: AtomicUsize,
+    bytes: AtomicUsize,
+    path_bytes: AtomicUsize,
+    path: [AtomicU8; MAPPED_PATH_BYTES],
+}
+
+/// All zero, so that the program has no bytes for it and the system gives no memory before it is used.
+static LIVE: [Slot; SLOTS] = [const {
+    Slot {
+        start: AtomicUsize::new(FREE),
+        bytes: AtomicUsize::new(0),
+        path_bytes: AtomicUsize::new(0),
+        path: [const { AtomicU8::new(0) }; MAPPED_PATH_BYTES],
+    }
+}; SLOTS];
+
+/// A place in the list, for as long as this lives.
+#[derive(Debug)]
+pub(super) struct Listed(usize);
+
+impl Listed {
+    /// Lists a map; `None` if the list is full.
+    pub(super) fn new(map: &[u8], path: &Path) -> Option<Self> {
+        let take = |slot: &Slot| {
+            let start = &slot.start;
+            let taken = start.compare_exchange(FREE, TAKEN, Ordering::Acquire, Ordering::Relaxed);
+            taken.is_ok()
+        };
+        let index = LIVE.iter().position(take)?;
+        let slot = &LIVE[index];
+        // Who sees anything of the new content also sees that the slot was taken.
+        fence(Ordering::Release);
+        let path = shown(path);
+        for (to, from) in slot.path.iter().zip(path.bytes()) {
+            to.store(from, Ordering::Relaxed);
+        }
+        slot.path_bytes.store(path.len(), Ordering::Relaxed);
+        slot.bytes.store(map.len(), Ordering::Relaxed);
+        slot.start.store(map.as_ptr().addr(), Ordering::Release);
+        Some(Self(index))
+    }
+}
+
+impl Drop for Listed {
+    fn drop(&mut self) {
+        LIVE[self.0].start.store(FREE, Ordering::Release);
+    }
+}
+
+/// A path as a line shows it: without control characters, and its end if it is long.
+fn shown(path: &Path) -> String {
+    const CUT: &str = "..";
+    let mut text = String::new();
+    for c in path.display().to_string().chars() {
+        match c.is_control() {
+            true => text.extend(c.escape_debug()),
+            false => text.push(c),
+        }
+    }
+    if text.len() > MAPPED_PATH_BYTES {
+        let start = text.len() - (MAPPED_PATH_BYTES - CUT.len());
+        text.replace_range(..text.ceil_char_boundary(start), CUT);
+    }
+    text
+}
+
+/// Looks for the mapped file that has this address: copies its path, as text for a message, to the start of `path`,
+/// and returns the bytes of it. `None`: no file is known to be mapped there, or `path` is too short.
+///
+/// For the handler of a signal: takes no lock, allocates nothing, does not panic. Only files that are mapped, not read
+/// ([`OpenOptions`](crate::OpenOptions)), have addresses here, and of those the first 1,024.
+pub fn mapped_path_at(address: usize, path: &mut [u8]) -> Option<usize> {
+    LIVE.iter().find_map(|slot| slot.path_at(address, path))
+}
+
+impl Slot {
+    fn path_at(&self, address: usize, path: &mut [u8]) -> Option<usize> {
+        let start = self.start.load(Ordering::Acquire);
+        let offset = address.checked_sub(start).filter(|_| start > TAKEN)?;
+        if offset >= self.bytes.load(Ordering::Relaxed) {
+            return None;
+        }
+        let len = self.path_bytes.load(Ordering::Relaxed);
+        for (to, from) in path.get_mut(..len)?.iter_mut().zip(&self.path) {
+            *to = from.load(Ordering::Relaxed);
+        }
+        // Of one map, unless the slot has got another one meanwhile.
+        fence(Ordering::Acquire);
+        (self.start.load(Ordering::Relaxed) == start).then_some(len)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn path_at(address: usize) -> Option<String> {
+        let mut path = [0; MAPPED_PATH_BYTES];
+        let len = mapped_path_at(address, &mut path)?;
+        Some(str::from_utf8(&path[..len]).unwrap().to_owned())
+    }
+
+    #[test]
+    fn an_address_in_a_map_is_found_as_long_as_it_is_listed() {
+        let maps = [vec![0u8; 100], vec![0u8; 1]];
+        let [first, second] = maps.each_ref().map(|map| map.as_ptr().addr());
+        let listed = Listed::new(&maps[0], Path::new("a/first"));
+        let other = Listed::new(&maps[1], Path::new("second\n\u{1b}[2J"));
+        for offset in [0, 1, 99] {
+            assert_eq!(path_at(first + offset).as_deref(), Some("a/first"));
+        }
+        assert_eq!(path_at(second).as_deref(), Some("second\\n\\u{1b}[2J"));
+        assert_ne!(path_at(first + 100).as_deref(), Some("a/first"));
+        assert_eq!((path_at(0), path_at(1)), (None, None));
+        assert_eq!(mapped_path_at(first, &mut [0; 3]), None);
+        drop(listed);
+        assert_eq!(path_at(first), None);
+        assert!(path_at(second).is_some());
+        drop(other);
+    }
+
+    #[test]
+    fn of_a_long_path_the_end_is_shown() {
+        let map = [0u8];
+        let long = format!("/{}/model", "ä".repeat(400));
+        let _listed = Listed::new(&map, Path::new(&long));
+        let found = path_at(map.as_ptr().addr()).unwrap();
+        assert!(found.len() <= MAPPED_PATH_BYTES && found.len() > MAPPED_PATH_BYTES - 4);
+        assert!(
+            found.starts_with("..ä") && found.ends_with("ä/model"),
+            "{found}"
+        );
+    }
+
+    /// While slots are taken and given back, nobody finds a path of another map.
+    #[test]
+    fn what_is_found_belongs_together() {
+        use std::sync::atomic::AtomicBool;
+        let ended = AtomicBool::new(false);
+        let maps = [[0u8; 64], [1; 64], [2; 64]];
+        let names = ["a", "bbbbbbbbbbbbbbbbbbbbbbbb", "cccccccc"];
+        std::thread::scope(|scope| {
+            for (map, name) in maps.iter().zip(names) {
+                let ended = &ended;
+                scope.spawn(move || {
+                    while !ended.load(Ordering::Relaxed) {
+                        drop(Listed::new(map, Path::new(name)));
+                    }
+                });
+            }
+            for i in 0..200_000 {
+                let (map, name) = (&maps[i % 3], names[i % 3]);
+                let found = path_at(map.as_ptr().addr() + i % 64);
+                assert!(found.is_none_or(|found| found == name), "{i}");
+            }
+            ended.store(true, Ordering::Relaxed);
+        });
+    }
+}

@@ -50,13 +50,20 @@ fn size(text: &str) -> Result<u64, String> {
 Examples:
   upg compress SmolLM2-135M-Instruct/ -o smollm2.safetensors --encoding q4
   upg run smollm2.safetensors -p 'The capital of France is' -n 20
-  upg chat smollm2.safetensors"
+  upg chat smollm2.safetensors
+
+Exit codes: 0 success, 1 an error in a file or the system, 2 a wrong option or argument, 3 a model file was cut
+short or overwritten while it was in use, 130 Ctrl-C"
 )]
 pub struct Cli {
     /// Threads to use [default: one for each core that this process may use; for compress, decompress and
     /// verify one for each hardware thread]
     #[arg(long, global = true, value_name = "N")]
     pub threads: Option<usize>,
+    /// Read model files into memory instead of mapping them, and check those of UPG against their checksums then: for
+    /// network disks, and for files that somebody may write meanwhile
+    #[arg(long, global = true)]
+    pub no_mmap: bool,
     /// Print the version
     #[arg(short = 'V', long)]
     pub version: bool,
@@ -161,7 +168,8 @@ pub struct CompressArgs {
     #[arg(long, value_name = "SHARE", requires = "calibrate")]
     pub prune: Option<f64>,
     /// Keep what is done in FILE.partial if this is stopped, however it is stopped, and go on from what an
-    /// earlier run has left there; the file is the same. FILE.partial.journal says what is done
+    /// earlier run has left there; the file is the same. FILE.partial.journal says what is done (of a FILE whose
+    /// name has over 239 bytes, both names begin with a part of it and a checksum)
     #[arg(long)]
     pub resume: bool,
     /// Print what becomes of each tensor, and the size, memory and time that it would take; write nothing

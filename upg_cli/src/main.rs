@@ -1,6 +1,5 @@
 //! The `upg` command: flags in, library calls, exit codes out.
-#![forbid(unsafe_code)]
-
+mod bus_error;
 mod cli;
 mod commands;
 mod progress;
@@ -11,12 +10,14 @@ use clap::Parser;
 use log::{Level, LevelFilter, Log};
 use std::process::ExitCode;
 use upg_kernel::kernels::Kernels;
-use upg_kernel::{Error, ErrorKind, Result};
+use upg_kernel::{Error, ErrorKind, OpenOptions, Result};
 
 /// Exit code of an error in the input or the environment.
 const FAILED: u8 = 1;
 /// Exit code of a wrong option or argument, as clap has it.
 const USAGE: u8 = 2;
+/// Exit code when a file was cut short or overwritten while it was mapped.
+const FILE_CHANGED: u8 = 3;
 /// Exit code after Ctrl-C, as shells have it.
 const INTERRUPTED: u8 = 130;
 
@@ -43,6 +44,7 @@ fn main() -> ExitCode {
         log::set_max_level(LevelFilter::Warn);
     }
     let cli = cli::Cli::parse();
+    bus_error::report();
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) if terminal::is_broken_pipe(&e) => ExitCode::SUCCESS,
@@ -71,17 +73,19 @@ fn run(cli: cli::Cli) -> Result<()> {
         let message = "no command given";
         return Err(Error::new(ErrorKind::Argument, message).hint("see `upg --help`"));
     };
+    let mut open = OpenOptions::default();
+    open.mmap = !cli.no_mmap;
     match command {
-        cli::Command::Compress(args) => commands::compress::run(&args),
-        cli::Command::Tune(args) => commands::tune::run(&args),
+        cli::Command::Compress(args) => commands::compress::run(&args, open),
+        cli::Command::Tune(args) => commands::tune::run(&args, open),
         cli::Command::Convert(args) => commands::convert::run(&args),
-        cli::Command::Decompress(args) => commands::decompress::run(&args),
-        cli::Command::Inspect(args) => commands::inspect::run(&args),
-        cli::Command::Verify(args) => commands::verify::run(&args),
-        cli::Command::Run(args) => commands::run::run(&args),
-        cli::Command::Chat(args) => commands::chat::run(&args),
-        cli::Command::Eval(args) => commands::eval::run(&args),
-        cli::Command::Bench(args) => commands::bench::run(&args),
+        cli::Command::Decompress(args) => commands::decompress::run(&args, open),
+        cli::Command::Inspect(args) => commands::inspect::run(&args, open),
+        cli::Command::Verify(args) => commands::verify::run(&args, open),
+        cli::Command::Run(args) => commands::run::run(&args, open),
+        cli::Command::Chat(args) => commands::chat::run(&args, open),
+        cli::Command::Eval(args) => commands::eval::run(&args, open),
+        cli::Command::Bench(args) => commands::bench::run(&args, open),
         cli::Command::Completions(args) => commands::completions::run(&args),
     }
 }

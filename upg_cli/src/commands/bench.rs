@@ -19,12 +19,12 @@ use matrices::Stored;
 use report::Report;
 use std::sync::Arc;
 use upg_kernel::format::UpgFile;
-use upg_kernel::{Error, ErrorKind, Result, peak_memory};
+use upg_kernel::{Error, ErrorKind, OpenOptions, Result, peak_memory};
 
-pub fn run(args: &BenchArgs) -> Result<()> {
+pub fn run(args: &BenchArgs, open: OpenOptions) -> Result<()> {
     match (&args.command, &args.measure) {
         (Some(BenchCommand::Synth(args)), _) => synth::run(args),
-        (None, Some(args)) => measure(args),
+        (None, Some(args)) => measure(args, open),
         (None, None) => {
             let message = "no file to measure";
             Err(Error::new(ErrorKind::Argument, message).hint("see `upg bench --help`"))
@@ -32,12 +32,12 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     }
 }
 
-fn measure(args: &MeasureArgs) -> Result<()> {
+fn measure(args: &MeasureArgs, open: OpenOptions) -> Result<()> {
     let llamas = Llama::find(args)?;
     let machine = Machine::here()?;
     let others = Others::watch();
     // No model is kept: pages of the file can leave the cache only once nobody has them mapped.
-    let unfit = match load::model(&args.file)? {
+    let unfit = match load::model(&args.file, open)? {
         Ok(model) => {
             generation::check(args, model.model().config().context)?;
             None
@@ -46,14 +46,14 @@ fn measure(args: &MeasureArgs) -> Result<()> {
         // There is nothing to compare.
         Err(e) => return Err(e),
     };
-    let loads = Loads::measure(args, unfit.is_none())?;
+    let loads = Loads::measure(args, open, unfit.is_none())?;
     let generation = match unfit {
-        None => Some(generation::measure(args, &llamas)?),
+        None => Some(generation::measure(args, open, &llamas)?),
         Some(_) => None,
     };
     let peak = peak_memory();
 
-    let file = Arc::new(UpgFile::open(&args.file)?);
+    let file = Arc::new(UpgFile::open_with(&args.file, open)?);
     let stored = Stored::of(&file)?;
     let memory = Memory::new()?;
     let products = stored.products(&memory, args.repetitions)?;

@@ -9,10 +9,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use upg_kernel::inference::chat_template::{ChatTemplate, Message};
 use upg_kernel::inference::{Sampler, Session};
-use upg_kernel::{Error, ErrorKind, Result, UPGModel};
+use upg_kernel::{Error, ErrorKind, OpenOptions, Result, UPGModel};
 
-pub fn run(args: &ChatArgs) -> Result<()> {
-    let model = UPGModel::from_file(&args.file)?;
+pub fn run(args: &ChatArgs, open: OpenOptions) -> Result<()> {
+    let model = UPGModel::from_file_with(&args.file, open)?;
     let interrupt = terminal::interrupt_flag()?;
     let mut chat = Chat {
         template: model.chat_template()?,

@@ -16,7 +16,7 @@ use upg_compress::plan::{Choice, CompressOptions};
 use upg_compress::preflight::Preflight;
 use upg_compress::resume::partial_files;
 use upg_compress::source::{self, Source};
-use upg_kernel::{Error, ErrorKind, Result, WholeFile, refuse_to_overwrite};
+use upg_kernel::{Error, ErrorKind, OpenOptions, Result, WholeFile, refuse_to_overwrite};
 
 /// Work that is estimated to take fewer seconds starts without a word.
 const WORTH_A_LINE: f64 = 10.0;
@@ -24,7 +24,7 @@ const WORTH_A_LINE: f64 = 10.0;
 /// Work that is estimated to take more seconds is worth going on with after a stop.
 const WORTH_RESUMING: f64 = 600.0;
 
-pub fn run(args: &CompressArgs) -> Result<()> {
+pub fn run(args: &CompressArgs, open: OpenOptions) -> Result<()> {
     if args.output.is_dir() {
         return Err(Error::new(ErrorKind::Argument, "the output is a directory")
             .at(&args.output)
@@ -37,7 +37,7 @@ pub fn run(args: &CompressArgs) -> Result<()> {
         let others = [args.output.clone(), data, journal];
         refuse_to_overwrite(report, text.chain(&others))?;
     }
-    let source = source::open(&args.source)?;
+    let source = source::open_with(&args.source, open)?;
     let options = options(args, source.as_ref())?;
     // Found out before the work: hours later nobody wants to hear that it cannot be written.
     let report_file = match &args.report {

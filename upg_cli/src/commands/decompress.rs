@@ -6,10 +6,10 @@ use crate::progress::WeightsBar;
 use crate::terminal;
 use upg_compress::export::export;
 use upg_compress::source::FloatType;
-use upg_kernel::{Result, UPGDecompressor};
+use upg_kernel::{OpenOptions, Result, UPGDecompressor};
 
-pub fn run(args: &DecompressArgs) -> Result<()> {
-    let model = UPGDecompressor::from_file(&args.file)?;
+pub fn run(args: &DecompressArgs, open: OpenOptions) -> Result<()> {
+    let model = UPGDecompressor::from_file_with(&args.file, open)?;
     let dtype = args.dtype.map(|dtype| match dtype {
         FloatArg::Bf16 => FloatType::Bf16,
         FloatArg::F16 => FloatType::F16,

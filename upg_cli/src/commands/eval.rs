@@ -15,11 +15,11 @@ use upg_kernel::inference::evaluate::{
     Computed, EvaluationOptions, LogitFile, Reference, Windows, evaluate,
 };
 use upg_kernel::inference::{Evaluation, Model};
-use upg_kernel::{Error, ErrorKind, Result, UPGModel};
+use upg_kernel::{Error, ErrorKind, OpenOptions, Result, UPGModel};
 
-pub fn run(args: &EvalArgs) -> Result<()> {
+pub fn run(args: &EvalArgs, open: OpenOptions) -> Result<()> {
     let text = terminal::read_text(&args.text)?;
-    let model = UPGModel::from_file(&args.file)?;
+    let model = UPGModel::from_file_with(&args.file, open)?;
     let limit = args.windows.map_or(usize::MAX, NonZeroUsize::get);
     let windows = Windows::of_text(model.tokenizer()?, &text, args.window, limit)?;
     let options = EvaluationOptions {
@@ -35,7 +35,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     let result = match &args.against {
         None => evaluation.measure(None, &never)?,
         Some(path) => {
-            let mut against = Against::open(path, options)?;
+            let mut against = Against::open(path, options, open)?;
             against.check(&text, &windows).map_err(|e| e.at(path))?;
             match &args.logits {
                 None => evaluation.measure(Some(&mut against), &never)?,

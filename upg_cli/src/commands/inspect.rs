@@ -6,15 +6,15 @@ use crate::cli::InspectArgs;
 use crate::terminal;
 use serde_json::{Value, json};
 use std::fmt::Write;
-use upg_kernel::Result;
 use upg_kernel::format::UpgFile;
 use upg_kernel::v1::is_pickle;
+use upg_kernel::{OpenOptions, Result};
 
-pub fn run(args: &InspectArgs) -> Result<()> {
+pub fn run(args: &InspectArgs, open: OpenOptions) -> Result<()> {
     if is_pickle(&args.file) {
         return inspect_v1::run(args);
     }
-    let file = UpgFile::open(&args.file)?;
+    let file = UpgFile::open_with(&args.file, open)?;
     let text = if args.json {
         format!("{:#}\n", as_json(&file))
     } else {

@@ -12,14 +12,14 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 use upg_kernel::inference::chat_template::Message;
 use upg_kernel::inference::{FinishReason, Sampler, SamplingOptions, Session, SessionOptions};
-use upg_kernel::{Error, ErrorKind, Result, UPGModel, WholeFile, peak_memory};
+use upg_kernel::{Error, ErrorKind, OpenOptions, Result, UPGModel, WholeFile, peak_memory};
 
 /// Longest prompt that is read from standard input, in bytes.
 const LONGEST_INPUT: u64 = 16 << 20;
 
-pub fn run(args: &RunArgs) -> Result<()> {
+pub fn run(args: &RunArgs, open: OpenOptions) -> Result<()> {
     let started = Instant::now();
-    let model = UPGModel::from_file(&args.file)?;
+    let model = UPGModel::from_file_with(&args.file, open)?;
     let loaded = started.elapsed();
     let options = |interrupt| session_options(&args.sampling, interrupt);
     if let (Some(tokens), Some(out)) = (&args.tokens, &args.logits) {

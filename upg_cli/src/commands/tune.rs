@@ -9,12 +9,12 @@ use std::num::NonZeroUsize;
 use upg_compress::source;
 use upg_compress::tuning::{TuneOptions, TuneReport, tune};
 use upg_kernel::format::UpgFile;
-use upg_kernel::{ErrorKind, Result, refuse_to_overwrite};
+use upg_kernel::{ErrorKind, OpenOptions, Result, refuse_to_overwrite};
 
-pub fn run(args: &TuneArgs) -> Result<()> {
+pub fn run(args: &TuneArgs, open: OpenOptions) -> Result<()> {
     refuse_to_overwrite(&args.output, &args.text)?;
-    let file = UpgFile::open(&args.file)?;
-    let source = source::open(&args.original)?;
+    let file = UpgFile::open_with(&args.file, open)?;
+    let source = source::open_with(&args.original, open)?;
     let most = args.tokens.map(NonZeroUsize::get);
     let calibration = calibration(source.as_ref(), args.text.as_deref(), most)?;
     let options = TuneOptions {

@@ -3,18 +3,21 @@
 
 use crate::cli::FileArgs;
 use crate::terminal;
-use upg_kernel::Result;
 use upg_kernel::format::UpgFile;
+use upg_kernel::{OpenOptions, Result};
 
-pub fn run(args: &FileArgs) -> Result<()> {
-    let file = UpgFile::open(&args.file)?;
-    let bar = terminal::bar(
-        file.file_len(),
-        "{bar:30} {percent:>3}%  {bytes}/{total_bytes}",
-    );
-    let verified = file.verify(&|done| bar.set_position(done));
-    bar.finish_and_clear();
-    verified?;
+pub fn run(args: &FileArgs, open: OpenOptions) -> Result<()> {
+    let file = UpgFile::open_with(&args.file, open)?;
+    // A file that was read was verified then.
+    if open.mmap {
+        let bar = terminal::bar(
+            file.file_len(),
+            "{bar:30} {percent:>3}%  {bytes}/{total_bytes}",
+        );
+        let verified = file.verify(&|done| bar.set_position(done));
+        bar.finish_and_clear();
+        verified?;
+    }
     terminal::print(&format!(
         "{}: sound ({}, {} layers)\n",
         args.file.display(),

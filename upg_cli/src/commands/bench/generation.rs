@@ -6,7 +6,7 @@ use super::llama::Llama;
 use crate::cli::MeasureArgs;
 use upg_kernel::format::UpgFile;
 use upg_kernel::inference::{Batch, Session, SessionOptions};
-use upg_kernel::{Error, ErrorKind, Result, UPGModel};
+use upg_kernel::{Error, ErrorKind, OpenOptions, Result, UPGModel};
 
 /// Each has a KV cache of its own.
 const MOST_SEQUENCES: usize = 1024;
@@ -51,8 +51,12 @@ pub fn check(args: &MeasureArgs, context: usize) -> Result<()> {
 }
 
 /// One repetition of everything after the other, so that a change of the machine's speed meets all.
-pub fn measure<'a>(args: &MeasureArgs, llamas: &'a [Llama]) -> Result<Generation<'a>> {
-    let model = UPGModel::from_file(&args.file)?;
+pub fn measure<'a>(
+    args: &MeasureArgs,
+    open: OpenOptions,
+    llamas: &'a [Llama],
+) -> Result<Generation<'a>> {
+    let model = UPGModel::from_file_with(&args.file, open)?;
     let config = model.model().config();
     let vocab = config.vocab_size;
     let longest = args.prompt_tokens.max(args.depth).max(args.generate);

@@ -7,7 +7,7 @@ use crate::cli::MeasureArgs;
 use std::path::Path;
 use upg_kernel::format::UpgFile;
 use upg_kernel::inference::SessionOptions;
-use upg_kernel::{ErrorKind, Result, UPGModel};
+use upg_kernel::{ErrorKind, OpenOptions, Result, UPGModel};
 
 /// Seconds from nothing to a model (or, where the file is none that runs, to the open file), and to the
 /// logits of one token.
@@ -22,10 +22,13 @@ pub struct Loads {
 
 /// The model of a file, or why it is none that runs: its config, or a tensor, is missing or not of a
 /// kind that is implemented. Errors: the file is no sound UPG file.
-pub fn model(path: &Path) -> Result<std::result::Result<UPGModel, upg_kernel::Error>> {
+pub fn model(
+    path: &Path,
+    open: OpenOptions,
+) -> Result<std::result::Result<UPGModel, upg_kernel::Error>> {
     // What is wrong with the file itself is not wrong with the model only.
-    drop(UpgFile::open(path)?);
-    match UPGModel::from_file(path) {
+    drop(UpgFile::open_with(path, open)?);
+    match UPGModel::from_file_with(path, open) {
         Ok(model) => Ok(Ok(model)),
         Err(e) if matches!(e.kind(), ErrorKind::Missing | ErrorKind::Unsupported) => Ok(Err(e)),
         Err(e) => Err(e),
@@ -34,14 +37,14 @@ pub fn model(path: &Path) -> Result<std::result::Result<UPGModel, upg_kernel::Er
 
 impl Loads {
     /// `runs`: the file is a model that runs. Nobody may have the file mapped.
-    pub fn measure(args: &MeasureArgs, runs: bool) -> Result<Self> {
+    pub fn measure(args: &MeasureArgs, options: OpenOptions, runs: bool) -> Result<Self> {
         let path = &args.file;
         let open = || match runs {
-            true => UPGModel::from_file(path).map(drop),
-            false => UpgFile::open(path).map(drop),
+            true => UPGModel::from_file_with(path, options).map(drop),
+            false => UpgFile::open_with(path, options).map(drop),
         };
         let first_token = || -> Result<()> {
-            let model = UPGModel::from_file(path)?;
+            let model = UPGModel::from_file_with(path, options)?;
             let mut session = model.session(&SessionOptions::default())?;
             session.step(0).map(drop)
         };

@@ -8,7 +8,7 @@ use upg_compress::original;
 use upg_compress::source::{self, Source};
 use upg_kernel::inference::evaluate::{Computed, EvaluationOptions, Reference, Window, Windows};
 use upg_kernel::inference::{CacheType, Model};
-use upg_kernel::{Error, ErrorKind, Result, UPGModel};
+use upg_kernel::{Error, ErrorKind, OpenOptions, Result, UPGModel};
 
 /// A model that is loaded when its logits are asked for first.
 pub struct Against {
@@ -24,13 +24,16 @@ enum Opened {
 
 impl Against {
     /// A UPG file, to be run with `options`, or a source, to be run in f32. Errors: those of opening it.
-    pub fn open(path: &Path, options: EvaluationOptions) -> Result<Self> {
+    pub fn open(path: &Path, options: EvaluationOptions, open: OpenOptions) -> Result<Self> {
         let (opened, cache_type) = match source::is_upg(path) {
             true => (
-                Opened::Upg(Box::new(UPGModel::from_file(path)?)),
+                Opened::Upg(Box::new(UPGModel::from_file_with(path, open)?)),
                 options.cache_type,
             ),
-            false => (Opened::Source(source::open(path)?), CacheType::F32),
+            false => (
+                Opened::Source(source::open_with(path, open)?),
+                CacheType::F32,
+            ),
         };
         Ok(Self {
             opened,

@@ -1,0 +1,197 @@
+//! Model files that others write while they are in use: mapped, and read into memory.
+#![cfg(unix)]
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
+
+mod common;
+
+use common::{compress_tiny, model_of_two_letters, names, output, succeed, tiny_model, upg};
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::process::{Child, ChildStdin, Command, Output, Stdio};
+use std::time::Duration;
+
+const SIGBUS: i32 = if cfg!(target_os = "linux") { 7 } else { 10 };
+
+/// `upg run` on a prompt of standard input, once it has the model and waits for more of the prompt.
+fn waiting_for_its_prompt(model: &Path, more: &[&str]) -> (Child, ChildStdin) {
+    let run = [
+        "run",
+        model.to_str().unwrap(),
+        "-p",
+        "-",
+        "-n",
+        "4",
+        "--quiet",
+    ];
+    let mut child = upg(run.into_iter().chain(more.iter().copied()))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut input = child.stdin.take().unwrap();
+    // More than a pipe holds: when this has been written, the most of it has been read. The model has no token for any of it.
+    input.write_all("x ".repeat(1 << 16).as_bytes()).unwrap();
+    (child, input)
+}
+
+fn answer(child: Child, mut input: ChildStdin) -> Output {
+    input.write_all(b"abba").unwrap();
+    drop(input);
+    child.wait_with_output().unwrap()
+}
+
+#[test]
+fn a_file_that_is_cut_short_while_it_is_mapped_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = model_of_two_letters(folder.path());
+    let whole = fs::read(&model).unwrap();
+    let undisturbed = {
+        let (child, input) = waiting_for_its_prompt(&model, &[]);
+        answer(child, input)
+    };
+    assert!(undisturbed.status.success(), "{undisturbed:?}");
+    for threads in ["1", "3"] {
+        for kept in [0, 8192, whole.len() / 2] {
+            let (child, input) = waiting_for_its_prompt(&model, &["--threads", threads]);
+            let file = File::options().write(true).open(&model).unwrap();
+            file.set_len(kept as u64).unwrap();
+            let Output { status, stderr, .. } = answer(child, input);
+            let stderr = String::from_utf8(stderr).unwrap();
+            assert_eq!(status.code(), Some(3), "{stderr}");
+            let expected = format!(
+                "upg: {}: the file was cut short or overwritten while it was in use; fetch or compress it again, and \
+                 replace model files by renaming, not by copying over them\n",
+                model.display()
+            );
+            assert_eq!(stderr, expected);
+            fs::write(&model, &whole).unwrap();
+        }
+    }
+    // A renamed file is another one.
+    let (child, input) = waiting_for_its_prompt(&model, &[]);
+    fs::write(folder.path().join("other"), b"other").unwrap();
+    fs::rename(folder.path().join("other"), &model).unwrap();
+    assert_eq!(answer(child, input).stdout, undisturbed.stdout);
+}
+
+#[test]
+fn a_bus_error_elsewhere_does_what_it_did() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = model_of_two_letters(folder.path());
+    let (mut child, _input) = waiting_for_its_prompt(&model, &[]);
+    // The first ones restore what was there before, by and by.
+    for _ in 0..1000 {
+        let pid = child.id().to_string();
+        let sent = Command::new("kill").args(["-BUS", &pid]).status().unwrap();
+        if !sent.success() || child.try_wait().unwrap().is_some() {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let ended = child.wait().unwrap();
+    assert_eq!(ended.signal(), Some(SIGBUS), "{ended}");
+    let mut stderr = String::new();
+    child
+        .stderr
+        .take()
+        .unwrap()
+        .read_to_string(&mut stderr)
+        .unwrap();
+    assert_eq!(stderr, "");
+}
+
+#[test]
+fn a_file_that_was_read_into_memory_may_change() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = model_of_two_letters(folder.path());
+    let (child, input) = waiting_for_its_prompt(&model, &[]);
+    let undisturbed = answer(child, input);
+    let (child, input) = waiting_for_its_prompt(&model, &["--no-mmap"]);
+    fs::write(&model, b"gone").unwrap();
+    let found = answer(child, input);
+    assert!(found.status.success(), "{found:?}");
+    assert_eq!(found.stdout, undisturbed.stdout);
+}
+
+/// Every command gives the same with it.
+#[test]
+fn what_is_read_into_memory_is_what_would_be_mapped() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let text = |name: &str| fs::read(at(name)).unwrap();
+    let phi3 = tiny_model("phi3");
+    let phi3 = phi3.to_str().unwrap();
+    let model = at("mapped");
+    let compress = |out: &str, more: &[&str]| {
+        let args = ["compress", phi3, "-o", out, "-e", "t3"];
+        succeed(args.iter().chain(more));
+    };
+    compress(&model, &[]);
+    compress(&at("read"), &["--no-mmap"]);
+    assert!(text("mapped") == text("read"));
+    for flag in [&[][..], &["--no-mmap"]] {
+        let name = |kind: &str| at(&format!("{kind}{}", flag.len()));
+        let run = |args: &[&str]| succeed(args.iter().chain(flag));
+        assert!(run(&["verify", &model]).contains("sound"));
+        let inspected = run(&["inspect", &model]);
+        fs::write(name("inspected"), inspected).unwrap();
+        run(&[
+            "run",
+            &model,
+            "--tokens",
+            "5,6,7",
+            "--logits",
+            &name("logits"),
+        ]);
+        run(&["decompress", &model, "-o", &name("hf")]);
+    }
+    for kind in ["inspected", "logits"] {
+        assert!(
+            text(&format!("{kind}0")) == text(&format!("{kind}1")),
+            "{kind}"
+        );
+    }
+    assert_eq!(
+        names(&folder.path().join("hf0")),
+        names(&folder.path().join("hf1"))
+    );
+    for name in names(&folder.path().join("hf0")) {
+        assert!(
+            text(&format!("hf0/{name}")) == text(&format!("hf1/{name}")),
+            "{name}"
+        );
+    }
+}
+
+/// Damage that nothing but a checksum shows: found when the file is read, in the words of `upg verify`.
+#[test]
+fn a_damaged_file_is_refused_when_it_is_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = compress_tiny(folder.path(), "model", "q8", &[]);
+    let mut bytes = fs::read(&model).unwrap();
+    let place = bytes.len() - 1000;
+    bytes[place] ^= 1;
+    fs::write(&model, bytes).unwrap();
+    let model = model.to_str().unwrap();
+    let out = folder.path().join("out");
+    let out = out.to_str().unwrap();
+    let (code, _, verified) = output(&mut upg(["verify", model]));
+    assert_eq!(code, Some(1));
+    assert!(verified.contains("(format rule 15)"), "{verified}");
+    for args in [
+        &["verify", model][..],
+        &["inspect", model],
+        &["run", model, "--tokens", "1", "--logits", out],
+        &["decompress", model, "-o", out],
+        &["bench", model, "-p", "0", "-n", "1", "--repetitions", "1"],
+    ] {
+        let (code, _, stderr) = output(&mut upg(args.iter().chain(&["--no-mmap"])));
+        assert_eq!((code, &stderr), (Some(1), &verified), "{args:?}");
+    }
+    // A map is read as far as it is needed, and no checksum is computed.
+    succeed(["inspect", model]);
+    assert_eq!(names(folder.path()), ["model"]);
+}

@@ -13,7 +13,8 @@ use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use upg_kernel::format::read_header;
+use upg_kernel::format::container::Container;
+use upg_kernel::format::json;
 use upg_kernel::{Error, ErrorKind, MappedFile, Result, UPGDecompressor, WeightFloat, WholeFile};
 
 /// Marks the weights that this program wrote, in their safetensors metadata.
@@ -85,9 +86,9 @@ fn refuse_foreign_model(out: &Path, read: &Path) -> Result<()> {
     let weights = out.join(WEIGHTS);
     let is_ours = || {
         let map = MappedFile::open(&weights).ok()?;
-        let (_, header) = read_header(&map).ok()?;
+        let table = Container::read(&map).ok()?;
         let (key, value) = MADE_BY;
-        Some(header.metadata().as_ref()?.get(key)? == value)
+        Some(table.metadata().get(key)? == value)
     };
     let ours = is_ours() == Some(true);
     let entries = std::fs::read_dir(out).into_iter().flatten().flatten();
@@ -161,7 +162,13 @@ fn write_all(
 }
 
 fn parsed(config: &str) -> Result<Map<String, Value>> {
-    serde_json::from_str(config).map_err(not_json)
+    match json::value("config.json", config)? {
+        Value::Object(config) => Ok(config),
+        _ => Err(Error::new(
+            ErrorKind::Malformed,
+            "config.json: not a JSON object",
+        )),
+    }
 }
 
 fn not_json(e: serde_json::Error) -> Error {

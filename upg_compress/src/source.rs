@@ -20,6 +20,7 @@ use std::fs::File;
 use std::io::Read;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use upg_kernel::format::container::Container;
 pub use upg_kernel::format::texts::ModelFiles;
 use upg_kernel::{Error, ErrorKind, OpenOptions, Result};
 
@@ -301,11 +302,8 @@ pub fn is_upg(path: &Path) -> bool {
     let Ok(file) = upg_kernel::MappedFile::open(path) else {
         return false;
     };
-    let Ok((_, header)) = upg_kernel::format::read_header(&file) else {
-        return false;
-    };
-    let format = header.metadata().as_ref().and_then(|m| m.get("format"));
-    format.is_some_and(|f| f == "upg")
+    let format = |table: Container| Some(table.metadata().get("format")? == "upg");
+    Container::read(&file).ok().and_then(format) == Some(true)
 }
 
 /// The place of a tensor name in the order of a model: embeddings, layers by number, everything

@@ -22,6 +22,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::f64::consts::PI;
 use std::path::Path;
 use std::time::Instant;
+use upg_kernel::format::json;
 use upg_kernel::format::{
     FileWriter, LayerInfo, TOKENIZER, UpgFile, header_capacity, insert_figures, reserve_figures,
 };
@@ -592,7 +593,7 @@ impl<'a> Student<'a> {
     /// How the file was made before, and how it was tuned.
     fn recipe(&self, tuned: Value) -> String {
         let before = self.file.metadata(RECIPE).unwrap_or_default();
-        let mut recipe = match serde_json::from_str(before) {
+        let mut recipe = match json::value(RECIPE, before) {
             Ok(Value::Object(recipe)) => recipe,
             _ => serde_json::Map::new(),
         };

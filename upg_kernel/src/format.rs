@@ -2,9 +2,11 @@
 #![forbid(unsafe_code)]
 
 mod checksum;
-mod container;
+mod checksums;
+pub mod container;
 mod header;
 mod index;
+pub mod json;
 mod kept;
 mod layout;
 pub(crate) mod rules;
@@ -13,7 +15,6 @@ pub mod texts;
 mod writer;
 
 pub use checksum::data as checksum_of;
-pub use container::read_header;
 pub use header::UpgFile;
 pub use index::{Encoding, LayerInfo};
 pub use rules::TOKENIZER;

@@ -28,6 +28,9 @@ type Damage = fn(&mut Draft);
 #[rustfmt::skip]
 const TABLE: &[(&str, Damage, ErrorKind, u8, When)] = &[
     ("control character in a name", |d| d.tensor("model.norm.weight").name = "a\nb".into(), Malformed, 1, Opening),
+    ("name of 5000 bytes", |d| d.tensor("model.norm.weight").name = "n".repeat(5000), TooLarge, 1, Opening),
+    ("tensor of 17 dimensions", |d| d.tensor("model.norm.weight").shape.extend([1; 16]), TooLarge, 1, Opening),
+    ("65,537 metadata keys", |d| (0..1 << 16).for_each(|i| set(d, &i.to_string(), "")), TooLarge, 1, Opening),
     ("no format", |d| drop(d.metadata.remove("format")), Malformed, 2, Opening),
     ("other format", |d| set(d, "format", "gguf"), Malformed, 2, Opening),
     ("no model", |d| drop(d.metadata.remove("model")), Missing, 2, Opening),
@@ -49,6 +52,7 @@ const TABLE: &[(&str, Damage, ErrorKind, u8, When)] = &[
     ("layer with the name of the metadata", |d| d.layers[1]["name"] = "__metadata__".into(), Invalid, 5, Opening),
     ("layer with the name of an array", |d| d.layers[1]["name"] = "layer_1_values".into(), Invalid, 5, Opening),
     ("layer with a line break in its name", |d| d.layers[1]["name"] = "a\nb".into(), Invalid, 5, Opening),
+    ("layer with a name of 5000 bytes", |d| d.layers[1]["name"] = "n".repeat(5000).into(), TooLarge, 5, Opening),
     ("no rows", |d| d.layers[1]["rows"] = 0.into(), TooLarge, 5, Opening),
     ("too many rows", |d| d.layers[1]["rows"] = (1u64 << 25).into(), TooLarge, 5, Opening),
     ("too many columns", |d| d.layers[1]["cols"] = (1u64 << 21).into(), TooLarge, 5, Opening),
@@ -117,6 +121,8 @@ const TABLE: &[(&str, Damage, ErrorKind, u8, When)] = &[
     ("one weight changed", |d| stale(d, "layer_1_values"), Checksum, 15, Verifying),
     ("tokenizer changed", |d| stale(d, "tokenizer.json"), Checksum, 15, Verifying),
     ("checksum missing", |d| set(d, "checksums", "{}"), Checksum, 15, Verifying),
+    ("no text as a checksum", |d| set(d, "checksums", r#"{"tokenizer.json":[]}"#), Invalid, 15, Verifying),
+    ("checksum twice", |d| set(d, "checksums", r#"{"tokenizer.json":"","tokenizer.json":""}"#), Invalid, 15, Verifying),
     ("checksums no JSON", |d| set(d, "checksums", "x"), Invalid, 15, Verifying),
 ];
 

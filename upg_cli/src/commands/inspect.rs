@@ -51,7 +51,7 @@ fn as_json(file: &UpgFile) -> Value {
         "model": metadata("model"),
         "compression_ratio": number("compression_ratio"),
         "bits_per_weight": number("bits_per_weight"),
-        "recipe": serde_json::from_str::<Value>(metadata("recipe")).unwrap_or_default(),
+        "recipe": upg_kernel::format::json::value("recipe", metadata("recipe")).unwrap_or_default(),
         "tokenizer": file.tokenizer_json().is_some(),
         "chat_template": file.metadata("chat_template").is_some(),
         "layers": layers.collect::<Vec<_>>(),

@@ -5,6 +5,7 @@ use super::{Calibration, WINDOW};
 use crate::source::Source;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
+use upg_kernel::format::json;
 use upg_kernel::{Error, ErrorKind, Result};
 
 /// A bit of everything; `data/README.md` says what, and where it is from.
@@ -78,14 +79,15 @@ pub fn json_lines(lines: &str) -> Result<Vec<String>> {
     let numbered = (1..).zip(lines.lines());
     numbered
         .filter(|(_, line)| !line.trim().is_empty())
-        .map(|(number, line)| match serde_json::from_str::<Value>(line) {
-            Ok(Value::Object(mut object)) => match object.remove("text") {
-                Some(Value::String(text)) => Ok(text),
-                _ => Err(not_a_document(number)),
+        .map(
+            |(number, line)| match json::fields("line", line, &["text"]) {
+                Ok(mut object) => match object.remove("text") {
+                    Some(Value::String(text)) => Ok(text),
+                    _ => Err(not_a_document(number)),
+                },
+                Err(e) => Err(not_a_document(number).with_source(e)),
             },
-            Ok(_) => Err(not_a_document(number)),
-            Err(e) => Err(not_a_document(number).with_source(e)),
-        })
+        )
         .collect()
 }
 

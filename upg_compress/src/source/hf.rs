@@ -13,10 +13,10 @@ use directory::{INDEX, SINGLE, model_name, no_config, read_index};
 use safetensors::Dtype;
 use serde_json::Value;
 use std::borrow::Cow;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use upg_kernel::format::read_header;
+use upg_kernel::format::container::Container;
 use upg_kernel::format::texts::{TEXTS, parse_object};
 use upg_kernel::{Error, ErrorKind, MappedFile, OpenOptions, Result};
 
@@ -36,8 +36,8 @@ pub struct HfSource {
 #[derive(Debug, Clone)]
 enum Place {
     Plain(FloatType, Stored),
-    Bitmask(Bitmask),
-    Packed(Packed),
+    Bitmask(Box<Bitmask>),
+    Packed(Box<Packed>),
 }
 
 /// A tensor as a shard's header lists it.
@@ -102,31 +102,31 @@ impl HfSource {
         let Some(index) = read_index(dir)? else {
             return self.map_shard(&dir.join(SINGLE), options);
         };
-        let shards: BTreeSet<&String> = index.values().collect();
         let mut all = BTreeMap::new();
-        for shard in shards {
+        for (shard, number) in &index.shards {
             let path = dir.join(shard);
             for (name, stored) in self.map_shard(&path, options)? {
-                if index.get(&name) == Some(shard) {
+                if index.tensors.get(&name) == Some(number) {
                     all.insert(name, stored);
                 } else {
                     self.skip(name, "not in the index of this shard");
                 }
             }
         }
-        match index.iter().find(|(name, _)| !all.contains_key(*name)) {
+        let mut listed = index.tensors.iter();
+        match listed.find(|(name, _)| !all.contains_key(*name)) {
             None => Ok(all),
-            Some((name, shard)) => Err(Error::new(
+            Some((name, &shard)) => Err(Error::new(
                 ErrorKind::Missing,
                 format!("the index places it in this shard, which does not have it (see {INDEX})"),
             )
-            .at(dir.join(shard))
+            .at(dir.join(index.shard(shard)))
             .tensor(name)
             .hint("download the model again")),
         }
     }
 
-    /// Maps one weight file; the safetensors crate checks that offsets, shapes and length agree.
+    /// Opens one weight file; [`Container`] checks that offsets, shapes and length agree.
     fn map_shard(&mut self, path: &Path, options: OpenOptions) -> Result<Tensors> {
         let map = match MappedFile::open_with(path, options) {
             Err(_) if !path.exists() => {
@@ -138,30 +138,19 @@ impl HfSource {
             }
             opened => opened?,
         };
-        let malformed = |e: String| {
-            Error::new(
-                ErrorKind::Malformed,
-                format!("not a whole safetensors file: {e}"),
-            )
-            .at(path)
-            .hint("download it again (an unfinished download, or a git-lfs pointer?)")
-        };
-        let (header, metadata) = read_header(&map).map_err(|e| malformed(e.to_string()))?;
-        let base = header + size_of::<u64>();
+        let table = Container::read(&map).map_err(|e| {
+            e.at(path)
+                .hint("download it again (an unfinished download, or a git-lfs pointer?)")
+        })?;
         let mut found = BTreeMap::new();
-        for (name, info) in metadata.tensors() {
-            let (start, end) = info.data_offsets;
-            let bytes = base + start..base + end;
-            if map.get(bytes.clone()).is_none() {
-                return Err(malformed(format!("'{name}' is outside of it")));
-            }
+        for tensor in table.iter() {
             let stored = Stored {
                 shard: self.shards.len(),
-                dtype: info.dtype,
-                shape: info.shape.clone(),
-                bytes,
+                dtype: tensor.dtype,
+                shape: tensor.shape.to_vec(),
+                bytes: tensor.range,
             };
-            found.insert(name, stored);
+            found.insert(tensor.name.to_owned(), stored);
         }
         self.shards.push(map);
         Ok(found)

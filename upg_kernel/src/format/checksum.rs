@@ -7,7 +7,7 @@ use std::fmt::Write;
 use std::io::{self, Read};
 
 /// Bytes of a digest that are kept.
-const DIGEST_BYTES: usize = 16;
+pub(super) const DIGEST_BYTES: usize = 16;
 
 /// Length of a checksum in hexadecimal digits.
 pub(super) const CHECKSUM_DIGITS: usize = 2 * DIGEST_BYTES;
@@ -50,18 +50,42 @@ pub(super) fn table<'a>(
     let mut hash = Sha256::new();
     for (name, dtype, shape) in tensors {
         let shape: Vec<String> = shape.iter().map(usize::to_string).collect();
-        hash.update(format!("{name}\n{dtype}\n{}\n", shape.join(",")));
+        hash.update(name);
+        hash.update(format!("\n{dtype}\n{}\n", shape.join(",")));
     }
     for (key, value) in metadata
         .iter()
         .filter(|(key, _)| *key != super::rules::CHECKSUM)
     {
-        hash.update(format!("{key}\n{}\n{value}\n", value.len()));
+        // Piece by piece: a value may have most of the header.
+        hash.update(key);
+        hash.update(format!("\n{}\n", value.len()));
+        hash.update(value);
+        hash.update("\n");
     }
     hex(&hash.finalize())
 }
 
-fn hex(digest: &[u8]) -> String {
+/// A checksum as bytes; `None` for a text that is none.
+pub(super) fn parsed(text: &str) -> Option<[u8; DIGEST_BYTES]> {
+    let digit = |c: u8| match c {
+        b'0'..=b'9' => Some(c - b'0'),
+        b'a'..=b'f' => Some(c - b'a' + 10),
+        _ => None,
+    };
+    let (pairs, rest) = text.as_bytes().as_chunks::<2>();
+    let mut bytes = [0; DIGEST_BYTES];
+    if pairs.len() != DIGEST_BYTES || !rest.is_empty() {
+        return None;
+    }
+    for (byte, [high, low]) in bytes.iter_mut().zip(pairs) {
+        *byte = digit(*high)? << 4 | digit(*low)?;
+    }
+    Some(bytes)
+}
+
+/// The text of a checksum: so many bytes of `digest`, in hexadecimal.
+pub(super) fn hex(digest: &[u8]) -> String {
     let mut out = String::with_capacity(CHECKSUM_DIGITS);
     for byte in &digest[..DIGEST_BYTES] {
         write!(out, "{byte:02x}").expect("writing to a String cannot fail");

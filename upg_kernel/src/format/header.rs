@@ -1,19 +1,21 @@
 //! Opening a file: the header, and every check that needs no large read.
 #![forbid(unsafe_code)]
 
+use super::checksums::{self, Recorded};
+use super::container::{Container, Entry};
 use super::index::{self, Encoding, LayerInfo};
 use super::rules::{CHECKSUM, PAD_PREFIX, TOKENIZER};
-use super::{checksum, container, layout, rules};
+use super::{checksum, json, layout, rules};
 use crate::array::Array;
 use crate::error::{Error, ErrorKind, Result};
+use crate::inference::tokenizer::check_bytes;
 use crate::mapped::{MappedFile, OpenOptions};
 use crate::matrix::{Matrix, checked_scales, strips};
 use crate::v1;
 use bytemuck::Pod;
 use rayon::prelude::*;
 use safetensors::Dtype;
-use std::collections::{BTreeMap, HashMap, HashSet};
-use std::ops::Range;
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use tempfile::TempDir;
@@ -23,25 +25,17 @@ pub(super) const FORMAT: &str = "upg";
 /// The key of the checksums of all tensors.
 pub(super) const CHECKSUMS: &str = "checksums";
 
-/// Where a tensor lies in the file.
-#[derive(Debug, Clone)]
-pub(super) struct TensorEntry {
-    pub dtype: Dtype,
-    pub shape: Vec<usize>,
-    pub range: Range<usize>,
-}
-
 /// An open UPG file: its metadata, its layers and its uncompressed tensors, all read in place.
 ///
 /// Opening reads the header, the scales and the pointers, nothing else: the time does not grow
 /// with the weights. What is checked when, is listed in `upg_format_v2.md`, "When a reader checks".
 pub struct UpgFile {
     file: Arc<MappedFile>,
-    metadata: BTreeMap<String, String>,
-    tensors: BTreeMap<String, TensorEntry>,
+    table: Container,
     layers: Vec<LayerInfo>,
-    matrices: Vec<OnceLock<Matrix>>,
-    by_name: HashMap<String, usize>,
+    matrices: Vec<OnceLock<Box<Matrix>>>,
+    /// Layer ids in ascending order of names.
+    by_name: Vec<u32>,
     /// The folder of a file that is to be removed with this.
     temporary: Option<TempDir>,
 }
@@ -78,9 +72,9 @@ impl UpgFile {
     }
 
     fn from_mapped(file: Arc<MappedFile>) -> Result<Self> {
-        let (tensors, metadata) = read_table(&file)?;
-        check_identity(&metadata)?;
-        let upg = Self::indexed(file, metadata, tensors)?;
+        let table = read_table(&file)?;
+        check_identity(table.metadata())?;
+        let upg = Self::indexed(file, table)?;
         upg.check_names()?;
         // The first bad layer, not the one that some thread comes to first.
         let layers = (0..upg.layers.len()).into_par_iter();
@@ -90,37 +84,29 @@ impl UpgFile {
         }
     }
 
-    fn indexed(
-        file: Arc<MappedFile>,
-        metadata: BTreeMap<String, String>,
-        tensors: BTreeMap<String, TensorEntry>,
-    ) -> Result<Self> {
-        let table = tensors
-            .iter()
-            .map(|(name, t)| (name.as_str(), t.dtype.to_string(), t.shape.as_slice()));
+    fn indexed(file: Arc<MappedFile>, table: Container) -> Result<Self> {
+        let metadata = table.metadata();
+        let tensors = table.iter().map(|t| (t.name, t.dtype.to_string(), t.shape));
         let (found, recorded) = (
-            checksum::table(table, &metadata),
-            required(&metadata, CHECKSUM)?,
+            checksum::table(tensors, metadata),
+            required(metadata, CHECKSUM)?,
         );
         if found != recorded {
+            let recorded = json::cut(recorded);
             let message = format!("header checksum is {found}, recorded is {recorded}");
             return Err(Error::new(ErrorKind::Checksum, message)
                 .rule(rules::TABLE_CHECKSUM)
                 .hint("the file is damaged or was edited: fetch or compress it again"));
         }
         let layers = index::parse(
-            required(&metadata, "layers")?,
-            required(&metadata, "num_layers")?,
+            required(metadata, "layers")?,
+            required(metadata, "num_layers")?,
         )?;
-        let by_name = layers
-            .iter()
-            .enumerate()
-            .map(|(i, l)| (l.name.clone(), i))
-            .collect();
+        let mut by_name: Vec<u32> = (0..layers.len() as u32).collect();
+        by_name.sort_unstable_by(|&a, &b| layers[a as usize].name.cmp(&layers[b as usize].name));
         Ok(Self {
             file,
-            metadata,
-            tensors,
+            table,
             matrices: layers.iter().map(|_| OnceLock::new()).collect(),
             layers,
             by_name,
@@ -168,28 +154,39 @@ impl UpgFile {
 
     /// Every tensor has a place: an array of a layer, the tokenizer, padding, or kept as it was.
     fn check_names(&self) -> Result<()> {
-        let mut arrays = HashSet::new();
-        for (index, layer) in self.layers.iter().enumerate() {
-            for spec in layout::arrays(layer)? {
-                arrays.insert(layout::array_name(index, spec.suffix));
-            }
-        }
-        for (name, entry) in &self.tensors {
-            let known = match name.as_str() {
-                name if arrays.contains(name) => true,
+        for entry in self.table.iter() {
+            let is_known = match entry.name {
+                name if self.is_array(name)? => true,
                 name if name == TOKENIZER || name.starts_with(PAD_PREFIX) => {
                     entry.dtype == Dtype::U8
                 }
-                name => is_kept(name, entry) && !self.by_name.contains_key(name),
+                name => is_kept(&entry) && self.layer_id(name).is_none(),
             };
-            if !known {
+            if !is_known {
                 let message = format!("{} {:?} is no part of a UPG file", entry.dtype, entry.shape);
                 return Err(Error::new(ErrorKind::Unsupported, message)
                     .rule(rules::KEPT)
-                    .tensor(name));
+                    .tensor(entry.name));
             }
         }
         Ok(())
+    }
+
+    /// Whether a layer has an array of this name.
+    fn is_array(&self, name: &str) -> Result<bool> {
+        let parts = name
+            .strip_prefix(layout::LAYER_PREFIX)
+            .and_then(|rest| rest.split_once('_'));
+        let Some((number, suffix)) = parts else {
+            return Ok(false);
+        };
+        let index = number.parse().unwrap_or(usize::MAX);
+        let Some(layer) = self.layers.get(index) else {
+            return Ok(false);
+        };
+        let mut specs = layout::arrays(layer)?.into_iter();
+        // A number can be spelled in several ways, of which one is the name.
+        Ok(specs.any(|spec| spec.suffix == suffix) && layout::array_name(index, suffix) == name)
     }
 
     /// The compressed matrices; the position in the list is the layer id.
@@ -199,7 +196,9 @@ impl UpgFile {
 
     /// The layer id of a source tensor.
     pub fn layer_id(&self, name: &str) -> Option<usize> {
-        self.by_name.get(name).copied()
+        let name_of = |&id: &u32| self.layers[id as usize].name.as_str().cmp(name);
+        let found = self.by_name.binary_search_by(name_of);
+        found.ok().map(|at| self.by_name[at] as usize)
     }
 
     /// The matrix of layer `id`; the first call checks the bits and columns of a sparse one.
@@ -215,30 +214,47 @@ impl UpgFile {
         }
         let matrix = layout::matrix(self, id, layer)
             .map_err(|e| e.tensor(&layer.name).at(self.file.path()))?;
-        Ok(cell.get_or_init(|| matrix))
+        Ok(cell.get_or_init(|| Box::new(matrix)))
     }
 
     /// A metadata text, for example `config.json` or `model`.
     pub fn metadata(&self, key: &str) -> Option<&str> {
-        self.metadata.get(key).map(String::as_str)
+        self.table.metadata().get(key).map(String::as_str)
     }
 
     /// All metadata.
     pub fn all_metadata(&self) -> &BTreeMap<String, String> {
-        &self.metadata
+        self.table.metadata()
     }
 
-    /// The text of `tokenizer.json`, if the file has one.
+    /// The bytes of `tokenizer.json` in the map, if the file has one.
+    ///
+    /// They are for copying: another process may change the file. What parses them takes [`UpgFile::tokenizer_text`].
     pub fn tokenizer_json(&self) -> Option<&[u8]> {
-        self.entry(TOKENIZER).map(|t| &self.file[t.range.clone()])
+        self.bytes(TOKENIZER)
+    }
+
+    /// A copy of the text of `tokenizer.json`, if the file has one.
+    ///
+    /// Errors: `TooLarge` above [`MAX_TOKENIZER_BYTES`](crate::inference::tokenizer::MAX_TOKENIZER_BYTES), before anything is
+    /// copied; `Malformed` for what is not UTF-8.
+    pub fn tokenizer_text(&self) -> Result<Option<String>> {
+        let Some(bytes) = self.tokenizer_json() else {
+            return Ok(None);
+        };
+        check_bytes(bytes.len()).map_err(|e| e.at(self.path()))?;
+        let text = String::from_utf8(bytes.to_vec());
+        text.map(Some).map_err(|_| {
+            Error::new(ErrorKind::Malformed, "not UTF-8 text")
+                .at(self.path())
+                .tensor(TOKENIZER)
+        })
     }
 
     /// Names, dtypes and shapes of the tensors that are kept as they were, in order of names.
     pub fn kept(&self) -> impl Iterator<Item = (&str, Dtype, &[usize])> {
-        self.tensors
-            .iter()
-            .filter(|(name, entry)| is_kept(name, entry))
-            .map(|(name, t)| (name.as_str(), t.dtype, t.shape.as_slice()))
+        let kept = self.table.iter().filter(is_kept);
+        kept.map(|t| (t.name, t.dtype, t.shape))
     }
 
     /// The path it was opened with.
@@ -248,15 +264,15 @@ impl UpgFile {
 
     /// The bytes of a tensor, by its name in the file.
     pub fn bytes(&self, name: &str) -> Option<&[u8]> {
-        self.entry(name).map(|t| &self.file[t.range.clone()])
+        self.entry(name).map(|t| &self.file[t.range])
     }
 
     pub(super) fn mapped(&self) -> &MappedFile {
         &self.file
     }
 
-    pub(super) fn entry(&self, name: &str) -> Option<&TensorEntry> {
-        self.tensors.get(name)
+    pub(super) fn entry(&self, name: &str) -> Option<Entry<'_>> {
+        self.table.get(name)
     }
 
     /// A tensor as values of `T`, in place; the caller has checked its dtype.
@@ -264,31 +280,25 @@ impl UpgFile {
         let entry = self
             .entry(name)
             .ok_or_else(|| Error::new(ErrorKind::Missing, "not in the file").tensor(name))?;
-        Array::mapped(&self.file, entry.range.clone())
-            .map_err(|e| e.rule(rules::ALIGNMENT).tensor(name))
+        Array::mapped(&self.file, entry.range).map_err(|e| e.rule(rules::ALIGNMENT).tensor(name))
     }
 
     /// Reads everything: every tensor against its checksum, every rule of every layer.
     ///
     /// `progress` gets the bytes done so far. Cost: one pass over the file, tensors in parallel.
     pub fn verify(&self, progress: &(dyn Fn(u64) + Sync)) -> Result<()> {
-        let recorded: HashMap<String, String> =
-            serde_json::from_str(required(&self.metadata, CHECKSUMS)?).map_err(|e| {
-                Error::new(ErrorKind::Invalid, format!("metadata '{CHECKSUMS}': {e}"))
-                    .rule(rules::TENSOR_CHECKSUM)
-                    .at(self.path())
-            })?;
+        let recorded = checksums::read(required(self.all_metadata(), CHECKSUMS)?, &self.table)
+            .map_err(|e| e.at(self.path()))?;
         let done = std::sync::atomic::AtomicU64::new(0);
-        let tensors: Vec<_> = self.tensors.iter().collect();
-        let check = |(name, entry): &(&String, &TensorEntry)| {
+        let tensors: Vec<(Entry<'_>, Recorded)> = self.table.iter().zip(recorded).collect();
+        let check = |(entry, recorded): &(Entry<'_>, Recorded)| {
             let found = checksum::data(&self.file[entry.range.clone()]);
-            if recorded.get(*name) != Some(&found) {
-                let recorded = recorded.get(*name).map_or("missing", String::as_str);
+            if !recorded.is(&found) {
                 let message = format!("checksum is {found}, recorded is {recorded}");
                 return Some(
                     Error::new(ErrorKind::Checksum, message)
                         .rule(rules::TENSOR_CHECKSUM)
-                        .tensor(*name)
+                        .tensor(entry.name)
                         .at(self.path())
                         .hint("the file is damaged: fetch or compress it again"),
                 );
@@ -308,45 +318,24 @@ impl UpgFile {
     }
 }
 
-fn is_kept(name: &str, entry: &TensorEntry) -> bool {
+fn is_kept(entry: &Entry<'_>) -> bool {
     let is_float = matches!(entry.dtype, Dtype::BF16 | Dtype::F16 | Dtype::F32);
-    is_float && rules::name(name, rules::KEPT).is_ok()
+    is_float && rules::name(entry.name, rules::KEPT).is_ok()
 }
 
-type Table = (BTreeMap<String, TensorEntry>, BTreeMap<String, String>);
-
-fn read_table(file: &MappedFile) -> Result<Table> {
-    let malformed =
-        |message: String| Error::new(ErrorKind::Malformed, message).rule(rules::CONTAINER);
-    let (header_len, header) = container::read_header(file)
-        .map_err(|e| malformed(format!("not a whole safetensors file: {e}")).with_source(e))?;
-    let start = header_len + size_of::<u64>();
-    let mut tensors = BTreeMap::new();
-    for (name, info) in header.tensors() {
-        let offset = |o: usize| start.checked_add(o).filter(|&end| end <= file.len());
-        let (Some(begin), Some(end)) = (offset(info.data_offsets.0), offset(info.data_offsets.1))
-        else {
-            return Err(malformed("lies outside the file".into()).tensor(name));
-        };
-        if name.chars().any(char::is_control) {
-            return Err(malformed("a name with control characters".into()).tensor(name));
-        }
-        let element = info.dtype.bitsize().div_ceil(8);
+fn read_table(file: &[u8]) -> Result<Container> {
+    let table = Container::read(file).map_err(|e| e.rule(rules::CONTAINER))?;
+    for entry in table.iter() {
+        let element = entry.dtype.bitsize().div_ceil(8);
+        let begin = entry.range.start;
         if !begin.is_multiple_of(element) {
             let message = format!("starts at byte {begin}, no multiple of {element}");
             return Err(Error::new(ErrorKind::Malformed, message)
                 .rule(rules::ALIGNMENT)
-                .tensor(name));
+                .tensor(entry.name));
         }
-        let entry = TensorEntry {
-            dtype: info.dtype,
-            shape: info.shape.clone(),
-            range: begin..end,
-        };
-        tensors.insert(name, entry);
     }
-    let metadata = header.metadata().clone().unwrap_or_default();
-    Ok((tensors, metadata.into_iter().collect()))
+    Ok(table)
 }
 
 fn required<'a>(metadata: &'a BTreeMap<String, String>, key: &str) -> Result<&'a str> {
@@ -372,7 +361,7 @@ fn check_identity(metadata: &BTreeMap<String, String>) -> Result<()> {
     if !is_number {
         return Err(Error::new(
             ErrorKind::Unsupported,
-            format!("format version '{version}'"),
+            format!("format version '{}'", json::cut(version)),
         )
         .rule(rules::VERSION)
         .hint("this build reads version 2.x"));

@@ -1,7 +1,7 @@
 //! Which arrays a layer of each encoding has: names, dtypes and shapes (rule 7).
 #![forbid(unsafe_code)]
 
-use super::header::TensorEntry;
+use super::container::Entry;
 use super::index::{Encoding, LayerInfo};
 use super::{UpgFile, rules};
 use crate::array::Array;
@@ -118,9 +118,12 @@ pub(super) fn arrays(layer: &LayerInfo) -> Result<Vec<ArraySpec>> {
     })
 }
 
+/// What the names of all arrays begin with.
+pub(super) const LAYER_PREFIX: &str = "layer_";
+
 /// `layer_{index}_{suffix}`.
 pub(super) fn array_name(index: usize, suffix: &str) -> String {
-    format!("layer_{index}_{suffix}")
+    format!("{LAYER_PREFIX}{index}_{suffix}")
 }
 
 /// Checks presence, dtype and shape of every array of a layer. Reads no tensor data.
@@ -137,7 +140,7 @@ pub(super) fn check(file: &UpgFile, index: usize, layer: &LayerInfo) -> Result<(
                 .rule(rules::ARRAYS)
                 .tensor(&name)
         })?;
-        check_entry(entry, &spec).map_err(|e| e.tensor(&name))?;
+        check_entry(&entry, &spec).map_err(|e| e.tensor(&name))?;
     }
     if layer.encoding()? != Encoding::MdCsr {
         return Ok(());
@@ -159,8 +162,8 @@ pub(super) fn check(file: &UpgFile, index: usize, layer: &LayerInfo) -> Result<(
     }
 }
 
-fn check_entry(entry: &TensorEntry, spec: &ArraySpec) -> Result<()> {
-    if entry.dtype == spec.dtype && spec.allows(&entry.shape) {
+fn check_entry(entry: &Entry<'_>, spec: &ArraySpec) -> Result<()> {
+    if entry.dtype == spec.dtype && spec.allows(entry.shape) {
         return Ok(());
     }
     let expected: Vec<String> = spec

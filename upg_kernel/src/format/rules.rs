@@ -1,6 +1,8 @@
 //! The rules of `upg_format_v2.md` that more than one place checks, by their numbers there.
 #![forbid(unsafe_code)]
 
+use super::container::MOST_NAME_BYTES;
+use super::layout::LAYER_PREFIX;
 use crate::error::{Error, ErrorKind, Result};
 
 /// A safetensors file: header, names, contiguous tensors.
@@ -96,9 +98,15 @@ pub fn codebook(codebook: &[i8]) -> Result<()> {
 }
 
 /// A name that can stand in the header of a file for a matrix or another tensor of the model: without
-/// control characters, and none of those that the format uses itself. `rule` is what it breaks.
+/// control characters, not too long, and none of those that the format uses itself. `rule` is what it breaks.
 pub fn name(name: &str, rule: u8) -> Result<()> {
-    let is_reserved = name.starts_with("layer_")
+    if name.len() > MOST_NAME_BYTES {
+        let message = format!("a name of {} bytes, at most {MOST_NAME_BYTES}", name.len());
+        return Err(Error::new(ErrorKind::TooLarge, message)
+            .rule(rule)
+            .tensor(super::json::cut(name)));
+    }
+    let is_reserved = name.starts_with(LAYER_PREFIX)
         || name.starts_with(PAD_PREFIX)
         || [TOKENIZER, "__metadata__", ""].contains(&name);
     if !is_reserved && !name.chars().any(char::is_control) {

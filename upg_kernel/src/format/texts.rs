@@ -1,11 +1,11 @@
 //! The texts of a model directory: config, tokenizer and chat template, and how they are read.
 #![forbid(unsafe_code)]
 
-use super::TOKENIZER;
+use super::{TOKENIZER, json};
 use crate::error::{Error, ErrorKind, Result};
 use crate::inference::ModelConfig;
-use crate::inference::chat_template::default_template;
-use crate::inference::tokenizer::{SpecialIds, Tokenizer};
+use crate::inference::chat_template::{ChatTemplate, MAX_TEMPLATE_BYTES, default_template};
+use crate::inference::tokenizer::{self, MAX_TOKENIZER_BYTES, SpecialIds, Tokenizer};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -14,9 +14,6 @@ use std::path::Path;
 
 /// Largest config-like text that is read: the real ones stay under 1 MB.
 const MAX_TEXT: u64 = 16 << 20;
-
-/// Largest `tokenizer.json` and index of weight files: the real ones stay under 40 MB.
-pub const MAX_BLOB: u64 = 256 << 20;
 
 /// The files of a directory that are not weights.
 pub const TEXTS: [&str; 6] = [
@@ -48,20 +45,21 @@ pub struct ModelFiles {
 impl ModelFiles {
     /// What a directory has of them. The chat template may be in the config of the tokenizer.
     ///
-    /// Errors: `Io`; `Malformed` for what is not UTF-8, or JSON where it has to be; `TooLarge` above 256 MiB, or 16 MiB for all
-    /// but the tokenizer.
+    /// Errors: `Io`; `Malformed` for what is not UTF-8, or JSON where it has to be; `TooLarge` above
+    /// [`MAX_TOKENIZER_BYTES`], or 16 MiB for all but the tokenizer.
     pub fn read(dir: &Path) -> Result<Self> {
         let text = |name: &str| read_text(&dir.join(name), MAX_TEXT);
         let tokenizer_config_json = text("tokenizer_config.json")?;
         let mut chat_template = text("chat_template.jinja")?;
         if let (None, Some(json)) = (&chat_template, &tokenizer_config_json) {
-            let config = parse_object(json, &dir.join("tokenizer_config.json"))?;
+            let at = |e: Error| e.at(dir.join("tokenizer_config.json"));
+            let config = json::fields("not JSON", json, &["chat_template"]).map_err(at)?;
             chat_template = default_template(&config)?.map(str::to_owned);
         }
         Ok(Self {
             config_json: text("config.json")?,
             generation_config_json: text("generation_config.json")?,
-            tokenizer_json: read_capped(&dir.join(TOKENIZER), MAX_BLOB)?,
+            tokenizer_json: read_capped(&dir.join(TOKENIZER), MAX_TOKENIZER_BYTES as u64)?,
             tokenizer_config_json,
             special_tokens_map_json: text("special_tokens_map.json")?,
             chat_template,
@@ -102,17 +100,39 @@ impl ModelFiles {
         let special = SpecialIds::from(&self.config()?);
         Tokenizer::from_json(json, self.tokenizer_config_json.as_deref(), special)
     }
+
+    /// Checks what a finished file is opened with: everything that the reader of a file to run would refuse. A model without
+    /// config is weights only; of its tokenizer the size is checked.
+    ///
+    /// Cost: loads the tokenizer. Errors: those of [`ModelFiles::config`] and [`Tokenizer::from_json`]; `TooLarge` for a
+    /// chat template above [`MAX_TEMPLATE_BYTES`]. One that is no template is a warning in the log: the model can do without.
+    pub fn check(&self) -> Result<()> {
+        let template = self.chat_template.as_deref();
+        if let Some(len) = template.map(str::len).filter(|&n| n > MAX_TEMPLATE_BYTES) {
+            let message =
+                format!("the chat template has {len} bytes, at most {MAX_TEMPLATE_BYTES}");
+            return Err(Error::new(ErrorKind::TooLarge, message));
+        }
+        match (&self.config_json, &self.tokenizer_json) {
+            (Some(_), Some(_)) => drop(self.tokenizer()?),
+            (Some(_), None) => drop(self.config()?),
+            (None, Some(json)) => tokenizer::check_bytes(json.len())?,
+            (None, None) => {}
+        }
+        if let Some(Err(e)) = template.map(|text| ChatTemplate::new(text, None, None)) {
+            log::warn!("no conversations with this model: its chat template cannot be read: {e}");
+        }
+        Ok(())
+    }
 }
 
-/// A JSON object. Errors (`Malformed`): `text`, which is that of `path`, is something else.
+/// A JSON object: `text`, which is that of `path`. Errors: those of [`json::value`]; `Malformed` if it is something else.
 pub fn parse_object(text: &str, path: &Path) -> Result<Value> {
-    let malformed = |m: String| Error::new(ErrorKind::Malformed, m).at(path);
-    let value: Value =
-        serde_json::from_str(text).map_err(|e| malformed(format!("not JSON: {e}")))?;
-    if !value.is_object() {
-        return Err(malformed("not a JSON object".to_owned()));
+    let value = json::value("not JSON", text).map_err(|e| e.at(path))?;
+    match value.is_object() {
+        true => Ok(value),
+        false => Err(Error::new(ErrorKind::Malformed, "not a JSON object").at(path)),
     }
-    Ok(value)
 }
 
 /// A UTF-8 file of at most `cap` bytes; `None` if there is none.
@@ -130,6 +150,25 @@ pub fn read_text(path: &Path, cap: u64) -> Result<Option<String>> {
 /// A whole file of at most `cap` bytes; `None` if there is none.
 fn read_capped(path: &Path, cap: u64) -> Result<Option<Vec<u8>>> {
     let io = |e| Error::io("cannot read", path, e);
+    let too_large = || Error::new(ErrorKind::TooLarge, format!("more than {cap} bytes")).at(path);
+    let Some((file, len)) = open_regular(path)? else {
+        return Ok(None);
+    };
+    if len > cap {
+        return Err(too_large());
+    }
+    let mut bytes = Vec::with_capacity(len as usize);
+    // It may grow meanwhile.
+    file.take(cap + 1).read_to_end(&mut bytes).map_err(io)?;
+    match bytes.len() as u64 > cap {
+        true => Err(too_large()),
+        false => Ok(Some(bytes)),
+    }
+}
+
+/// A regular file and its length; `None` if there is none. Errors: `Io`.
+fn open_regular(path: &Path) -> Result<Option<(File, u64)>> {
+    let io = |e| Error::io("cannot read", path, e);
     // Before it is opened: opening a pipe waits for its other end.
     let metadata = match std::fs::metadata(path) {
         Err(e) if e.kind() == IoKind::NotFound => return Ok(None),
@@ -139,10 +178,5 @@ fn read_capped(path: &Path, cap: u64) -> Result<Option<Vec<u8>>> {
         return Err(io(std::io::Error::other("not a regular file")));
     }
     let file = File::open(path).map_err(io)?;
-    let mut bytes = Vec::new();
-    file.take(cap + 1).read_to_end(&mut bytes).map_err(io)?;
-    if bytes.len() as u64 > cap {
-        return Err(Error::new(ErrorKind::TooLarge, format!("more than {cap} bytes")).at(path));
-    }
-    Ok(Some(bytes))
+    Ok(Some((file, metadata.len())))
 }

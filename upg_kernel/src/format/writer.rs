@@ -51,11 +51,23 @@ pub fn insert_figures(metadata: &mut BTreeMap<String, String>, file_bytes: u64, 
 
 /// Bytes that the header of a file needs at most: for these layers, other tensors of these names, and
 /// these texts as metadata (beside what [`FileWriter::finish`] adds).
+///
+/// Errors: `TooLarge` for more layers than a reader takes; those of the layers.
 pub fn header_capacity<'a>(
     layers: &[LayerInfo],
     other: impl Iterator<Item = &'a str>,
     metadata: &BTreeMap<String, String>,
 ) -> Result<usize> {
+    if layers.len() > rules::MOST_LAYERS {
+        let message = format!(
+            "{} compressed matrices, at most {}",
+            layers.len(),
+            rules::MOST_LAYERS
+        );
+        return Err(Error::new(ErrorKind::TooLarge, message)
+            .rule(rules::LAYERS)
+            .hint("keep some of them uncompressed"));
+    }
     let entry = |name: &str| 2 * escaped(name).len() + ENTRY_BYTES;
     let mut bytes = 2048 + escaped(metadata).len() + other.map(entry).sum::<usize>();
     for (index, layer) in layers.iter().enumerate() {

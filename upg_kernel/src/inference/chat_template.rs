@@ -15,7 +15,9 @@ use std::io::Write;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Value;
 use minijinja::{Environment, context};
+use serde_json::Map;
 
+use crate::format::json;
 use crate::inference::tokenizer::token_text;
 use crate::{Error, ErrorKind, Result};
 
@@ -82,7 +84,7 @@ pub struct ChatTemplate {
 ///
 /// # Errors
 /// `Malformed` when `chat_template` is neither.
-pub fn default_template(config: &serde_json::Value) -> Result<Option<&str>> {
+pub fn default_template(config: &Map<String, serde_json::Value>) -> Result<Option<&str>> {
     let source = match config.get("chat_template") {
         None | Some(serde_json::Value::Null) => return Ok(None),
         Some(serde_json::Value::Array(named)) => named
@@ -140,9 +142,8 @@ impl ChatTemplate {
     /// `Malformed` when it is no JSON, or `chat_template` is neither a text nor such a list; and
     /// as [`ChatTemplate::new`].
     pub fn from_tokenizer_config(config: &str) -> Result<Option<Self>> {
-        let config: serde_json::Value = serde_json::from_str(config).map_err(|e| {
-            Error::new(ErrorKind::Malformed, format!("tokenizer_config.json: {e}")).with_source(e)
-        })?;
+        let keys = ["chat_template", "bos_token", "eos_token"];
+        let config = json::fields("tokenizer_config.json", config, &keys)?;
         let Some(source) = default_template(&config)? else {
             return Ok(None);
         };

@@ -12,6 +12,7 @@ pub use family::{FAMILIES, Family};
 pub use rope::{RopeConfig, RopeScaling};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::json;
 use family::{BiasRule, WindowRule};
 use fields::Fields;
 use serde_json::{Map, Value};
@@ -83,7 +84,8 @@ impl ModelConfig {
     /// have to be there.
     ///
     /// Errors: `Malformed` (no JSON object), `Missing` (a size), `Invalid` (a value of the wrong
-    /// type, zero, or sizes that do not fit together), `TooLarge` (above a cap), `Unsupported`
+    /// type, zero, or sizes that do not fit together), `TooLarge` (above a cap of a size, or of
+    /// [`json::value`]), `Unsupported`
     /// (another family, or arithmetic that is not implemented).
     pub fn from_json(config_json: &str, generation_config: Option<&str>) -> Result<Self> {
         let config = parse_object("config.json", config_json)?;
@@ -203,13 +205,12 @@ impl ModelConfig {
 }
 
 fn parse_object(document: &str, text: &str) -> Result<Map<String, Value>> {
-    match serde_json::from_str(text) {
-        Ok(Value::Object(map)) => Ok(map),
-        Ok(_) => Err(Error::new(
+    match json::value(document, text)? {
+        Value::Object(map) => Ok(map),
+        _ => Err(Error::new(
             ErrorKind::Malformed,
             format!("{document}: not a JSON object"),
         )),
-        Err(e) => Err(Error::new(ErrorKind::Malformed, format!("{document}: {e}")).with_source(e)),
     }
 }
 

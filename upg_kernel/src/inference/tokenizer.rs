@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod allowed;
+mod file;
 mod stream;
 
 use std::collections::HashSet;
@@ -14,12 +15,14 @@ use std::sync::OnceLock;
 use serde_json::Value;
 
 use super::config::ModelConfig;
+use crate::format::json;
 use crate::{Error, ErrorKind, Result};
 
+pub use file::{
+    MAX_ADDED_BYTES, MAX_ADDED_TOKENS, MAX_MERGES, MAX_TOKENIZER_BYTES, MAX_TOKENS, check_bytes,
+    check_count,
+};
 pub use stream::DecodeStream;
-
-/// Largest `tokenizer.json` that is read, in bytes: the largest published ones have about 35 MB.
-pub const MAX_TOKENIZER_BYTES: usize = 256 << 20;
 
 /// Longest text that is encoded in one call, in bytes.
 pub const MAX_TEXT_BYTES: usize = 16 << 20;
@@ -81,11 +84,15 @@ impl Tokenizer {
     /// Of the configuration only `add_bos_token`, `add_eos_token`, `bos_token` and `eos_token` are
     /// used. As in transformers, the begin and end of a text are the tokens named there; the ids of
     /// `special`, which come from the model's configuration and may be others, stand in where it
-    /// names none. What ends a generated text are the ids of `special`, if there are any. Time and
-    /// memory are linear in the file.
+    /// names none. What ends a generated text are the ids of `special`, if there are any. Time is
+    /// linear in the file, memory at most 16 times the file and 4 MiB.
+    ///
+    /// `tokenizer_json` must not change meanwhile: of a mapped file pass a copy
+    /// ([`UpgFile::tokenizer_text`](crate::format::UpgFile::tokenizer_text)).
     ///
     /// # Errors
-    /// `TooLarge` above [`MAX_TOKENIZER_BYTES`]; `Malformed` when either text is no such JSON;
+    /// `TooLarge` above [`MAX_TOKENIZER_BYTES`], [`MAX_TOKENS`], [`MAX_MERGES`], [`MAX_ADDED_TOKENS`]
+    /// or [`MAX_ADDED_BYTES`]; `Malformed` when either text is no such JSON;
     /// `Invalid` when an id of `special` or of an added token is not in the vocabulary or not the
     /// token it is said to be.
     pub fn from_json(
@@ -93,27 +100,14 @@ impl Tokenizer {
         tokenizer_config: Option<&str>,
         special: SpecialIds,
     ) -> Result<Self> {
-        if tokenizer_json.len() > MAX_TOKENIZER_BYTES {
-            return Err(Error::new(
-                ErrorKind::TooLarge,
-                format!(
-                    "tokenizer.json has {} bytes, the cap is {MAX_TOKENIZER_BYTES}",
-                    tokenizer_json.len()
-                ),
-            ));
-        }
-        let parts: allowed::Parts = serde_json::from_slice(tokenizer_json).map_err(|e| {
-            Error::new(ErrorKind::Malformed, format!("tokenizer.json: {e}")).with_source(e)
-        })?;
-        parts.check()?;
-        let mut inner = contained(|| tokenizers::Tokenizer::from_bytes(tokenizer_json))?
-            .map_err(|e| wrapped(ErrorKind::Malformed, "tokenizer.json", e))?;
+        let mut parts = file::parse(tokenizer_json)?;
+        let mut inner = contained(|| parts.tokenizer())??;
         // Files saved after training carry these; a prompt must never be cut or filled up.
         inner.with_padding(None);
         inner
             .with_truncation(None)
             .map_err(|e| wrapped(ErrorKind::Invalid, "tokenizer.json", e))?;
-        check_added_tokens(&inner, &parts.added_tokens)?;
+        check_added_tokens(&inner, &parts.added_tokens.tokens)?;
 
         let config = Config::parse(tokenizer_config)?;
         let (special, eos_id) = config.complete(special, &inner)?;
@@ -292,9 +286,8 @@ impl Config {
         let Some(text) = text else {
             return Ok(Self::default());
         };
-        let value: Value = serde_json::from_str(text).map_err(|e| {
-            Error::new(ErrorKind::Malformed, format!("tokenizer_config.json: {e}")).with_source(e)
-        })?;
+        let keys = ["add_bos_token", "add_eos_token", "bos_token", "eos_token"];
+        let value = json::fields("tokenizer_config.json", text, &keys)?;
         Ok(Self {
             add_bos: value.get("add_bos_token").and_then(Value::as_bool),
             add_eos: value.get("add_eos_token").and_then(Value::as_bool),
@@ -343,7 +336,10 @@ pub(super) fn token_text(value: Option<&Value>) -> Option<String> {
 }
 
 /// The crate gives an added token the next free id, whatever the file says: never a wrong id.
-fn check_added_tokens(inner: &tokenizers::Tokenizer, added: &[allowed::AddedToken]) -> Result<()> {
+fn check_added_tokens(
+    inner: &tokenizers::Tokenizer,
+    added: &[file::AddedTokenWithId],
+) -> Result<()> {
     for token in added {
         let found = inner.token_to_id(&token.content);
         if found != Some(token.id) {

@@ -71,11 +71,10 @@ impl UPGModel {
         let config = ModelConfig::from_json(config_json, file.metadata("generation_config.json"))?;
         let special = SpecialIds::from(&config);
         let tokenizer = file
-            .tokenizer_json()
-            // A copy: a text that changes while it is parsed would be no text.
-            .map(<[u8]>::to_vec)
+            .tokenizer_text()?
             .map(|json| {
-                Tokenizer::from_json(&json, file.metadata("tokenizer_config.json"), special)
+                let tokenizer_config = file.metadata("tokenizer_config.json");
+                Tokenizer::from_json(json.as_bytes(), tokenizer_config, special)
             })
             .transpose()?;
         let model = Arc::new(Model::load(config, &*file)?);

@@ -80,7 +80,7 @@ impl Compression {
                     false => format!("{stem}.weight"),
                 };
                 let found = Bitmask::new(&parts, sparse, bytes).map_err(|e| e.tensor(&name))?;
-                let (shape, place) = (found.shape(), Place::Bitmask(found));
+                let (shape, place) = (found.shape(), Place::Bitmask(Box::new(found)));
                 gathered.push(Gathered { name, shape, place });
             }
         }
@@ -90,7 +90,7 @@ impl Compression {
                 let name = format!("{stem}.weight");
                 let found =
                     Packed::new(&parts, &self.schemes, bytes).map_err(|e| e.tensor(&name))?;
-                let (shape, place) = (found.shape(), Place::Packed(found));
+                let (shape, place) = (found.shape(), Place::Packed(Box::new(found)));
                 gathered.push(Gathered { name, shape, place });
             }
         }
@@ -187,6 +187,11 @@ impl Parts {
     /// The shape that the weight has, from the tensor `suffix`.
     fn weight_shape(&self, suffix: &'static str, bytes: Bytes<'_, '_>) -> Result<Vec<usize>> {
         let stored = self.of_type(suffix, &[Dtype::I64, Dtype::I32])?;
+        let sizes = stored.shape.iter().product::<usize>();
+        if sizes > 2 {
+            let message = format!("'{suffix}' has {sizes} values, expected one or two sizes");
+            return Err(Error::new(ErrorKind::Shape, message));
+        }
         let values = integers(stored, bytes)?;
         let shape: Option<Vec<usize>> = values.iter().map(|&n| n.try_into().ok()).collect();
         let fits = |shape: &Vec<usize>| {
@@ -194,8 +199,7 @@ impl Parts {
             matches!(shape.len(), 1 | 2) && weights.is_some_and(|n| n > 0)
         };
         shape.filter(fits).ok_or_else(|| {
-            let shown = &values[..values.len().min(8)];
-            let message = format!("'{suffix}' says {shown:?}, expected one or two sizes");
+            let message = format!("'{suffix}' says {values:?}, expected one or two sizes");
             Error::new(ErrorKind::Shape, message)
         })
     }

@@ -1,41 +1,162 @@
 //! The files of a model directory: which there are, how large they may be, what is wrong if one is not there.
 #![forbid(unsafe_code)]
 
-use serde_json::Value;
+use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
+use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::fmt;
 use std::path::{Path, PathBuf};
-use upg_kernel::format::texts::{MAX_BLOB, parse_object, read_text};
+use upg_kernel::format::container::MOST_TENSORS;
+use upg_kernel::format::json::error as json_error;
+use upg_kernel::format::texts::read_text;
 use upg_kernel::{Error, ErrorKind, Result};
 
 pub(super) const SINGLE: &str = "model.safetensors";
 pub(super) const INDEX: &str = "model.safetensors.index.json";
 
-/// Tensor name to shard file from the index; `None` if the weights are in one file.
-pub(super) fn read_index(dir: &Path) -> Result<Option<BTreeMap<String, String>>> {
+/// Largest index in bytes: that of a model with 90,000 tensors has 9 MB.
+const MAX_INDEX: u64 = 64 << 20;
+
+/// Longest name of a shard in bytes: no file system has longer ones.
+const MAX_SHARD_NAME: usize = 255;
+
+/// Which shard each tensor is in.
+#[derive(Debug, Default)]
+pub(super) struct Index {
+    /// The files of the shards, and their numbers.
+    pub shards: BTreeMap<String, u32>,
+    /// Tensors with the numbers of their shards.
+    pub tensors: BTreeMap<String, u32>,
+}
+
+impl Index {
+    /// The file of shard `number`.
+    pub fn shard(&self, number: u32) -> &str {
+        let found = self.shards.iter().find(|(_, found)| **found == number);
+        found.map_or("", |(name, _)| name)
+    }
+
+    fn add(&mut self, name: String, shard: &str) {
+        let number = match self.shards.get(shard) {
+            Some(&number) => number,
+            None => {
+                let number = self.shards.len() as u32;
+                self.shards.insert(shard.to_owned(), number);
+                number
+            }
+        };
+        self.tensors.insert(name, number);
+    }
+}
+
+/// Reads the index; `None` if the weights are in one file.
+///
+/// Memory: the text, and at most twice as much. Errors: `Malformed`; `TooLarge` for more tensors than a file may have.
+pub(super) fn read_index(dir: &Path) -> Result<Option<Index>> {
     if dir.join(SINGLE).exists() {
         return Ok(None);
     }
     let path = dir.join(INDEX);
-    let Some(text) = read_text(&path, MAX_BLOB)? else {
+    let Some(text) = read_text(&path, MAX_INDEX)? else {
         return Err(no_weights(dir));
     };
-    let index = parse_object(&text, &path)?;
-    let malformed = |message: String| Error::new(ErrorKind::Malformed, message).at(&path);
-    let map = index.get("weight_map").and_then(Value::as_object);
-    let map = map.ok_or_else(|| malformed("no object 'weight_map'".to_owned()))?;
-    let mut shards = BTreeMap::new();
-    for (name, shard) in map {
-        let shard = shard.as_str().unwrap_or_default();
-        // The index comes from a stranger: a name with a path in it could reach any file.
-        let plain = shard.ends_with(".safetensors") && !shard.contains(['/', '\\', ':', '\0']);
-        if !plain {
-            return Err(
-                malformed(format!("shard {shard:?} is not a plain .safetensors name")).tensor(name),
-            );
-        }
-        shards.insert(name.clone(), shard.to_owned());
+    let mut reader = IndexReader::default();
+    let mut json = serde_json::Deserializer::from_str(&text);
+    let read = reader.deserialize(&mut json).and_then(|()| json.end());
+    let refused = reader.refused.take();
+    read.map_err(|e| {
+        refused
+            .unwrap_or_else(|| json_error("not JSON", e))
+            .at(&path)
+    })?;
+    match reader.has_map {
+        true => Ok(Some(reader.index)),
+        false => Err(Error::new(ErrorKind::Malformed, "no object 'weight_map'").at(&path)),
     }
-    Ok(Some(shards))
+}
+
+/// Reads an index; `refused` is why it was given up.
+#[derive(Default)]
+struct IndexReader {
+    index: Index,
+    has_map: bool,
+    refused: Option<Error>,
+}
+
+impl IndexReader {
+    fn entry(&mut self, name: String, shard: &str) -> Result<()> {
+        // The index comes from a stranger: a name with a path in it could reach any file.
+        let is_plain = shard.ends_with(".safetensors") && !shard.contains(['/', '\\', ':', '\0']);
+        if !is_plain || shard.len() > MAX_SHARD_NAME {
+            let shown: String = shard.chars().take(MAX_SHARD_NAME).collect();
+            let message = format!("shard {shown:?} is not a plain .safetensors name");
+            return Err(Error::new(ErrorKind::Malformed, message).tensor(name));
+        }
+        if self.index.tensors.len() == MOST_TENSORS {
+            let message = format!("more than {MOST_TENSORS} tensors");
+            return Err(Error::new(ErrorKind::TooLarge, message));
+        }
+        self.index.add(name, shard);
+        Ok(())
+    }
+}
+
+impl<'de> DeserializeSeed<'de> for &mut IndexReader {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, from: D) -> Result<(), D::Error> {
+        from.deserialize_map(self)
+    }
+}
+
+impl<'de> Visitor<'de> for &mut IndexReader {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a JSON object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        while let Some(key) = map.next_key::<Cow<'_, str>>()? {
+            match &*key {
+                "weight_map" => {
+                    self.has_map = true;
+                    map.next_value_seed(WeightMap(&mut *self))?;
+                }
+                _ => drop(map.next_value::<IgnoredAny>()?),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The object `weight_map`.
+struct WeightMap<'a>(&'a mut IndexReader);
+
+impl<'de> DeserializeSeed<'de> for WeightMap<'_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, from: D) -> Result<(), D::Error> {
+        from.deserialize_map(self)
+    }
+}
+
+impl<'de> Visitor<'de> for WeightMap<'_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object 'weight_map' of texts")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        while let Some((name, shard)) = map.next_entry::<String, Cow<'_, str>>()? {
+            if let Err(e) = self.0.entry(name, &shard) {
+                self.0.refused = Some(e);
+                return Err(A::Error::custom("refused"));
+            }
+        }
+        Ok(())
+    }
 }
 
 /// The error for a directory without weights, by what is there instead.

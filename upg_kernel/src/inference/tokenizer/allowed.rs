@@ -5,9 +5,10 @@
 //! the supported families are made of are let through, with parameters that can do no harm.
 #![forbid(unsafe_code)]
 
+use super::file::{Added, Model, part};
+use crate::format::json;
 use crate::{Error, ErrorKind, Result};
 use serde::Deserialize;
-use serde::de::IgnoredAny;
 use serde_json::Value;
 
 /// How many times longer all replacements together may make a text.
@@ -58,36 +59,22 @@ const DECODERS: &[&str] = &[
     "Strip",
 ];
 
-/// The parts of a file, without its vocabulary.
+/// The parts of a file.
 #[derive(Deserialize)]
 pub(super) struct Parts {
     #[serde(default)]
-    normalizer: Value,
-    #[serde(default)]
-    pre_tokenizer: Value,
-    #[serde(default)]
-    post_processor: Value,
-    #[serde(default)]
+    pub(super) version: Option<String>,
+    #[serde(default, deserialize_with = "part")]
+    pub(super) normalizer: Value,
+    #[serde(default, deserialize_with = "part")]
+    pub(super) pre_tokenizer: Value,
+    #[serde(default, deserialize_with = "part")]
+    pub(super) post_processor: Value,
+    #[serde(default, deserialize_with = "part")]
     pub(super) decoder: Value,
-    model: Model,
+    pub(super) model: Model,
     #[serde(default)]
-    pub(super) added_tokens: Vec<AddedToken>,
-}
-
-#[derive(Deserialize)]
-struct Model {
-    #[serde(rename = "type")]
-    kind: Option<String>,
-    merges: Option<IgnoredAny>,
-    dropout: Option<f64>,
-    continuing_subword_prefix: Option<String>,
-    end_of_word_suffix: Option<String>,
-}
-
-#[derive(Deserialize)]
-pub(super) struct AddedToken {
-    pub(super) id: u32,
-    pub(super) content: String,
+    pub(super) added_tokens: Added,
 }
 
 impl Parts {
@@ -97,7 +84,7 @@ impl Parts {
         // Old files do not name the kind of model.
         let is_bpe = match &model.kind {
             Some(kind) => kind == "BPE",
-            None => model.merges.is_some(),
+            None => model.merges.is_there(),
         };
         if !is_bpe {
             let kind = model.kind.as_deref().unwrap_or("without a type");
@@ -177,6 +164,6 @@ fn check(part: &Value, what: &str, known: &[&str], depth: usize, growth: &mut us
 fn unsupported(message: String) -> Error {
     Error::new(
         ErrorKind::Unsupported,
-        format!("tokenizer.json: {message} is not supported"),
+        format!("tokenizer.json: {} is not supported", json::cut(&message)),
     )
 }

@@ -133,13 +133,14 @@ impl Rows<'_> {
     pub(in crate::source::hf) fn read(&self, row: usize, out: &mut [u8]) -> Result<()> {
         let mask_bytes = self.cols.div_ceil(8);
         let mask = self.bitmask.get(row * mask_bytes..(row + 1) * mask_bytes);
-        let mask = mask.unwrap_or_default();
+        // Copied: bits that are counted and then read again from a mapped file could be others.
+        let mask = mask.unwrap_or_default().to_vec();
         let used = self.cols % 8;
         if used != 0 && mask.last().is_some_and(|last| last >> used != 0) {
             let message = format!("row {row} has bits past column {}", self.cols);
             return Err(Error::new(ErrorKind::Invalid, message));
         }
-        let mut values = self.values_of(row, mask)?;
+        let mut values = self.values_of(row, &mask)?;
         for (byte, out) in mask.iter().zip(out.chunks_mut(8 * self.value_bytes)) {
             let mut bits = *byte;
             while bits != 0 {

@@ -1,0 +1,200 @@
+//! JSON texts of files, read within bounds: caps before memory is taken, and errors of one short line.
+#![forbid(unsafe_code)]
+
+use crate::error::{Error, ErrorKind, Result};
+use serde::de::{
+    DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor,
+};
+use serde_json::{Map, Value};
+use std::fmt;
+
+/// Most values (objects, lists, texts, numbers) of a text that is kept as a tree, where each takes up to 250 bytes.
+///
+/// The largest published `config.json`, with lists of what is not quantized, have some thousands.
+pub const MAX_VALUES: usize = 1 << 17;
+
+/// Bytes of the message of a JSON error that are shown: it may quote a text of the file.
+const MAX_MESSAGE: usize = 200;
+
+/// Parses `text`, which is that of `document`.
+///
+/// Time is linear in the text. Memory: the texts in it, and 250 bytes for each value. Errors: `Malformed` for
+/// what is no JSON; `TooLarge` for more than [`MAX_VALUES`] values.
+pub fn value(document: &str, text: &str) -> Result<Value> {
+    let mut left = MAX_VALUES;
+    parse(text, Tree(&mut left)).map_err(|e| refused(document, e, left))
+}
+
+/// The values of `keys` in the object that `text` is; other keys are passed over, and take no memory.
+///
+/// Cost as for [`value`]. Errors: as those of [`value`], for the values of these keys; `Malformed` for what is no object.
+pub fn fields(document: &str, text: &str, keys: &[&str]) -> Result<Map<String, Value>> {
+    let mut left = MAX_VALUES;
+    let picked = Picked {
+        keys,
+        left: &mut left,
+    };
+    parse(text, picked).map_err(|e| refused(document, e, left))
+}
+
+/// The error (`Malformed`) of a JSON text, cut to a line that can be shown.
+pub fn error(document: &str, e: serde_json::Error) -> Error {
+    Error::new(ErrorKind::Malformed, message(document, &e)).with_source(e)
+}
+
+pub(crate) fn message(document: &str, e: &serde_json::Error) -> String {
+    format!("{document}: {}", cut(&e.to_string()))
+}
+
+/// The beginning of a text of a file, for a message.
+pub(crate) fn cut(text: &str) -> String {
+    let end = text.floor_char_boundary(MAX_MESSAGE);
+    match end < text.len() {
+        true => format!("{} ..", &text[..end]),
+        false => text.to_owned(),
+    }
+}
+
+/// The error of a text whose [`Tree`] had so many values left.
+pub(crate) fn refused(document: &str, e: serde_json::Error, left: usize) -> Error {
+    match left {
+        0 => {
+            let message = format!("{document}: more than {MAX_VALUES} values");
+            Error::new(ErrorKind::TooLarge, message)
+        }
+        _ => error(document, e),
+    }
+}
+
+/// Reads all of `text` as `seed` says.
+pub(crate) fn parse<'a, S: DeserializeSeed<'a>>(
+    text: &'a str,
+    seed: S,
+) -> serde_json::Result<S::Value> {
+    let mut json = serde_json::Deserializer::from_str(text);
+    let found = seed.deserialize(&mut json)?;
+    json.end().map(|()| found)
+}
+
+/// An object of which some keys are kept.
+struct Picked<'a> {
+    keys: &'a [&'a str],
+    left: &'a mut usize,
+}
+
+impl<'de> DeserializeSeed<'de> for Picked<'_> {
+    type Value = Map<String, Value>;
+
+    fn deserialize<D: Deserializer<'de>>(self, from: D) -> Result<Self::Value, D::Error> {
+        from.deserialize_map(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Picked<'_> {
+    type Value = Map<String, Value>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a JSON object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        let mut found = Map::new();
+        while let Some(key) = map.next_key_seed(OneOf(self.keys))? {
+            match key {
+                Some(key) => {
+                    let value = map.next_value_seed(Tree(&mut *self.left))?;
+                    found.insert(key.to_owned(), value);
+                }
+                None => drop(map.next_value::<IgnoredAny>()?),
+            }
+        }
+        Ok(found)
+    }
+}
+
+/// A text that is one of these, or any other one; none of them is kept.
+pub(crate) struct OneOf<'a>(pub &'a [&'a str]);
+
+impl<'de, 'a> DeserializeSeed<'de> for OneOf<'a> {
+    type Value = Option<&'a str>;
+
+    fn deserialize<D: Deserializer<'de>>(self, from: D) -> Result<Self::Value, D::Error> {
+        from.deserialize_str(self)
+    }
+}
+
+impl<'a> Visitor<'_> for OneOf<'a> {
+    type Value = Option<&'a str>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a text")
+    }
+
+    fn visit_str<E>(self, text: &str) -> Result<Self::Value, E> {
+        Ok(self.0.iter().copied().find(|known| *known == text))
+    }
+}
+
+/// A tree of values, counted down from this number while it grows. At 0 it is an error.
+pub(crate) struct Tree<'a>(pub &'a mut usize);
+
+impl<'de> DeserializeSeed<'de> for Tree<'_> {
+    type Value = Value;
+
+    fn deserialize<D: Deserializer<'de>>(self, from: D) -> Result<Value, D::Error> {
+        *self.0 -= 1;
+        if *self.0 == 0 {
+            return Err(D::Error::custom("too many values"));
+        }
+        from.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Tree<'_> {
+    type Value = Value;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("JSON")
+    }
+
+    fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_i64<E>(self, value: i64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_u64<E>(self, value: u64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_f64<E>(self, value: f64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_str<E>(self, text: &str) -> Result<Value, E> {
+        Ok(text.into())
+    }
+
+    fn visit_unit<E>(self) -> Result<Value, E> {
+        Ok(Value::Null)
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Value, A::Error> {
+        let mut found = Vec::new();
+        while let Some(value) = list.next_element_seed(Tree(&mut *self.0))? {
+            found.push(value);
+        }
+        Ok(found.into())
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Value, A::Error> {
+        let mut found = Map::new();
+        while let Some(key) = map.next_key::<String>()? {
+            let value = map.next_value_seed(Tree(&mut *self.0))?;
+            found.insert(key, value);
+        }
+        Ok(found.into())
+    }
+}

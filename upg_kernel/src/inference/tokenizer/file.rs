@@ -1,0 +1,397 @@
+//! Reads a `tokenizer.json` within its budget, and makes a tokenizer of it.
+//!
+//! The `tokenizers` crate reads a model into three trees of values, one after the other, which take 15 to 30 times the
+//! text. Here tokens and merges go straight into the lists that the crate makes its model of; lists above their caps are
+//! counted to the end and not kept. Memory: at most 16 times the file, and 4 MiB.
+#![forbid(unsafe_code)]
+
+use super::allowed::Parts;
+use super::wrapped;
+use crate::format::json;
+use crate::{Error, ErrorKind, Result};
+use serde::Deserialize;
+use serde::de::{
+    DeserializeOwned, DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess,
+};
+use serde::de::{SeqAccess, Visitor};
+use serde_json::Value;
+use std::fmt;
+use tokenizers::models::bpe::{BPE, Merges, Vocab};
+use tokenizers::{
+    AddedToken, DecoderWrapper, ModelWrapper, NormalizerWrapper, PostProcessorWrapper,
+    PreTokenizerWrapper, TokenizerBuilder,
+};
+
+/// Largest `tokenizer.json` that is read or stored, in bytes: the largest published one, of Gemma, has 35 MB.
+pub const MAX_TOKENIZER_BYTES: usize = 64 << 20;
+
+/// Most tokens of a vocabulary: the largest published ones have 262,144.
+pub const MAX_TOKENS: usize = 1 << 19;
+
+/// Most merges: Gemma has 580,604.
+pub const MAX_MERGES: usize = 1 << 20;
+
+/// Most added tokens: models that speak have one for each of 65,536 sounds.
+pub const MAX_ADDED_TOKENS: usize = 1 << 17;
+
+/// Bytes of all added tokens, which become a table of 16 bytes for each of theirs.
+pub const MAX_ADDED_BYTES: usize = 2 << 20;
+
+/// Values in a part that is neither vocabulary nor added tokens; real ones have less than 300.
+const MAX_PART_VALUES: usize = 1 << 14;
+
+/// The version of all files.
+const VERSION: &str = "1.0";
+
+/// Errors (`TooLarge`): a `tokenizer.json` of `bytes` bytes is above [`MAX_TOKENIZER_BYTES`].
+pub fn check_bytes(bytes: usize) -> Result<()> {
+    check_count("bytes", bytes, MAX_TOKENIZER_BYTES)
+}
+
+/// Errors (`TooLarge`): a file has more than `most` of `what`.
+pub fn check_count(what: &str, found: usize, most: usize) -> Result<()> {
+    match found <= most {
+        true => Ok(()),
+        false => Err(Error::new(
+            ErrorKind::TooLarge,
+            format!("tokenizer.json has {found} {what}, at most {most}"),
+        )),
+    }
+}
+
+/// Parses and checks the text of a `tokenizer.json`.
+///
+/// Errors: `TooLarge` above a cap; `Malformed`; those of [`Parts::check`].
+pub(super) fn parse(tokenizer_json: &[u8]) -> Result<Parts> {
+    check_bytes(tokenizer_json.len())?;
+    let parts: Parts =
+        serde_json::from_slice(tokenizer_json).map_err(|e| json::error("tokenizer.json", e))?;
+    let (model, added) = (&parts.model, &parts.added_tokens);
+    check_count("tokens", model.vocab.found, MAX_TOKENS)?;
+    check_count("merges", model.merges.found, MAX_MERGES)?;
+    check_count("added tokens", added.found, MAX_ADDED_TOKENS)?;
+    check_count("bytes of added tokens", added.bytes, MAX_ADDED_BYTES)?;
+    if parts
+        .version
+        .as_deref()
+        .is_some_and(|version| version != VERSION)
+    {
+        let message = format!("tokenizer.json: version, expected {VERSION}");
+        return Err(Error::new(ErrorKind::Malformed, message));
+    }
+    parts.check()?;
+    Ok(parts)
+}
+
+impl Parts {
+    /// The tokenizer of these parts; takes the vocabulary out of them.
+    ///
+    /// Errors: `Malformed` for a part that the crate does not take; `Invalid` for merges of or into something that is no token.
+    pub(super) fn tokenizer(&mut self) -> Result<tokenizers::Tokenizer> {
+        let malformed = |e| wrapped(ErrorKind::Malformed, "tokenizer.json", e);
+        let model = self.model.build()?;
+        let builder = TokenizerBuilder::<
+            ModelWrapper,
+            NormalizerWrapper,
+            PreTokenizerWrapper,
+            PostProcessorWrapper,
+            DecoderWrapper,
+        >::new();
+        let built = builder
+            .with_model(model.into())
+            .with_normalizer(read(&self.normalizer)?)
+            .with_pre_tokenizer(read(&self.pre_tokenizer)?)
+            .with_post_processor(read(&self.post_processor)?)
+            .with_decoder(read(&self.decoder)?);
+        let mut tokenizer: tokenizers::Tokenizer = built.build().map_err(malformed)?.into();
+        let added = self
+            .added_tokens
+            .tokens
+            .iter()
+            .map(AddedTokenWithId::to_added);
+        tokenizer.add_tokens(added).map_err(malformed)?;
+        Ok(tokenizer)
+    }
+}
+
+/// A part as the crate has it.
+fn read<T: DeserializeOwned>(part: &Value) -> Result<Option<T>> {
+    serde_json::from_str(&part.to_string()).map_err(|e| json::error("tokenizer.json", e))
+}
+
+/// Reads a part that is checked later.
+pub(super) fn part<'de, D: Deserializer<'de>>(from: D) -> Result<Value, D::Error> {
+    let mut left = MAX_PART_VALUES;
+    json::Tree(&mut left).deserialize(from)
+}
+
+/// The model, with what its kind says of how texts are cut into tokens.
+#[derive(Deserialize)]
+pub(super) struct Model {
+    #[serde(rename = "type")]
+    pub(super) kind: Option<String>,
+    pub(super) dropout: Option<f64>,
+    pub(super) continuing_subword_prefix: Option<String>,
+    pub(super) end_of_word_suffix: Option<String>,
+    unk_token: Option<String>,
+    fuse_unk: Option<bool>,
+    byte_fallback: Option<bool>,
+    ignore_merges: Option<bool>,
+    #[serde(default)]
+    vocab: Tokens,
+    #[serde(default)]
+    pub(super) merges: Pairs,
+}
+
+impl Model {
+    fn build(&mut self) -> Result<BPE> {
+        let (Some(vocab), Some(merges)) = (self.vocab.ids.take(), self.merges.pairs.take()) else {
+            let message = "tokenizer.json: the model has no vocab or no merges";
+            return Err(Error::new(ErrorKind::Malformed, message));
+        };
+        // The crate takes for granted that no merge is longer than all tokens.
+        let longest = vocab.keys().map(String::len).max().unwrap_or(0);
+        let merged = merges.iter().map(|(left, right)| left.len() + right.len());
+        if let Some(rank) = merged.into_iter().position(|len| len > longest) {
+            let message = format!("tokenizer.json: merge {rank} makes no token");
+            return Err(Error::new(ErrorKind::Malformed, message));
+        }
+        let mut builder = BPE::builder()
+            .vocab_and_merges(vocab, merges)
+            .fuse_unk(self.fuse_unk.unwrap_or(false))
+            .byte_fallback(self.byte_fallback.unwrap_or(false))
+            .ignore_merges(self.ignore_merges.unwrap_or(false));
+        if let Some(unk) = self.unk_token.take() {
+            builder = builder.unk_token(unk);
+        }
+        let built = builder.build();
+        built.map_err(|e| wrapped(ErrorKind::Malformed, "tokenizer.json", e))
+    }
+}
+
+/// A vocabulary: the ids of tokens.
+#[derive(Default)]
+struct Tokens {
+    /// How many the file lists; `ids` ends at the cap.
+    found: usize,
+    /// `None` for what is no object.
+    ids: Option<Vocab>,
+}
+
+impl<'de> Deserialize<'de> for Tokens {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        from.deserialize_any(TokensVisitor)
+    }
+}
+
+struct TokensVisitor;
+
+impl<'de> Visitor<'de> for TokensVisitor {
+    type Value = Tokens;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a vocabulary")
+    }
+
+    fn visit_unit<E>(self) -> Result<Tokens, E> {
+        Ok(Tokens::default())
+    }
+
+    /// The vocabulary of another kind of model, which is refused later.
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Tokens, A::Error> {
+        while list.next_element::<IgnoredAny>()?.is_some() {}
+        Ok(Tokens::default())
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Tokens, A::Error> {
+        let (mut found, mut ids) = (0, Vocab::default());
+        while found < MAX_TOKENS {
+            let Some((token, id)) = map.next_entry()? else {
+                break;
+            };
+            ids.insert(token, id);
+            found += 1;
+        }
+        while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {
+            found += 1;
+        }
+        let ids = Some(ids);
+        Ok(Tokens { found, ids })
+    }
+}
+
+/// The merges, the first ones first.
+#[derive(Default)]
+pub(super) struct Pairs {
+    /// How many the file lists; `pairs` ends at the cap.
+    found: usize,
+    /// `None` if there is no list.
+    pairs: Option<Merges>,
+}
+
+impl Pairs {
+    /// Whether the file has a list of them.
+    pub(super) fn is_there(&self) -> bool {
+        self.pairs.is_some()
+    }
+}
+
+impl<'de> Deserialize<'de> for Pairs {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        from.deserialize_any(PairsVisitor)
+    }
+}
+
+struct PairsVisitor;
+
+impl<'de> Visitor<'de> for PairsVisitor {
+    type Value = Pairs;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a list of merges")
+    }
+
+    fn visit_unit<E>(self) -> Result<Pairs, E> {
+        Ok(Pairs::default())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Pairs, A::Error> {
+        let (mut found, mut pairs) = (0, Merges::new());
+        let mut form = None;
+        while found < MAX_MERGES {
+            let Some(merge) = list.next_element()? else {
+                break;
+            };
+            found += 1;
+            let (this, pair) = match merge {
+                // Old files begin with a line of this kind.
+                Merge::Text(None) => continue,
+                Merge::Text(Some(pair)) => (Form::Text, pair),
+                Merge::List(pair) => (Form::List, pair),
+            };
+            if *form.get_or_insert(this) != this {
+                return Err(A::Error::custom("merges of two forms"));
+            }
+            pairs.push(pair);
+        }
+        while list.next_element::<IgnoredAny>()?.is_some() {
+            found += 1;
+        }
+        let pairs = Some(pairs);
+        Ok(Pairs { found, pairs })
+    }
+}
+
+/// How merges are written down.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Form {
+    Text,
+    List,
+}
+
+/// `"left right"` or `["left", "right"]`.
+enum Merge {
+    Text(Option<(String, String)>),
+    List((String, String)),
+}
+
+impl<'de> Deserialize<'de> for Merge {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        from.deserialize_any(MergeVisitor)
+    }
+}
+
+struct MergeVisitor;
+
+impl<'de> Visitor<'de> for MergeVisitor {
+    type Value = Merge;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("two tokens")
+    }
+
+    fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<Merge, E> {
+        if text.starts_with("#version") {
+            return Ok(Merge::Text(None));
+        }
+        let pair = text
+            .split_once(' ')
+            .filter(|(_, right)| !right.contains(' '));
+        let (left, right) = pair.ok_or_else(|| E::custom("a merge that is not two tokens"))?;
+        Ok(Merge::Text(Some((left.to_owned(), right.to_owned()))))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Merge, A::Error> {
+        let pair = (list.next_element()?, list.next_element()?);
+        match (pair, list.next_element::<IgnoredAny>()?) {
+            ((Some(left), Some(right)), None) => Ok(Merge::List((left, right))),
+            _ => Err(A::Error::custom("a merge that is not two tokens")),
+        }
+    }
+}
+
+/// The added tokens.
+#[derive(Default)]
+pub(super) struct Added {
+    /// How many the file lists, and their bytes; `tokens` ends at the caps.
+    found: usize,
+    bytes: usize,
+    pub(super) tokens: Vec<AddedTokenWithId>,
+}
+
+/// An added token; all of its fields have to be there.
+#[derive(Deserialize)]
+pub(super) struct AddedTokenWithId {
+    pub(super) id: u32,
+    pub(super) content: String,
+    single_word: bool,
+    lstrip: bool,
+    rstrip: bool,
+    normalized: bool,
+    special: bool,
+}
+
+impl AddedTokenWithId {
+    fn to_added(&self) -> AddedToken {
+        AddedToken {
+            content: self.content.clone(),
+            single_word: self.single_word,
+            lstrip: self.lstrip,
+            rstrip: self.rstrip,
+            normalized: self.normalized,
+            special: self.special,
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Added {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        from.deserialize_seq(AddedVisitor)
+    }
+}
+
+struct AddedVisitor;
+
+impl<'de> Visitor<'de> for AddedVisitor {
+    type Value = Added;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a list of added tokens")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Added, A::Error> {
+        let mut added = Added::default();
+        while added.found < MAX_ADDED_TOKENS && added.bytes <= MAX_ADDED_BYTES {
+            let Some(token) = list.next_element::<AddedTokenWithId>()? else {
+                break;
+            };
+            added.found += 1;
+            added.bytes = added.bytes.saturating_add(token.content.len());
+            added.tokens.push(token);
+        }
+        while list.next_element::<IgnoredAny>()?.is_some() {
+            added.found += 1;
+        }
+        Ok(added)
+    }
+}

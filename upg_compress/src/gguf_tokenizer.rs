@@ -8,19 +8,17 @@
 #![forbid(unsafe_code)]
 
 mod bytelevel;
+mod file;
 mod sentencepiece;
 
 use std::collections::HashMap;
 
 use serde_json::{Map, Value, json};
-use upg_kernel::inference::tokenizer::SpecialIds;
+use upg_kernel::inference::tokenizer::{MAX_MERGES, MAX_TOKENS, SpecialIds, check_count};
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// Largest number of tokens (Gemma has 262,144) and of merges.
-const MAX_ENTRIES: usize = 1 << 22;
-
-/// Longest token in bytes. Splitting a token into all pairs of parts is quadratic in it.
-const MAX_TOKEN_BYTES: usize = 4096;
+/// Longest token in bytes; real ones have up to 512.
+pub(crate) const MAX_TOKEN_BYTES: usize = 4096;
 
 /// Control tokens that end a text or a turn whatever `eos_token_id` says (as in llama.cpp, where
 /// chat models often name the end of the document there and mean the end of the turn).
@@ -116,8 +114,8 @@ struct Vocab<'a> {
 }
 
 impl GgufVocab {
-    /// Builds the files. Ids are the indices of `tokens`; time and memory are linear in the
-    /// vocabulary.
+    /// Builds the files. Ids are the indices of `tokens`. Time and memory are linear in the
+    /// vocabulary, with up to 64 MiB more for the merges that a vocabulary of sentencepiece implies.
     ///
     /// Splitting expressions are those of the models' own `tokenizer.json`, which llama.cpp
     /// quotes beside its own approximations: they give the same ids but for a few characters
@@ -125,7 +123,7 @@ impl GgufVocab {
     ///
     /// # Errors
     /// `Unsupported` for another `model` or `pre`; `Missing` for absent tokens, scores, merges or
-    /// `pre`; `TooLarge` above the caps (4 million entries, 4096 bytes a token); `Invalid` for a
+    /// `pre`; `TooLarge` above the caps of a `tokenizer.json` and 4096 bytes a token; `Invalid` for a
     /// token that stands twice, an id out of range, an unknown token type, a score that is no
     /// number, a merge of or into an unknown token, lists of different lengths.
     pub fn to_tokenizer_files(&self) -> Result<TokenizerFiles> {
@@ -150,7 +148,7 @@ impl GgufVocab {
         };
         let special = vocab.special_ids();
         Ok(TokenizerFiles {
-            tokenizer_json: vocab.tokenizer_json(parts)?,
+            tokenizer_json: file::text(&vocab, &parts)?,
             tokenizer_config_json: vocab.tokenizer_config(),
             special,
             chat_template: self.chat_template.clone(),
@@ -167,14 +165,8 @@ impl<'a> Vocab<'a> {
                 "tokenizer.ggml.tokens is missing or empty",
             ));
         }
-        for (name, found) in [("tokens", n), ("merges", raw.merges.len())] {
-            if found > MAX_ENTRIES {
-                return Err(Error::new(
-                    ErrorKind::TooLarge,
-                    format!("tokenizer.ggml.{name} has {found} entries, the cap is {MAX_ENTRIES}"),
-                ));
-            }
-        }
+        check_count("tokens", n, MAX_TOKENS)?;
+        check_count("merges", raw.merges.len(), MAX_MERGES)?;
         for (name, found) in [
             ("scores", raw.scores.len()),
             ("token_type", raw.token_types.len()),
@@ -265,23 +257,6 @@ impl<'a> Vocab<'a> {
         SpecialIds { bos: self.bos, eos }
     }
 
-    fn added_tokens(&self) -> Vec<Value> {
-        self.iter()
-            .filter(|(_, token, _)| !token.is_empty())
-            .filter_map(|(id, content, kind)| {
-                let special = match kind {
-                    TokenType::Control | TokenType::Unknown => true,
-                    TokenType::UserDefined => false,
-                    TokenType::Normal | TokenType::Unused | TokenType::Byte => return None,
-                };
-                Some(json!({
-                    "id": id, "content": content, "single_word": false, "lstrip": false,
-                    "rstrip": false, "normalized": false, "special": special,
-                }))
-            })
-            .collect()
-    }
-
     /// Puts begin and end of sequence around a text, as the model wants them.
     fn post_processor(&self) -> Value {
         let around = |wanted: bool, id: Option<u32>| {
@@ -319,39 +294,6 @@ impl<'a> Vocab<'a> {
         let single = template("A", 0);
         let pair = [single.clone(), template("B", 1)].concat();
         json!({"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": table})
-    }
-
-    fn tokenizer_json(&self, parts: Parts) -> Result<Vec<u8>> {
-        let mut model = parts.model;
-        let vocab: Map<String, Value> = self
-            .iter()
-            .map(|(id, token, _)| (token.to_owned(), json!(id)))
-            .collect();
-        let merges: Vec<Value> = parts
-            .merges
-            .iter()
-            .map(|&(l, r)| json!([self.token(Some(l)), self.token(Some(r))]))
-            .collect();
-        model.insert("vocab".to_owned(), Value::Object(vocab));
-        model.insert("merges".to_owned(), Value::Array(merges));
-        let file = json!({
-            "version": "1.0",
-            "truncation": null,
-            "padding": null,
-            "added_tokens": self.added_tokens(),
-            "normalizer": parts.normalizer,
-            "pre_tokenizer": parts.pre_tokenizer,
-            "post_processor": self.post_processor(),
-            "decoder": parts.decoder,
-            "model": model,
-        });
-        serde_json::to_vec(&file).map_err(|e| {
-            Error::new(
-                ErrorKind::Invalid,
-                format!("cannot write tokenizer.json: {e}"),
-            )
-            .with_source(e)
-        })
     }
 
     fn tokenizer_config(&self) -> String {

@@ -3,11 +3,18 @@
 #![forbid(unsafe_code)]
 
 use serde_json::{Map, Value, json};
+use std::cmp::Ordering;
 use upg_kernel::{Error, ErrorKind, Result};
 
-use super::{MAX_ENTRIES, Parts, TokenType, Vocab, invalid};
+use super::{MAX_MERGES, Parts, TokenType, Vocab, invalid};
 
 const SPACE: &str = "▁";
+
+/// Bytes that the implied merges may take in `tokenizer.json`: those of Gemma take 11 MB.
+const MAX_MERGE_BYTES: usize = 32 << 20;
+
+/// Bytes around the two tokens of a merge there.
+const AROUND_MERGE: usize = r#"["",""],"#.len();
 
 pub(super) fn parts(vocab: &Vocab<'_>) -> Result<Parts> {
     let prefix = vocab.raw.add_space_prefix.unwrap_or(true);
@@ -68,59 +75,125 @@ fn decoder(prefix: bool) -> Value {
 /// matters where one token can be made in two ways that overlap.
 ///
 /// Control, unknown and byte tokens are not made by merging: text must not turn into them.
+///
+/// Time is that of sorting the vocabulary, and linear in its bytes and in the merges. Memory: 33 bytes for each merge.
 fn merges(vocab: &Vocab<'_>) -> Result<Vec<(u32, u32)>> {
-    if vocab.raw.scores.is_empty() {
+    let scores = &vocab.raw.scores;
+    if scores.is_empty() {
         return Err(Error::new(
             ErrorKind::Missing,
             "tokenizer.ggml.scores is missing or empty",
         ));
     }
-    let mergeable = |kind| {
-        matches!(
-            kind,
-            TokenType::Normal | TokenType::UserDefined | TokenType::Unused
-        )
-    };
-    let part = |text: &str| {
-        let id = *vocab.ids.get(text)?;
-        vocab
-            .types
-            .get(id as usize)
-            .copied()
-            .filter(|&kind| mergeable(kind))
-            .map(|_| id)
-    };
-    let mut found = Vec::new();
-    for ((id, token, kind), &score) in vocab.iter().zip(&vocab.raw.scores) {
-        if score.is_nan() {
-            return Err(invalid(format!("the score of token {id} is not a number")));
-        }
-        if !mergeable(kind) {
-            continue;
-        }
-        let start = found.len();
-        for (at, _) in token.char_indices().skip(1) {
-            let (left, right) = token.split_at(at);
-            if let (Some(l), Some(r)) = (part(left), part(right)) {
-                found.push((
-                    score + 0.0,
-                    left.chars().count(),
-                    right.chars().count(),
-                    l,
-                    r,
-                ));
+    if let Some(id) = scores.iter().position(|score| score.is_nan()) {
+        return Err(invalid(format!("the score of token {id} is not a number")));
+    }
+    let (starts, ends) = (Parents::of_starts(vocab), Parents::of_ends(vocab));
+    let chars: Vec<u32> = vocab
+        .iter()
+        .map(|(_, token, _)| token.chars().count() as u32)
+        .collect();
+    let len = |id: u32| vocab.raw.tokens[id as usize].len();
+    let (mut found, mut bytes, mut right) = (Vec::new(), 0, Vec::new());
+    for ((id, token, _), &score) in vocab.iter().zip(scores) {
+        // From the longest to the shortest; the left parts below so too, and their right parts the other way round.
+        right.clear();
+        right.extend(ends.chain(id));
+        for l in starts.chain(id) {
+            let rest = token.len() - len(l);
+            while right.last().is_some_and(|&r| len(r) < rest) {
+                right.pop();
             }
-        }
-        if let Some(new) = found.get_mut(start..) {
-            new.sort_by_key(|&(_, _, _, l, r)| (l, r));
-        }
-        if found.len() > MAX_ENTRIES {
-            return Err(Error::new(
-                ErrorKind::TooLarge,
-                format!("the vocabulary implies more than {MAX_ENTRIES} merges"),
-            ));
+            let Some(&r) = right.last().filter(|&&r| len(r) == rest) else {
+                continue;
+            };
+            bytes += token.len() + AROUND_MERGE;
+            check_merges(found.len() + 1, bytes)?;
+            found.push(Implied {
+                score: score + 0.0,
+                chars: (chars[l as usize], chars[r as usize]),
+                token: id,
+                parts: (l, r),
+            });
         }
     }
-    found.sort_by(|a, b| b.0.total_cmp(&a.0).then(b.1.cmp(&a.1)).then(b.2.cmp(&a.2)));
-    Ok(found.into_iter().map(|(_, _, _, l, r)| (l, r)).collect())
+    let order = |a: &Implied, b: &Implied| {
+        let by_score = b.score.total_cmp(&a.score).then(b.chars.cmp(&a.chars));
+        by_score.then((a.token, a.parts).cmp(&(b.token, b.parts)))
+    };
+    found.sort_unstable_by(order);
+    Ok(found.into_iter().map(|merge| merge.parts).collect())
+}
+
+/// Errors (`TooLarge`): more merges than `tokenizer.json` may have, or more bytes of them.
+fn check_merges(count: usize, bytes: usize) -> Result<()> {
+    if count <= MAX_MERGES && bytes <= MAX_MERGE_BYTES {
+        return Ok(());
+    }
+    let message = format!(
+        "the vocabulary implies more than {MAX_MERGES} merges, or {MAX_MERGE_BYTES} bytes of them"
+    );
+    Err(Error::new(ErrorKind::TooLarge, message)
+        .hint("compress from the Hugging Face directory, which has a tokenizer.json"))
+}
+
+/// A way to make a token of two others.
+struct Implied {
+    score: f32,
+    /// Of the left and the right part.
+    chars: (u32, u32),
+    token: u32,
+    parts: (u32, u32),
+}
+
+/// For each token the longest other one that it starts with, or ends with, among those that are made by merging.
+struct Parents(Vec<Option<u32>>);
+
+impl Parents {
+    fn of_starts(vocab: &Vocab<'_>) -> Self {
+        Self::new(
+            vocab,
+            |a, b| a.cmp(b),
+            |token, start| token.starts_with(start),
+        )
+    }
+
+    fn of_ends(vocab: &Vocab<'_>) -> Self {
+        let reversed = |a: &str, b: &str| a.bytes().rev().cmp(b.bytes().rev());
+        Self::new(vocab, reversed, |token, end| token.ends_with(end))
+    }
+
+    /// `order` sorts every token after those that `begins` finds in it, with nothing but such tokens between.
+    fn new(
+        vocab: &Vocab<'_>,
+        order: impl Fn(&str, &str) -> Ordering,
+        begins: impl Fn(&str, &str) -> bool,
+    ) -> Self {
+        let mergeable = |kind| {
+            matches!(
+                kind,
+                TokenType::Normal | TokenType::UserDefined | TokenType::Unused
+            )
+        };
+        let tokens = vocab
+            .iter()
+            .filter(|&(_, token, kind)| mergeable(kind) && !token.is_empty());
+        let mut sorted: Vec<(u32, &str)> = tokens.map(|(id, token, _)| (id, token)).collect();
+        sorted.sort_unstable_by(|a, b| order(a.1, b.1));
+        let mut parents = vec![None; vocab.types.len()];
+        let mut open: Vec<(u32, &str)> = Vec::new();
+        for (id, token) in sorted {
+            while open.last().is_some_and(|(_, outer)| !begins(token, outer)) {
+                open.pop();
+            }
+            parents[id as usize] = open.last().map(|&(outer, _)| outer);
+            open.push((id, token));
+        }
+        Self(parents)
+    }
+
+    /// The parent of a token, that of its parent, and so on: each shorter than the one before.
+    fn chain(&self, id: u32) -> impl Iterator<Item = u32> {
+        std::iter::successors(self.0[id as usize], |&id| self.0[id as usize])
+    }
 }

@@ -240,6 +240,95 @@ fn sentencepiece_merges_by_score() {
     }
 }
 
+/// The merges of a vocabulary, every split of every token tried: pairs of ids.
+fn plain_merges(vocab: &GgufVocab) -> Vec<(usize, usize)> {
+    let find = |text: &str| {
+        let id = vocab.tokens.iter().position(|token| token == text)?;
+        [1, 4, 5].contains(&vocab.token_types[id]).then_some(id)
+    };
+    let mut found = Vec::new();
+    for (id, token) in vocab.tokens.iter().enumerate() {
+        if find(token).is_none() {
+            continue;
+        }
+        let first = found.len();
+        for (at, _) in token.char_indices().skip(1) {
+            let (left, right) = token.split_at(at);
+            if let (Some(l), Some(r)) = (find(left), find(right)) {
+                found.push((vocab.scores[id] + 0.0, left.chars().count(), l, r));
+            }
+        }
+        found[first..].sort_by_key(|&(_, _, l, r)| (l, r));
+    }
+    let right = |r: usize| vocab.tokens[r].chars().count();
+    found.sort_by(|a, b| {
+        let by_score = b.0.total_cmp(&a.0).then(b.1.cmp(&a.1));
+        by_score.then(right(b.3).cmp(&right(a.3)))
+    });
+    found.into_iter().map(|(_, _, l, r)| (l, r)).collect()
+}
+
+#[test]
+fn implied_merges_are_all_splits_into_two_tokens() {
+    let mut state = 11_u32;
+    let mut random = |below: u32| {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 16) % below
+    };
+    let mut most = 0;
+    for round in 0..50 {
+        let mut vocab = GgufVocab {
+            model: "llama".to_owned(),
+            ..GgufVocab::default()
+        };
+        for _ in 0..120 {
+            let letters = if round == 0 { 1 } else { 3 };
+            let word = 0..random(if round == 0 { 60 } else { 7 });
+            let token: String = word
+                .map(|_| ['a', 'é', 'b'][random(letters) as usize])
+                .collect();
+            if !vocab.tokens.contains(&token) {
+                vocab.tokens.push(token);
+                vocab
+                    .token_types
+                    .push([1, 1, 1, 4, 5, 2, 3, 6][random(8) as usize]);
+                vocab
+                    .scores
+                    .push([0.0, -0.0, -1.0, 3.5, f32::INFINITY][random(5) as usize]);
+            }
+        }
+        let files = vocab.to_tokenizer_files().unwrap();
+        let json: Value = serde_json::from_slice(&files.tokenizer_json).unwrap();
+        let expected = plain_merges(&vocab);
+        most = most.max(expected.len());
+        let texts = expected
+            .iter()
+            .map(|&(l, r)| json!([vocab.tokens[l], vocab.tokens[r]]));
+        assert_eq!(json["model"]["merges"], Value::Array(texts.collect()));
+        let ids = vocab
+            .tokens
+            .iter()
+            .enumerate()
+            .map(|(id, token)| (token.clone(), json!(id)));
+        assert_eq!(json["model"]["vocab"], Value::Object(ids.collect()));
+    }
+    assert!(most > 100, "{most}");
+}
+
+/// What a short vocabulary may imply is capped by its bytes.
+#[test]
+fn implied_merges_are_capped_by_their_bytes() {
+    let tokens: Vec<String> = (1..500).map(|n| "a".repeat(n)).collect();
+    let vocab = GgufVocab {
+        model: "llama".to_owned(),
+        scores: vec![0.0; tokens.len()],
+        tokens,
+        ..GgufVocab::default()
+    };
+    let e = vocab.to_tokenizer_files().unwrap_err();
+    assert_eq!(e.kind(), ErrorKind::TooLarge, "{e}");
+}
+
 #[test]
 fn sentencepiece_space_prefix_and_special_tokens() {
     let mut vocab = sentencepiece();

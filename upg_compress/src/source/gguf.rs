@@ -86,14 +86,12 @@ impl GgufSource {
         let vocab_rows = embeddings.and_then(|s| s.first().copied()).unwrap_or(0);
         // The kind of file is checked before its tensors: a projector has no embeddings either.
         let (family, dims) = config::read_dims(&metadata, vocab_rows)?;
-        let vocab = metadata::read_vocab(&metadata)?;
-        if !vocab.tokens.is_empty() && vocab.tokens.len() != vocab_rows {
-            return Err(Error::new(
-                ErrorKind::Shape,
-                format!("{vocab_rows} rows for {} tokens", vocab.tokens.len()),
-            )
-            .tensor("token_embd.weight"));
+        let tokens = metadata.token_count()?;
+        if tokens != 0 && tokens != vocab_rows {
+            let message = format!("{vocab_rows} rows for {tokens} tokens");
+            return Err(Error::new(ErrorKind::Shape, message).tensor("token_embd.weight"));
         }
+        let vocab = metadata::read_vocab(&metadata)?;
         let mut facts = FromTensors::default();
         let skipped = take_rope_tensors(&file, &mut stored, &mut facts)?;
         let found = match_tensors(family, &dims, &mut stored, &mut facts)?;
@@ -110,7 +108,7 @@ impl GgufSource {
         let name = metadata
             .text("general.name")?
             .filter(|n| !n.trim().is_empty());
-        let name = name.map_or_else(|| stem.unwrap_or_default().into_owned(), str::to_owned);
+        let name = name.unwrap_or_else(|| stem.unwrap_or_default().into_owned());
         let (tensors, places) = found.into_iter().unzip();
         Ok(Self {
             name,

@@ -56,7 +56,7 @@ pub(super) fn read_dims(m: &Metadata<'_>, vocab: usize) -> Result<(&'static Fami
     let window = m
         .number(&key("attention.sliding_window"))?
         .filter(|w| *w > 0);
-    let family = family(arch, window.is_some())?;
+    let family = family(&arch, window.is_some())?;
     if m.number(&key("expert_count"))?.unwrap_or(0) > 0 {
         return Err(Error::new(
             ErrorKind::Unsupported,
@@ -103,7 +103,7 @@ pub(super) fn read_dims(m: &Metadata<'_>, vocab: usize) -> Result<(&'static Fami
 }
 
 /// The architecture, if the file is a whole language model of one file.
-fn check_kind<'a>(m: &Metadata<'a>) -> Result<&'a str> {
+fn check_kind(m: &Metadata<'_>) -> Result<String> {
     let unsupported = |message: String| Error::new(ErrorKind::Unsupported, message);
     if let Some(n) = m.number("split.count")?.filter(|n| *n > 1) {
         return Err(
@@ -111,7 +111,7 @@ fn check_kind<'a>(m: &Metadata<'a>) -> Result<&'a str> {
                 .hint("join them first: llama-gguf-split --merge FIRST_PART OUT.gguf"),
         );
     }
-    if let Some(kind) = m.text("general.type")?.filter(|kind| *kind != "model") {
+    if let Some(kind) = m.text("general.type")?.filter(|kind| kind != "model") {
         return Err(
             unsupported(format!("a GGUF file of type {kind:?}, not a model"))
                 .hint("pass the file of the language model itself"),

@@ -273,6 +273,7 @@ impl<'a> Cursor<'a> {
         if bytes.len() > MAX_NAME {
             return Err(malformed(format!("a name of {} bytes", bytes.len())));
         }
+        // Copied first: what is mapped may change after it was found to be UTF-8.
         String::from_utf8(bytes.to_vec()).map_err(|_| malformed("a name is not UTF-8"))
     }
 

@@ -2,15 +2,17 @@
 #![forbid(unsafe_code)]
 
 use super::header::{Array, Header, Value, malformed};
-use crate::gguf_tokenizer::GgufVocab;
+use crate::gguf_tokenizer::{GgufVocab, MAX_TOKEN_BYTES};
 use std::ops::Range;
+use upg_kernel::inference::chat_template::MAX_TEMPLATE_BYTES;
+use upg_kernel::inference::tokenizer::{MAX_MERGES, MAX_TOKENS};
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// Most tokens and merges; the largest vocabularies in use have 262,144 tokens.
-const MAX_TOKENS: usize = 1 << 22;
+/// Longest text in bytes, but for the chat template and tokens: names of models, architectures and the like.
+const MAX_TEXT: usize = 1 << 16;
 
-/// Longest chat template in bytes; real ones stay under 100 KB.
-const MAX_TEMPLATE: usize = 1 << 20;
+/// The key of the vocabulary.
+const TOKENS: &str = "tokenizer.ggml.tokens";
 
 /// A checked header together with the file that its values are places in.
 pub(super) struct Metadata<'a> {
@@ -19,18 +21,27 @@ pub(super) struct Metadata<'a> {
 }
 
 impl<'a> Metadata<'a> {
-    fn text_at(&self, key: &str, range: Range<usize>) -> Result<&'a str> {
+    /// A copy of a string: what is mapped may change after it was found to be UTF-8.
+    fn text_at(&self, key: &str, range: Range<usize>, most: usize) -> Result<String> {
         let bytes = self.file.get(range).unwrap_or_default();
-        std::str::from_utf8(bytes).map_err(|_| malformed(format!("{key} is not UTF-8")))
+        if bytes.len() > most {
+            let message = format!("{key} has a text of {} bytes, at most {most}", bytes.len());
+            return Err(Error::new(ErrorKind::TooLarge, message));
+        }
+        String::from_utf8(bytes.to_vec()).map_err(|_| malformed(format!("{key} is not UTF-8")))
     }
 
-    /// A string. Errors (`Malformed`): the key holds something else.
-    pub(super) fn text(&self, key: &str) -> Result<Option<&'a str>> {
+    fn text_up_to(&self, key: &str, most: usize) -> Result<Option<String>> {
         match self.header.get(key) {
             None => Ok(None),
-            Some(Value::Text(range)) => self.text_at(key, range.clone()).map(Some),
+            Some(Value::Text(range)) => self.text_at(key, range.clone(), most).map(Some),
             Some(_) => Err(malformed(format!("{key} is not a string"))),
         }
+    }
+
+    /// A string. Errors: `Malformed` for a key that holds something else, `TooLarge` above [`MAX_TEXT`].
+    pub(super) fn text(&self, key: &str) -> Result<Option<String>> {
+        self.text_up_to(key, MAX_TEXT)
     }
 
     /// A whole number of at least 0. A list with one number per layer counts if they are all the
@@ -91,22 +102,32 @@ impl<'a> Metadata<'a> {
         }
     }
 
-    /// A list of at most [`MAX_TOKENS`] elements, each turned by `each`; empty without the key.
-    fn list<T>(&self, key: &str, each: impl Fn(Value) -> Result<T>) -> Result<Vec<T>> {
-        let Some(value) = self.header.get(key) else {
+    fn array(&self, key: &str) -> Result<Option<&'a Array>> {
+        match self.header.get(key) {
+            None => Ok(None),
+            Some(Value::Array(list)) => Ok(Some(list)),
+            Some(_) => Err(malformed(format!("{key} is not a list"))),
+        }
+    }
+
+    /// Number of tokens, none of which is read; 0 without a vocabulary.
+    pub(super) fn token_count(&self) -> Result<usize> {
+        Ok(self.array(TOKENS)?.map_or(0, Array::len))
+    }
+
+    /// A list of at most `most` elements, each turned by `each`; empty without the key.
+    fn list<T>(&self, key: &str, most: usize, each: impl Fn(Value) -> Result<T>) -> Result<Vec<T>> {
+        let Some(list) = self.array(key)? else {
             return Ok(Vec::new());
         };
-        let Value::Array(list) = value else {
-            return Err(malformed(format!("{key} is not a list")));
-        };
         let count = Array::len(list);
-        if count > MAX_TOKENS {
+        if count > most {
             return Err(Error::new(
                 ErrorKind::TooLarge,
-                format!("{key} has {count} elements, at most {MAX_TOKENS}"),
+                format!("{key} has {count} elements, at most {most}"),
             ));
         }
-        let mut out = Vec::new();
+        let mut out = Vec::with_capacity(count);
         list.for_each(self.file, |value| {
             out.push(each(value)?);
             Ok(())
@@ -114,9 +135,9 @@ impl<'a> Metadata<'a> {
         Ok(out)
     }
 
-    fn texts(&self, key: &str) -> Result<Vec<String>> {
-        self.list(key, |value| match value {
-            Value::Text(range) => Ok(self.text_at(key, range)?.to_owned()),
+    fn texts(&self, key: &str, most: usize) -> Result<Vec<String>> {
+        self.list(key, most, |value| match value {
+            Value::Text(range) => self.text_at(key, range, 2 * MAX_TOKEN_BYTES + 1),
             _ => Err(malformed(format!("{key} is not a list of strings"))),
         })
     }
@@ -137,16 +158,22 @@ impl<'a> Metadata<'a> {
 ///
 /// Errors: `Malformed` (types, lists of different lengths), `TooLarge`.
 pub(super) fn read_vocab(metadata: &Metadata<'_>) -> Result<GgufVocab> {
-    let text = |key: &str| Ok::<_, Error>(metadata.text(key)?.map(str::to_owned));
-    let tokens = metadata.texts("tokenizer.ggml.tokens")?;
-    let scores = metadata.list("tokenizer.ggml.scores", |value| match value {
+    let text = |key: &str| metadata.text(key);
+    let tokens = metadata.texts(TOKENS, MAX_TOKENS)?;
+    let scores = metadata.list("tokenizer.ggml.scores", MAX_TOKENS, |value| match value {
         Value::Float(x) => Ok(x as f32),
         _ => Err(malformed("tokenizer.ggml.scores is not a list of floats")),
     })?;
-    let token_types = metadata.list("tokenizer.ggml.token_type", |value| match value {
-        Value::Int(n) => i32::try_from(n).map_err(|_| malformed("a token type of over 32 bits")),
-        _ => Err(malformed("tokenizer.ggml.token_type is not a list of ints")),
-    })?;
+    let token_types = metadata.list(
+        "tokenizer.ggml.token_type",
+        MAX_TOKENS,
+        |value| match value {
+            Value::Int(n) => {
+                i32::try_from(n).map_err(|_| malformed("a token type of over 32 bits"))
+            }
+            _ => Err(malformed("tokenizer.ggml.token_type is not a list of ints")),
+        },
+    )?;
     for (name, len) in [("scores", scores.len()), ("token_type", token_types.len())] {
         if len != 0 && len != tokens.len() {
             return Err(malformed(format!(
@@ -155,23 +182,14 @@ pub(super) fn read_vocab(metadata: &Metadata<'_>) -> Result<GgufVocab> {
             )));
         }
     }
-    let chat_template = text("tokenizer.chat_template")?;
-    if chat_template
-        .as_ref()
-        .is_some_and(|t| t.len() > MAX_TEMPLATE)
-    {
-        return Err(Error::new(
-            ErrorKind::TooLarge,
-            format!("a chat template of over {MAX_TEMPLATE} bytes"),
-        ));
-    }
+    let chat_template = metadata.text_up_to("tokenizer.chat_template", MAX_TEMPLATE_BYTES)?;
     let id = |name: &str| metadata.token_id(name, tokens.len());
     Ok(GgufVocab {
         model: text("tokenizer.ggml.model")?.unwrap_or_default(),
         pre: text("tokenizer.ggml.pre")?,
         scores,
         token_types,
-        merges: metadata.texts("tokenizer.ggml.merges")?,
+        merges: metadata.texts("tokenizer.ggml.merges", MAX_MERGES)?,
         bos: id("bos")?,
         eos: id("eos")?,
         unk: id("unknown")?,

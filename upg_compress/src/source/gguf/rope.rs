@@ -38,7 +38,7 @@ pub(super) fn scaling(
     // Before `rope.scaling.*`, linear scaling had a key of its own.
     let factor = factor.or(m.float(&format!("{arch}.rope.scale_linear"))?);
     let factor = factor.filter(|f| *f != 1.0);
-    match (kind.unwrap_or("linear"), factor) {
+    match (kind.as_deref().unwrap_or("linear"), factor) {
         ("none", _) | ("linear", None) => Ok(Value::Null),
         (_, Some(f)) if f <= 0.0 => Err(unsupported(format!("rope scaling factor {f}"))),
         ("linear", Some(factor)) => Ok(json!({"rope_type": "linear", "factor": factor})),
@@ -88,13 +88,14 @@ pub(super) fn longrope(
     let kind = m.text("phi3.rope.scaling.type")?;
     let Some((short, long)) = &tensors.rope_factors else {
         return match kind {
-            None | Some("none") => Ok(Value::Null),
+            None => Ok(Value::Null),
+            Some(kind) if kind == "none" => Ok(Value::Null),
             Some(kind) => Err(unsupported(format!(
                 "rope scaling {kind:?} without factors"
             ))),
         };
     };
-    if kind.is_some_and(|k| k != "longrope") {
+    if kind.as_ref().is_some_and(|k| k != "longrope") {
         return Err(unsupported(format!("rope scaling {kind:?} with factors")));
     }
     let list = |factors: &[f32]| -> Vec<Value> {

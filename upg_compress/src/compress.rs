@@ -47,7 +47,8 @@ pub(crate) const RECIPE: &str = "recipe";
 /// gives the same bytes. It reads once what is there already; with a calibration the model is run over the text again,
 /// forwards and then backwards to the layer where it stopped.
 ///
-/// Errors: those of the source; `Invalid` for weights that are not finite; `Argument` if `out` is a
+/// Errors: those of the source, and of [`ModelFiles::check`](crate::source::ModelFiles::check), before any work; `Invalid` for
+/// weights that are not finite; `Argument` if `out` is a
 /// file of the source, or was begun from something else or is being written by another run; `Io`; `Interrupted`.
 pub fn compress(
     source: &dyn Source,
@@ -55,6 +56,7 @@ pub fn compress(
     options: &CompressOptions,
     progress: &dyn Progress,
 ) -> Result<CompressReport> {
+    source.files().check()?;
     let mut calibrator = None;
     let settled;
     let options = match options.budget {

@@ -66,6 +66,7 @@ impl Preflight {
         options: &CompressOptions,
     ) -> Result<Self> {
         let out = out.as_ref();
+        source.files().check()?;
         let plan = Plan::new(source, options)?;
         let file_bytes = match options.budget {
             Some(budget) => most_bytes(source, options, budget)?,

@@ -9,6 +9,7 @@ use std::path::Path;
 use tiny::{Case, MODELS, cases, largest_difference, model_file};
 use upg_compress::compress::compress;
 use upg_compress::plan::{Choice, CompressOptions};
+use upg_compress::preflight::Preflight;
 use upg_compress::source;
 use upg_kernel::UPGModel;
 use upg_kernel::format::Encoding;
@@ -72,6 +73,52 @@ fn greedy(model: &UPGModel, case: &Case) -> Vec<u32> {
     };
     let stream = TokenStream::new(&mut session, &mut sampler, &case.prompt, options).unwrap();
     stream.map(Result::unwrap).collect()
+}
+
+/// What `UPGModel` would not open is not worth hours of work.
+#[test]
+fn texts_that_no_file_can_be_opened_with_are_refused_first() {
+    let folder = tempfile::tempdir().unwrap();
+    let directory = folder.path().join("qwen2");
+    std::fs::create_dir(&directory).unwrap();
+    for file in ["config.json", "model.safetensors"] {
+        std::fs::copy(model_file("qwen2", file), directory.join(file)).unwrap();
+    }
+    let out = folder.path().join("out.safetensors");
+    let options = CompressOptions::new(Choice::Keep);
+    let merge = r#"{"model":{"type":"BPE","vocab":{"a":0},"merges":[["a","a"]]}}"#;
+    let long = " ".repeat((256 << 10) + 1);
+    for (file, text, words) in [
+        ("tokenizer.json", "{}", "tokenizer.json: missing field"),
+        (
+            "tokenizer.json",
+            r#"{"model":{"type":"WordPiece"}}"#,
+            "'WordPiece'",
+        ),
+        ("tokenizer.json", merge, "merge 0 makes no token"),
+        (
+            "chat_template.jinja",
+            &long,
+            "chat template has 262145 bytes",
+        ),
+        (
+            "generation_config.json",
+            r#"{"eos_token_id":"x"}"#,
+            "'eos_token_id'",
+        ),
+    ] {
+        std::fs::write(directory.join(file), text).unwrap();
+        let source = source::open(&directory).unwrap();
+        let found = compress(source.as_ref(), &out, &options, &()).map(drop);
+        let before = Preflight::new(source.as_ref(), &out, &options).map(drop);
+        for e in [found, before].map(Result::unwrap_err) {
+            assert!(e.to_string().contains(words), "{e}");
+        }
+        std::fs::remove_file(directory.join(file)).unwrap();
+    }
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    let source = source::open(&directory).unwrap();
+    compress(source.as_ref(), &out, &options, &()).unwrap();
 }
 
 #[test]

@@ -6,7 +6,10 @@
 #![forbid(unsafe_code)]
 
 mod allowed;
+mod encode;
+mod expressions;
 mod file;
+mod places;
 mod stream;
 
 use std::collections::HashSet;
@@ -18,6 +21,7 @@ use super::config::ModelConfig;
 use crate::format::json;
 use crate::{Error, ErrorKind, Result};
 
+pub use encode::{EncodeOptions, SpecialText};
 pub use file::{
     MAX_ADDED_BYTES, MAX_ADDED_TOKENS, MAX_MERGES, MAX_TOKENIZER_BYTES, MAX_TOKENS, check_bytes,
     check_count,
@@ -52,21 +56,12 @@ impl From<&ModelConfig> for SpecialIds {
     }
 }
 
-/// How the special tokens that stand in a text are read.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum SpecialText {
-    /// `<|im_end|>` in the text becomes the token of that name (what transformers does).
-    Parse,
-    /// Special tokens in the text are ordinary characters: for text from people who are not
-    /// trusted to write them.
-    Plain,
-}
-
 /// The tokenizer of one model. Shared by reference between threads.
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     /// The same tokenizer that leaves special tokens in the text alone; made when first asked for.
     plain: OnceLock<tokenizers::Tokenizer>,
+    places: places::Places,
     special: SpecialIds,
     bos: Option<String>,
     eos: Option<String>,
@@ -100,7 +95,7 @@ impl Tokenizer {
         tokenizer_config: Option<&str>,
         special: SpecialIds,
     ) -> Result<Self> {
-        let mut parts = file::parse(tokenizer_json)?;
+        let (mut parts, growth) = file::parse(tokenizer_json)?;
         let mut inner = contained(|| parts.tokenizer())??;
         // Files saved after training carry these; a prompt must never be cut or filled up.
         inner.with_padding(None);
@@ -127,6 +122,7 @@ impl Tokenizer {
         Ok(Self {
             vocab_size: inner.get_vocab_size(true),
             byte_fallback: names_type(&parts.decoder, "ByteFallback"),
+            places: places::Places::new(&parts, growth, &inner),
             inner,
             plain: OnceLock::new(),
             special,
@@ -137,62 +133,6 @@ impl Tokenizer {
             add_bos: config.add_bos,
             add_eos: config.add_eos,
         })
-    }
-
-    /// The ids of `text`; special tokens in it are parsed. `add_special` puts begin and end of
-    /// sequence around it where the model wants them: leave it off for text that a chat template
-    /// made, which has them already.
-    ///
-    /// # Errors
-    /// `TooLarge` when the text is above [`MAX_TEXT_BYTES`] or has a run above [`MAX_RUN_CHARS`].
-    pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
-        self.encode_as(text, add_special, SpecialText::Parse)
-    }
-
-    /// [`Tokenizer::encode`] with the choice of how special tokens in `text` are read.
-    ///
-    /// The first call with [`SpecialText::Plain`] copies the vocabulary (tens of MB).
-    ///
-    /// # Errors
-    /// As [`Tokenizer::encode`].
-    pub fn encode_as(
-        &self,
-        text: &str,
-        add_special: bool,
-        special_text: SpecialText,
-    ) -> Result<Vec<u32>> {
-        check_text(text)?;
-        let tokenizer = match special_text {
-            SpecialText::Parse => &self.inner,
-            SpecialText::Plain => self.plain.get_or_init(|| {
-                let mut plain = self.inner.clone();
-                plain.set_encode_special_tokens(true);
-                plain
-            }),
-        };
-        let encoding = contained(|| tokenizer.encode_fast(text, add_special))?
-            .map_err(|e| wrapped(ErrorKind::Invalid, "cannot encode the text", e))?;
-        let mut ids = encoding.get_ids().to_vec();
-        if add_special {
-            self.settle_bos_eos(&mut ids);
-        }
-        Ok(ids)
-    }
-
-    /// `add_bos_token`/`add_eos_token` of the configuration add what the post-processor has left out:
-    /// some files say it in one place only. As in transformers, `false` takes nothing away.
-    fn settle_bos_eos(&self, ids: &mut Vec<u32>) {
-        if let (Some(bos), Some(wanted)) = (self.special.bos, self.add_bos) {
-            let there = ids.first() == Some(&bos);
-            if wanted && !there {
-                ids.insert(0, bos);
-            }
-        }
-        if let (Some(eos), Some(true)) = (self.eos_id, self.add_eos)
-            && ids.last() != Some(&eos)
-        {
-            ids.push(eos);
-        }
     }
 
     /// The text of `ids`; `skip_special` leaves the special tokens out. Bytes that are no UTF-8
@@ -379,40 +319,6 @@ fn names_type(value: &Value, name: &str) -> bool {
         Value::Array(items) => items.iter().any(|v| names_type(v, name)),
         _ => false,
     }
-}
-
-fn check_text(text: &str) -> Result<()> {
-    if text.len() > MAX_TEXT_BYTES {
-        return Err(Error::new(
-            ErrorKind::TooLarge,
-            format!(
-                "the text has {} bytes, the cap is {MAX_TEXT_BYTES}",
-                text.len()
-            ),
-        ));
-    }
-    if text.len() <= MAX_RUN_CHARS {
-        return Ok(());
-    }
-    let (mut run, mut kind) = (0_usize, false);
-    for c in text.chars() {
-        run = if c.is_whitespace() == kind {
-            run + 1
-        } else {
-            1
-        };
-        kind = c.is_whitespace();
-        if run > MAX_RUN_CHARS {
-            return Err(Error::new(
-                ErrorKind::TooLarge,
-                format!(
-                    "the text has more than {MAX_RUN_CHARS} characters in a row {} white space",
-                    if kind { "of nothing but" } else { "without" }
-                ),
-            ));
-        }
-    }
-    Ok(())
 }
 
 fn wrapped(kind: ErrorKind, what: &str, e: tokenizers::Error) -> Error {

@@ -5,6 +5,7 @@
 //! the supported families are made of are let through, with parameters that can do no harm.
 #![forbid(unsafe_code)]
 
+use super::expressions::examine;
 use super::file::{Added, Model, part};
 use crate::format::json;
 use crate::{Error, ErrorKind, Result};
@@ -19,6 +20,12 @@ const MAX_CUT: u64 = 1024;
 
 /// Parts within parts.
 const MAX_DEPTH: usize = 8;
+
+/// Parts of a normalizer, a pre-tokenizer, and so on: each goes over the whole text. Published ones have up to ten.
+const MAX_PARTS: usize = 64;
+
+/// Characters of an expression that an error shows.
+const SHOWN: usize = 60;
 
 const NORMALIZERS: &[&str] = &[
     "NFC",
@@ -78,8 +85,15 @@ pub(super) struct Parts {
 }
 
 impl Parts {
+    /// Whether a word that is a token is taken without merging.
+    pub(super) fn ignores_merges(&self) -> bool {
+        self.model.ignore_merges.unwrap_or(false)
+    }
+
+    /// Returns by how much the normalizer may make a text longer.
+    ///
     /// Errors (`Unsupported`): a part that is not known, or one with parameters of no use.
-    pub(super) fn check(&self) -> Result<()> {
+    pub(super) fn check(&self) -> Result<usize> {
         let model = &self.model;
         // Old files do not name the kind of model.
         let is_bpe = match &model.kind {
@@ -103,18 +117,37 @@ impl Parts {
             ("post_processor", &self.post_processor, POST_PROCESSORS),
             ("decoder", &self.decoder, DECODERS),
         ];
+        let mut normalizer_growth = 1;
         for (what, part, known) in parts {
-            let mut growth = 1;
-            check(part, what, known, MAX_DEPTH, &mut growth)?;
+            let mut size = Size {
+                growth: 1,
+                parts: 0,
+            };
+            check(part, what, known, MAX_DEPTH, &mut size)?;
+            if what == "normalizer" {
+                normalizer_growth = size.growth;
+            }
         }
-        Ok(())
+        Ok(normalizer_growth)
     }
 }
 
-/// Checks one part and those in it; `growth` is by how much they may make a text longer.
-fn check(part: &Value, what: &str, known: &[&str], depth: usize, growth: &mut usize) -> Result<()> {
+/// What some parts amount to.
+struct Size {
+    /// How many times longer they may make a text.
+    growth: usize,
+    /// How many there are.
+    parts: usize,
+}
+
+/// Checks one part and those in it, and adds them to `size`.
+fn check(part: &Value, what: &str, known: &[&str], depth: usize, size: &mut Size) -> Result<()> {
     if part.is_null() {
         return Ok(());
+    }
+    size.parts += 1;
+    if size.parts > MAX_PARTS {
+        return Err(unsupported(format!("{what} of over {MAX_PARTS} parts")));
     }
     let kind = part.get("type").and_then(Value::as_str).unwrap_or_default();
     if depth == 0 || !known.contains(&kind) {
@@ -126,7 +159,7 @@ fn check(part: &Value, what: &str, known: &[&str], depth: usize, growth: &mut us
             let items = ["normalizers", "pretokenizers", "processors", "decoders"];
             let items = items.iter().find_map(|key| part.get(key)?.as_array());
             for item in items.into_iter().flatten() {
-                check(item, what, known, depth - 1, growth)?;
+                check(item, what, known, depth - 1, size)?;
             }
         }
         "Replace" => {
@@ -137,12 +170,26 @@ fn check(part: &Value, what: &str, known: &[&str], depth: usize, growth: &mut us
                 )));
             }
             let times = text(part.get("content")).div_ceil(pattern).max(1);
-            *growth = growth.saturating_mul(times);
+            size.growth = size.growth.saturating_mul(times);
         }
         "Split" if part.pointer("/pattern/String").is_some_and(|p| p == "") => {
             return Err(unsupported(format!("{what} 'Split' at an empty text")));
         }
-        "Prepend" => *growth = growth.saturating_mul(text(part.get("prepend")).max(1)),
+        "Split" => {
+            let expression = part.pointer("/pattern/Regex").and_then(Value::as_str);
+            if let Some(expression) = expression.filter(|e| examine(e).is_none()) {
+                let start: String = expression.chars().take(SHOWN).collect();
+                return Err(unsupported(format!(
+                    "{what} 'Split' at '{}'",
+                    start.escape_debug()
+                ))
+                .hint("its time may grow with the square of a text: only known expressions and simple ones are taken"));
+            }
+        }
+        "Prepend" => {
+            let times = text(part.get("prepend")).max(1);
+            size.growth = size.growth.saturating_mul(times);
+        }
         "Strip" if what == "decoder" => {
             let cut = |key| part.get(key).and_then(Value::as_u64).unwrap_or(u64::MAX);
             if cut("start") > MAX_CUT || cut("stop") > MAX_CUT {
@@ -153,7 +200,7 @@ fn check(part: &Value, what: &str, known: &[&str], depth: usize, growth: &mut us
         }
         _ => {}
     }
-    match *growth <= MAX_GROWTH {
+    match size.growth <= MAX_GROWTH {
         true => Ok(()),
         false => Err(unsupported(format!(
             "{what}: makes texts over {MAX_GROWTH} times longer"

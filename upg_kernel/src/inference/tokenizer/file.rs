@@ -59,10 +59,10 @@ pub fn check_count(what: &str, found: usize, most: usize) -> Result<()> {
     }
 }
 
-/// Parses and checks the text of a `tokenizer.json`.
+/// Parses and checks the text of a `tokenizer.json`. Returns also by how much its normalizer may make a text longer.
 ///
 /// Errors: `TooLarge` above a cap; `Malformed`; those of [`Parts::check`].
-pub(super) fn parse(tokenizer_json: &[u8]) -> Result<Parts> {
+pub(super) fn parse(tokenizer_json: &[u8]) -> Result<(Parts, usize)> {
     check_bytes(tokenizer_json.len())?;
     let parts: Parts =
         serde_json::from_slice(tokenizer_json).map_err(|e| json::error("tokenizer.json", e))?;
@@ -79,8 +79,8 @@ pub(super) fn parse(tokenizer_json: &[u8]) -> Result<Parts> {
         let message = format!("tokenizer.json: version, expected {VERSION}");
         return Err(Error::new(ErrorKind::Malformed, message));
     }
-    parts.check()?;
-    Ok(parts)
+    let growth = parts.check()?;
+    Ok((parts, growth))
 }
 
 impl Parts {
@@ -136,7 +136,7 @@ pub(super) struct Model {
     unk_token: Option<String>,
     fuse_unk: Option<bool>,
     byte_fallback: Option<bool>,
-    ignore_merges: Option<bool>,
+    pub(super) ignore_merges: Option<bool>,
     #[serde(default)]
     vocab: Tokens,
     #[serde(default)]

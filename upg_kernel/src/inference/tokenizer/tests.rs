@@ -266,6 +266,16 @@ fn refuses_parts_that_do_harm() {
             json!({"type": "Split", "pattern": {"String": ""}, "behavior": "Removed",
                                  "invert": false}),
         ),
+        // Each step takes one character and looks at all of them.
+        (
+            "pre_tokenizer",
+            json!({"type": "Split", "pattern": {"Regex": "(?:(a|a)*)b|a"}, "behavior": "Isolated",
+                                 "invert": false}),
+        ),
+        (
+            "pre_tokenizer",
+            json!({"type": "Sequence", "pretokenizers": vec![json!({"type": "Digits"}); 64]}),
+        ),
         ("post_processor", json!({"type": "Unknown"})),
         ("pre_tokenizer", json!("ByteLevel")),
     ] {

@@ -53,7 +53,10 @@ Examples:
   upg chat smollm2.safetensors
 
 Exit codes: 0 success, 1 an error in a file or the system, 2 a wrong option or argument, 3 a model file was cut
-short or overwritten while it was in use, 130 Ctrl-C"
+short or overwritten while it was in use, 130, 143 or 129 after Ctrl-C, SIGTERM or SIGHUP. A second signal ends upg
+at once.
+
+A terminal is shown control characters as \\u{1b}; a file or a pipe gets them as they are."
 )]
 pub struct Cli {
     /// Threads to use [default: one for each core that this process may use; for compress, decompress and
@@ -386,7 +389,8 @@ pub struct RunArgs {
 
 #[derive(Args)]
 #[command(after_help = "\
-Ctrl-C stops the answer; Ctrl-D, or Ctrl-C at the prompt, ends the program. /clear forgets the talk.
+Ctrl-C stops the answer; Ctrl-D, or Ctrl-C at the prompt, ends the program. So do SIGTERM and SIGHUP
+at any time. /clear forgets the talk.
 
 Example:
   upg chat model.safetensors --system 'You answer in one sentence.' --temperature 0.7")]

@@ -3,6 +3,7 @@ mod bus_error;
 mod cli;
 mod commands;
 mod progress;
+mod signals;
 mod terminal;
 mod threads;
 
@@ -18,8 +19,6 @@ const FAILED: u8 = 1;
 const USAGE: u8 = 2;
 /// Exit code when a file was cut short or overwritten while it was mapped.
 const FILE_CHANGED: u8 = 3;
-/// Exit code after Ctrl-C, as shells have it.
-const INTERRUPTED: u8 = 130;
 
 /// Warnings of the libraries, in the form of the command's own messages.
 struct Warnings;
@@ -52,7 +51,7 @@ fn main() -> ExitCode {
             terminal::note(format_args!("upg: {e}"));
             ExitCode::from(match e.kind() {
                 ErrorKind::Argument => USAGE,
-                ErrorKind::Interrupted => INTERRUPTED,
+                ErrorKind::Interrupted => signals::exit_code(),
                 _ => FAILED,
             })
         }

@@ -1,6 +1,7 @@
 //! Progress over the weights of a model, with the time that is left.
 #![forbid(unsafe_code)]
 
+use crate::signals;
 use crate::terminal::{self, duration};
 use indicatif::ProgressBar;
 use std::sync::Arc;
@@ -38,7 +39,7 @@ impl WeightsBar {
                 0,
                 "{bar:30} {percent:>3}%  {human_pos}/{human_len} weights  {msg}",
             ),
-            interrupted: terminal::interrupt_flag()?,
+            interrupted: signals::interrupt_flag()?,
             speed: Mutex::new(Speed {
                 first: None,
                 told: Instant::now(),
@@ -86,7 +87,8 @@ impl Progress for WeightsBar {
             };
             terminal::note(format_args!("upg: {done}{left}{name}"));
         }
-        self.bar.set_message(format!("{left}{name}"));
+        self.bar
+            .set_message(format!("{left}{}", terminal::label(name)));
     }
 
     fn advance(&self, weights: u64) {

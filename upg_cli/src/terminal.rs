@@ -1,17 +1,24 @@
-//! Output, progress bars, Ctrl-C and threads.
+//! Output, input of texts, progress bars and threads.
+//!
+//! Whatever is shown on a terminal goes through here: a model's answer, and names and texts of files, may hold
+//! characters that would steer it. They are spelled out there, and written as they are to a file or a pipe.
 #![forbid(unsafe_code)]
 
 use indicatif::{ProgressBar, ProgressStyle};
-use std::io::Write;
+use std::borrow::Cow;
+use std::fs::File;
+use std::io::{BufRead, IsTerminal, Read, Write};
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use upg_kernel::{Error, ErrorKind, Result};
 
 /// Writes to standard output and flushes; a closed pipe is an error that `main` takes as success.
 pub fn print(text: &str) -> Result<()> {
     let mut out = std::io::stdout().lock();
+    let text = match out.is_terminal() {
+        true => harmless(text),
+        false => Cow::Borrowed(text),
+    };
     out.write_all(text.as_bytes())
         .and_then(|()| out.flush())
         .map_err(|e| {
@@ -19,19 +26,110 @@ pub fn print(text: &str) -> Result<()> {
         })
 }
 
-/// The text in a file. Errors: `Io`; `Malformed` if it is not UTF-8.
-pub fn read_text(path: &Path) -> Result<String> {
-    let bytes = std::fs::read(path).map_err(|e| Error::io("cannot read", path, e))?;
+/// Writes a line to standard error; if nobody reads that any more, there is nobody to tell.
+pub fn note(line: impl std::fmt::Display) {
+    let mut out = std::io::stderr().lock();
+    let line = line.to_string();
+    let line = match out.is_terminal() {
+        true => harmless(&line),
+        false => Cow::Borrowed(line.as_str()),
+    };
+    let _ = writeln!(out, "{line}");
+}
+
+/// A name from a file for the message of a progress bar, in one line.
+pub fn label(name: &str) -> String {
+    name.chars()
+        .flat_map(|c| spelled(c, c.is_control() || steers(c)))
+        .collect()
+}
+
+/// Returns `text` with the characters that steer a terminal spelled out, as `\u{1b}`. A line end of two characters
+/// becomes one.
+fn harmless(text: &str) -> Cow<'_, str> {
+    if !text.contains(steers) {
+        return Cow::Borrowed(text);
+    }
+    let text = text.replace("\r\n", "\n");
+    text.chars()
+        .flat_map(|c| spelled(c, steers(c)))
+        .collect::<String>()
+        .into()
+}
+
+fn spelled(c: char, escaped: bool) -> impl Iterator<Item = char> {
+    let escape = escaped.then(|| c.escape_unicode());
+    let itself = (!escaped).then_some(c);
+    escape.into_iter().flatten().chain(itself)
+}
+
+/// Whether a terminal takes `c` as a command, or shows other text than there is.
+///
+/// All control characters but line end and tab; those that turn the direction of a line around; line ends that only some
+/// terminals know; and tags and the byte order mark, which hide text from who reads or copies it. Joiners and
+/// variation selectors are no such: emoji and many scripts are written with them.
+fn steers(c: char) -> bool {
+    match c {
+        '\n' | '\t' => false,
+        '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => {
+            true
+        }
+        '\u{2028}' | '\u{2029}' | '\u{feff}' | '\u{e0000}'..='\u{e007f}' => true,
+        c => c.is_control(),
+    }
+}
+
+/// The text in a file of at most `most` bytes, which may be a pipe or a device without an end.
+///
+/// Errors: `Io`; `TooLarge`; `Malformed` if it is not UTF-8.
+pub fn read_text(path: &Path, most: usize) -> Result<String> {
+    let io = |e| Error::io("cannot read", path, e);
+    let bytes = read_bounded(File::open(path).map_err(io)?, most).map_err(io)?;
+    text_of(bytes, most).map_err(|e| e.at(path))
+}
+
+/// Standard input to its end. Errors: as [`read_text`].
+pub fn read_input(most: usize) -> Result<String> {
+    let bytes = read_bounded(std::io::stdin().lock(), most).map_err(input_error)?;
+    text_of(bytes, most)
+}
+
+/// A line of `input` without its end; `None` where there are no more. Errors: as [`read_text`].
+pub fn read_line(input: &mut impl BufRead, most: usize) -> Result<Option<String>> {
+    let mut bytes = Vec::new();
+    let limit = most as u64 + 1;
+    input
+        .take(limit)
+        .read_until(b'\n', &mut bytes)
+        .map_err(input_error)?;
+    if bytes.is_empty() {
+        return Ok(None);
+    }
+    if bytes.last() == Some(&b'\n') {
+        bytes.pop();
+    }
+    text_of(bytes, most).map(Some)
+}
+
+/// At most `most` bytes and one, which tells that there are more.
+fn read_bounded(source: impl Read, most: usize) -> std::io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    source.take(most as u64 + 1).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+fn text_of(bytes: Vec<u8>, most: usize) -> Result<String> {
+    if bytes.len() > most {
+        let message = format!("a text of over {most} bytes");
+        return Err(Error::new(ErrorKind::TooLarge, message).hint("use a part of it"));
+    }
     String::from_utf8(bytes).map_err(|e| {
-        Error::new(ErrorKind::Malformed, format!("not UTF-8 text: {e}"))
-            .at(path)
-            .with_source(e)
+        Error::new(ErrorKind::Malformed, format!("not UTF-8 text: {e}")).with_source(e)
     })
 }
 
-/// Writes a line to standard error; if nobody reads that any more, there is nobody to tell.
-pub fn note(line: impl std::fmt::Display) {
-    let _ = writeln!(std::io::stderr().lock(), "{line}");
+fn input_error(e: std::io::Error) -> Error {
+    Error::new(ErrorKind::Io, format!("cannot read standard input: {e}")).with_source(e)
 }
 
 /// Whether `e` means that the reader of our output has gone.
@@ -62,17 +160,6 @@ pub fn set_threads(threads: usize) -> Result<()> {
         })
 }
 
-/// A flag that Ctrl-C raises, and what else asks a process to end (SIGTERM, SIGHUP). From then on these
-/// no longer end the process by themselves, so that it can clean up.
-pub fn interrupt_flag() -> Result<Arc<AtomicBool>> {
-    let flag = Arc::new(AtomicBool::new(false));
-    let raised = Arc::clone(&flag);
-    ctrlc::set_handler(move || raised.store(true, Ordering::Relaxed)).map_err(|e| {
-        Error::new(ErrorKind::Io, format!("cannot listen for Ctrl-C: {e}")).with_source(e)
-    })?;
-    Ok(flag)
-}
-
 /// A bar on standard error; invisible if that is no terminal.
 pub fn bar(length: u64, template: &str) -> ProgressBar {
     let bar = ProgressBar::new(length);
@@ -94,5 +181,59 @@ pub fn duration(seconds: f64) -> String {
         s if s < 100.0 => format!("{s:.0} s"),
         s if s < 6000.0 => format!("{:.0} min", s / 60.0),
         s => format!("{:.1} h", s / 3600.0),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+
+    use super::*;
+
+    #[test]
+    fn what_steers_a_terminal_is_spelled_out() {
+        for (text, shown) in [
+            ("\u{1b}[31mred\u{7}", r"\u{1b}[31mred\u{7}"),
+            ("\u{9b}2J\u{7f}\0\u{8}", r"\u{9b}2J\u{7f}\u{0}\u{8}"),
+            ("a\rb", r"a\u{d}b"),
+            ("a\r\nb\n\tc", "a\nb\n\tc"),
+            ("x\r\n\u{1b}", "x\n\\u{1b}"),
+            (
+                "\u{202e}txt\u{2069}\u{200f}\u{61c}",
+                r"\u{202e}txt\u{2069}\u{200f}\u{61c}",
+            ),
+            ("\u{2028}\u{feff}\u{e0041}", r"\u{2028}\u{feff}\u{e0041}"),
+        ] {
+            assert_eq!(harmless(text), shown);
+        }
+        for text in [
+            "",
+            "plain\n\ttext",
+            "日本語 é ñ e\u{301}",
+            "👩\u{200d}👩\u{200d}👧 ❤\u{fe0f} 🇩🇪",
+            "می\u{200c}خواهم",
+            "\u{a0}\u{ad}",
+        ] {
+            assert!(
+                matches!(harmless(text), Cow::Borrowed(same) if same == text),
+                "{text}"
+            );
+        }
+        assert_eq!(label("a\nb\u{1b}c"), r"a\u{a}b\u{1b}c");
+    }
+
+    #[test]
+    fn lines_and_texts_are_bounded() {
+        let mut input: &[u8] = b"one\n\nlonger\nno end";
+        let mut next = |most| read_line(&mut input, most);
+        assert_eq!(next(5).unwrap().as_deref(), Some("one"));
+        assert_eq!(next(5).unwrap().as_deref(), Some(""));
+        assert_eq!(next(6).unwrap().as_deref(), Some("longer"));
+        assert_eq!(next(6).unwrap().as_deref(), Some("no end"));
+        assert_eq!(next(6).unwrap(), None);
+        let kind = |bytes: &[u8]| read_line(&mut &bytes[..], 5).unwrap_err().kind();
+        assert_eq!(kind(b"longer"), ErrorKind::TooLarge);
+        assert_eq!(kind(b"\xff\n"), ErrorKind::Malformed);
+        assert_eq!(read_bounded(std::io::repeat(0), 9).unwrap().len(), 10);
     }
 }

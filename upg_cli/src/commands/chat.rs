@@ -3,17 +3,20 @@
 
 use super::run::{note_end, sampling_options, session_options};
 use crate::cli::ChatArgs;
-use crate::terminal;
+use crate::{signals, terminal};
+use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
+use std::io::IsTerminal;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use upg_kernel::inference::chat_template::{ChatTemplate, Message};
+use upg_kernel::inference::tokenizer::{EncodeOptions, MAX_TEXT_BYTES};
 use upg_kernel::inference::{Sampler, Session};
 use upg_kernel::{Error, ErrorKind, OpenOptions, Result, UPGModel};
 
 pub fn run(args: &ChatArgs, open: OpenOptions) -> Result<()> {
     let model = UPGModel::from_file_with(&args.file, open)?;
-    let interrupt = terminal::interrupt_flag()?;
+    let interrupt = signals::interrupt_flag()?;
     let mut chat = Chat {
         template: model.chat_template()?,
         session: model.session(&session_options(&args.sampling, Arc::clone(&interrupt)))?,
@@ -24,13 +27,8 @@ pub fn run(args: &ChatArgs, open: OpenOptions) -> Result<()> {
         args,
     };
     chat.clear();
-    let mut editor = rustyline::DefaultEditor::new().map_err(|e| input_error(&e))?;
-    loop {
-        let line = match editor.readline("> ") {
-            Ok(line) => line,
-            Err(ReadlineError::Eof | ReadlineError::Interrupted) => return Ok(()),
-            Err(e) => return Err(input_error(&e)),
-        };
+    let mut lines = Lines::new()?;
+    while let Some(line) = signals::while_waiting(|| lines.next())?? {
         match line.trim() {
             "" => continue,
             "/clear" => chat.clear(),
@@ -39,10 +37,49 @@ pub fn run(args: &ChatArgs, open: OpenOptions) -> Result<()> {
                 terminal::note("upg: no such command; there are /clear and /exit");
             }
             line => {
-                // History is a comfort: a line that it refuses is no reason to stop.
-                let _ = editor.add_history_entry(line);
+                lines.keep(line);
                 chat.turn(line)?;
             }
+        }
+    }
+    Ok(())
+}
+
+/// Where questions come from.
+enum Lines {
+    Terminal(Box<DefaultEditor>),
+    /// A file or a pipe, whose lines may have no end.
+    Piped,
+}
+
+impl Lines {
+    fn new() -> Result<Self> {
+        match std::io::stdin().is_terminal() {
+            true => {
+                let editor = DefaultEditor::new().map_err(|e| input_error(&e))?;
+                Ok(Self::Terminal(Box::new(editor)))
+            }
+            false => Ok(Self::Piped),
+        }
+    }
+
+    /// The next one; `None` at the end, and after Ctrl-C at the prompt.
+    fn next(&mut self) -> Result<Option<String>> {
+        match self {
+            Self::Terminal(editor) => match editor.readline("> ") {
+                Ok(line) => Ok(Some(line)),
+                Err(ReadlineError::Eof | ReadlineError::Interrupted) => Ok(None),
+                Err(e) => Err(input_error(&e)),
+            },
+            Self::Piped => terminal::read_line(&mut std::io::stdin().lock(), MAX_TEXT_BYTES),
+        }
+    }
+
+    /// Remembers a line, to be found again with the arrow keys.
+    fn keep(&mut self, line: &str) {
+        if let Self::Terminal(editor) = self {
+            // History is a comfort: a line that it refuses is no reason to stop.
+            let _ = editor.add_history_entry(line);
         }
     }
 }
@@ -67,11 +104,11 @@ impl Chat<'_> {
     /// One question and its answer. An error in what was said is shown, and the question forgotten.
     fn turn(&mut self, line: &str) -> Result<()> {
         self.messages.push(Message::new("user", line));
-        self.interrupt.store(false, Ordering::Relaxed);
+        signals::start_again(&self.interrupt)?;
         let mut answer = String::new();
         match self.answer(&mut answer) {
-            // Ctrl-C ends the answer, not the talk.
             Ok(()) => {}
+            // Ctrl-C ends the answer, not the talk.
             Err(e) if e.kind() == ErrorKind::Interrupted => {}
             Err(e) if matches!(e.kind(), ErrorKind::Argument | ErrorKind::TooLarge) => {
                 terminal::note(format_args!("upg: {e}"));
@@ -82,6 +119,7 @@ impl Chat<'_> {
             Err(e) => return Err(e),
         }
         terminal::print("\n")?;
+        signals::check_end()?;
         self.messages.push(Message::new("assistant", answer));
         Ok(())
     }
@@ -89,7 +127,12 @@ impl Chat<'_> {
     /// Prints the answer as it comes and keeps it in `answer`, also if it ends with an error.
     fn answer(&mut self, answer: &mut String) -> Result<()> {
         let text = self.template.render(&self.messages, true)?;
-        let prompt = self.model.tokenizer()?.encode(&text, false)?;
+        let options = EncodeOptions {
+            add_special: false,
+            interrupt: Some(&self.interrupt),
+            ..EncodeOptions::default()
+        };
+        let prompt = self.model.tokenizer()?.encode_with(&text, options)?;
         let (stop, most) = (self.args.sampling.stop.clone(), self.args.max_tokens);
         let (session, sampler) = (&mut self.session, &mut self.sampler);
         let mut stream = self.model.stream(session, sampler, &prompt, most, stop)?;

@@ -16,6 +16,7 @@ use upg_compress::plan::{Choice, CompressOptions};
 use upg_compress::preflight::Preflight;
 use upg_compress::resume::partial_files;
 use upg_compress::source::{self, Source};
+use upg_kernel::inference::tokenizer::MAX_TEXT_BYTES;
 use upg_kernel::{Error, ErrorKind, OpenOptions, Result, WholeFile, refuse_to_overwrite};
 
 /// Work that is estimated to take fewer seconds starts without a word.
@@ -23,6 +24,9 @@ const WORTH_A_LINE: f64 = 10.0;
 
 /// Work that is estimated to take more seconds is worth going on with after a stop.
 const WORTH_RESUMING: f64 = 600.0;
+
+/// Largest file of JSON lines to calibrate on, in bytes: each document may have as many as a text.
+const LONGEST_LINES: usize = 256 << 20;
 
 pub fn run(args: &CompressArgs, open: OpenOptions) -> Result<()> {
     if args.output.is_dir() {
@@ -227,15 +231,18 @@ pub fn calibration(
         return Calibration::built_in(source, most.unwrap_or(BUILT_IN_TOKENS));
     };
     let most = most.unwrap_or(usize::MAX);
-    let content = terminal::read_text(path)?;
-    match path
+    let is_lines = path
         .extension()
-        .is_some_and(|extension| extension == "jsonl")
-    {
+        .is_some_and(|extension| extension == "jsonl");
+    match is_lines {
         true => {
+            let content = terminal::read_text(path, LONGEST_LINES)?;
             let documents = text::json_lines(&content).map_err(|e| e.at(path))?;
             Calibration::of_documents(source, &documents, most)
         }
-        false => Calibration::of_text(source, &content, most),
+        false => {
+            let content = terminal::read_text(path, MAX_TEXT_BYTES)?;
+            Calibration::of_text(source, &content, most)
+        }
     }
 }

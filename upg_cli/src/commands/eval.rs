@@ -4,7 +4,7 @@
 mod reference;
 
 use crate::cli::EvalArgs;
-use crate::terminal;
+use crate::{signals, terminal};
 use reference::Against;
 use serde_json::json;
 use std::num::NonZeroUsize;
@@ -14,11 +14,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use upg_kernel::inference::evaluate::{
     Computed, EvaluationOptions, LogitFile, Reference, Windows, evaluate,
 };
+use upg_kernel::inference::tokenizer::MAX_TEXT_BYTES;
 use upg_kernel::inference::{Evaluation, Model};
 use upg_kernel::{Error, ErrorKind, OpenOptions, Result, UPGModel};
 
 pub fn run(args: &EvalArgs, open: OpenOptions) -> Result<()> {
-    let text = terminal::read_text(&args.text)?;
+    let text = terminal::read_text(&args.text, MAX_TEXT_BYTES)?;
     let model = UPGModel::from_file_with(&args.file, open)?;
     let limit = args.windows.map_or(usize::MAX, NonZeroUsize::get);
     let windows = Windows::of_text(model.tokenizer()?, &text, args.window, limit)?;
@@ -76,7 +77,7 @@ impl Evaluated<'_> {
             "{verb} the logits of the reference: {path}, {size}"
         ));
         // Without this Ctrl-C would leave a part of the file behind.
-        let interrupted = terminal::interrupt_flag()?;
+        let interrupted = signals::interrupt_flag()?;
         let result = self.measure(Some(&mut logits), &interrupted)?;
         logits.finish()?;
         Ok(result)

@@ -2,20 +2,18 @@
 #![forbid(unsafe_code)]
 
 use crate::cli::{RunArgs, SamplingArgs};
-use crate::terminal;
+use crate::{signals, terminal};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensorError};
-use std::io::{Read, Write};
+use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 use upg_kernel::inference::chat_template::Message;
+use upg_kernel::inference::tokenizer::MAX_TEXT_BYTES;
 use upg_kernel::inference::{FinishReason, Sampler, SamplingOptions, Session, SessionOptions};
 use upg_kernel::{Error, ErrorKind, OpenOptions, Result, UPGModel, WholeFile, peak_memory};
-
-/// Longest prompt that is read from standard input, in bytes.
-const LONGEST_INPUT: u64 = 16 << 20;
 
 pub fn run(args: &RunArgs, open: OpenOptions) -> Result<()> {
     let started = Instant::now();
@@ -23,12 +21,12 @@ pub fn run(args: &RunArgs, open: OpenOptions) -> Result<()> {
     let loaded = started.elapsed();
     let options = |interrupt| session_options(&args.sampling, interrupt);
     if let (Some(tokens), Some(out)) = (&args.tokens, &args.logits) {
-        let session = model.session(&options(terminal::interrupt_flag()?))?;
+        let session = model.session(&options(signals::interrupt_flag()?))?;
         return write_logits(&model, session, tokens, out);
     }
     let text = prompt_text(&model, args)?;
     let prompt = model.tokenizer()?.encode(&text, !args.chat)?;
-    let mut session = model.session(&options(terminal::interrupt_flag()?))?;
+    let mut session = model.session(&options(signals::interrupt_flag()?))?;
     let mut sampler = Sampler::new(sampling_options(&args.sampling))?;
     let stop = args.sampling.stop.clone();
     let mut stream = model.stream(&mut session, &mut sampler, &prompt, args.max_tokens, stop)?;
@@ -86,18 +84,7 @@ pub fn session_options(args: &SamplingArgs, interrupt: Arc<AtomicBool>) -> Sessi
 
 fn prompt_text(model: &UPGModel, args: &RunArgs) -> Result<String> {
     let prompt = match args.prompt.as_deref() {
-        Some("-") => {
-            let mut text = String::new();
-            let mut input = std::io::stdin().lock().take(LONGEST_INPUT + 1);
-            input.read_to_string(&mut text).map_err(|e| {
-                Error::new(ErrorKind::Io, format!("cannot read standard input: {e}")).with_source(e)
-            })?;
-            if text.len() as u64 > LONGEST_INPUT {
-                let message = format!("a prompt of over {LONGEST_INPUT} bytes");
-                return Err(Error::new(ErrorKind::TooLarge, message));
-            }
-            text
-        }
+        Some("-") => terminal::read_input(MAX_TEXT_BYTES)?,
         other => other.unwrap_or_default().to_owned(),
     };
     if !args.chat {

@@ -1,0 +1,328 @@
+//! The real `upg` command on a pseudo-terminal, and what signals do to it.
+#![cfg(unix)]
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
+
+mod common;
+
+use common::{output, succeed, tiny_model, upg};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::pty::openpty;
+use nix::sys::signal::{Signal, kill};
+use nix::sys::termios::{LocalFlags, tcgetattr};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, PipeReader, PipeWriter, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+/// A model whose tokens are `token(0..=255)`, as byte-level tokenizers spell them, but `a` for 1. It answers with the token
+/// that it was asked, again and again.
+fn model(folder: &Path, token: impl Fn(usize) -> String) -> PathBuf {
+    let source = folder.join("source");
+    fs::create_dir(&source).unwrap();
+    for file in ["config.json", "model.safetensors"] {
+        fs::copy(tiny_model("phi3").join(file), source.join(file)).unwrap();
+    }
+    let spelled = |id: usize| if id == 1 { "a".to_owned() } else { token(id) };
+    let vocab: serde_json::Map<String, Value> =
+        (0..256).map(|id| (spelled(id), json!(id))).collect();
+    let bytes = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
+    let tokenizer = json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+        "pre_tokenizer": bytes, "post_processor": null, "decoder": bytes,
+        "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+                  "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": true, "vocab": vocab, "merges": []},
+    });
+    fs::write(source.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    let template = "{% for message in messages %}{{ message.content }}{% endfor %}";
+    fs::write(source.join("chat_template.jinja"), template).unwrap();
+    let path = folder.join("model.safetensors");
+    let [source, out] = [&source, &path].map(|path| path.to_str().unwrap());
+    succeed(["compress", source, "-o", out, "--encoding", "q8"]);
+    path
+}
+
+/// Tokens that turn the text red: `ě` spells the byte 0x1B.
+fn red(id: usize) -> String {
+    format!("ě[31m{id}")
+}
+
+/// Tokens of which a hundred fill any pipe.
+fn long(id: usize) -> String {
+    format!("{id:04}").repeat(1000)
+}
+
+/// A pseudo-terminal, with what was written to it.
+struct Terminal {
+    slave: OwnedFd,
+    keys: File,
+    shown: Arc<Mutex<Vec<u8>>>,
+}
+
+impl Terminal {
+    fn new() -> Self {
+        let pty = openpty(None, None).unwrap();
+        let keys = File::from(pty.master);
+        let mut screen = keys.try_clone().unwrap();
+        let shown = Arc::new(Mutex::new(Vec::new()));
+        let sink = Arc::clone(&shown);
+        std::thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            while let Ok(n @ 1..) = screen.read(&mut buffer) {
+                sink.lock().unwrap().extend(&buffer[..n]);
+            }
+        });
+        Self {
+            slave: pty.slave,
+            keys,
+            shown,
+        }
+    }
+
+    fn stdio(&self) -> Stdio {
+        self.slave.try_clone().unwrap().into()
+    }
+
+    fn text(&self) -> String {
+        String::from_utf8_lossy(&self.shown.lock().unwrap()).into_owned()
+    }
+
+    /// Whether lines are edited by the terminal and not by the program.
+    fn is_cooked(&self) -> bool {
+        tcgetattr(&self.slave)
+            .unwrap()
+            .local_flags
+            .contains(LocalFlags::ICANON | LocalFlags::ECHO)
+    }
+
+    fn start(&self, command: &mut Command) -> Child {
+        command
+            .env("TERM", "xterm")
+            .stdin(self.stdio())
+            .stdout(self.stdio())
+            .stderr(self.stdio())
+            .spawn()
+            .unwrap()
+    }
+}
+
+fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !condition() {
+        assert!(
+            start.elapsed() < Duration::from_secs(60),
+            "a minute and no {what}"
+        );
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn send(child: &Child, signal: Signal) {
+    kill(Pid::from_raw(child.id().try_into().unwrap()), signal).unwrap();
+}
+
+/// The exit code, or `None` if a signal ended it; never waits longer than a minute.
+fn code(child: &mut Child) -> Option<i32> {
+    let mut status = None;
+    wait_until("end", || {
+        status = child.try_wait().unwrap();
+        status.is_some()
+    });
+    status.unwrap().code()
+}
+
+/// Time in which a process that has nothing left to do comes to rest.
+const SETTLES: Duration = Duration::from_millis(300);
+
+const ENDS: [(Signal, i32); 3] = [
+    (Signal::SIGINT, 130),
+    (Signal::SIGTERM, 143),
+    (Signal::SIGHUP, 129),
+];
+
+#[test]
+fn texts_and_names_do_not_steer_a_terminal() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = model(folder.path(), red);
+    let model = model.to_str().unwrap();
+    let run = || upg(["run", model, "-p", "\u{1b}[31m0", "-n", "3", "--quiet"]);
+    let (_, piped, _) = output(&mut run());
+    assert_eq!(piped.matches("\u{1b}[31m").count(), 4, "{piped:?}");
+
+    let terminal = Terminal::new();
+    let mut child = terminal.start(&mut run());
+    assert_eq!(code(&mut child), Some(0));
+    let spelled = piped.replace('\u{1b}', r"\u{1b}").replace('\n', "\r\n");
+    wait_until("answer", || terminal.text() == spelled);
+
+    // What a person says is shown again, and so is the name of a file.
+    let terminal = Terminal::new();
+    let mut child = terminal.start(&mut upg([
+        "run",
+        model,
+        "-p",
+        "a\u{9b}2J\r!",
+        "-n",
+        "1",
+        "--quiet",
+    ]));
+    assert_eq!(code(&mut child), Some(0));
+    wait_until("prompt", || terminal.text().starts_with(r"a\u{9b}2J\u{d}!"));
+    let terminal = Terminal::new();
+    let mut child = terminal.start(&mut upg(["run", "no\u{202e}file\u{1b}c", "-p", "a"]));
+    assert_eq!(code(&mut child), Some(1));
+    wait_until("error", || {
+        terminal.text().starts_with(r"upg: no\u{202e}file\u{1b}c: ")
+    });
+}
+
+#[test]
+fn signals_at_the_prompt_end_a_chat_and_leave_the_terminal_as_it_was() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = model(folder.path(), |id| format!("word{id}"));
+    // The echo of a question has one word, an answer two of them side by side.
+    let has_answer = |text: &str| text.contains("word0word0");
+    for (signal, expected) in ENDS {
+        let terminal = Terminal::new();
+        assert!(terminal.is_cooked());
+        let mut child = terminal.start(&mut upg(["chat", model.to_str().unwrap(), "-n", "2"]));
+        wait_until("prompt", || {
+            terminal.text().contains("> ") && !terminal.is_cooked()
+        });
+        // After an answer too.
+        (&terminal.keys).write_all(b"word0\r").unwrap();
+        wait_until("second prompt", || {
+            has_answer(&terminal.text()) && !terminal.is_cooked()
+        });
+        send(&child, signal);
+        // Ctrl-C at the prompt is a way to leave, as Ctrl-D is.
+        let expected = if signal == Signal::SIGINT {
+            0
+        } else {
+            expected
+        };
+        assert_eq!(
+            code(&mut child),
+            Some(expected),
+            "{signal}: {}",
+            terminal.text()
+        );
+        assert!(terminal.is_cooked(), "{signal}");
+    }
+    // A pipe that says nothing.
+    for (signal, expected) in ENDS {
+        let mut command = upg(["chat", model.to_str().unwrap(), "-n", "2"]);
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        child.stdin.as_mut().unwrap().write_all(b"word0\n").unwrap();
+        let mut answer = String::new();
+        BufReader::new(child.stdout.as_mut().unwrap())
+            .read_line(&mut answer)
+            .unwrap();
+        assert!(answer.ends_with('\n'));
+        std::thread::sleep(SETTLES);
+        send(&child, signal);
+        assert_eq!(code(&mut child), Some(expected), "{signal}");
+    }
+}
+
+/// Starts a command whose answer fills a pipe that nobody reads: it is held up where it looks at no flag.
+fn hold_up(mut command: Command) -> (Child, PipeReader) {
+    let (reader, writer): (PipeReader, PipeWriter) = std::io::pipe().unwrap();
+    let child = command.stdout(writer.try_clone().unwrap()).spawn().unwrap();
+    wait_until("full pipe", || {
+        let mut room = [PollFd::new(writer.as_fd(), PollFlags::POLLOUT)];
+        poll(&mut room, PollTimeout::ZERO).unwrap() == 0
+    });
+    // The reader is to see the end of the answer: the command holds the other end too.
+    drop(command);
+    std::thread::sleep(SETTLES);
+    (child, reader)
+}
+
+#[test]
+fn a_second_signal_ends_the_process_at_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = model(folder.path(), long);
+    for (signal, expected) in ENDS {
+        let command = upg([
+            "run",
+            model.to_str().unwrap(),
+            "-p",
+            &long(0),
+            "-n",
+            "200",
+            "--quiet",
+        ]);
+        let (mut child, _reader) = hold_up(command);
+        send(&child, Signal::SIGINT);
+        std::thread::sleep(SETTLES);
+        assert_eq!(child.try_wait().unwrap(), None, "it was not held up");
+        let second = Instant::now();
+        send(&child, signal);
+        assert_eq!(code(&mut child), Some(expected), "{signal}");
+        assert!(second.elapsed() < Duration::from_secs(2));
+    }
+}
+
+#[test]
+fn sigterm_in_an_answer_ends_the_chat_and_ctrl_c_the_answer() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = model(folder.path(), long);
+    for (signal, expected) in [
+        (Signal::SIGTERM, Some(143)),
+        (Signal::SIGHUP, Some(129)),
+        (Signal::SIGINT, None),
+    ] {
+        let (asked, mut input) = std::io::pipe().unwrap();
+        writeln!(input, "{}", long(0)).unwrap();
+        let mut command = upg(["chat", model.to_str().unwrap(), "-n", "200"]);
+        let (mut child, mut answer) = {
+            command.stdin(asked);
+            hold_up(command)
+        };
+        send(&child, signal);
+        std::thread::sleep(SETTLES);
+        let reader = std::thread::spawn(move || answer.read_to_end(&mut Vec::new()).unwrap());
+        // Until then it could ask for more.
+        let input = expected.is_some().then_some(input);
+        assert_eq!(code(&mut child), Some(expected.unwrap_or(0)), "{signal}");
+        assert!(reader.join().unwrap() < 400_000, "the answer was not ended");
+        drop(input);
+    }
+}
+
+#[test]
+fn endless_texts_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = model(folder.path(), red);
+    let (model, phi3) = (model.to_str().unwrap(), folder.path().join("source"));
+    let phi3 = phi3.to_str().unwrap();
+    let out = folder.path().join("out");
+    let out = out.to_str().unwrap();
+    let zeros = || File::open("/dev/zero").unwrap();
+    for (mut command, input) in [
+        (upg(["eval", model, "--text", "/dev/zero"]), Stdio::null()),
+        (upg(["eval", model, "--text", "/dev/stdin"]), zeros().into()),
+        (
+            upg(["compress", phi3, "-o", out, "--calibrate", "/dev/zero"]),
+            Stdio::null(),
+        ),
+        (upg(["run", model, "-p", "-"]), zeros().into()),
+        (upg(["chat", model]), zeros().into()),
+    ] {
+        let (code, _, stderr) = output(command.stdin(input));
+        assert_eq!(code, Some(1), "{command:?}: {stderr}");
+        assert!(
+            stderr.contains("over 16777216 bytes"),
+            "{command:?}: {stderr}"
+        );
+    }
+}

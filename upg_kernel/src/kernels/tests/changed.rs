@@ -70,7 +70,7 @@ fn matrices() -> Vec<(&'static str, LayerInfo, Matrix)> {
     let mut matrices = Vec::new();
     // Entries far apart, and in runs.
     for (name, step) in [("mdcsr-16", 16), ("mdcsr-1", 1)] {
-        let weight = |i| f32::from(i % COLS % step == 0);
+        let weight = |i: usize| f32::from((i % COLS).is_multiple_of(step));
         let weights: Vec<f32> = (0..ROWS * COLS).map(weight).collect();
         let matrix = MdCSRMatrix::from_dense(&weights, ROWS, COLS).unwrap();
         let layer = layer(Encoding::MdCsr, None, None);

@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Runs the tests of the unsafe code under AddressSanitizer or ThreadSanitizer.
+set -euo pipefail
+
+usage() {
+    cat <<'END'
+Usage: tools/sanitize.sh address|thread [SECONDS]
+
+address: the tests of the kernels, the memory map, the sparse rows and the team of threads, with every access
+to memory checked; the test with a writer beside every kernel takes SECONDS (60) for each instruction set.
+thread: the tests of the team of threads, with every pair of accesses from two threads checked.
+
+Needs a C compiler on Linux. The sanitizers are unstable options of the compiler: on a stable toolchain
+RUSTC_BOOTSTRAP=1 is set. ThreadSanitizer also rebuilds the standard library, for which it needs its
+source (rustup component add rust-src); without that it says so and fails.
+END
+}
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+case "${1-}" in
+address | thread) sanitizer=$1 ;;
+-h | --help) usage && exit ;;
+*) usage >&2 && exit 2 ;;
+esac
+export UPG_STRESS_SECONDS=${2-60}
+
+rustc --version | grep -q nightly || export RUSTC_BOOTSTRAP=1
+triple=$(rustc -vV | sed -n 's/^host: //p')
+build=()
+case $sanitizer in
+address)
+    tests=(array:: kernels:: mapped:: sparse:: team::)
+    # What is freed is used by nobody: no need to wait for it. Leaks are those of the test harness.
+    export ASAN_OPTIONS=detect_leaks=0
+    ;;
+thread)
+    tests=(team::)
+    if [ ! -d "$(rustc --print sysroot)/lib/rustlib/src/rust/library" ]; then
+        echo "Missing: the source of the standard library. Get it with: rustup component add rust-src" >&2
+        exit 1
+    fi
+    build=(-Zbuild-std)
+    ;;
+esac
+
+# With a target, flags are not those of build scripts. A folder of its own: everything is compiled otherwise.
+export RUSTFLAGS="-Zsanitizer=$sanitizer ${RUSTFLAGS-}"
+CARGO_TARGET_DIR=$(pwd)/target/sanitize-$sanitizer
+export CARGO_TARGET_DIR
+cargo test "${build[@]}" --package upg_kernel --lib --locked --target "$triple" -- "${tests[@]}" --nocapture

@@ -215,38 +215,65 @@ fn trellis(
 }
 
 /// Rows and products of all kernels against those of the reference.
-pub(super) fn check(matrix: &Matrix) {
-    let (rows, cols) = (matrix.rows(), matrix.cols());
-    let Some(weights) = rows
-        .checked_mul(cols)
-        .filter(|&n| n <= super::MOST_WEIGHTS * 2)
-    else {
+fn check(matrix: &Matrix) {
+    let Some(expected) = check_rows(matrix) else {
         return;
     };
-    if weights == 0 {
-        return;
+    if expected.iter().any(|w| w.abs() >= LARGEST_WEIGHT) {
+        return run_products(matrix);
     }
+    let cols = matrix.cols();
+    let x = vectors(9 * cols);
+    for kernels in Kernels::available() {
+        for n in [1, 9] {
+            check_product(matrix, kernels, &expected, &x[..n * cols], n);
+        }
+    }
+}
+
+/// Rows of all kernels against those of the reference, and products that are not compared: for files of many matrices.
+pub(super) fn read(matrix: &Matrix) {
+    if check_rows(matrix).is_some() {
+        run_products(matrix);
+    }
+}
+
+/// Vectors of a moderate size, small ones among them.
+fn vectors(len: usize) -> Vec<f32> {
+    let value = |i: usize| (i * 7919 % 1009) as f32 / 504.5 - 1.0;
+    let size = |i: usize| [1.0, 1e-4][i / 100 % 2];
+    (0..len).map(|i| value(i) * size(i)).collect()
+}
+
+fn run_products(matrix: &Matrix) {
+    let (rows, cols) = (matrix.rows(), matrix.cols());
+    let (x, mut out) = (vectors(9 * cols), vec![f32::NAN; 9 * rows]);
+    for kernels in Kernels::available() {
+        for n in [1, 9] {
+            let product = matrix.spmm_with(kernels, &x[..n * cols], n, &mut out[..n * rows]);
+            product.expect("vectors as long as rows");
+        }
+    }
+}
+
+/// The weights, the same bits with all kernels; `None` if there are none or too many.
+fn check_rows(matrix: &Matrix) -> Option<Vec<f32>> {
+    let weights = matrix.rows().checked_mul(matrix.cols());
+    let weights = weights.filter(|n| (1..=2 * super::MOST_WEIGHTS).contains(n))?;
     let mut expected = vec![f32::NAN; weights];
     let decoded = matrix.rows_into_with(Kernels::scalar(), 0, &mut expected);
     decoded.expect("whole rows of the matrix");
-    let x: Vec<f32> = (0..9 * cols)
-        .map(|i| ((i * 7919 % 1009) as f32 / 504.5 - 1.0) * [1.0, 1e-4][i / 100 % 2])
-        .collect();
     for kernels in Kernels::available() {
         let mut found = vec![f32::NAN; weights];
         let decoded = matrix.rows_into_with(kernels, 0, &mut found);
         decoded.expect("whole rows of the matrix");
         for (i, (found, expected)) in found.iter().zip(&expected).enumerate() {
-            let name = kernels.name();
             let is_same = found.to_bits() == expected.to_bits();
+            let name = kernels.name();
             assert!(is_same, "{name}: weight {i} is {found}, not {expected}");
         }
-        if expected.iter().all(|w| w.abs() < LARGEST_WEIGHT) {
-            for n in [1, 9] {
-                check_product(matrix, kernels, &expected, &x[..n * cols], n);
-            }
-        }
     }
+    Some(expected)
 }
 
 fn check_product(matrix: &Matrix, kernels: Kernels, weights: &[f32], x: &[f32], n: usize) {

@@ -95,14 +95,14 @@ fn read_upg(path: &Path) {
     }
     for id in 0..file.layers().len() {
         match file.matrix(id) {
-            Ok(matrix) => decoders::check(matrix),
+            Ok(matrix) => decoders::read(matrix),
             Err(e) => one_line(&e),
         }
     }
     let kept: Vec<String> = file.kept().map(|(name, ..)| name.to_owned()).collect();
     for name in &kept {
         match file.kept_matrix(name) {
-            Ok(matrix) => decoders::check(&Matrix::Dense(matrix)),
+            Ok(matrix) => decoders::read(&Matrix::Dense(matrix)),
             Err(e) => one_line(&e),
         }
         if let Err(e) = file.kept_vector(name) {

@@ -9,6 +9,7 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 use safetensors::Dtype;
 use std::path::Path;
 use upg_kernel::format::UpgFile;
+use upg_kernel::inference::tokenizer::MAX_TOKENIZER_BYTES;
 use upg_kernel::{Error, ErrorKind, UPGDecompressor};
 
 /// When a damage must be found.
@@ -226,12 +227,30 @@ fn the_undamaged_file_is_accepted() {
         ["model.norm.weight"]
     );
     assert_eq!(file.tokenizer_json(), Some(&b"{}"[..]));
+    assert_eq!(file.tokenizer_text().unwrap().as_deref(), Some("{}"));
     let model = UPGDecompressor::from_safetensors(file.path()).unwrap();
     let by_name = model.decompress_layer("q4.weight").unwrap();
     let by_number = model.decompress_layer(2).unwrap();
     assert_eq!(by_name.dims(), [ROWS, COLS]);
     let bits = |t: &candle_core::Tensor| t.flatten_all().unwrap().to_vec1::<half::bf16>().unwrap();
     assert_eq!(bits(&by_name), bits(&by_number));
+}
+
+#[test]
+fn a_tokenizer_is_copied_only_if_it_is_text_within_the_cap() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("f");
+    for (bytes, kind) in [
+        (vec![0xFF; 2], Malformed),
+        (vec![b' '; MAX_TOKENIZER_BYTES + 1], TooLarge),
+    ] {
+        let mut draft = Draft::good();
+        let tokenizer = draft.tensor("tokenizer.json");
+        (tokenizer.shape, tokenizer.bytes) = (vec![bytes.len()], bytes);
+        let file = open(&path, &draft.bytes()).unwrap();
+        let e = file.tokenizer_text().unwrap_err();
+        assert_eq!(e.kind(), kind, "{e}");
+    }
 }
 
 #[test]

@@ -34,6 +34,9 @@ pub enum ErrorKind {
     Interrupted,
 }
 
+/// Most bytes of a message, a name or a hint: what a file says must not fill a screen or memory.
+const LONGEST_PART: usize = 4096;
+
 /// An error with its kind, the file and tensor it concerns, and how to mend it.
 ///
 /// `Display` is one line: `FILE: tensor 'NAME': MESSAGE (format rule N); HINT`.
@@ -50,14 +53,14 @@ struct Inner {
 }
 
 impl Error {
-    /// A new error; `message` says what was found and what was expected.
+    /// A new error; `message` says what was found and what was expected, in 4,096 bytes at most.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
         Self(Box::new(Inner {
             kind,
             rule: None,
             path: None,
             tensor: None,
-            message: message.into(),
+            message: cut(message.into()),
             hint: None,
             source: None,
         }))
@@ -97,7 +100,7 @@ impl Error {
 
     /// Names the tensor, unless an inner call already did.
     pub fn tensor(mut self, name: impl Into<String>) -> Self {
-        self.0.tensor.get_or_insert_with(|| name.into());
+        self.0.tensor.get_or_insert_with(|| cut(name.into()));
         self
     }
 
@@ -109,7 +112,7 @@ impl Error {
 
     /// Says how to mend it.
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
-        self.0.hint = Some(hint.into());
+        self.0.hint = Some(cut(hint.into()));
         self
     }
 
@@ -133,6 +136,16 @@ impl Error {
     pub fn tensor_name(&self) -> Option<&str> {
         self.0.tensor.as_deref()
     }
+}
+
+/// The beginning of a text that is too long for a line.
+fn cut(mut text: String) -> String {
+    if text.len() > LONGEST_PART {
+        text.truncate(text.floor_char_boundary(LONGEST_PART));
+        text.push_str(" ..");
+        text.shrink_to_fit();
+    }
+    text
 }
 
 impl fmt::Display for Error {
@@ -213,6 +226,17 @@ mod tests {
             .at("a\u{1b}b")
             .hint("\u{9b}c");
         assert_eq!(e.to_string(), "a\\u{1b}b: \\u{1b}[2J\\u{7}; \\u{9b}c");
+    }
+
+    #[test]
+    fn what_a_file_says_is_cut() {
+        let long = "é".repeat(1 << 20);
+        let e = Error::new(ErrorKind::Invalid, &*long)
+            .tensor(&*long)
+            .hint(&*long);
+        assert!(e.to_string().len() < 4 * LONGEST_PART);
+        let name = e.tensor_name().unwrap();
+        assert!(name.starts_with("éé") && name.ends_with("é .."), "{name}");
     }
 
     #[test]

@@ -28,7 +28,7 @@ nobody has disturbed. Prints counts; ends with exit code 1 if anything was not a
   --hidden       allow hidden files .upg-*.partial until the next run, which has to remove them: for file systems
                  without O_TMPFILE, and systems other than Linux
 
-Needs bash, python3 and, in the working folder, room for a few copies of the model.
+Needs bash (before version 5 also python3) and, in the working folder, room for a few copies of the model.
 END
 }
 
@@ -98,8 +98,13 @@ run() {
     }
 }
 
+# From bash 5 on without another program, whose start would count.
 microseconds() {
-    python3 -c 'import time; print(time.time_ns() // 1000)'
+    if [ -n "${EPOCHREALTIME-}" ]; then
+        echo "${EPOCHREALTIME/[.,]/}"
+    else
+        python3 -c 'import time; print(time.time_ns() // 1000)'
+    fi
 }
 
 failures=0

@@ -195,3 +195,29 @@ fn a_damaged_file_is_refused_when_it_is_read() {
     succeed(["inspect", model]);
     assert_eq!(names(folder.path()), ["model"]);
 }
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_file_that_does_not_fit_in_memory_is_refused() {
+    const BYTES: u64 = 8 << 30;
+    let folder = tempfile::tempdir().unwrap();
+    let big = folder.path().join("big");
+    File::create(&big).unwrap().set_len(BYTES).unwrap();
+    let mut command = Command::new("sh");
+    // KiB of addresses, for the program and all its threads.
+    let limited = "ulimit -v 6000000; exec \"$0\" \"$@\"";
+    command.args([
+        "-c",
+        limited,
+        env!("CARGO_BIN_EXE_upg"),
+        "inspect",
+        "--no-mmap",
+    ]);
+    let (code, _, stderr) = output(command.arg(&big));
+    assert_eq!(code, Some(1), "{stderr}");
+    assert!(
+        stderr.contains(&format!("no memory for its {BYTES} bytes")),
+        "{stderr}"
+    );
+    assert_eq!(stderr.lines().count(), 1, "{stderr}");
+}

@@ -62,7 +62,9 @@
 //!
 //! A file is untrusted: it is checked when it is opened and when a layer is first used (the list is in
 //! the format document), and after that nothing in it can make a read go out of bounds. Damaged
-//! weights are found by [`format::UpgFile::verify`] only. Every error is an [`Error`]: one line that
+//! weights are found by [`format::UpgFile::verify`] only. That holds as long as nobody changes a mapped file in place
+//! ([`MappedFile`] says what happens then); with [`OpenOptions::in_memory`] a file is read and verified instead of mapped.
+//! Every error is an [`Error`]: one line that
 //! names the file, the tensor and the broken rule. Arithmetic is on the CPU, in f32 or as good as that
 //! (`docs/numerics.md`), in parallel: products and the forward pass on threads of their own, as many as rayon's
 //! global pool has when the first product is computed, everything else on that pool. Results do not depend

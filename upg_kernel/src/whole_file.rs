@@ -142,14 +142,14 @@ impl WholeFile {
 
     /// Brings everything to disk, then puts the file in its place. Errors: `Io`.
     pub fn commit(mut self) -> Result<()> {
-        let written = self.out.flush();
-        let replaced = std::fs::metadata(&self.target).ok();
-        let replaced = replaced.as_ref().or(self.replaced.as_deref());
-        let resembles = |_| replaced.map_or(Ok(()), |old| resemble(self.out.get_ref(), old));
-        written
-            .and_then(resembles)
-            .map_err(|e| Error::io("cannot write", &self.path, e))?;
         self.sync()?;
+        let replaced = std::fs::metadata(&self.target).ok();
+        if let Some(old) = replaced.as_ref().or(self.replaced.as_deref()) {
+            // Late: a file that can only be read could not be resumed.
+            resemble(self.out.get_ref(), old)
+                .map_err(|e| Error::io("cannot write", &self.path, e))?;
+            self.sync()?;
+        }
         let Self {
             mut out,
             temporary,

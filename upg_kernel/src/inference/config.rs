@@ -297,7 +297,15 @@ fn head_dim(
             ),
         ));
     }
-    Ok(hidden_size / num_heads)
+    match hidden_size / num_heads {
+        dim if dim <= MAX_HEAD_DIM => Ok(dim),
+        dim => Err(fields.error(
+            ErrorKind::TooLarge,
+            format_args!(
+                "'hidden_size' {hidden_size} makes {num_heads} heads of {dim}, at most {MAX_HEAD_DIM}"
+            ),
+        )),
+    }
 }
 
 /// The attention window of each layer. One that is at least the context hides nothing.

@@ -301,6 +301,11 @@ fn bad_configs_give_their_kind_of_error() {
         ),
         ("llama", json!({"num_attention_heads": 1 << 20}), TooLarge),
         ("llama", json!({"head_dim": 1 << 20}), TooLarge),
+        (
+            "llama",
+            json!({"hidden_size": 1 << 17, "num_attention_heads": 1, "head_dim": null}),
+            TooLarge,
+        ),
         ("llama", json!({"rms_norm_eps": 0.0}), Invalid),
         ("llama", json!({"rms_norm_eps": 1e-60}), Invalid),
         ("llama", json!({"rope_theta": -1.0}), Invalid),

@@ -8,7 +8,8 @@ Usage: fuzz/run.sh [--seconds N] [--merge] [--list] [TARGET...]
 
 Runs each fuzz target for N seconds (60), one after the other, with edge coverage and
 AddressSanitizer. An input that crashes, takes over 2 seconds or over 512 MB ends the target and is
-kept in fuzz/artifacts/TARGET. Prints a line for each target: executions, edges, inputs kept, findings.
+kept in fuzz/artifacts/TARGET. Prints a line for each target: executions, edges, inputs kept. Ends with
+exit code 1 if a target has failed.
 
   --merge   instead of running, makes fuzz/seeds/TARGET the smallest inputs that reach all that the
             working corpus (fuzz/corpus/TARGET) and the seeds reach
@@ -49,6 +50,7 @@ triple=$(rustc -vV | sed -n 's/^host: //p')
 bins=target/$triple/release
 limits=(-rss_limit_mb=512 -malloc_limit_mb=512 -timeout=2 -max_len=65536)
 
+failed=0
 for target in "${targets[@]}"; do
     mkdir -p "corpus/$target" "seeds/$target" "artifacts/$target"
     run=("$bins/$target" "-artifact_prefix=artifacts/$target/")
@@ -63,12 +65,16 @@ for target in "${targets[@]}"; do
     log=artifacts/$target.log
     dictionary=()
     [ ! -f "$target.dict" ] || dictionary=("-dict=$target.dict")
-    before=$(find "artifacts/$target" -type f | wc -l)
+    status=0
     "${run[@]}" "${limits[@]}" "${dictionary[@]}" "-max_total_time=$seconds" -print_final_stats=1 -verbosity=1 \
-        "corpus/$target" "seeds/$target" >"$log" 2>&1 || true
-    after=$(find "artifacts/$target" -type f | wc -l)
+        "corpus/$target" "seeds/$target" >"$log" 2>&1 || status=$?
     executions=$(sed -n 's/^stat::number_of_executed_units: *//p' "$log")
     edges=$(grep -oE 'cov: [0-9]+' "$log" | tail -n 1 | cut -d' ' -f2)
-    printf '%-20s %10s executions, %6s edges, %6s inputs, %s findings\n' "$target" "${executions:-0}" "${edges:-0}" \
-        "$(find "corpus/$target" -type f | wc -l)" "$((after - before))"
+    printf '%-20s %10s executions, %6s edges, %6s inputs\n' "$target" "${executions:-0}" "${edges:-0}" \
+        "$(find "corpus/$target" -type f | wc -l)"
+    if [ "$status" -ne 0 ] || [ "${executions:-0}" -eq 0 ]; then
+        echo "$target has failed: see fuzz/$log, and the input in fuzz/artifacts/$target" >&2
+        failed=1
+    fi
 done
+exit $failed

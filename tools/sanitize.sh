@@ -6,13 +6,14 @@ usage() {
     cat <<'END'
 Usage: tools/sanitize.sh address|thread [SECONDS]
 
-address: the tests of the kernels, the memory map, the sparse rows and the team of threads, with every access
-to memory checked; the test with a writer beside every kernel takes SECONDS (60) for each instruction set.
+address: the tests of the kernels, the memory map, arrays, sparse rows and the team of threads, optimized and without
+overflow checks as in a release, with every access to memory checked. The test with a writer beside every kernel
+takes SECONDS (60) for each instruction set.
 thread: the tests of the team of threads, with every pair of accesses from two threads checked.
 
 Needs a C compiler on Linux. The sanitizers are unstable options of the compiler: on a stable toolchain
-RUSTC_BOOTSTRAP=1 is set. ThreadSanitizer also rebuilds the standard library, for which it needs its
-source (rustup component add rust-src); without that it says so and fails.
+RUSTC_BOOTSTRAP=1 is set. ThreadSanitizer has to see the standard library too: it is rebuilt from its source, which
+rustup installs (rustup component add rust-src).
 END
 }
 
@@ -30,7 +31,7 @@ build=()
 case $sanitizer in
 address)
     tests=(array:: kernels:: mapped:: sparse:: team::)
-    # What is freed is used by nobody: no need to wait for it. Leaks are those of the test harness.
+    # Leaks are those of the test harness.
     export ASAN_OPTIONS=detect_leaks=0
     ;;
 thread)
@@ -47,4 +48,11 @@ esac
 export RUSTFLAGS="-Zsanitizer=$sanitizer ${RUSTFLAGS-}"
 CARGO_TARGET_DIR=$(pwd)/target/sanitize-$sanitizer
 export CARGO_TARGET_DIR
-cargo test "${build[@]}" --package upg_kernel --lib --locked --target "$triple" -- "${tests[@]}" --nocapture
+cargo=(cargo test "${build[@]}" --release --package upg_kernel --lib --locked --target "$triple" --)
+for filter in "${tests[@]}"; do
+    if ! "${cargo[@]}" --list "$filter" | grep -q ': test$'; then
+        echo "no tests match $filter" >&2
+        exit 1
+    fi
+done
+"${cargo[@]}" --nocapture "${tests[@]}"

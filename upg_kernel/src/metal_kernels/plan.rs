@@ -440,11 +440,12 @@ impl Planner<'_> {
                 ("s4", Weights::new(codes), codebook, LEVELS + PRIMES)
             }
         };
-        let stored = arrays.strip_pointers.last().copied();
+        // The length of the array, not the last pointer, which may have changed since it was checked.
+        let stored = number(codes.bytes().len(), "bytes of codes")?;
         let args = StripArgs {
             group: number(BITMAP_GROUP, "columns")?,
             groups: number(groups, "groups")?,
-            stored: stored.unwrap_or_default(),
+            stored,
             ..self.strip_args(rows, cols, strip_bytes)?
         };
         let operands = vec![

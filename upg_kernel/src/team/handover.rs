@@ -168,7 +168,7 @@ impl Handover {
         self.number.0.load(Ordering::Acquire)
     }
 
-    /// Whether every task of the loop is finished, after a moment's pause.
+    /// Returns whether every task of the loop is finished, after a moment's pause.
     pub(super) fn is_finished(&self) -> bool {
         spin_loop();
         self.unfinished.0.load(Ordering::Acquire) == 0
@@ -203,7 +203,7 @@ impl Handover {
         self.wake_sleepers();
     }
 
-    /// Whether the threads of the team are to end.
+    /// Returns whether the threads of the team are to end.
     pub(super) fn ends(&self) -> bool {
         self.ends.load(Ordering::Acquire)
     }

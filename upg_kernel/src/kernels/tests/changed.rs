@@ -14,12 +14,14 @@ use crate::test_data::{bitmap, grouped, noise, trellis};
 use memmap2::MmapMut;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, mprotect, munmap};
 use safetensors::SafeTensors;
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::ops::{Deref, DerefMut, Range};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::ptr::NonNull;
+use std::sync::Once;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -44,6 +46,7 @@ fn a_file_that_changes_under_a_kernel_leads_nowhere_else() {
     let seconds = std::env::var(SECONDS).map_or(DEFAULT_SECONDS, |text| {
         text.parse().expect("a number of seconds")
     });
+    silence_panics_of_passes();
     let matrices = matrices();
     let each = Duration::from_secs_f64(seconds / matrices.len() as f64);
     let folder = tempfile::tempdir().unwrap();
@@ -109,6 +112,23 @@ fn write(path: &Path, layer: &LayerInfo, matrix: &Matrix) {
     writer.finish(metadata, layers).unwrap();
 }
 
+thread_local! {
+    /// Set while a panic of this thread is none that anybody should read of: a message for each would drown all others.
+    static IS_SILENT: Cell<bool> = const { Cell::new(false) };
+}
+
+fn silence_panics_of_passes() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let hook = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            if !IS_SILENT.get() {
+                hook(info);
+            }
+        }));
+    });
+}
+
 /// Every kernel on the matrix in `path` while its arrays are changed: how many passes returned, and how many panicked.
 fn race(path: &Path, kernels: Kernels, time: Duration) -> [usize; 2] {
     let file = UpgFile::open(path).unwrap();
@@ -118,16 +138,14 @@ fn race(path: &Path, kernels: Kernels, time: Duration) -> [usize; 2] {
     std::thread::scope(|scope| {
         scope.spawn(|| change(path, &stop));
         let mut memory = Memory::new();
-        // A message for every panic would drown all others.
-        let hook = std::panic::take_hook();
-        std::panic::set_hook(Box::new(|_| {}));
         let started = Instant::now();
         while started.elapsed() < time {
             let pass = || run_all(matrix, kernels, &mut memory);
+            IS_SILENT.set(true);
             let panicked = catch_unwind(AssertUnwindSafe(pass)).is_err();
+            IS_SILENT.set(false);
             passes[usize::from(panicked)] += 1;
         }
-        std::panic::set_hook(hook);
         stop.store(true, Ordering::Relaxed);
     });
     passes
@@ -252,7 +270,7 @@ fn decode<T: Decode>(matrix: &Matrix, kernels: Kernels, first: usize, out: &mut 
 /// Numbers between two stretches of memory that cannot be accessed, of which the second begins where they end.
 struct Guarded<T> {
     start: NonNull<c_void>,
-    /// Of all pages.
+    /// Bytes of all pages.
     size: usize,
     first: NonNull<T>,
     len: usize,

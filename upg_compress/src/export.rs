@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use crate::progress::Progress;
-use crate::source::FloatType;
+use crate::source::{FloatType, has_metadata};
 use bytemuck::Pod;
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -13,9 +13,8 @@ use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use upg_kernel::format::container::Container;
 use upg_kernel::format::json;
-use upg_kernel::{Error, ErrorKind, MappedFile, Result, UPGDecompressor, WeightFloat, WholeFile};
+use upg_kernel::{Error, ErrorKind, Result, UPGDecompressor, WeightFloat, WholeFile};
 
 /// Marks the weights that this program wrote, in their safetensors metadata.
 const MADE_BY: (&str, &str) = ("made_by", "upg decompress");
@@ -84,13 +83,7 @@ pub fn export(
 /// Errors (`Argument`): the folder holds a model that may be somebody's only one.
 fn refuse_foreign_model(out: &Path, read: &Path) -> Result<()> {
     let weights = out.join(WEIGHTS);
-    let is_ours = || {
-        let map = MappedFile::open(&weights).ok()?;
-        let table = Container::read(&map).ok()?;
-        let (key, value) = MADE_BY;
-        Some(table.metadata().get(key)? == value)
-    };
-    let ours = is_ours() == Some(true);
+    let ours = has_metadata(&weights, MADE_BY);
     let entries = std::fs::read_dir(out).into_iter().flatten().flatten();
     let read = read.canonicalize().ok();
     let is_foreign = |path: &PathBuf| {

@@ -16,13 +16,12 @@ use rayon::prelude::*;
 use safetensors::Dtype;
 use std::borrow::Cow;
 use std::fmt;
-use std::fs::File;
 use std::io::Read;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use upg_kernel::format::container::Container;
 pub use upg_kernel::format::texts::ModelFiles;
-use upg_kernel::{Error, ErrorKind, OpenOptions, Result};
+use upg_kernel::{Error, ErrorKind, OpenOptions, Result, files};
 
 /// A floating-point type that a tensor can be kept in as it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -245,16 +244,11 @@ pub fn open(path: impl AsRef<Path>) -> Result<Box<dyn Source>> {
 pub fn open_with(path: impl AsRef<Path>, options: OpenOptions) -> Result<Box<dyn Source>> {
     let path = path.as_ref();
     let io = |e| Error::io("cannot open", path, e);
-    let metadata = std::fs::metadata(path).map_err(io)?;
-    if metadata.is_dir() {
+    if std::fs::metadata(path).map_err(io)?.is_dir() {
         return Ok(Box::new(hf::HfSource::open_with(path, options)?));
     }
-    // Reading a pipe or a device would wait, and neither can be mapped.
-    if !metadata.is_file() {
-        return Err(io(std::io::Error::other("not a regular file")));
-    }
     let mut magic = Vec::new();
-    let file = File::open(path).map_err(io)?;
+    let (file, _) = files::open_regular(path).map_err(io)?;
     file.take(16).read_to_end(&mut magic).map_err(io)?;
     if magic.starts_with(b"GGUF") {
         return Ok(Box::new(gguf::GgufSource::open_with(path, options)?));
@@ -297,13 +291,25 @@ fn not_a_source(path: &Path, magic: &[u8]) -> Error {
     Error::new(ErrorKind::Unsupported, format!("this is {found}")).hint(hint)
 }
 
-/// Whether `path` is a safetensors file that says in its metadata that it is a UPG file.
+/// Returns whether `path` is a safetensors file that says in its metadata that it is a UPG file.
+///
+/// Reads the header only, without a map.
 pub fn is_upg(path: &Path) -> bool {
-    let Ok(file) = upg_kernel::MappedFile::open(path) else {
-        return false;
+    has_metadata(path, ("format", "upg"))
+}
+
+/// Returns whether `path` is a safetensors file with this key and value in its metadata. Reads the header only.
+pub(crate) fn has_metadata(path: &Path, (key, value): (&str, &str)) -> bool {
+    let table = || {
+        let (file, metadata) = files::open_regular(path).ok()?;
+        Container::read_from(file, metadata.len()).ok()
     };
-    let format = |table: Container| Some(table.metadata().get("format")? == "upg");
-    Container::read(&file).ok().and_then(format) == Some(true)
+    table().is_some_and(|table| {
+        table
+            .metadata()
+            .get(key)
+            .is_some_and(|found| found == value)
+    })
 }
 
 /// The place of a tensor name in the order of a model: embeddings, layers by number, everything

@@ -79,6 +79,7 @@ compile_error!("UPG maps files of many gigabytes: only 64-bit targets are suppor
 
 mod array;
 mod error;
+pub mod files;
 pub mod format;
 pub mod inference;
 pub mod kernels;

@@ -3,6 +3,7 @@
 mod live;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::files;
 use live::Listed;
 use memmap2::{Mmap, MmapMut};
 use std::fs::{File, Metadata};
@@ -16,9 +17,9 @@ pub use live::{MAPPED_PATH_BYTES, mapped_path_at};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct OpenOptions {
-    /// Whether a file is mapped: nothing is read before it is used, and memory that the system can take away again is
-    /// all that it costs. Else it is read into memory as a whole, and a UPG file is checked against its checksums then:
-    /// for files that others may write, and for network disks.
+    /// Maps files if true: nothing is read before it is used, and memory that the system can take away again is
+    /// all that it costs. Else a file is read into memory as a whole, and a UPG file is checked against its checksums
+    /// then: for files that others may write, and for network disks.
     pub mmap: bool,
 }
 
@@ -122,14 +123,7 @@ impl MappedFile {
 }
 
 fn open(path: &Path) -> Result<(File, Metadata)> {
-    let io = |e| Error::io("cannot open", path, e);
-    // Before it is opened: opening a pipe waits for its other end.
-    if !std::fs::metadata(path).map_err(io)?.is_file() {
-        return Err(io(io::Error::other("not a regular file")));
-    }
-    let file = File::open(path).map_err(io)?;
-    let metadata = file.metadata().map_err(io)?;
-    Ok((file, metadata))
+    files::open_regular(path).map_err(|e| Error::io("cannot open", path, e))
 }
 
 /// Fills `memory`; `false` if there are fewer bytes, or more.
@@ -142,7 +136,7 @@ fn fill(memory: &mut [u8], from: &mut impl Read) -> io::Result<bool> {
     Ok(from.take(1).read_to_end(&mut Vec::new())? == 0)
 }
 
-/// What tells whether a file has changed, roughly.
+/// Length and time of change, which differ after most changes of a file.
 fn state(metadata: &Metadata) -> (u64, Option<std::time::SystemTime>) {
     (metadata.len(), metadata.modified().ok())
 }

@@ -22,11 +22,11 @@ pub use catalogue::{Catalogue, CatalogueEntry};
 pub use convert::Converted;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::files;
 use crate::format::UpgFile;
 use crate::format::texts::ModelFiles;
 use crate::mapped::OpenOptions;
 use bytes::Files;
-use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
@@ -37,13 +37,11 @@ pub struct V1File {
     catalogue: Catalogue,
 }
 
-/// Whether `path` begins as a pickle of protocol 2 to 5 does. `false` too if it cannot be read.
+/// Returns whether `path` begins as a pickle of protocol 2 to 5 does. `false` too if it cannot be read.
 pub fn is_pickle(path: &Path) -> bool {
     let start = || -> Option<Vec<u8>> {
-        // Reading a pipe would wait for its other end.
-        std::fs::metadata(path).ok()?.is_file().then_some(())?;
         let mut start = Vec::new();
-        let file = File::open(path).ok()?;
+        let (file, _) = files::open_regular(path).ok()?;
         file.take(16).read_to_end(&mut start).ok()?;
         Some(start)
     };

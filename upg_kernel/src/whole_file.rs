@@ -4,6 +4,7 @@
 mod temporary;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::files;
 use crate::format::checksum_of;
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, Metadata, OpenOptions};
@@ -27,8 +28,8 @@ const NEW_FILE: u32 = 0o666;
 /// A file on its way to `path`: written in the same folder, put in its place by [`WholeFile::commit`]. If that is
 /// never reached, nothing is left, and what was at `path` stays.
 ///
-/// That holds for a process that is killed too: on Linux the file has no name before [`WholeFile::commit`] where the file
-/// system allows it. Elsewhere it is named `.upg-*.partial` and locked, and the next [`WholeFile::create`] in the folder
+/// The same holds for a process that is killed: on Linux the file has no name before [`WholeFile::commit`] where the file
+/// system allows it, but for a moment of a commit that replaces a file. Elsewhere it is named `.upg-*.partial` and locked, and the next [`WholeFile::create`] in the folder
 /// removes such files that nobody has locked. (Over a network that takes locks that all machines see.)
 #[derive(Debug)]
 pub struct WholeFile {
@@ -216,38 +217,16 @@ pub fn open_regular_file(path: &Path) -> io::Result<File> {
 }
 
 fn open_regular(path: &Path, mode: u32) -> io::Result<File> {
-    let irregular = || io::Error::other("not a regular file");
-    let mut options = options_no_follow();
+    let mut options = files::options(true);
     options.read(true).write(true).create(true).truncate(false);
     match with_mode(&mut options, mode).open(path) {
-        Ok(file) => match file.metadata()?.is_file() {
-            true => Ok(file),
-            false => Err(irregular()),
-        },
+        Ok(file) => files::check_regular(&file.metadata()?).map(|()| file),
         // The system has a code for each kind of thing that it does not open.
         Err(e) => Err(match std::fs::symlink_metadata(path) {
-            Ok(found) if !found.is_file() => irregular(),
+            Ok(found) if !found.is_file() => files::irregular(),
             _ => e,
         }),
     }
-}
-
-/// Options to open a file with, but no link, and without waiting for the other end of a pipe.
-fn options_no_follow() -> OpenOptions {
-    let mut options = OpenOptions::new();
-    #[cfg(unix)]
-    {
-        use nix::fcntl::OFlag;
-        let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
-        std::os::unix::fs::OpenOptionsExt::custom_flags(&mut options, flags.bits());
-    }
-    #[cfg(windows)]
-    {
-        const FILE_FLAG_OPEN_REPARSE_POINT: u32 = 0x0020_0000;
-        let flags = FILE_FLAG_OPEN_REPARSE_POINT;
-        std::os::windows::fs::OpenOptionsExt::custom_flags(&mut options, flags);
-    }
-    options
 }
 
 /// Permissions for a file that is made.
@@ -259,7 +238,7 @@ fn with_mode(options: &mut OpenOptions, mode: u32) -> &mut OpenOptions {
     options
 }
 
-/// Whether `path` is this open file, not through a link. `false` too if that cannot be found out.
+/// Returns whether `path` is this open file, not through a link. `false` too if that cannot be found out.
 pub fn is_at(file: &File, path: &Path) -> bool {
     #[cfg(unix)]
     {
@@ -369,10 +348,7 @@ fn target_of(path: &Path) -> io::Result<PathBuf> {
         true => path.canonicalize()?,
         false => path.to_path_buf(),
     };
-    match std::fs::metadata(&target)?.is_file() {
-        true => Ok(target),
-        false => Err(io::Error::other("not a regular file")),
-    }
+    files::check_regular(&std::fs::metadata(&target)?).map(|()| target)
 }
 
 /// The file that `path` is, through links; of one that is not there yet, the place where it would be.

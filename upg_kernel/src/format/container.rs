@@ -16,6 +16,7 @@ use serde::de::{
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry as MapEntry;
 use std::fmt;
+use std::io::{BufReader, Read};
 use std::ops::Range;
 
 /// Largest header in bytes, as in every reader of safetensors.
@@ -71,21 +72,38 @@ struct Slot {
 }
 
 impl Container {
-    /// Reads the header of `file`, a whole safetensors file.
+    /// Reads the header of `file`, which is a whole safetensors file.
     ///
     /// Time is linear in the header but for sorting. Errors: `Malformed` for what is no safetensors file, with tensors that
     /// overlap, leave gaps, do not fit their shape or are listed twice; `TooLarge` above the caps of this module.
     pub fn read(file: &[u8]) -> Result<Self> {
+        let header = header_of(file)?;
+        // Not from the slice: its texts would be borrowed from bytes that may change meanwhile.
+        Self::parse(header, header.len(), file.len())
+    }
+
+    /// Reads the header of a safetensors file of `file_len` bytes, without a map and without the rest of the file.
+    ///
+    /// Errors: as [`Container::read`]; `Malformed` also if `file` cannot be read.
+    pub fn read_from(mut file: impl Read, file_len: u64) -> Result<Self> {
+        let mut length = [0; LENGTH_BYTES];
+        file.read_exact(&mut length)
+            .map_err(|e| structure(&e).with_source(e))?;
+        let following = file_len.saturating_sub(LENGTH_BYTES as u64);
+        let length = header_length(length, following)?;
+        let file_len = usize::try_from(file_len).map_err(|e| structure(e).with_source(e))?;
+        let header = BufReader::new(file.take(length as u64));
+        Self::parse(header, length, file_len)
+    }
+
+    fn parse(header: impl Read, length: usize, file_len: usize) -> Result<Self> {
         let mut container = Self {
             names: String::new(),
             dims: Vec::new(),
             slots: Vec::new(),
             metadata: BTreeMap::new(),
         };
-        let header = header_of(file)?;
-        let start = LENGTH_BYTES + header.len();
         let mut refused = None;
-        // Not from the slice: its texts would be borrowed from bytes that may change meanwhile.
         let mut json = serde_json::Deserializer::from_reader(header);
         let table = Table {
             container: &mut container,
@@ -94,16 +112,14 @@ impl Container {
         let read = table.deserialize(&mut json).and_then(|()| json.end());
         read.map_err(|e| refused.unwrap_or_else(|| json::error(WHAT, e)))?;
         container.sort()?;
-        container.place(start, file.len())?;
+        container.place(LENGTH_BYTES + length, file_len)?;
         Ok(container)
     }
 
     /// The tensor `name`. Cost: logarithmic.
     pub fn get(&self, name: &str) -> Option<Entry<'_>> {
-        let found = self
-            .slots
-            .binary_search_by(|slot| self.name(slot).cmp(name));
-        found.ok().map(|at| self.entry(&self.slots[at]))
+        let at = self.position(name)?;
+        Some(self.entry(&self.slots[at]))
     }
 
     /// The position of the tensor `name` in [`Container::iter`].
@@ -197,7 +213,7 @@ impl Container {
     }
 }
 
-/// What a file is called that is refused.
+/// Beginning of the messages about a file that is refused.
 const WHAT: &str = "not a whole safetensors file";
 
 fn structure(message: impl fmt::Display) -> Error {
@@ -209,17 +225,21 @@ fn header_of(file: &[u8]) -> Result<&[u8]> {
     let (length, rest) = file
         .split_first_chunk::<LENGTH_BYTES>()
         .ok_or_else(|| structure(format!("{} bytes", file.len())))?;
-    let length = u64::from_le_bytes(*length);
-    let fits = usize::try_from(length)
-        .ok()
-        .filter(|&n| n <= MOST_HEADER_BYTES);
-    let Some(length) = fits else {
-        return Err(structure(format!(
-            "a header of {length} bytes, at most {MOST_HEADER_BYTES}"
-        )));
-    };
-    rest.get(..length)
-        .ok_or_else(|| structure(format!("a header of {length} bytes, {} follow", rest.len())))
+    header_length(*length, rest.len() as u64).map(|length| &rest[..length])
+}
+
+/// The length that a file begins with, in which `following` bytes come after that.
+fn header_length(length: [u8; LENGTH_BYTES], following: u64) -> Result<usize> {
+    let length = u64::from_le_bytes(length);
+    if length > MOST_HEADER_BYTES as u64 {
+        let message = format!("a header of {length} bytes, at most {MOST_HEADER_BYTES}");
+        return Err(structure(message));
+    }
+    if length > following {
+        let message = format!("a header of {length} bytes, {following} follow");
+        return Err(structure(message));
+    }
+    Ok(length as usize)
 }
 
 /// Reads the object that a header is into `container`; `refused` is why it was given up.
@@ -383,24 +403,24 @@ impl<'de> Visitor<'de> for Metadata<'_, '_> {
 struct Info<'a, 'b>(&'a mut Table<'b>);
 
 /// The type of a tensor, and where its bytes begin and end.
-type Found = (Dtype, (usize, usize));
+type DtypeAndRange = (Dtype, (usize, usize));
 
 impl<'de> DeserializeSeed<'de> for Info<'_, '_> {
-    type Value = Found;
+    type Value = DtypeAndRange;
 
-    fn deserialize<D: Deserializer<'de>>(self, from: D) -> Result<Found, D::Error> {
+    fn deserialize<D: Deserializer<'de>>(self, from: D) -> Result<DtypeAndRange, D::Error> {
         from.deserialize_map(self)
     }
 }
 
 impl<'de> Visitor<'de> for Info<'_, '_> {
-    type Value = Found;
+    type Value = DtypeAndRange;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("an object with dtype, shape and data_offsets")
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Found, A::Error> {
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<DtypeAndRange, A::Error> {
         const KEYS: [&str; 3] = ["dtype", "shape", "data_offsets"];
         let (mut dtype, mut shape, mut offsets) = (None, None, None);
         while let Some(key) = map.next_key_seed(json::OneOf(&KEYS))? {

@@ -2,9 +2,7 @@
 #![forbid(unsafe_code)]
 
 use crate::error::{Error, ErrorKind, Result};
-use serde::de::{
-    DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor,
-};
+use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value};
 use std::fmt;
 
@@ -21,20 +19,21 @@ const MAX_MESSAGE: usize = 200;
 /// Time is linear in the text. Memory: the texts in it, and 250 bytes for each value. Errors: `Malformed` for
 /// what is no JSON; `TooLarge` for more than [`MAX_VALUES`] values.
 pub fn value(document: &str, text: &str) -> Result<Value> {
-    let mut left = MAX_VALUES;
-    parse(text, Tree(&mut left)).map_err(|e| refused(document, e, left))
+    let mut values = Values::new(MAX_VALUES);
+    parse(text, Tree(&mut values)).map_err(|e| values.refused(document, e))
 }
 
 /// The values of `keys` in the object that `text` is; other keys are passed over, and take no memory.
 ///
-/// Cost as for [`value`]. Errors: as those of [`value`], for the values of these keys; `Malformed` for what is no object.
+/// Cost as for [`value`]. Errors: those of [`value`], which counts the object and the values of these keys; `Malformed` for
+/// what is no object.
 pub fn fields(document: &str, text: &str, keys: &[&str]) -> Result<Map<String, Value>> {
-    let mut left = MAX_VALUES;
+    let mut values = Values::new(MAX_VALUES);
     let picked = Picked {
         keys,
-        left: &mut left,
+        values: &mut values,
     };
-    parse(text, picked).map_err(|e| refused(document, e, left))
+    parse(text, picked).map_err(|e| values.refused(document, e))
 }
 
 /// The error (`Malformed`) of a JSON text, cut to a line that can be shown.
@@ -55,15 +54,51 @@ pub(crate) fn cut(text: &str) -> String {
     }
 }
 
-/// The error of a text whose [`Tree`] had so many values left.
-pub(crate) fn refused(document: &str, e: serde_json::Error, left: usize) -> Error {
-    match left {
-        0 => {
-            let message = format!("{document}: more than {MAX_VALUES} values");
-            Error::new(ErrorKind::TooLarge, message)
+/// The number of values that a text may have, and what is left of it.
+pub(crate) struct Values {
+    most: usize,
+    left: usize,
+    /// There was one more.
+    is_exceeded: bool,
+}
+
+impl Values {
+    pub(crate) fn new(most: usize) -> Self {
+        Self {
+            most,
+            left: most,
+            is_exceeded: false,
         }
-        _ => error(document, e),
     }
+
+    /// Counts a value. Fails if it is one too many.
+    fn count<E: serde::de::Error>(&mut self) -> Result<(), E> {
+        match self.left.checked_sub(1) {
+            Some(left) => self.left = left,
+            None => {
+                self.is_exceeded = true;
+                return Err(E::custom(TOO_MANY));
+            }
+        }
+        Ok(())
+    }
+
+    /// The error for a text that was read with these.
+    fn refused(&self, document: &str, e: serde_json::Error) -> Error {
+        if self.is_exceeded {
+            let message = format!("{document}: more than {} values", self.most);
+            return Error::new(ErrorKind::TooLarge, message);
+        }
+        error(&format!("{document}: not JSON"), e)
+    }
+}
+
+/// Beginning of the message of the error for a value too many.
+const TOO_MANY: &str = "too many values";
+
+/// Returns whether `e` is the error for a value too many. No text of a file comes first in a message of this crate.
+pub(crate) fn is_too_many(e: &serde_json::Error) -> bool {
+    e.is_data() && e.to_string().starts_with(TOO_MANY)
 }
 
 /// Reads all of `text` as `seed` says.
@@ -79,13 +114,14 @@ pub(crate) fn parse<'a, S: DeserializeSeed<'a>>(
 /// An object of which some keys are kept.
 struct Picked<'a> {
     keys: &'a [&'a str],
-    left: &'a mut usize,
+    values: &'a mut Values,
 }
 
 impl<'de> DeserializeSeed<'de> for Picked<'_> {
     type Value = Map<String, Value>;
 
     fn deserialize<D: Deserializer<'de>>(self, from: D) -> Result<Self::Value, D::Error> {
+        self.values.count()?;
         from.deserialize_map(self)
     }
 }
@@ -102,7 +138,7 @@ impl<'de> Visitor<'de> for Picked<'_> {
         while let Some(key) = map.next_key_seed(OneOf(self.keys))? {
             match key {
                 Some(key) => {
-                    let value = map.next_value_seed(Tree(&mut *self.left))?;
+                    let value = map.next_value_seed(Tree(&mut *self.values))?;
                     found.insert(key.to_owned(), value);
                 }
                 None => drop(map.next_value::<IgnoredAny>()?),
@@ -135,17 +171,14 @@ impl<'a> Visitor<'_> for OneOf<'a> {
     }
 }
 
-/// A tree of values, counted down from this number while it grows. At 0 it is an error.
-pub(crate) struct Tree<'a>(pub &'a mut usize);
+/// A tree of values, which are counted while it grows.
+pub(crate) struct Tree<'a>(pub &'a mut Values);
 
 impl<'de> DeserializeSeed<'de> for Tree<'_> {
     type Value = Value;
 
     fn deserialize<D: Deserializer<'de>>(self, from: D) -> Result<Value, D::Error> {
-        *self.0 -= 1;
-        if *self.0 == 0 {
-            return Err(D::Error::custom("too many values"));
-        }
+        self.0.count()?;
         from.deserialize_any(self)
     }
 }
@@ -196,5 +229,40 @@ impl<'de> Visitor<'de> for Tree<'_> {
             found.insert(key, value);
         }
         Ok(found.into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A list of so many values, itself included.
+    fn list(values: usize) -> String {
+        format!("[{}0]", "0,".repeat(values - 2))
+    }
+
+    #[test]
+    fn as_many_values_as_said_are_read_and_no_more() {
+        assert!(value("d", &list(MAX_VALUES)).is_ok());
+        let object = |values: usize| format!(r#"{{"a":{},"b":[1,2,3]}}"#, list(values - 1));
+        assert!(fields("d", &object(MAX_VALUES), &["a"]).is_ok());
+        for refused in [
+            value("d", &list(MAX_VALUES + 1)).unwrap_err(),
+            fields("d", &object(MAX_VALUES + 1), &["a"]).unwrap_err(),
+            fields("d", &object(MAX_VALUES), &["a", "b"]).unwrap_err(),
+        ] {
+            assert_eq!(refused.kind(), ErrorKind::TooLarge);
+            assert_eq!(refused.to_string(), "d: more than 131072 values");
+        }
+    }
+
+    /// The last value that is allowed does not change what is said of a mistake behind it.
+    #[test]
+    fn what_is_no_json_is_called_so() {
+        for text in [list(MAX_VALUES) + "]", "{".into()] {
+            let e = value("d", &text).unwrap_err();
+            assert_eq!(e.kind(), ErrorKind::Malformed);
+            assert!(e.to_string().starts_with("d: not JSON: "), "{e}");
+        }
     }
 }

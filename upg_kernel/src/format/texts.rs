@@ -3,13 +3,13 @@
 
 use super::{TOKENIZER, json};
 use crate::error::{Error, ErrorKind, Result};
+use crate::files;
 use crate::inference::ModelConfig;
 use crate::inference::chat_template::{ChatTemplate, MAX_TEMPLATE_BYTES, default_template};
 use crate::inference::tokenizer::{self, MAX_TOKENIZER_BYTES, SpecialIds, Tokenizer};
 use serde_json::Value;
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{ErrorKind as IoKind, Read};
+use std::io::ErrorKind as IoKind;
 use std::path::Path;
 
 /// Largest config-like text that is read: the real ones stay under 1 MB.
@@ -43,7 +43,7 @@ pub struct ModelFiles {
 }
 
 impl ModelFiles {
-    /// What a directory has of them. The chat template may be in the config of the tokenizer.
+    /// Reads the texts of a directory. The chat template may be in the config of the tokenizer.
     ///
     /// Errors: `Io`; `Malformed` for what is not UTF-8, or JSON where it has to be; `TooLarge` above
     /// [`MAX_TOKENIZER_BYTES`], or 16 MiB for all but the tokenizer.
@@ -52,8 +52,9 @@ impl ModelFiles {
         let tokenizer_config_json = text("tokenizer_config.json")?;
         let mut chat_template = text("chat_template.jinja")?;
         if let (None, Some(json)) = (&chat_template, &tokenizer_config_json) {
-            let at = |e: Error| e.at(dir.join("tokenizer_config.json"));
-            let config = json::fields("not JSON", json, &["chat_template"]).map_err(at)?;
+            const NAME: &str = "tokenizer_config.json";
+            let config = json::fields(NAME, json, &["chat_template"]);
+            let config = config.map_err(|e| e.at(dir.join(NAME)))?;
             chat_template = default_template(&config)?.map(str::to_owned);
         }
         Ok(Self {
@@ -66,7 +67,7 @@ impl ModelFiles {
         })
     }
 
-    /// Those that are metadata of a UPG file, by their keys.
+    /// The texts that are metadata of a UPG file, by their keys.
     pub fn metadata(&self) -> BTreeMap<String, String> {
         let texts = [
             ("config.json", &self.config_json),
@@ -114,8 +115,12 @@ impl ModelFiles {
             return Err(Error::new(ErrorKind::TooLarge, message));
         }
         match (&self.config_json, &self.tokenizer_json) {
-            (Some(_), Some(_)) => drop(self.tokenizer()?),
-            (Some(_), None) => drop(self.config()?),
+            (Some(_), tokenizer_json) => {
+                self.config()?;
+                if tokenizer_json.is_some() {
+                    self.tokenizer().map_err(no_tokenizer)?;
+                }
+            }
             (None, Some(json)) => tokenizer::check_bytes(json.len())?,
             (None, None) => {}
         }
@@ -126,9 +131,17 @@ impl ModelFiles {
     }
 }
 
+/// The error `e` of a tokenizer, with a way to compress the model without it.
+fn no_tokenizer(e: Error) -> Error {
+    Error::new(e.kind(), e.to_string())
+        .with_source(e)
+        .hint("the weights alone can be compressed: pass a copy of the model's directory without tokenizer.json")
+}
+
 /// A JSON object: `text`, which is that of `path`. Errors: those of [`json::value`]; `Malformed` if it is something else.
 pub fn parse_object(text: &str, path: &Path) -> Result<Value> {
-    let value = json::value("not JSON", text).map_err(|e| e.at(path))?;
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let value = json::value(&name, text).map_err(|e| e.at(path))?;
     match value.is_object() {
         true => Ok(value),
         false => Err(Error::new(ErrorKind::Malformed, "not a JSON object").at(path)),
@@ -150,33 +163,12 @@ pub fn read_text(path: &Path, cap: u64) -> Result<Option<String>> {
 /// A whole file of at most `cap` bytes; `None` if there is none.
 fn read_capped(path: &Path, cap: u64) -> Result<Option<Vec<u8>>> {
     let io = |e| Error::io("cannot read", path, e);
-    let too_large = || Error::new(ErrorKind::TooLarge, format!("more than {cap} bytes")).at(path);
-    let Some((file, len)) = open_regular(path)? else {
-        return Ok(None);
-    };
-    if len > cap {
-        return Err(too_large());
-    }
-    let mut bytes = Vec::with_capacity(len as usize);
-    // It may grow meanwhile.
-    file.take(cap + 1).read_to_end(&mut bytes).map_err(io)?;
-    match bytes.len() as u64 > cap {
-        true => Err(too_large()),
-        false => Ok(Some(bytes)),
-    }
-}
-
-/// A regular file and its length; `None` if there is none. Errors: `Io`.
-fn open_regular(path: &Path) -> Result<Option<(File, u64)>> {
-    let io = |e| Error::io("cannot read", path, e);
-    // Before it is opened: opening a pipe waits for its other end.
-    let metadata = match std::fs::metadata(path) {
+    let (file, metadata) = match files::open_regular(path) {
         Err(e) if e.kind() == IoKind::NotFound => return Ok(None),
-        metadata => metadata.map_err(io)?,
+        opened => opened.map_err(io)?,
     };
-    if !metadata.is_file() {
-        return Err(io(std::io::Error::other("not a regular file")));
+    match files::read_at_most(file, metadata.len(), cap).map_err(io)? {
+        Some(bytes) => Ok(Some(bytes)),
+        None => Err(Error::new(ErrorKind::TooLarge, format!("more than {cap} bytes")).at(path)),
     }
-    let file = File::open(path).map_err(io)?;
-    Ok(Some((file, metadata.len())))
 }

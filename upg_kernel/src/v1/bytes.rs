@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::files;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -86,13 +87,9 @@ impl Files {
 impl OpenFile {
     fn new(path: &Path) -> Result<Self> {
         let io = |e| Error::io("cannot open", path, e);
-        // Before it is opened: opening a pipe waits for its other end.
-        if !std::fs::metadata(path).map_err(io)?.is_file() {
-            return Err(io(io::Error::other("not a regular file")));
-        }
-        let file = File::open(path).map_err(io)?;
+        let (file, metadata) = files::open_regular(path).map_err(io)?;
         Ok(Self {
-            len: file.metadata().map_err(io)?.len(),
+            len: metadata.len(),
             file: Mutex::new(file),
             path: path.to_path_buf(),
         })

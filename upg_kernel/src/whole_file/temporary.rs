@@ -6,15 +6,16 @@
 #![forbid(unsafe_code)]
 
 use super::{folder_of, is_at, with_mode};
+use crate::files;
 use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Seek, SeekFrom};
 use std::path::Path;
 use tempfile::TempPath;
 
-/// What the names of temporary files begin with.
+/// Beginning of the names of temporary files.
 const PREFIX: &str = ".upg-";
-/// What the names of temporary files end with.
+/// End of the names of temporary files.
 const SUFFIX: &str = ".partial";
 /// Random letters and digits between the two. Other programs have other numbers of them, and do not lock their files.
 const RANDOM: usize = 16;
@@ -112,10 +113,8 @@ fn remove_abandoned(folder: &Path) {
 fn remove_if_abandoned(path: &Path) -> io::Result<()> {
     // Locks on network disks need a file that can be written; a finished file may allow reading only.
     let open = |write| {
-        super::options_no_follow()
-            .read(true)
-            .write(write)
-            .open(path)
+        let mut options = files::options(true);
+        options.read(true).write(write).open(path)
     };
     let file = open(true).or_else(|_| open(false))?;
     // The check comes after the lock: who had it may have renamed the file meanwhile.
@@ -191,7 +190,7 @@ mod tests {
     use std::io::Write;
     use std::sync::atomic::{AtomicBool, Ordering};
 
-    /// As a process that was killed leaves it.
+    /// Makes a file as a process that was killed leaves it.
     fn abandoned(folder: &Path, mode: u32) -> std::path::PathBuf {
         let (file, name) = named(folder, mode).unwrap();
         drop(file);

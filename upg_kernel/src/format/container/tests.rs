@@ -9,7 +9,7 @@ fn file(header: &str, data: usize) -> Vec<u8> {
     [length.as_slice(), header.as_bytes(), &vec![7; data]].concat()
 }
 
-/// What the crate `safetensors` makes of the same bytes.
+/// The table that the crate `safetensors` reads from the same bytes.
 fn reference(bytes: &[u8]) -> Option<Vec<Listed>> {
     let (header, table): (usize, Reference) = SafeTensors::read_metadata(bytes).ok()?;
     let start = header + LENGTH_BYTES;
@@ -143,6 +143,26 @@ fn reads_what_the_reference_reads() {
     );
 }
 
+/// From a reader that gives the header only.
+#[test]
+fn a_file_is_read_without_its_data_as_it_is_read_whole() {
+    for (header, data, _) in TABLE {
+        let whole = file(header, *data);
+        let header = &whole[..LENGTH_BYTES + header.len()];
+        for len in [whole.len(), whole.len() + 1, header.len() - 1, 0] {
+            let mut resized = whole.clone();
+            resized.resize(len, 7);
+            let expected = Container::read(&resized).map(|read| format!("{read:?}"));
+            let found = Container::read_from(header, len as u64).map(|read| format!("{read:?}"));
+            assert_eq!(found.ok(), expected.ok(), "{len} bytes of {header:?}");
+        }
+    }
+    for cut in [0, 7] {
+        let e = Container::read_from(&[2; 8][..cut], 100).unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::Malformed);
+    }
+}
+
 #[test]
 fn caps_have_an_error_of_a_short_line() {
     let tensor = |name: &str, shape: &str| {
@@ -204,7 +224,7 @@ fn caps_have_an_error_of_a_short_line() {
     assert!(e.to_string().contains("at most 100000000"), "{e}");
 }
 
-/// As many tensors as there may be, and one more.
+/// The most tensors that there may be, and one more.
 #[test]
 fn the_number_of_tensors_is_capped() {
     let tensor =

@@ -64,8 +64,7 @@ pub fn check_count(what: &str, found: usize, most: usize) -> Result<()> {
 /// Errors: `TooLarge` above a cap; `Malformed`; those of [`Parts::check`].
 pub(super) fn parse(tokenizer_json: &[u8]) -> Result<(Parts, usize)> {
     check_bytes(tokenizer_json.len())?;
-    let parts: Parts =
-        serde_json::from_slice(tokenizer_json).map_err(|e| json::error("tokenizer.json", e))?;
+    let parts: Parts = serde_json::from_slice(tokenizer_json).map_err(refused)?;
     let (model, added) = (&parts.model, &parts.added_tokens);
     check_count("tokens", model.vocab.found, MAX_TOKENS)?;
     check_count("merges", model.merges.found, MAX_MERGES)?;
@@ -121,8 +120,18 @@ fn read<T: DeserializeOwned>(part: &Value) -> Result<Option<T>> {
 
 /// Reads a part that is checked later.
 pub(super) fn part<'de, D: Deserializer<'de>>(from: D) -> Result<Value, D::Error> {
-    let mut left = MAX_PART_VALUES;
-    json::Tree(&mut left).deserialize(from)
+    json::Tree(&mut json::Values::new(MAX_PART_VALUES)).deserialize(from)
+}
+
+/// The error for a text that could not be read.
+fn refused(e: serde_json::Error) -> Error {
+    match json::is_too_many(&e) {
+        true => Error::new(
+            ErrorKind::TooLarge,
+            format!("tokenizer.json: a part of more than {MAX_PART_VALUES} values"),
+        ),
+        false => json::error("tokenizer.json", e),
+    }
 }
 
 /// The model, with what its kind says of how texts are cut into tokens.
@@ -140,7 +149,7 @@ pub(super) struct Model {
     #[serde(default)]
     vocab: Tokens,
     #[serde(default)]
-    pub(super) merges: Pairs,
+    pub(super) merges: MergeList,
 }
 
 impl Model {
@@ -222,40 +231,40 @@ impl<'de> Visitor<'de> for TokensVisitor {
 
 /// The merges, the first ones first.
 #[derive(Default)]
-pub(super) struct Pairs {
+pub(super) struct MergeList {
     /// How many the file lists; `pairs` ends at the cap.
     found: usize,
     /// `None` if there is no list.
     pairs: Option<Merges>,
 }
 
-impl Pairs {
-    /// Whether the file has a list of them.
+impl MergeList {
+    /// Returns whether the file has a list of them.
     pub(super) fn is_there(&self) -> bool {
         self.pairs.is_some()
     }
 }
 
-impl<'de> Deserialize<'de> for Pairs {
+impl<'de> Deserialize<'de> for MergeList {
     fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        from.deserialize_any(PairsVisitor)
+        from.deserialize_any(MergeListVisitor)
     }
 }
 
-struct PairsVisitor;
+struct MergeListVisitor;
 
-impl<'de> Visitor<'de> for PairsVisitor {
-    type Value = Pairs;
+impl<'de> Visitor<'de> for MergeListVisitor {
+    type Value = MergeList;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("a list of merges")
     }
 
-    fn visit_unit<E>(self) -> Result<Pairs, E> {
-        Ok(Pairs::default())
+    fn visit_unit<E>(self) -> Result<MergeList, E> {
+        Ok(MergeList::default())
     }
 
-    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Pairs, A::Error> {
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<MergeList, A::Error> {
         let (mut found, mut pairs) = (0, Merges::new());
         let mut form = None;
         while found < MAX_MERGES {
@@ -278,7 +287,7 @@ impl<'de> Visitor<'de> for PairsVisitor {
             found += 1;
         }
         let pairs = Some(pairs);
-        Ok(Pairs { found, pairs })
+        Ok(MergeList { found, pairs })
     }
 }
 
@@ -393,5 +402,26 @@ impl<'de> Visitor<'de> for AddedVisitor {
             added.found += 1;
         }
         Ok(added)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_part_has_as_many_values_as_allowed_and_no_more() {
+        let parsed = |values: usize| {
+            let part = format!("[{}0]", "0,".repeat(values - 2));
+            let text =
+                format!(r#"{{"model":{{"type":"x"}},"normalizer":{part},"decoder":{part}}}"#);
+            parse(text.as_bytes()).map(|_| ()).unwrap_err()
+        };
+        // It is read, and refused for its kind of model.
+        let e = parsed(MAX_PART_VALUES);
+        assert_eq!(e.kind(), ErrorKind::Unsupported, "{e}");
+        let e = parsed(MAX_PART_VALUES + 1);
+        assert_eq!(e.kind(), ErrorKind::TooLarge, "{e}");
+        assert!(e.to_string().contains("more than 16384 values"), "{e}");
     }
 }

@@ -1,0 +1,111 @@
+//! Regular files, opened without waiting and read within bounds.
+#![forbid(unsafe_code)]
+
+use std::fs::{File, Metadata, OpenOptions};
+use std::io::{self, Read};
+use std::path::Path;
+
+/// Opens the regular file at `path` for reading, through links. Returns also its metadata.
+///
+/// Never waits: a pipe or a device that takes the place of the file at any moment is refused.
+/// Errors: those of the system, and "not a regular file".
+pub fn open_regular(path: &Path) -> io::Result<(File, Metadata)> {
+    // Opening a device may do something, so the path is looked at before. What counts is what was opened.
+    check_regular(&std::fs::metadata(path)?)?;
+    open_and_check(path)
+}
+
+fn open_and_check(path: &Path) -> io::Result<(File, Metadata)> {
+    let file = options(false).read(true).open(path)?;
+    let metadata = file.metadata()?;
+    check_regular(&metadata)?;
+    Ok((file, metadata))
+}
+
+/// Reads `from` to its end. Returns `None` if there are more than `most` bytes.
+///
+/// `expected` is the length that it is said to have; memory for that is taken at once. Errors: those of `from`.
+pub fn read_at_most(from: impl Read, expected: u64, most: u64) -> io::Result<Option<Vec<u8>>> {
+    if expected > most {
+        return Ok(None);
+    }
+    let mut bytes = Vec::with_capacity(expected as usize);
+    // A file may grow meanwhile.
+    from.take(most.saturating_add(1)).read_to_end(&mut bytes)?;
+    Ok((bytes.len() as u64 <= most).then_some(bytes))
+}
+
+/// Fails unless `metadata` is that of a regular file.
+pub(crate) fn check_regular(metadata: &Metadata) -> io::Result<()> {
+    match metadata.is_file() {
+        true => Ok(()),
+        false => Err(irregular()),
+    }
+}
+
+pub(crate) fn irregular() -> io::Error {
+    io::Error::other("not a regular file")
+}
+
+/// Options that open a file without waiting for the other end of a pipe and, with `no_follow`, not through a link.
+pub(crate) fn options(no_follow: bool) -> OpenOptions {
+    let mut options = OpenOptions::new();
+    #[cfg(unix)]
+    {
+        use nix::fcntl::OFlag;
+        let mut flags = OFlag::O_NONBLOCK;
+        flags.set(OFlag::O_NOFOLLOW, no_follow);
+        std::os::unix::fs::OpenOptionsExt::custom_flags(&mut options, flags.bits());
+    }
+    #[cfg(windows)]
+    if no_follow {
+        const FILE_FLAG_OPEN_REPARSE_POINT: u32 = 0x0020_0000;
+        let flags = FILE_FLAG_OPEN_REPARSE_POINT;
+        std::os::windows::fs::OpenOptionsExt::custom_flags(&mut options, flags);
+    }
+    #[cfg(not(any(unix, windows)))]
+    let _ = no_follow;
+    options
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_regular_file_is_opened_and_a_folder_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        std::fs::write(&path, b"abc").unwrap();
+        let (file, metadata) = open_regular(&path).unwrap();
+        assert_eq!(metadata.len(), 3);
+        assert_eq!(read_at_most(file, 3, 3).unwrap().unwrap(), b"abc");
+        let e = open_regular(dir.path()).unwrap_err();
+        assert_eq!(e.to_string(), "not a regular file");
+        let e = open_regular(&dir.path().join("none")).unwrap_err();
+        assert_eq!(e.kind(), io::ErrorKind::NotFound);
+    }
+
+    /// As if it had come into the place of a file after that was looked at.
+    #[cfg(unix)]
+    #[test]
+    fn a_pipe_that_nobody_writes_is_refused_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let pipe = dir.path().join("pipe");
+        let made = std::process::Command::new("mkfifo").arg(&pipe).status();
+        assert!(made.unwrap().success());
+        for opened in [open_regular(&pipe), open_and_check(&pipe)] {
+            assert_eq!(opened.unwrap_err().to_string(), "not a regular file");
+        }
+    }
+
+    #[test]
+    fn no_more_is_read_than_allowed() {
+        let read = |expected, most| read_at_most(&b"abcd"[..], expected, most).unwrap();
+        assert_eq!(read(4, 4).unwrap(), b"abcd");
+        assert_eq!(read(0, 4).unwrap(), b"abcd");
+        // It has grown, and it is said to be too long.
+        assert_eq!(read(3, 3), None);
+        assert_eq!(read(5, 4), None);
+    }
+}

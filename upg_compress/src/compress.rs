@@ -57,6 +57,19 @@ pub fn compress(
     progress: &dyn Progress,
 ) -> Result<CompressReport> {
     source.files().check()?;
+    compress_checked(source, out, options, progress)
+}
+
+/// Compresses a source whose files were checked by [`Preflight::new`](crate::preflight::Preflight::new), as [`compress`]
+/// does: building a large tokenizer a second time takes seconds.
+///
+/// Errors: as [`compress`], without those of [`ModelFiles::check`](crate::source::ModelFiles::check).
+pub fn compress_checked(
+    source: &dyn Source,
+    out: impl AsRef<Path>,
+    options: &CompressOptions,
+    progress: &dyn Progress,
+) -> Result<CompressReport> {
     let mut calibrator = None;
     let settled;
     let options = match options.budget {

@@ -75,7 +75,7 @@ fn greedy(model: &UPGModel, case: &Case) -> Vec<u32> {
     stream.map(Result::unwrap).collect()
 }
 
-/// What `UPGModel` would not open is not worth hours of work.
+/// A file that `UPGModel` would not open is not worth hours of work.
 #[test]
 fn texts_that_no_file_can_be_opened_with_are_refused_first() {
     let folder = tempfile::tempdir().unwrap();
@@ -113,6 +113,9 @@ fn texts_that_no_file_can_be_opened_with_are_refused_first() {
         let before = Preflight::new(source.as_ref(), &out, &options).map(drop);
         for e in [found, before].map(Result::unwrap_err) {
             assert!(e.to_string().contains(words), "{e}");
+            let is_tokenizer = file == "tokenizer.json";
+            let tells_how = e.to_string().contains("without tokenizer.json");
+            assert_eq!(tells_how, is_tokenizer, "{e}");
         }
         std::fs::remove_file(directory.join(file)).unwrap();
     }

@@ -11,7 +11,7 @@ use std::path::Path;
 use upg_compress::budget::{Budget, counted};
 use upg_compress::calibration::Calibration;
 use upg_compress::calibration::text::{self, BUILT_IN_TOKENS};
-use upg_compress::compress::{CompressReport, compress};
+use upg_compress::compress::{CompressReport, compress_checked};
 use upg_compress::plan::{Choice, CompressOptions};
 use upg_compress::preflight::Preflight;
 use upg_compress::resume::partial_files;
@@ -58,15 +58,12 @@ pub fn run(args: &CompressArgs, open: OpenOptions) -> Result<()> {
     announce(args, &preflight)?;
 
     let progress = WeightsBar::new()?;
-    let report =
-        compress(source.as_ref(), &args.output, &options, &progress).map_err(|e| {
-            match e.kind() {
-                ErrorKind::Interrupted if args.resume => {
-                    e.hint("the same command goes on from here")
-                }
-                _ => e.at(&args.source),
-            }
-        })?;
+    let report = compress_checked(source.as_ref(), &args.output, &options, &progress).map_err(
+        |e| match e.kind() {
+            ErrorKind::Interrupted if args.resume => e.hint("the same command goes on from here"),
+            _ => e.at(&args.source),
+        },
+    )?;
     drop(progress);
     if let Some(file) = report_file {
         write_report(file, &report, &preflight)?;

@@ -6,7 +6,7 @@ use crate::cli::ConvertArgs;
 use crate::progress::WeightsBar;
 use crate::terminal::{self, bytes};
 use std::path::{Path, PathBuf};
-use upg_compress::compress::compress;
+use upg_compress::compress::compress_checked;
 use upg_compress::plan::{Choice, CompressOptions};
 use upg_compress::preflight::Preflight;
 use upg_compress::progress::Progress;
@@ -85,7 +85,7 @@ fn encode(args: &ConvertArgs, output: &Path, choice: Choice) -> Result<()> {
     let preflight = Preflight::new(&source, output, &options).map_err(|e| e.at(&args.file))?;
     preflight.check()?;
     let progress = WeightsBar::new()?;
-    let report = compress(&source, output, &options, &progress);
+    let report = compress_checked(&source, output, &options, &progress);
     let report = report.map_err(|e| e.at(&args.file))?;
     drop(progress);
     terminal::print(&summary(output, &source, &report))

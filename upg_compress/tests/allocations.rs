@@ -3,12 +3,14 @@
 //! The only test of this program: every allocation of the process is counted.
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
+#[path = "../../upg_kernel/tests/common/counting.rs"]
+#[allow(dead_code, reason = "helpers of other programs")]
+mod counting;
 #[path = "../../upg_kernel/tests/common/tiny.rs"]
 #[allow(dead_code, reason = "helpers of other tests")]
 mod tiny;
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use counting::allocations;
 use tiny::data;
 use upg_compress::compress::compress;
 use upg_compress::plan::CompressOptions;
@@ -16,33 +18,8 @@ use upg_compress::source;
 use upg_kernel::UPGModel;
 use upg_kernel::inference::{Batch, SessionOptions};
 
-static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
-
-/// The allocator of the system, counted.
-struct Counted;
-
-// SAFETY: every call goes on to the allocator of the system as it is; counting allocates nothing.
-unsafe impl GlobalAlloc for Counted {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: the caller keeps the rules of `alloc`.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn realloc(&self, ptr: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: the caller keeps the rules of `realloc`.
-        unsafe { System.realloc(ptr, layout, new_size) }
-    }
-
-    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
-        // SAFETY: the caller keeps the rules of `dealloc`.
-        unsafe { System.dealloc(ptr, layout) }
-    }
-}
-
 #[global_allocator]
-static ALLOCATOR: Counted = Counted;
+static ALLOCATOR: counting::Counting = counting::Counting;
 
 #[test]
 fn a_step_allocates_nothing() {
@@ -60,11 +37,11 @@ fn a_step_allocates_nothing() {
         let mut logits = session.prefill(&[7; 20]).unwrap();
         // Scratch of the sizes that a step needs; the cache has room for whole blocks of 16.
         session.step_into(1, &mut logits).unwrap();
-        let before = ALLOCATIONS.load(Ordering::Relaxed);
+        let before = allocations();
         for token in 2..10 {
             session.step_into(token, &mut logits).unwrap();
         }
-        assert_eq!(ALLOCATIONS.load(Ordering::Relaxed), before, "{encoding}");
+        assert_eq!(allocations(), before, "{encoding}");
 
         let mut other = model.session(&SessionOptions::default()).unwrap();
         let mut batch = Batch::new();
@@ -75,9 +52,9 @@ fn a_step_allocates_nothing() {
         // One of them has its prompt computed while the other one takes a step.
         step(&[1], &[7; 18], &mut logits);
         step(&[1], &[1], &mut logits);
-        let before = ALLOCATIONS.load(Ordering::Relaxed);
+        let before = allocations();
         step(&[2], &[3], &mut logits);
-        assert_eq!(ALLOCATIONS.load(Ordering::Relaxed), before, "{encoding}");
+        assert_eq!(allocations(), before, "{encoding}");
     }
-    assert!(ALLOCATIONS.load(Ordering::Relaxed) > 0);
+    assert!(allocations() > 0);
 }

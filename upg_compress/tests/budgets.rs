@@ -3,12 +3,14 @@
 //! The only test of this program: the bytes that the process holds are counted.
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
+#[path = "../../upg_kernel/tests/common/counting.rs"]
+#[allow(dead_code, reason = "helpers of other programs")]
+mod counting;
+
 use serde_json::json;
-use std::alloc::{GlobalAlloc, Layout, System};
 use std::fmt::Write;
 use std::path::Path;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use upg_compress::calibration::text::json_lines;
 use upg_compress::compress::compress;
 use upg_compress::plan::CompressOptions;
@@ -20,54 +22,19 @@ use upg_kernel::inference::tokenizer::{SpecialIds, Tokenizer};
 use upg_kernel::v1::V1File;
 use upg_kernel::{Error, ErrorKind};
 
-/// Bytes that are held now, and at most since they were last looked at.
-static HELD: AtomicUsize = AtomicUsize::new(0);
-static PEAK: AtomicUsize = AtomicUsize::new(0);
-
-fn add(bytes: usize) {
-    let held = HELD.fetch_add(bytes, Ordering::Relaxed) + bytes;
-    PEAK.fetch_max(held, Ordering::Relaxed);
-}
-
-/// The allocator of the system, counted.
-struct Counted;
-
-// SAFETY: every call goes on to the allocator of the system as it is; counting allocates nothing.
-unsafe impl GlobalAlloc for Counted {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        add(layout.size());
-        // SAFETY: the caller keeps the rules of `alloc`.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn realloc(&self, ptr: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
-        // Old and new at once, as where the block has to move.
-        add(new_size);
-        HELD.fetch_sub(layout.size(), Ordering::Relaxed);
-        // SAFETY: the caller keeps the rules of `realloc`.
-        unsafe { System.realloc(ptr, layout, new_size) }
-    }
-
-    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
-        HELD.fetch_sub(layout.size(), Ordering::Relaxed);
-        // SAFETY: the caller keeps the rules of `dealloc`.
-        unsafe { System.dealloc(ptr, layout) }
-    }
-}
-
 #[global_allocator]
-static ALLOCATOR: Counted = Counted;
+static ALLOCATOR: counting::Counting = counting::Counting;
 
 const MIB: usize = 1 << 20;
 
-/// What a reader may take: so many times its input, and so many MiB.
+/// Most memory of a reader: so many times its input, and so many MiB.
 struct Budget(usize, usize);
 
 const CONTAINER: Budget = Budget(4, 4);
 const HF: Budget = Budget(8, 4);
 const CONFIG: Budget = Budget(2, 34);
 const TOKENIZER: Budget = Budget(16, 4);
-/// Of tokens alone: short merges take most for their bytes.
+/// Budget of tokens alone: short merges take most for their bytes.
 const VOCABULARY: Budget = Budget(9, 1);
 const GGUF: Budget = Budget(8, 4);
 /// With merges that a vocabulary implies.
@@ -76,7 +43,7 @@ const JOURNAL: Budget = Budget(8, 4);
 const LINES: Budget = Budget(8, 1);
 const PICKLE: Budget = Budget(0, 200);
 
-/// What was found wrong: a run shows all of it.
+/// All that was found wrong: a run shows the whole list.
 static WRONG: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
 fn check(is_right: bool, what: String) {
@@ -87,10 +54,7 @@ fn check(is_right: bool, what: String) {
 
 /// Runs `read` on `bytes` of input, prints its peak and checks it.
 fn within<T>(what: &str, budget: &Budget, bytes: usize, read: impl FnOnce() -> T) -> T {
-    let before = HELD.load(Ordering::Relaxed);
-    PEAK.store(before, Ordering::Relaxed);
-    let found = read();
-    let peak = PEAK.load(Ordering::Relaxed) - before;
+    let (found, peak) = counting::peak_of(read);
     let most = budget.0 * bytes + budget.1 * MIB;
     let line = format!("{what}: {peak} bytes for {bytes}, at most {most}");
     println!("{line}");
@@ -392,8 +356,8 @@ fn tokenizers() {
         (
             "wide",
             tokenizer("", "", "", &wide),
-            Malformed,
-            "too many values",
+            TooLarge,
+            "more than 16384 values",
         ),
         (
             "wide vocabulary",

@@ -8,6 +8,8 @@
 //! caches take, and allocated bytes are an exact witness of a leak. The resident size has the freed memory in it that the
 //! allocator keeps.
 
+#[path = "../../tests/common/counting.rs"]
+#[allow(dead_code, reason = "helpers of tests")]
 mod counting;
 mod samples;
 mod work;
@@ -88,7 +90,7 @@ fn panicked() -> Error {
     Error::new(ErrorKind::Invalid, "a thread panicked: see above")
 }
 
-/// What the threads have in common.
+/// State that the threads share.
 #[derive(Default)]
 struct Shared {
     ends: AtomicBool,

@@ -1,4 +1,4 @@
-//! What is looked at every ten seconds, and what it has to be in the end.
+//! Measurements taken every ten seconds, and their limits at the end.
 #![forbid(unsafe_code)]
 
 use crate::counting::live_bytes;

@@ -273,7 +273,7 @@ impl Worker {
         )
     }
 
-    /// What ids stand for becomes ids again.
+    /// Decodes ids and encodes the text again.
     fn tokenizer(&mut self) -> Result<()> {
         let ids = self.tokens(MOST_PROMPT);
         if !self.has_tokenizer() {

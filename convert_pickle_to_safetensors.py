@@ -590,7 +590,7 @@ class Unpickler:
             return None
         array = Array().set(arguments[0].numpy, (), False, arguments[1])
         # A number, as Python has it.
-        numbers = Numbers(self.files, array)
+        numbers = ArrayNumbers(self.files, array)
         number = numbers.take(1)[0].item()
         numbers.finish()
         self.input.seek(self.position)
@@ -881,7 +881,7 @@ class Catalogue:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Numbers:
+class ArrayNumbers:
     """The numbers of an array, from first to last, a part at a time."""
 
     def __init__(self, files, array):
@@ -969,7 +969,7 @@ class ListNumbers:
 
 
 def reader(files, numbers):
-    return (ListNumbers if type(numbers) is NumberList else Numbers)(files, numbers)
+    return (ListNumbers if type(numbers) is NumberList else ArrayNumbers)(files, numbers)
 
 
 def read_scales(files, scale, rows):

@@ -91,7 +91,7 @@ impl Terminal {
         String::from_utf8_lossy(&self.shown.lock().unwrap()).into_owned()
     }
 
-    /// Whether lines are edited by the terminal and not by the program.
+    /// Returns whether lines are edited by the terminal and not by the program.
     fn is_cooked(&self) -> bool {
         tcgetattr(&self.slave)
             .unwrap()

@@ -8,7 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// What all inputs of the repository may take together, in bytes.
+/// Most bytes that all inputs of the repository may have together.
 const MOST_BYTES: u64 = 2 << 20;
 
 /// Far above what an input takes, also where every other processor is busy: only a hang is longer.

@@ -67,7 +67,7 @@ fn on_threads<T: Send>(threads: usize, f: impl FnOnce() -> T + Send) -> T {
 
 struct Case {
     folder: TempDir,
-    /// Of the output.
+    /// Name of the output.
     name: String,
     source: Box<dyn Source>,
     options: CompressOptions,

@@ -1,4 +1,4 @@
-//! What is done with an input, by the name of the target.
+//! The work of each target on an input, by the name of the target.
 
 pub mod compressed_tensors;
 pub mod config;

@@ -66,7 +66,8 @@ pub fn names(folder: &Path) -> Vec<String> {
     names
 }
 
-/// Whether a process is far enough to end its work in order after Ctrl-C; where that is not to be seen, after a second.
+/// Returns whether a process is far enough to end its work in order after Ctrl-C; where that is not to be seen, `true`
+/// after a second.
 pub fn catches_interrupts(child: &Child) -> bool {
     const SIGINT: u32 = 2;
     let Ok(status) = fs::read_to_string(format!("/proc/{}/status", child.id())) else {

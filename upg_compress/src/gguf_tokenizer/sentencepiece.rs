@@ -140,7 +140,7 @@ fn check_merges(count: usize, bytes: usize) -> Result<()> {
 /// A way to make a token of two others.
 struct Implied {
     score: f32,
-    /// Of the left and the right part.
+    /// Characters of the left and the right part.
     chars: (u32, u32),
     token: u32,
     parts: (u32, u32),

@@ -315,7 +315,7 @@ fn implied_merges_are_all_splits_into_two_tokens() {
     assert!(most > 100, "{most}");
 }
 
-/// What a short vocabulary may imply is capped by its bytes.
+/// The merges that a short vocabulary implies are capped by their bytes.
 #[test]
 fn implied_merges_are_capped_by_their_bytes() {
     let tokens: Vec<String> = (1..500).map(|n| "a".repeat(n)).collect();

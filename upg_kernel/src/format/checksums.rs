@@ -18,7 +18,7 @@ pub(super) enum Recorded {
 }
 
 impl Recorded {
-    /// Whether it is this one.
+    /// Returns whether the recorded checksum is `found`.
     pub fn is(&self, found: &str) -> bool {
         *self != Self::Missing && *self == Self::of(found)
     }

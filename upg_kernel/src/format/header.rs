@@ -172,7 +172,7 @@ impl UpgFile {
         Ok(())
     }
 
-    /// Whether a layer has an array of this name.
+    /// Returns whether a layer has an array of this name.
     fn is_array(&self, name: &str) -> Result<bool> {
         let parts = name
             .strip_prefix(layout::LAYER_PREFIX)

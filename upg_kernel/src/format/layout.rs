@@ -118,7 +118,7 @@ pub(super) fn arrays(layer: &LayerInfo) -> Result<Vec<ArraySpec>> {
     })
 }
 
-/// What the names of all arrays begin with.
+/// Beginning of the names of all arrays.
 pub(super) const LAYER_PREFIX: &str = "layer_";
 
 /// `layer_{index}_{suffix}`.

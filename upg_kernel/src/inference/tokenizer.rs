@@ -33,8 +33,9 @@ pub const MAX_TEXT_BYTES: usize = 16 << 20;
 
 /// Longest run of white space, or of characters without any, that is encoded.
 ///
-/// The splitting expressions look back over such a run. Far above this the regex engine gives up
-/// (after a million steps) and the rest of the text would stay in one piece: other ids, no error.
+/// Known splitting expressions go back over a run, as `\s+(?!\S)` does over white space. Far above this
+/// the regex engine gives up (after a million steps), and the rest of the text would stay in one piece: other
+/// ids, no error. All other expressions are refused if they may go back over more than a few characters.
 pub const MAX_RUN_CHARS: usize = 200_000;
 
 /// Ids with a meaning for generation. They come from the model's configuration.

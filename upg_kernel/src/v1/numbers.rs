@@ -23,7 +23,7 @@ impl Numbers {
         }
     }
 
-    /// Whether no more than one of its dimensions is other than 1. A list of lists has no others.
+    /// Returns whether no more than one of its dimensions is other than 1. A list of lists has no others.
     pub(super) fn is_row(&self) -> bool {
         match self {
             Self::Array(array) => array.shape.iter().filter(|&&d| d != 1).count() <= 1,

@@ -11,7 +11,7 @@ const POSSESSIVE: &str = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N
 const DEEPSEEK: &str =
     r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
-/// What texts are made of.
+/// Parts that texts are made of.
 const FRAGMENTS: &[&str] = &[
     "a",
     "b",

@@ -6,7 +6,7 @@ usage() {
     cat <<'END'
 Usage: tools/sanitize.sh address|thread [SECONDS]
 
-address: the tests of the kernels, the memory map, arrays, sparse rows and the team of threads, optimized and without
+address: the tests of the kernels, the memory map, arrays, matrices and the team of threads, optimized and without
 overflow checks as in a release, with every access to memory checked. The test with a writer beside every kernel
 takes SECONDS (60) for each instruction set.
 thread: the tests of the team of threads, with every pair of accesses from two threads checked.
@@ -30,7 +30,7 @@ triple=$(rustc -vV | sed -n 's/^host: //p')
 build=()
 case $sanitizer in
 address)
-    tests=(array:: kernels:: mapped:: sparse:: team::)
+    tests=(array:: kernels:: mapped:: matrix:: team::)
     # Leaks are those of the test harness.
     export ASAN_OPTIONS=detect_leaks=0
     ;;
@@ -49,8 +49,9 @@ export RUSTFLAGS="-Zsanitizer=$sanitizer ${RUSTFLAGS-}"
 CARGO_TARGET_DIR=$(pwd)/target/sanitize-$sanitizer
 export CARGO_TARGET_DIR
 cargo=(cargo test "${build[@]}" --release --package upg_kernel --lib --locked --target "$triple" --)
+all=$("${cargo[@]}" --list)
 for filter in "${tests[@]}"; do
-    if ! "${cargo[@]}" --list "$filter" | grep -q ': test$'; then
+    if ! grep -q "^$filter.*: test\$" <<<"$all"; then
         echo "no tests match $filter" >&2
         exit 1
     fi

@@ -10,6 +10,7 @@ use std::fs::File;
 use std::io::{BufRead, IsTerminal, Read, Write};
 use std::path::Path;
 use std::time::Duration;
+use upg_kernel::text::{Shown, steers};
 use upg_kernel::{Error, ErrorKind, Result};
 
 /// Writes to standard output and flushes; a closed pipe is an error that `main` takes as success.
@@ -37,11 +38,9 @@ pub fn note(line: impl std::fmt::Display) {
     let _ = writeln!(out, "{line}");
 }
 
-/// A name from a file for the message of a progress bar, in one line.
+/// Returns a name from a file for the message of a progress bar, in one line.
 pub fn label(name: &str) -> String {
-    name.chars()
-        .flat_map(|c| spelled(c, c.is_control() || steers(c)))
-        .collect()
+    Shown(name).to_string()
 }
 
 /// Returns `text` with the characters that steer a terminal spelled out, as `\u{1b}`. A line end of two characters
@@ -51,35 +50,15 @@ fn harmless(text: &str) -> Cow<'_, str> {
         return Cow::Borrowed(text);
     }
     let text = text.replace("\r\n", "\n");
-    text.chars()
-        .flat_map(|c| spelled(c, steers(c)))
-        .collect::<String>()
-        .into()
+    // Line ends and tabs stay as they are.
+    let parts = text.split_inclusive(['\n', '\t']).map(|part| {
+        let (inner, end) = part.split_at(part.trim_end_matches(['\n', '\t']).len());
+        format!("{}{end}", Shown(inner))
+    });
+    parts.collect::<String>().into()
 }
 
-fn spelled(c: char, escaped: bool) -> impl Iterator<Item = char> {
-    let escape = escaped.then(|| c.escape_unicode());
-    let itself = (!escaped).then_some(c);
-    escape.into_iter().flatten().chain(itself)
-}
-
-/// Whether a terminal takes `c` as a command, or shows other text than there is.
-///
-/// All control characters but line end and tab; those that turn the direction of a line around; line ends that only some
-/// terminals know; and tags and the byte order mark, which hide text from who reads or copies it. Joiners and
-/// variation selectors are no such: emoji and many scripts are written with them.
-fn steers(c: char) -> bool {
-    match c {
-        '\n' | '\t' => false,
-        '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => {
-            true
-        }
-        '\u{2028}' | '\u{2029}' | '\u{feff}' | '\u{e0000}'..='\u{e007f}' => true,
-        c => c.is_control(),
-    }
-}
-
-/// The text in a file of at most `most` bytes, which may be a pipe or a device without an end.
+/// Returns the text in a file of at most `most` bytes, which may be a pipe or a device without an end.
 ///
 /// Errors: `Io`; `TooLarge`; `Malformed` if it is not UTF-8.
 pub fn read_text(path: &Path, most: usize) -> Result<String> {
@@ -88,13 +67,13 @@ pub fn read_text(path: &Path, most: usize) -> Result<String> {
     text_of(bytes, most).map_err(|e| e.at(path))
 }
 
-/// Standard input to its end. Errors: as [`read_text`].
+/// Returns standard input to its end. Errors: as [`read_text`].
 pub fn read_input(most: usize) -> Result<String> {
     let bytes = read_bounded(std::io::stdin().lock(), most).map_err(input_error)?;
     text_of(bytes, most)
 }
 
-/// A line of `input` without its end; `None` where there are no more. Errors: as [`read_text`].
+/// Returns a line of `input` without its end; `None` where there are no more. Errors: as [`read_text`].
 pub fn read_line(input: &mut impl BufRead, most: usize) -> Result<Option<String>> {
     let mut bytes = Vec::new();
     let limit = most as u64 + 1;
@@ -111,7 +90,7 @@ pub fn read_line(input: &mut impl BufRead, most: usize) -> Result<Option<String>
     text_of(bytes, most).map(Some)
 }
 
-/// At most `most` bytes and one, which tells that there are more.
+/// Returns at most `most` bytes and one, which tells that there are more.
 fn read_bounded(source: impl Read, most: usize) -> std::io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     source.take(most as u64 + 1).read_to_end(&mut bytes)?;
@@ -132,14 +111,14 @@ fn input_error(e: std::io::Error) -> Error {
     Error::new(ErrorKind::Io, format!("cannot read standard input: {e}")).with_source(e)
 }
 
-/// Whether `e` means that the reader of our output has gone.
+/// Returns whether `e` means that the reader of our output has gone.
 pub fn is_broken_pipe(e: &Error) -> bool {
     std::error::Error::source(e)
         .and_then(|e| e.downcast_ref::<std::io::Error>())
         .is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
 }
 
-/// Far above what helps anywhere: more only cost the time to start and stop them.
+/// Most threads that can be asked for: more than help anywhere.
 const MOST_THREADS: usize = 1024;
 
 /// Sets the number of threads of the whole process. Errors (`Argument`): 0, or above 1,024.
@@ -219,7 +198,7 @@ mod tests {
                 "{text}"
             );
         }
-        assert_eq!(label("a\nb\u{1b}c"), r"a\u{a}b\u{1b}c");
+        assert_eq!(label("a\nb\u{1b}c"), r"a\nb\u{1b}c");
     }
 
     #[test]

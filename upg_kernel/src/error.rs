@@ -1,8 +1,9 @@
 //! The one error type of UPG: an opaque value with a small kind, made to be printed in one line.
 #![forbid(unsafe_code)]
 
+use crate::text::Shown;
 use std::error::Error as StdError;
-use std::fmt::{self, Write};
+use std::fmt::{self, Display, Write};
 use std::path::{Path, PathBuf};
 
 /// Result of every fallible operation in UPG.
@@ -105,7 +106,7 @@ impl Error {
     }
 
     /// Says where in the file it is.
-    pub(crate) fn place(mut self, place: impl fmt::Display) -> Self {
+    pub(crate) fn place(mut self, place: impl Display) -> Self {
         let _ = write!(self.0.message, " ({place})");
         self
     }
@@ -148,37 +149,26 @@ fn cut(mut text: String) -> String {
     text
 }
 
-impl fmt::Display for Error {
+impl Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let e = &self.0;
-        let mut f = Plain(f);
-        if let Some(path) = &e.path {
-            write!(f, "{}: ", path.display())?;
-        }
-        if let Some(tensor) = &e.tensor {
-            write!(f, "tensor '{}': ", tensor.escape_debug())?;
-        }
-        f.write_str(&e.message.replace(['\n', '\r'], " "))?;
-        if let Some(rule) = e.rule {
-            write!(f, " (format rule {rule})")?;
-        }
-        if let Some(hint) = &e.hint {
-            write!(f, "; {hint}")?;
-        }
-        Ok(())
+        Shown(&*self.0).fmt(f)
     }
 }
 
-/// Text without control characters: what comes from a file must not steer the terminal it is shown on.
-struct Plain<'a, 'b>(&'a mut fmt::Formatter<'b>);
-
-impl Write for Plain<'_, '_> {
-    fn write_str(&mut self, text: &str) -> fmt::Result {
-        for c in text.chars() {
-            match c.is_control() {
-                true => write!(self.0, "{}", c.escape_debug())?,
-                false => self.0.write_char(c)?,
-            }
+impl Display for Inner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(path) = &self.path {
+            write!(f, "{}: ", path.display())?;
+        }
+        if let Some(tensor) = &self.tensor {
+            write!(f, "tensor '{}': ", tensor.escape_debug())?;
+        }
+        f.write_str(&self.message.replace(['\n', '\r'], " "))?;
+        if let Some(rule) = self.rule {
+            write!(f, " (format rule {rule})")?;
+        }
+        if let Some(hint) = &self.hint {
+            write!(f, "; {hint}")?;
         }
         Ok(())
     }
@@ -226,6 +216,8 @@ mod tests {
             .at("a\u{1b}b")
             .hint("\u{9b}c");
         assert_eq!(e.to_string(), "a\\u{1b}b: \\u{1b}[2J\\u{7}; \\u{9b}c");
+        let e = Error::new(ErrorKind::Invalid, "\u{202e}txt").at("\u{2066}\n");
+        assert_eq!(e.to_string(), r"\u{2066}\n: \u{202e}txt");
     }
 
     #[test]

@@ -93,6 +93,7 @@ pub mod sparse;
 mod team;
 #[cfg(test)]
 mod test_data;
+pub mod text;
 pub mod trellis_code;
 mod upg_decompress;
 mod upg_linear;

@@ -1,22 +1,26 @@
-//! Which files are mapped where: a list that the handler of a signal can read.
+//! The list of mapped files and their addresses: a list that the handler of a signal can read.
 #![forbid(unsafe_code)]
 
+use crate::text::Shown;
 use std::path::Path;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering, fence};
 
 /// Maps that are listed at the same time. Others work, but [`mapped_path_at`] does not find them.
 const SLOTS: usize = 1024;
 
-/// Most bytes of a path that are listed; of a longer one they are its end.
+/// Most bytes of a path that are listed; a longer path is listed by its end.
 pub const MAPPED_PATH_BYTES: usize = 512;
 
-/// Values of [`Slot::start`] that are no addresses: nothing is there, and somebody is writing it.
+/// [`Slot::start`] of a slot without a map.
 const FREE: usize = 0;
+/// [`Slot::start`] of a slot that is being written.
 const TAKEN: usize = 1;
 
-/// One map. Its fields are atomic so that reading them at any moment is defined; `start` says whether they belong
-/// together.
+/// One map. Its fields are atomic so that reading them at any moment is defined; they belong together if `generation`
+/// is the same before and after.
 struct Slot {
+    /// Number of maps that the slot has had.
+    generation: AtomicUsize,
     start: AtomicUsize,
     bytes: AtomicUsize,
     path_bytes: AtomicUsize,
@@ -26,6 +30,7 @@ struct Slot {
 /// All zero, so that the program has no bytes for it and the system gives no memory before it is used.
 static LIVE: [Slot; SLOTS] = [const {
     Slot {
+        generation: AtomicUsize::new(0),
         start: AtomicUsize::new(FREE),
         bytes: AtomicUsize::new(0),
         path_bytes: AtomicUsize::new(0),
@@ -47,7 +52,9 @@ impl Listed {
         };
         let index = LIVE.iter().position(take)?;
         let slot = &LIVE[index];
-        // Who sees anything of the new content also sees that the slot was taken.
+        // Who sees the new generation also sees that the slot is taken; who sees anything of the new content also sees
+        // the new generation.
+        slot.generation.fetch_add(1, Ordering::Release);
         fence(Ordering::Release);
         let path = shown(path);
         for (to, from) in slot.path.iter().zip(path.bytes()) {
@@ -66,16 +73,10 @@ impl Drop for Listed {
     }
 }
 
-/// A path as a line shows it: without control characters, and its end if it is long.
+/// Returns a path as a line shows it; its end if it is long.
 fn shown(path: &Path) -> String {
     const CUT: &str = "..";
-    let mut text = String::new();
-    for c in path.display().to_string().chars() {
-        match c.is_control() {
-            true => text.extend(c.escape_debug()),
-            false => text.push(c),
-        }
-    }
+    let mut text = Shown(path.display()).to_string();
     if text.len() > MAPPED_PATH_BYTES {
         let start = text.len() - (MAPPED_PATH_BYTES - CUT.len());
         text.replace_range(..text.ceil_char_boundary(start), CUT);
@@ -83,8 +84,8 @@ fn shown(path: &Path) -> String {
     text
 }
 
-/// Looks for the mapped file that has this address: copies its path, as text for a message, to the start of `path`,
-/// and returns the bytes of it. `None`: no file is known to be mapped there, or `path` is too short.
+/// Copies the path of the mapped file that has this address to the start of `path`, as text for a message, and returns
+/// the number of its bytes. `None`: no file is known to be mapped there, or `path` is too short.
 ///
 /// For the handler of a signal: takes no lock, allocates nothing, does not panic. Only files that are mapped, not read
 /// ([`OpenOptions`](crate::OpenOptions)), have addresses here, and of those the first 1,024.
@@ -94,6 +95,7 @@ pub fn mapped_path_at(address: usize, path: &mut [u8]) -> Option<usize> {
 
 impl Slot {
     fn path_at(&self, address: usize, path: &mut [u8]) -> Option<usize> {
+        let generation = self.generation.load(Ordering::Acquire);
         let start = self.start.load(Ordering::Acquire);
         let offset = address.checked_sub(start).filter(|_| start > TAKEN)?;
         if offset >= self.bytes.load(Ordering::Relaxed) {
@@ -103,9 +105,9 @@ impl Slot {
         for (to, from) in path.get_mut(..len)?.iter_mut().zip(&self.path) {
             *to = from.load(Ordering::Relaxed);
         }
-        // Of one map, unless the slot has got another one meanwhile.
+        // An equal address is no proof: the slot may have got another map there meanwhile.
         fence(Ordering::Acquire);
-        (self.start.load(Ordering::Relaxed) == start).then_some(len)
+        (self.generation.load(Ordering::Relaxed) == generation).then_some(len)
     }
 }
 
@@ -124,11 +126,12 @@ mod tests {
         let maps = [vec![0u8; 100], vec![0u8; 1]];
         let [first, second] = maps.each_ref().map(|map| map.as_ptr().addr());
         let listed = Listed::new(&maps[0], Path::new("a/first"));
-        let other = Listed::new(&maps[1], Path::new("second\n\u{1b}[2J"));
+        let other = Listed::new(&maps[1], Path::new("second\n\u{1b}[2J\u{202e}"));
         for offset in [0, 1, 99] {
             assert_eq!(path_at(first + offset).as_deref(), Some("a/first"));
         }
-        assert_eq!(path_at(second).as_deref(), Some("second\\n\\u{1b}[2J"));
+        let spelled = r"second\n\u{1b}[2J\u{202e}";
+        assert_eq!(path_at(second).as_deref(), Some(spelled));
         assert_ne!(path_at(first + 100).as_deref(), Some("a/first"));
         assert_eq!((path_at(0), path_at(1)), (None, None));
         assert_eq!(mapped_path_at(first, &mut [0; 3]), None);

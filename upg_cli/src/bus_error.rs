@@ -2,12 +2,27 @@
 //!
 //! Touching a page that the file no longer has raises SIGBUS in the thread that does it. Its handler looks which file is
 //! mapped there.
+//!
+//! The one question about signals that needs `unsafe` is here too: whether a signal is ignored.
 
-/// Has a bus error in a mapped file end the process with a message and
-/// [`FILE_CHANGED`](crate::FILE_CHANGED). Any other one does what it did before.
+/// Installs the handler: a bus error in a mapped file then ends the process with a message and
+/// [`FILE_CHANGED`](crate::FILE_CHANGED). Any other bus error does what it did before.
 pub fn report() {
     #[cfg(any(target_os = "linux", target_os = "macos"))]
     handler::install();
+}
+
+/// Returns whether this process ignores `signal`, as `nohup` and background jobs of shells have it. A signal whose state
+/// the system does not tell counts as not ignored.
+#[cfg(unix)]
+pub fn is_ignored(signal: std::ffi::c_int) -> bool {
+    use nix::libc::{SIG_IGN, sigaction};
+    let mut action = std::mem::MaybeUninit::<sigaction>::zeroed();
+    // SAFETY: without a new action the call changes nothing; `action` is room for the present one.
+    let done = unsafe { sigaction(signal, std::ptr::null(), action.as_mut_ptr()) };
+    // SAFETY: all fields are integers or pointers, or an optional function, for which zero is a value; the call, where it
+    // succeeds, has written the rest.
+    done == 0 && unsafe { action.assume_init() }.sa_sigaction == SIG_IGN
 }
 
 #[cfg(any(target_os = "linux", target_os = "macos"))]
@@ -19,15 +34,17 @@ mod handler {
     use std::sync::atomic::{AtomicBool, Ordering};
     use upg_kernel::{MAPPED_PATH_BYTES, mapped_path_at};
 
+    /// Beginning of the line.
     const WHO: &[u8] = b"upg: ";
+    /// End of the line, after the path.
     const WHAT: &[u8] = b": the file was cut short or overwritten while it was in use; fetch or compress it again, and \
         replace model files by renaming, not by copying over them\n";
 
-    /// What the signal did before.
+    /// The action of the signal before the handler was installed.
     static BEFORE: OnceLock<SigAction> = OnceLock::new();
-    /// Whether the line may come after the beginning of another, such as that of a progress bar.
+    /// Set if the line may come after the beginning of another, such as that of a progress bar.
     static ON_TERMINAL: AtomicBool = AtomicBool::new(false);
-    /// Whether a thread is ending the process.
+    /// Set once a thread is ending the process.
     static ENDING: AtomicBool = AtomicBool::new(false);
 
     pub(super) fn install() {
@@ -92,7 +109,7 @@ mod handler {
             self.len += text.len();
         }
 
-        /// `false`: no file is mapped there.
+        /// Adds the message about the file mapped at `address`; returns `false` if there is none.
         fn names_file_at(&mut self, address: usize) -> bool {
             let path = self.bytes.get_mut(self.len..).unwrap_or_default();
             let Some(len) = mapped_path_at(address, path) else {

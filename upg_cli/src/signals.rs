@@ -1,28 +1,28 @@
-//! Ctrl-C, SIGTERM and SIGHUP. The first signal asks the work to end and clean up; the next one, and one that comes while
-//! the command waits for a line, ends the process at once.
+//! Ctrl-C, SIGTERM and SIGHUP. The first signal asks the work to end and clean up; a later one, and one that comes while
+//! the command waits for a line, ends the process at once. A signal that was ignored at the start stays ignored.
 #![forbid(unsafe_code)]
 
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::sync::{Arc, OnceLock};
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// What shells add to the number of the signal that ended a process.
+/// Exit code of a process that a signal ended, as shells have it, less the number of the signal.
 const SHELL_BASE: i32 = 128;
 
 /// The number of Ctrl-C everywhere.
 const SIGINT: i32 = signal_hook::consts::SIGINT;
 
-/// Raised by a signal, lowered before each answer of a chat.
+/// The flag that signals raise. An answer of a chat that it ends lowers it again.
 static RAISED: OnceLock<Arc<AtomicBool>> = OnceLock::new();
 
-/// The signal that came last; 0 if there was none.
+/// The signal that came last, but SIGINT only if no other came before; 0 if there was none.
 static LAST: AtomicI32 = AtomicI32::new(0);
 
 /// Set while a line is waited for, when there is nothing to clean up.
 static WAITS: AtomicBool = AtomicBool::new(false);
 
 /// Returns a flag that SIGINT (Ctrl-C), SIGTERM and SIGHUP raise. From then on the first of them no longer ends the
-/// process by itself, so that the work can clean up.
+/// process by itself, so that the work can clean up. Those that are ignored, as `nohup` has it, stay ignored.
 pub fn interrupt_flag() -> Result<Arc<AtomicBool>> {
     if let Some(flag) = RAISED.get() {
         return Ok(Arc::clone(flag));
@@ -43,12 +43,9 @@ pub fn exit_code() -> u8 {
     u8::try_from(SHELL_BASE + signal).unwrap_or(u8::MAX)
 }
 
-/// Lowers `flag`, so that Ctrl-C ends one answer of a chat and not the next.
-///
-/// Errors (`Interrupted`): the signal was one that ends the whole program.
-pub fn start_again(flag: &AtomicBool) -> Result<()> {
+/// Lowers `flag` after it has ended an answer of a chat, so that Ctrl-C does not end the next one too.
+pub fn start_again(flag: &AtomicBool) {
     flag.store(false, Ordering::SeqCst);
-    check_end()
 }
 
 /// Returns an error of kind `Interrupted` if SIGTERM or SIGHUP has come.
@@ -63,8 +60,13 @@ pub fn check_end() -> Result<()> {
 pub fn while_waiting<T>(read: impl FnOnce() -> T) -> Result<T> {
     system::keep_terminal_mode();
     WAITS.store(true, Ordering::SeqCst);
-    // A signal from before that is not lost: either its thread sees that this waits, or this sees the signal.
-    let result = check_end().map(|()| read());
+    // A signal from before that is not lost: either its thread sees that this waits, or this sees the flag. It is down
+    // unless a signal came that has ended nothing yet.
+    let is_raised = RAISED.get().is_some_and(|f| f.load(Ordering::SeqCst));
+    let result = match is_raised {
+        true => Err(Error::new(ErrorKind::Interrupted, "interrupted")),
+        false => check_end().map(|()| read()),
+    };
     WAITS.store(false, Ordering::SeqCst);
     result
 }
@@ -72,28 +74,46 @@ pub fn while_waiting<T>(read: impl FnOnce() -> T) -> Result<T> {
 #[cfg(unix)]
 mod system {
     use super::{LAST, SHELL_BASE, SIGINT, WAITS};
+    use crate::bus_error::is_ignored;
     use nix::sys::termios::{SetArg, Termios, tcgetattr, tcsetattr};
     use signal_hook::consts::{SIGHUP, SIGTERM};
     use signal_hook::iterator::Signals;
     use std::io::{IsTerminal, Write};
     use std::sync::atomic::{AtomicBool, Ordering};
     use std::sync::{Arc, Mutex};
+    use std::time::{Duration, Instant};
 
-    /// How the terminal was before a line was asked for.
+    /// Time after the first signal in which others count as the same one. `timeout` signals a process and then its group;
+    /// the end of a terminal comes from the system and from the shell.
+    const PAIR: Duration = Duration::from_millis(500);
+
+    /// Mode of the terminal before a line was asked for.
     static MODE: Mutex<Option<Termios>> = Mutex::new(None);
 
     /// Ends what the line editor asks of a terminal: that it marks text which is pasted.
     const NO_PASTE_MARKS: &[u8] = b"\x1b[?2004l\n";
 
-    /// Has a thread of its own wait for signals: it may do what no handler may.
+    /// Starts a thread that waits for signals: it may do what no handler may.
     pub fn listen(flag: &Arc<AtomicBool>) -> std::io::Result<()> {
-        let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP])?;
+        let all = [SIGINT, SIGTERM, SIGHUP];
+        let heard = all.into_iter().filter(|&s| !is_ignored(s));
+        let mut signals = Signals::new(heard)?;
         let flag = Arc::clone(flag);
         let thread = std::thread::Builder::new().name("signals".to_owned());
         thread.spawn(move || {
+            let mut first = Instant::now();
             for signal in signals.forever() {
-                LAST.store(signal, Ordering::SeqCst);
-                let is_second = flag.swap(true, Ordering::SeqCst);
+                // Ctrl-C does not take back what another signal has asked for.
+                if signal != SIGINT || LAST.load(Ordering::SeqCst) == 0 {
+                    LAST.store(signal, Ordering::SeqCst);
+                }
+                let is_second = match flag.swap(true, Ordering::SeqCst) {
+                    true => first.elapsed() >= PAIR,
+                    false => {
+                        first = Instant::now();
+                        false
+                    }
+                };
                 let waits = WAITS.load(Ordering::SeqCst);
                 if waits {
                     restore_terminal();
@@ -115,7 +135,7 @@ mod system {
     fn restore_terminal() {
         let mode = MODE.lock().unwrap_or_else(|e| e.into_inner());
         let Some(mode) = mode.as_ref() else { return };
-        // Whatever fails here: the terminal has gone.
+        // A failure here means that the terminal has gone.
         let _ = tcsetattr(std::io::stdin(), SetArg::TCSANOW, mode);
         let mut error = std::io::stderr();
         if error.is_terminal() {

@@ -135,8 +135,43 @@ fn code(child: &mut Child) -> Option<i32> {
     status.unwrap().code()
 }
 
-/// Time in which a process that has nothing left to do comes to rest.
-const SETTLES: Duration = Duration::from_millis(300);
+/// Waits until `child` has dealt with every signal sent to it and all its threads sleep.
+///
+/// On Linux its state says so: no signal is pending, and twice in a row all threads sleep and none has run in between.
+/// Elsewhere it is given time.
+fn settle(child: &Child) {
+    if !cfg!(target_os = "linux") {
+        return std::thread::sleep(Duration::from_millis(300));
+    }
+    let threads = || -> Option<Vec<String>> {
+        let tasks = fs::read_dir(format!("/proc/{}/task", child.id())).ok()?;
+        tasks
+            .map(|task| {
+                let status = fs::read_to_string(task.ok()?.path().join("status")).ok()?;
+                let value = |key: &str| {
+                    let line = status.lines().find(|line| line.starts_with(key))?;
+                    Some(line.split_whitespace().nth(1)?.to_owned())
+                };
+                let is_at_rest = value("State:")? == "S"
+                    && ["SigPnd:", "ShdPnd:"]
+                        .iter()
+                        .all(|key| value(key).is_some_and(|set| set.bytes().all(|b| b == b'0')));
+                is_at_rest.then_some(format!(
+                    "{} {} {}",
+                    value("Pid:")?,
+                    value("voluntary_ctxt_switches:")?,
+                    value("nonvoluntary_ctxt_switches:")?
+                ))
+            })
+            .collect()
+    };
+    wait_until("rest", || {
+        threads().is_some_and(|now| threads() == Some(now))
+    });
+}
+
+/// Time after which another signal is a second one, which ends the process at once.
+const SECOND: Duration = Duration::from_millis(500);
 
 const ENDS: [(Signal, i32); 3] = [
     (Signal::SIGINT, 130),
@@ -227,7 +262,7 @@ fn signals_at_the_prompt_end_a_chat_and_leave_the_terminal_as_it_was() {
             .read_line(&mut answer)
             .unwrap();
         assert!(answer.ends_with('\n'));
-        std::thread::sleep(SETTLES);
+        // Whether it waits for a line already or not.
         send(&child, signal);
         assert_eq!(code(&mut child), Some(expected), "{signal}");
     }
@@ -243,7 +278,7 @@ fn hold_up(mut command: Command) -> (Child, PipeReader) {
     });
     // The reader is to see the end of the answer: the command holds the other end too.
     drop(command);
-    std::thread::sleep(SETTLES);
+    settle(&child);
     (child, reader)
 }
 
@@ -252,24 +287,58 @@ fn a_second_signal_ends_the_process_at_once() {
     let folder = tempfile::tempdir().unwrap();
     let model = model(folder.path(), long);
     for (signal, expected) in ENDS {
-        let command = upg([
-            "run",
-            model.to_str().unwrap(),
-            "-p",
-            &long(0),
-            "-n",
-            "200",
-            "--quiet",
-        ]);
-        let (mut child, _reader) = hold_up(command);
+        let (mut child, _reader) = hold_up(long_answer(&model));
         send(&child, Signal::SIGINT);
-        std::thread::sleep(SETTLES);
+        settle(&child);
+        std::thread::sleep(SECOND);
         assert_eq!(child.try_wait().unwrap(), None, "it was not held up");
-        let second = Instant::now();
         send(&child, signal);
         assert_eq!(code(&mut child), Some(expected), "{signal}");
-        assert!(second.elapsed() < Duration::from_secs(2));
     }
+}
+
+fn long_answer(model: &Path) -> Command {
+    let model = model.to_str().unwrap();
+    upg(["run", model, "-p", &long(0), "-n", "200", "--quiet"])
+}
+
+/// `timeout` signals a process and its group, and a terminal that is closed does so too.
+#[test]
+fn signals_at_once_are_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = model(folder.path(), long);
+    for (signal, expected) in ENDS {
+        let (mut child, mut answer) = hold_up(long_answer(&model));
+        send(&child, signal);
+        std::thread::sleep(Duration::from_millis(1));
+        send(&child, signal);
+        settle(&child);
+        assert_eq!(child.try_wait().unwrap(), None, "{signal}: no clean end");
+        let reader = std::thread::spawn(move || answer.read_to_end(&mut Vec::new()).unwrap());
+        assert_eq!(code(&mut child), Some(expected), "{signal}");
+        assert!(reader.join().unwrap() < 400_000, "the answer was not ended");
+    }
+}
+
+/// As `nohup` has it, and shells for what runs in the background.
+#[test]
+fn signals_that_are_ignored_stay_ignored() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = model(folder.path(), long);
+    let started = long_answer(&model);
+    let mut command = Command::new("sh");
+    command
+        .args(["-c", "trap '' HUP INT; exec \"$0\" \"$@\""])
+        .arg(started.get_program())
+        .args(started.get_args())
+        .stdin(Stdio::null());
+    let (mut child, mut answer) = hold_up(command);
+    send(&child, Signal::SIGHUP);
+    send(&child, Signal::SIGINT);
+    settle(&child);
+    let reader = std::thread::spawn(move || answer.read_to_end(&mut Vec::new()).unwrap());
+    assert_eq!(code(&mut child), Some(0));
+    assert!(reader.join().unwrap() > 400_000, "the answer was ended");
 }
 
 #[test]
@@ -289,7 +358,7 @@ fn sigterm_in_an_answer_ends_the_chat_and_ctrl_c_the_answer() {
             hold_up(command)
         };
         send(&child, signal);
-        std::thread::sleep(SETTLES);
+        settle(&child);
         let reader = std::thread::spawn(move || answer.read_to_end(&mut Vec::new()).unwrap());
         // Until then it could ask for more.
         let input = expected.is_some().then_some(input);

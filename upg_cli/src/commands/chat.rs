@@ -104,12 +104,11 @@ impl Chat<'_> {
     /// One question and its answer. An error in what was said is shown, and the question forgotten.
     fn turn(&mut self, line: &str) -> Result<()> {
         self.messages.push(Message::new("user", line));
-        signals::start_again(&self.interrupt)?;
         let mut answer = String::new();
         match self.answer(&mut answer) {
             Ok(()) => {}
             // Ctrl-C ends the answer, not the talk.
-            Err(e) if e.kind() == ErrorKind::Interrupted => {}
+            Err(e) if e.kind() == ErrorKind::Interrupted => signals::start_again(&self.interrupt),
             Err(e) if matches!(e.kind(), ErrorKind::Argument | ErrorKind::TooLarge) => {
                 terminal::note(format_args!("upg: {e}"));
                 terminal::note("upg: use /clear to start again");

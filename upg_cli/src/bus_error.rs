@@ -37,8 +37,8 @@ mod handler {
     /// Beginning of the line.
     const WHO: &[u8] = b"upg: ";
     /// End of the line, after the path.
-    const WHAT: &[u8] = b": the file was cut short or overwritten while it was in use; fetch or compress it again, and \
-        replace model files by renaming, not by copying over them\n";
+    const WHAT: &[u8] = b": the file was cut short or overwritten while it was in use, or its disk cannot be read; \
+        fetch or compress it again, and replace model files by renaming, not by copying over them\n";
 
     /// The action of the signal before the handler was installed.
     static BEFORE: OnceLock<SigAction> = OnceLock::new();

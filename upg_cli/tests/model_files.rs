@@ -67,8 +67,8 @@ fn a_file_that_is_cut_short_while_it_is_mapped_is_named() {
             let stderr = String::from_utf8(stderr).unwrap();
             assert_eq!(status.code(), Some(3), "{stderr}");
             let expected = format!(
-                "upg: {}: the file was cut short or overwritten while it was in use; fetch or compress it again, and \
-                 replace model files by renaming, not by copying over them\n",
+                "upg: {}: the file was cut short or overwritten while it was in use, or its disk cannot be \
+                 read; fetch or compress it again, and replace model files by renaming, not by copying over them\n",
                 model.display()
             );
             assert_eq!(stderr, expected);

@@ -6,10 +6,10 @@
 #![forbid(unsafe_code)]
 
 mod allowed;
+mod cut_points;
 mod encode;
 mod expressions;
 mod file;
-mod places;
 mod stream;
 
 use std::collections::HashSet;
@@ -62,7 +62,7 @@ pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     /// The same tokenizer that leaves special tokens in the text alone; made when first asked for.
     plain: OnceLock<tokenizers::Tokenizer>,
-    places: places::Places,
+    cut_points: cut_points::CutPoints,
     special: SpecialIds,
     bos: Option<String>,
     eos: Option<String>,
@@ -123,7 +123,7 @@ impl Tokenizer {
         Ok(Self {
             vocab_size: inner.get_vocab_size(true),
             byte_fallback: names_type(&parts.decoder, "ByteFallback"),
-            places: places::Places::new(&parts, growth, &inner),
+            cut_points: cut_points::CutPoints::new(&parts, growth, &inner),
             inner,
             plain: OnceLock::new(),
             special,

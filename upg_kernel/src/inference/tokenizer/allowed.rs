@@ -1,4 +1,4 @@
-//! Which parts a `tokenizer.json` may be made of.
+//! The parts that a `tokenizer.json` may be made of.
 //!
 //! The `tokenizers` crate trusts its file: some parts end the process when their parameters are wrong,
 //! and a few replacements after each other can ask for any memory. So only parts that the tokenizers of
@@ -12,7 +12,7 @@ use crate::{Error, ErrorKind, Result};
 use serde::Deserialize;
 use serde_json::Value;
 
-/// How many times longer all replacements together may make a text.
+/// Most times that all replacements together may make a text longer.
 const MAX_GROWTH: usize = 64;
 
 /// Characters that a decoder may cut off.
@@ -85,7 +85,7 @@ pub(super) struct Parts {
 }
 
 impl Parts {
-    /// Whether a word that is a token is taken without merging.
+    /// Returns whether a word that is a token is taken without merging.
     pub(super) fn ignores_merges(&self) -> bool {
         self.model.ignore_merges.unwrap_or(false)
     }
@@ -132,11 +132,11 @@ impl Parts {
     }
 }
 
-/// What some parts amount to.
+/// The size of some parts together.
 struct Size {
-    /// How many times longer they may make a text.
+    /// Times that they may make a text longer.
     growth: usize,
-    /// How many there are.
+    /// Number of parts.
     parts: usize,
 }
 

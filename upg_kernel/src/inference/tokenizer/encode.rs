@@ -53,13 +53,14 @@ impl EncodeOptions<'_> {
 }
 
 impl Tokenizer {
-    /// The ids of `text`; special tokens in it are parsed. `add_special` puts begin and end of
+    /// Returns the ids of `text`; special tokens in it are parsed. `add_special` puts begin and end of
     /// sequence around it where the model wants them: leave it off for text that a chat template
     /// made, which has them already.
     ///
     /// # Errors
-    /// `TooLarge` when the text is above [`MAX_TEXT_BYTES`], has a run above [`MAX_RUN_CHARS`], or a megabyte in which
-    /// the tokenizer has nowhere to cut it.
+    /// `TooLarge` when the text is above [`MAX_TEXT_BYTES`] or has a run above [`MAX_RUN_CHARS`]; also when over 2 MiB
+    /// of it cannot be cut and the tokenizer's normalizer may make them over nine times longer, which those of
+    /// published tokenizers do not.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
         self.encode_with(
             text,
@@ -95,8 +96,10 @@ impl Tokenizer {
     /// [`Tokenizer::encode`] that a flag can end.
     ///
     /// A long text is encoded in pieces of about 32 KiB, cut where the ids are the same as those of the whole, and the
-    /// flag is looked at between them: each takes some tens of milliseconds, at worst a second. Memory is that of a
-    /// piece and of the ids.
+    /// flag is looked at between them: each takes some tens of milliseconds. Memory is that of a piece and of the ids.
+    ///
+    /// Some tokenizers have no such cuts, or none in some texts. A stretch without a cut is one piece: it takes time
+    /// about linear in its length, in which the flag is not looked at, and some hundred times its bytes of memory.
     ///
     /// # Errors
     /// As [`Tokenizer::encode`]; `Interrupted`.
@@ -112,7 +115,7 @@ impl Tokenizer {
             }),
         };
         let add_special = options.add_special;
-        let mut ids = if text.len() <= self.places.piece {
+        let mut ids = if text.len() <= self.cut_points.piece {
             let encoding =
                 contained(|| tokenizer.encode_fast(text, add_special))?.map_err(failed)?;
             encoding.get_ids().to_vec()
@@ -136,7 +139,7 @@ impl Tokenizer {
         let mut rest = text;
         while !rest.is_empty() {
             options.check_interrupt()?;
-            let (piece, after) = rest.split_at(self.places.first_piece(rest, tokenizer)?);
+            let (piece, after) = rest.split_at(self.cut_points.first_piece(rest, tokenizer)?);
             let is_first = rest.len() == text.len();
             contained(|| encode_piece(tokenizer, piece, is_first, &mut ids))?.map_err(failed)?;
             rest = after;
@@ -216,7 +219,8 @@ impl Normalizer for PieceNormalizer<'_> {
     }
 }
 
-/// `ids` with what the post-processor puts around them. It is shown one token in their place, which costs less than all.
+/// Returns `ids` with the ids that the post-processor puts around them. It is shown one token in their place, which costs
+/// less than all.
 fn framed(
     tokenizer: &tokenizers::Tokenizer,
     ids: Vec<u32>,

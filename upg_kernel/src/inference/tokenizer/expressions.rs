@@ -1,4 +1,4 @@
-//! Which expressions a text may be cut by.
+//! The expressions that a text may be cut by.
 //!
 //! `Split` searches from where the last match ended. An expression that looks far ahead and then takes little makes this
 //! quadratic in the text, and one that goes back over a long stretch is given up by its engine, which leaves the rest of
@@ -47,6 +47,8 @@ const WORDS: &[&str] = &[
     r" ?[^\s\p{L}\p{N}]++[\r\n]*+",
     r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*",
     r" ?[\p{P}\p{S}]+[\r\n]*",
+    r##"[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"##,
+    "[一-龥぀-ゟ゠-ヿ]+",
 ];
 
 /// Alternatives that take all white space from a place on. Those before the last one look over it, and take it but for
@@ -76,7 +78,7 @@ const CASED: &[&[&str]] = &[
 /// White space at the end of a text: one search, which fails or is the last.
 const TRAILING: &[&str] = &[r"\s+$"];
 
-/// What is known of an expression.
+/// Knowledge of the cuts that an expression makes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Cuts {
     /// It cuts before white space that follows another character, whatever else there is in the text.
@@ -87,7 +89,7 @@ pub(super) enum Cuts {
     Anywhere,
 }
 
-/// What `expression` does; `None` if its time may be more than linear in the text.
+/// Returns the cuts that `expression` makes; `None` if its time may be more than linear in the text.
 pub(super) fn examine(expression: &str) -> Option<Cuts> {
     if expression.len() > MAX_EXPRESSION || sets_flags(expression) {
         return None;
@@ -118,7 +120,7 @@ pub(super) fn examine(expression: &str) -> Option<Cuts> {
     Some(if all_known { cuts } else { Cuts::Anywhere })
 }
 
-/// The alternatives of an expression: what lies between the bars that are in no group and no class.
+/// Returns the alternatives of an expression: the parts between bars that are in no group and no class.
 fn alternatives(expression: &str) -> Vec<&str> {
     let (mut parts, mut start) = (Vec::new(), 0);
     let (mut escaped, mut classes, mut groups) = (false, 0_usize, 0_usize);
@@ -143,7 +145,7 @@ fn alternatives(expression: &str) -> Vec<&str> {
     parts
 }
 
-/// Whether a flag is set for all that follows, other alternatives too: they are examined one by one.
+/// Returns whether a flag is set for all that follows, other alternatives too: they are examined one by one.
 fn sets_flags(expression: &str) -> bool {
     expression.split("(?").skip(1).any(|rest| {
         let rest = rest.trim_start_matches(|c: char| c.is_ascii_alphabetic() || c == '-');
@@ -151,7 +153,7 @@ fn sets_flags(expression: &str) -> bool {
     })
 }
 
-/// Whether a search for `hir` looks at most [`MAX_LOOK`] bytes beyond what it matches: once it repeats something without
+/// Returns whether a search for `hir` looks at most [`MAX_LOOK`] bytes beyond what it matches: once it repeats something without
 /// a bound it can end after each repetition.
 fn takes_what_it_sees(hir: &Hir) -> bool {
     let properties = hir.properties();
@@ -185,7 +187,7 @@ fn is_short(hir: &Hir) -> bool {
         .is_some_and(|most| most <= MAX_LOOK)
 }
 
-/// Whether this repeats a short part, or one character class over and over (`x++`, where the second sign means something
+/// Returns whether this repeats a short part, or one character class over and over (`x++`, where the second sign means something
 /// else to the engine and takes as much).
 fn repeats_freely(repetition: &Repetition) -> bool {
     let least = repetition.sub.properties().minimum_len().unwrap_or(0);
@@ -233,7 +235,7 @@ mod tests {
                 "{expression}"
             );
         }
-        for expression in [r"\p{N}{1,3}", r"\p{N}", r"\p{N}+"] {
+        for expression in [r"\p{N}{1,3}", r"\p{N}", r"\p{N}+", "[一-龥぀-ゟ゠-ヿ]+"] {
             assert_eq!(examine(expression), Some(Cuts::Within));
         }
     }
@@ -246,7 +248,6 @@ mod tests {
             r"\s?\p{P}+",
             r"\s+$",
             r"[一-龥ࠀ-一가-퟿]+",
-            r"[一-龥぀-ゟ゠-ヿ]+",
             "[0-9][0-9][0-9]",
             r" ?[^(\s|[.,!?…。，、।۔،])]+",
             r"a+b*(?:cd)?",

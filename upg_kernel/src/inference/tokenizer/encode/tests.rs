@@ -8,6 +8,12 @@ use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const GPT4O: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const POSSESSIVE: &str = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s";
+/// The three expressions of DeepSeek V3.
+const DEEPSEEK3: [&str; 3] = [
+    r"\p{N}{1,3}",
+    "[一-龥぀-ゟ゠-ヿ]+",
+    r##"[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"##,
+];
 const DEEPSEEK: &str =
     r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
@@ -267,6 +273,36 @@ fn byte_level_files() -> Vec<(String, Value, bool)> {
             true,
         ),
         (
+            "deepseek 3",
+            Value::Null,
+            steps(&[
+                split(DEEPSEEK3[0]),
+                split(DEEPSEEK3[1]),
+                split(DEEPSEEK3[2]),
+                bytes(false, false),
+            ]),
+            true,
+        ),
+        (
+            "deepseek coder",
+            Value::Null,
+            steps(&[
+                split(r"[\r\n]"),
+                split(r"\s?\p{L}+"),
+                split(r"\s?\p{P}+"),
+                split(r"[一-龥ࠀ-一가-퟿]+"),
+                digits(true),
+                bytes(false, false),
+            ]),
+            false,
+        ),
+        (
+            "prepended",
+            json!({"type": "Prepend", "prepend": "b"}),
+            bytes(false, true),
+            true,
+        ),
+        (
             "punctuation",
             Value::Null,
             steps(&[
@@ -359,10 +395,14 @@ fn sentencepiece_files() -> Vec<(String, Value, bool)> {
     let prepend = json!({"type": "Prepend", "prepend": "▁"});
     let all = |parts: &[&Value]| json!({"type": "Sequence", "normalizers": parts});
     let metaspace = |scheme: &str, split: bool| json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": split});
+    let after_spaces = json!({"type": "Split", "pattern": {"String": " "},
+                              "behavior": "MergedWithPrevious", "invert": false});
     let mut files = Vec::new();
     for (name, normalizer, pre_tokenizer, is_cut) in [
         ("llama 2", all(&[&prepend, &replace]), Value::Null, true),
         ("gemma", replace.clone(), Value::Null, true),
+        ("gemma 3", replace.clone(), after_spaces.clone(), true),
+        ("after spaces", Value::Null, after_spaces, true),
         ("spaces as they are", Value::Null, Value::Null, true),
         ("metaspace", Value::Null, metaspace("first", false), true),
         (
@@ -421,11 +461,11 @@ fn pieces_have_the_ids_of_the_whole() {
         for round in 0..10 {
             let text = random.text(150);
             for piece in [1, 40] {
-                tokenizer.places.piece = piece;
+                tokenizer.cut_points.piece = piece;
                 let mut rest = text.as_str();
                 while !rest.is_empty() {
                     rest = &rest[tokenizer
-                        .places
+                        .cut_points
                         .first_piece(rest, &tokenizer.inner)
                         .unwrap()..];
                     cuts += usize::from(!rest.is_empty());
@@ -466,7 +506,7 @@ fn a_template_with_the_text_twice_or_not_at_all_is_obeyed() {
     ] {
         file["post_processor"]["single"] = template;
         let mut tokenizer = load(&file);
-        tokenizer.places.piece = 50;
+        tokenizer.cut_points.piece = 50;
         let expected = tokenizer.inner.encode_fast(text.as_str(), true).unwrap();
         assert_eq!(tokenizer.encode(&text, true).unwrap(), expected.get_ids());
     }
@@ -498,31 +538,65 @@ fn a_raised_flag_ends_the_work() {
     });
 }
 
-/// One piece has to end before anybody can stop it.
+/// Text behind an added token that takes white space is normalized as the begin of a text, in every piece.
 #[test]
-fn a_megabyte_without_a_place_to_cut_is_refused() {
+fn no_cut_behind_white_space_that_an_added_token_takes() {
     let files = byte_level_files();
-    let of = |name: &str| load(&files.iter().find(|f| f.0 == name).unwrap().1);
-    // Full stops and line ends: no word ends at white space alone.
-    let lines = ".\r\n".repeat(super::super::places::MAX_PIECE / 3 + 1);
-    for (tokenizer, text) in [
-        (of("no words"), "a ".repeat(600_000)),
-        (of("llama 3"), lines),
-    ] {
-        let e = tokenizer.encode(&text, false).unwrap_err();
-        assert_eq!(e.kind(), ErrorKind::TooLarge);
-        assert!(e.to_string().contains("1048576 bytes in a row"), "{e}");
-        let half = &text[..text.len() / 2];
-        let expected = tokenizer.inner.encode_fast(half, false).unwrap();
-        assert_eq!(tokenizer.encode(half, false).unwrap(), expected.get_ids());
+    let file = &files.iter().find(|f| f.0 == "prepended").unwrap().1;
+    let mut tokenizer = load(file);
+    tokenizer.cut_points.piece = 1;
+    for text in ["a</s>\nthe", "a</s>\nthe the", "the\nthe</s>\n\nthe"] {
+        let expected = tokenizer.inner.encode_fast(text, false).unwrap();
+        assert_eq!(tokenizer.encode(text, false).unwrap(), expected.get_ids());
     }
-    let words = "a ".repeat(600_000);
-    let expected = of("llama 3")
-        .inner
-        .encode_fast(words.as_str(), true)
-        .unwrap();
-    assert_eq!(
-        of("llama 3").encode(&words, true).unwrap(),
-        expected.get_ids()
+}
+
+/// Over a megabyte is encoded as a whole, be it by the tokenizer or by the text that there is nowhere to cut.
+#[test]
+fn a_text_without_a_place_to_cut_is_encoded_as_a_whole() {
+    let files: Vec<_> = byte_level_files()
+        .into_iter()
+        .chain(sentencepiece_files())
+        .collect();
+    let of = |name: &str| load(&files.iter().find(|f| f.0 == name).unwrap().1);
+    let repeated = |text: &str| text.repeat((1 << 20) / text.len() + 1);
+    // The last two have cuts, but not in such texts: no word ends at white space alone, and no space.
+    for (name, text) in [
+        ("no words", repeated("a the ")),
+        ("deepseek coder", repeated("the Ab, 23\n")),
+        ("deepseek 3", repeated(".\r\n")),
+        ("gpt-2 with a space before", repeated("文字ですか\n")),
+    ] {
+        let tokenizer = of(name);
+        let first = tokenizer.cut_points.first_piece(&text, &tokenizer.inner);
+        assert_eq!(first.unwrap(), text.len(), "{name}");
+        let expected = tokenizer.inner.encode_fast(text.as_str(), true).unwrap();
+        assert_eq!(tokenizer.encode(&text, true).unwrap(), expected.get_ids());
+    }
+    // These are cut.
+    for name in ["deepseek 3", "gemma 3, true"] {
+        let text = repeated("the Ab, 23 文字\n");
+        let tokenizer = of(name);
+        let first = tokenizer.cut_points.first_piece(&text, &tokenizer.inner);
+        assert!(first.unwrap() < 40_000, "{name}");
+        let expected = tokenizer.inner.encode_fast(text.as_str(), true).unwrap();
+        assert_eq!(tokenizer.encode(&text, true).unwrap(), expected.get_ids());
+    }
+}
+
+/// A normalizer that multiplies texts bounds the stretches without a cut.
+#[test]
+fn a_long_piece_that_would_grow_far_is_refused() {
+    let (_, mut file, _) = byte_level_files().swap_remove(0);
+    file["normalizer"] =
+        json!({"type": "Replace", "pattern": {"String": "a"}, "content": "b".repeat(64)});
+    let tokenizer = load(&file);
+    let text = "the ".repeat(MAX_TEXT_BYTES / 8 / 4 + 1);
+    let e = tokenizer.encode(&text, false).unwrap_err();
+    assert_eq!(e.kind(), ErrorKind::TooLarge);
+    assert!(
+        e.to_string()
+            .contains("over 2097152 bytes that cannot be cut"),
+        "{e}"
     );
 }

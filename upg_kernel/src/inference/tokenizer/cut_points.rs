@@ -1,10 +1,11 @@
-//! Where a long text may be cut so that its pieces have the ids of the whole.
+//! Points at which a long text may be cut so that its pieces have the ids of the whole.
 //!
-//! A place between two characters is taken only if no part of the tokenizer can see across it: no added token lies over
+//! A point between two characters is taken only if no part of the tokenizer can see across it: no added token lies over
 //! it, the normalizer changes each side by itself, and either the pre-tokenizer cuts there anyway or no token of the
 //! vocabulary has both characters side by side, so that no merge can join them.
 #![forbid(unsafe_code)]
 
+use super::MAX_TEXT_BYTES;
 use super::allowed::Parts;
 use super::expressions::{Cuts, examine};
 use crate::{Error, ErrorKind, Result};
@@ -12,23 +13,22 @@ use serde_json::Value;
 use std::collections::HashSet;
 use std::sync::OnceLock;
 
-/// Bytes from which on a piece ends at the next place.
+/// Bytes from which on a piece ends at the next point.
 const PIECE: usize = 32 << 10;
 
-/// Most bytes of a text without such a place. It takes up to a second, in which nobody looks at the flag.
-pub(super) const MAX_PIECE: usize = 1 << 20;
-
-/// How much longer the normalizers of published tokenizers can make a text: three bytes for a space, and before a text.
+/// Most times that the normalizers of published tokenizers make a text longer: three bytes for a space, and before a
+/// text.
 const USUAL_GROWTH: usize = 9;
 
-/// The places of one tokenizer.
-pub(super) struct Places {
+/// The cut points of one tokenizer.
+pub(super) struct CutPoints {
     rule: Rule,
-    /// Characters that added tokens end with: such a token may take the white space after it, and what follows it is
+    /// Last characters of added tokens: such a token may take the white space after it, and the text behind it is
     /// normalized as the begin of a text.
     ends: HashSet<char>,
     /// [`PIECE`], but in tests.
     pub(super) piece: usize,
+    /// Most bytes of a piece.
     most: usize,
 }
 
@@ -44,9 +44,9 @@ enum Rule {
     },
     /// Between characters that no token has side by side.
     Pairs {
-        /// What the normalizer puts in the place of a space.
+        /// The character that the normalizer puts in the place of a space.
         space: char,
-        /// As in `Words`.
+        /// Before a space only, as in `Words`.
         spaces_only: bool,
         pairs: OnceLock<Pairs>,
     },
@@ -54,13 +54,13 @@ enum Rule {
 
 /// The characters of a vocabulary.
 struct Pairs {
-    /// Those that are tokens by themselves.
+    /// Characters that are tokens by themselves.
     single: HashSet<char>,
-    /// Those that stand side by side in a token.
+    /// Pairs of characters that stand side by side in a token.
     joined: HashSet<(char, char)>,
 }
 
-impl Places {
+impl CutPoints {
     pub(super) fn new(parts: &Parts, growth: usize, inner: &tokenizers::Tokenizer) -> Self {
         let added = inner.get_added_vocabulary();
         let tokens = added.get_added_tokens_decoder();
@@ -82,13 +82,13 @@ impl Places {
                 .filter_map(|s| s.chars().next_back())
                 .collect(),
             piece: PIECE,
-            most: MAX_PIECE / growth.div_ceil(USUAL_GROWTH).max(1),
+            most: MAX_TEXT_BYTES / growth.div_ceil(USUAL_GROWTH).max(1),
         }
     }
 
-    /// Bytes of the first piece of `text`.
+    /// Returns the bytes of the first piece of `text`: all of them if there is nowhere to cut it.
     ///
-    /// Errors (`TooLarge`): there is no place to cut it for too long.
+    /// Errors (`TooLarge`): the piece is too long for a normalizer that may make it far longer.
     pub(super) fn first_piece(&self, text: &str, inner: &tokenizers::Tokenizer) -> Result<usize> {
         if text.len() <= self.piece {
             return Ok(text.len());
@@ -102,6 +102,7 @@ impl Places {
             }
             if let (Some(w), Some(x)) = (left, right)
                 && !self.ends.contains(&x)
+                && !(x.is_whitespace() && self.ends.contains(&w))
                 && self.rule.allows([w, x, next], inner)
             {
                 return Ok(start + place);
@@ -112,11 +113,10 @@ impl Places {
             return Ok(text.len());
         }
         let message = format!(
-            "the text has {} bytes in a row that the tokenizer takes as one",
+            "the text has over {} bytes that cannot be cut, and the tokenizer's normalizer may make them far longer",
             self.most
         );
-        Err(Error::new(ErrorKind::TooLarge, message)
-            .hint("put spaces or line breaks between its words"))
+        Err(Error::new(ErrorKind::TooLarge, message).hint("use a part of it"))
     }
 }
 
@@ -126,6 +126,10 @@ impl Rule {
         flatten(&parts.normalizer, "normalizers", &mut normalizers);
         let mut steps = Vec::new();
         flatten(&parts.pre_tokenizer, "pretokenizers", &mut steps);
+        // Each space ends a word, in a piece as in the whole.
+        if steps.iter().all(|step| splits_after_spaces(step)) {
+            steps.clear();
+        }
         match steps.as_slice() {
             [] => Self::pairs(&normalizers, ' ', false, parts.ignores_merges()),
             [only] if kind(only) == "Metaspace" && only["split"] == false => Self::pairs(
@@ -198,7 +202,7 @@ impl Rule {
         }
     }
 
-    /// Whether a text may be cut between the second and the third of these characters.
+    /// Returns whether a text may be cut between the second and the third of these characters.
     fn allows(&self, [w, x, y]: [char; 3], inner: &tokenizers::Tokenizer) -> bool {
         match self {
             Self::None => false,
@@ -267,7 +271,7 @@ impl Pairs {
     }
 }
 
-/// The parts of a part, in order, without the sequences that hold them.
+/// Appends the parts of a part in order, without the sequences that hold them.
 fn flatten<'a>(part: &'a Value, items: &str, parts: &mut Vec<&'a Value>) {
     match part.get(items).and_then(Value::as_array) {
         Some(items_of_it) if kind(part) == "Sequence" => {
@@ -289,7 +293,7 @@ fn replacement(metaspace: &Value) -> char {
     text.chars().next().unwrap_or('▁')
 }
 
-/// What a `Split` does, as far as it keeps its matches and what lies between them apart.
+/// Returns the cuts of a `Split` that keeps its matches and the text between them apart.
 fn split_cuts(step: &Value) -> Cuts {
     let keeps_apart = match step["behavior"].as_str() {
         Some("Isolated") => true,
@@ -303,7 +307,15 @@ fn split_cuts(step: &Value) -> Cuts {
     }
 }
 
-/// Whether white space and something else stand side by side in `content`.
+/// Returns whether this is the `Split` of Gemma, which ends a word with each space.
+fn splits_after_spaces(step: &Value) -> bool {
+    kind(step) == "Split"
+        && step.pointer("/pattern/String").is_some_and(|p| p == " ")
+        && step["behavior"] == "MergedWithPrevious"
+        && step["invert"] != true
+}
+
+/// Returns whether white space and something else stand side by side in `content`.
 fn has_space_within(content: &str) -> bool {
     let next = content.chars().skip(1);
     content

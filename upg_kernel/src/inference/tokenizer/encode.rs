@@ -99,7 +99,8 @@ impl Tokenizer {
     /// flag is looked at between them: each takes some tens of milliseconds. Memory is that of a piece and of the ids.
     ///
     /// Some tokenizers have no such cuts, or none in some texts. A stretch without a cut is one piece: it takes time
-    /// about linear in its length, in which the flag is not looked at, and some hundred times its bytes of memory.
+    /// about linear in its length (up to a second a MiB), in which the flag is not looked at, and up to 300 times its
+    /// bytes of memory.
     ///
     /// # Errors
     /// As [`Tokenizer::encode`]; `Interrupted`.

@@ -10,7 +10,28 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
+/// Has commands start with the default actions of signals, whatever started the tests.
+///
+/// A signal that is ignored, as in a background job of a shell, stays ignored in a program that is started; one that is
+/// caught gets its default action there. The tests themselves end as they would have.
+fn default_signals() {
+    #[cfg(unix)]
+    {
+        use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+        use std::sync::atomic::AtomicBool;
+        use std::sync::{Arc, Once};
+        static ONCE: Once = Once::new();
+        ONCE.call_once(|| {
+            for signal in [SIGHUP, SIGINT, SIGTERM] {
+                let always = Arc::new(AtomicBool::new(true));
+                signal_hook::flag::register_conditional_default(signal, always).unwrap();
+            }
+        });
+    }
+}
+
 pub fn upg<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> Command {
+    default_signals();
     let mut command = Command::new(env!("CARGO_BIN_EXE_upg"));
     command.args(args).stdin(Stdio::null());
     command

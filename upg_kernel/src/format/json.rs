@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use crate::error::{Error, ErrorKind, Result};
-use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::de::{DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value};
 use std::fmt;
 
@@ -141,7 +141,7 @@ impl<'de> Visitor<'de> for Picked<'_> {
                     let value = map.next_value_seed(Tree(&mut *self.values))?;
                     found.insert(key.to_owned(), value);
                 }
-                None => drop(map.next_value::<IgnoredAny>()?),
+                None => map.next_value_seed(Checked)?,
             }
         }
         Ok(found)
@@ -168,6 +168,64 @@ impl<'a> Visitor<'_> for OneOf<'a> {
 
     fn visit_str<E>(self, text: &str) -> Result<Self::Value, E> {
         Ok(self.0.iter().copied().find(|known| *known == text))
+    }
+}
+
+/// A value that is checked as a kept one is, and not kept.
+///
+/// [`serde::de::IgnoredAny`] lets pass what no parser takes as a value: numbers out of range, half of a surrogate pair,
+/// lists of any depth.
+struct Checked;
+
+impl<'de> DeserializeSeed<'de> for Checked {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, from: D) -> Result<(), D::Error> {
+        from.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Checked {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("JSON")
+    }
+
+    fn visit_bool<E>(self, _: bool) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_i64<E>(self, _: i64) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_u64<E>(self, _: u64) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_f64<E>(self, _: f64) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_str<E>(self, _: &str) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_unit<E>(self) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<(), A::Error> {
+        while list.next_element_seed(Checked)?.is_some() {}
+        Ok(())
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        while map.next_key_seed(Checked)?.is_some() {
+            map.next_value_seed(Checked)?;
+        }
+        Ok(())
     }
 }
 
@@ -254,6 +312,17 @@ mod tests {
             assert_eq!(refused.kind(), ErrorKind::TooLarge);
             assert_eq!(refused.to_string(), "d: more than 131072 values");
         }
+    }
+
+    #[test]
+    fn what_is_not_kept_has_to_be_json_too() {
+        let deep = format!("{}{}", "[".repeat(200), "]".repeat(200));
+        for bad in ["1e999", "\"\\ud800\"", &"9".repeat(400), &deep, "NaN"] {
+            let e = fields("d", &format!(r#"{{"a":1,"b":{bad}}}"#), &["a"]).unwrap_err();
+            assert_eq!(e.kind(), ErrorKind::Malformed, "{bad}");
+        }
+        let good = r#"{"a":1,"b":[null,true,-1,2.5,"x",{"c":{}}]}"#;
+        assert_eq!(fields("d", good, &["a"]).unwrap().len(), 1);
     }
 
     /// The last value that is allowed does not change what is said of a mistake behind it.

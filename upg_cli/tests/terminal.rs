@@ -320,7 +320,7 @@ fn signals_at_once_are_one() {
     }
 }
 
-/// As `nohup` has it, and shells for what runs in the background.
+/// Signals are ignored at the start by `nohup`, and by shells for what runs in the background.
 #[test]
 fn signals_that_are_ignored_stay_ignored() {
     let folder = tempfile::tempdir().unwrap();

@@ -86,7 +86,7 @@ mod tests {
         assert_eq!(e.kind(), io::ErrorKind::NotFound);
     }
 
-    /// As if it had come into the place of a file after that was looked at.
+    /// A pipe that comes into the place of a file after the file was looked at.
     #[cfg(unix)]
     #[test]
     fn a_pipe_that_nobody_writes_is_refused_at_once() {

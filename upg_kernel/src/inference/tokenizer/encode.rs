@@ -76,7 +76,7 @@ impl Tokenizer {
     /// The first call with [`SpecialText::Plain`] copies the vocabulary (tens of MB).
     ///
     /// # Errors
-    /// As [`Tokenizer::encode`].
+    /// The errors of [`Tokenizer::encode`].
     pub fn encode_as(
         &self,
         text: &str,
@@ -103,7 +103,7 @@ impl Tokenizer {
     /// bytes of memory.
     ///
     /// # Errors
-    /// As [`Tokenizer::encode`]; `Interrupted`.
+    /// The errors of [`Tokenizer::encode`]; `Interrupted`.
     pub fn encode_with(&self, text: &str, options: EncodeOptions<'_>) -> Result<Vec<u32>> {
         check_text(text)?;
         options.check_interrupt()?;

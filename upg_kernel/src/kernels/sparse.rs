@@ -73,15 +73,14 @@ impl<'a> Blocks<'a> {
         let values = window(&self.entries.values[before..], &mut self.ends.0);
         let deltas = window(&self.entries.deltas[before..], &mut self.ends.1);
         let primes = window(&self.entries.primes[before..], &mut self.ends.2);
-        let place = if self.is_full {
-            Place::From(before)
-        } else if is_run(deltas) {
-            let first = *column + usize::from(deltas[0]);
+        let first = match self.is_full {
+            true => Some(before),
+            false => is_run(deltas).then(|| *column + usize::from(deltas[0])),
+        };
+        let place = first.map_or(Place::Apart, |first| {
             *column = first + len - 1;
             Place::From(first)
-        } else {
-            Place::Apart
-        };
+        });
         Some(Block {
             values,
             deltas,

@@ -45,7 +45,11 @@ pub(super) fn dot(entries: Entries<'_>, x: &[f32]) -> f32 {
     let mut blocks = Blocks::new(entries, x.len());
     let scale = _mm512_set1_ps(entries.scale);
     let (mut sums, mut column) = ([_mm512_setzero_ps(); 4], 0);
-    while let Some(block) = blocks.next(&mut column) {
+    loop {
+        let before = column;
+        let Some(block) = blocks.next(&mut column) else {
+            break;
+        };
         let weights = weights(&block, scale);
         let run = match block.place {
             Place::From(first) if block.len == BLOCK => x[first..].first_chunk::<BLOCK>(),
@@ -59,11 +63,6 @@ pub(super) fn dot(entries: Entries<'_>, x: &[f32]) -> f32 {
                 }
             }
             None => {
-                let before = match block.place {
-                    // Wraps only where the delta is no longer the one that `first` was made of.
-                    Place::From(first) => first.wrapping_sub(usize::from(block.deltas[0])),
-                    Place::Apart => column,
-                };
                 (picked, column) = pick(&block, before, x);
             }
         }
@@ -99,21 +98,21 @@ fn weights(block: &Block<'_>, scale: __m512) -> [__m512; 4] {
     weights
 }
 
-/// The elements of `x` in the columns of a block, zeros after them, and the last of these columns; `before` is the column
-/// of the entry before. Panics if the last one is past the end of `x`.
+/// Returns the elements of `x` in the columns of a block, zeros after them, and the last of these columns.
 ///
-/// The columns that are gathered are bounded by themselves: another process may change the deltas of a mapped file
-/// between two reads of them, and the compiler may read them again.
+/// `before` is the column of the entry before the block. Panics if it or the last column is past the end of `x`.
+///
+/// Another process may change the deltas of a mapped file between two reads of them. So they are read once, into
+/// registers, and the columns that are checked are the columns that are gathered.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 fn pick(block: &Block<'_>, before: usize, x: &[f32]) -> ([__m512; 4], usize) {
     let zero = _mm512_setzero_si512();
+    assert!(before < x.len(), "column {before} of {}", x.len());
     let mut before = _mm512_set1_epi32(before as i32);
     let mut columns = [before; 4];
     for (columns, deltas) in columns.iter_mut().zip(block.deltas.as_chunks::<16>().0) {
-        // SAFETY: the reference is to 16 readable bytes; the load needs no alignment.
-        let deltas = unsafe { _mm_loadu_si128(deltas.as_ptr().cast()) };
-        let mut sums = _mm512_cvtepu8_epi32(deltas);
+        let mut sums = widened_once(deltas);
         sums = _mm512_add_epi32(sums, _mm512_alignr_epi32::<15>(sums, zero));
         sums = _mm512_add_epi32(sums, _mm512_alignr_epi32::<14>(sums, zero));
         sums = _mm512_add_epi32(sums, _mm512_alignr_epi32::<12>(sums, zero));
@@ -124,17 +123,34 @@ fn pick(block: &Block<'_>, before: usize, x: &[f32]) -> ([__m512; 4], usize) {
     // Deltas after the last entry are 1.
     let last = _mm_cvtsi128_si32(_mm512_castsi512_si128(before)) as usize - (BLOCK - block.len);
     assert!(last < x.len(), "column {last} of {}", x.len());
-    let largest = _mm512_set1_epi32((x.len() - 1) as i32);
     let valid = u64::MAX >> (BLOCK - block.len);
     let mut picked = [_mm512_setzero_ps(); 4];
     for i in 0..4 {
         let valid = (valid >> (16 * i)) as u16;
-        let columns = _mm512_min_epu32(columns[i], largest);
-        // SAFETY: `x` has elements, by the assertion above, and each column is at most the last of them.
+        // SAFETY: only lanes of entries are gathered. Their columns ascend, in these registers, from `before` to `last`,
+        // and both are columns of `x`. They do not wrap: `before` is below 2^31, and 64 deltas add up to less than 2^14.
         picked[i] = unsafe {
             let (none, x) = (_mm512_setzero_ps(), x.as_ptr().cast());
-            _mm512_mask_i32gather_ps::<4>(none, valid, columns, x)
+            _mm512_mask_i32gather_ps::<4>(none, valid, columns[i], x)
         };
     }
     (picked, last)
+}
+
+/// Returns 16 bytes as integers of 32 bits. Reads them exactly once, which no intrinsic promises.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn widened_once(bytes: &[u8; 16]) -> __m512i {
+    let widened;
+    // SAFETY: the reference is to 16 readable bytes, and the instruction needs no alignment. Without `pure` the
+    // compiler runs it as often as it is written.
+    unsafe {
+        asm!(
+            "vpmovzxbd {widened}, xmmword ptr [{bytes}]",
+            bytes = in(reg) bytes.as_ptr(),
+            widened = lateout(zmm_reg) widened,
+            options(readonly, nostack, preserves_flags),
+        );
+    }
+    widened
 }

@@ -10,6 +10,7 @@ mod threads;
 use clap::Parser;
 use log::{Level, LevelFilter, Log};
 use std::process::ExitCode;
+use upg_kernel::Cpu;
 use upg_kernel::kernels::Kernels;
 use upg_kernel::{Error, ErrorKind, OpenOptions, Result};
 
@@ -63,7 +64,7 @@ fn run(cli: cli::Cli) -> Result<()> {
         return print_version(cli.verbose);
     }
     // A wrong name of kernels is told now, not after a model was loaded.
-    Kernels::active()?;
+    Cpu::shared()?;
     let default = cli.command.as_ref().and_then(default_threads);
     if let Some(threads) = cli.threads.or(default) {
         terminal::set_threads(threads)?;
@@ -108,7 +109,7 @@ fn print_version(verbose: bool) -> Result<()> {
         let names: Vec<_> = Kernels::available().iter().map(|k| k.name()).collect();
         text += &format!(
             "kernels: {} (of {}; UPG_KERNEL chooses others)\n",
-            Kernels::active()?.name(),
+            Cpu::shared()?.kernels().name(),
             names.join(", ")
         );
     }

@@ -78,7 +78,7 @@ fn every_figure_is_there() {
         (&16.into(), &4.into())
     );
     assert_eq!(json["depth"], 7);
-    let kernels = upg_kernel::kernels::Kernels::active().unwrap().name();
+    let kernels = upg_kernel::Cpu::shared().unwrap().kernels().name();
     assert_eq!(json["kernels"], kernels);
     // More than there are is not to be used.
     if let Some(percent) = json["others_percent"].as_f64() {

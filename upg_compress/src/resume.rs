@@ -9,8 +9,8 @@ use crate::source::{Source, TensorInfo};
 use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 use sysinfo::{CpuRefreshKind, RefreshKind, System};
+use upg_kernel::Cpu;
 use upg_kernel::format::{FileWriter, LayerInfo, checksum_of};
-use upg_kernel::kernels::Kernels;
 use upg_kernel::{Error, ErrorKind, Result, WholeFile, refuse_to_overwrite};
 
 /// A run that leaves what it has done where the next one finds it.
@@ -218,6 +218,6 @@ fn processor() -> Result<String> {
     let system = System::new_with_specifics(cpus).ok();
     let first = system.as_ref().and_then(|system| system.cpus().first());
     let brand = first.map_or("unknown", |cpu| cpu.brand());
-    let kernels = Kernels::active()?.name();
+    let kernels = Cpu::shared()?.kernels().name();
     Ok(format!("{} {brand}, {kernels}", std::env::consts::ARCH))
 }

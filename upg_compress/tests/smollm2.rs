@@ -11,13 +11,13 @@ use std::path::Path;
 use upg_compress::compress::compress;
 use upg_compress::plan::{Choice, CompressOptions};
 use upg_compress::source;
+use upg_kernel::Cpu;
 use upg_kernel::UPGModel;
 use upg_kernel::format::Encoding;
 use upg_kernel::inference::{
     CacheType, FinishReason, GenerateOptions, Request, Sampler, SamplingOptions, SessionOptions,
     TokenStream,
 };
-use upg_kernel::kernels::Kernels;
 
 /// Sums of 576 to 1,536 products over 30 layers in another order than torch adds them, at logits up
 /// to 20; measured: 4e-5.
@@ -139,7 +139,7 @@ fn q8_continues_as_transformers_does() {
             logits = session.step(id).unwrap();
         }
     }
-    let most = match Kernels::active().unwrap().name() {
+    let most = match Cpu::shared().unwrap().kernels().name() {
         "scalar" => 0,
         _ => 1,
     };

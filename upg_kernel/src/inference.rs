@@ -6,15 +6,14 @@
 //! [`UPGModel`] has all of it from one file.
 #![forbid(unsafe_code)]
 
-mod attention;
 mod backward;
 mod batch;
-mod block;
+pub(crate) mod block;
 pub mod chat_template;
 pub mod config;
 pub mod evaluate;
 pub mod generate;
-mod kv_cache;
+pub(crate) mod kv_cache;
 mod layers;
 mod layerwise;
 pub mod model;

@@ -39,12 +39,7 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use scalar::Signs;
 use sparse::Entries;
-use std::env::VarError;
-use std::sync::LazyLock;
 use views::Strip;
-
-/// The environment variable that names the kernels to use instead of the fastest.
-const VARIABLE: &str = "UPG_KERNEL";
 
 /// Memory for [`Kernels::multiply_many`], used again from call to call.
 #[cfg(target_arch = "x86_64")]
@@ -159,20 +154,6 @@ impl Kernels {
                 Error::new(ErrorKind::Unsupported, format!("no kernels '{name}' here"))
                     .hint(format!("this machine has {}", known.join(", ")))
             })
-    }
-
-    /// What products use: those that the environment variable `UPG_KERNEL` names, else the fastest. Read
-    /// once. Errors: as [`Kernels::by_name`].
-    pub fn active() -> Result<Self> {
-        static ACTIVE: LazyLock<std::result::Result<Kernels, String>> =
-            LazyLock::new(|| match std::env::var(VARIABLE) {
-                Err(VarError::NotPresent) => Ok(Kernels::best()),
-                Err(e) => Err(e.to_string()),
-                Ok(name) => Kernels::by_name(&name).map_err(|e| e.to_string()),
-            });
-        ACTIVE
-            .clone()
-            .map_err(|message| Error::new(ErrorKind::Unsupported, format!("{VARIABLE}: {message}")))
     }
 
     /// `scalar`, `avx2`, `avx512` or `neon`.

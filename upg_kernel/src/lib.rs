@@ -78,6 +78,7 @@ compile_error!("UPG maps little-endian files in place: big-endian targets are no
 compile_error!("UPG maps files of many gigabytes: only 64-bit targets are supported");
 
 mod array;
+mod cpu;
 mod error;
 pub mod files;
 pub mod format;
@@ -90,7 +91,6 @@ pub mod metal_kernels;
 pub mod prime_lut;
 pub mod rotation;
 pub mod sparse;
-mod team;
 #[cfg(test)]
 mod test_data;
 pub mod text;
@@ -101,6 +101,7 @@ pub mod v1;
 mod whole_file;
 
 pub use array::Array;
+pub use cpu::Cpu;
 pub use error::{Error, ErrorKind, Result};
 pub use inference::UPGModel;
 pub use mapped::{MAPPED_PATH_BYTES, MappedFile, OpenOptions, mapped_path_at};

@@ -8,7 +8,6 @@ mod bitmap;
 pub(crate) mod decode;
 mod dense;
 mod grouped;
-pub(crate) mod product;
 pub mod strips;
 pub mod trellis;
 
@@ -18,6 +17,8 @@ pub use grouped::GroupedMatrix;
 pub use trellis::{TrellisMatrix, TrellisParts};
 
 use crate::array::Array;
+use crate::cpu::Cpu;
+use crate::cpu::product::{Scratch, Write, multiply};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::rules;
 use crate::kernels::Kernels;
@@ -25,9 +26,7 @@ use crate::kernels::sparse::Entries;
 use crate::kernels::views::Strip;
 use crate::rotation::Rotation;
 use crate::sparse::MdCSRMatrix;
-use crate::team::Team;
 use decode::{Decode, Rows};
-use product::{Scratch, Write};
 use rayon::prelude::*;
 use strips::STRIP_ROWS;
 
@@ -170,9 +169,9 @@ impl Matrix {
     /// Decodes `n` whole rows from `first` on into `out` (`[n, cols]`, f32, original basis).
     ///
     /// Every element of `out` is overwritten. Errors: `Argument` if `out` is not a whole number of rows, or
-    /// they reach past the last row; those of [`Kernels::active`].
+    /// they reach past the last row; those of [`Cpu::shared`].
     pub fn rows_into(&self, first: usize, out: &mut [f32]) -> Result<()> {
-        self.rows_into_with(Kernels::active()?, first, out)
+        self.rows_into_with(Cpu::shared()?.kernels(), first, out)
     }
 
     /// [`Matrix::rows_into`] with chosen kernels: the same bits whatever they are.
@@ -198,8 +197,13 @@ impl Matrix {
     /// Row `rows[i]` into row `i` of `out` (`[n, cols]`, f32, original basis), of any rows in any order, in parallel.
     ///
     /// Every element of `out` is overwritten. Errors: `Argument` if `out` has another length, or a row is past the last
-    /// one; those of [`Kernels::active`].
+    /// one; those of [`Cpu::shared`].
     pub fn gather(&self, rows: &[u32], out: &mut [f32]) -> Result<()> {
+        self.gather_on(Cpu::shared()?, rows, out)
+    }
+
+    /// [`Matrix::gather`] on a chosen device.
+    pub fn gather_on(&self, cpu: &Cpu, rows: &[u32], out: &mut [f32]) -> Result<()> {
         let cols = self.cols();
         let past = rows.iter().find(|&&row| row as usize >= self.rows());
         if past.is_some() || rows.len().checked_mul(cols) != Some(out.len()) {
@@ -217,9 +221,8 @@ impl Matrix {
         if out.is_empty() {
             return Ok(());
         }
-        let kernels = Kernels::active()?;
-        Team::global().chunks(out, cols, |i, out| {
-            self.decode(kernels, rows[i] as usize, false, out, &mut Vec::new());
+        cpu.team().chunks(out, cols, |i, out| {
+            self.decode(cpu.kernels(), rows[i] as usize, false, out, &mut Vec::new());
         });
         Ok(())
     }
@@ -285,21 +288,21 @@ impl Matrix {
 
     /// [`Matrix::spmm`] into the caller's `out [n, rows]`; every element is overwritten.
     ///
-    /// With few vectors, and kernels for it ([`Kernels::active`]), packed weights are multiplied as they
+    /// With few vectors, and kernels for it ([`Kernels`]), packed weights are multiplied as they
     /// are with activations rounded to 14 bits, and `mdcsr` entry by entry in f32; else rows are decoded 64 at a
     /// time, once for all `n` vectors. `docs/numerics.md` says what each way adds to the error. In parallel; the result does not
     /// depend on the number of threads. Scratch: 3 bytes per column and vector or 256 bytes per column and
     /// thread, and 4 more per column and vector where the input is rotated.
     ///
-    /// Errors: `Argument` if `x` or `out` has another length; those of [`Kernels::active`].
+    /// Errors: `Argument` if `x` or `out` has another length; those of [`Cpu::shared`].
     pub fn spmm_into(&self, x: &[f32], n: usize, out: &mut [f32]) -> Result<()> {
-        self.spmm_with(Kernels::active()?, x, n, out)
+        self.spmm_on(Cpu::shared()?, x, n, out)
     }
 
-    /// [`Matrix::spmm_into`] with chosen kernels; `docs/numerics.md` says how far their results differ.
-    pub fn spmm_with(&self, kernels: Kernels, x: &[f32], n: usize, out: &mut [f32]) -> Result<()> {
+    /// [`Matrix::spmm_into`] on a chosen device; `docs/numerics.md` says how far the results of kernels differ.
+    pub fn spmm_on(&self, cpu: &Cpu, x: &[f32], n: usize, out: &mut [f32]) -> Result<()> {
         let scratch = &mut Scratch::default();
-        product::multiply_with(kernels, [Some(self)], x, n, Write::Set, scratch, out)
+        multiply(cpu, [Some(self)], x, n, Write::Set, scratch, out)
     }
 }
 

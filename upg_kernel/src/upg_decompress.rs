@@ -1,9 +1,10 @@
 //! Rebuilding whole matrices from a UPG file.
 #![forbid(unsafe_code)]
 
+use crate::cpu::Cpu;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{LayerInfo, UpgFile};
-use crate::kernels::{Float, Kernels};
+use crate::kernels::Float;
 use crate::mapped::OpenOptions;
 use crate::matrix::Matrix;
 use crate::matrix::decode::Decode;
@@ -22,10 +23,10 @@ const STREAMED: usize = 8 << 20;
 
 /// A weight type that a matrix can be decompressed to: `f32`, `f16` or `bf16`.
 pub trait WeightFloat: WithDType + Float + Decode {
-    /// The nearest value of each weight, ties to even. Errors: those of [`Kernels::active`]. Panics if the lengths
+    /// The nearest value of each weight, ties to even. Errors: those of [`Cpu::shared`]. Panics if the lengths
     /// differ.
     fn from_weights(weights: &[f32], out: &mut [Self]) -> Result<()> {
-        Self::round(Kernels::active()?, weights, out);
+        Self::round(Cpu::shared()?.kernels(), weights, out);
         Ok(())
     }
 }
@@ -194,7 +195,7 @@ fn fill<T: WeightFloat>(matrix: &Matrix, out: &mut [T]) -> Result<()> {
     if out.is_empty() {
         return Ok(());
     }
-    let kernels = Kernels::active()?;
+    let kernels = Cpu::shared()?.kernels();
     let streamed = size_of_val(out) >= STREAMED;
     out.par_chunks_mut(STRIP_ROWS * cols)
         .enumerate()

@@ -12,7 +12,7 @@ mod sync {
     }
 }
 
-#[path = "../../../upg_kernel/src/team/handover.rs"]
+#[path = "../../../upg_kernel/src/cpu/team/handover.rs"]
 mod handover;
 
 use handover::Handover;

@@ -1,5 +1,7 @@
 //! Matrices of any sizes and content in every encoding: all kernels of this machine against the reference.
 
+use std::sync::LazyLock;
+use upg_kernel::Cpu;
 use upg_kernel::kernels::Kernels;
 use upg_kernel::matrix::strips::{self, STRIP_ROWS};
 use upg_kernel::matrix::trellis::strip_bytes;
@@ -224,9 +226,9 @@ fn check(matrix: &Matrix) {
     }
     let cols = matrix.cols();
     let x = vectors(9 * cols);
-    for kernels in Kernels::available() {
+    for cpu in devices() {
         for n in [1, 9] {
-            check_product(matrix, kernels, &expected, &x[..n * cols], n);
+            check_product(matrix, cpu, &expected, &x[..n * cols], n);
         }
     }
 }
@@ -236,6 +238,15 @@ pub(super) fn read(matrix: &Matrix) {
     if check_rows(matrix).is_some() {
         run_products(matrix);
     }
+}
+
+/// A processor for each instruction set of this machine, with one thread: threads have a target of their own.
+fn devices() -> &'static [Cpu] {
+    static DEVICES: LazyLock<Vec<Cpu>> = LazyLock::new(|| {
+        let all = Kernels::available().into_iter();
+        all.map(|kernels| Cpu::new(kernels, 1)).collect()
+    });
+    &DEVICES
 }
 
 /// Vectors of a moderate size, small ones among them.
@@ -248,9 +259,9 @@ fn vectors(len: usize) -> Vec<f32> {
 fn run_products(matrix: &Matrix) {
     let (rows, cols) = (matrix.rows(), matrix.cols());
     let (x, mut out) = (vectors(9 * cols), vec![f32::NAN; 9 * rows]);
-    for kernels in Kernels::available() {
+    for cpu in devices() {
         for n in [1, 9] {
-            let product = matrix.spmm_with(kernels, &x[..n * cols], n, &mut out[..n * rows]);
+            let product = matrix.spmm_on(cpu, &x[..n * cols], n, &mut out[..n * rows]);
             product.expect("vectors as long as rows");
         }
     }
@@ -276,10 +287,10 @@ fn check_rows(matrix: &Matrix) -> Option<Vec<f32>> {
     Some(expected)
 }
 
-fn check_product(matrix: &Matrix, kernels: Kernels, weights: &[f32], x: &[f32], n: usize) {
+fn check_product(matrix: &Matrix, cpu: &Cpu, weights: &[f32], x: &[f32], n: usize) {
     let (rows, cols) = (matrix.rows(), matrix.cols());
     let mut out = vec![f32::NAN; n * rows];
-    let product = matrix.spmm_with(kernels, x, n, &mut out);
+    let product = matrix.spmm_on(cpu, x, n, &mut out);
     product.expect("vectors as long as rows");
     // Where the input is rotated, its groups are others: the largest element of all is none smaller, up to the root.
     let is_rotated = matches!(matrix, Matrix::Trellis(_));
@@ -307,7 +318,7 @@ fn check_product(matrix: &Matrix, kernels: Kernels, weights: &[f32], x: &[f32], 
                 steps = of_weights * length * (cols as f64).sqrt();
             }
             let error = (f64::from(out) - exact).abs();
-            let name = kernels.name();
+            let name = cpu.kernels().name();
             assert!(
                 error <= TOLERANCE * size + STEP * steps + f64::from(f32::MIN_POSITIVE),
                 "{name}: row {row} times vector {v} of {n} is {out}, not {exact}"

@@ -1,19 +1,18 @@
 //! A decoder taken backwards, layer by layer: what its predictions ask of the outputs of every matrix.
 #![forbid(unsafe_code)]
 
-use super::attention::Shape;
 use super::block::{Input, turn_heads};
 use super::config::ModelConfig;
 use super::layers::{Joint, RmsNorm, gated_silu};
 use super::layerwise::POSITIONS_TOGETHER;
 use super::rope::{Rope, RopeTable};
 use super::weights::{HeadWeights, LayerWeights, WeightSource};
+use crate::cpu::Cpu;
+use crate::cpu::attention::Shape;
+use crate::cpu::product::{Scratch, Write, multiply};
 use crate::error::{Error, ErrorKind, Result};
-use crate::kernels::Kernels;
 use crate::kernels::gemm::{View, product};
 use crate::kernels::scalar::exp;
-use crate::matrix::product::{Scratch, Write, multiply};
-use crate::team::Team;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use rayon::prelude::*;
@@ -46,6 +45,7 @@ pub type GradientObserver<'a> = &'a mut dyn FnMut(Input, &[f32], &[f32]) -> Resu
 /// one on, 1 for `e = -1`; every position begins with new ones. All arithmetic is f32.
 #[derive(Debug)]
 pub struct Backward {
+    cpu: Cpu,
     config: ModelConfig,
     /// Of the positions of one sequence.
     rope: RopeTable,
@@ -70,6 +70,7 @@ pub struct GainGradients {
 /// What makes predictions of the hidden states after the last layer: the last norm and the output head.
 #[derive(Debug)]
 pub struct Head {
+    cpu: Cpu,
     weights: HeadWeights,
 }
 
@@ -77,18 +78,20 @@ impl Head {
     /// That of the model in `source`. Errors: those of loading ([`Model::load`](super::Model::load)).
     pub fn new(config: &ModelConfig, source: &dyn WeightSource) -> Result<Self> {
         Ok(Self {
+            cpu: Cpu::shared()?.clone(),
             weights: HeadWeights::load(config, source)?,
         })
     }
 
     /// Of `hidden [n, hidden]`: `[n, vocab]`.
     fn logits(&self, hidden: &[f32], scratch: &mut Scratch, out: &mut Vec<f32>) -> Result<()> {
-        let HeadWeights { norm, matrix } = &self.weights;
+        let Self { cpu, weights } = self;
+        let HeadWeights { norm, matrix } = weights;
         let mut normed = Vec::new();
-        norm.of(Kernels::active()?, hidden, &mut normed);
+        norm.of(cpu, hidden, &mut normed);
         let n = hidden.len() / matrix.cols().max(1);
         out.resize(n * matrix.rows(), 0.0);
-        multiply([Some(matrix)], &normed, n, Write::Set, scratch, out)
+        multiply(cpu, [Some(matrix)], &normed, n, Write::Set, scratch, out)
     }
 
     fn check(&self, vocab: usize, positions: usize, hidden: &[f32]) -> Result<()> {
@@ -187,15 +190,16 @@ impl Backward {
             gradient(number * LOGITS_TOGETHER, &mut logits)?;
             let n = x.len() / config.hidden_size;
             let logits = View::new(&logits, n, config.vocab_size, config.vocab_size);
-            back(logits, &weights, false, gradients);
+            back(&head.cpu, logits, &weights, false, gradients);
             add(
                 &mut of_gain,
                 &gain_gradients(&head.weights.norm, x, gradients),
             );
-            norm_back(&head.weights.norm, x, gradients);
+            norm_back(&head.cpu, &head.weights.norm, x, gradients);
         }
         let rope = Rope::new(&config.rope);
         Ok(Self {
+            cpu: head.cpu,
             rope: rope.table(0, len, rope.is_long(len)),
             config,
             len,
@@ -238,7 +242,7 @@ impl Backward {
         }
         let layer = LayerWeights::load(&self.config, source, index)?;
         let pass = Pass {
-            kernels: Kernels::active()?,
+            cpu: &self.cpu,
             config: &self.config,
             layer: &layer,
             rope: &self.rope,
@@ -263,7 +267,7 @@ impl Backward {
 
 /// Some sequences and the layer they pass.
 struct Pass<'a> {
-    kernels: Kernels,
+    cpu: &'a Cpu,
     config: &'a ModelConfig,
     layer: &'a LayerWeights,
     rope: &'a RopeTable,
@@ -283,10 +287,7 @@ impl Pass<'_> {
         observe: GradientObserver<'_>,
     ) -> Result<()> {
         let &Self {
-            kernels,
-            config,
-            layer,
-            ..
+            cpu, config, layer, ..
         } = self;
         let n = x.len() / config.hidden_size;
         let Shape { width, .. } = Shape::of(config);
@@ -294,56 +295,65 @@ impl Pass<'_> {
 
         // Forwards.
         let mut normed = Vec::new();
-        layer.input_norm.of(kernels, x, &mut normed);
+        layer.input_norm.of(cpu, x, &mut normed);
         let mut qkv = vec![0.0; n * width];
-        layer.qkv.multiply(&normed, n, scratch, &mut qkv)?;
+        layer.qkv.multiply(cpu, &normed, n, scratch, &mut qkv)?;
         let projected = layer.head_norms.as_ref().map(|_| qkv.clone());
-        Team::global().chunks(&mut qkv, width, |number, row| {
-            turn_heads(kernels, config, layer, self.rope, number % self.len, row);
+        cpu.team().chunks(&mut qkv, width, |number, row| {
+            turn_heads(
+                cpu.kernels(),
+                config,
+                layer,
+                self.rope,
+                number % self.len,
+                row,
+            );
         });
         let heads = Heads::new(config, self.len, self.window);
-        let mixed = heads.mix(&qkv);
+        let mixed = heads.mix(cpu, &qkv);
         let mut middle = x.to_vec();
         let output = &layer.output;
-        output.multiply(&mixed, n, Write::Add, scratch, &mut middle)?;
+        output.multiply(cpu, &mixed, n, Write::Add, scratch, &mut middle)?;
         let mut mlp_normed = Vec::new();
-        layer.mlp_norm.of(kernels, &middle, &mut mlp_normed);
+        layer.mlp_norm.of(cpu, &middle, &mut mlp_normed);
         let mut gate_up = vec![0.0; n * 2 * size];
         layer
             .gate_up
-            .multiply(&mlp_normed, n, scratch, &mut gate_up)?;
+            .multiply(cpu, &mlp_normed, n, scratch, &mut gate_up)?;
         let mut gated = Vec::new();
-        gated_silu(kernels, &gate_up, size, &mut gated);
+        gated_silu(cpu, &gate_up, size, &mut gated);
 
         // Backwards: `gradients` are of the output, then of `middle`, then of `x`.
         observe(Input::Down, &gated, gradients)?;
         let hidden = config.hidden_size;
         let of_gated = &mut gated;
         back(
+            cpu,
             View::new(gradients, n, hidden, hidden),
             &layer.down.weight.to_dense(),
             false,
             of_gated,
         );
-        gated_silu_back(&mut gate_up, size, of_gated);
+        gated_silu_back(cpu, &mut gate_up, size, of_gated);
         observe(Input::FeedForward, &mlp_normed, &gate_up)?;
         let of_normed = &mut mlp_normed;
-        joint_back(&layer.gate_up, &gate_up, n, of_normed);
+        joint_back(cpu, &layer.gate_up, &gate_up, n, of_normed);
         let of_gain = gain_gradients(&layer.mlp_norm, &middle, of_normed);
         add(&mut of_gains.feed_forward, &of_gain);
-        norm_back(&layer.mlp_norm, &middle, of_normed);
+        norm_back(cpu, &layer.mlp_norm, &middle, of_normed);
         add(gradients, of_normed);
 
         observe(Input::Output, &mixed, gradients)?;
         let mut of_mixed = mixed;
         back(
+            cpu,
             View::new(gradients, n, hidden, hidden),
             &layer.output.weight.to_dense(),
             false,
             &mut of_mixed,
         );
-        let mut of_qkv = heads.back(&qkv, &of_mixed);
-        Team::global().chunks(&mut of_qkv, width, |number, row| {
+        let mut of_qkv = heads.back(cpu, &qkv, &of_mixed);
+        cpu.team().chunks(&mut of_qkv, width, |number, row| {
             let head_dim = config.head_dim;
             let (q, kv) = row.split_at_mut(query);
             let k = &mut kv[..config.kv_size()];
@@ -362,10 +372,10 @@ impl Pass<'_> {
         });
         observe(Input::Attention, &normed, &of_qkv)?;
         let of_normed = &mut normed;
-        joint_back(&layer.qkv, &of_qkv, n, of_normed);
+        joint_back(cpu, &layer.qkv, &of_qkv, n, of_normed);
         let of_gain = gain_gradients(&layer.input_norm, x, of_normed);
         add(&mut of_gains.input, &of_gain);
-        norm_back(&layer.input_norm, x, of_normed);
+        norm_back(cpu, &layer.input_norm, x, of_normed);
         add(gradients, of_normed);
         Ok(())
     }
@@ -436,11 +446,11 @@ fn check_finite(logits: &[f32]) -> Result<()> {
 }
 
 /// `out [n, inputs] = gradients [n, outputs] * weights [outputs, inputs]`, or that added.
-fn back(gradients: View<'_>, weights: &[f32], add: bool, out: &mut [f32]) {
+fn back(cpu: &Cpu, gradients: View<'_>, weights: &[f32], add: bool, out: &mut [f32]) {
     let outputs = gradients.cols();
     let inputs = weights.len() / outputs;
     let weights = View::new(weights, outputs, inputs, inputs);
-    Team::global().chunks(out, TASK_ROWS * inputs, |task, out| {
+    cpu.team().chunks(out, TASK_ROWS * inputs, |task, out| {
         let first = task * TASK_ROWS;
         let rows = first..first + out.len() / inputs;
         product(gradients.rows_of(rows), weights, add, out);
@@ -448,21 +458,27 @@ fn back(gradients: View<'_>, weights: &[f32], add: bool, out: &mut [f32]) {
 }
 
 /// [`back`] through matrices with the same input, whose gradients are side by side.
-fn joint_back<const N: usize>(joint: &Joint<N>, gradients: &[f32], n: usize, out: &mut [f32]) {
+fn joint_back<const N: usize>(
+    cpu: &Cpu,
+    joint: &Joint<N>,
+    gradients: &[f32],
+    n: usize,
+    out: &mut [f32],
+) {
     let width = gradients.len() / n.max(1);
     let mut first = 0;
     for part in &joint.parts {
         let outputs = part.weight.rows();
         let of_part = View::new(&gradients[first..], n, outputs, width);
-        back(of_part, &part.weight.to_dense(), first > 0, out);
+        back(cpu, of_part, &part.weight.to_dense(), first > 0, out);
         first += outputs;
     }
 }
 
 /// For the inputs `x` of a norm: `gradients` are those of its outputs before and those of `x` afterwards.
-fn norm_back(norm: &RmsNorm, x: &[f32], gradients: &mut [f32]) {
+fn norm_back(cpu: &Cpu, norm: &RmsNorm, x: &[f32], gradients: &mut [f32]) {
     let len = norm.gain.len().max(1);
-    Team::global().chunks(gradients, len, |row, gradients| {
+    cpu.team().chunks(gradients, len, |row, gradients| {
         norm_back_row(norm, &x[row * len..][..len], gradients);
     });
 }
@@ -502,8 +518,8 @@ fn norm_back_row(norm: &RmsNorm, x: &[f32], gradients: &mut [f32]) {
 }
 
 /// Rows `[gate | up]` of `gate_up` become their gradients; `gradients [n, size]` are those of `silu(gate) * up`.
-fn gated_silu_back(gate_up: &mut [f32], size: usize, gradients: &[f32]) {
-    Team::global().chunks(gate_up, 2 * size.max(1), |row, gate_up| {
+fn gated_silu_back(cpu: &Cpu, gate_up: &mut [f32], size: usize, gradients: &[f32]) {
+    cpu.team().chunks(gate_up, 2 * size.max(1), |row, gate_up| {
         let (gate, up) = gate_up.split_at_mut(size);
         let gradients = &gradients[row * size..][..size];
         for ((gate, up), g) in gate.iter_mut().zip(up).zip(gradients) {

@@ -1,16 +1,16 @@
 //! One layer of a decoder: attention, then a gated feed-forward network.
 #![forbid(unsafe_code)]
 
-use super::attention::{Attention, Plan, Shape};
 use super::config::ModelConfig;
 use super::kv_cache::KvCache;
 use super::layers::gated_silu;
 use super::rope::RopeTable;
 use super::weights::LayerWeights;
+use crate::cpu::Cpu;
+use crate::cpu::attention::{Attention, Plan, Shape};
+use crate::cpu::product::{Scratch, Write};
 use crate::error::Result;
 use crate::kernels::Kernels;
-use crate::matrix::product::{Scratch, Write};
-use crate::team::Team;
 use std::ops::Range;
 
 /// What the matrices of a layer are multiplied with.
@@ -107,20 +107,20 @@ impl<'a> Block<'a> {
     /// and the caches get their keys and values.
     pub(super) fn compute<C: Cached + Send + Sync>(
         &self,
-        kernels: Kernels,
+        cpu: &Cpu,
         parts: &mut [C],
         workspace: &mut Workspace,
         n: usize,
         observe: Observer<'_>,
     ) -> Result<()> {
-        self.attend(kernels, parts, workspace, n, observe)?;
-        self.feed_forward(kernels, workspace, n, observe)
+        self.attend(cpu, parts, workspace, n, observe)?;
+        self.feed_forward(cpu, workspace, n, observe)
     }
 
     /// `x += o_proj(attention(norm(x)))`.
     fn attend<C: Cached + Send + Sync>(
         &self,
-        kernels: Kernels,
+        cpu: &Cpu,
         parts: &mut [C],
         workspace: &mut Workspace,
         n: usize,
@@ -145,14 +145,14 @@ impl<'a> Block<'a> {
             product,
             ..
         } = workspace;
-        layer.input_norm.of(kernels, x, normed);
+        layer.input_norm.of(cpu, x, normed);
         observe(Input::Attention, n, normed)?;
         qkv.resize(n * width, 0.0);
-        layer.qkv.multiply(normed, n, product, qkv)?;
-        Team::global().chunks(qkv, width, |number, row| {
-            turn_heads(kernels, config, layer, rope, number, row);
+        layer.qkv.multiply(cpu, normed, n, product, qkv)?;
+        cpu.team().chunks(qkv, width, |number, row| {
+            turn_heads(cpu.kernels(), config, layer, rope, number, row);
         });
-        Team::global().chunks(parts, 1, |number, part| {
+        cpu.team().chunks(parts, 1, |number, part| {
             let rows = segments[number].rows.clone();
             part[0]
                 .cache_mut()
@@ -166,15 +166,15 @@ impl<'a> Block<'a> {
             queries: qkv,
             shape,
         };
-        attention.compute(kernels, plan, mixed);
+        attention.compute(cpu, plan, mixed);
         observe(Input::Output, n, mixed)?;
-        layer.output.multiply(mixed, n, Write::Add, product, x)
+        layer.output.multiply(cpu, mixed, n, Write::Add, product, x)
     }
 
     /// `x += down(silu(gate(norm(x))) * up(norm(x)))`.
     fn feed_forward(
         &self,
-        kernels: Kernels,
+        cpu: &Cpu,
         workspace: &mut Workspace,
         n: usize,
         observe: Observer<'_>,
@@ -188,13 +188,13 @@ impl<'a> Block<'a> {
             product,
             ..
         } = workspace;
-        layer.mlp_norm.of(kernels, x, normed);
+        layer.mlp_norm.of(cpu, x, normed);
         observe(Input::FeedForward, n, normed)?;
         gate_up.resize(n * 2 * size, 0.0);
-        layer.gate_up.multiply(normed, n, product, gate_up)?;
-        gated_silu(kernels, gate_up, size, gated);
+        layer.gate_up.multiply(cpu, normed, n, product, gate_up)?;
+        gated_silu(cpu, gate_up, size, gated);
         observe(Input::Down, n, gated)?;
-        layer.down.multiply(gated, n, Write::Add, product, x)
+        layer.down.multiply(cpu, gated, n, Write::Add, product, x)
     }
 }
 
@@ -223,11 +223,11 @@ pub(super) fn turn_heads(
 
 /// What a sequence has in a pass.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Segment {
+pub(crate) struct Segment {
     /// Its rows of the pass, one after the other; none if nothing of it is due.
-    pub(super) rows: Range<usize>,
+    pub(crate) rows: Range<usize>,
     /// The position of the first of them in the sequence.
-    pub(super) first: usize,
+    pub(crate) first: usize,
 }
 
 /// Memory of forward passes, used again from layer to layer and from pass to pass.

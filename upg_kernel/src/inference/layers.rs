@@ -1,11 +1,11 @@
 //! The small parts of a decoder layer: linear layers, norms and the gated activation.
 #![forbid(unsafe_code)]
 
+use crate::cpu::Cpu;
+use crate::cpu::product::{Scratch, Write, multiply};
 use crate::error::Result;
 use crate::kernels::Kernels;
 use crate::matrix::Matrix;
-use crate::matrix::product::{Scratch, Write, multiply};
-use crate::team::Team;
 
 /// A matrix and, in some families, a bias of its `rows`.
 #[derive(Debug, Clone)]
@@ -20,13 +20,14 @@ impl Linear {
     /// `out = W X + b` for `x [n, inputs]`, or that added to `out [n, outputs]`.
     pub(crate) fn multiply(
         &self,
+        cpu: &Cpu,
         x: &[f32],
         n: usize,
         write: Write,
         scratch: &mut Scratch,
         out: &mut [f32],
     ) -> Result<()> {
-        multiply([Some(&self.weight)], x, n, write, scratch, out)?;
+        multiply(cpu, [Some(&self.weight)], x, n, write, scratch, out)?;
         if let Some(bias) = &self.bias {
             for row in out.chunks_exact_mut(bias.len().max(1)) {
                 add(row, bias);
@@ -48,13 +49,14 @@ impl<const N: usize> Joint<N> {
     /// The outputs side by side, `out [n, all outputs]`, for `x [n, inputs]`.
     pub(crate) fn multiply(
         &self,
+        cpu: &Cpu,
         x: &[f32],
         n: usize,
         scratch: &mut Scratch,
         out: &mut [f32],
     ) -> Result<()> {
         let parts: [_; N] = std::array::from_fn(|i| self.parts.get(i).map(|part| &part.weight));
-        multiply(parts, x, n, Write::Set, scratch, out)?;
+        multiply(cpu, parts, x, n, Write::Set, scratch, out)?;
         let width = (out.len() / n.max(1)).max(1);
         let mut first = 0;
         for part in &self.parts {
@@ -83,20 +85,21 @@ impl RmsNorm {
     }
 
     /// Each row of `x [n, gain.len()]`, normalized, into `out`, which gets that length.
-    pub(crate) fn of(&self, kernels: Kernels, x: &[f32], out: &mut Vec<f32>) {
+    pub(crate) fn of(&self, cpu: &Cpu, x: &[f32], out: &mut Vec<f32>) {
         out.clear();
         out.extend_from_slice(x);
         let len = self.gain.len().max(1);
-        Team::global().chunks(out, len, |_, row| self.apply(kernels, row));
+        cpu.team()
+            .chunks(out, len, |_, row| self.apply(cpu.kernels(), row));
     }
 }
 
 /// `gate * sigmoid(gate) * up` for the rows `[gate | up]` of `gate_up`; `out [n, size]` gets that length.
-pub(crate) fn gated_silu(kernels: Kernels, gate_up: &[f32], size: usize, out: &mut Vec<f32>) {
+pub(crate) fn gated_silu(cpu: &Cpu, gate_up: &[f32], size: usize, out: &mut Vec<f32>) {
     out.resize(gate_up.len() / 2, 0.0);
-    Team::global().chunks(out, size.max(1), |row, out| {
+    cpu.team().chunks(out, size.max(1), |row, out| {
         let (gate, up) = gate_up[row * 2 * size..(row + 1) * 2 * size].split_at(size);
-        kernels.gated_silu(gate, up, out);
+        cpu.kernels().gated_silu(gate, up, out);
     });
 }
 
@@ -138,7 +141,13 @@ mod tests {
         for joint in [fused, split] {
             let mut out = [f32::NAN; 9];
             joint
-                .multiply(&x, 3, &mut Scratch::default(), &mut out)
+                .multiply(
+                    Cpu::shared().unwrap(),
+                    &x,
+                    3,
+                    &mut Scratch::default(),
+                    &mut out,
+                )
                 .unwrap();
             assert_eq!(out, expected);
         }
@@ -150,7 +159,14 @@ mod tests {
         let mut out = [10.0, 20.0];
         let scratch = &mut Scratch::default();
         linear
-            .multiply(&[3.0], 1, Write::Add, scratch, &mut out)
+            .multiply(
+                Cpu::shared().unwrap(),
+                &[3.0],
+                1,
+                Write::Add,
+                scratch,
+                &mut out,
+            )
             .unwrap();
         assert_eq!(out, [13.5, 26.25]);
     }
@@ -165,9 +181,10 @@ mod tests {
         let scale = 13f32.sqrt();
         for kernels in Kernels::available() {
             let mut out = Vec::new();
-            norm.of(kernels, &[3.0, 4.0], &mut out);
+            let cpu = &Cpu::new(kernels, 2);
+            norm.of(cpu, &[3.0, 4.0], &mut out);
             assert_eq!(out, [3.0 / scale, 8.0 / scale]);
-            gated_silu(kernels, &[0.0, 1.0, -100.0, 5.0, 2.0, 3.0], 3, &mut out);
+            gated_silu(cpu, &[0.0, 1.0, -100.0, 5.0, 2.0, 3.0], 3, &mut out);
             assert_eq!(out[0], 0.0);
             assert!((out[1] - 2.0 * 0.731_058_6).abs() < 1e-6);
             assert!(out[2].abs() < 1e-30);

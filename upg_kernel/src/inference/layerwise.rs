@@ -1,14 +1,14 @@
 //! A decoder taken layer by layer over texts that are known from the start.
 #![forbid(unsafe_code)]
 
-use super::attention::Shape;
 use super::block::{Block, Observer, Segment, Workspace};
 use super::config::ModelConfig;
 use super::kv_cache::{CacheType, KvCache};
 use super::rope::Rope;
 use super::weights::{LayerWeights, WeightSource};
+use crate::cpu::Cpu;
+use crate::cpu::attention::Shape;
 use crate::error::{Error, ErrorKind, Result};
-use crate::kernels::Kernels;
 use crate::matrix::Matrix;
 
 /// Positions that are computed at once, unless a sequence is longer.
@@ -21,6 +21,7 @@ pub const POSITIONS_TOGETHER: usize = 2048;
 /// keys and values; with uncompressed weights all arithmetic is f32.
 #[derive(Debug)]
 pub struct Layerwise {
+    cpu: Cpu,
     config: ModelConfig,
     rope: Rope,
     /// Tokens of each sequence.
@@ -71,8 +72,10 @@ impl Layerwise {
         let mut hidden = Vec::new();
         hidden.try_reserve_exact(values).map_err(|_| too_large())?;
         hidden.resize(values, 0.0);
-        embedding.gather(tokens, &mut hidden)?;
+        let cpu = Cpu::shared()?.clone();
+        embedding.gather_on(&cpu, tokens, &mut hidden)?;
         Ok(Self {
+            cpu,
             rope: Rope::new(&config.rope),
             config,
             len,
@@ -102,7 +105,6 @@ impl Layerwise {
         source: &dyn WeightSource,
         observe: Observer<'_>,
     ) -> Result<()> {
-        let kernels = Kernels::active()?;
         let Some(&window) = self.config.windows.get(index) else {
             let message = format!("layer {index} of {}", self.config.num_layers);
             return Err(Error::new(ErrorKind::Argument, message));
@@ -135,7 +137,7 @@ impl Layerwise {
             workspace.x.clear();
             workspace.x.extend_from_slice(hidden);
             let block = Block::new(&self.config, &weights, 0);
-            block.compute(kernels, &mut caches, workspace, count * len, observe)?;
+            block.compute(&self.cpu, &mut caches, workspace, count * len, observe)?;
             hidden.copy_from_slice(&workspace.x);
         }
         Ok(())

@@ -1,20 +1,21 @@
 //! The forward pass: a [`Model`] that any number of [`Session`]s share, one by one or several in one pass.
 #![forbid(unsafe_code)]
 
-use super::attention::Shape;
 use super::block::{Block, Cached, Segment, Workspace};
 use super::config::ModelConfig;
 use super::kv_cache::KvCache;
 use super::rope::Rope;
 use super::session::Session;
 use super::weights::{ModelWeights, WeightSource};
+use crate::cpu::Cpu;
+use crate::cpu::attention::Shape;
+use crate::cpu::product::{Write, multiply};
 use crate::error::Result;
-use crate::kernels::Kernels;
-use crate::matrix::product::{Write, multiply};
 
 /// The weights of a decoder and what to compute with them. Read-only: share it in an [`Arc`](std::sync::Arc).
 #[derive(Debug)]
 pub struct Model {
+    cpu: Cpu,
     config: ModelConfig,
     weights: ModelWeights,
     rope: Rope,
@@ -34,14 +35,22 @@ impl Cached for Part<'_> {
 }
 
 impl Model {
-    /// A model of this config with the weights of `source`.
+    /// Loads the weights that `config` asks for from `source`, to run on [`Cpu::shared`].
+    ///
+    /// Errors: those of [`Cpu::shared`] and [`Model::load_on`].
+    pub fn load(config: ModelConfig, source: &dyn WeightSource) -> Result<Self> {
+        Self::load_on(Cpu::shared()?.clone(), config, source)
+    }
+
+    /// Loads the weights that `config` asks for from `source`, to run on `cpu`.
     ///
     /// Costs what the source costs: nothing is copied here, and tied embeddings share one matrix.
     /// Errors: `Invalid` (sizes of the config), `Missing`, `Shape` (prints both shapes), and
     /// `Unsupported` for a tensor that this family would have to ignore.
-    pub fn load(config: ModelConfig, source: &dyn WeightSource) -> Result<Self> {
+    pub fn load_on(cpu: Cpu, config: ModelConfig, source: &dyn WeightSource) -> Result<Self> {
         config.check()?;
         Ok(Self {
+            cpu,
             weights: ModelWeights::load(&config, source)?,
             rope: Rope::new(&config.rope),
             config,
@@ -51,6 +60,11 @@ impl Model {
     /// What this model computes.
     pub fn config(&self) -> &ModelConfig {
         &self.config
+    }
+
+    /// The device that computes it.
+    pub fn cpu(&self) -> &Cpu {
+        &self.cpu
     }
 
     pub(super) fn rope(&self) -> &Rope {
@@ -68,13 +82,12 @@ impl Model {
         parts: &mut [Part<'_>],
         workspace: &mut Workspace,
     ) -> Result<()> {
-        let kernels = Kernels::active()?;
         let n = self.begin(parts, workspace)?;
         for (index, layer) in self.weights.layers.iter().enumerate() {
             let mut sessions = parts.iter();
             sessions.try_for_each(|(session, _)| session.proceed())?;
             let block = Block::new(&self.config, layer, index);
-            block.compute(kernels, parts, workspace, n, &mut |_, _, _| Ok(()))?;
+            block.compute(&self.cpu, parts, workspace, n, &mut |_, _, _| Ok(()))?;
         }
         for ((session, _), segment) in parts.iter_mut().zip(&workspace.segments) {
             session.cache.commit(segment.rows.len());
@@ -100,7 +113,7 @@ impl Model {
             let tokens = &session.tokens()[first..first + n];
             self.weights
                 .embedding
-                .gather(tokens, &mut x[end * hidden..])?;
+                .gather_on(&self.cpu, tokens, &mut x[end * hidden..])?;
             let rows = end..end + n;
             segments.push(Segment { rows, first });
             end += n;
@@ -116,7 +129,6 @@ impl Model {
         most: usize,
         logits: &mut Vec<f32>,
     ) -> Result<()> {
-        let kernels = Kernels::active()?;
         let Workspace {
             kept,
             normed,
@@ -129,11 +141,12 @@ impl Model {
             ..
         } = self.config;
         for x in kept.chunks(most.saturating_mul(hidden)) {
-            self.weights.norm.of(kernels, x, normed);
+            self.weights.norm.of(&self.cpu, x, normed);
             let (start, n) = (logits.len(), x.len() / hidden);
             logits.resize(start + n * vocab, 0.0);
             let head = [Some(&self.weights.head)];
-            multiply(head, normed, n, Write::Set, product, &mut logits[start..])?;
+            let out = &mut logits[start..];
+            multiply(&self.cpu, head, normed, n, Write::Set, product, out)?;
         }
         Ok(())
     }

@@ -10,15 +10,15 @@ use half::{bf16, f16};
 
 /// Whole rows to decode from `first` on, of which there are some, inside of the matrix.
 pub struct Rows<'a> {
-    pub(super) stored: &'a dyn StoredMatrix,
+    pub(crate) stored: &'a dyn StoredMatrix,
     /// They are turned back by it.
-    pub(super) rotation: Option<&'a Rotation>,
-    pub(super) kernels: Kernels,
-    pub(super) first: usize,
+    pub(crate) rotation: Option<&'a Rotation>,
+    pub(crate) kernels: Kernels,
+    pub(crate) first: usize,
     /// Past the caches, where kernels write.
-    pub(super) streamed: bool,
+    pub(crate) streamed: bool,
     /// For rows that are not f32, without a kernel.
-    pub(super) scratch: &'a mut Vec<f32>,
+    pub(crate) scratch: &'a mut Vec<f32>,
 }
 
 /// What rows are decoded to. Type by type, so that all kernels for it are compiled with this crate, and not again in

@@ -6,7 +6,7 @@ use std::fs;
 use std::hint::black_box;
 use std::path::Path;
 use std::time::{Duration, Instant};
-use upg_kernel::kernels::Kernels;
+use upg_kernel::Cpu;
 use upg_kernel::{Error, ErrorKind, Result, sum_words};
 
 /// Bytes that are read for the bandwidth, where there is room: far more than most caches hold.
@@ -22,14 +22,14 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Errors: those of [`Kernels::active`].
+    /// Errors: those of [`Cpu::shared`].
     pub fn here() -> Result<Self> {
         let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
         let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
         Ok(Self {
             cpu: field(&cpuinfo, "model name").map(str::to_owned),
             threads: rayon::current_num_threads(),
-            kernels: Kernels::active()?.name(),
+            kernels: Cpu::shared()?.kernels().name(),
             load_average: load.split(' ').next().and_then(|n| n.parse().ok()),
         })
     }

@@ -1,11 +1,11 @@
 //! Causal attention over whole sequences, forwards and backwards, with all its probabilities in memory.
 #![forbid(unsafe_code)]
 
-use crate::inference::attention::Shape;
+use crate::cpu::Cpu;
+use crate::cpu::attention::Shape;
 use crate::inference::config::ModelConfig;
 use crate::kernels::gemm::{View, product};
 use crate::kernels::scalar::exp;
-use crate::team::Team;
 
 /// The heads of some sequences of `len` positions each. A task is one key/value head of one sequence, with the query heads
 /// that share it; its memory is `8 * len * len` bytes.
@@ -26,13 +26,13 @@ impl Heads {
     }
 
     /// What attention makes of `qkv [n, width]`, which are turned already: `[n, query size]`.
-    pub(super) fn mix(&self, qkv: &[f32]) -> Vec<f32> {
+    pub(super) fn mix(&self, cpu: &Cpu, qkv: &[f32]) -> Vec<f32> {
         let Shape { head_dim, .. } = self.shape;
         let (group, size) = (self.shape.group(), self.len * head_dim);
         let row = self.shape.row();
         // Of each task the heads one after the other, `[len, head_dim]` each.
         let mut by_head = vec![0.0; qkv.len() / self.shape.width * row];
-        Team::global().chunks(&mut by_head, group * size, |task, out| {
+        cpu.team().chunks(&mut by_head, group * size, |task, out| {
             let of_task = self.task(qkv, task);
             let mut probabilities = vec![0.0; self.len * self.len];
             for (head, out) in out.chunks_exact_mut(size).enumerate() {
@@ -42,7 +42,7 @@ impl Heads {
             }
         });
         let mut mixed = vec![0.0; by_head.len()];
-        Team::global().chunks(&mut mixed, row, |number, row| {
+        cpu.team().chunks(&mut mixed, row, |number, row| {
             let (sequence, position) = (number / self.len, number % self.len);
             for (head, out) in row.chunks_exact_mut(head_dim).enumerate() {
                 let head = sequence * self.shape.num_heads + head;
@@ -54,7 +54,7 @@ impl Heads {
     }
 
     /// The gradients of `qkv` for those of what [`Heads::mix`] makes of them.
-    pub(super) fn back(&self, qkv: &[f32], of_mixed: &[f32]) -> Vec<f32> {
+    pub(super) fn back(&self, cpu: &Cpu, qkv: &[f32], of_mixed: &[f32]) -> Vec<f32> {
         let Shape {
             head_dim,
             num_heads,
@@ -66,39 +66,40 @@ impl Heads {
         let (group, size) = (self.shape.group(), len * head_dim);
         // Of each task its query heads one after the other, its keys, its values.
         let mut by_head = vec![0.0; qkv.len()];
-        Team::global().chunks(&mut by_head, (group + 2) * size, |task, out| {
-            let of_task = self.task(qkv, task);
-            let (sequence, kv_head) = (task / num_kv_heads, task % num_kv_heads);
-            let (of_queries, rest) = out.split_at_mut(group * size);
-            let (of_keys, of_values) = rest.split_at_mut(size);
-            let mut probabilities = vec![0.0; len * len];
-            let mut of_scores = vec![0.0; len * len];
-            for (head, of_queries) in of_queries.chunks_exact_mut(size).enumerate() {
-                of_task.probabilities(head, &mut probabilities);
-                let first = sequence * len * row + (kv_head * group + head) * head_dim;
-                let of_output = View::new(&of_mixed[first..], len, head_dim, row);
-                let weights = View::new(&probabilities, len, len, len);
-                product(weights.transposed(), of_output, true, of_values);
-                product(
-                    of_output,
-                    of_task.values().transposed(),
-                    false,
-                    &mut of_scores,
-                );
-                let scores = of_scores.chunks_exact_mut(len);
-                for (g, p) in scores.zip(probabilities.chunks_exact(len)) {
-                    let mean: f32 = g.iter().zip(p).map(|(g, p)| g * p).sum();
-                    for (g, p) in g.iter_mut().zip(p) {
-                        *g = p * (*g - mean) * self.scale();
+        cpu.team()
+            .chunks(&mut by_head, (group + 2) * size, |task, out| {
+                let of_task = self.task(qkv, task);
+                let (sequence, kv_head) = (task / num_kv_heads, task % num_kv_heads);
+                let (of_queries, rest) = out.split_at_mut(group * size);
+                let (of_keys, of_values) = rest.split_at_mut(size);
+                let mut probabilities = vec![0.0; len * len];
+                let mut of_scores = vec![0.0; len * len];
+                for (head, of_queries) in of_queries.chunks_exact_mut(size).enumerate() {
+                    of_task.probabilities(head, &mut probabilities);
+                    let first = sequence * len * row + (kv_head * group + head) * head_dim;
+                    let of_output = View::new(&of_mixed[first..], len, head_dim, row);
+                    let weights = View::new(&probabilities, len, len, len);
+                    product(weights.transposed(), of_output, true, of_values);
+                    product(
+                        of_output,
+                        of_task.values().transposed(),
+                        false,
+                        &mut of_scores,
+                    );
+                    let scores = of_scores.chunks_exact_mut(len);
+                    for (g, p) in scores.zip(probabilities.chunks_exact(len)) {
+                        let mean: f32 = g.iter().zip(p).map(|(g, p)| g * p).sum();
+                        for (g, p) in g.iter_mut().zip(p) {
+                            *g = p * (*g - mean) * self.scale();
+                        }
                     }
+                    let of_scores = View::new(&of_scores, len, len, len);
+                    product(of_scores, of_task.keys(), false, of_queries);
+                    product(of_scores.transposed(), of_task.queries(head), true, of_keys);
                 }
-                let of_scores = View::new(&of_scores, len, len, len);
-                product(of_scores, of_task.keys(), false, of_queries);
-                product(of_scores.transposed(), of_task.queries(head), true, of_keys);
-            }
-        });
+            });
         let mut of_qkv = vec![0.0; qkv.len()];
-        Team::global().chunks(&mut of_qkv, width, |number, out| {
+        cpu.team().chunks(&mut of_qkv, width, |number, out| {
             let (sequence, position) = (number / len, number % len);
             for (part, out) in out.chunks_exact_mut(head_dim).enumerate() {
                 let (kv_head, place) = match part {

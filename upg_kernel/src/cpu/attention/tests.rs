@@ -70,7 +70,7 @@ fn pieces_and_tasks_do_not_change_a_result() {
     ];
     let caches = lens.map(cache);
     for layer in 0..2 {
-        let run = |kernels: Kernels, n: usize, split: bool| {
+        let run = |cpu: &Cpu, n: usize, split: bool| {
             let segment = |i: usize| Segment {
                 rows: i * n..(i + 1) * n,
                 first: lens[i] - n,
@@ -90,19 +90,20 @@ fn pieces_and_tasks_do_not_change_a_result() {
             plan.sums = vec![f32::NAN; 1000];
             let mut out = vec![f32::NAN; lens.len() * n * SHAPE.row()];
             match split {
-                true => attention.split(kernels, &mut plan, 3, &mut out),
-                false => attention.whole(kernels, &plan, &mut out),
+                true => attention.split(cpu, &mut plan, 3, &mut out),
+                false => attention.whole(cpu, &plan, &mut out),
             }
             out
         };
         for kernels in Kernels::available() {
-            let many = run(kernels, MOST, false);
+            let cpu = &Cpu::new(kernels, 2);
+            let many = run(cpu, MOST, false);
             for n in [1, 3, 7, 8, 9, 12, 16, 17, 20, 33] {
                 for split in [false, true] {
                     if split && n >= MANY {
                         continue;
                     }
-                    let few = run(kernels, n, split);
+                    let few = run(cpu, n, split);
                     for (i, few) in few.chunks_exact(n * SHAPE.row()).enumerate() {
                         let end = (i + 1) * MOST * SHAPE.row();
                         let name = kernels.name();

@@ -12,7 +12,7 @@ use handover::Handover;
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::panic::resume_unwind;
-use std::sync::{Arc, LazyLock, Mutex, TryLockError};
+use std::sync::{Arc, Mutex, TryLockError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -98,12 +98,6 @@ impl Team {
             caller: Mutex::new(None),
             threads,
         }
-    }
-
-    /// The team of this process: as many threads as rayon's global pool, started at the first call.
-    pub(crate) fn global() -> &'static Self {
-        static TEAM: LazyLock<Team> = LazyLock::new(|| Team::new(rayon::current_num_threads()));
-        &TEAM
     }
 
     /// How many threads work on a loop.

@@ -1,12 +1,12 @@
 //! Causal attention with grouped key/value heads over the [`LayerCache`]s of some sequences.
 #![forbid(unsafe_code)]
 
-use super::block::Segment;
-use super::config::ModelConfig;
-use super::kv_cache::LayerCache;
+use super::Cpu;
+use crate::inference::block::Segment;
+use crate::inference::config::ModelConfig;
+use crate::inference::kv_cache::LayerCache;
 use crate::kernels::Kernels;
 use crate::kernels::attention::{Scratch, Task, Total};
-use crate::team::Team;
 use std::cell::RefCell;
 use std::iter::repeat_n;
 use std::ops::Range;
@@ -140,26 +140,26 @@ impl<'a, F: Fn(usize) -> &'a LayerCache + Sync> Attention<'_, F> {
     /// The caches already hold the keys and values of all positions; every element of `out [n, num_heads *
     /// head_dim]` is overwritten. `plan` was made for the segments. Neither the number of threads nor `n` changes the
     /// result. Memory of a thread: 64 bytes for each position of a piece.
-    pub(crate) fn compute(&self, kernels: Kernels, plan: &mut Plan, out: &mut [f32]) {
-        let threads = Team::global().threads();
+    pub(crate) fn compute(&self, cpu: &Cpu, plan: &mut Plan, out: &mut [f32]) {
+        let threads = cpu.threads();
         let is_few = threads > 1 && plan.cuts.len() < threads * TASKS_PER_THREAD;
         let pieces = plan.cuts.iter().map(|cut| self.pieces(cut).len());
         match pieces.max().unwrap_or(0) {
-            pieces @ 2.. if is_few && plan.is_single => self.split(kernels, plan, pieces, out),
-            _ => self.whole(kernels, plan, out),
+            pieces @ 2.. if is_few && plan.is_single => self.split(cpu, plan, pieces, out),
+            _ => self.whole(cpu, plan, out),
         }
     }
 
     /// Every task with all that it sees.
-    fn whole(&self, kernels: Kernels, plan: &Plan, out: &mut [f32]) {
+    fn whole(&self, cpu: &Cpu, plan: &Plan, out: &mut [f32]) {
         let of_kv_head = self.shape.group() * self.shape.head_dim;
-        Team::global().pieces(out, &plan.ends, |index, out| {
+        cpu.team().pieces(out, &plan.ends, |index, out| {
             let cut = &plan.cuts[index];
             // Elements between two rows, of which a cut with some heads only has one.
             let row = self.shape.row();
             SCRATCH.with_borrow_mut(|scratch| {
                 for (head, kv_head) in cut.kv_heads.clone().enumerate() {
-                    self.attend(kernels, cut, kv_head, self.pieces(cut), scratch);
+                    self.attend(cpu.kernels(), cut, kv_head, self.pieces(cut), scratch);
                     let TaskScratch {
                         out: found, totals, ..
                     } = &mut *scratch;
@@ -174,18 +174,24 @@ impl<'a, F: Fn(usize) -> &'a LayerCache + Sync> Attention<'_, F> {
     }
 
     /// Every piece of a task by itself, at most `pieces` of them, then joined as [`Attention::attend`] does it.
-    fn split(&self, kernels: Kernels, plan: &mut Plan, pieces: usize, out: &mut [f32]) {
+    fn split(&self, cpu: &Cpu, plan: &mut Plan, pieces: usize, out: &mut [f32]) {
         let Plan {
             cuts, ends, sums, ..
         } = plan;
         let (group, dim) = (self.shape.group(), self.shape.head_dim);
         let width = group * (dim + 2);
         sums.resize(cuts.len() * pieces * width, 0.0);
-        Team::global().chunks(sums, width, |index, sums| {
+        cpu.team().chunks(sums, width, |index, sums| {
             let cut = &cuts[index / pieces];
             let piece = self.pieces(cut).start + index % pieces;
             SCRATCH.with_borrow_mut(|scratch| {
-                self.attend(kernels, cut, cut.kv_heads.start, piece..piece + 1, scratch);
+                self.attend(
+                    cpu.kernels(),
+                    cut,
+                    cut.kv_heads.start,
+                    piece..piece + 1,
+                    scratch,
+                );
                 let (sums, totals) = sums.split_at_mut(group * dim);
                 sums.copy_from_slice(&scratch.out);
                 for (to, total) in totals.as_chunks_mut().0.iter_mut().zip(&scratch.totals) {
@@ -193,7 +199,7 @@ impl<'a, F: Fn(usize) -> &'a LayerCache + Sync> Attention<'_, F> {
                 }
             });
         });
-        Team::global().pieces(out, ends, |index, out| {
+        cpu.team().pieces(out, ends, |index, out| {
             let sums = &sums[index * pieces * width..(index + 1) * pieces * width];
             for (head, out) in out.chunks_exact_mut(dim).enumerate() {
                 let mut total = Total::NONE;

@@ -1,14 +1,15 @@
 //! Products of matrices that have the same input, one or several vectors of it.
 #![forbid(unsafe_code)]
 
-use super::decode::{Decode, Rows};
-use super::strips::STRIP_ROWS;
-use super::{Matrix, StoredMatrix};
+use super::Cpu;
+use super::team::{Region, Tile, Tiles};
 use crate::error::{Error, ErrorKind, Result};
 use crate::kernels::activations::Activations;
 use crate::kernels::views::Strip;
 use crate::kernels::{Kernels, Panel, gemm, scalar};
-use crate::team::{Region, Team, Tile, Tiles};
+use crate::matrix::decode::{Decode, Rows};
+use crate::matrix::strips::STRIP_ROWS;
+use crate::matrix::{Matrix, StoredMatrix};
 use std::cell::RefCell;
 use std::ops::Range;
 
@@ -59,22 +60,9 @@ thread_local! {
 ///
 /// `N` is the most parts there can be. Tiles of up to 64 rows in parallel; no sum is cut, so that the
 /// result does not depend on the number of threads. Allocates only where `scratch` and that of the threads
-/// (260 bytes a column and 260 a vector) are too small. Errors: `Argument` if a length does not fit; those of
-/// [`Kernels::active`].
+/// (260 bytes a column and 260 a vector) are too small. Errors: `Argument` if a length does not fit.
 pub(crate) fn multiply<const N: usize>(
-    parts: [Option<&Matrix>; N],
-    x: &[f32],
-    n: usize,
-    write: Write,
-    scratch: &mut Scratch,
-    out: &mut [f32],
-) -> Result<()> {
-    multiply_with(Kernels::active()?, parts, x, n, write, scratch, out)
-}
-
-/// [`multiply`] with chosen kernels.
-pub(crate) fn multiply_with<const N: usize>(
-    kernels: Kernels,
+    cpu: &Cpu,
     parts: [Option<&Matrix>; N],
     x: &[f32],
     n: usize,
@@ -106,7 +94,7 @@ pub(crate) fn multiply_with<const N: usize>(
             rows: &rows,
             range: first..first + count,
         };
-        parts.multiply(kernels, x, n, write, scratch, out);
+        parts.multiply(cpu, x, n, write, scratch, out);
         first += count;
     }
     Ok(())
@@ -159,13 +147,14 @@ struct Parts<'a> {
 impl Parts<'_> {
     fn multiply(
         &self,
-        kernels: Kernels,
+        cpu: &Cpu,
         x: &[f32],
         n: usize,
         write: Write,
         scratch: &mut Scratch,
         out: &mut [f32],
     ) {
+        let kernels = cpu.kernels();
         let first = self.part(self.range.start);
         let Scratch { rotated, vectors } = scratch;
         let x = match first.rotation() {
@@ -173,7 +162,7 @@ impl Parts<'_> {
             Some(rotation) => {
                 rotated.clear();
                 rotated.extend_from_slice(x);
-                Team::global().chunks(rotated, first.cols(), |_, x| {
+                cpu.team().chunks(rotated, first.cols(), |_, x| {
                     rotation.apply_with(kernels, x);
                 });
                 &*rotated
@@ -181,13 +170,13 @@ impl Parts<'_> {
         };
         let (is_packed, cols) = (is_packed(first), first.cols());
         if is_packed && kernels.is_integer() {
-            quantize(kernels, x, cols, n, vectors);
+            quantize(cpu, x, cols, n, vectors);
             match n < MANY {
-                true => self.multiply_packed(kernels, &vectors[..n], write, out),
-                false => self.multiply_many(kernels, &vectors[..n], write, out),
+                true => self.multiply_packed(cpu, &vectors[..n], write, out),
+                false => self.multiply_many(cpu, &vectors[..n], write, out),
             }
         } else {
-            self.multiply_decoded(kernels, x, n, write, out);
+            self.multiply_decoded(cpu, x, n, write, out);
         }
     }
 
@@ -205,14 +194,8 @@ impl Parts<'_> {
     }
 
     /// Few vectors: kernels that multiply packed weights as they are.
-    fn multiply_packed(
-        &self,
-        kernels: Kernels,
-        vectors: &[Activations],
-        write: Write,
-        out: &mut [f32],
-    ) {
-        let team = Team::global();
+    fn multiply_packed(&self, cpu: &Cpu, vectors: &[Activations], write: Write, out: &mut [f32]) {
+        let (kernels, team) = (cpu.kernels(), cpu.team());
         team.tiles(out, vectors.len(), &self.tiles(), |tile, mut out| {
             let strip = self.strip(tile);
             let mut products = [0.0; STRIP_ROWS];
@@ -225,14 +208,8 @@ impl Parts<'_> {
     }
 
     /// Levels that are decoded once for all vectors.
-    fn multiply_many(
-        &self,
-        kernels: Kernels,
-        vectors: &[Activations],
-        write: Write,
-        out: &mut [f32],
-    ) {
-        let team = Team::global();
+    fn multiply_many(&self, cpu: &Cpu, vectors: &[Activations], write: Write, out: &mut [f32]) {
+        let (kernels, team) = (cpu.kernels(), cpu.team());
         let tiles = self.tiles();
         // Few tiles are shared out better if each is a task for some of the vectors.
         let wanted = (team.threads() * TASKS_PER_THREAD).div_ceil(tiles.count().max(1));
@@ -250,14 +227,8 @@ impl Parts<'_> {
     }
 
     /// Weights that are decoded once for all vectors, or of which only those that are stored are touched.
-    fn multiply_decoded(
-        &self,
-        kernels: Kernels,
-        x: &[f32],
-        n: usize,
-        write: Write,
-        out: &mut [f32],
-    ) {
+    fn multiply_decoded(&self, cpu: &Cpu, x: &[f32], n: usize, write: Write, out: &mut [f32]) {
+        let kernels = cpu.kernels();
         let tiles = self.tiles();
         let multiply_tile = |tile: Tile, out: &mut Region<'_>, scratch: &mut TileScratch| {
             let part = self.part(tile.part);
@@ -287,7 +258,7 @@ impl Parts<'_> {
                 put(products, write, out.row(i));
             }
         };
-        Team::global().tiles(out, n, &tiles, |tile, mut out| {
+        cpu.team().tiles(out, n, &tiles, |tile, mut out| {
             TILE.with_borrow_mut(|scratch| multiply_tile(tile, &mut out, scratch));
         });
     }
@@ -327,11 +298,12 @@ fn multiply_entries(
     }
 }
 
-fn quantize(kernels: Kernels, x: &[f32], cols: usize, n: usize, vectors: &mut Vec<Activations>) {
+fn quantize(cpu: &Cpu, x: &[f32], cols: usize, n: usize, vectors: &mut Vec<Activations>) {
     if vectors.len() < n {
         vectors.resize_with(n, Activations::default);
     }
-    Team::global().chunks(&mut vectors[..n], 1, |i, vector| {
+    let kernels = cpu.kernels();
+    cpu.team().chunks(&mut vectors[..n], 1, |i, vector| {
         kernels.quantize(&x[i * cols..(i + 1) * cols], &mut vector[0]);
     });
 }
@@ -422,6 +394,7 @@ mod tests {
                 Some(mdcsr(70, cols, 40)),
             ],
         ];
+        let cpu = Cpu::shared().unwrap();
         let mut scratch = Scratch::default();
         for parts in &joints {
             let width: usize = parts.iter().flatten().map(Matrix::rows).sum();
@@ -430,9 +403,9 @@ mod tests {
                 let x: Vec<f32> = (0..n * cols).map(|i| (i as f32 * 0.7).sin()).collect();
                 let mut out = vec![0.5; n * width];
                 let parts: [_; 3] = std::array::from_fn(|i| parts[i].as_ref());
-                multiply(parts, &x, n, Write::Set, &mut scratch, &mut out).unwrap();
+                multiply(cpu, parts, &x, n, Write::Set, &mut scratch, &mut out).unwrap();
                 let set = out.clone();
-                multiply(parts, &x, n, Write::Add, &mut scratch, &mut out).unwrap();
+                multiply(cpu, parts, &x, n, Write::Add, &mut scratch, &mut out).unwrap();
                 for (i, (x, out)) in x.chunks(cols).zip(set.chunks(width)).enumerate() {
                     for (row, found) in weights.chunks(cols).zip(out) {
                         let products = || {
@@ -456,14 +429,14 @@ mod tests {
     /// A sequence in a batch gets what it gets alone.
     #[test]
     fn packed_products_with_many_vectors_are_those_with_one() {
-        let cols = 200;
+        let (cpu, cols) = (Cpu::shared().unwrap(), 200);
         for matrix in [q8(130, cols), t3(130, cols, 7)] {
             let rows = matrix.rows();
             let mut scratch = Scratch::default();
             let mut product = |x: &[f32], n: usize| {
                 let mut out = vec![0.0; n * rows];
                 let parts = [Some(&matrix)];
-                multiply(parts, x, n, Write::Set, &mut scratch, &mut out).unwrap();
+                multiply(cpu, parts, x, n, Write::Set, &mut scratch, &mut out).unwrap();
                 out
             };
             let n = 39;
@@ -478,11 +451,12 @@ mod tests {
 
     #[test]
     fn lengths_that_do_not_fit_are_refused() {
+        let cpu = Cpu::shared().unwrap();
         let (a, b) = (q8(2, 3), q8(1, 4));
         let mut scratch = Scratch::default();
         let mut refused = |parts: [Option<&Matrix>; 2], x: usize, n: usize, out: usize| {
             let (x, mut out) = (vec![0.0; x], vec![0.0; out]);
-            let result = multiply(parts, &x, n, Write::Set, &mut scratch, &mut out);
+            let result = multiply(cpu, parts, &x, n, Write::Set, &mut scratch, &mut out);
             result.is_err_and(|e| e.kind() == ErrorKind::Argument)
         };
         assert!(!refused([Some(&a), None], 3, 1, 2));

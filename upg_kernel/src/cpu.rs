@@ -1,0 +1,90 @@
+//! The processor as a device: an instruction set and a team of threads.
+
+pub(crate) mod attention;
+pub(crate) mod product;
+pub(crate) mod team;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::kernels::Kernels;
+use std::env::VarError;
+use std::fmt;
+use std::sync::{Arc, LazyLock};
+use team::Team;
+
+/// The environment variable that names the kernels to use instead of the fastest.
+const VARIABLE: &str = "UPG_KERNEL";
+
+/// The processor: kernels for one instruction set and the threads that run them.
+///
+/// Clones share the threads. Several of them can stand side by side: each has threads of its own.
+///
+/// ```
+/// # fn main() -> upg_kernel::Result<()> {
+/// use upg_kernel::Cpu;
+/// use upg_kernel::kernels::Kernels;
+///
+/// let cpu = Cpu::new(Kernels::best(), 2);
+/// assert_eq!(cpu.threads(), 2);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct Cpu {
+    kernels: Kernels,
+    team: Arc<Team>,
+}
+
+impl Cpu {
+    /// Starts `threads` threads, the calling one counted as one of them.
+    ///
+    /// There are fewer if the system gives no more, and at least the calling one.
+    pub fn new(kernels: Kernels, threads: usize) -> Self {
+        Self {
+            kernels,
+            team: Arc::new(Team::new(threads)),
+        }
+    }
+
+    /// Returns the device that everything uses which is given none, made at the first call.
+    ///
+    /// It has the kernels that the environment variable `UPG_KERNEL` names, else the fastest ones, and as many threads
+    /// as rayon's global pool. Errors (`Unsupported`): the variable names kernels that this machine does not have.
+    pub fn shared() -> Result<&'static Self> {
+        static SHARED: LazyLock<std::result::Result<Cpu, String>> = LazyLock::new(|| {
+            let kernels = match std::env::var(VARIABLE) {
+                Err(VarError::NotPresent) => Ok(Kernels::best()),
+                Err(e) => Err(e.to_string()),
+                Ok(name) => Kernels::by_name(&name).map_err(|e| e.to_string()),
+            }?;
+            Ok(Cpu::new(kernels, rayon::current_num_threads()))
+        });
+        SHARED
+            .as_ref()
+            .map_err(|message| Error::new(ErrorKind::Unsupported, format!("{VARIABLE}: {message}")))
+    }
+
+    /// Returns the kernels.
+    pub fn kernels(&self) -> Kernels {
+        self.kernels
+    }
+
+    /// Returns the number of threads that work on one call.
+    pub fn threads(&self) -> usize {
+        self.team.threads()
+    }
+
+    pub(crate) fn team(&self) -> &Team {
+        &self.team
+    }
+}
+
+impl fmt::Debug for Cpu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "Cpu({}, {} threads)",
+            self.kernels.name(),
+            self.threads()
+        )
+    }
+}

@@ -9,10 +9,11 @@ mod threads;
 
 use clap::Parser;
 use log::{Level, LevelFilter, Log};
+use std::ffi::OsString;
+use std::io::IsTerminal;
 use std::process::ExitCode;
-use upg_kernel::Cpu;
 use upg_kernel::kernels::Kernels;
-use upg_kernel::{Error, ErrorKind, OpenOptions, Result};
+use upg_kernel::{Error, ErrorKind, OpenOptions, Result, text};
 
 /// Exit code of an error in the input or the environment.
 const FAILED: u8 = 1;
@@ -43,9 +44,37 @@ fn main() -> ExitCode {
     if log::set_logger(&Warnings).is_ok() {
         log::set_max_level(LevelFilter::Warn);
     }
-    let cli = cli::Cli::parse();
+    let cli = match cli::Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(e) => return explain(&e),
+    };
     bus_error::report();
-    match run(cli) {
+    end(run(cli))
+}
+
+/// Prints a help text, or what is wrong with the arguments; returns the exit code.
+fn explain(e: &clap::Error) -> ExitCode {
+    let plain = e.render().to_string();
+    if !e.use_stderr() {
+        return end(match std::io::stdout().is_terminal() {
+            // With the colours of clap.
+            true => e.print().map_err(terminal::output_error),
+            false => terminal::print(&plain),
+        });
+    }
+    // Clap repeats arguments as they are, and those may be the names of any files.
+    let steer = |argument: OsString| argument.to_string_lossy().contains(text::steers);
+    match std::env::args_os().any(steer) {
+        true => terminal::note(plain.trim_end()),
+        // If nobody reads that any more, there is nobody to tell.
+        false => drop(e.print()),
+    }
+    ExitCode::from(USAGE)
+}
+
+/// Tells an error; returns the exit code.
+fn end(result: Result<()>) -> ExitCode {
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) if terminal::is_broken_pipe(&e) => ExitCode::SUCCESS,
         Err(e) => {
@@ -64,11 +93,8 @@ fn run(cli: cli::Cli) -> Result<()> {
         return print_version(cli.verbose);
     }
     // A wrong name of kernels is told now, not after a model was loaded.
-    Cpu::shared()?;
-    let default = cli.command.as_ref().and_then(default_threads);
-    if let Some(threads) = cli.threads.or(default) {
-        terminal::set_threads(threads)?;
-    }
+    Kernels::from_env()?;
+    threads::start(cli.threads, cli.command.as_ref().is_some_and(runs_a_model))?;
     let Some(command) = cli.command else {
         let message = "no command given";
         return Err(Error::new(ErrorKind::Argument, message).hint("see `upg --help`"));
@@ -90,17 +116,15 @@ fn run(cli: cli::Cli) -> Result<()> {
     }
 }
 
-/// Threads of commands that read weights at the speed of memory; `None` is all that there are.
-fn default_threads(command: &cli::Command) -> Option<usize> {
-    let is_model = matches!(
+/// Returns whether a command reads weights at the speed of memory.
+fn runs_a_model(command: &cli::Command) -> bool {
+    matches!(
         command,
         cli::Command::Run(_)
             | cli::Command::Chat(_)
             | cli::Command::Eval(_)
             | cli::Command::Bench(_)
-    );
-    let is_chosen = std::env::var_os("RAYON_NUM_THREADS").is_some();
-    (is_model && !is_chosen).then(threads::available_cores)
+    )
 }
 
 fn print_version(verbose: bool) -> Result<()> {
@@ -109,7 +133,7 @@ fn print_version(verbose: bool) -> Result<()> {
         let names: Vec<_> = Kernels::available().iter().map(|k| k.name()).collect();
         text += &format!(
             "kernels: {} (of {}; UPG_KERNEL chooses others)\n",
-            Cpu::shared()?.kernels().name(),
+            Kernels::from_env()?.name(),
             names.join(", ")
         );
     }

@@ -22,9 +22,12 @@ pub fn print(text: &str) -> Result<()> {
     };
     out.write_all(text.as_bytes())
         .and_then(|()| out.flush())
-        .map_err(|e| {
-            Error::new(ErrorKind::Io, format!("cannot write the output: {e}")).with_source(e)
-        })
+        .map_err(output_error)
+}
+
+/// Returns the error for output that could not be written.
+pub fn output_error(e: std::io::Error) -> Error {
+    Error::new(ErrorKind::Io, format!("cannot write the output: {e}")).with_source(e)
 }
 
 /// Writes a line to standard error; if nobody reads that any more, there is nobody to tell.
@@ -118,34 +121,17 @@ pub fn is_broken_pipe(e: &Error) -> bool {
         .is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
 }
 
-/// Most threads that can be asked for: more than help anywhere.
-const MOST_THREADS: usize = 1024;
-
-/// Sets the number of threads of the whole process. Errors (`Argument`): 0, or above 1,024.
-pub fn set_threads(threads: usize) -> Result<()> {
-    if !(1..=MOST_THREADS).contains(&threads) {
-        let message = format!("--threads {threads}: use 1 to {MOST_THREADS}");
-        return Err(Error::new(ErrorKind::Argument, message));
-    }
-    rayon::ThreadPoolBuilder::new()
-        .num_threads(threads)
-        .build_global()
-        .map_err(|e| {
-            Error::new(
-                ErrorKind::Io,
-                format!("cannot start {threads} threads: {e}"),
-            )
-            .with_source(e)
-        })
-}
-
 /// A bar on standard error; invisible if that is no terminal.
 pub fn bar(length: u64, template: &str) -> ProgressBar {
     let bar = ProgressBar::new(length);
     if let Ok(style) = ProgressStyle::with_template(template) {
         bar.set_style(style.progress_chars("=> "));
     }
-    bar.enable_steady_tick(Duration::from_millis(200));
+    // The ticks come from a thread of their own; the library panics where the system gives none.
+    let can_tick = || std::thread::Builder::new().spawn(|| ()).is_ok();
+    if std::io::stderr().is_terminal() && can_tick() {
+        bar.enable_steady_tick(Duration::from_millis(200));
+    }
     bar
 }
 

@@ -4,6 +4,46 @@
 use std::collections::HashSet;
 use std::fs;
 use std::path::Path;
+use upg_kernel::{Error, ErrorKind, Result};
+
+/// Most threads that can be asked for: more than help anywhere.
+const MOST_THREADS: usize = 1024;
+
+/// The environment variable of rayon for the number of threads.
+const VARIABLE: &str = "RAYON_NUM_THREADS";
+
+/// Starts the threads of the process: `asked` of them, else as many as the environment says, else one for each core if a
+/// model is run, else as many as the system offers.
+///
+/// Errors: `Argument` (0, or above 1,024), `Io` (the system gives no threads).
+pub fn start(asked: Option<usize>, runs_a_model: bool) -> Result<()> {
+    let from_env = || {
+        let threads: usize = std::env::var(VARIABLE).ok()?.parse().ok()?;
+        // As rayon reads it, 0 is no number of threads.
+        (threads > 0).then_some((threads, format!("{VARIABLE}={threads}")))
+    };
+    let asked = asked.map(|threads| (threads, format!("--threads {threads}")));
+    let threads = match asked.or_else(from_env) {
+        Some((threads, name)) if !(1..=MOST_THREADS).contains(&threads) => {
+            let message = format!("{name}: use 1 to {MOST_THREADS}");
+            return Err(Error::new(ErrorKind::Argument, message));
+        }
+        Some((threads, _)) => threads,
+        None if runs_a_model => available_cores(),
+        None => offered(),
+    };
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .build_global()
+        .map_err(|e| {
+            let message = format!("cannot start {threads} threads: {e}");
+            Error::new(ErrorKind::Io, message).with_source(e)
+        })
+}
+
+fn offered() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
 
 /// Cores that this process may use: those of its affinity, a core with two hardware threads counted once,
 /// but no more than the quota of its control group. Where that cannot be found out, the threads that
@@ -11,7 +51,7 @@ use std::path::Path;
 ///
 /// Weights are read at the speed of memory: a second thread on a core adds nothing to that.
 pub fn available_cores() -> usize {
-    let offered = std::thread::available_parallelism().map_or(1, usize::from);
+    let offered = offered();
     let cores = fs::read_to_string("/proc/self/status")
         .ok()
         .and_then(|status| distinct_cores(&status, Path::new("/sys/devices/system/cpu")));

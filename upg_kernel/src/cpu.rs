@@ -1,18 +1,16 @@
 //! The processor as a device: an instruction set and a team of threads.
 
 pub(crate) mod attention;
+pub(crate) mod cache;
+pub(crate) mod device;
 pub(crate) mod product;
 pub(crate) mod team;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::kernels::Kernels;
-use std::env::VarError;
 use std::fmt;
 use std::sync::{Arc, LazyLock};
 use team::Team;
-
-/// The environment variable that names the kernels to use instead of the fastest.
-const VARIABLE: &str = "UPG_KERNEL";
 
 /// The processor: kernels for one instruction set and the threads that run them.
 ///
@@ -47,20 +45,16 @@ impl Cpu {
 
     /// Returns the device that everything uses which is given none, made at the first call.
     ///
-    /// It has the kernels that the environment variable `UPG_KERNEL` names, else the fastest ones, and as many threads
-    /// as rayon's global pool. Errors (`Unsupported`): the variable names kernels that this machine does not have.
+    /// It has the kernels of [`Kernels::from_env`] and as many threads as rayon's global pool, which starts if it has
+    /// not. Errors: those of [`Kernels::from_env`].
     pub fn shared() -> Result<&'static Self> {
         static SHARED: LazyLock<std::result::Result<Cpu, String>> = LazyLock::new(|| {
-            let kernels = match std::env::var(VARIABLE) {
-                Err(VarError::NotPresent) => Ok(Kernels::best()),
-                Err(e) => Err(e.to_string()),
-                Ok(name) => Kernels::by_name(&name).map_err(|e| e.to_string()),
-            }?;
+            let kernels = Kernels::from_env().map_err(|e| e.to_string())?;
             Ok(Cpu::new(kernels, rayon::current_num_threads()))
         });
         SHARED
             .as_ref()
-            .map_err(|message| Error::new(ErrorKind::Unsupported, format!("{VARIABLE}: {message}")))
+            .map_err(|message| Error::new(ErrorKind::Unsupported, message))
     }
 
     /// Returns the kernels.

@@ -39,7 +39,11 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use scalar::Signs;
 use sparse::Entries;
+use std::env::VarError;
 use views::Strip;
+
+/// The environment variable that names the kernels to use instead of the fastest.
+const VARIABLE: &str = "UPG_KERNEL";
 
 /// Memory for [`Kernels::multiply_many`], used again from call to call.
 #[cfg(target_arch = "x86_64")]
@@ -154,6 +158,20 @@ impl Kernels {
                 Error::new(ErrorKind::Unsupported, format!("no kernels '{name}' here"))
                     .hint(format!("this machine has {}", known.join(", ")))
             })
+    }
+
+    /// Returns the kernels that the environment variable `UPG_KERNEL` names, else the fastest of this machine.
+    ///
+    /// Errors (`Unsupported`): as [`Kernels::by_name`], or the variable is not Unicode.
+    pub fn from_env() -> Result<Self> {
+        let name = match std::env::var(VARIABLE) {
+            Err(VarError::NotPresent) => return Ok(Self::best()),
+            name => {
+                name.map_err(|e| Error::new(ErrorKind::Unsupported, format!("{VARIABLE}: {e}")))?
+            }
+        };
+        Self::by_name(&name)
+            .map_err(|e| Error::new(ErrorKind::Unsupported, format!("{VARIABLE}: {e}")))
     }
 
     /// `scalar`, `avx2`, `avx512` or `neon`.

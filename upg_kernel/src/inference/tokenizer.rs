@@ -16,6 +16,7 @@ use std::collections::HashSet;
 use std::sync::OnceLock;
 
 use serde_json::Value;
+use tokenizers::{NormalizedString, Normalizer};
 
 use super::config::ModelConfig;
 use crate::format::json;
@@ -276,12 +277,30 @@ pub(super) fn token_text(value: Option<&Value>) -> Option<String> {
     text.as_str().map(str::to_owned)
 }
 
-/// The crate gives an added token the next free id, whatever the file says: never a wrong id.
+/// Checks that added tokens have the ids of the file, and a text to be found by.
+///
+/// The crate gives an added token the next free id, whatever the file says. An empty text is found everywhere, also within
+/// characters; and a token that takes the white space before it, after one that took it already, has a negative length.
+///
+/// Errors (`Invalid`, `Unsupported`): there is such a token.
 fn check_added_tokens(
     inner: &tokenizers::Tokenizer,
     added: &[file::AddedTokenWithId],
 ) -> Result<()> {
+    let takes_space_after = added.iter().any(|token| token.rstrip);
     for token in added {
+        let starts_with_space = token.content.starts_with(char::is_whitespace);
+        if is_empty_as_text(inner, token)? || takes_space_after && token.lstrip && starts_with_space
+        {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format!(
+                    "tokenizer.json: added token '{}' of id {} cannot be told from other text",
+                    token.content.escape_debug(),
+                    token.id
+                ),
+            ));
+        }
         let found = inner.token_to_id(&token.content);
         if found != Some(token.id) {
             return Err(Error::new(
@@ -296,6 +315,18 @@ fn check_added_tokens(
         }
     }
     Ok(())
+}
+
+/// Returns whether nothing is left of an added token as the text is normalized in which it is looked for.
+fn is_empty_as_text(inner: &tokenizers::Tokenizer, token: &file::AddedTokenWithId) -> Result<bool> {
+    let normalizer = inner.get_normalizer().filter(|_| token.normalized);
+    let Some(normalizer) = normalizer.filter(|_| !token.content.is_empty()) else {
+        return Ok(token.content.is_empty());
+    };
+    let mut text = NormalizedString::from(token.content.as_str());
+    contained(|| normalizer.normalize(&mut text))?
+        .map_err(|e| wrapped(ErrorKind::Invalid, "tokenizer.json", e))?;
+    Ok(text.get().is_empty())
 }
 
 /// Runs code of the `tokenizers` crate; a panic in it becomes an error. The checks of `allowed` leave

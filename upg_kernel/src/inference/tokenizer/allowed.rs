@@ -24,6 +24,9 @@ const MAX_DEPTH: usize = 8;
 /// Parts of a normalizer, a pre-tokenizer, and so on: each goes over the whole text. Published ones have up to ten.
 const MAX_PARTS: usize = 64;
 
+/// Ids that a post-processor may put around a text. Published ones put up to three.
+const MAX_FRAME: usize = 64;
+
 /// Characters of an expression that an error shows.
 const SHOWN: usize = 60;
 
@@ -118,6 +121,7 @@ impl Parts {
             ("decoder", &self.decoder, DECODERS),
         ];
         let mut normalizer_growth = 1;
+        check_frame(&self.post_processor)?;
         for (what, part, known) in parts {
             let mut size = Size {
                 growth: 1,
@@ -130,6 +134,66 @@ impl Parts {
         }
         Ok(normalizer_growth)
     }
+}
+
+/// Checks that a post-processor puts a few ids around the text, which it takes once.
+///
+/// Errors (`Unsupported`): two parts that put ids around a text, of which the second ends the process; a template without
+/// the text, with more than one of it, or with more than [`MAX_FRAME`] ids.
+fn check_frame(post_processor: &Value) -> Result<()> {
+    let mut frames = Vec::new();
+    find_frames(post_processor, MAX_DEPTH, &mut frames);
+    if frames.len() > 1 {
+        return Err(unsupported(
+            "post_processor of more than one template".into(),
+        ));
+    }
+    let template = frames
+        .into_iter()
+        .find(|part| is_type(part, "TemplateProcessing"));
+    let Some(template) = template else {
+        return Ok(());
+    };
+    let pieces = template.get("single").and_then(Value::as_array);
+    let (mut texts, mut ids) = (0, 0);
+    for piece in pieces.into_iter().flatten() {
+        if let Some(token) = piece.pointer("/SpecialToken/id").and_then(Value::as_str) {
+            let token = template
+                .get("special_tokens")
+                .and_then(|all| all.get(token));
+            let found = token.and_then(|token| token.get("ids")?.as_array());
+            ids += found.map_or(0, Vec::len);
+        } else if piece.pointer("/Sequence/id").is_some_and(|id| id == "A") {
+            texts += 1;
+        } else {
+            return Err(unsupported("post_processor of two texts".into()));
+        }
+    }
+    match (texts, ids) {
+        (1, 0..=MAX_FRAME) => Ok(()),
+        (1, _) => Err(unsupported(format!(
+            "post_processor of over {MAX_FRAME} ids"
+        ))),
+        _ => Err(unsupported(format!(
+            "post_processor with {texts} times the text"
+        ))),
+    }
+}
+
+/// Lists the parts that put ids around a text.
+fn find_frames<'a>(part: &'a Value, depth: usize, frames: &mut Vec<&'a Value>) {
+    let inner = part.get("processors").and_then(Value::as_array);
+    if is_type(part, "Sequence") && depth > 0 {
+        for part in inner.into_iter().flatten() {
+            find_frames(part, depth - 1, frames);
+        }
+    } else if !part.is_null() && !is_type(part, "ByteLevel") {
+        frames.push(part);
+    }
+}
+
+fn is_type(part: &Value, kind: &str) -> bool {
+    part.get("type").is_some_and(|found| found == kind)
 }
 
 /// The size of some parts together.

@@ -354,9 +354,9 @@ pub(super) struct AddedTokenWithId {
     pub(super) id: u32,
     pub(super) content: String,
     single_word: bool,
-    lstrip: bool,
-    rstrip: bool,
-    normalized: bool,
+    pub(super) lstrip: bool,
+    pub(super) rstrip: bool,
+    pub(super) normalized: bool,
     special: bool,
 }
 

@@ -277,6 +277,20 @@ fn refuses_parts_that_do_harm() {
             json!({"type": "Sequence", "pretokenizers": vec![json!({"type": "Digits"}); 64]}),
         ),
         ("post_processor", json!({"type": "Unknown"})),
+        ("post_processor", template(&["B"], 1)),
+        ("post_processor", template(&["A", "B"], 1)),
+        ("post_processor", template(&["A", "A"], 1)),
+        ("post_processor", template(&[], 1)),
+        ("post_processor", template(&["A"], 65)),
+        (
+            "post_processor",
+            json!({"type": "Sequence", "processors": vec![template(&["A"], 1); 2]}),
+        ),
+        (
+            "post_processor",
+            json!({"type": "Sequence", "processors": [{"type": "Sequence", "processors":
+                [template(&["A"], 1)]}, {"type": "BertProcessing", "sep": ["</s>", 2], "cls": ["<s>", 1]}]}),
+        ),
         ("pre_tokenizer", json!("ByteLevel")),
     ] {
         let mut file: Value = serde_json::from_str(&tokenizer_json(true)).unwrap();
@@ -308,6 +322,73 @@ fn refuses_parts_that_do_harm() {
     file["decoder"] = deep;
     let e = Tokenizer::from_json(file.to_string().as_bytes(), None, SpecialIds::default());
     assert_eq!(e.unwrap_err().kind(), ErrorKind::Unsupported);
+}
+
+/// A post-processor that puts ids and these texts one after the other.
+fn template(texts: &[&str], ids: usize) -> Value {
+    let token = json!({"SpecialToken": {"id": "<s>", "type_id": 0}});
+    let texts = texts
+        .iter()
+        .map(|text| json!({"Sequence": {"id": text, "type_id": 0}}));
+    let single: Vec<_> = [token].into_iter().chain(texts).collect();
+    let special = json!({"<s>": {"id": "<s>", "ids": vec![1; ids], "tokens": vec!["<s>"; ids]}});
+    json!({"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": special})
+}
+
+#[test]
+fn a_template_puts_its_ids_around_a_text() {
+    let mut file: Value = serde_json::from_str(&tokenizer_json(true)).unwrap();
+    let byte_level = json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": false});
+    file["post_processor"] =
+        json!({"type": "Sequence", "processors": [byte_level, template(&["A"], 64)]});
+    let tokenizer = Tokenizer::from_json(file.to_string().as_bytes(), None, SpecialIds::default());
+    let tokenizer = tokenizer.unwrap();
+    let ids = tokenizer.encode("ab", true).unwrap();
+    assert_eq!(ids[..64], [1; 64]);
+    assert_eq!(ids[64..], tokenizer.encode("ab", false).unwrap());
+}
+
+/// Tokens that would be found everywhere, or at places of negative length: the crate panics or takes all memory.
+#[test]
+fn refuses_added_tokens_that_cannot_be_found() {
+    let added = |content: &str, lstrip: bool, rstrip: bool, normalized: bool| {
+        json!({"id": 0, "content": content, "single_word": false, "lstrip": lstrip, "rstrip": rstrip,
+               "normalized": normalized, "special": false})
+    };
+    let file = |normalizer: Value, mut tokens: Vec<Value>| {
+        let mut file: Value = serde_json::from_str(&tokenizer_json(true)).unwrap();
+        file["normalizer"] = normalizer;
+        let vocab = file["model"]["vocab"].as_object().unwrap().len();
+        for (i, token) in tokens.iter_mut().enumerate() {
+            token["id"] = json!(vocab + i);
+        }
+        let all = file["added_tokens"].as_array_mut().unwrap();
+        all.extend(tokens);
+        let bytes = file.to_string();
+        Tokenizer::from_json(bytes.as_bytes(), None, SpecialIds::default())
+    };
+    let without_z = json!({"type": "Replace", "pattern": {"String": "z"}, "content": ""});
+    let strip = json!({"type": "Strip", "strip_left": true, "strip_right": true});
+    for (normalizer, tokens) in [
+        (without_z.clone(), vec![added("zz", false, false, true)]),
+        (without_z.clone(), vec![added("zz", true, false, true)]),
+        (strip, vec![added("  ", false, false, true)]),
+        (
+            Value::Null,
+            vec![
+                added("x", false, true, false),
+                added(" ", true, false, false),
+            ],
+        ),
+    ] {
+        let error = file(normalizer, tokens).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+    }
+    // Not normalized, it is found as it is.
+    let tokenizer = file(without_z, vec![added("zz", false, true, false)]).unwrap();
+    let found = tokenizer.encode("a zz  b", false).unwrap();
+    let id = tokenizer.token_to_id("zz").unwrap();
+    assert_eq!(found.iter().filter(|&&token| token == id).count(), 1);
 }
 
 #[test]

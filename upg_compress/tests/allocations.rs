@@ -11,12 +11,13 @@ mod counting;
 mod tiny;
 
 use counting::allocations;
+use std::sync::Arc;
 use tiny::data;
 use upg_compress::compress::compress;
 use upg_compress::plan::CompressOptions;
 use upg_compress::source;
 use upg_kernel::UPGModel;
-use upg_kernel::inference::{Batch, SessionOptions};
+use upg_kernel::inference::{Context, Logits, SessionOptions};
 
 #[global_allocator]
 static ALLOCATOR: counting::Counting = counting::Counting;
@@ -43,11 +44,12 @@ fn a_step_allocates_nothing() {
         }
         assert_eq!(allocations(), before, "{encoding}");
 
-        let mut other = model.session(&SessionOptions::default()).unwrap();
-        let mut batch = Batch::new();
-        let mut step = |one: &[u32], two: &[u32], logits: &mut Vec<f32>| {
-            let mut parts = [(&mut session, one), (&mut other, two)];
-            batch.extend(&mut parts, logits).unwrap();
+        let decoder = Arc::clone(model.model());
+        let mut context = Context::new(decoder, &SessionOptions::default()).unwrap();
+        let (mut one, mut other) = (context.sequence(), context.sequence());
+        let mut step = |a: &[u32], b: &[u32], logits: &mut Vec<f32>| {
+            let mut parts = [(&mut one, a), (&mut other, b)];
+            context.extend(&mut parts, Logits::Last, logits).unwrap();
         };
         // One of them has its prompt computed while the other one takes a step.
         step(&[1], &[7; 18], &mut logits);

@@ -2,21 +2,22 @@
 //!
 //! `config.json` -> [`ModelConfig`]; with a [`WeightSource`] -> [`Model`] (shared, read-only);
 //! with a KV cache -> [`Session`]; with a [`Sampler`] -> [`TokenStream`] -> [`TextStream`].
-//! A [`Batch`] computes several sessions at once.
+//! A [`Context`] computes several [`Sequence`]s at once.
 //! [`UPGModel`] has all of it from one file.
 #![forbid(unsafe_code)]
 
 mod backward;
-mod batch;
-pub(crate) mod block;
+pub(crate) mod cache;
 pub mod chat_template;
 pub mod config;
+mod context;
+mod decoder;
 pub mod evaluate;
 pub mod generate;
-pub(crate) mod kv_cache;
-mod layers;
+mod layer_input;
 mod layerwise;
 pub mod model;
+pub(crate) mod pass;
 pub mod rope;
 pub mod sampler;
 pub mod session;
@@ -26,15 +27,16 @@ mod upg_model;
 pub mod weights;
 
 pub use backward::{Backward, GainGradients, GradientObserver, Head};
-pub use batch::Batch;
-pub use block::{Input, Observer};
+pub use cache::CacheType;
 pub use config::ModelConfig;
+pub use context::{Context, Logits, Part, Sequence, SessionOptions};
 pub use evaluate::{Evaluation, evaluate};
 pub use generate::{FinishReason, GenerateOptions, StopStrings, TextStream, Timings, TokenStream};
-pub use layerwise::{Layerwise, POSITIONS_TOGETHER};
+pub use layer_input::LayerInput as Input;
+pub use layerwise::{Layerwise, Observer, POSITIONS_TOGETHER};
 pub use model::Model;
 pub use sampler::{Sampler, SamplingOptions};
-pub use session::{CacheType, Session, SessionOptions};
+pub use session::Session;
 pub use text_batch::{Request, TextBatch};
 pub use upg_model::UPGModel;
 pub use weights::WeightSource;

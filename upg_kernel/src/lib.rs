@@ -15,7 +15,7 @@
 //!
 //! [`UPGModel::generate`] is greedy and keeps nothing. For sampling, streaming and conversations make a
 //! [`inference::Session`] and a [`inference::Sampler`] and pass both to [`UPGModel::stream`]. Several prompts at once are
-//! faster together: [`UPGModel::generate_batch`], [`UPGModel::stream_batch`], and for servers [`inference::Batch`].
+//! faster together: [`UPGModel::generate_batch`], [`UPGModel::stream_batch`], and for servers [`inference::Context`].
 //!
 //! # Decompress or multiply single matrices
 //!
@@ -77,8 +77,13 @@ compile_error!("UPG maps little-endian files in place: big-endian targets are no
 #[cfg(not(target_pointer_width = "64"))]
 compile_error!("UPG maps files of many gigabytes: only 64-bit targets are supported");
 
+// Helpers of tests name the crate as its users do.
+#[cfg(test)]
+extern crate self as upg_kernel;
+
 mod array;
 mod cpu;
+mod device;
 mod error;
 pub mod files;
 pub mod format;

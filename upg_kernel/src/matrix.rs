@@ -18,7 +18,8 @@ pub use trellis::{TrellisMatrix, TrellisParts};
 
 use crate::array::Array;
 use crate::cpu::Cpu;
-use crate::cpu::product::{Scratch, Write, multiply};
+use crate::cpu::product::{Scratch, multiply};
+use crate::device::Write;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::rules;
 use crate::kernels::Kernels;

@@ -1,26 +1,26 @@
-//! Sequences in a batch against the same sequences by themselves.
+//! Sequences that share passes against the same sequences by themselves.
 
 #[allow(dead_code, reason = "helpers of other tests")]
 mod common;
 
 use common::tiny::{MODELS, cases, largest_difference};
-use common::{CUT_TOLERANCE, config, model, options, session, source};
+use common::{CUT_TOLERANCE, model, options, session};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use upg_kernel::ErrorKind;
-use upg_kernel::inference::{Batch, Model, Session, SessionOptions};
+use upg_kernel::inference::{Context, Logits, Model, Sequence, Session, SessionOptions};
 
 /// One sequence of a schedule: what it still has to compute, and the session that does it alone.
 struct Twin {
     joins: usize,
     tokens: Vec<u32>,
-    batched: Session,
+    batched: Sequence,
     alone: Session,
 }
 
 impl Twin {
     /// Prompts that differ, cut so that windows and the longrope switch come up at other passes.
-    fn new(model: &Arc<Model>, index: usize, prompt: &[u32]) -> Self {
+    fn new(context: &Context, index: usize, prompt: &[u32]) -> Self {
         let mut tokens = prompt.to_vec();
         tokens.rotate_left(index);
         tokens.truncate([80, 33, 64, 7][index % 4]);
@@ -28,12 +28,12 @@ impl Twin {
             prefill_chunk: [512, 5, 16][index % 3],
             ..options()
         };
-        let session = || Session::new(Arc::clone(model), &options).expect("good options");
+        let alone = Session::new(Arc::clone(context.model()), &options);
         Self {
             joins: index * 2,
             tokens,
-            batched: session(),
-            alone: session(),
+            batched: context.sequence(),
+            alone: alone.expect("good options"),
         }
     }
 
@@ -44,6 +44,14 @@ impl Twin {
     }
 }
 
+fn new_context(model: &Arc<Model>, prefill_chunk: usize) -> Context {
+    let options = SessionOptions {
+        prefill_chunk,
+        ..options()
+    };
+    Context::new(Arc::clone(model), &options).expect("good options")
+}
+
 #[test]
 fn logits_are_those_of_a_sequence_alone() {
     for (name, _) in MODELS {
@@ -51,8 +59,11 @@ fn logits_are_those_of_a_sequence_alone() {
         let vocab = model.config().vocab_size;
         let prompt = cases(name).pop().unwrap().prompt;
         for count in [1, 2, 3, 5, 9] {
-            let mut twins: Vec<_> = (0..count).map(|i| Twin::new(&model, i, &prompt)).collect();
-            let (mut batch, mut logits) = (Batch::new(), Vec::new());
+            let mut context = new_context(&model, [512, 5, 16][count % 3]);
+            let mut twins: Vec<_> = (0..count)
+                .map(|i| Twin::new(&context, i, &prompt))
+                .collect();
+            let mut logits = Vec::new();
             let mut worst = 0f32;
             let mut pass = 0;
             while twins.iter().any(|twin| twin.takes(pass) > 0) {
@@ -67,7 +78,9 @@ fn logits_are_those_of_a_sequence_alone() {
                         parts.push((&mut twin.batched, tokens));
                     }
                 }
-                batch.extend(&mut parts, &mut logits).unwrap();
+                context
+                    .extend(&mut parts, Logits::Last, &mut logits)
+                    .unwrap();
                 assert_eq!(logits.len(), parts.len() * vocab);
                 worst = worst.max(largest_difference(&logits, &expected));
                 pass += 1;
@@ -85,15 +98,15 @@ fn every_sequence_has_its_own_frequencies() {
     let model = model("phi4-mini-longrope");
     let prompts =
         [28, 3].map(|n| -> Vec<u32> { (0..n).map(|i| 3 + (i * 37 + 11) % 250).collect() });
-    let [mut long, mut short] = [session(&model), session(&model)];
+    let mut context = new_context(&model, 512);
+    let [mut long, mut short] = [context.sequence(), context.sequence()];
     let [mut long_alone, mut short_alone] = [session(&model), session(&model)];
-    let (mut batch, mut logits) = (Batch::new(), Vec::new());
+    let mut logits = Vec::new();
     let mut pieces = prompts.clone();
     for step in 0..12 {
         let [a, b] = &pieces;
-        batch
-            .extend(&mut [(&mut long, a), (&mut short, b)], &mut logits)
-            .unwrap();
+        let parts = &mut [(&mut long, &a[..]), (&mut short, &b[..])];
+        context.extend(parts, Logits::Last, &mut logits).unwrap();
         let expected = [
             long_alone.prefill(a).unwrap(),
             short_alone.prefill(b).unwrap(),
@@ -117,26 +130,24 @@ fn after_an_error_every_sequence_is_as_before() {
         ..options()
     };
     let prompt = cases(name).pop().unwrap().prompt;
-    let mut one = session(&model);
-    let mut two = Session::new(Arc::clone(&model), &small).unwrap();
-    let mut stranger = session(&Arc::new(Model::load(config(name), &source(name)).unwrap()));
-    let (mut batch, mut logits) = (Batch::new(), Vec::new());
-    batch
-        .extend(
-            &mut [(&mut one, &prompt), (&mut two, &prompt[..40])],
-            &mut logits,
-        )
-        .unwrap();
+    let mut context = Context::new(Arc::clone(&model), &small).unwrap();
+    let (mut one, mut two) = (context.sequence(), context.sequence());
+    let mut stranger = new_context(&model, 512).sequence();
+    let (prompt, mut logits) = (&prompt[..40], Vec::new());
+    let parts = &mut [(&mut one, &prompt[..30]), (&mut two, prompt)];
+    context.extend(parts, Logits::Last, &mut logits).unwrap();
     let mut refused = |tokens: &[u32], kind: ErrorKind| {
         let mut parts = [(&mut one, &[5, 6][..]), (&mut two, tokens)];
-        let error = batch.extend(&mut parts, &mut logits).unwrap_err();
+        let error = context.extend(&mut parts, Logits::Last, &mut logits);
+        let error = error.unwrap_err();
         assert_eq!(error.kind(), kind, "{error}");
-        assert_eq!(one.tokens(), prompt);
-        assert_eq!(two.tokens(), &prompt[..40]);
+        assert_eq!(one.tokens(), &prompt[..30]);
+        assert_eq!(two.tokens(), prompt);
         let mut parts = [(&mut one, &[5, 6][..]), (&mut stranger, &[1])];
-        let error = batch.extend(&mut parts, &mut logits).unwrap_err();
-        assert!(error.to_string().contains("different models"), "{error}");
-        assert!(one.tokens() == prompt && stranger.tokens().is_empty());
+        let error = context.extend(&mut parts, Logits::Last, &mut logits);
+        let error = error.unwrap_err();
+        assert!(error.to_string().contains("another context"), "{error}");
+        assert!(one.tokens() == &prompt[..30] && stranger.tokens().is_empty());
     };
     refused(&[], ErrorKind::Argument);
     refused(&[256], ErrorKind::Argument);
@@ -146,14 +157,46 @@ fn after_an_error_every_sequence_is_as_before() {
     interrupt.store(false, Ordering::Relaxed);
 
     let mut parts = [(&mut one, &[5, 6][..]), (&mut two, &[7])];
-    batch.extend(&mut parts, &mut logits).unwrap();
+    context
+        .extend(&mut parts, Logits::Last, &mut logits)
+        .unwrap();
     let mut expected = Vec::new();
-    for (prompt, tokens) in [(&prompt[..], &[5, 6][..]), (&prompt[..40], &[7])] {
+    for (prompt, tokens) in [(&prompt[..30], &[5, 6][..]), (prompt, &[7])] {
         let mut alone = session(&model);
         expected.extend(alone.prefill(&[prompt, tokens].concat()).unwrap());
     }
     assert!(largest_difference(&logits, &expected) <= CUT_TOLERANCE);
 
-    batch.extend(&mut [], &mut logits).unwrap();
+    context.extend(&mut [], Logits::Last, &mut logits).unwrap();
     assert!(logits.is_empty());
+}
+
+/// A fork goes its own way from the middle of a block on, and costs only what differs.
+#[test]
+fn forks_share_what_they_have_in_common() {
+    for (name, _) in MODELS {
+        let model = model(name);
+        let prompt = &cases(name).pop().unwrap().prompt[..22];
+        let mut context = new_context(&model, 512);
+        let mut logits = Vec::new();
+        let mut one = context.sequence();
+        let parts = &mut [(&mut one, prompt)];
+        context.extend(parts, Logits::Last, &mut logits).unwrap();
+        let used = context.cache_bytes();
+        let mut two = one.clone();
+        assert_eq!(context.cache_bytes(), used, "{name}");
+        let parts = &mut [(&mut one, &[5, 6][..]), (&mut two, &[7, 8])];
+        context.extend(parts, Logits::All, &mut logits).unwrap();
+        assert!(context.cache_bytes() < 2 * used, "{name}");
+        let mut expected = Vec::new();
+        for tokens in [[5, 6], [7, 8]] {
+            let mut alone = session(&model);
+            alone.prefill(prompt).unwrap();
+            expected.extend(alone.forward(&tokens).unwrap());
+        }
+        let difference = largest_difference(&logits, &expected);
+        assert!(difference <= CUT_TOLERANCE, "{name}: {difference}");
+        drop((one, two));
+        assert_eq!(context.cache_bytes(), 0, "{name}");
+    }
 }

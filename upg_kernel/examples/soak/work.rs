@@ -8,7 +8,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use upg_kernel::inference::chat_template::{ChatTemplate, Message};
 use upg_kernel::inference::{
-    Batch, GenerateOptions, Request, Sampler, SamplingOptions, Session, SessionOptions, TokenStream,
+    Context, GenerateOptions, Logits, Request, Sampler, SamplingOptions, Sequence, Session,
+    SessionOptions, TokenStream,
 };
 use upg_kernel::{Error, ErrorKind, Result, UPGModel};
 
@@ -209,26 +210,29 @@ impl Worker {
     /// Several sequences in one pass; then one of them cannot go on, and none does; then all can.
     fn batch(&mut self) -> Result<()> {
         let count = 2 + self.below(3) as usize;
-        let mut sessions = (0..count)
-            .map(|_| self.session())
-            .collect::<Result<Vec<_>>>()?;
+        let mut context = Context::new(Arc::clone(self.model.model()), &SessionOptions::default())?;
+        let mut sequences: Vec<_> = (0..count).map(|_| context.sequence()).collect();
         let prompts: Vec<_> = (0..count).map(|_| self.tokens(MOST_PROMPT / 2)).collect();
-        let (mut batch, mut logits) = (Batch::new(), Vec::new());
-        let mut extend = |sessions: &mut [Session], tokens: &[&[u32]]| {
-            let mut parts: Vec<_> = sessions.iter_mut().zip(tokens.iter().copied()).collect();
-            batch.extend(&mut parts, &mut logits)
+        let mut logits = Vec::new();
+        let mut extend = |sequences: &mut [Sequence], tokens: &[&[u32]]| {
+            let mut parts: Vec<_> = sequences.iter_mut().zip(tokens.iter().copied()).collect();
+            context.extend(&mut parts, Logits::Last, &mut logits)
         };
         let prompts: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
-        extend(&mut sessions, &prompts)?;
+        extend(&mut sequences, &prompts)?;
         let mut failing = vec![&[0][..]; count];
         failing[self.below(count as u32) as usize] = &[u32::MAX];
         expect(
-            extend(&mut sessions, &failing).is_err(),
+            extend(&mut sequences, &failing).is_err(),
             "a batch with a bad id succeeded",
         )?;
-        let is_as_before = sessions.iter().zip(&prompts).all(|(s, p)| s.tokens() == *p);
+        let is_as_before = sequences
+            .iter()
+            .zip(&prompts)
+            .all(|(s, p)| s.tokens() == *p);
         expect(is_as_before, "a batch that failed left tokens")?;
-        (0..self.below(MOST_TOKENS)).try_for_each(|_| extend(&mut sessions, &vec![&[0][..]; count]))
+        (0..self.below(MOST_TOKENS))
+            .try_for_each(|_| extend(&mut sequences, &vec![&[0][..]; count]))
     }
 
     /// More requests than fit in a pass; half of the time they are dropped before they are done.

@@ -1,10 +1,10 @@
-//! Causal attention with grouped key/value heads over the [`LayerCache`]s of some sequences.
+//! Causal attention with grouped key/value heads over the caches of some sequences.
 #![forbid(unsafe_code)]
 
 use super::Cpu;
-use crate::inference::block::Segment;
-use crate::inference::config::ModelConfig;
-use crate::inference::kv_cache::LayerCache;
+use super::cache::LayerView;
+use crate::device::Heads;
+use crate::inference::pass::Segment;
 use crate::kernels::Kernels;
 use crate::kernels::attention::{Scratch, Task, Total};
 use std::cell::RefCell;
@@ -44,40 +44,9 @@ thread_local! {
     static SCRATCH: RefCell<TaskScratch> = RefCell::default();
 }
 
-/// The sizes of an attention.
-#[derive(Clone, Copy)]
-pub(crate) struct Shape {
-    pub(crate) num_heads: usize,
-    pub(crate) num_kv_heads: usize,
-    pub(crate) head_dim: usize,
-    /// Elements of a row of queries; those of the heads come first.
-    pub(crate) width: usize,
-}
-
-impl Shape {
-    pub(crate) fn of(config: &ModelConfig) -> Self {
-        Self {
-            num_heads: config.num_heads,
-            num_kv_heads: config.num_kv_heads,
-            head_dim: config.head_dim,
-            width: config.query_size() + 2 * config.kv_size(),
-        }
-    }
-
-    /// Query heads that share a key/value head.
-    pub(crate) fn group(&self) -> usize {
-        self.num_heads / self.num_kv_heads
-    }
-
-    /// Elements of a row of the output.
-    pub(crate) fn row(&self) -> usize {
-        self.num_heads * self.head_dim
-    }
-}
-
 /// The tasks of an attention, the same for all layers.
 #[derive(Debug, Default)]
-pub(crate) struct Plan {
+pub(crate) struct Tasks {
     cuts: Vec<Cut>,
     /// Where each of them ends in the output.
     ends: Vec<usize>,
@@ -95,13 +64,13 @@ struct Cut {
     kv_heads: Range<usize>,
 }
 
-impl Plan {
+impl Tasks {
     /// Replaces what it was by tasks for these segments, which follow one another.
-    pub(crate) fn make(&mut self, segments: &[Segment], shape: Shape) {
+    pub(crate) fn make(&mut self, segments: &[Segment], shape: Heads) {
         self.cuts.clear();
         self.ends.clear();
         self.is_single = segments.iter().all(|segment| segment.rows.len() < MANY);
-        let heads = shape.num_kv_heads;
+        let heads = shape.kv;
         for (segment, Segment { rows, .. }) in segments.iter().enumerate() {
             let (rows_at_once, heads_at_once) = match rows.len() < MANY {
                 true => (1, 1),
@@ -112,7 +81,7 @@ impl Plan {
                 for head in (0..heads).step_by(heads_at_once) {
                     let kv_heads = head..head + heads_at_once;
                     let end = (rows.end - 1) * heads + kv_heads.end;
-                    self.ends.push(end * shape.group() * shape.head_dim);
+                    self.ends.push(end * shape.group() * shape.dim);
                     self.cuts.push(Cut {
                         segment,
                         rows: rows.clone(),
@@ -129,18 +98,18 @@ pub(crate) struct Attention<'a, F> {
     /// The cache of each segment.
     pub(crate) cache: F,
     pub(crate) segments: &'a [Segment],
-    /// `[n, width]`.
+    /// Queries, keys and values side by side, `[n, width]`.
     pub(crate) queries: &'a [f32],
-    pub(crate) shape: Shape,
+    pub(crate) shape: Heads,
 }
 
-impl<'a, F: Fn(usize) -> &'a LayerCache + Sync> Attention<'_, F> {
+impl<'a, F: Fn(usize) -> LayerView<'a> + Sync> Attention<'_, F> {
     /// `softmax(q K^T / sqrt(head_dim)) V` for each query and head.
     ///
     /// The caches already hold the keys and values of all positions; every element of `out [n, num_heads *
     /// head_dim]` is overwritten. `plan` was made for the segments. Neither the number of threads nor `n` changes the
     /// result. Memory of a thread: 64 bytes for each position of a piece.
-    pub(crate) fn compute(&self, cpu: &Cpu, plan: &mut Plan, out: &mut [f32]) {
+    pub(crate) fn compute(&self, cpu: &Cpu, plan: &mut Tasks, out: &mut [f32]) {
         let threads = cpu.threads();
         let is_few = threads > 1 && plan.cuts.len() < threads * TASKS_PER_THREAD;
         let pieces = plan.cuts.iter().map(|cut| self.pieces(cut).len());
@@ -151,19 +120,19 @@ impl<'a, F: Fn(usize) -> &'a LayerCache + Sync> Attention<'_, F> {
     }
 
     /// Every task with all that it sees.
-    fn whole(&self, cpu: &Cpu, plan: &Plan, out: &mut [f32]) {
-        let of_kv_head = self.shape.group() * self.shape.head_dim;
+    fn whole(&self, cpu: &Cpu, plan: &Tasks, out: &mut [f32]) {
+        let of_kv_head = self.shape.group() * self.shape.dim;
         cpu.team().pieces(out, &plan.ends, |index, out| {
             let cut = &plan.cuts[index];
             // Elements between two rows, of which a cut with some heads only has one.
-            let row = self.shape.row();
+            let row = self.shape.query_size();
             SCRATCH.with_borrow_mut(|scratch| {
                 for (head, kv_head) in cut.kv_heads.clone().enumerate() {
                     self.attend(cpu.kernels(), cut, kv_head, self.pieces(cut), scratch);
                     let TaskScratch {
                         out: found, totals, ..
                     } = &mut *scratch;
-                    let heads = found.chunks_exact_mut(self.shape.head_dim);
+                    let heads = found.chunks_exact_mut(self.shape.dim);
                     heads.zip(totals).for_each(|(out, total)| total.divide(out));
                     for (i, found) in found.chunks_exact(of_kv_head).enumerate() {
                         out[i * row + head * of_kv_head..][..of_kv_head].copy_from_slice(found);
@@ -174,11 +143,11 @@ impl<'a, F: Fn(usize) -> &'a LayerCache + Sync> Attention<'_, F> {
     }
 
     /// Every piece of a task by itself, at most `pieces` of them, then joined as [`Attention::attend`] does it.
-    fn split(&self, cpu: &Cpu, plan: &mut Plan, pieces: usize, out: &mut [f32]) {
-        let Plan {
+    fn split(&self, cpu: &Cpu, plan: &mut Tasks, pieces: usize, out: &mut [f32]) {
+        let Tasks {
             cuts, ends, sums, ..
         } = plan;
-        let (group, dim) = (self.shape.group(), self.shape.head_dim);
+        let (group, dim) = (self.shape.group(), self.shape.dim);
         let width = group * (dim + 2);
         sums.resize(cuts.len() * pieces * width, 0.0);
         cpu.team().chunks(sums, width, |index, sums| {
@@ -238,8 +207,8 @@ impl<'a, F: Fn(usize) -> &'a LayerCache + Sync> Attention<'_, F> {
         scratch: &mut TaskScratch,
     ) {
         let shape = self.shape;
-        let scale = 1.0 / (shape.head_dim as f32).sqrt();
-        let of_kv_head = shape.group() * shape.head_dim;
+        let scale = 1.0 / (shape.dim as f32).sqrt();
+        let of_kv_head = shape.group() * shape.dim;
         let cache = (self.cache)(cut.segment);
         let TaskScratch {
             queries,
@@ -254,7 +223,7 @@ impl<'a, F: Fn(usize) -> &'a LayerCache + Sync> Attention<'_, F> {
         queries.clear();
         seen.clear();
         for row in cut.rows.clone() {
-            let unscaled = &self.queries[row * shape.width + kv_head * of_kv_head..];
+            let unscaled = &self.queries[row * shape.width() + kv_head * of_kv_head..];
             queries.extend(unscaled[..of_kv_head].iter().map(|q| q * scale));
             seen.extend(repeat_n(cache.seen(self.position(cut, row)), shape.group()));
         }
@@ -282,8 +251,8 @@ impl<'a, F: Fn(usize) -> &'a LayerCache + Sync> Attention<'_, F> {
                 totals: totals_here,
                 out: out_here,
             });
-            let heads = out.chunks_exact_mut(shape.head_dim);
-            let heads = heads.zip(out_here.chunks_exact(shape.head_dim));
+            let heads = out.chunks_exact_mut(shape.dim);
+            let heads = heads.zip(out_here.chunks_exact(shape.dim));
             for ((out, here), (total, total_here)) in
                 heads.zip(totals.iter_mut().zip(&*totals_here))
             {

@@ -3,6 +3,7 @@
 
 use super::Cpu;
 use super::team::{Region, Tile, Tiles};
+use crate::device::Write;
 use crate::error::{Error, ErrorKind, Result};
 use crate::kernels::activations::Activations;
 use crate::kernels::views::Strip;
@@ -27,15 +28,6 @@ const TASKS_PER_THREAD: usize = 8;
 
 /// The fewest vectors of a task that decodes a tile for itself.
 const SMALLEST_BAND: usize = 96;
-
-/// What a product does with what is in the output.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Write {
-    /// Overwrites it.
-    Set,
-    /// Adds to it.
-    Add,
-}
 
 /// Memory for the prepared input of a product, used again from product to product.
 #[derive(Debug, Default)]

@@ -1,15 +1,15 @@
 //! A decoder taken backwards, layer by layer: what its predictions ask of the outputs of every matrix.
 #![forbid(unsafe_code)]
 
-use super::block::{Input, turn_heads};
 use super::config::ModelConfig;
-use super::layers::{Joint, RmsNorm, gated_silu};
+use super::layer_input::LayerInput;
 use super::layerwise::POSITIONS_TOGETHER;
 use super::rope::{Rope, RopeTable};
-use super::weights::{HeadWeights, LayerWeights, WeightSource};
+use super::weights::{HeadWeights, Layer, Linear, Norm, WeightSource};
 use crate::cpu::Cpu;
-use crate::cpu::attention::Shape;
-use crate::cpu::product::{Scratch, Write, multiply};
+use crate::cpu::device::{gated_silu, linear, norm_rows, rotate};
+use crate::cpu::product::{Scratch, multiply};
+use crate::device::Write;
 use crate::error::{Error, ErrorKind, Result};
 use crate::kernels::gemm::{View, product};
 use crate::kernels::scalar::exp;
@@ -19,7 +19,7 @@ use rayon::prelude::*;
 
 mod heads;
 
-use heads::Heads;
+use heads::Attention;
 
 /// Positions whose logits are computed at once.
 const LOGITS_TOGETHER: usize = 256;
@@ -29,7 +29,7 @@ const TASK_ROWS: usize = 64;
 
 /// Sees a matrix product of a layer: which input, its rows `x [n, cols]`, and the gradients `[n, outputs]` of what is made
 /// of them, those of all matrices with this input side by side. An error ends the pass.
-pub type GradientObserver<'a> = &'a mut dyn FnMut(Input, &[f32], &[f32]) -> Result<()>;
+pub type GradientObserver<'a> = &'a mut dyn FnMut(LayerInput, &[f32], &[f32]) -> Result<()>;
 
 /// Gradients of the hidden states of some sequences on their way back through a decoder, the partner of
 /// [`Layerwise`](super::Layerwise).
@@ -88,7 +88,7 @@ impl Head {
         let Self { cpu, weights } = self;
         let HeadWeights { norm, matrix } = weights;
         let mut normed = Vec::new();
-        norm.of(cpu, hidden, &mut normed);
+        norm_rows(cpu, norm, hidden, &mut normed);
         let n = hidden.len() / matrix.cols().max(1);
         out.resize(n * matrix.rows(), 0.0);
         multiply(cpu, [Some(matrix)], &normed, n, Write::Set, scratch, out)
@@ -220,7 +220,7 @@ impl Backward {
     }
 
     /// Takes the gradients back through layer `index`, whose input was `hidden [sequences, len, hidden]`. `observe` sees, for
-    /// some sequences at a time, the four [`Input`]s from the last to the first. Returns the gradients of the gains of its
+    /// some sequences at a time, the four [`Input`](super::Input)s from the last to the first. Returns the gradients of the gains of its
     /// norms. Cost: about three times that of the layer forwards.
     ///
     /// Errors: `Argument` for another number of values; those of loading the layer and of `observe`. The gradients are of
@@ -240,7 +240,7 @@ impl Backward {
             let expected = self.gradients.len();
             return argument(format!("{} values, expected {expected}", hidden.len()));
         }
-        let layer = LayerWeights::load(&self.config, source, index)?;
+        let layer = Layer::load(&self.config, source, index)?;
         let pass = Pass {
             cpu: &self.cpu,
             config: &self.config,
@@ -269,7 +269,7 @@ impl Backward {
 struct Pass<'a> {
     cpu: &'a Cpu,
     config: &'a ModelConfig,
-    layer: &'a LayerWeights,
+    layer: &'a Layer,
     rope: &'a RopeTable,
     len: usize,
     /// Positions that a query sees.
@@ -290,41 +290,49 @@ impl Pass<'_> {
             cpu, config, layer, ..
         } = self;
         let n = x.len() / config.hidden_size;
-        let Shape { width, .. } = Shape::of(config);
+        let heads = config.heads();
+        let width = heads.width();
         let (query, size) = (config.query_size(), config.intermediate_size);
 
         // Forwards.
         let mut normed = Vec::new();
-        layer.input_norm.of(cpu, x, &mut normed);
+        norm_rows(cpu, &layer.input_norm, x, &mut normed);
         let mut qkv = vec![0.0; n * width];
-        layer.qkv.multiply(cpu, &normed, n, scratch, &mut qkv)?;
+        linear(cpu, &layer.qkv, &normed, n, Write::Set, scratch, &mut qkv)?;
         let projected = layer.head_norms.as_ref().map(|_| qkv.clone());
         cpu.team().chunks(&mut qkv, width, |number, row| {
-            turn_heads(
-                cpu.kernels(),
-                config,
-                layer,
+            rotate(
+                cpu,
+                heads,
+                layer.head_norms.as_ref(),
                 self.rope,
                 number % self.len,
                 row,
             );
         });
-        let heads = Heads::new(config, self.len, self.window);
-        let mixed = heads.mix(cpu, &qkv);
+        let attention = Attention::new(heads, self.len, self.window);
+        let mixed = attention.mix(cpu, &qkv);
         let mut middle = x.to_vec();
-        let output = &layer.output;
-        output.multiply(cpu, &mixed, n, Write::Add, scratch, &mut middle)?;
+        let output = std::slice::from_ref(&layer.output);
+        linear(cpu, output, &mixed, n, Write::Add, scratch, &mut middle)?;
         let mut mlp_normed = Vec::new();
-        layer.mlp_norm.of(cpu, &middle, &mut mlp_normed);
+        norm_rows(cpu, &layer.mlp_norm, &middle, &mut mlp_normed);
         let mut gate_up = vec![0.0; n * 2 * size];
-        layer
-            .gate_up
-            .multiply(cpu, &mlp_normed, n, scratch, &mut gate_up)?;
+        let parts = &layer.gate_up;
+        linear(
+            cpu,
+            parts,
+            &mlp_normed,
+            n,
+            Write::Set,
+            scratch,
+            &mut gate_up,
+        )?;
         let mut gated = Vec::new();
         gated_silu(cpu, &gate_up, size, &mut gated);
 
         // Backwards: `gradients` are of the output, then of `middle`, then of `x`.
-        observe(Input::Down, &gated, gradients)?;
+        observe(LayerInput::Down, &gated, gradients)?;
         let hidden = config.hidden_size;
         let of_gated = &mut gated;
         back(
@@ -335,7 +343,7 @@ impl Pass<'_> {
             of_gated,
         );
         gated_silu_back(cpu, &mut gate_up, size, of_gated);
-        observe(Input::FeedForward, &mlp_normed, &gate_up)?;
+        observe(LayerInput::FeedForward, &mlp_normed, &gate_up)?;
         let of_normed = &mut mlp_normed;
         joint_back(cpu, &layer.gate_up, &gate_up, n, of_normed);
         let of_gain = gain_gradients(&layer.mlp_norm, &middle, of_normed);
@@ -343,7 +351,7 @@ impl Pass<'_> {
         norm_back(cpu, &layer.mlp_norm, &middle, of_normed);
         add(gradients, of_normed);
 
-        observe(Input::Output, &mixed, gradients)?;
+        observe(LayerInput::Output, &mixed, gradients)?;
         let mut of_mixed = mixed;
         back(
             cpu,
@@ -352,7 +360,7 @@ impl Pass<'_> {
             false,
             &mut of_mixed,
         );
-        let mut of_qkv = heads.back(cpu, &qkv, &of_mixed);
+        let mut of_qkv = attention.back(cpu, &qkv, &of_mixed);
         cpu.team().chunks(&mut of_qkv, width, |number, row| {
             let head_dim = config.head_dim;
             let (q, kv) = row.split_at_mut(query);
@@ -370,7 +378,7 @@ impl Pass<'_> {
                 }
             }
         });
-        observe(Input::Attention, &normed, &of_qkv)?;
+        observe(LayerInput::Attention, &normed, &of_qkv)?;
         let of_normed = &mut normed;
         joint_back(cpu, &layer.qkv, &of_qkv, n, of_normed);
         let of_gain = gain_gradients(&layer.input_norm, x, of_normed);
@@ -458,16 +466,10 @@ fn back(cpu: &Cpu, gradients: View<'_>, weights: &[f32], add: bool, out: &mut [f
 }
 
 /// [`back`] through matrices with the same input, whose gradients are side by side.
-fn joint_back<const N: usize>(
-    cpu: &Cpu,
-    joint: &Joint<N>,
-    gradients: &[f32],
-    n: usize,
-    out: &mut [f32],
-) {
+fn joint_back(cpu: &Cpu, joint: &[Linear], gradients: &[f32], n: usize, out: &mut [f32]) {
     let width = gradients.len() / n.max(1);
     let mut first = 0;
-    for part in &joint.parts {
+    for part in joint {
         let outputs = part.weight.rows();
         let of_part = View::new(&gradients[first..], n, outputs, width);
         back(cpu, of_part, &part.weight.to_dense(), first > 0, out);
@@ -476,7 +478,7 @@ fn joint_back<const N: usize>(
 }
 
 /// For the inputs `x` of a norm: `gradients` are those of its outputs before and those of `x` afterwards.
-fn norm_back(cpu: &Cpu, norm: &RmsNorm, x: &[f32], gradients: &mut [f32]) {
+fn norm_back(cpu: &Cpu, norm: &Norm, x: &[f32], gradients: &mut [f32]) {
     let len = norm.gain.len().max(1);
     cpu.team().chunks(gradients, len, |row, gradients| {
         norm_back_row(norm, &x[row * len..][..len], gradients);
@@ -484,7 +486,7 @@ fn norm_back(cpu: &Cpu, norm: &RmsNorm, x: &[f32], gradients: &mut [f32]) {
 }
 
 /// Of the gains of a norm, for its inputs `x` and the gradients of its outputs: `sum of dy * x * r`.
-fn gain_gradients(norm: &RmsNorm, x: &[f32], gradients: &[f32]) -> Vec<f32> {
+fn gain_gradients(norm: &Norm, x: &[f32], gradients: &[f32]) -> Vec<f32> {
     let len = norm.gain.len().max(1);
     let mut sums = vec![0.0; len];
     for (x, gradients) in x.chunks_exact(len).zip(gradients.chunks_exact(len)) {
@@ -498,13 +500,13 @@ fn gain_gradients(norm: &RmsNorm, x: &[f32], gradients: &[f32]) -> Vec<f32> {
 }
 
 /// `1 / sqrt(mean(x^2) + eps)`.
-fn one_over_size(norm: &RmsNorm, x: &[f32]) -> f64 {
+fn one_over_size(norm: &Norm, x: &[f32]) -> f64 {
     let squares: f64 = x.iter().map(|&x| f64::from(x).powi(2)).sum();
     1.0 / (squares / x.len() as f64 + f64::from(norm.eps)).sqrt()
 }
 
 /// With `y = gain * x * r`, `r = 1 / sqrt(mean(x^2) + eps)`: `r * gain * dy - x * r^3 * mean(gain * dy * x)`.
-fn norm_back_row(norm: &RmsNorm, x: &[f32], gradients: &mut [f32]) {
+fn norm_back_row(norm: &Norm, x: &[f32], gradients: &mut [f32]) {
     let (len, r) = (x.len() as f64, one_over_size(norm, x));
     let mut along = 0.0;
     for ((g, &gain), &x) in gradients.iter_mut().zip(&norm.gain).zip(x) {

@@ -132,7 +132,8 @@ impl<'a> TokenStream<'a> {
 
     fn advance(&mut self) -> Result<Option<u32>> {
         let started = Instant::now();
-        if self.choices.is_over(self.session) {
+        let (len, context) = (self.session.tokens().len(), self.session.context());
+        if self.choices.is_over(len, context) {
             return Ok(None);
         }
         let pending = self.choices.pending;
@@ -181,10 +182,10 @@ impl Choices {
         }
     }
 
-    /// Whether there is nothing more to choose after what `session` holds and the pending token.
-    pub(super) fn is_over(&mut self, session: &Session) -> bool {
+    /// Returns whether nothing more is to be chosen after `len` tokens and the pending one.
+    pub(super) fn is_over(&mut self, len: usize, context: usize) -> bool {
         if self.finish.is_none() {
-            let is_full = session.tokens().len() >= session.context();
+            let is_full = len >= context;
             self.finish = match self.pending {
                 _ if self.generated >= self.options.max_tokens => Some(FinishReason::MaxTokens),
                 Some(_) if is_full => Some(FinishReason::ContextFull),

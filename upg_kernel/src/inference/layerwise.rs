@@ -1,15 +1,24 @@
 //! A decoder taken layer by layer over texts that are known from the start.
 #![forbid(unsafe_code)]
 
-use super::block::{Block, Observer, Segment, Workspace};
+use super::cache::{BlockPool, BlockTables, CacheLayout, CacheType};
 use super::config::ModelConfig;
-use super::kv_cache::{CacheType, KvCache};
+use super::decoder::{Workspace, compute_layer};
+use super::layer_input::LayerInput;
+use super::pass::{Pass, Segment};
 use super::rope::Rope;
-use super::weights::{LayerWeights, WeightSource};
+use super::weights::{Layer, WeightSource};
 use crate::cpu::Cpu;
-use crate::cpu::attention::Shape;
+use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
 use crate::matrix::Matrix;
+use std::fmt;
+use std::sync::Arc;
+
+/// Sees every input of a layer before the product: which one, its number of rows, and the rows `[n, cols]`.
+///
+/// An error ends the pass.
+pub type Observer<'a> = &'a mut dyn FnMut(LayerInput, usize, &[f32]) -> Result<()>;
 
 /// Positions that are computed at once, unless a sequence is longer.
 pub const POSITIONS_TOGETHER: usize = 2048;
@@ -19,7 +28,6 @@ pub const POSITIONS_TOGETHER: usize = 2048;
 /// One layer is in memory at a time, so that models larger than memory can be looked at: what their matrices are
 /// multiplied with is what a compressor calibrates on. Products are those of a [`Session`](super::Session) with f32
 /// keys and values; with uncompressed weights all arithmetic is f32.
-#[derive(Debug)]
 pub struct Layerwise {
     cpu: Cpu,
     config: ModelConfig,
@@ -28,7 +36,8 @@ pub struct Layerwise {
     len: usize,
     /// `[sequences, len, hidden]`.
     hidden: Vec<f32>,
-    workspace: Workspace,
+    workspace: Workspace<Cpu>,
+    pass: Pass,
 }
 
 impl Layerwise {
@@ -81,6 +90,7 @@ impl Layerwise {
             len,
             hidden,
             workspace: Workspace::default(),
+            pass: Pass::default(),
         })
     }
 
@@ -109,37 +119,61 @@ impl Layerwise {
             let message = format!("layer {index} of {}", self.config.num_layers);
             return Err(Error::new(ErrorKind::Argument, message));
         };
-        let weights = LayerWeights::load(&self.config, source, index)?;
-        // The caches have this layer only.
+        let weights = Layer::load(&self.config, source, index)?;
+        // The cache has this layer only.
         let mut of_layer = self.config.clone();
         of_layer.windows = vec![window];
+        let layout = Arc::new(CacheLayout::new(&of_layer, CacheType::F32));
         let (len, size) = (self.len, self.len * self.config.hidden_size);
         let together = (POSITIONS_TOGETHER / len).max(1);
         let long = self.rope.is_long(len);
+        let Self {
+            cpu,
+            config,
+            rope,
+            workspace,
+            pass,
+            ..
+        } = self;
         for hidden in self.hidden.chunks_mut(together * size) {
             let count = hidden.len() / size;
-            let mut caches = Vec::new();
-            let workspace = &mut self.workspace;
-            workspace.segments.clear();
-            workspace.rope.clear();
-            for sequence in 0..count {
-                let mut cache = KvCache::new(&of_layer, len, len, CacheType::F32);
-                cache.reserve(len)?;
-                caches.push(cache);
-                self.rope.extend(&mut workspace.rope, 0, len, long);
-                workspace.segments.push(Segment {
+            let pool = BlockPool::new(Arc::clone(&layout), None)?;
+            let mut cache = cpu.cache(&layout)?;
+            let mut tables = vec![BlockTables::new(&pool); count];
+            pass.clear();
+            // Only their number matters: the hidden states are there already.
+            pass.tokens.resize(count * len, 0);
+            for (sequence, tables) in tables.iter_mut().enumerate() {
+                tables.reserve(&pool, len, (len, len), pass)?;
+                pass.segments.push(Segment {
                     rows: sequence * len..(sequence + 1) * len,
                     first: 0,
+                    long,
                 });
             }
-            let shape = Shape::of(&self.config);
-            workspace.plan.make(&workspace.segments, shape);
+            cpu.begin(
+                pass,
+                rope,
+                config.heads(),
+                &mut cache,
+                &mut workspace.scratch,
+            )?;
             workspace.x.clear();
             workspace.x.extend_from_slice(hidden);
-            let block = Block::new(&self.config, &weights, 0);
-            block.compute(&self.cpu, &mut caches, workspace, count * len, observe)?;
+            let mlp = config.intermediate_size;
+            let observe = &mut |input, x: &Vec<f32>| observe(input, count * len, x);
+            compute_layer(cpu, &weights, 0, pass, mlp, &mut cache, workspace, observe)?;
             hidden.copy_from_slice(&workspace.x);
         }
         Ok(())
+    }
+}
+
+impl fmt::Debug for Layerwise {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Layerwise")
+            .field("config", &self.config)
+            .field("len", &self.len)
+            .finish_non_exhaustive()
     }
 }

@@ -3,9 +3,10 @@
 
 use super::generate::{Choices, FinishReason, StopStrings, Text};
 use super::tokenizer::DecodeStream;
-use super::{Batch, Sampler, Session, SessionOptions, UPGModel};
+use super::{Context, Logits, Sampler, SessionOptions, UPGModel, context};
 use crate::error::{Error, ErrorKind, Result};
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 /// What to continue, how to choose, and when to end.
 #[derive(Debug)]
@@ -28,7 +29,7 @@ pub struct Request {
 /// it grows past the switch of its frequencies).
 #[derive(Debug)]
 pub struct TextBatch<'a> {
-    batch: Batch,
+    context: Context,
     logits: Vec<f32>,
     active: Vec<Sequence<'a>>,
     waiting: VecDeque<Sequence<'a>>,
@@ -44,7 +45,7 @@ pub struct TextBatch<'a> {
 #[derive(Debug)]
 struct Sequence<'a> {
     number: usize,
-    session: Session,
+    tokens: context::Sequence,
     prompt: Vec<u32>,
     sampler: Sampler,
     choices: Choices,
@@ -63,13 +64,14 @@ impl<'a> TextBatch<'a> {
             let message = "no sequences at once, expected at least 1";
             return Err(Error::new(ErrorKind::Argument, message));
         }
+        let context = Context::new(Arc::clone(model.model()), options)?;
         let finished = vec![None; requests.len()];
         let requests = requests.into_iter().enumerate();
         let waiting = requests
-            .map(|(number, request)| Sequence::new(model, number, request, options))
+            .map(|(number, request)| Sequence::new(model, &context, number, request))
             .collect::<Result<_>>()?;
         Ok(Self {
-            batch: Batch::new(),
+            context,
             logits: Vec::new(),
             active: Vec::new(),
             waiting,
@@ -98,10 +100,11 @@ impl<'a> TextBatch<'a> {
             left -= part.1.len().saturating_sub(1);
             parts.push(part);
         }
-        self.batch.extend(&mut parts, &mut self.logits)?;
+        self.context
+            .extend(&mut parts, Logits::Last, &mut self.logits)?;
         let vocab = self.logits.len() / self.active.len().max(1);
         for (sequence, logits) in self.active.iter_mut().zip(self.logits.chunks_exact(vocab)) {
-            let text = sequence.advance(logits)?;
+            let text = sequence.advance(logits, self.context.max_len())?;
             if !text.is_empty() {
                 self.pieces.push_back((sequence.number, text));
             }
@@ -122,16 +125,15 @@ impl<'a> TextBatch<'a> {
 impl<'a> Sequence<'a> {
     fn new(
         model: &'a UPGModel,
+        context: &Context,
         number: usize,
         request: Request,
-        options: &SessionOptions,
     ) -> Result<Self> {
-        let session = model.session(options)?;
-        session.check(0, &request.prompt)?;
+        context.check(0, &request.prompt)?;
         let stops = StopStrings::new(request.stop_strings)?;
         Ok(Self {
             number,
-            session,
+            tokens: context.sequence(),
             prompt: request.prompt,
             sampler: request.sampler,
             choices: Choices::new(model.generate_options(request.max_tokens)?),
@@ -140,30 +142,30 @@ impl<'a> Sequence<'a> {
     }
 
     /// What to compute next: of the prompt up to `more` tokens beside the one that it has in any case.
-    fn due(&mut self, more: usize) -> (&mut Session, &[u32]) {
+    fn due(&mut self, more: usize) -> context::Part<'_> {
         let tokens = match &self.choices.pending {
             Some(token) => std::slice::from_ref(token),
             None => {
-                let rest = &self.prompt[self.session.tokens().len()..];
+                let rest = &self.prompt[self.tokens.tokens().len()..];
                 &rest[..rest.len().min(1 + more)]
             }
         };
-        (&mut self.session, tokens)
+        (&mut self.tokens, tokens)
     }
 
     /// Takes the logits of what was computed; returns the text that comes of them.
-    fn advance(&mut self, logits: &[f32]) -> Result<String> {
-        if self.session.tokens().len() < self.prompt.len() {
+    fn advance(&mut self, logits: &[f32], context: usize) -> Result<String> {
+        if self.tokens.tokens().len() < self.prompt.len() {
             return Ok(String::new());
         }
         let mut text = String::new();
-        if !self.choices.is_over(&self.session) {
-            let history = self.session.tokens();
+        if !self.choices.is_over(self.tokens.tokens().len(), context) {
+            let history = self.tokens.tokens();
             if let Some(token) = self.choices.choose(&mut self.sampler, logits, history)? {
                 text = self.text.token(token)?;
             }
         }
-        if self.text.finish.is_none() && self.choices.is_over(&self.session) {
+        if self.text.finish.is_none() && self.choices.is_over(self.tokens.tokens().len(), context) {
             text.push_str(&self.text.end(self.choices.finish)?);
         }
         Ok(text)

@@ -2,8 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::config::ModelConfig;
-pub use super::layers::Linear;
-use super::layers::{Joint, RmsNorm};
+use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
 use crate::matrix::Matrix;
 
@@ -39,38 +38,94 @@ pub fn shape_mismatch(name: &str, found: &[usize], expected: &[usize]) -> Error 
     .tensor(name)
 }
 
-/// Every weight of a model.
+/// A matrix `[outputs, inputs]` and, in some families, a bias `[outputs]`.
+#[derive(Debug, Clone)]
+pub(crate) struct Linear<W = Matrix, V = Vec<f32>> {
+    pub(crate) weight: W,
+    pub(crate) bias: Option<V>,
+}
+
+/// A root mean square norm (arXiv 1910.07467) with a gain for each element.
+#[derive(Debug, Clone)]
+pub(crate) struct Norm<V = Vec<f32>> {
+    pub(crate) gain: V,
+    pub(crate) eps: f32,
+}
+
+/// The weights of a model: as the source has them, or as a device holds them.
 #[derive(Debug)]
-pub(crate) struct ModelWeights {
+pub(crate) struct Weights<W = Matrix, V = Vec<f32>> {
     /// `[vocab, hidden]`.
-    pub(crate) embedding: Matrix,
-    pub(crate) layers: Vec<LayerWeights>,
-    pub(crate) norm: RmsNorm,
+    pub(crate) embedding: W,
+    pub(crate) layers: Vec<Layer<W, V>>,
+    pub(crate) norm: Norm<V>,
     /// `[vocab, hidden]`; shares its storage with the embedding if the two are tied.
-    pub(crate) head: Matrix,
+    pub(crate) head: Linear<W, V>,
 }
 
 /// The weights of one decoder layer.
+///
+/// Matrices with the same input stand side by side: either one for each output, or a fused one whose rows are the
+/// outputs one after the other.
 #[derive(Debug)]
-pub(crate) struct LayerWeights {
-    pub(crate) input_norm: RmsNorm,
+pub(crate) struct Layer<W = Matrix, V = Vec<f32>> {
+    pub(crate) input_norm: Norm<V>,
     /// Queries, keys, values.
-    pub(crate) qkv: Joint<3>,
-    /// Norms of each head of q and of k.
-    pub(crate) head_norms: Option<[RmsNorm; 2]>,
-    pub(crate) output: Linear,
-    pub(crate) mlp_norm: RmsNorm,
+    pub(crate) qkv: Vec<Linear<W, V>>,
+    /// Norms of each head of the queries and of the keys.
+    pub(crate) head_norms: Option<[Norm<V>; 2]>,
+    pub(crate) output: Linear<W, V>,
+    pub(crate) mlp_norm: Norm<V>,
     /// Gate, up.
-    pub(crate) gate_up: Joint<2>,
-    pub(crate) down: Linear,
+    pub(crate) gate_up: Vec<Linear<W, V>>,
+    pub(crate) down: Linear<W, V>,
 }
 
-/// What makes logits of hidden states.
+/// The last norm and the output projection.
 #[derive(Debug)]
 pub(crate) struct HeadWeights {
-    pub(crate) norm: RmsNorm,
+    pub(crate) norm: Norm,
     /// `[vocab, hidden]`.
     pub(crate) matrix: Matrix,
+}
+
+impl Linear {
+    fn on<D: Device>(self, device: &D) -> Result<Linear<D::Weight, D::Vector>> {
+        Ok(Linear {
+            weight: device.matrix(self.weight)?,
+            bias: self.bias.map(|bias| device.vector(bias)).transpose()?,
+        })
+    }
+}
+
+impl Norm {
+    fn on<D: Device>(self, device: &D) -> Result<Norm<D::Vector>> {
+        Ok(Norm {
+            gain: device.vector(self.gain)?,
+            eps: self.eps,
+        })
+    }
+}
+
+impl Layer {
+    fn on<D: Device>(self, device: &D) -> Result<Layer<D::Weight, D::Vector>> {
+        let all = |parts: Vec<Linear>| -> Result<Vec<_>> {
+            parts.into_iter().map(|part| part.on(device)).collect()
+        };
+        let head_norms = match self.head_norms {
+            Some([q, k]) => Some([q.on(device)?, k.on(device)?]),
+            None => None,
+        };
+        Ok(Layer {
+            input_norm: self.input_norm.on(device)?,
+            qkv: all(self.qkv)?,
+            head_norms,
+            output: self.output.on(device)?,
+            mlp_norm: self.mlp_norm.on(device)?,
+            gate_up: all(self.gate_up)?,
+            down: self.down.on(device)?,
+        })
+    }
 }
 
 /// A source, checked against its own promises, and the config that says what to ask for.
@@ -79,7 +134,7 @@ struct Loader<'a> {
     config: &'a ModelConfig,
 }
 
-impl ModelWeights {
+impl Weights {
     /// Fetches every weight that `config` asks for.
     ///
     /// Errors: those of the source; `Unsupported` if it has a bias or a norm that the family does
@@ -92,23 +147,37 @@ impl ModelWeights {
         Ok(Self {
             embedding,
             layers: (0..config.num_layers)
-                .map(|index| LayerWeights::load(config, source, index))
+                .map(|index| Layer::load(config, source, index))
                 .collect::<Result<_>>()?,
             norm: head.norm,
-            head: head.matrix,
+            head: Linear {
+                weight: head.matrix,
+                bias: None,
+            },
+        })
+    }
+
+    /// Makes all weights known to a device. Errors: those of the device.
+    pub(crate) fn on<D: Device>(self, device: &D) -> Result<Weights<D::Weight, D::Vector>> {
+        let layers = self.layers.into_iter().map(|layer| layer.on(device));
+        Ok(Weights {
+            embedding: device.matrix(self.embedding)?,
+            layers: layers.collect::<Result<_>>()?,
+            norm: self.norm.on(device)?,
+            head: self.head.on(device)?,
         })
     }
 }
 
 impl HeadWeights {
-    /// Errors: as [`ModelWeights::load`].
+    /// Errors: as [`Weights::load`].
     pub(crate) fn load(config: &ModelConfig, source: &dyn WeightSource) -> Result<Self> {
         Loader { source, config }.head(None)
     }
 }
 
-impl LayerWeights {
-    /// Fetches those of layer `index`. Errors: as [`ModelWeights::load`].
+impl Layer {
+    /// Fetches those of layer `index`. Errors: as [`Weights::load`].
     pub(crate) fn load(
         config: &ModelConfig,
         source: &dyn WeightSource,
@@ -133,7 +202,7 @@ impl Loader<'_> {
         })
     }
 
-    fn layer(&self, prefix: &str) -> Result<LayerWeights> {
+    fn layer(&self, prefix: &str) -> Result<Layer> {
         let config = self.config;
         let (hidden, mlp) = (config.hidden_size, config.intermediate_size);
         let (query, kv) = (config.query_size(), config.kv_size());
@@ -146,7 +215,7 @@ impl Loader<'_> {
             head_norms.iter().try_for_each(|norm| self.refuse(norm))?;
             None
         };
-        Ok(LayerWeights {
+        Ok(Layer {
             input_norm: self.norm(&name("input_layernorm.weight"), hidden)?,
             qkv: self.joint(
                 &name("self_attn"),
@@ -177,18 +246,17 @@ impl Loader<'_> {
         parts: [&str; N],
         outputs: [usize; N],
         bias: bool,
-    ) -> Result<Joint<N>> {
+    ) -> Result<Vec<Linear>> {
         let hidden = self.config.hidden_size;
         let linear = |part, rows| self.linear(&format!("{prefix}.{part}"), rows, hidden, bias);
-        let parts = match self.config.family.fused {
-            true => vec![linear(fused, outputs.iter().sum())?],
+        match self.config.family.fused {
+            true => Ok(vec![linear(fused, outputs.iter().sum())?]),
             false => parts
                 .into_iter()
                 .zip(outputs)
                 .map(|(part, rows)| linear(part, rows))
-                .collect::<Result<_>>()?,
-        };
-        Ok(Joint { parts })
+                .collect(),
+        }
     }
 
     fn linear(&self, name: &str, rows: usize, cols: usize, bias: bool) -> Result<Linear> {
@@ -205,8 +273,8 @@ impl Loader<'_> {
         })
     }
 
-    fn norm(&self, name: &str, len: usize) -> Result<RmsNorm> {
-        Ok(RmsNorm {
+    fn norm(&self, name: &str, len: usize) -> Result<Norm> {
+        Ok(Norm {
             gain: self.vector(name, len)?,
             eps: self.config.rms_norm_eps,
         })

@@ -9,25 +9,37 @@ use super::scalar::exp;
 use half::f16;
 use std::ops::Range;
 
-/// Positions of a block of keys or values.
-pub(crate) const BLOCK: usize = 16;
+pub(crate) use crate::inference::cache::{BLOCK, SCALED};
 
-/// Keys or values of some positions, whole blocks. Keys are `[blocks, head_dim, 16]`, so that 16 scores are
-/// computed side by side; values are `[blocks, 16, head_dim]`.
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum Entries<'a> {
-    F32(&'a [f32]),
-    F16(&'a [f16]),
-    /// Integers, and a scale for each position.
-    Int8(&'a [i8], &'a [f32]),
+/// Blocks of keys and values of 16 positions.
+///
+/// A block has for each head its keys `[dim, 16]`, so that 16 scores are computed side by side, and then its values
+/// `[16, dim]`. Blocks that are not allocated are empty.
+#[derive(Debug)]
+pub(crate) enum Blocks {
+    F32(Vec<Box<[f32]>>),
+    F16(Vec<Box<[f16]>>),
+    Int8(Vec<Int8Block>),
 }
 
-/// What a head remembers.
+/// A block of integers with a scale for each 32 elements of a head.
+#[derive(Debug, Default, Clone)]
+pub(crate) struct Int8Block {
+    pub values: Box<[i8]>,
+    /// For each head those of its keys `[dim / 32, 16]`, then those of its values `[16, dim / 32]`.
+    pub scales: Box<[f32]>,
+}
+
+/// Keys and values of one head of a sequence.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Head<'a> {
-    pub keys: Entries<'a>,
-    pub values: Entries<'a>,
-    pub head_dim: usize,
+    pub blocks: &'a Blocks,
+    /// Numbers of the blocks of the sequence.
+    pub table: &'a [u32],
+    /// Index of the head in each block.
+    pub index: usize,
+    /// Elements of a key or value.
+    pub dim: usize,
 }
 
 /// Some queries of the heads that share one head of keys and values.
@@ -124,7 +136,7 @@ pub(crate) fn attend<L: Lanes, const MOST: usize>(proof: L::Proof, task: Task<'_
         };
         let groups = ((seen.len() - first) / together).min(QUERIES / together);
         let rows = groups * together;
-        let range = first * head.head_dim..(first + rows) * head.head_dim;
+        let range = first * head.dim..(first + rows) * head.dim;
         let (queries, out) = (&queries[range.clone()], &mut out[range]);
         let seen = &seen[first..first + rows];
         let totals = &mut totals[first..first + rows];
@@ -150,7 +162,7 @@ fn attend_rows<L: Lanes, const ROWS: usize>(
     totals: &mut [Total],
     out: &mut [f32],
 ) {
-    let dim = head.head_dim;
+    let dim = head.dim;
     let start = seen.iter().map(|seen| seen.start).min().unwrap_or(0);
     let end = seen.iter().map(|seen| seen.end).max().unwrap_or(0);
     let blocks = start / BLOCK..end.div_ceil(BLOCK);
@@ -179,7 +191,7 @@ fn attend_rows<L: Lanes, const ROWS: usize>(
     scores.resize(seen.len() * width, [0.0; BLOCK]);
 
     for (i, number) in blocks.clone().enumerate() {
-        let keys = widened::<L>(proof, head.keys, number, dim, true, block);
+        let keys = widened::<L>(proof, head, number, true, block);
         let groups = columns.chunks_exact(dim * ROWS);
         for (columns, scores) in groups.zip(scores.chunks_exact_mut(ROWS * width)) {
             let columns = columns.as_chunks::<ROWS>().0;
@@ -203,7 +215,7 @@ fn attend_rows<L: Lanes, const ROWS: usize>(
 
     out.fill(0.0);
     for (i, number) in blocks.enumerate() {
-        let values = widened::<L>(proof, head.values, number, dim, false, block);
+        let values = widened::<L>(proof, head, number, false, block);
         // Positions of the block that no query sees are not looked at.
         let seen = start.saturating_sub(number * BLOCK)..(end - number * BLOCK).min(BLOCK);
         let groups = out.chunks_exact_mut(dim * ROWS);
@@ -298,30 +310,34 @@ fn softmax(scores: &mut [[f32; BLOCK]], seen: Range<usize>) -> Total {
 #[inline(always)]
 fn widened<'a, L: Lanes>(
     proof: L::Proof,
-    entries: Entries<'a>,
-    block: usize,
-    dim: usize,
+    head: Head<'a>,
+    number: usize,
     is_key: bool,
     memory: &'a mut Vec<f32>,
 ) -> &'a [f32] {
+    let (dim, block) = (head.dim, head.table[number] as usize);
     let size = BLOCK * dim;
-    let range = block * size..(block + 1) * size;
+    let part = 2 * head.index + usize::from(!is_key);
+    let range = part * size..(part + 1) * size;
     memory.resize(size, 0.0);
-    match entries {
-        Entries::F32(values) => return &values[range],
-        Entries::F16(values) => {
-            let values = values[range].as_chunks().0;
+    match head.blocks {
+        Blocks::F32(blocks) => return &blocks[block][range],
+        Blocks::F16(blocks) => {
+            let values = blocks[block][range].as_chunks().0;
             for (out, values) in memory.as_chunks_mut().0.iter_mut().zip(values) {
                 L::widen(proof, values).store(out);
             }
         }
-        Entries::Int8(values, scales) => {
-            let scales = &scales[block * BLOCK..(block + 1) * BLOCK];
-            let values = &values[range];
+        Blocks::Int8(blocks) => {
+            let groups = dim.div_ceil(SCALED);
+            let scales = &blocks[block].scales[part * groups * BLOCK..(part + 1) * groups * BLOCK];
+            let values = &blocks[block].values[range];
             match is_key {
                 true => {
                     let rows = memory.as_chunks_mut::<BLOCK>().0.iter_mut();
-                    for (out, values) in rows.zip(values.as_chunks::<BLOCK>().0) {
+                    let rows = rows.zip(values.as_chunks::<BLOCK>().0);
+                    for (d, (out, values)) in rows.enumerate() {
+                        let scales = &scales[d / SCALED * BLOCK..][..BLOCK];
                         for lane in 0..BLOCK {
                             out[lane] = f32::from(values[lane]) * scales[lane];
                         }
@@ -329,9 +345,12 @@ fn widened<'a, L: Lanes>(
                 }
                 false => {
                     let rows = memory.chunks_exact_mut(dim).zip(values.chunks_exact(dim));
-                    for ((out, values), scale) in rows.zip(scales) {
-                        for (out, &value) in out.iter_mut().zip(values) {
-                            *out = f32::from(value) * scale;
+                    for ((out, values), scales) in rows.zip(scales.chunks_exact(groups)) {
+                        let parts = out.chunks_mut(SCALED).zip(values.chunks(SCALED));
+                        for ((out, values), scale) in parts.zip(scales) {
+                            for (out, &value) in out.iter_mut().zip(values) {
+                                *out = f32::from(value) * scale;
+                            }
                         }
                     }
                 }
@@ -394,19 +413,23 @@ mod tests {
                 let keys: Vec<f32> = (0..positions * dim).map(value).collect();
                 let values: Vec<f32> = (0..positions * dim).map(|i| value(i + 5)).collect();
                 // Nothing that is not seen may be looked at.
-                let mut key_blocks = vec![f32::NAN; blocks * BLOCK * dim];
-                let mut value_blocks = key_blocks.clone();
+                let size = BLOCK * dim;
+                let block = vec![f32::NAN; 4 * size].into_boxed_slice();
+                let mut memory = vec![block; blocks];
+                // The second of two heads, in blocks that are not in order.
+                let table: Vec<u32> = (0..blocks as u32).rev().collect();
                 for p in 0..positions {
+                    let block = &mut memory[table[p / BLOCK] as usize];
                     for d in 0..dim {
-                        let block = p / BLOCK * BLOCK * dim;
-                        key_blocks[block + d * BLOCK + p % BLOCK] = keys[p * dim + d];
-                        value_blocks[block + p % BLOCK * dim + d] = values[p * dim + d];
+                        block[2 * size + d * BLOCK + p % BLOCK] = keys[p * dim + d];
+                        block[3 * size + p % BLOCK * dim + d] = values[p * dim + d];
                     }
                 }
                 let head = Head {
-                    keys: Entries::F32(&key_blocks),
-                    values: Entries::F32(&value_blocks),
-                    head_dim: dim,
+                    blocks: &Blocks::F32(memory),
+                    table: &table,
+                    index: 1,
+                    dim,
                 };
                 for n in [1, 2, 3, 4, 5, 8, 13, 17, 37] {
                     let queries: Vec<f32> = (0..n * dim).map(|i| value(i + 77)).collect();

@@ -4,8 +4,9 @@
 use super::figure::{Figure, seconds};
 use super::llama::Llama;
 use crate::cli::MeasureArgs;
+use std::sync::Arc;
 use upg_kernel::format::UpgFile;
-use upg_kernel::inference::{Batch, Session, SessionOptions};
+use upg_kernel::inference::{Context, Logits, Sequence, SessionOptions};
 use upg_kernel::{Error, ErrorKind, OpenOptions, Result, UPGModel};
 
 /// Each has a KV cache of its own.
@@ -66,13 +67,12 @@ pub fn measure<'a>(
     let mut counts: Vec<_> = args.sequences.iter().map(|count| count.get()).collect();
     counts.sort_unstable();
     counts.dedup();
-    let sessions = match answer.is_empty() {
+    let sequences = match answer.is_empty() {
         true => 1,
         false => counts.last().copied().unwrap_or(1),
     };
-    let mut sessions = (0..sessions)
-        .map(|_| model.session(&SessionOptions::default()))
-        .collect::<Result<Vec<_>>>()?;
+    let mut context = Context::new(Arc::clone(model.model()), &SessionOptions::default())?;
+    let mut sequences: Vec<_> = (0..sequences).map(|_| context.sequence()).collect();
 
     let mut ours = Samples::default();
     let mut batches: Vec<_> = counts
@@ -84,17 +84,17 @@ pub fn measure<'a>(
     for round in 0..=args.repetitions.get() {
         let counts = round > 0;
         if !prompt.is_empty() {
-            let rate = prefill(&mut sessions[0], prompt)?;
+            let rate = prefill(&mut context, &mut sequences[0], prompt)?;
             ours.prefill.extend(counts.then_some(rate));
             for (llama, samples) in llamas.iter().zip(&mut theirs).filter(|_| counts) {
                 samples.prefill.push(llama.prefill(prompt.len())?);
             }
         }
         if !answer.is_empty() {
-            let rate = decode(&mut sessions[..1], history, answer)?;
+            let rate = decode(&mut context, &mut sequences[..1], history, answer)?;
             ours.decode.extend(counts.then_some(rate));
             for (count, rates) in &mut batches {
-                let rate = decode(&mut sessions[..*count], history, answer)?;
+                let rate = decode(&mut context, &mut sequences[..*count], history, answer)?;
                 rates.extend(counts.then_some(rate));
             }
             for (llama, samples) in llamas.iter().zip(&mut theirs).filter(|_| counts) {
@@ -135,30 +135,41 @@ impl Samples {
 }
 
 /// Tokens per second of a prompt, from nothing.
-fn prefill(session: &mut Session, prompt: &[u32]) -> Result<f64> {
-    session.truncate(0);
-    let took = seconds(|| session.prefill(prompt).map(drop))?;
+fn prefill(context: &mut Context, sequence: &mut Sequence, prompt: &[u32]) -> Result<f64> {
+    sequence.truncate(0);
+    let mut logits = Vec::new();
+    let parts = &mut [(sequence, prompt)];
+    let took = seconds(|| context.extend(parts, Logits::Last, &mut logits))?;
     Ok(prompt.len() as f64 / took)
 }
 
-/// Tokens per second of all sessions together, which generate `answer` one by one in one batch, each after
-/// `history`, which is not timed.
-fn decode(sessions: &mut [Session], history: &[u32], answer: &[u32]) -> Result<f64> {
-    for session in &mut *sessions {
+/// Returns the tokens per second of all sequences together.
+///
+/// They generate `answer` one by one in the same passes, each after a `history` of its own, which is not timed.
+fn decode(
+    context: &mut Context,
+    sequences: &mut [Sequence],
+    history: &[u32],
+    answer: &[u32],
+) -> Result<f64> {
+    let mut logits = Vec::new();
+    for sequence in &mut *sequences {
         // What is there already are the same ids.
-        session.truncate(history.len());
-        let missing = &history[session.tokens().len()..];
+        sequence.truncate(history.len());
+        let missing = &history[sequence.tokens().len()..];
         if !missing.is_empty() {
-            session.prefill(missing)?;
+            context.extend(&mut [(sequence, missing)], Logits::Last, &mut logits)?;
         }
     }
-    let (mut batch, mut logits) = (Batch::new(), Vec::new());
     let mut steps = answer.chunks(1);
-    let count = answer.len() * sessions.len();
+    let count = answer.len() * sequences.len();
     let took = seconds(|| {
         steps.try_for_each(|id| {
-            let mut parts: Vec<_> = sessions.iter_mut().map(|session| (session, id)).collect();
-            batch.extend(&mut parts, &mut logits)
+            let mut parts: Vec<_> = sequences
+                .iter_mut()
+                .map(|sequence| (sequence, id))
+                .collect();
+            context.extend(&mut parts, Logits::Last, &mut logits)
         })
     })?;
     Ok(count as f64 / took)

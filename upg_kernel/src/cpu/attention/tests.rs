@@ -1,17 +1,21 @@
 use super::*;
-use crate::inference::config::ModelConfig;
-use crate::inference::kv_cache::KvCache;
-use crate::inference::session::CacheType;
+use crate::cpu::cache::CpuCache;
+use crate::cpu::team::Team;
+use crate::inference::cache::{BlockPool, BlockTables, CacheLayout, CacheType, LayerGroup};
+use crate::inference::pass::Pass;
+use std::sync::Arc;
 
 /// Of averages of values up to 1; measured: 3e-7.
 const TOLERANCE: f64 = 3e-6;
 
-const SHAPE: Shape = Shape {
-    num_heads: 4,
-    num_kv_heads: 2,
-    head_dim: 2,
-    width: 16,
+const SHAPE: Heads = Heads {
+    queries: 4,
+    kv: 2,
+    dim: 2,
 };
+
+/// Elements of a row of queries, keys and values.
+const WIDTH: usize = 16;
 
 const WINDOW: usize = 700;
 
@@ -23,24 +27,45 @@ fn row(position: usize) -> [f32; 16] {
     std::array::from_fn(|i| ((position * 16 + i) * 7919 % 1009) as f32 / 504.5 - 1.0)
 }
 
-/// With so many positions; the second of two layers has a window.
-fn cache(positions: usize) -> KvCache {
-    let json = r#"{"model_type": "llama", "vocab_size": 9, "hidden_size": 8,
-        "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 4096}"#;
-    let mut config = ModelConfig::from_json(json, None).unwrap();
-    config.windows[1] = Some(WINDOW);
-    let mut cache = KvCache::new(&config, 4096, 100, CacheType::F32);
-    let positions: Vec<_> = (0..positions).collect();
-    // A window keeps what those see that come together.
-    let (before, last) = positions.split_at(positions.len() - MOST);
-    for positions in before.chunks(100).chain([last]) {
-        let rows: Vec<f32> = positions.iter().flat_map(|&p| row(p)).collect();
-        cache.reserve(positions.len()).unwrap();
-        (0..2).for_each(|layer| cache.append(layer, &rows, SHAPE.width));
-        cache.commit(positions.len());
+/// Sequences of so many positions in one cache, and the pass over the last of them; the second of two layers has a
+/// window.
+fn caches(lens: &[usize]) -> (CpuCache, Pass) {
+    let layout = Arc::new(CacheLayout {
+        cache_type: CacheType::F32,
+        kv_heads: SHAPE.kv,
+        head_dim: SHAPE.dim,
+        groups: [None, Some(WINDOW)]
+            .map(|window| LayerGroup { window, layers: 1 })
+            .into(),
+        layers: vec![(0, 0), (1, 0)],
+    });
+    let pool = BlockPool::new(Arc::clone(&layout), None).unwrap();
+    let (mut cache, team) = (CpuCache::new(&layout), Team::new(2));
+    let mut tables = vec![BlockTables::new(&pool); lens.len()];
+    let (mut pass, mut last) = (Pass::default(), Pass::default());
+    let limits = (4096, 100);
+    for (&len, tables) in lens.iter().zip(&mut tables) {
+        let positions: Vec<_> = (0..len).collect();
+        // A window keeps what those see that come together.
+        let (before, end) = positions.split_at(len - MOST);
+        for positions in before.chunks(100).chain([end]) {
+            pass.clear();
+            tables
+                .reserve(&pool, positions.len(), limits, &mut pass)
+                .unwrap();
+            pass.segments.push(Segment {
+                rows: 0..positions.len(),
+                first: positions[0],
+                long: false,
+            });
+            cache.begin(&pass).unwrap();
+            let rows: Vec<f32> = positions.iter().flat_map(|&p| row(p)).collect();
+            (0..2).for_each(|layer| cache.append(&team, layer, &rows, WIDTH));
+            tables.commit(positions.len());
+        }
+        tables.reserve(&pool, 0, limits, &mut last).unwrap();
     }
-    cache
+    (cache, last)
 }
 
 /// Of query head `head` at a position, in f64.
@@ -68,27 +93,34 @@ fn pieces_and_tasks_do_not_change_a_result() {
         2 * PIECE + 7,
         PIECE + 30,
     ];
-    let caches = lens.map(cache);
+    let (cache, last) = caches(&lens);
     for layer in 0..2 {
         let run = |cpu: &Cpu, n: usize, split: bool| {
             let segment = |i: usize| Segment {
                 rows: i * n..(i + 1) * n,
                 first: lens[i] - n,
+                long: false,
             };
             let segments = [0, 1, 2, 3, 4, 5].map(segment);
+            let pass = Pass {
+                segments: segments.to_vec(),
+                views: last.views.clone(),
+                tables: last.tables.clone(),
+                ..Pass::default()
+            };
             let positions = lens.iter().flat_map(|&len| len - n..len);
             let queries: Vec<f32> = positions.flat_map(row).collect();
             let attention = Attention {
-                cache: |i: usize| caches[i].layer(layer),
+                cache: |i: usize| cache.view(&pass, i, layer),
                 segments: &segments,
                 queries: &queries,
                 shape: SHAPE,
             };
-            let mut plan = Plan::default();
+            let mut plan = Tasks::default();
             plan.make(&segments, SHAPE);
             // What is left from before must not matter.
             plan.sums = vec![f32::NAN; 1000];
-            let mut out = vec![f32::NAN; lens.len() * n * SHAPE.row()];
+            let mut out = vec![f32::NAN; lens.len() * n * SHAPE.query_size()];
             match split {
                 true => attention.split(cpu, &mut plan, 3, &mut out),
                 false => attention.whole(cpu, &plan, &mut out),
@@ -104,15 +136,15 @@ fn pieces_and_tasks_do_not_change_a_result() {
                         continue;
                     }
                     let few = run(cpu, n, split);
-                    for (i, few) in few.chunks_exact(n * SHAPE.row()).enumerate() {
-                        let end = (i + 1) * MOST * SHAPE.row();
+                    for (i, few) in few.chunks_exact(n * SHAPE.query_size()).enumerate() {
+                        let end = (i + 1) * MOST * SHAPE.query_size();
                         let name = kernels.name();
                         assert_eq!(few, &many[end - few.len()..end], "{name} {n} {split}");
                     }
                 }
             }
-            for (i, out) in many.chunks_exact(MOST * SHAPE.row()).enumerate() {
-                for (row, out) in out.chunks_exact(SHAPE.row()).enumerate() {
+            for (i, out) in many.chunks_exact(MOST * SHAPE.query_size()).enumerate() {
+                for (row, out) in out.chunks_exact(SHAPE.query_size()).enumerate() {
                     let position = lens[i] - MOST + row;
                     let first = (position + 1).saturating_sub([4096, WINDOW][layer]);
                     for (head, found) in out.chunks_exact(2).enumerate() {

@@ -2,36 +2,31 @@
 #![forbid(unsafe_code)]
 
 use crate::cpu::Cpu;
-use crate::cpu::attention::Shape;
-use crate::inference::config::ModelConfig;
+use crate::device::Heads;
 use crate::kernels::gemm::{View, product};
 use crate::kernels::scalar::exp;
 
 /// The heads of some sequences of `len` positions each. A task is one key/value head of one sequence, with the query heads
 /// that share it; its memory is `8 * len * len` bytes.
-pub(super) struct Heads {
-    shape: Shape,
+pub(super) struct Attention {
+    shape: Heads,
     len: usize,
     /// Positions that a query sees, its own included.
     window: usize,
 }
 
-impl Heads {
-    pub(super) fn new(config: &ModelConfig, len: usize, window: usize) -> Self {
-        Self {
-            shape: Shape::of(config),
-            len,
-            window,
-        }
+impl Attention {
+    pub(super) fn new(shape: Heads, len: usize, window: usize) -> Self {
+        Self { shape, len, window }
     }
 
     /// What attention makes of `qkv [n, width]`, which are turned already: `[n, query size]`.
     pub(super) fn mix(&self, cpu: &Cpu, qkv: &[f32]) -> Vec<f32> {
-        let Shape { head_dim, .. } = self.shape;
+        let head_dim = self.shape.dim;
         let (group, size) = (self.shape.group(), self.len * head_dim);
-        let row = self.shape.row();
+        let row = self.shape.query_size();
         // Of each task the heads one after the other, `[len, head_dim]` each.
-        let mut by_head = vec![0.0; qkv.len() / self.shape.width * row];
+        let mut by_head = vec![0.0; qkv.len() / self.shape.width() * row];
         cpu.team().chunks(&mut by_head, group * size, |task, out| {
             let of_task = self.task(qkv, task);
             let mut probabilities = vec![0.0; self.len * self.len];
@@ -45,7 +40,7 @@ impl Heads {
         cpu.team().chunks(&mut mixed, row, |number, row| {
             let (sequence, position) = (number / self.len, number % self.len);
             for (head, out) in row.chunks_exact_mut(head_dim).enumerate() {
-                let head = sequence * self.shape.num_heads + head;
+                let head = sequence * self.shape.queries + head;
                 let from = head * size + position * head_dim;
                 out.copy_from_slice(&by_head[from..from + head_dim]);
             }
@@ -53,16 +48,15 @@ impl Heads {
         mixed
     }
 
-    /// The gradients of `qkv` for those of what [`Heads::mix`] makes of them.
+    /// The gradients of `qkv` for those of what [`Attention::mix`] makes of them.
     pub(super) fn back(&self, cpu: &Cpu, qkv: &[f32], of_mixed: &[f32]) -> Vec<f32> {
-        let Shape {
-            head_dim,
-            num_heads,
-            num_kv_heads,
-            width,
-            ..
+        let Heads {
+            queries: num_heads,
+            kv: num_kv_heads,
+            dim: head_dim,
         } = self.shape;
-        let (len, row) = (self.len, self.shape.row());
+        let width = self.shape.width();
+        let (len, row) = (self.len, self.shape.query_size());
         let (group, size) = (self.shape.group(), len * head_dim);
         // Of each task its query heads one after the other, its keys, its values.
         let mut by_head = vec![0.0; qkv.len()];
@@ -119,12 +113,12 @@ impl Heads {
 
     /// What scores are multiplied by.
     fn scale(&self) -> f32 {
-        1.0 / (self.shape.head_dim as f32).sqrt()
+        1.0 / (self.shape.dim as f32).sqrt()
     }
 
     fn task<'a>(&'a self, qkv: &'a [f32], task: usize) -> Task<'a> {
-        let kv_heads = self.shape.num_kv_heads;
-        let size = self.len * self.shape.width;
+        let kv_heads = self.shape.kv;
+        let size = self.len * self.shape.width();
         Task {
             heads: self,
             qkv: &qkv[task / kv_heads * size..][..size],
@@ -135,7 +129,7 @@ impl Heads {
 
 /// One key/value head of one sequence.
 struct Task<'a> {
-    heads: &'a Heads,
+    heads: &'a Attention,
     /// `[len, width]`.
     qkv: &'a [f32],
     kv_head: usize,
@@ -145,13 +139,8 @@ impl<'a> Task<'a> {
     /// The part of the rows that is number `part` of the heads of queries, keys and values.
     fn part(&self, part: usize) -> View<'a> {
         let shape = &self.heads.shape;
-        let from = part * shape.head_dim;
-        View::new(
-            &self.qkv[from..],
-            self.heads.len,
-            shape.head_dim,
-            shape.width,
-        )
+        let from = part * shape.dim;
+        View::new(&self.qkv[from..], self.heads.len, shape.dim, shape.width())
     }
 
     fn queries(&self, head: usize) -> View<'a> {
@@ -159,12 +148,12 @@ impl<'a> Task<'a> {
     }
 
     fn keys(&self) -> View<'a> {
-        self.part(self.heads.shape.num_heads + self.kv_head)
+        self.part(self.heads.shape.queries + self.kv_head)
     }
 
     fn values(&self) -> View<'a> {
         let shape = &self.heads.shape;
-        self.part(shape.num_heads + shape.num_kv_heads + self.kv_head)
+        self.part(shape.queries + shape.kv + self.kv_head)
     }
 
     /// How much each query of a head sees of each position, `[len, len]`.

@@ -92,6 +92,7 @@ fn run(cli: cli::Cli) -> Result<()> {
     if cli.version {
         return print_version(cli.verbose);
     }
+    signals::report_size_limit()?;
     // A wrong name of kernels is told now, not after a model was loaded.
     Kernels::from_env()?;
     threads::start(cli.threads, cli.command.as_ref().is_some_and(runs_a_model))?;

@@ -43,6 +43,13 @@ pub fn exit_code() -> u8 {
     u8::try_from(SHELL_BASE + signal).unwrap_or(u8::MAX)
 }
 
+/// Makes a write beyond the file size limit of the process an error in place of a signal that ends it without a word.
+pub fn report_size_limit() -> Result<()> {
+    system::report_size_limit().map_err(|e| {
+        Error::new(ErrorKind::Io, format!("cannot listen for signals: {e}")).with_source(e)
+    })
+}
+
 /// Lowers `flag` after it has ended an answer of a chat, so that Ctrl-C does not end the next one too.
 pub fn start_again(flag: &AtomicBool) {
     flag.store(false, Ordering::SeqCst);
@@ -76,7 +83,7 @@ mod system {
     use super::{LAST, SHELL_BASE, SIGINT, WAITS};
     use crate::bus_error::is_ignored;
     use nix::sys::termios::{SetArg, Termios, tcgetattr, tcsetattr};
-    use signal_hook::consts::{SIGHUP, SIGTERM};
+    use signal_hook::consts::{SIGHUP, SIGTERM, SIGXFSZ};
     use signal_hook::iterator::Signals;
     use std::io::{IsTerminal, Write};
     use std::sync::atomic::{AtomicBool, Ordering};
@@ -127,6 +134,11 @@ mod system {
         Ok(())
     }
 
+    pub fn report_size_limit() -> std::io::Result<()> {
+        // Nobody looks at the flag: that there is a handler lets the write return.
+        signal_hook::flag::register(SIGXFSZ, Arc::default()).map(drop)
+    }
+
     pub fn keep_terminal_mode() {
         let mode = tcgetattr(std::io::stdin()).ok();
         *MODE.lock().unwrap_or_else(|e| e.into_inner()) = mode;
@@ -155,6 +167,11 @@ mod system {
         // In this order: the first signal finds the flag down.
         flag::register_conditional_shutdown(SIGINT, SHELL_BASE + SIGINT, Arc::clone(raised))?;
         flag::register(SIGINT, Arc::clone(raised))?;
+        Ok(())
+    }
+
+    /// There is no such signal.
+    pub fn report_size_limit() -> std::io::Result<()> {
         Ok(())
     }
 

@@ -210,8 +210,10 @@ fn sync_folder(folder: Option<File>) -> io::Result<()> {
     }
 }
 
-/// Opens the file at `path` for reading and writing, and makes it if need be: not through a link, and nothing but a
-/// regular file. Errors: those of the system.
+/// Opens the file at `path` for reading and writing, and makes it if need be.
+///
+/// Errors: those of the system; the path is a link, something other than a regular file, or a file with another name, which
+/// would change too.
 pub fn open_regular_file(path: &Path) -> io::Result<File> {
     open_regular(path, NEW_FILE)
 }
@@ -220,12 +222,30 @@ fn open_regular(path: &Path, mode: u32) -> io::Result<File> {
     let mut options = files::options(true);
     options.read(true).write(true).create(true).truncate(false);
     match with_mode(&mut options, mode).open(path) {
-        Ok(file) => files::check_regular(&file.metadata()?).map(|()| file),
+        Ok(file) => {
+            let metadata = file.metadata()?;
+            files::check_regular(&metadata)?;
+            match has_other_names(&metadata) {
+                true => Err(io::Error::other("the file has another name (a hard link)")),
+                false => Ok(file),
+            }
+        }
         // The system has a code for each kind of thing that it does not open.
         Err(e) => Err(match std::fs::symlink_metadata(path) {
             Ok(found) if !found.is_file() => files::irregular(),
             _ => e,
         }),
+    }
+}
+
+/// Returns whether a file has more than one name; `false` where the system does not say.
+fn has_other_names(metadata: &Metadata) -> bool {
+    #[cfg(unix)]
+    return std::os::unix::fs::MetadataExt::nlink(metadata) > 1;
+    #[cfg(not(unix))]
+    {
+        let _ = metadata;
+        false
     }
 }
 

@@ -15,7 +15,7 @@ use upg_kernel::Cpu;
 use upg_kernel::UPGModel;
 use upg_kernel::format::Encoding;
 use upg_kernel::inference::{
-    CacheType, FinishReason, GenerateOptions, Request, Sampler, SamplingOptions, SessionOptions,
+    CacheType, Event, FinishReason, GenerateOptions, Request, Scheduler, Sampler, SamplingOptions, SessionOptions,
     TokenStream,
 };
 
@@ -184,12 +184,22 @@ fn several_prompts_at_once_get_what_each_gets_alone(model: &UPGModel) {
         prefill_chunk: 24,
         ..SessionOptions::default()
     };
-    let mut stream = model.stream_batch(requests(), 3, &options).unwrap();
-    let mut texts = vec![String::new(); 6];
-    for piece in stream.by_ref() {
-        let (number, text) = piece.unwrap();
-        assert!(!text.is_empty());
-        texts[number].push_str(&text);
+    let mut scheduler = Scheduler::new(model, 3, &options).unwrap();
+    let submit = |request| scheduler.submit(request).unwrap();
+    let ids: Vec<_> = requests().into_iter().map(submit).collect();
+    let (mut texts, mut ends) = (vec![String::new(); 6], [None; 6]);
+    while !scheduler.is_idle() {
+        for (id, event) in scheduler.step() {
+            let number = ids.iter().position(|&found| found == id).unwrap();
+            match event {
+                Event::Text(text) => {
+                    assert!(!text.is_empty());
+                    texts[number].push_str(&text);
+                }
+                Event::Finished(reason) => ends[number] = Some(reason),
+                other => panic!("{other:?}"),
+            }
+        }
     }
     for (number, mut request) in requests().into_iter().enumerate() {
         let mut session = model.session(&options).unwrap();
@@ -205,10 +215,9 @@ fn several_prompts_at_once_get_what_each_gets_alone(model: &UPGModel) {
             .unwrap();
         let text: String = alone.by_ref().map(Result::unwrap).collect();
         assert_eq!(texts[number], text, "request {number}");
-        assert_eq!(stream.finish_reason(number), alone.finish_reason());
+        assert_eq!(ends[number], alone.finish_reason());
     }
-    assert_eq!(stream.finish_reason(2), Some(FinishReason::StopString(0)));
-    assert!(model.stream_batch(requests(), 0, &options).is_err());
+    assert_eq!(ends[2], Some(FinishReason::StopString(0)));
     let texts = model
         .generate_batch(&["The capital of France is"], 8)
         .unwrap();

@@ -2,7 +2,7 @@
 //!
 //! `config.json` -> [`ModelConfig`]; with a [`WeightSource`] -> [`Model`] (shared, read-only);
 //! with a KV cache -> [`Session`]; with a [`Sampler`] -> [`TokenStream`] -> [`TextStream`].
-//! A [`Context`] computes several [`Sequence`]s at once.
+//! A [`Context`] computes several [`Sequence`]s at once, a [`Scheduler`] continues many prompts.
 //! [`UPGModel`] has all of it from one file.
 #![forbid(unsafe_code)]
 
@@ -20,8 +20,8 @@ pub mod model;
 pub(crate) mod pass;
 pub mod rope;
 pub mod sampler;
+mod scheduler;
 pub mod session;
-mod text_batch;
 pub mod tokenizer;
 mod upg_model;
 pub mod weights;
@@ -36,7 +36,7 @@ pub use layer_input::LayerInput as Input;
 pub use layerwise::{Layerwise, Observer, POSITIONS_TOGETHER};
 pub use model::Model;
 pub use sampler::{Sampler, SamplingOptions};
+pub use scheduler::{Event, Request, RequestId, Scheduler};
 pub use session::Session;
-pub use text_batch::{Request, TextBatch};
 pub use upg_model::UPGModel;
 pub use weights::WeightSource;

@@ -15,7 +15,7 @@
 //!
 //! [`UPGModel::generate`] is greedy and keeps nothing. For sampling, streaming and conversations make a
 //! [`inference::Session`] and a [`inference::Sampler`] and pass both to [`UPGModel::stream`]. Several prompts at once are
-//! faster together: [`UPGModel::generate_batch`], [`UPGModel::stream_batch`], and for servers [`inference::Context`].
+//! faster together: [`UPGModel::generate_batch`], and for servers [`inference::Scheduler`].
 //!
 //! # Decompress or multiply single matrices
 //!

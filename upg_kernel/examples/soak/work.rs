@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use upg_kernel::inference::chat_template::{ChatTemplate, Message};
 use upg_kernel::inference::{
-    Context, GenerateOptions, Logits, Request, Sampler, SamplingOptions, Sequence, Session,
+    Context, Event, GenerateOptions, Logits, Request, Sampler, SamplingOptions, Scheduler, Sequence, Session,
     SessionOptions, TokenStream,
 };
 use upg_kernel::{Error, ErrorKind, Result, UPGModel};
@@ -240,20 +240,27 @@ impl Worker {
         if !self.has_tokenizer() {
             return self.batch();
         }
-        let mut requests = Vec::new();
+        let mut scheduler = Scheduler::new(&self.model, 3, &SessionOptions::default())?;
         for _ in 0..3 + self.below(3) {
-            requests.push(Request {
+            let request = Request {
                 prompt: self.tokens(MOST_PROMPT / 2),
                 sampler: self.sampler()?,
                 max_tokens: 1 + self.below(MOST_TOKENS) as usize,
                 stop_strings: vec!["the".to_owned()],
-            });
+            };
+            scheduler.submit(request)?;
         }
-        let most = [4, usize::MAX][self.below(2) as usize];
-        let texts = self
-            .model
-            .stream_batch(requests, 3, &SessionOptions::default())?;
-        texts.take(most).try_for_each(|piece| piece.map(drop))
+        let mut most = [4, usize::MAX][self.below(2) as usize];
+        while !scheduler.is_idle() && most > 0 {
+            for (id, event) in scheduler.step() {
+                match event {
+                    Event::Failed(error) => return Err(error),
+                    Event::Text(_) if self.below(20) == 0 => drop(scheduler.cancel(id)),
+                    _ => most = most.saturating_sub(1),
+                }
+            }
+        }
+        Ok(())
     }
 
     /// The template of the model, a plain one, and one that ends by its budget only.

@@ -199,7 +199,13 @@ impl Context {
     ///
     /// Errors (`TooLarge`): more than fit into a number of this machine.
     pub fn sequence_bytes(&self) -> Result<usize> {
-        self.pool.layout().sequence_bytes(self.len, self.chunk)
+        self.bytes_of(self.len)
+    }
+
+    /// Returns the most bytes that the cache of a sequence of so many positions takes. Errors: as
+    /// [`Context::sequence_bytes`].
+    pub(super) fn bytes_of(&self, positions: usize) -> Result<usize> {
+        self.pool.layout().sequence_bytes(positions, self.chunk)
     }
 
     /// Appends to each sequence its tokens; `logits` becomes those that are wanted, `[n, vocab]`.

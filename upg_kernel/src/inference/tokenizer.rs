@@ -149,7 +149,7 @@ impl Tokenizer {
     }
 
     /// A decoder for ids that come one by one.
-    pub fn decode_stream(&self, skip_special: bool) -> DecodeStream<'_> {
+    pub fn decode_stream(&self, skip_special: bool) -> DecodeStream<&Self> {
         DecodeStream::new(self, skip_special)
     }
 

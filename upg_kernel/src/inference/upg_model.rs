@@ -3,7 +3,7 @@
 
 use super::chat_template::{ChatTemplate, Date};
 use super::generate::{GenerateOptions, PieceDecoder, StopStrings, TextStream, TokenStream};
-use super::text_batch::{Request, TextBatch};
+use super::scheduler::{Event, Request, Scheduler};
 use super::tokenizer::{DecodeStream, SpecialIds, Tokenizer};
 use super::weights::{WeightSource, shape_mismatch};
 use super::{Model, ModelConfig, Sampler, SamplingOptions, Session, SessionOptions};
@@ -13,17 +13,20 @@ use crate::mapped::OpenOptions;
 use crate::matrix::Matrix;
 use crate::v1;
 use candle_core::{Device, Tensor};
+use std::borrow::Borrow;
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
 /// Sequences of [`UPGModel::generate_batch`] in a forward pass.
 const AT_ONCE: usize = 16;
 
-/// A model that is ready to generate; shared by any number of [`Session`]s.
+/// A model that is ready to generate; shared by any number of [`Session`]s. A clone shares everything.
+#[derive(Clone)]
 pub struct UPGModel {
     file: Arc<UpgFile>,
     model: Arc<Model>,
-    tokenizer: Option<Tokenizer>,
+    tokenizer: Option<Arc<Tokenizer>>,
 }
 
 impl UPGModel {
@@ -74,7 +77,7 @@ impl UPGModel {
             .tokenizer_text()?
             .map(|json| {
                 let tokenizer_config = file.metadata("tokenizer_config.json");
-                Tokenizer::from_json(json.as_bytes(), tokenizer_config, special)
+                Tokenizer::from_json(json.as_bytes(), tokenizer_config, special).map(Arc::new)
             })
             .transpose()?;
         let model = Arc::new(Model::load(config, &*file)?);
@@ -97,11 +100,19 @@ impl UPGModel {
 
     /// The tokenizer. Errors (`Missing`): the file has none.
     pub fn tokenizer(&self) -> Result<&Tokenizer> {
-        self.tokenizer.as_ref().ok_or_else(|| {
-            Error::new(ErrorKind::Missing, "no tokenizer in the file")
-                .at(self.file.path())
-                .hint("pass token ids instead of text, or compress a directory with tokenizer.json")
-        })
+        self.tokenizer.as_deref().ok_or_else(|| self.no_tokenizer())
+    }
+
+    /// Returns the tokenizer, to be kept. Errors: as [`UPGModel::tokenizer`].
+    pub(super) fn shared_tokenizer(&self) -> Result<Arc<Tokenizer>> {
+        let tokenizer = self.tokenizer.clone();
+        tokenizer.ok_or_else(|| self.no_tokenizer())
+    }
+
+    fn no_tokenizer(&self) -> Error {
+        Error::new(ErrorKind::Missing, "no tokenizer in the file")
+            .at(self.file.path())
+            .hint("pass token ids instead of text, or compress a directory with tokenizer.json")
     }
 
     /// The chat template of the model; if it asks for the date, it is told today's (UTC). Errors: `Missing` if it has none, and those of
@@ -169,7 +180,7 @@ impl UPGModel {
         prompt: &[u32],
         max_tokens: usize,
         stop_strings: Vec<String>,
-    ) -> Result<TextStream<'a, DecodeStream<'a>>> {
+    ) -> Result<TextStream<'a, DecodeStream<&'a Tokenizer>>> {
         let tokenizer = self.tokenizer()?;
         let options = self.generate_options(max_tokens)?;
         let stops = StopStrings::new(stop_strings)?;
@@ -191,7 +202,7 @@ impl UPGModel {
 
     /// [`UPGModel::generate`] for several prompts, 16 of them at once; the texts in the order of the prompts.
     ///
-    /// Errors: those of [`UPGModel::stream_batch`].
+    /// Errors: the first of those of [`Scheduler::submit`] and of the requests.
     ///
     /// ```no_run
     /// # fn main() -> upg_kernel::Result<()> {
@@ -214,49 +225,23 @@ impl UPGModel {
             })
         };
         let requests = prompts.iter().map(request).collect::<Result<Vec<_>>>()?;
-        let mut texts = vec![String::new(); prompts.len()];
-        for piece in self.stream_batch(requests, AT_ONCE, &SessionOptions::default())? {
-            let (request, text) = piece?;
-            texts[request].push_str(&text);
+        let mut scheduler = Scheduler::new(self, AT_ONCE, &SessionOptions::default())?;
+        let mut texts = HashMap::new();
+        let mut ids = Vec::new();
+        for request in requests {
+            ids.push(scheduler.submit(request)?);
         }
-        Ok(texts)
-    }
-
-    /// Continues several prompts, up to `at_once` of them in one forward pass; whatever ends makes room for the next.
-    /// Text piece by piece, each with the number of its request.
-    ///
-    /// Each gets its own session with these options and ends by itself. Errors: `Missing` tokenizer, `Argument` (an
-    /// empty or too long prompt, an empty stop string, an `at_once` of 0), those of [`Session::new`] and of the items.
-    ///
-    /// ```no_run
-    /// # fn main() -> upg_kernel::Result<()> {
-    /// use upg_kernel::UPGModel;
-    /// use upg_kernel::inference::{Request, Sampler, SamplingOptions, SessionOptions};
-    ///
-    /// let model = UPGModel::from_file("smollm2-q4.safetensors")?;
-    /// let request = |prompt: &str, temperature| -> upg_kernel::Result<Request> {
-    ///     Ok(Request {
-    ///         prompt: model.tokenizer()?.encode(prompt, true)?,
-    ///         sampler: Sampler::new(SamplingOptions { temperature, ..SamplingOptions::default() })?,
-    ///         max_tokens: 20,
-    ///         stop_strings: vec!["\n".into()],
-    ///     })
-    /// };
-    /// let requests = vec![request("Once upon a time", 0.8)?, request("1, 2, 3,", 0.0)?];
-    /// for piece in model.stream_batch(requests, 8, &SessionOptions::default())? {
-    ///     let (number, text) = piece?;
-    ///     println!("{number}: {text}");
-    /// }
-    /// # Ok(())
-    /// # }
-    /// ```
-    pub fn stream_batch(
-        &self,
-        requests: Vec<Request>,
-        at_once: usize,
-        options: &SessionOptions,
-    ) -> Result<TextBatch<'_>> {
-        TextBatch::new(self, requests, at_once, options)
+        while !scheduler.is_idle() {
+            for (id, event) in scheduler.step() {
+                match event {
+                    Event::Text(text) => texts.entry(id).or_insert_with(String::new).push_str(&text),
+                    Event::Finished(_) => {}
+                    Event::Failed(error) => return Err(error),
+                }
+            }
+        }
+        let text_of = |id| texts.remove(id).unwrap_or_default();
+        Ok(ids.iter().map(text_of).collect())
     }
 }
 
@@ -266,7 +251,7 @@ impl std::fmt::Debug for UPGModel {
     }
 }
 
-impl PieceDecoder for DecodeStream<'_> {
+impl<T: Borrow<Tokenizer>> PieceDecoder for DecodeStream<T> {
     fn piece(&mut self, id: u32) -> Result<String> {
         self.push(id)
     }

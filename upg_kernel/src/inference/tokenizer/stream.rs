@@ -3,6 +3,7 @@
 
 use super::Tokenizer;
 use crate::Result;
+use std::borrow::Borrow;
 
 /// Ids that may wait for their successors. Real text needs four at most (one character in bytes);
 /// a model that writes nothing but broken bytes must not make every step longer than the last.
@@ -17,9 +18,11 @@ const MAX_PENDING: usize = 256;
 /// What an id decodes to depends on its neighbours: a space is stripped at the start of a text
 /// only, and bytes join to characters. So each step decodes the ids whose text was returned last
 /// together with the new ones, and returns what the new ones add.
+///
+/// `T` is the tokenizer: a reference, or an [`Arc`](std::sync::Arc) for a stream that is kept.
 #[derive(Debug)]
-pub struct DecodeStream<'a> {
-    tokenizer: &'a Tokenizer,
+pub struct DecodeStream<T> {
+    tokenizer: T,
     skip_special: bool,
     /// Ids before `pending` that decode to some text, all of it returned already.
     prefix: Vec<u32>,
@@ -29,8 +32,9 @@ pub struct DecodeStream<'a> {
     pending: Vec<u32>,
 }
 
-impl<'a> DecodeStream<'a> {
-    pub(super) fn new(tokenizer: &'a Tokenizer, skip_special: bool) -> Self {
+impl<T: Borrow<Tokenizer>> DecodeStream<T> {
+    /// Makes a stream at the start of a text; `skip_special` leaves the special tokens out.
+    pub fn new(tokenizer: T, skip_special: bool) -> Self {
         Self {
             tokenizer,
             skip_special,
@@ -46,15 +50,14 @@ impl<'a> DecodeStream<'a> {
     /// As [`Tokenizer::decode`].
     pub fn push(&mut self, id: u32) -> Result<String> {
         // Such ids decode to nothing, and must not stand as the context of others.
-        if self.skip_special && self.tokenizer.is_special(id)
-            || self.tokenizer.id_to_token(id).is_none()
-        {
+        let tokenizer = self.tokenizer.borrow();
+        if self.skip_special && tokenizer.is_special(id) || tokenizer.id_to_token(id).is_none() {
             return Ok(String::new());
         }
         self.pending.push(id);
         let full = self.pending.len() >= MAX_PENDING;
         // A run of raw bytes decodes as a whole: one wrong byte spoils the characters before it.
-        if !full && self.tokenizer.is_fallback_byte(id) {
+        if !full && self.tokenizer.borrow().is_fallback_byte(id) {
             return Ok(String::new());
         }
         let text = self.pending_text()?;
@@ -80,7 +83,7 @@ impl<'a> DecodeStream<'a> {
             return Ok(String::new());
         }
         let window = [self.prefix.as_slice(), self.pending.as_slice()].concat();
-        let mut text = self.tokenizer.decode(&window, self.skip_special)?;
+        let mut text = self.tokenizer.borrow().decode(&window, self.skip_special)?;
         Ok(if text.is_char_boundary(self.prefix_len) {
             text.split_off(self.prefix_len)
         } else {
@@ -92,7 +95,8 @@ impl<'a> DecodeStream<'a> {
     /// else a following space could be taken for the start of the whole text.
     fn settle(&mut self) -> Result<()> {
         let pending = std::mem::take(&mut self.pending);
-        let len = self.tokenizer.decode(&pending, self.skip_special)?.len();
+        let len = self.tokenizer.borrow().decode(&pending, self.skip_special)?;
+        let len = len.len();
         if len > 0 || self.prefix.is_empty() {
             self.prefix = pending;
             self.prefix_len = len;

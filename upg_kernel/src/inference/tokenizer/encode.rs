@@ -122,7 +122,7 @@ impl Tokenizer {
             encoding.get_ids().to_vec()
         } else {
             let ids = self.encode_pieces(tokenizer, text, options)?;
-            contained(|| framed(tokenizer, ids, add_special))?.map_err(failed)?
+            contained(|| framed(tokenizer, &ids, add_special))?.map_err(failed)?
         };
         if add_special {
             self.settle_bos_eos(&mut ids);
@@ -221,35 +221,19 @@ impl Normalizer for PieceNormalizer<'_> {
 }
 
 /// Returns `ids` with the ids that the post-processor puts around them. It is shown one token in their place, which costs
-/// less than all.
+/// less than all; that it takes the text once was checked when the tokenizer was read.
 fn framed(
     tokenizer: &tokenizers::Tokenizer,
-    ids: Vec<u32>,
+    ids: &[u32],
     add_special: bool,
 ) -> tokenizers::Result<Vec<u32>> {
     const TEXT: u32 = u32::MAX;
-    let frame = processed(tokenizer, [TEXT], add_special)?;
-    let mut places = frame.iter().enumerate().filter(|&(_, &id)| id == TEXT);
-    match (places.next(), places.next()) {
-        (Some((place, _)), None) => {
-            Ok([&frame[..place], ids.as_slice(), &frame[place + 1..]].concat())
-        }
-        // A template without the text, or with more than one of it.
-        _ => processed(tokenizer, ids, add_special),
-    }
-}
-
-fn processed(
-    tokenizer: &tokenizers::Tokenizer,
-    ids: impl IntoIterator<Item = u32>,
-    add_special: bool,
-) -> tokenizers::Result<Vec<u32>> {
-    let tokens = ids
-        .into_iter()
-        .map(|id| (id, String::new(), (0, 0), None, 0));
-    let encoding: Encoding = tokens.collect();
+    let encoding: Encoding = [(TEXT, String::new(), (0, 0), None, 0)].into_iter().collect();
     let encoding = tokenizer.post_process(encoding, None, add_special)?;
-    Ok(encoding.get_ids().to_vec())
+    let frame = encoding.get_ids();
+    let place = frame.iter().position(|&id| id == TEXT);
+    let place = place.ok_or("the post-processor leaves out the text")?;
+    Ok([&frame[..place], ids, &frame[place + 1..]].concat())
 }
 
 fn failed(e: tokenizers::Error) -> Error {

@@ -496,23 +496,6 @@ fn pieces_have_the_ids_of_the_whole() {
 }
 
 #[test]
-fn a_template_with_the_text_twice_or_not_at_all_is_obeyed() {
-    let (_, mut file, _) = byte_level_files().swap_remove(0);
-    let text = Random(4).text(200);
-    let sequence = json!({"Sequence": {"id": "A", "type_id": 0}});
-    for template in [
-        json!([sequence, sequence]),
-        json!([{"SpecialToken": {"id": "<s>", "type_id": 0}}]),
-    ] {
-        file["post_processor"]["single"] = template;
-        let mut tokenizer = load(&file);
-        tokenizer.cut_points.piece = 50;
-        let expected = tokenizer.inner.encode_fast(text.as_str(), true).unwrap();
-        assert_eq!(tokenizer.encode(&text, true).unwrap(), expected.get_ids());
-    }
-}
-
-#[test]
 fn a_raised_flag_ends_the_work() {
     let (_, file, _) = byte_level_files().swap_remove(0);
     let tokenizer = load(&file);

@@ -52,10 +52,17 @@ fn poison(path: &PathBuf) {
         let model = UPGModel::from_file(path).unwrap();
         let hidden = model.model().config().hidden_size;
         let embedding = model.file().bytes("model.embed_tokens.weight").unwrap();
-        embedding.chunks_exact(2 * hidden).nth(POISON as usize).unwrap().to_vec()
+        embedding
+            .chunks_exact(2 * hidden)
+            .nth(POISON as usize)
+            .unwrap()
+            .to_vec()
     };
     let mut bytes = std::fs::read(path).unwrap();
-    let at = bytes.windows(row.len()).position(|window| window == row).unwrap();
+    let at = bytes
+        .windows(row.len())
+        .position(|window| window == row)
+        .unwrap();
     for value in bytes[at..at + row.len()].as_chunks_mut::<2>().0 {
         *value = half::bf16::NAN.to_le_bytes();
     }
@@ -132,7 +139,11 @@ fn a_request_that_fails_leaves_the_others_as_they_are() {
     poisoned[40] = POISON;
     let mut bad = Vec::new();
     for number in 0..7 {
-        good.push(scheduler.submit(request(&prompt(number), 30, number.into())).unwrap());
+        good.push(
+            scheduler
+                .submit(request(&prompt(number), 30, number.into()))
+                .unwrap(),
+        );
         match number {
             2 => bad.push(scheduler.submit(request(&poisoned, 30, 0)).unwrap()),
             4 => bad.push(scheduler.submit(request(&prompt(7), 30, 0)).unwrap()),
@@ -145,9 +156,17 @@ fn a_request_that_fails_leaves_the_others_as_they_are() {
     assert!(scheduler.cancel(bad[1]) && !scheduler.cancel(bad[1]));
     run(&mut scheduler, &mut outcomes);
     assert_eq!(outcomes[&bad[0]].end, Some(Err(ErrorKind::Invalid)));
-    assert!(outcomes.get(&bad[1]).is_none_or(|outcome| outcome.end.is_none()));
+    assert!(
+        outcomes
+            .get(&bad[1])
+            .is_none_or(|outcome| outcome.end.is_none())
+    );
     for (number, id) in (0..).zip(good) {
-        let expected = alone(&model, &options, request(&prompt(number), 30, number.into()));
+        let expected = alone(
+            &model,
+            &options,
+            request(&prompt(number), 30, number.into()),
+        );
         assert_eq!(outcomes[&id].text, expected.text, "request {number}");
         assert_eq!(outcomes[&id].end, expected.end, "request {number}");
         assert_eq!(expected.end, Some(Ok(FinishReason::MaxTokens)));

@@ -15,8 +15,8 @@ use upg_kernel::Cpu;
 use upg_kernel::UPGModel;
 use upg_kernel::format::Encoding;
 use upg_kernel::inference::{
-    CacheType, Event, FinishReason, GenerateOptions, Request, Scheduler, Sampler, SamplingOptions, SessionOptions,
-    TokenStream,
+    CacheType, Event, FinishReason, GenerateOptions, Request, Sampler, SamplingOptions, Scheduler,
+    SessionOptions, TokenStream,
 };
 
 /// Sums of 576 to 1,536 products over 30 layers in another order than torch adds them, at logits up

@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use upg_kernel::inference::chat_template::{ChatTemplate, Message};
 use upg_kernel::inference::{
-    Context, Event, GenerateOptions, Logits, Request, Sampler, SamplingOptions, Scheduler, Sequence, Session,
-    SessionOptions, TokenStream,
+    Context, Event, GenerateOptions, Logits, Request, Sampler, SamplingOptions, Scheduler,
+    Sequence, Session, SessionOptions, TokenStream,
 };
 use upg_kernel::{Error, ErrorKind, Result, UPGModel};
 

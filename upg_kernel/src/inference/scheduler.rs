@@ -129,7 +129,9 @@ impl Scheduler {
     pub fn submit(&mut self, request: Request) -> Result<RequestId> {
         self.context.check(0, &request.prompt)?;
         let positions = request.prompt.len().saturating_add(request.max_tokens);
-        let bytes = self.context.bytes_of(positions.min(self.context.max_len()))?;
+        let bytes = self
+            .context
+            .bytes_of(positions.min(self.context.max_len()))?;
         if bytes > self.max_bytes {
             let message = format!(
                 "the KV cache of a request takes up to {bytes} bytes, expected at most {}",
@@ -229,10 +231,7 @@ impl Scheduler {
             let chunk = self.context.prefill_chunk();
             let request = &mut self.running[index];
             let parts = &mut [request.pending(chunk - 1)];
-            match self
-                .context
-                .extend(parts, Logits::Last, &mut self.logits)
-            {
+            match self.context.extend(parts, Logits::Last, &mut self.logits) {
                 Ok(()) => self.advance(index, events),
                 Err(error) => {
                     request.text.finish = Some(FinishReason::Failed);

@@ -234,7 +234,9 @@ impl UPGModel {
         while !scheduler.is_idle() {
             for (id, event) in scheduler.step() {
                 match event {
-                    Event::Text(text) => texts.entry(id).or_insert_with(String::new).push_str(&text),
+                    Event::Text(text) => {
+                        texts.entry(id).or_insert_with(String::new).push_str(&text)
+                    }
                     Event::Finished(_) => {}
                     Event::Failed(error) => return Err(error),
                 }

@@ -228,7 +228,9 @@ fn framed(
     add_special: bool,
 ) -> tokenizers::Result<Vec<u32>> {
     const TEXT: u32 = u32::MAX;
-    let encoding: Encoding = [(TEXT, String::new(), (0, 0), None, 0)].into_iter().collect();
+    let encoding: Encoding = [(TEXT, String::new(), (0, 0), None, 0)]
+        .into_iter()
+        .collect();
     let encoding = tokenizer.post_process(encoding, None, add_special)?;
     let frame = encoding.get_ids();
     let place = frame.iter().position(|&id| id == TEXT);

@@ -95,7 +95,10 @@ impl<T: Borrow<Tokenizer>> DecodeStream<T> {
     /// else a following space could be taken for the start of the whole text.
     fn settle(&mut self) -> Result<()> {
         let pending = std::mem::take(&mut self.pending);
-        let len = self.tokenizer.borrow().decode(&pending, self.skip_special)?;
+        let len = self
+            .tokenizer
+            .borrow()
+            .decode(&pending, self.skip_special)?;
         let len = len.len();
         if len > 0 || self.prefix.is_empty() {
             self.prefix = pending;

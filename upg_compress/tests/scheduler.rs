@@ -7,7 +7,7 @@ mod tiny;
 
 use serde_json::{Map, json};
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use tiny::model_file;
@@ -23,7 +23,15 @@ use upg_kernel::{ErrorKind, UPGModel};
 /// Its embedding is made of NaN: a prompt that has it gives no logits that are numbers.
 const POISON: u32 = 77;
 
-/// The tiny phi3 with a tokenizer of a character for each token, as `q8`, with a poisoned token.
+/// The model with a poisoned token.
+fn poisoned_model(folder: &Path) -> UPGModel {
+    drop(model(folder));
+    let path = folder.join("model.safetensors");
+    poison(&path);
+    UPGModel::from_file(&path).unwrap()
+}
+
+/// The tiny phi3 with a tokenizer of a character for each token, as `q8`; its embedding is not compressed.
 fn model(folder: &Path) -> UPGModel {
     let source = folder.join("source");
     std::fs::create_dir(&source).unwrap();
@@ -42,12 +50,11 @@ fn model(folder: &Path) -> UPGModel {
     let path = folder.join("model.safetensors");
     let source = source::open(&source).unwrap();
     compress(source.as_ref(), &path, &options, &()).unwrap();
-    poison(&path);
     UPGModel::from_file(&path).unwrap()
 }
 
-/// Overwrites the embedding of [`POISON`], which is not compressed.
-fn poison(path: &PathBuf) {
+/// Overwrites the embedding of [`POISON`].
+fn poison(path: &Path) {
     let row = {
         let model = UPGModel::from_file(path).unwrap();
         let hidden = model.model().config().hidden_size;
@@ -128,7 +135,7 @@ fn alone(model: &UPGModel, options: &SessionOptions, request: Request) -> Outcom
 #[test]
 fn a_request_that_fails_leaves_the_others_as_they_are() {
     let folder = tempfile::tempdir().unwrap();
-    let model = model(folder.path());
+    let model = poisoned_model(folder.path());
     let options = SessionOptions {
         prefill_chunk: 24,
         ..SessionOptions::default()
@@ -161,6 +168,7 @@ fn a_request_that_fails_leaves_the_others_as_they_are() {
             .get(&bad[1])
             .is_none_or(|outcome| outcome.end.is_none())
     );
+    let mut complete = 0;
     for (number, id) in (0..).zip(good) {
         let expected = alone(
             &model,
@@ -169,9 +177,10 @@ fn a_request_that_fails_leaves_the_others_as_they_are() {
         );
         assert_eq!(outcomes[&id].text, expected.text, "request {number}");
         assert_eq!(outcomes[&id].end, expected.end, "request {number}");
-        // Some choose an end before.
-        assert!(matches!(expected.end, Some(Ok(_))));
+        complete += usize::from(matches!(expected.end, Some(Ok(_))));
     }
+    // A sampler may choose the poisoned token.
+    assert!(complete >= 5, "{complete}");
     assert_eq!(scheduler.cache_bytes(), 0);
 }
 

@@ -5,10 +5,8 @@ use clap::builder::PossibleValuesParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
-use upg_compress::plan::{Choice, Override};
-use upg_compress::source::synthetic::PUBLISHED;
-use upg_compress::tuning::TuneOptions;
-use upg_compress::zeros::Sparse;
+use upg_compress::source::PUBLISHED;
+use upg_compress::{Choice, Override, Sparse, TuneOptions};
 use upg_kernel::format::Encoding;
 use upg_kernel::inference::CacheType;
 

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
-use upg_compress::progress::Progress;
+use upg_compress::Progress;
 use upg_kernel::Result;
 
 /// How often a line is written where no bar can be drawn.

@@ -10,8 +10,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::time::Duration;
-use upg_compress::source::Source;
-use upg_compress::source::synthetic::SyntheticSource;
+use upg_compress::Source;
+use upg_compress::source::SyntheticSource;
 
 /// Its 57 tensors take long enough to be interrupted between any two of the matrices.
 const CONFIG: &str = r#"{"model_type": "llama", "hidden_size": 192, "intermediate_size": 256,

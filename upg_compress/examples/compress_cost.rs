@@ -7,11 +7,8 @@
 #![forbid(unsafe_code)]
 
 use std::error::Error;
-use upg_compress::calibration::Calibration;
-use upg_compress::plan::{Choice, CompressOptions};
-use upg_compress::preflight::Preflight;
-use upg_compress::source::Source;
-use upg_compress::source::synthetic::SyntheticSource;
+use upg_compress::source::SyntheticSource;
+use upg_compress::{Calibration, Choice, CompressOptions, Preflight, Source};
 
 /// Tokens of a sequence.
 const WINDOW: usize = 512;

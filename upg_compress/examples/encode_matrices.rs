@@ -12,10 +12,9 @@ use safetensors::{Dtype, SafeTensors, serialize_to_file};
 use std::collections::{BTreeMap, HashMap};
 use std::error::Error;
 use std::path::Path;
-use upg_compress::compress::encode_matrix;
-use upg_compress::curvature::Curvature;
-use upg_compress::hessian::Hessian;
-use upg_compress::trellis::hadamard_size;
+use upg_compress::encode::encode_matrix;
+use upg_compress::encode::trellis::hadamard_size;
+use upg_compress::sensitivity::{Curvature, Hessian};
 use upg_kernel::MappedFile;
 use upg_kernel::format::{Encoding, LayerInfo};
 

@@ -16,7 +16,7 @@
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use rayon::prelude::*;
-use upg_compress::trellis::{Code, Search, UNIT};
+use upg_compress::encode::trellis::{Code, Search, UNIT};
 use upg_kernel::Result;
 use upg_kernel::trellis_code::TrellisCode;
 

@@ -8,7 +8,7 @@
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use std::time::Instant;
-use upg_compress::trellis::{Code, Path, Search};
+use upg_compress::encode::trellis::{Code, Path, Search};
 use upg_kernel::Result;
 
 const WEIGHTS: usize = 200_000;

@@ -2,13 +2,11 @@
 //!
 //! ```no_run
 //! # fn main() -> upg_kernel::Result<()> {
-//! use upg_compress::compress::compress;
-//! use upg_compress::plan::{Choice, CompressOptions};
-//! use upg_compress::source;
+//! use upg_compress::{Choice, CompressOptions, compress, open};
 //! use upg_kernel::format::Encoding;
 //!
 //! // A Hugging Face directory or a GGUF file.
-//! let source = source::open("SmolLM2-135M-Instruct/")?;
+//! let source = open("SmolLM2-135M-Instruct/")?;
 //! let mut options = CompressOptions::new(Choice::Encode(Encoding::T3));
 //! options.overrides = vec!["*.down_proj.weight=t4".parse()?];
 //! let report = compress(source.as_ref(), "smollm2-t3.safetensors", &options, &())?;
@@ -21,7 +19,7 @@
 //!
 //! ```
 //! # fn main() -> upg_kernel::Result<()> {
-//! use upg_compress::rounding::round_q8;
+//! use upg_compress::encode::round_q8;
 //! use upg_kernel::Matrix;
 //!
 //! let (rows, cols, group) = (2, 100, 64);
@@ -35,44 +33,33 @@
 //!
 //! # What is where
 //!
-//! - [`source`]: models as Hugging Face directories, GGUF files or random weights, behind one trait;
-//!   [`gguf_tokenizer`] rebuilds `tokenizer.json` from a GGUF file.
-//! - [`plan`]: which tensor gets which encoding; [`budget`]: under a budget; [`zeros`]: where there are many zeros.
-//! - [`rounding`] (`q8 q4 s8 s4`) and [`trellis`] (`t2 t3 t4`): the encoders. That of `mdcsr` is
-//!   [`upg_kernel::sparse::MdCSRMatrix::from_dense`].
-//! - [`mod@compress`]: all of it, tensor by tensor, into one file. [`export`] goes back to a Hugging
-//!   Face directory.
-//! - [`preflight`]: what it will take; [`resume`]: going on after a stop; [`report`]: what it gave.
-//! - [`mod@compress_random`]: files of random models in little time, to measure with.
-//!
-//! - [`pruning`]: weights that can go.
-//! - [`calibration`], [`curvature`] and [`hessian`]: what errors of each matrix change the predictions of the model by, for
-//!   rounding that keeps these.
-//! - [`original`]: a source, run as it is.
+//! - [`source`]: models as Hugging Face directories, GGUF files, files of version 1 or random weights, behind one trait.
+//! - [`CompressOptions`]: how each tensor is stored, also under a [`Budget`] or where there are many zeros.
+//! - [`sensitivity`]: how much errors of each matrix change the predictions of the model, from a run over a text.
+//! - [`encode`]: the encoders.
+//! - [`compress()`]: all of it, tensor by tensor, into one file. [`Preflight`] estimates its size, memory and time; a run
+//!   that was stopped resumes.
+//! - [`tune()`] improves the scales of a finished file; [`export()`] goes back to a Hugging Face directory;
+//!   [`compress_random`] makes files of random models in little time, to measure with.
 //!
 //! Without a calibration text only the weights are looked at. The bytes of a file depend on the source and
 //! the options, never on the number of threads or the instruction set; with a calibration text on the machine
 //! too: the inputs of the matrices are sums in f32, whose order follows instruction set and caches.
 
-mod batches;
-pub mod budget;
-pub mod calibration;
-pub mod compress;
-pub mod compress_random;
-pub mod curvature;
-pub mod export;
-pub mod gguf_tokenizer;
-pub mod hessian;
-mod journal;
-pub mod original;
-pub mod plan;
-pub mod preflight;
-pub mod progress;
-pub mod pruning;
-pub mod report;
-pub mod resume;
-pub mod rounding;
+pub mod encode;
+mod export;
+mod job;
+mod plan;
+mod progress;
+pub mod sensitivity;
 pub mod source;
-pub mod trellis;
-pub mod tuning;
-pub mod zeros;
+mod tune;
+
+pub use export::export;
+pub use job::{CalibrationReport, CompressReport, Group, Memory, Preflight, TensorReport};
+pub use job::{compress, compress_checked, compress_random, partial_files};
+pub use plan::{Budget, Choice, CompressOptions, Override, Sparse, Zeros, counted};
+pub use progress::Progress;
+pub use sensitivity::Calibration;
+pub use source::{Source, open, open_with};
+pub use tune::{TuneOptions, TuneReport, tune};

@@ -6,10 +6,18 @@
 //! larger than memory can be read.
 #![forbid(unsafe_code)]
 
-pub mod gguf;
-pub mod hf;
-pub mod synthetic;
-pub mod v1;
+pub(crate) mod gguf;
+mod hf;
+mod original;
+pub(crate) mod synthetic;
+mod v1;
+
+pub use gguf::GgufSource;
+pub use gguf::tokenizer::{GgufVocab, TokenizerFiles};
+pub use hf::HfSource;
+pub use original::load;
+pub use synthetic::{PUBLISHED, SyntheticSource};
+pub use v1::V1Source;
 
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -232,8 +240,8 @@ pub trait Source: Send + Sync {
 /// last go the texts of the folder that it is in.
 ///
 /// Reads headers and texts only. Errors: `Io`, and `Unsupported` for every other kind of file, saying
-/// what was found and what to pass instead; then those of [`hf::HfSource::open`], [`gguf::GgufSource::open`] and
-/// [`v1::V1Source::open`].
+/// what was found and what to pass instead; then those of [`HfSource::open`], [`GgufSource::open`] and
+/// [`V1Source::open`].
 pub fn open(path: impl AsRef<Path>) -> Result<Box<dyn Source>> {
     open_with(path, OpenOptions::default())
 }
@@ -245,17 +253,17 @@ pub fn open_with(path: impl AsRef<Path>, options: OpenOptions) -> Result<Box<dyn
     let path = path.as_ref();
     let io = |e| Error::io("cannot open", path, e);
     if std::fs::metadata(path).map_err(io)?.is_dir() {
-        return Ok(Box::new(hf::HfSource::open_with(path, options)?));
+        return Ok(Box::new(HfSource::open_with(path, options)?));
     }
     let mut magic = Vec::new();
     let (file, _) = files::open_regular(path).map_err(io)?;
     file.take(16).read_to_end(&mut magic).map_err(io)?;
     if magic.starts_with(b"GGUF") {
-        return Ok(Box::new(gguf::GgufSource::open_with(path, options)?));
+        return Ok(Box::new(GgufSource::open_with(path, options)?));
     }
     if upg_kernel::v1::is_pickle(path) {
         let folder = upg_kernel::v1::folder_of(path);
-        return Ok(Box::new(v1::V1Source::open(path, &[], Some(folder))?));
+        return Ok(Box::new(V1Source::open(path, &[], Some(folder))?));
     }
     Err(not_a_source(path, &magic).at(path))
 }

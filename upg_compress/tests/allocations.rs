@@ -13,9 +13,7 @@ mod tiny;
 use counting::allocations;
 use std::sync::Arc;
 use tiny::data;
-use upg_compress::compress::compress;
-use upg_compress::plan::CompressOptions;
-use upg_compress::source;
+use upg_compress::{CompressOptions, compress, source};
 use upg_kernel::UPGModel;
 use upg_kernel::inference::{Context, Logits, SessionOptions};
 

@@ -7,14 +7,11 @@ mod tiny;
 
 use std::path::Path;
 use tiny::{MODELS, cases, model_file};
-use upg_compress::budget::{Budget, counted};
-use upg_compress::calibration::{Calibration, Calibrator, text};
-use upg_compress::compress::{compress, encode_matrix};
-use upg_compress::curvature::Curvature;
-use upg_compress::hessian::Hessian;
-use upg_compress::plan::{Choice, CompressOptions};
-use upg_compress::progress::Progress;
-use upg_compress::source::{self, Source};
+use upg_compress::encode::encode_matrix;
+use upg_compress::sensitivity::{Calibrator, Curvature, Hessian, json_lines};
+use upg_compress::{
+    Budget, Calibration, Choice, CompressOptions, Progress, Source, compress, counted, source,
+};
 use upg_kernel::format::{Encoding, LayerInfo, UpgFile};
 use upg_kernel::inference::Input;
 use upg_kernel::{Error, ErrorKind};
@@ -451,7 +448,7 @@ fn too_short_a_text_and_a_model_without_tokenizer_are_refused() {
 #[test]
 fn json_lines_are_documents() {
     let lines = "{\"text\": \"one\\ntwo\", \"id\": 7}\n\n{\"text\": \"three\"}\r\n";
-    assert_eq!(text::json_lines(lines).unwrap(), ["one\ntwo", "three"]);
+    assert_eq!(json_lines(lines).unwrap(), ["one\ntwo", "three"]);
     for bad in [
         "{\"text\": 1}",
         "{\"texts\": \"a\"}",
@@ -459,7 +456,7 @@ fn json_lines_are_documents() {
         "[\"a\"]",
         "{",
     ] {
-        let e = text::json_lines(&format!("{{\"text\": \"\"}}\n{bad}")).unwrap_err();
+        let e = json_lines(&format!("{{\"text\": \"\"}}\n{bad}")).unwrap_err();
         assert_eq!(e.kind(), ErrorKind::Malformed, "{bad}");
         assert!(e.to_string().contains("line 2 "), "{e}");
     }

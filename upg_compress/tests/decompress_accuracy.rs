@@ -12,7 +12,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use std::collections::BTreeMap;
 use std::path::Path;
-use upg_compress::compress::encode_matrix;
+use upg_compress::encode::encode_matrix;
 use upg_compress::source;
 use upg_kernel::UPGDecompressor;
 use upg_kernel::format::{Encoding, FileWriter, LayerInfo, header_capacity};

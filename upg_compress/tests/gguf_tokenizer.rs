@@ -12,9 +12,8 @@ use std::path::PathBuf;
 use candle_core::quantized::gguf_file::{Content, Value};
 use common::smollm2_gguf;
 use serde_json::Value as Json;
-use upg_compress::calibration::Calibration;
-use upg_compress::gguf_tokenizer::{GgufVocab, TokenizerFiles};
-use upg_compress::source;
+use upg_compress::Calibration;
+use upg_compress::source::{self, GgufVocab, TokenizerFiles};
 use upg_kernel::inference::chat_template::{ChatTemplate, Message};
 use upg_kernel::inference::tokenizer::{SpecialIds, SpecialText, Tokenizer};
 

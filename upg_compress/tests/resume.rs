@@ -6,15 +6,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use tempfile::TempDir;
-use upg_compress::calibration::Calibration;
-use upg_compress::compress::compress;
-use upg_compress::plan::{Choice, CompressOptions};
-use upg_compress::progress::Progress;
-use upg_compress::report::{CompressReport, TensorReport};
-use upg_compress::resume::partial_files;
-use upg_compress::source::synthetic::SyntheticSource;
-use upg_compress::source::{self, Source};
-use upg_compress::zeros::Zeros;
+use upg_compress::source::{self, SyntheticSource};
+use upg_compress::{
+    Calibration, Choice, CompressOptions, CompressReport, Progress, Source, TensorReport, Zeros,
+    compress, partial_files,
+};
 use upg_kernel::format::Encoding;
 use upg_kernel::inference::Input;
 use upg_kernel::{Error, ErrorKind};

@@ -3,7 +3,7 @@
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
-use upg_compress::rounding::{round_q4, round_q8, round_s4, round_s8};
+use upg_compress::encode::{round_q4, round_q8, round_s4, round_s8};
 use upg_kernel::Matrix;
 use upg_kernel::matrix::Levels;
 use upg_kernel::sparse::MdCSRMatrix;

@@ -7,11 +7,9 @@ mod tiny;
 
 use std::path::Path;
 use tiny::{cases, model_file};
-use upg_compress::calibration::Calibration;
-use upg_compress::compress::{CompressReport, compress};
-use upg_compress::plan::{Choice, CompressOptions};
-use upg_compress::source::{self, Source};
-use upg_compress::zeros::Sparse;
+use upg_compress::{
+    Calibration, Choice, CompressOptions, CompressReport, Source, Sparse, compress, source,
+};
 use upg_kernel::format::{Encoding, UpgFile};
 use upg_kernel::inference::Input;
 use upg_kernel::{Error, ErrorKind};

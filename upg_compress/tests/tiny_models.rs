@@ -7,10 +7,7 @@ mod tiny;
 
 use std::path::Path;
 use tiny::{Case, MODELS, cases, largest_difference, model_file};
-use upg_compress::compress::compress;
-use upg_compress::plan::{Choice, CompressOptions};
-use upg_compress::preflight::Preflight;
-use upg_compress::source;
+use upg_compress::{Choice, CompressOptions, Preflight, compress, source};
 use upg_kernel::UPGModel;
 use upg_kernel::format::Encoding;
 use upg_kernel::inference::{

@@ -7,12 +7,10 @@ mod tiny;
 
 use std::path::{Path, PathBuf};
 use tiny::{cases, model_file};
-use upg_compress::calibration::Calibration;
-use upg_compress::compress::compress;
-use upg_compress::plan::{Choice, CompressOptions};
-use upg_compress::progress::Progress;
-use upg_compress::source::{self, Source};
-use upg_compress::tuning::{TuneOptions, TuneReport, tune};
+use upg_compress::{
+    Calibration, Choice, CompressOptions, Progress, Source, TuneOptions, TuneReport, compress,
+    source, tune,
+};
 use upg_kernel::ErrorKind;
 use upg_kernel::format::{Encoding, UpgFile};
 

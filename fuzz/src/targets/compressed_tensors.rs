@@ -1,6 +1,6 @@
 //! Sparse and packed weights: the parts as `config.json` and `model.safetensors`.
 
-use upg_compress::source::hf::HfSource;
+use upg_compress::source::HfSource;
 
 pub fn run(data: &[u8]) {
     let [config, weights] = super::parts(data);

@@ -1,9 +1,8 @@
 //! The parts as `config.json` and `generation_config.json`; a small model of random weights then takes a step.
 
 use std::sync::Arc;
-use upg_compress::original;
-use upg_compress::source::Source;
-use upg_compress::source::synthetic::SyntheticSource;
+use upg_compress::Source;
+use upg_compress::source::{self, SyntheticSource};
 use upg_kernel::Result;
 use upg_kernel::inference::{ModelConfig, Session, SessionOptions};
 
@@ -27,7 +26,7 @@ fn step(config: &str) -> Result<()> {
     if source.total_weights() > MOST_WEIGHTS {
         return Ok(());
     }
-    let model = Arc::new(original::load(&source)?);
+    let model = Arc::new(source::load(&source)?);
     let options = SessionOptions {
         context: Some(8),
         ..SessionOptions::default()

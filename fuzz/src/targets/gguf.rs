@@ -1,6 +1,6 @@
 //! The bytes as a GGUF file.
 
-use upg_compress::source::gguf::GgufSource;
+use upg_compress::source::GgufSource;
 
 pub fn run(data: &[u8]) {
     let folder = super::folder();

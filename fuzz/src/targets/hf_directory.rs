@@ -1,6 +1,6 @@
 //! The parts as the files of a Hugging Face directory, the weights last.
 
-use upg_compress::source::hf::HfSource;
+use upg_compress::source::HfSource;
 
 pub fn run(data: &[u8]) {
     let [

@@ -3,11 +3,8 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
-use upg_compress::compress::compress;
-use upg_compress::plan::{Choice, CompressOptions};
-use upg_compress::progress::Progress;
-use upg_compress::resume::partial_files;
-use upg_compress::source::synthetic::SyntheticSource;
+use upg_compress::source::SyntheticSource;
+use upg_compress::{Choice, CompressOptions, Progress, compress, partial_files};
 use upg_kernel::format::{Encoding, checksum_of};
 use upg_kernel::{ErrorKind, Result};
 

@@ -14,7 +14,7 @@ pub mod tokenizer;
 
 use std::path::Path;
 use tempfile::TempDir;
-use upg_compress::source::Source;
+use upg_compress::Source;
 use upg_kernel::format::UpgFile;
 use upg_kernel::text::steers;
 use upg_kernel::{Error, Matrix};

@@ -8,14 +8,11 @@ use std::fmt::Write as _;
 use std::io::Write as _;
 use std::num::NonZeroUsize;
 use std::path::Path;
-use upg_compress::budget::{Budget, counted};
-use upg_compress::calibration::Calibration;
-use upg_compress::calibration::text::{self, BUILT_IN_TOKENS};
-use upg_compress::compress::{CompressReport, compress_checked};
-use upg_compress::plan::{Choice, CompressOptions};
-use upg_compress::preflight::Preflight;
-use upg_compress::resume::partial_files;
-use upg_compress::source::{self, Source};
+use upg_compress::sensitivity::{BUILT_IN_TOKENS, json_lines};
+use upg_compress::{
+    Budget, Calibration, Choice, CompressOptions, CompressReport, Preflight, Source,
+    compress_checked, counted, partial_files, source,
+};
 use upg_kernel::inference::tokenizer::MAX_TEXT_BYTES;
 use upg_kernel::{Error, ErrorKind, OpenOptions, Result, WholeFile, refuse_to_overwrite};
 
@@ -234,7 +231,7 @@ pub fn calibration(
     match is_lines {
         true => {
             let content = terminal::read_text(path, LONGEST_LINES)?;
-            let documents = text::json_lines(&content).map_err(|e| e.at(path))?;
+            let documents = json_lines(&content).map_err(|e| e.at(path))?;
             Calibration::of_documents(source, &documents, most)
         }
         false => {

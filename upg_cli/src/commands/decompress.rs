@@ -4,7 +4,7 @@
 use crate::cli::{DecompressArgs, FloatArg};
 use crate::progress::WeightsBar;
 use crate::terminal;
-use upg_compress::export::export;
+use upg_compress::export;
 use upg_compress::source::FloatType;
 use upg_kernel::{OpenOptions, Result, UPGDecompressor};
 

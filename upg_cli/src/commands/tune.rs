@@ -6,8 +6,7 @@ use crate::cli::TuneArgs;
 use crate::progress::WeightsBar;
 use crate::terminal::{self, bytes, duration};
 use std::num::NonZeroUsize;
-use upg_compress::source;
-use upg_compress::tuning::{TuneOptions, TuneReport, tune};
+use upg_compress::{TuneOptions, TuneReport, source, tune};
 use upg_kernel::format::UpgFile;
 use upg_kernel::{ErrorKind, OpenOptions, Result, refuse_to_overwrite};
 

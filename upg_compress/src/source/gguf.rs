@@ -10,13 +10,13 @@ pub(super) mod families;
 mod header;
 mod metadata;
 mod rope;
+pub(crate) mod tokenizer;
 mod types;
 
 use super::{
     FloatType, ModelFiles, RawTensor, SkippedTensor, Source, TensorInfo, check_rows, fill_rows,
     sort_key, tensor_at,
 };
-use crate::gguf_tokenizer::GgufVocab;
 use config::{Dims, FromTensors};
 use families::{Family, RowOrder, Wanted};
 use header::{Entry, Header};
@@ -25,6 +25,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use tokenizer::GgufVocab;
 use types::GgmlType;
 use upg_kernel::{Error, ErrorKind, MappedFile, OpenOptions, Result};
 

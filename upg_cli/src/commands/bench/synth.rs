@@ -5,9 +5,8 @@ use crate::cli::SynthArgs;
 use crate::progress::WeightsBar;
 use crate::terminal::{self, bytes};
 use std::time::Instant;
-use upg_compress::compress_random::compress_random;
-use upg_compress::plan::CompressOptions;
-use upg_compress::source::synthetic::SyntheticSource;
+use upg_compress::source::SyntheticSource;
+use upg_compress::{CompressOptions, compress_random};
 use upg_kernel::Result;
 
 pub fn run(args: &SynthArgs) -> Result<()> {

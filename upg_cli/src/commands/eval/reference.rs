@@ -4,8 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::UNIX_EPOCH;
-use upg_compress::original;
-use upg_compress::source::{self, Source};
+use upg_compress::{Source, source};
 use upg_kernel::inference::evaluate::{Computed, EvaluationOptions, Reference, Window, Windows};
 use upg_kernel::inference::{CacheType, Model};
 use upg_kernel::{Error, ErrorKind, OpenOptions, Result, UPGModel};
@@ -93,7 +92,7 @@ impl Against {
     fn model(&self) -> Result<Arc<Model>> {
         match &self.opened {
             Opened::Upg(model) => Ok(Arc::clone(model.model())),
-            Opened::Source(source) => Ok(Arc::new(original::load(source.as_ref())?)),
+            Opened::Source(source) => Ok(Arc::new(source::load(source.as_ref())?)),
         }
     }
 }

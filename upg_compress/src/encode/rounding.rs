@@ -1,0 +1,333 @@
+//! For every group of weights the prime, and for every weight the level, with the smallest squared error; with a Hessian
+//! of the inputs levels are then chosen again, so that outputs are kept rather than weights.
+#![forbid(unsafe_code)]
+
+mod feedback;
+mod levels;
+mod packing;
+
+pub use levels::{Codebook, Kept8, LevelSet, Linear8};
+
+use crate::sensitivity::curvature::Curvature;
+use rayon::prelude::*;
+use upg_kernel::matrix::strips::{STRIP_ROWS, nibble, position};
+use upg_kernel::matrix::{BITMAP_GROUP, BitmapMatrix, GroupedMatrix, Levels};
+use upg_kernel::prime_lut::PRIME_LUT;
+use upg_kernel::{Error, ErrorKind, Result};
+
+/// The packed encodings select among the first 256 primes, 2 to 1,619.
+const PRIMES: usize = 256;
+
+/// Rows that a codebook is fitted to.
+const SAMPLE_ROWS: usize = 128;
+
+/// Rounds of codebook fitting.
+const FIT_ROUNDS: usize = 4;
+
+/// Rounds a matrix `[rows, cols]` to `q8` with groups of `group` columns.
+///
+/// Cost: an error evaluation for each prime in the range that the largest weight of a group leaves, 115 for
+/// the group with the largest weight of its row. With a `curvature` also `rows * cols^2 / 2`
+/// multiplications, and what [`Feedback::new`](crate::sensitivity::hessian::Feedback::new) takes. Errors: `Shape` for a wrong length or the
+/// curvature of another matrix, `Invalid` for a weight that is not finite; those of `Feedback::new`.
+pub fn round_q8(
+    weights: &[f32],
+    rows: usize,
+    cols: usize,
+    group: usize,
+    curvature: Option<&Curvature>,
+) -> Result<GroupedMatrix> {
+    let encoded = encode(weights, rows, cols, group, curvature, false, &Linear8)?;
+    let strip = cols.div_ceil(group) * group * STRIP_ROWS;
+    let values = packing::pack_all(&encoded, strip, |strip: &mut [i8], row, col, code| {
+        strip[position(row, col)] = Linear8.level(code);
+    });
+    packing::grouped(&encoded, cols, group, Levels::Bytes(values.into()))
+}
+
+/// Rounds a matrix to `q4`: a codebook is fitted to a sample of its rows, then as [`round_q8`].
+pub fn round_q4(
+    weights: &[f32],
+    rows: usize,
+    cols: usize,
+    group: usize,
+    curvature: Option<&Curvature>,
+) -> Result<GroupedMatrix> {
+    let start = Codebook::gaussian();
+    let codebook = fit_codebook(weights, rows, cols, group, false, start)?;
+    let encoded = encode(weights, rows, cols, group, curvature, false, &codebook)?;
+    let strip = cols.div_ceil(group) * group * STRIP_ROWS / 2;
+    let codes = packing::pack_all(&encoded, strip, |strip: &mut [u8], row, col, code| {
+        let (byte, shift) = nibble(row, col);
+        strip[byte] |= code << shift;
+    });
+    let levels = Levels::Nibbles {
+        codes: codes.into(),
+        codebook: codebook.levels().to_vec().into(),
+    };
+    packing::grouped(&encoded, cols, group, levels)
+}
+
+/// Rounds the weights that are not zero to `s8`, to levels that are not zero either: what is zero stays exactly that, and
+/// only that is. With a `curvature` levels are chosen again, the zeros stay. Cost and errors as [`round_q8`], and
+/// `TooLarge` from 4 GiB of codes on.
+pub fn round_s8(
+    weights: &[f32],
+    rows: usize,
+    cols: usize,
+    curvature: Option<&Curvature>,
+) -> Result<BitmapMatrix> {
+    let encoded = encode(weights, rows, cols, BITMAP_GROUP, curvature, true, &Kept8)?;
+    let pack = |codes: &[u8], out: &mut Vec<i8>| {
+        out.extend(codes.iter().map(|&code| Kept8.level(code)));
+    };
+    let levels = |values: Vec<i8>| Levels::Bytes(values.into());
+    packing::bitmap(weights, &encoded, cols, pack, levels)
+}
+
+/// Rounds the weights that are not zero to `s4`, with a codebook without a zero, else as [`round_s8`].
+pub fn round_s4(
+    weights: &[f32],
+    rows: usize,
+    cols: usize,
+    curvature: Option<&Curvature>,
+) -> Result<BitmapMatrix> {
+    let start = Codebook::without_zero();
+    let codebook = fit_codebook(weights, rows, cols, BITMAP_GROUP, true, start)?;
+    let encoded = encode(
+        weights,
+        rows,
+        cols,
+        BITMAP_GROUP,
+        curvature,
+        true,
+        &codebook,
+    )?;
+    let pack = |codes: &[u8], out: &mut Vec<u8>| {
+        let pairs = codes.chunks(2);
+        out.extend(pairs.map(|pair| pair[0] | pair.get(1).unwrap_or(&0) << 4));
+    };
+    let levels = |codes: Vec<u8>| Levels::Nibbles {
+        codes: codes.into(),
+        codebook: codebook.levels().to_vec().into(),
+    };
+    packing::bitmap(weights, &encoded, cols, pack, levels)
+}
+
+/// A row on its way into the arrays: codes of the weights that are stored, in column order.
+struct EncodedRow {
+    scale: f32,
+    primes: Vec<u8>,
+    codes: Vec<u8>,
+}
+
+/// Rows of weights, of all of them or of those that are not zero; with a curvature chosen again.
+fn encode<L: LevelSet>(
+    weights: &[f32],
+    rows: usize,
+    cols: usize,
+    group: usize,
+    curvature: Option<&Curvature>,
+    skip_zeros: bool,
+    levels: &L,
+) -> Result<Vec<EncodedRow>> {
+    check(weights, rows, cols)?;
+    let of_row = |row: usize| {
+        let groups = groups_of(&weights[row * cols..(row + 1) * cols], group, skip_zeros);
+        encode_row(&groups, levels)
+    };
+    let mut encoded: Vec<EncodedRow> = (0..rows).into_par_iter().map(of_row).collect();
+    if let Some(curvature) = curvature {
+        feedback::choose_again(
+            weights,
+            cols,
+            group,
+            skip_zeros,
+            levels,
+            curvature,
+            &mut encoded,
+        )?;
+    }
+    Ok(encoded)
+}
+
+/// The weights of each group that are stored.
+fn groups_of(row: &[f32], group: usize, skip_zeros: bool) -> Vec<Vec<f32>> {
+    let stored = |w: &f32| !skip_zeros || *w != 0.0;
+    row.chunks(group)
+        .map(|g| g.iter().copied().filter(stored).collect())
+        .collect()
+}
+
+fn encode_row<L: LevelSet>(groups: &[Vec<f32>], levels: &L) -> EncodedRow {
+    let mut scale = initial_scale(groups, levels);
+    let mut row = encode_with_scale(groups, scale, levels);
+    let refitted = refit_scale(groups, &row, levels).unwrap_or(scale);
+    if refitted != scale {
+        scale = refitted;
+        let again = encode_with_scale(groups, scale, levels);
+        if row_error(groups, &again, levels) < row_error(groups, &row, levels) {
+            row = again;
+        }
+    }
+    row
+}
+
+/// The scale at which the group with the largest weight can use the upper end of the searched primes.
+fn initial_scale<L: LevelSet>(groups: &[Vec<f32>], levels: &L) -> f32 {
+    let largest = groups.iter().flatten().fold(0.0f32, |m, w| m.max(w.abs()));
+    let product = f64::from(PRIME_LUT[PRIMES - 1]) * f64::from(levels.largest());
+    let scale = (f64::from(largest) * f64::from(L::SEARCH.1) / product) as f32;
+    if largest == 0.0 {
+        0.0
+    } else {
+        scale.max(f32::MIN_POSITIVE)
+    }
+}
+
+fn encode_with_scale<L: LevelSet>(groups: &[Vec<f32>], scale: f32, levels: &L) -> EncodedRow {
+    let mut row = EncodedRow {
+        scale,
+        primes: Vec::with_capacity(groups.len()),
+        codes: Vec::new(),
+    };
+    // In units of the scale no square can overflow or vanish, however small the weights are.
+    let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+    for group in groups {
+        let targets: Vec<f32> = group.iter().map(|w| w * inverse).collect();
+        let prime = best_prime(&targets, levels);
+        let step = PRIME_LUT[prime] as f32;
+        row.primes.push(prime as u8);
+        row.codes
+            .extend(targets.iter().map(|t| levels.code(t / step)));
+    }
+    row
+}
+
+/// The prime of the smallest squared error for weights in units of the scale: a coarse walk over the
+/// range that the largest weight leaves, then every neighbour of the best.
+fn best_prime<L: LevelSet>(targets: &[f32], levels: &L) -> usize {
+    let largest = targets.iter().fold(0.0f32, |m, t| m.max(t.abs()));
+    if largest == 0.0 {
+        return 0;
+    }
+    let ideal = largest / levels.largest();
+    let at_least = |p: f32| {
+        PRIME_LUT[..PRIMES]
+            .partition_point(|&prime| (prime as f32) < p)
+            .min(PRIMES - 1)
+    };
+    let low = at_least(L::SEARCH.0 * ideal).saturating_sub(1);
+    let high = at_least(L::SEARCH.1 * ideal);
+    let stride = ((high - low) / L::COARSE_STEPS).max(1);
+    let error = |prime: usize| (levels.error(targets, PRIME_LUT[prime] as f32), prime);
+    let less = |a: (f32, usize), b: (f32, usize)| if b.0 < a.0 { b } else { a };
+    let coarse = (low..=high).step_by(stride).map(error).reduce(less);
+    let Some((_, middle)) = coarse else { return 0 };
+    let near = middle.saturating_sub(stride - 1)..=(middle + stride - 1).min(PRIMES - 1);
+    near.map(error)
+        .reduce(less)
+        .map_or(middle, |(_, prime)| prime)
+}
+
+/// The scale of the smallest squared error for given primes and codes (least squares).
+fn refit_scale<L: LevelSet>(groups: &[Vec<f32>], row: &EncodedRow, levels: &L) -> Option<f32> {
+    let (mut dot, mut norm) = (0.0f64, 0.0f64);
+    for (w, product) in products(groups, row, levels) {
+        dot += f64::from(w) * product;
+        norm += product * product;
+    }
+    let scale = (dot / norm) as f32;
+    (scale.is_finite() && scale > 0.0).then_some(scale)
+}
+
+fn row_error<L: LevelSet>(groups: &[Vec<f32>], row: &EncodedRow, levels: &L) -> f64 {
+    products(groups, row, levels)
+        .map(|(w, product)| (f64::from(w) - f64::from(row.scale) * product).powi(2))
+        .sum()
+}
+
+/// Pairs of a weight and its `prime * level`.
+fn products<L: LevelSet>(
+    groups: &[Vec<f32>],
+    row: &EncodedRow,
+    levels: &L,
+) -> impl Iterator<Item = (f32, f64)> {
+    let primes = groups.iter().zip(&row.primes).flat_map(|(group, &prime)| {
+        group
+            .iter()
+            .map(move |_| f64::from(PRIME_LUT[usize::from(prime)]))
+    });
+    let levels = row.codes.iter().map(|&code| f64::from(levels.level(code)));
+    groups
+        .iter()
+        .flatten()
+        .copied()
+        .zip(primes.zip(levels).map(|(prime, level)| prime * level))
+}
+
+/// A codebook for this matrix: Lloyd's iteration from `start` on a sample of rows, kept only if it is better there.
+fn fit_codebook(
+    weights: &[f32],
+    rows: usize,
+    cols: usize,
+    group: usize,
+    skip_zeros: bool,
+    start: Codebook,
+) -> Result<Codebook> {
+    check(weights, rows, cols)?;
+    let stride = rows.div_ceil(SAMPLE_ROWS).max(1);
+    let sample: Vec<Vec<Vec<f32>>> = (0..rows)
+        .step_by(stride)
+        .map(|row| groups_of(&weights[row * cols..(row + 1) * cols], group, skip_zeros))
+        .collect();
+    let mut best = (f64::INFINITY, start.clone());
+    let mut codebook = start;
+    for _ in 0..FIT_ROUNDS {
+        let encoded: Vec<EncodedRow> = sample
+            .par_iter()
+            .map(|row| encode_row(row, &codebook))
+            .collect();
+        let error: f64 = sample
+            .iter()
+            .zip(&encoded)
+            .map(|(g, r)| row_error(g, r, &codebook))
+            .sum();
+        if error < best.0 {
+            best = (error, codebook.clone());
+        }
+        let mut sums = [(0.0f64, 0.0f64); 16];
+        for (groups, row) in sample.iter().zip(&encoded) {
+            let stored = products(groups, row, &codebook).zip(&row.codes);
+            for ((w, product), &code) in stored {
+                let level = f64::from(codebook.level(code));
+                if level != 0.0 {
+                    let step = f64::from(row.scale) * product / level;
+                    sums[usize::from(code)].0 += f64::from(w) * step;
+                    sums[usize::from(code)].1 += step * step;
+                }
+            }
+        }
+        codebook = codebook.moved_to(&sums);
+    }
+    Ok(best.1)
+}
+
+fn check(weights: &[f32], rows: usize, cols: usize) -> Result<()> {
+    if rows.checked_mul(cols) != Some(weights.len()) {
+        let message = format!("{} weights for a matrix [{rows}, {cols}]", weights.len());
+        return Err(Error::new(ErrorKind::Shape, message));
+    }
+    match weights.par_iter().position_first(|w| !w.is_finite()) {
+        None => Ok(()),
+        Some(i) => Err(Error::new(
+            ErrorKind::Invalid,
+            format!(
+                "the weight in row {}, column {} is {}",
+                i / cols,
+                i % cols,
+                weights[i]
+            ),
+        )),
+    }
+}

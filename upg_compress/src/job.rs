@@ -1,0 +1,16 @@
+//! The long-running work: a source to a file, with an estimate before it and a report after it.
+#![forbid(unsafe_code)]
+
+pub(crate) mod compress;
+mod journal;
+mod parallel;
+pub(crate) mod preflight;
+mod random;
+pub(crate) mod report;
+mod resume;
+
+pub use compress::{compress, compress_checked};
+pub use preflight::{Group, Memory, Preflight};
+pub use random::compress_random;
+pub use report::{CalibrationReport, CompressReport, TensorReport};
+pub use resume::partial_files;

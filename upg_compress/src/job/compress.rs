@@ -1,0 +1,438 @@
+//! From a source model to one UPG file, a tensor at a time or, of small ones, some side by side.
+#![forbid(unsafe_code)]
+
+use crate::encode::prune::prune;
+use crate::encode::rounding::{round_q4, round_q8, round_s4, round_s8};
+use crate::encode::trellis;
+use crate::job::journal::Record;
+use crate::job::parallel::{Batch, rows_in_turn, side_by_side};
+use crate::job::report::CalibrationReport;
+use crate::job::resume::{Resumable, fingerprint};
+use crate::plan::budget::{self, Budget};
+use crate::plan::sparsity::Zeros;
+use crate::plan::tensors::{CompressOptions, Plan, PlannedTensor, is_prunable};
+use crate::progress::Progress;
+use crate::sensitivity::calibration::{Calibration, Calibrator};
+use crate::sensitivity::curvature::Curvature;
+use crate::source::{RawTensor, Source};
+use rayon::prelude::*;
+use safetensors::Dtype;
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::Instant;
+use upg_kernel::format::{
+    Encoding, FileWriter, LayerInfo, TOKENIZER, header_capacity, insert_figures, reserve_figures,
+};
+use upg_kernel::inference::Input;
+use upg_kernel::matrix::strips::STRIP_ROWS;
+use upg_kernel::sparse::MdCSRMatrix;
+use upg_kernel::{Error, ErrorKind, Matrix, Result, WholeFile};
+
+pub use crate::job::report::CompressReport;
+
+/// The metadata key of the options that were chosen.
+pub(crate) const RECIPE: &str = "recipe";
+
+/// Compresses `source` into a UPG file at `out`, which appears whole or not at all.
+///
+/// The bytes depend on the source and the options only, not on the number of threads; if there is a
+/// calibration, also on the machine (instruction set, caches). Memory: about three copies of the largest
+/// tensor, in f32, or half a gigabyte for smaller ones side by side; with a calibration also what [`Calibrator`] and
+/// [`Feedback::new`](crate::sensitivity::hessian::Feedback::new) take. Time: see the encoders.
+/// [`Preflight`](crate::job::preflight::Preflight) says both beforehand.
+///
+/// With [`CompressOptions::resume`] a run that ends early, however it ends, leaves the two files of
+/// [`partial_files`](crate::job::resume::partial_files); the same call again goes on after the last tensor that was written and
+/// gives the same bytes. It reads once what is there already; with a calibration the model is run over the text again,
+/// forwards and then backwards to the layer where it stopped.
+///
+/// Errors: those of the source, and of [`ModelFiles::check`](crate::source::ModelFiles::check), before any work; `Invalid` for
+/// weights that are not finite; `Argument` if `out` is a
+/// file of the source, or was begun from something else or is being written by another run; `Io`; `Interrupted`.
+pub fn compress(
+    source: &dyn Source,
+    out: impl AsRef<Path>,
+    options: &CompressOptions,
+    progress: &dyn Progress,
+) -> Result<CompressReport> {
+    source.files().check()?;
+    compress_checked(source, out, options, progress)
+}
+
+/// Compresses a source whose files were checked by [`Preflight::new`](crate::job::preflight::Preflight::new), as [`compress`]
+/// does: building a large tokenizer a second time takes seconds.
+///
+/// Errors: as [`compress`], without those of [`ModelFiles::check`](crate::source::ModelFiles::check).
+pub fn compress_checked(
+    source: &dyn Source,
+    out: impl AsRef<Path>,
+    options: &CompressOptions,
+    progress: &dyn Progress,
+) -> Result<CompressReport> {
+    let mut calibrator = None;
+    let settled;
+    let options = match options.budget {
+        Some(budget) => {
+            settled = budget::settled(source, options, budget, progress)?;
+            &settled
+        }
+        None => options,
+    };
+    let all_layers = match &options.calibration {
+        Some(_) => source.files().config()?.num_layers,
+        None => 0,
+    };
+    let (mut calibration_seconds, mut calibrated_layers) = (0.0, 0);
+    let mut report = compress_with(source, out, options, progress, |jobs| {
+        let mut calibrated = Vec::new();
+        for job in jobs {
+            let curvature = match &options.calibration {
+                Some(calibration) if options.calibrates(job.layer) => {
+                    let started = Instant::now();
+                    let calibrator = match &mut calibrator {
+                        Some(calibrator) => calibrator,
+                        none => none.insert(Calibrator::new(source, calibration, progress)?),
+                    };
+                    let name = &job.layer.name;
+                    let curvature = calibrator.curvature(name, progress);
+                    let curvature = curvature.map_err(|e| e.tensor(name))?;
+                    calibration_seconds += started.elapsed().as_secs_f64();
+                    calibrated_layers = Input::of(name).map_or(0, |(layer, _)| all_layers - layer);
+                    curvature
+                }
+                _ => None,
+            };
+            calibrated.push((job, curvature));
+        }
+        // What is done row by row in the end says how long a matrix takes at least.
+        let longest = |(job, curvature): &(Job<'_>, Option<_>)| {
+            let rows = rows_in_turn(curvature.is_some());
+            job.layer.rows.min(rows) * job.layer.cols
+        };
+        let encoded = side_by_side(calibrated, longest, |(job, curvature)| {
+            let Job { index, layer } = job;
+            let encoded = encode_tensor(
+                source,
+                index,
+                layer,
+                options,
+                curvature.as_deref(),
+                progress,
+            );
+            encoded.map_err(|e| e.tensor(&layer.name))
+        });
+        Ok(encoded)
+    })?;
+    report.encoding_seconds -= calibration_seconds;
+    report.calibration = options
+        .calibration
+        .as_ref()
+        .filter(|_| calibrated_layers > 0)
+        .map(|calibration| CalibrationReport {
+            tokens: calibration.tokens().len(),
+            layers: (calibrated_layers, all_layers),
+            seconds: calibration_seconds,
+        });
+    Ok(report)
+}
+
+/// Reads and encodes tensor `index` as `layer` says, whose error is filled in.
+fn encode_tensor(
+    source: &dyn Source,
+    index: usize,
+    layer: &mut LayerInfo,
+    options: &CompressOptions,
+    curvature: Option<&Curvature>,
+    progress: &dyn Progress,
+) -> Result<Encoded> {
+    progress.proceed()?;
+    progress.tensor(&layer.name);
+    let started = Instant::now();
+    let weights = source.read_f32(index)?;
+    let pruned = match (options.prune, curvature) {
+        (Some(sparsity), Some(curvature)) if is_prunable(layer) => Some(prune(
+            &weights,
+            layer.rows,
+            layer.cols,
+            sparsity,
+            curvature.inputs(),
+        )?),
+        _ => None,
+    };
+    let left = pruned.as_deref().unwrap_or(&weights);
+    let matrix = encode_matrix(left, layer, options.seed, curvature, progress)?;
+    layer.error = Some(relative_error(&weights, &matrix)?);
+    let seconds = started.elapsed().as_secs_f64();
+    let (mut output_error, mut divergence) = (None, None);
+    if let Some(curvature) = curvature.filter(|_| options.output_errors) {
+        let errors = errors_of(&weights, &matrix)?;
+        let cost = |of: &[f32]| curvature.inputs().cost(of);
+        output_error = Some(to_six_digits(cost(&errors), cost(&weights)));
+        divergence = curvature.divergence(&errors)?.map(significant);
+    }
+    Ok(Encoded {
+        matrix,
+        output_error,
+        divergence,
+        seconds,
+    })
+}
+
+/// A matrix that is to be encoded.
+pub(crate) struct Job<'a> {
+    /// Of its tensor.
+    pub index: usize,
+    /// Its description, to which the encoder may add.
+    pub layer: &'a mut LayerInfo,
+}
+
+/// A matrix as it is to be written, and what is reported of it.
+pub(crate) struct Encoded {
+    pub matrix: Matrix,
+    pub output_error: Option<f64>,
+    pub divergence: Option<f64>,
+    pub seconds: f64,
+}
+
+/// [`compress`] with an encoder of the caller. It gets the matrices that come next, and gives them back in this order: all of
+/// them, or those before one that it is not to go on after, and why.
+pub(crate) fn compress_with(
+    source: &dyn Source,
+    out: impl AsRef<Path>,
+    options: &CompressOptions,
+    progress: &dyn Progress,
+    mut encode: impl FnMut(Vec<Job<'_>>) -> Result<(Vec<Encoded>, Result<()>)>,
+) -> Result<CompressReport> {
+    let started = Instant::now();
+    let out = out.as_ref();
+    let plan = Plan::new(source, options)?;
+    let mut metadata = metadata(source, options, &plan);
+    let mut layers = plan.layers();
+    let capacity = header_capacity(&layers, plan.kept_names(source), &metadata)?;
+    let (out, mut resumable) = match options.resume {
+        true => {
+            let fingerprint = fingerprint(source, options, &plan, &metadata[RECIPE])?;
+            let resumable = Resumable::open(out, source, &fingerprint)?;
+            (WholeFile::resume(out)?, Some(resumable))
+        }
+        false => (WholeFile::create_from(out, source.own_files())?, None),
+    };
+    let mut writer = FileWriter::new(out, capacity)?;
+
+    progress.start(plan.weights);
+    let mut tensors = match &mut resumable {
+        Some(earlier) => earlier.restore(&mut writer, source, &plan, &mut layers, progress)?,
+        None => Vec::new(),
+    };
+    let restored = tensors.len();
+    let is_layer = |planned: &&PlannedTensor| planned.layer.is_some();
+    let mut encoding_seconds = 0.0;
+    let mut next_layer = plan.tensors[..restored].iter().filter(is_layer).count();
+    for batch in Batch::all(source, options, &plan.tensors[restored..])? {
+        progress.proceed()?;
+        let matrices = batch.tensors.iter().filter(is_layer);
+        let described = layers[next_layer..].iter_mut();
+        let jobs = matrices.zip(described).map(|(planned, layer)| Job {
+            index: planned.index,
+            layer,
+        });
+        let started = Instant::now();
+        let (encoded, outcome) = encode(jobs.collect())?;
+        encoding_seconds += started.elapsed().as_secs_f64();
+        let mut encoded = encoded.into_iter();
+        for planned in batch.tensors {
+            let tensor = &source.tensors()[planned.index];
+            let record = if planned.layer.is_some() {
+                // What is done is kept, though others were stopped.
+                let Some(encoded) = encoded.next() else { break };
+                let layer = &layers[next_layer];
+                let arrays = writer.layer(next_layer, layer, &encoded.matrix)?;
+                next_layer += 1;
+                Record::encoded(tensor, layer, &encoded, arrays)
+            } else {
+                if outcome.is_ok() {
+                    progress.proceed()?;
+                }
+                progress.tensor(&tensor.name);
+                let started = Instant::now();
+                let raw = source.read_raw(planned.index)?;
+                check_finite(&raw, tensor.cols()).map_err(|e| e.tensor(&tensor.name))?;
+                let dtype = raw.dtype.into();
+                let array = writer.tensor(&tensor.name, dtype, &tensor.shape, &raw.bytes)?;
+                progress.advance(tensor.weights() as u64);
+                Record::kept(tensor, started.elapsed().as_secs_f64(), array)
+            };
+            if let Some(resumable) = &mut resumable {
+                resumable.add(&mut writer, &record)?;
+            }
+            tensors.push(record.tensor);
+        }
+        outcome?;
+    }
+    if let Some(json) = source.files().tokenizer_json.as_deref() {
+        writer.tensor(TOKENIZER, Dtype::U8, &[json.len()], json)?;
+    }
+    let mut report = CompressReport {
+        file_bytes: writer.file_len(),
+        weights: plan.weights,
+        layers,
+        zeros: Zeros::of(&tensors),
+        tensors,
+        restored,
+        calibration: None,
+        encoding_seconds,
+        seconds: 0.0,
+    };
+    insert_figures(&mut metadata, report.file_bytes, report.weights);
+    writer.finish(metadata, &report.layers)?;
+    resumable.map_or(Ok(()), Resumable::finish)?;
+    report.seconds = started.elapsed().as_secs_f64();
+    Ok(report)
+}
+
+/// The metadata of the file, with room for the figures that are known at the end; `recipe` is what it was made with.
+pub(crate) fn metadata(
+    source: &dyn Source,
+    options: &CompressOptions,
+    plan: &Plan,
+) -> BTreeMap<String, String> {
+    let recipe = json!({
+        "tool": concat!("upg ", env!("CARGO_PKG_VERSION")),
+        "encoding": match options.budget {
+            Some(_) => "mixed".to_owned(),
+            None => options.encoding.to_string(),
+        },
+        "budget": options.budget.map(Budget::to_json),
+        "embedding": plan.embedding.to_string(),
+        "overrides": options.overrides.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        "seed": options.seed,
+        "sparse": options.sparse.to_string(),
+        "prune": options.prune,
+        "calibration": options.calibration.as_ref().map(calibration_json),
+    });
+    let mut metadata = source.files().metadata();
+    metadata.insert("model".to_owned(), source.model_name().to_owned());
+    metadata.insert(RECIPE.to_owned(), recipe.to_string());
+    reserve_figures(&mut metadata);
+    metadata
+}
+
+/// What a text is recognized by, for people.
+pub(crate) fn calibration_json(calibration: &Calibration) -> Value {
+    json!({
+        "text": if calibration.is_built_in() { "built-in" } else { "given" },
+        "checksum": calibration.checksum(),
+        "tokens": calibration.tokens().len(),
+        "window": calibration.window(),
+    })
+}
+
+/// Errors (`Invalid`): a value that is not finite, which would spoil every answer.
+fn check_finite(raw: &RawTensor<'_>, cols: usize) -> Result<()> {
+    let size = raw.dtype.size();
+    let bad = raw
+        .bytes
+        .par_chunks(size << 16)
+        .enumerate()
+        .map(|(chunk, bytes)| {
+            let mut values = vec![0.0; bytes.len() / size];
+            raw.dtype.to_f32(bytes, &mut values)?;
+            let bad = values.iter().position(|w| !w.is_finite());
+            Ok(bad.map(|i| ((chunk << 16) + i, values[i])))
+        })
+        .find_map_first(|found: Result<_>| found.transpose());
+    match bad.transpose()? {
+        None => Ok(()),
+        Some((i, w)) => Err(Error::new(
+            ErrorKind::Invalid,
+            format!("the weight in row {}, column {} is {w}", i / cols, i % cols),
+        )),
+    }
+}
+
+/// Encodes `weights` (`[rows, cols]`, row by row) as `layer` says; `progress` advances by all of them.
+///
+/// Errors: those of the encoders; `Interrupted`.
+pub fn encode_matrix(
+    weights: &[f32],
+    layer: &LayerInfo,
+    seed: u64,
+    curvature: Option<&Curvature>,
+    progress: &dyn Progress,
+) -> Result<Matrix> {
+    let (rows, cols) = (layer.rows, layer.cols);
+    let group = layer.group.unwrap_or(64);
+    let encoding = layer.encoding()?;
+    if let Some(k) = encoding.trellis_bits() {
+        let matrix = trellis::encode_with(weights, rows, cols, k, seed, curvature, progress)?;
+        return Ok(Matrix::Trellis(matrix));
+    }
+    let matrix = match encoding {
+        Encoding::MdCsr => Matrix::MdCsr(MdCSRMatrix::from_dense(weights, rows, cols)?),
+        Encoding::Q8 => Matrix::Grouped(round_q8(weights, rows, cols, group, curvature)?),
+        Encoding::Q4 => Matrix::Grouped(round_q4(weights, rows, cols, group, curvature)?),
+        Encoding::S8 => Matrix::Bitmap(round_s8(weights, rows, cols, curvature)?),
+        Encoding::S4 => Matrix::Bitmap(round_s4(weights, rows, cols, curvature)?),
+        other => {
+            let message = format!("no encoder for '{other}'");
+            return Err(Error::new(ErrorKind::Unsupported, message));
+        }
+    };
+    progress.advance(weights.len() as u64);
+    Ok(matrix)
+}
+
+/// `|decoded - original| / |original|` in the Frobenius norm, to six digits; 0 for a zero matrix.
+pub fn relative_error(original: &[f32], matrix: &Matrix) -> Result<f64> {
+    let cols = matrix.cols();
+    // One pair of sums a row, added in order: the same for any number of threads.
+    let rows: Vec<(f64, f64)> = original
+        .par_chunks_exact(cols.max(1))
+        .enumerate()
+        .map_init(
+            || vec![0.0; cols],
+            |decoded, (row, original)| {
+                matrix.rows_into(row, decoded)?;
+                let pairs = original.iter().zip(decoded.iter());
+                Ok(pairs.fold((0.0, 0.0), |(error, norm), (&a, &b)| {
+                    let (a, b) = (f64::from(a), f64::from(b));
+                    (error + (a - b) * (a - b), norm + a * a)
+                }))
+            },
+        )
+        .collect::<Result<_>>()?;
+    let (error, norm) = rows.iter().fold((0.0, 0.0), |s, r| (s.0 + r.0, s.1 + r.1));
+    Ok(to_six_digits(error, norm))
+}
+
+/// `decoded - original`, row by row.
+///
+/// Errors: those of the matrix, and `Shape` for weights of another one.
+fn errors_of(original: &[f32], matrix: &Matrix) -> Result<Vec<f32>> {
+    let mut errors = vec![0.0; original.len()];
+    let strip = STRIP_ROWS * matrix.cols().max(1);
+    let strips = errors.par_chunks_mut(strip).zip(original.par_chunks(strip));
+    strips
+        .enumerate()
+        .try_for_each(|(strip, (errors, original))| {
+            matrix.rows_into(strip * STRIP_ROWS, errors)?;
+            let pairs = errors.iter_mut().zip(original);
+            pairs.for_each(|(error, w)| *error -= w);
+            Ok(())
+        })
+        .map(|()| errors)
+}
+
+/// To six digits, however small it is: such numbers come back from JSON as they were.
+fn significant(value: f64) -> f64 {
+    format!("{value:.5e}").parse().unwrap_or(value)
+}
+
+/// The root of `error / norm`; 0 if there is nothing to be off from.
+fn to_six_digits(error: f64, norm: f64) -> f64 {
+    match norm == 0.0 {
+        true => 0.0,
+        false => ((error.max(0.0) / norm).sqrt() * 1e6).round() / 1e6,
+    }
+}

@@ -1,0 +1,246 @@
+//! What compressing will take, before it starts: room on the disk, memory, time.
+#![forbid(unsafe_code)]
+
+mod memory;
+mod time;
+
+use crate::job::compress::metadata;
+use crate::job::resume::partial_files;
+use crate::plan::budget::most_bytes;
+use crate::plan::tensors::{CompressOptions, Plan, PlannedTensor, is_calibrated};
+use crate::source::Source;
+use std::path::Path;
+use sysinfo::System;
+use upg_kernel::format::{TENSOR_ALIGNMENT, header_bytes, header_capacity};
+use upg_kernel::{Error, ErrorKind, Result};
+
+pub use memory::Memory;
+pub(crate) use memory::tensor_bytes;
+
+/// What [`compress`](crate::job::compress::compress) will do and take.
+#[derive(Debug, Clone)]
+pub struct Preflight {
+    /// Tensors that are treated alike, in the order of the first of each.
+    pub groups: Vec<Group>,
+    /// Bytes of the file: exactly, but at most so many with `mdcsr`, `s8`, `s4` and a budget.
+    pub file_bytes: u64,
+    /// Of these, what an earlier run may have written already.
+    pub written_bytes: u64,
+    /// Free on the file system of the output.
+    pub disk_free: u64,
+    /// For hidden states while it runs, where temporary files are.
+    pub temporary_bytes: u64,
+    /// Free on the file system of those.
+    pub temporary_free: u64,
+    /// Most that the process will have.
+    pub memory: Memory,
+    /// What the system and the limits of this process group have left, swap included. `None`: the system does not say.
+    pub memory_free: Option<u64>,
+    /// Estimated, from samples of the weights encoded and multiplied here and now; without what an earlier run has done.
+    pub seconds: f64,
+}
+
+/// Tensors of the same shape and encoding, whose names differ by the number of their layer only.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Group {
+    /// With `*` for the number of the layer.
+    pub name: String,
+    /// `keep`, the name of the encoding, or `mixed` if a budget will choose it.
+    pub encoding: String,
+    /// `[rows, cols]` of a matrix, `[n]` of a vector.
+    pub shape: Vec<usize>,
+    /// How many there are.
+    pub tensors: usize,
+    /// Bytes of all of them; of mixed ones with `t3` or `t4`, whichever is nearer to the budget.
+    pub bytes: u64,
+}
+
+impl Preflight {
+    /// Looks at what compressing `source` to `out` will take. Takes a second or two on the way, most of it for samples.
+    ///
+    /// Errors: those that [`compress`](crate::job::compress::compress) would have before its first tensor, and of encoding samples;
+    /// `Io` if `out` cannot be written to.
+    pub fn new(
+        source: &dyn Source,
+        out: impl AsRef<Path>,
+        options: &CompressOptions,
+    ) -> Result<Self> {
+        let out = out.as_ref();
+        source.files().check()?;
+        let plan = Plan::new(source, options)?;
+        let file_bytes = match options.budget {
+            Some(budget) => most_bytes(source, options, budget)?,
+            None => file_bytes(source, options, &plan)?,
+        };
+        let mut groups: Vec<Group> = Vec::new();
+        for planned in &plan.tensors {
+            let bytes = array_bytes(source, planned)?.iter().sum();
+            let is_open = options.budget.is_some()
+                && planned.layer.as_ref().is_some_and(is_calibrated)
+                && !options.is_named(&source.tensors()[planned.index].name);
+            add(&mut groups, source, planned, bytes, is_open);
+        }
+        let [partial, _] = partial_files(out)?;
+        let written = std::fs::metadata(&partial).map_or(0, |m| m.len());
+        let folder = partial.parent().filter(|p| !p.as_os_str().is_empty());
+        let folder = folder.unwrap_or(Path::new("."));
+        let temporary = std::env::temp_dir();
+        Ok(Self {
+            groups,
+            file_bytes,
+            written_bytes: if options.resume {
+                written.min(file_bytes)
+            } else {
+                0
+            },
+            disk_free: free(folder)?,
+            temporary_bytes: temporary_bytes(source, options)?,
+            temporary_free: free(&temporary)?,
+            memory: Memory::of(source, options, &plan)?,
+            memory_free: memory_free(),
+            seconds: time::seconds(source, options, &plan)?,
+        })
+    }
+
+    /// Errors: `Io` if the file will not fit on the disk; `TooLarge` if the work will not fit in memory.
+    pub fn check(&self) -> Result<()> {
+        let wanted = self.file_bytes - self.written_bytes;
+        if wanted > self.disk_free {
+            let message = format!(
+                "needs {} on the disk of the output, where {} are free",
+                megabytes(wanted),
+                megabytes(self.disk_free)
+            );
+            return Err(Error::new(ErrorKind::Io, message)
+                .hint("make room, choose another place or an encoding of fewer bits"));
+        }
+        if self.temporary_bytes > self.temporary_free {
+            let message = format!(
+                "needs {} where temporary files are, where {} are free",
+                megabytes(self.temporary_bytes),
+                megabytes(self.temporary_free)
+            );
+            return Err(Error::new(ErrorKind::Io, message)
+                .hint("name another folder in TMPDIR, or use a shorter calibration text"));
+        }
+        match self.memory_free {
+            Some(free) if self.memory.own > free => {
+                let message = format!(
+                    "needs up to {} of memory, {} are free",
+                    megabytes(self.memory.own),
+                    megabytes(free)
+                );
+                Err(Error::new(ErrorKind::TooLarge, message)
+                    .hint("end other programs, use fewer threads or a shorter calibration text"))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Bytes of the file that `plan` gives: exactly, but at most so many with `mdcsr`, `s8` and `s4`.
+///
+/// Errors: those of the header.
+pub(crate) fn file_bytes(
+    source: &dyn Source,
+    options: &CompressOptions,
+    plan: &Plan,
+) -> Result<u64> {
+    let layers = plan.layers();
+    let metadata = metadata(source, options, plan);
+    let capacity = header_capacity(&layers, plan.kept_names(source), &metadata)?;
+    let mut bytes = header_bytes(capacity);
+    // Padding comes before the next tensor.
+    let mut add = |array: u64| bytes = bytes.next_multiple_of(TENSOR_ALIGNMENT) + array;
+    for planned in &plan.tensors {
+        array_bytes(source, planned)?.into_iter().for_each(&mut add);
+    }
+    if let Some(json) = &source.files().tokenizer_json {
+        add(json.len() as u64);
+    }
+    Ok(bytes)
+}
+
+/// Room on the disk of a folder.
+pub(crate) fn free(folder: &Path) -> Result<u64> {
+    fs4::available_space(folder)
+        .map_err(|e| Error::io("cannot find out how much room is left", folder, e))
+}
+
+/// Of the hidden states before each layer.
+fn temporary_bytes(source: &dyn Source, options: &CompressOptions) -> Result<u64> {
+    let Some(calibration) = &options.calibration else {
+        return Ok(0);
+    };
+    let (config, tokens) = (source.files().config()?, calibration.tokens().len());
+    Ok(4 * (tokens * config.hidden_size * config.num_layers) as u64)
+}
+
+/// Bytes of each array of a tensor.
+pub(crate) fn array_bytes(source: &dyn Source, planned: &PlannedTensor) -> Result<Vec<u64>> {
+    if let Some(layer) = &planned.layer {
+        return layer.array_bytes();
+    }
+    let tensor = &source.tensors()[planned.index];
+    let size = tensor.kept_as().size() as u64;
+    Ok(vec![tensor.weights() as u64 * size])
+}
+
+fn add(
+    groups: &mut Vec<Group>,
+    source: &dyn Source,
+    planned: &PlannedTensor,
+    bytes: u64,
+    is_open: bool,
+) {
+    let tensor = &source.tensors()[planned.index];
+    let encoding = match &planned.layer {
+        _ if is_open => "mixed",
+        Some(layer) => layer.encoding_name(),
+        None => "keep",
+    };
+    let name = with_star(&tensor.name);
+    let same = |g: &&mut Group| g.name == name && g.encoding == encoding && g.shape == tensor.shape;
+    match groups.iter_mut().find(same) {
+        Some(group) => {
+            group.tensors += 1;
+            group.bytes += bytes;
+        }
+        None => groups.push(Group {
+            name,
+            encoding: encoding.to_owned(),
+            shape: tensor.shape.clone(),
+            tensors: 1,
+            bytes,
+        }),
+    }
+}
+
+/// `model.layers.*.rest` for the tensors of all layers.
+fn with_star(name: &str) -> String {
+    const LAYERS: &str = "model.layers.";
+    let rest = name.strip_prefix(LAYERS).and_then(|n| n.split_once('.'));
+    match rest {
+        Some((number, rest)) if number.bytes().all(|b| b.is_ascii_digit()) => {
+            format!("{LAYERS}*.{rest}")
+        }
+        _ => name.to_owned(),
+    }
+}
+
+fn memory_free() -> Option<u64> {
+    let mut system = System::new().ok()?;
+    system.refresh_memory();
+    let free = system.available_memory() + system.free_swap();
+    let limits = system.cgroup_limits();
+    Some(limits.map_or(free, |l| {
+        free.min(l.free_memory.saturating_add(l.free_swap))
+    }))
+}
+
+fn megabytes(bytes: u64) -> String {
+    format!("{:.1} MB", bytes as f64 / 1e6)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,184 @@
+//! The most memory that compressing takes.
+#![forbid(unsafe_code)]
+
+use super::array_bytes;
+use crate::job::parallel::{Batch, rows_in_turn};
+use crate::plan::tensors::{CompressOptions, Plan, PlannedTensor};
+use crate::sensitivity::calibration::Calibration;
+use crate::sensitivity::curvature::PANEL_ROWS;
+use crate::source::{Source, SourceDtype};
+use std::collections::BTreeMap;
+use upg_kernel::Result;
+use upg_kernel::format::{Encoding, LayerInfo};
+use upg_kernel::inference::{Input, ModelConfig, POSITIONS_TOGETHER};
+
+/// The program, its tables, its threads, and what the allocator keeps of memory that was freed.
+const BASE: u64 = 60_000_000;
+
+/// Most that the allocator keeps of the many arrays of a calibration that come and go; larger ones it gives back. What it
+/// kept of a small model was that model's own memory again, and with sensitivities 2.5 times as much.
+const MOST_KEPT: u64 = 1 << 30;
+
+/// What a tokenizer takes, for each byte of its `tokenizer.json`.
+const TOKENIZER_FACTOR: u64 = 40;
+
+/// Of each part, for each column: a strip of 64 rows in several forms.
+const STRIP_BYTES: u64 = 64 * 4 * 10;
+
+const F32: u64 = 4;
+
+/// Bytes of memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Memory {
+    /// What the process has for itself.
+    pub own: u64,
+    /// Pages of the source that it has read: the system counts them too, but takes them away when it needs them. A source
+    /// that was read into memory stays there; what the system has left is then counted without it.
+    pub mapped: u64,
+}
+
+impl Memory {
+    pub(super) fn of(source: &dyn Source, options: &CompressOptions, plan: &Plan) -> Result<Self> {
+        let files = source.own_files();
+        let mapped = files.iter().filter_map(|path| std::fs::metadata(path).ok());
+        let texts = source.files().tokenizer_json.as_ref();
+        let texts = texts.map_or(0, |json| json.len() as u64);
+        let mut all = 0;
+        let held = match &options.calibration {
+            Some(calibration) => held(source, &source.files().config()?, calibration),
+            None => Held::default(),
+        };
+        for batch in Batch::all(source, options, &plan.tensors)? {
+            let names = batch
+                .tensors
+                .iter()
+                .map(|t| &source.tensors()[t.index].name);
+            let of_held = names.map(|name| held.while_encoding(name)).max();
+            all = all.max(batch.bytes + of_held.unwrap_or(0));
+        }
+        all = all.max(held.start).max(held.pass);
+        // Sensitivities are a run before the run.
+        let kept = match (&options.calibration, options.budget) {
+            (None, _) => 0,
+            (Some(_), None) => all,
+            (Some(_), Some(_)) => all * 5 / 2,
+        };
+        let all = all + kept.min(MOST_KEPT);
+        let tokenizer = match options.calibration {
+            Some(_) => texts * TOKENIZER_FACTOR,
+            None => texts,
+        };
+        Ok(Self {
+            own: BASE + tokenizer + all,
+            mapped: mapped.map(|m| m.len()).sum(),
+        })
+    }
+}
+
+/// Of a tensor on its way into the file.
+///
+/// Errors: those of the description of a layer.
+pub(crate) fn tensor_bytes(
+    source: &dyn Source,
+    options: &CompressOptions,
+    planned: &PlannedTensor,
+) -> Result<u64> {
+    let arrays = array_bytes(source, planned)?.iter().sum();
+    let tensor = &source.tensors()[planned.index];
+    Ok(match (&planned.layer, tensor.dtype) {
+        (Some(layer), _) => encoding(layer, options, arrays),
+        (None, SourceDtype::Float(_)) => arrays,
+        // The values, and their bytes.
+        (None, SourceDtype::Quantized(_)) => 2 * arrays,
+    })
+}
+
+/// Of a matrix on its way into its arrays.
+fn encoding(layer: &LayerInfo, options: &CompressOptions, arrays: u64) -> u64 {
+    let (rows, cols) = (layer.rows as u64, layer.cols as u64);
+    let weights = rows * cols;
+    let is_calibrated = options.calibrates(layer);
+    // Parts that are encoded at the same time.
+    let parts = layer.rows.div_ceil(rows_in_turn(is_calibrated));
+    let parts = parts.min(rayon::current_num_threads()) as u64;
+    let codes = match layer.encoding() {
+        Ok(Encoding::MdCsr) => 8 * weights,
+        Ok(Encoding::T2 | Encoding::T3 | Encoding::T4) => parts * 2_400_000,
+        _ => weights,
+    };
+    let feedback = match is_calibrated {
+        // At its largest while it is decomposed: the rotated or reordered one in f32, three in f64; then of the rows of each
+        // panel.
+        true => {
+            let panel = rows.min(PANEL_ROWS as u64);
+            cols * cols * (F32 + 3 * 8) + parts * panel * (panel * (F32 + 3 * 8) + cols * F32)
+        }
+        false => 0,
+    };
+    // Once it is encoded: all errors, the factor of the inputs, and what becomes of the errors of a panel.
+    let measuring = match options.output_errors && is_calibrated {
+        true => F32 * (weights + cols * cols + 2 * rows.min(PANEL_ROWS as u64) * cols),
+        false => 0,
+    };
+    let feedback = feedback.max(measuring);
+    F32 * weights + codes + arrays + parts * cols * STRIP_BYTES + feedback
+}
+
+/// What a calibration holds.
+#[derive(Default)]
+struct Held {
+    /// Before the first layer.
+    start: u64,
+    /// While a layer is passed.
+    pass: u64,
+    /// While a matrix is encoded, from the first that is calibrated on.
+    later: u64,
+}
+
+impl Held {
+    fn while_encoding(&self, name: &str) -> u64 {
+        match name.starts_with("model.embed_tokens.") {
+            true => 0,
+            false => self.later,
+        }
+    }
+}
+
+fn held(source: &dyn Source, config: &ModelConfig, calibration: &Calibration) -> Held {
+    let hidden = config.hidden_size as u64;
+    let (query, kv) = (config.query_size() as u64, config.kv_size() as u64);
+    let inner = config.intermediate_size as u64;
+    let window = calibration.window() as u64;
+    let positions = (POSITIONS_TOGETHER as u64 / window).max(1) * window;
+    let positions = positions.min(calibration.tokens().len() as u64);
+    let states = F32 * hidden * calibration.tokens().len() as u64;
+    // Backwards: hidden states and what norms make of them, with gradients; queries, keys and values three times, gate and up
+    // once, what becomes of them; inputs and gradients of one matrix, and those once more as they are weighed.
+    let wide = query + 2 * kv;
+    let workspace =
+        F32 * positions * (6 * hidden + 3 * wide + 2 * query + 3 * inner + 4 * wide.max(2 * inner));
+    // Probabilities of attention, and their gradients.
+    let threads = rayon::current_num_threads() as u64;
+    let workspace = workspace + threads * 2 * F32 * window * window;
+    let mut weights: BTreeMap<usize, u64> = BTreeMap::new();
+    for tensor in source.tensors() {
+        if let Some((layer, _)) = Input::of(&tensor.name) {
+            *weights.entry(layer).or_default() += tensor.weights() as u64;
+        }
+    }
+    let layer = F32 * weights.values().copied().max().unwrap_or(0);
+    // Of every matrix of a layer by itself, where the family does not fuse them.
+    let panels = |rows: u64| rows * rows.min(PANEL_ROWS as u64);
+    let squares = 5 * hidden * hidden + query * query + inner * inner;
+    let squares = squares + panels(wide) + 2 * panels(hidden) + 2 * panels(inner);
+    // Gradients, and the hidden states before a layer.
+    let later = 2 * states + workspace + F32 * squares;
+    Held {
+        // Also the head, as it is and as f32, and logits of 256 positions.
+        start: 2 * states + F32 * config.vocab_size as u64 * (2 * hidden + 256),
+        // Fused matrices are put together of their parts: both are there for a moment.
+        // On the way back one matrix is there once more.
+        pass: later + 2 * layer,
+        later,
+    }
+}

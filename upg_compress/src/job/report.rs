@@ -1,0 +1,250 @@
+//! What compressing gave: errors, sizes and times.
+#![forbid(unsafe_code)]
+
+use crate::plan::sparsity::Zeros;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use upg_kernel::format::LayerInfo;
+use upg_kernel::inference::Input;
+use upg_kernel::peak_memory;
+
+/// One tensor of the file.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TensorReport {
+    /// Its Hugging Face name.
+    pub name: String,
+    /// `keep`, or the name of the encoding.
+    pub encoding: String,
+    /// `[rows, cols]` of a matrix, `[n]` of a vector.
+    pub shape: Vec<usize>,
+    /// Bytes of its arrays.
+    pub bytes: u64,
+    /// `|Q - W| / |W|`, to six digits; `None` if it is kept.
+    pub weight_error: Option<f64>,
+    /// `|X (Q - W)^T| / |X W^T|` over the inputs `X` of the calibration, each times the size of the gradients of what is made
+    /// of it, if it was asked for and the matrix has such inputs.
+    pub output_error: Option<f64>,
+    /// The Kullback-Leibler divergence that its errors cause by themselves, in nats of each position, as their
+    /// [`Curvature`](crate::sensitivity::curvature::Curvature) predicts it, to six digits; `None` as for outputs.
+    pub divergence: Option<f64>,
+    /// How many weights are zero, of a matrix that is stored by them.
+    pub zeros: Option<u64>,
+    /// Reading, encoding and measuring the error of the weights, beside others; not the run over the calibration text.
+    pub seconds: f64,
+}
+
+impl TensorReport {
+    pub(crate) fn weights(&self) -> u64 {
+        self.shape.iter().map(|&n| n as u64).product()
+    }
+
+    fn is_kept(&self) -> bool {
+        self.encoding == "keep"
+    }
+
+    /// In an encoding that a calibration has an effect on.
+    fn may_be_calibrated(&self) -> bool {
+        !self.is_kept() && self.encoding != "mdcsr" && Input::of(&self.name).is_some()
+    }
+
+    fn to_json(&self) -> Value {
+        json!({
+            "name": self.name,
+            "encoding": self.encoding,
+            "shape": self.shape,
+            "bytes": self.bytes,
+            "bits_per_weight": ratio(8.0 * self.bytes as f64, self.weights() as f64),
+            "weight_error": self.weight_error,
+            "output_error": self.output_error,
+            "divergence": self.divergence,
+            "zeros": self.zeros,
+            "seconds": self.seconds,
+        })
+    }
+}
+
+/// The run over the calibration text.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct CalibrationReport {
+    /// Of the text.
+    pub tokens: usize,
+    /// Layers that they went back through, of this many.
+    pub layers: (usize, usize),
+    /// In this run, forwards and backwards, with the sums of what errors cost.
+    pub seconds: f64,
+}
+
+impl CalibrationReport {
+    /// Tokens that would go through the whole model in a second.
+    pub fn tokens_per_second(&self) -> f64 {
+        let part = self.layers.0 as f64 / self.layers.1 as f64;
+        self.tokens as f64 * part / self.seconds
+    }
+}
+
+/// What was written.
+#[derive(Debug, Clone)]
+pub struct CompressReport {
+    /// Bytes of the file.
+    pub file_bytes: u64,
+    /// Weights of the model, uncompressed ones included.
+    pub weights: u64,
+    /// The compressed matrices with their errors.
+    pub layers: Vec<LayerInfo>,
+    /// Of the matrices that are stored by their zeros, if there are any.
+    pub zeros: Option<Zeros>,
+    /// All tensors of the model, in the order of the file.
+    pub tensors: Vec<TensorReport>,
+    /// How many of them, the first ones, an earlier run had written already.
+    pub restored: usize,
+    /// If there was a calibration, and something left to calibrate.
+    pub calibration: Option<CalibrationReport>,
+    /// Of this run for matrices: reading, encoding and all that is measured of them.
+    pub encoding_seconds: f64,
+    /// Of this run.
+    pub seconds: f64,
+}
+
+impl CompressReport {
+    /// Bits of the whole file for each weight.
+    pub fn bits_per_weight(&self) -> f64 {
+        8.0 * self.file_bytes as f64 / self.weights as f64
+    }
+
+    /// Bits for each weight in the matrices of the transformer blocks, compressed or not; NaN if there are none.
+    pub fn bits_per_weight_blocks(&self) -> f64 {
+        let in_block =
+            |t: &&TensorReport| t.name.starts_with("model.layers.") && t.shape.len() == 2;
+        let blocks = self.tensors.iter().filter(in_block);
+        let (bytes, weights) = blocks.fold((0, 0), |sum, t| (sum.0 + t.bytes, sum.1 + t.weights()));
+        8.0 * bytes as f64 / weights as f64
+    }
+
+    /// All of it as JSON: `tensors`, and `totals` with `encoding` (the matrices that this run has encoded) and
+    /// `calibration`. Peak memory is that of the process so far. Figures that there are none of are `null`.
+    pub fn to_json(&self) -> Value {
+        let encoded = self.tensors[self.restored..].iter();
+        let (mut matrices, mut weights) = (0, 0);
+        for tensor in encoded.filter(|t| !t.is_kept()) {
+            matrices += 1;
+            weights += tensor.weights();
+        }
+        let seconds = self.encoding_seconds;
+        // Of a part of the model it would be taken for that of all of it.
+        let calibrated = self.tensors.iter().filter(|t| t.may_be_calibrated());
+        let divergence: Option<f64> = calibrated.map(|t| t.divergence).sum();
+        let divergence = divergence.filter(|_| self.calibration.is_some());
+        json!({
+            "totals": {
+                "file_bytes": self.file_bytes,
+                "weights": self.weights,
+                "bits_per_weight": ratio(8.0 * self.file_bytes as f64, self.weights as f64),
+                "bits_per_weight_blocks": finite(self.bits_per_weight_blocks()),
+                "seconds": self.seconds,
+                "restored_tensors": self.restored,
+                "peak_memory_bytes": peak_memory(),
+                "divergence": divergence,
+                "encoding": {
+                    "matrices": matrices,
+                    "weights": weights,
+                    "seconds": seconds,
+                    "matrices_per_second": ratio(f64::from(matrices), seconds),
+                    "weights_per_second": ratio(weights as f64, seconds),
+                },
+                "calibration": self.calibration.map(|calibration| json!({
+                    "tokens": calibration.tokens,
+                    "layers": calibration.layers.0,
+                    "seconds": calibration.seconds,
+                    "tokens_per_second": finite(calibration.tokens_per_second()),
+                })),
+            },
+            "tensors": self.tensors.iter().map(TensorReport::to_json).collect::<Vec<_>>(),
+        })
+    }
+}
+
+fn ratio(a: f64, b: f64) -> Option<f64> {
+    finite(a / b)
+}
+
+fn finite(value: f64) -> Option<f64> {
+    value.is_finite().then_some(value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tensor(name: &str, encoding: &str, shape: &[usize], bytes: u64) -> TensorReport {
+        TensorReport {
+            name: name.into(),
+            encoding: encoding.into(),
+            shape: shape.to_vec(),
+            bytes,
+            weight_error: None,
+            output_error: None,
+            divergence: None,
+            zeros: None,
+            seconds: 2.0,
+        }
+    }
+
+    /// Of a calibrated run.
+    fn report(tensors: Vec<TensorReport>, restored: usize) -> CompressReport {
+        CompressReport {
+            file_bytes: 100,
+            weights: 80,
+            layers: Vec::new(),
+            zeros: None,
+            tensors,
+            restored,
+            calibration: Some(CalibrationReport {
+                tokens: 60,
+                layers: (1, 2),
+                seconds: 3.0,
+            }),
+            encoding_seconds: 2.0,
+            seconds: 9.0,
+        }
+    }
+
+    #[test]
+    fn totals_are_of_this_run_and_bits_of_everything() {
+        let tensors = vec![
+            tensor("model.embed_tokens.weight", "q8", &[4, 5], 30),
+            tensor("model.layers.0.norm.weight", "keep", &[8], 32),
+            tensor("model.layers.0.a.weight", "q4", &[4, 8], 16),
+            tensor("model.layers.0.b.weight", "keep", &[2, 10], 40),
+            tensor("empty", "keep", &[0], 0),
+        ];
+        let report = report(tensors, 1);
+        let json = report.to_json();
+        let totals = &json["totals"];
+        assert_eq!(totals["bits_per_weight"], 10.0);
+        assert_eq!(totals["bits_per_weight_blocks"], 8.0 * 56.0 / 52.0);
+        assert_eq!(totals["encoding"]["matrices_per_second"], 0.5);
+        assert_eq!(totals["encoding"]["weights_per_second"], 16.0);
+        assert_eq!(totals["calibration"]["tokens_per_second"], 10.0);
+        assert_eq!(json["tensors"][2]["bits_per_weight"], 4.0);
+        assert_eq!(json["tensors"][4]["bits_per_weight"], Value::Null);
+    }
+
+    #[test]
+    fn the_divergence_is_that_of_the_whole_model_or_none() {
+        let name = "model.layers.0.mlp.down_proj.weight";
+        let tensors = vec![
+            tensor("model.embed_tokens.weight", "q8", &[4, 5], 30),
+            tensor(name, "t3", &[4, 8], 16),
+            tensor(&name.replace('0', "1"), "t3", &[4, 8], 16),
+            tensor(&name.replace('0', "2"), "mdcsr", &[4, 8], 16),
+        ];
+        let mut report = report(tensors, 2);
+        let divergence = |report: &CompressReport| report.to_json()["totals"]["divergence"].clone();
+        report.tensors[2].divergence = Some(0.25);
+        assert_eq!(divergence(&report), Value::Null);
+        report.tensors[1].divergence = Some(0.5);
+        assert_eq!(divergence(&report), 0.75);
+        report.calibration = None;
+        assert_eq!(divergence(&report), Value::Null);
+    }
+}

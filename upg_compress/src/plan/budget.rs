@@ -1,0 +1,314 @@
+//! Encodings under a budget: more bits for the matrices whose errors change the predictions of the model most.
+//!
+//! The divergence that the errors of all matrices cause is taken to be the sum of what those of each cause by themselves,
+//! which its [`Curvature`](crate::sensitivity::curvature::Curvature) says to second order. What is measured of a matrix is its
+//! sensitivity: the divergence if every row had independent errors of its own size, and later rows and columns made up
+//! for them. An encoding then costs that times the square of its relative error, which is about the same for all
+//! matrices. From the fewest bits on, the matrix that gains most for each byte gets more, until nothing fits any more.
+#![forbid(unsafe_code)]
+
+use crate::encode::trellis::SQUARED_ERRORS;
+use crate::job::preflight::{array_bytes, file_bytes};
+use crate::plan::tensors::{Choice, CompressOptions, Plan, described, is_calibrated};
+use crate::progress::Progress;
+use crate::sensitivity::calibration::Calibrator;
+use crate::source::{Source, TensorInfo};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use upg_kernel::format::{Encoding, LayerInfo, TENSOR_ALIGNMENT};
+use upg_kernel::inference::Input;
+use upg_kernel::{Error, ErrorKind, Result};
+
+/// The encodings that are mixed, from few bits to many, with the square of their relative error: that of matrices of
+/// SmolLM2 without a calibration (`upg inspect`), which no matrix was more than a tenth away from.
+const LADDER: [(Encoding, f64); 4] = [
+    (Encoding::T2, SQUARED_ERRORS[0]),
+    (Encoding::T3, SQUARED_ERRORS[1]),
+    (Encoding::T4, SQUARED_ERRORS[2]),
+    (Encoding::Q8, 0.000_026),
+];
+
+/// Sequences that sensitivities are measured on: they are sums over whole matrices, and need no more.
+const SEQUENCES: usize = 8;
+
+/// What the list of layers in the header may take more for another encoding of one of them, in bytes.
+const HEADER_ROOM: u64 = 64;
+
+/// Blocks of fewer bits are like `t3`, of more like `t4`, where a choice depends on it.
+const LIKE_T4: f64 = 3.6;
+
+/// How many bits there are.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Budget {
+    /// For each weight in the matrices of the transformer blocks, with scales and all else that is stored of them.
+    Blocks(f64),
+    /// Bytes of the whole file.
+    File(u64),
+}
+
+impl Budget {
+    /// The encoding that the blocks will be like.
+    pub fn encoding(self) -> Encoding {
+        match self {
+            Self::Blocks(bits) if bits >= LIKE_T4 => Encoding::T4,
+            _ => Encoding::T3,
+        }
+    }
+
+    pub(crate) fn to_json(self) -> Value {
+        match self {
+            Self::Blocks(bits) => json!({"bits_per_weight_blocks": bits}),
+            Self::File(bytes) => json!({"file_bytes": bytes}),
+        }
+    }
+}
+
+/// A matrix whose encoding is chosen.
+struct Candidate {
+    name: String,
+    /// Divergence of all positions together, in nats, for a relative error of 1.
+    sensitivity: f64,
+    /// Bytes with each encoding of the ladder.
+    bytes: [u64; LADDER.len()],
+    /// Its place on the ladder.
+    rung: usize,
+}
+
+impl Candidate {
+    fn new(tensor: &TensorInfo, group: Option<usize>, sensitivity: f64) -> Result<Self> {
+        let mut bytes = [0; LADDER.len()];
+        for (bytes, (encoding, _)) in bytes.iter_mut().zip(LADDER) {
+            *bytes = aligned(described(tensor, encoding, group).array_bytes()?);
+        }
+        Ok(Self {
+            name: tensor.name.clone(),
+            sensitivity,
+            bytes,
+            rung: 0,
+        })
+    }
+
+    /// What the next rung gains for each byte that it takes, and how many it takes; `None` at the top.
+    fn step(&self) -> Option<(f64, u64)> {
+        let (_, error) = LADDER[self.rung];
+        let (_, smaller) = LADDER.get(self.rung + 1)?;
+        let bytes = self.bytes[self.rung + 1].saturating_sub(self.bytes[self.rung]);
+        let gain = self.sensitivity * (error - smaller);
+        Some((gain / bytes.max(1) as f64, bytes))
+    }
+}
+
+/// Bytes of arrays, each with the padding before the next one.
+fn aligned(arrays: Vec<u64>) -> u64 {
+    let arrays = arrays.into_iter();
+    arrays.map(|n| n.next_multiple_of(TENSOR_ALIGNMENT)).sum()
+}
+
+/// The smallest file that the options allow.
+struct Least {
+    /// Those of it.
+    options: CompressOptions,
+    plan: Plan,
+    file_bytes: u64,
+    /// Of the matrices of the blocks, and how many weights these have.
+    blocks: u64,
+    weights: u64,
+}
+
+impl Least {
+    fn new(source: &dyn Source, options: &CompressOptions, budget: Budget) -> Result<Self> {
+        let of = |encoding, embedding| -> Result<(CompressOptions, Plan, u64)> {
+            let mut options = options.clone();
+            options.encoding = Choice::Encode(encoding);
+            options.embedding = embedding;
+            let plan = Plan::new(source, &options)?;
+            let bytes = file_bytes(source, &options, &plan)?;
+            Ok((options, plan, bytes))
+        };
+        let embedding = match (options.embedding, budget) {
+            (Some(embedding), _) => Some(embedding),
+            // Of 8 bits where 3 are left for the blocks then.
+            (None, Budget::File(most)) => {
+                let large = Some(Choice::Encode(Encoding::Q8));
+                let fits = of(Encoding::T3, large)?.2 <= most;
+                if fits { large } else { None }
+            }
+            (None, Budget::Blocks(_)) => None,
+        };
+        let embedding = of(budget.encoding(), embedding)?.1.embedding;
+        let (options, plan, file_bytes) = of(LADDER[0].0, Some(embedding))?;
+        let (mut blocks, mut weights) = (0, 0);
+        for planned in &plan.tensors {
+            let tensor = &source.tensors()[planned.index];
+            if Input::of(&tensor.name).is_some() {
+                blocks += aligned(array_bytes(source, planned)?);
+                weights += tensor.weights() as u64;
+            }
+        }
+        Ok(Self {
+            options,
+            plan,
+            file_bytes,
+            blocks,
+            weights,
+        })
+    }
+
+    /// Bytes that a budget has beyond; `None` if it has not even these.
+    fn left(&self, budget: Budget) -> Option<u64> {
+        match budget {
+            Budget::Blocks(bits) => {
+                ((bits * self.weights as f64 / 8.0) as u64).checked_sub(self.blocks)
+            }
+            Budget::File(most) => most.checked_sub(self.file_bytes + self.header_room()),
+        }
+    }
+
+    fn header_room(&self) -> u64 {
+        HEADER_ROOM * self.plan.tensors.len() as u64
+    }
+}
+
+/// At most so many bytes will the file have; as many as the smallest one if the budget is less. Errors: those of the plan.
+pub(crate) fn most_bytes(
+    source: &dyn Source,
+    options: &CompressOptions,
+    budget: Budget,
+) -> Result<u64> {
+    let least = Least::new(source, options, budget)?;
+    Ok(least.file_bytes + least.header_room() + least.left(budget).unwrap_or(0))
+}
+
+/// `options` with an encoding for each matrix of the blocks that no pattern names.
+///
+/// Cost: the model forwards and backwards over 8 sequences of the calibration, and for each matrix what
+/// [`Feedback::new`](crate::sensitivity::hessian::Feedback::new) takes.
+/// Errors: `Argument` without a calibration, or if the budget is too small for the fewest bits; those of the source and of
+/// [`Calibrator`]; `Interrupted`.
+pub(crate) fn settled(
+    source: &dyn Source,
+    options: &CompressOptions,
+    budget: Budget,
+    progress: &dyn Progress,
+) -> Result<CompressOptions> {
+    let least = Least::new(source, options, budget)?;
+    let Some(left) = least.left(budget) else {
+        let message = format!(
+            "the budget is too small: with {} for all matrices of the blocks they have {:.3} bits a weight, the file {} bytes",
+            LADDER[0].0,
+            8.0 * least.blocks as f64 / least.weights as f64,
+            least.file_bytes
+        );
+        return Err(Error::new(ErrorKind::Argument, message)
+            .hint("allow more, or name an encoding of fewer bits for the embedding"));
+    };
+    let Least {
+        mut options, plan, ..
+    } = least;
+    let mut candidates = candidates(source, &options, &plan, progress)?;
+    spend(&mut candidates, left);
+    let chosen = candidates.into_iter();
+    options.choices = chosen.map(|c| (c.name, LADDER[c.rung].0)).collect();
+    Ok(options)
+}
+
+/// The matrices that the budget decides on, with their sensitivities.
+fn candidates(
+    source: &dyn Source,
+    options: &CompressOptions,
+    plan: &Plan,
+    progress: &dyn Progress,
+) -> Result<Vec<Candidate>> {
+    let Some(calibration) = &options.calibration else {
+        let message = "a budget without a calibration text, which says where bits are needed";
+        return Err(Error::new(ErrorKind::Argument, message).hint("add --calibrate"));
+    };
+    let mut calibrator = Calibrator::new(source, &calibration.first(SEQUENCES), progress)?;
+    let mut candidates = Vec::new();
+    for planned in &plan.tensors {
+        let tensor = &source.tensors()[planned.index];
+        if !planned.layer.as_ref().is_some_and(is_calibrated) || options.is_named(&tensor.name) {
+            continue;
+        }
+        progress.tensor(&tensor.name);
+        if let Some(curvature) = calibrator.curvature(&tensor.name, progress)? {
+            let weights = source.read_f32(planned.index)?;
+            let sensitivity = curvature
+                .sensitivity(&weights, options.seed)
+                .map_err(|e| e.tensor(&tensor.name))?;
+            candidates.push(Candidate::new(tensor, options.group, sensitivity)?);
+        }
+    }
+    Ok(candidates)
+}
+
+/// Raises candidates as long as `left` bytes allow it.
+fn spend(candidates: &mut [Candidate], mut left: u64) {
+    loop {
+        let steps = candidates.iter().enumerate().filter_map(|(i, candidate)| {
+            let (gain, bytes) = candidate.step()?;
+            (bytes <= left).then_some((i, gain, bytes))
+        });
+        // The first among equals: the same choice everywhere.
+        let best = steps.max_by(|a, b| a.1.total_cmp(&b.1).then(b.0.cmp(&a.0)));
+        let Some((i, _, bytes)) = best else { break };
+        candidates[i].rung += 1;
+        left -= bytes;
+    }
+}
+
+/// The encodings that were chosen, with how many matrices have each: for a summary.
+pub fn counted(layers: &[LayerInfo]) -> BTreeMap<&str, usize> {
+    let mut counts = BTreeMap::new();
+    for layer in layers.iter().filter(|l| Input::of(&l.name).is_some()) {
+        *counts.entry(layer.encoding_name()).or_default() += 1;
+    }
+    counts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn candidate(name: &str, sensitivity: f64, bytes: [u64; 4]) -> Candidate {
+        Candidate {
+            name: name.into(),
+            sensitivity,
+            bytes,
+            rung: 0,
+        }
+    }
+
+    /// Against all ways to spend, where steps are of equal size and gains fall, so that the greedy way is the best one.
+    #[test]
+    fn what_gains_most_for_its_bytes_comes_first() {
+        let bytes = [2, 3, 4, 5].map(|n| n * 100);
+        let sensitivities = [1.0, 5.0, 0.2, 30.0];
+        let cost = |rungs: &[usize]| -> f64 {
+            let pairs = rungs.iter().zip(sensitivities);
+            pairs.map(|(&rung, s)| LADDER[rung].1 * s).sum()
+        };
+        for steps in 0..=12 {
+            let mut candidates = sensitivities.map(|s| candidate("a", s, bytes));
+            spend(&mut candidates, steps * 100 + 50);
+            let rungs: Vec<usize> = candidates.iter().map(|c| c.rung).collect();
+            assert_eq!(rungs.iter().sum::<usize>(), steps as usize);
+            let all = (0..256).map(|i| [i % 4, i / 4 % 4, i / 16 % 4, i / 64]);
+            let allowed = all.filter(|r| r.iter().sum::<usize>() <= steps as usize);
+            let best = allowed.map(|r| cost(&r)).fold(f64::INFINITY, f64::min);
+            assert!((cost(&rungs) - best).abs() < 1e-12, "{rungs:?}");
+        }
+    }
+
+    #[test]
+    fn a_step_that_does_not_fit_leaves_room_for_smaller_ones() {
+        let mut candidates = [
+            candidate("large", 9.0, [1000, 2000, 3000, 4000]),
+            candidate("small", 0.1, [10, 20, 30, 40]),
+        ];
+        spend(&mut candidates, 25);
+        assert_eq!(candidates.each_ref().map(|c| c.rung), [0, 2]);
+        spend(&mut candidates, 0);
+        assert_eq!(candidates.each_ref().map(|c| c.rung), [0, 2]);
+    }
+}

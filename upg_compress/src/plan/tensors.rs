@@ -1,0 +1,379 @@
+//! Which tensor is stored how.
+#![forbid(unsafe_code)]
+
+use crate::encode::prune::check_sparsity;
+use crate::encode::trellis;
+use crate::plan::budget::Budget;
+use crate::plan::sparsity::{Sparse, sparse_form, worthwhile};
+use crate::sensitivity::calibration::Calibration;
+use crate::source::{Source, TensorInfo};
+use std::cmp::Reverse;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::str::FromStr;
+use upg_kernel::format::{Encoding, LayerInfo, TOKENIZER, check_kept_name};
+use upg_kernel::inference::Input;
+use upg_kernel::inference::weights::{EMBEDDING, HEAD};
+use upg_kernel::matrix::BITMAP_GROUP;
+use upg_kernel::{Error, ErrorKind, Result};
+
+/// Seed of the random signs of the rotation, if none is asked for.
+const DEFAULT_SEED: u64 = 0;
+
+/// An encoding, or none: the matrix stays as it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Choice {
+    /// Stored as the source has it (dequantized to F32 if that is a quantized GGUF type).
+    Keep,
+    /// Compressed.
+    Encode(Encoding),
+}
+
+impl fmt::Display for Choice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Keep => f.write_str("keep"),
+            Self::Encode(encoding) => encoding.fmt(f),
+        }
+    }
+}
+
+impl FromStr for Choice {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        match text {
+            "keep" => Ok(Self::Keep),
+            _ => text.parse().map(Self::Encode).map_err(|_| {
+                let known = Encoding::ALL.map(Encoding::name).join(" ");
+                Error::new(ErrorKind::Argument, format!("unknown encoding '{text}'"))
+                    .hint(format!("choose keep or one of {known}"))
+            }),
+        }
+    }
+}
+
+/// `PATTERN=ENCODING`: matrices whose name matches (`*`, `?`, `[..]`) get this encoding.
+#[derive(Debug, Clone)]
+pub struct Override {
+    pattern: glob::Pattern,
+    choice: Choice,
+}
+
+impl fmt::Display for Override {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}={}", self.pattern, self.choice)
+    }
+}
+
+impl FromStr for Override {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let bad = |message: String| {
+            Error::new(ErrorKind::Argument, message)
+                .hint("write PATTERN=ENCODING, for example '*.down_proj.weight=t4'")
+        };
+        let (pattern, choice) = text
+            .rsplit_once('=')
+            .ok_or_else(|| bad(format!("'{text}' has no '='")))?;
+        let pattern =
+            glob::Pattern::new(pattern).map_err(|e| bad(format!("pattern '{pattern}': {e}")))?;
+        Ok(Self {
+            pattern,
+            choice: choice.parse()?,
+        })
+    }
+}
+
+/// How to compress a model.
+#[derive(Debug, Clone)]
+pub struct CompressOptions {
+    /// For the matrices of the transformer blocks.
+    pub encoding: Choice,
+    /// How many bits there are: the matrices of the blocks then get `t2`, `t3`, `t4` or `q8`, each as much as it needs, and
+    /// `encoding` only stands for them until that is known. Needs a calibration.
+    pub budget: Option<Budget>,
+    /// Encodings by the names of matrices, before `encoding`: what comes of a budget.
+    pub choices: BTreeMap<String, Encoding>,
+    /// For the embeddings and the output head. `None`: `keep` and `mdcsr` as the blocks; `q4` where
+    /// the blocks are `t2` or `t3` and a `q8` embedding would be over a fifth of the file; else `q8`.
+    pub embedding: Option<Choice>,
+    /// Columns that share a prime index in `q8` and `q4`, 32 or 64. `None`: 64 in `q8`, 32 in `q4`.
+    pub group: Option<usize>,
+    /// For single matrices; the last one that matches counts.
+    pub overrides: Vec<Override>,
+    /// Of the random signs of the rotation.
+    pub seed: u64,
+    /// What the model is run over: matrices of the layers are then rounded so that their outputs on it are kept, but for
+    /// `mdcsr`. `None`: only the weights are looked at.
+    pub calibration: Option<Calibration>,
+    /// Whether matrices that would be `q8` or `q4` are stored by their zeros where they have many.
+    pub sparse: Sparse,
+    /// The share of weights to prune of the matrices in the layers that would be `q8`, `q4`, `s8` or `s4`, which are stored
+    /// as `s8` or `s4` then. Needs a calibration.
+    pub prune: Option<f64>,
+    /// Also measure, where there is a calibration, how far the outputs of each matrix are off, and what that changes:
+    /// [`TensorReport::output_error`](crate::job::report::TensorReport::output_error), [`TensorReport::divergence`](crate::job::report::TensorReport::divergence).
+    /// Does not change the file.
+    pub output_errors: bool,
+    /// Leave what is done if the run ends early, and go on from what an earlier one has left. Does not change the file.
+    pub resume: bool,
+}
+
+impl CompressOptions {
+    /// Everything at its default but the encoding.
+    pub fn new(encoding: Choice) -> Self {
+        Self {
+            encoding,
+            budget: None,
+            choices: BTreeMap::new(),
+            embedding: None,
+            group: None,
+            overrides: Vec::new(),
+            seed: DEFAULT_SEED,
+            calibration: None,
+            sparse: Sparse::Auto,
+            prune: None,
+            output_errors: false,
+            resume: false,
+        }
+    }
+
+    /// Whether the encoder of a matrix will look at the inputs that it has.
+    pub(crate) fn calibrates(&self, layer: &LayerInfo) -> bool {
+        self.calibration.is_some() && is_calibrated(layer)
+    }
+
+    /// Whether a pattern says what becomes of the matrix `name`.
+    pub(crate) fn is_named(&self, name: &str) -> bool {
+        self.overrides.iter().any(|o| o.pattern.matches(name))
+    }
+}
+
+/// What happens to every tensor, in the order of writing.
+pub(crate) struct Plan {
+    pub tensors: Vec<PlannedTensor>,
+    /// The choice for embeddings and output head.
+    pub embedding: Choice,
+    /// Weights of all planned tensors.
+    pub weights: u64,
+}
+
+/// One tensor of the source; kept as it is if `layer` is `None`.
+pub(crate) struct PlannedTensor {
+    pub index: usize,
+    pub layer: Option<LayerInfo>,
+}
+
+impl Plan {
+    /// What is compressed, without errors yet.
+    pub(crate) fn layers(&self) -> Vec<LayerInfo> {
+        self.tensors
+            .iter()
+            .filter_map(|t| t.layer.clone())
+            .collect()
+    }
+
+    /// Names of the other tensors of the file.
+    pub(crate) fn kept_names<'a>(&self, source: &'a dyn Source) -> impl Iterator<Item = &'a str> {
+        let kept = self.tensors.iter().filter(|t| t.layer.is_none());
+        let names = kept.map(|t| source.tensors()[t.index].name.as_str());
+        names.chain([TOKENIZER])
+    }
+
+    pub(crate) fn new(source: &dyn Source, options: &CompressOptions) -> Result<Self> {
+        // A file that no engine could run is not worth hours of work; weights alone may be all that there is.
+        let files = source.files();
+        let tied = files.config_json.is_some() && files.config()?.tie_word_embeddings;
+        if let Some(group) = options.group.filter(|group| !matches!(group, 32 | 64)) {
+            let message = format!("a group of {group} columns");
+            return Err(Error::new(ErrorKind::Argument, message).hint("use 32 or 64"));
+        }
+        let tensors: Vec<(usize, &TensorInfo)> = source
+            .tensors()
+            .iter()
+            .enumerate()
+            // The head of a tied model is its embedding; a stored copy is not used.
+            .filter(|(_, t)| !(tied && t.name == HEAD))
+            .collect();
+        let embedding = options
+            .embedding
+            .unwrap_or_else(|| default_embedding(options.encoding, &tensors));
+        let choose = |t: &TensorInfo| {
+            let by_place = match options.choices.get(&t.name) {
+                _ if is_embedding(t) => embedding,
+                Some(encoding) => Choice::Encode(*encoding),
+                None => options.encoding,
+            };
+            let matching = options
+                .overrides
+                .iter()
+                .rev()
+                .find(|o| o.pattern.matches(&t.name));
+            matching.map_or(by_place, |o| o.choice)
+        };
+        for o in &options.overrides {
+            let names = || tensors.iter().filter(|(_, t)| is_matrix(t));
+            if !names().any(|(_, t)| o.pattern.matches(&t.name)) {
+                let example = names().next().map_or("none", |(_, t)| t.name.as_str());
+                return Err(Error::new(
+                    ErrorKind::Argument,
+                    format!(
+                        "the pattern '{}' matches no matrix of this model",
+                        o.pattern
+                    ),
+                )
+                .hint(format!("names look like '{example}'")));
+            }
+        }
+        if tensors.is_empty() {
+            return Err(Error::new(ErrorKind::Missing, "the model has no weights"));
+        }
+        if let Some(sparsity) = options.prune {
+            check_sparsity(sparsity)?;
+            if options.sparse == Sparse::Never {
+                let message = "pruning, but no matrix may be stored by its zeros";
+                return Err(Error::new(ErrorKind::Argument, message)
+                    .hint("leave out --sparse never or --prune"));
+            }
+            if options.calibration.is_none() {
+                let message = "pruning without a calibration text";
+                return Err(Error::new(ErrorKind::Argument, message)
+                    .hint("pass one: it says which weights can go, and makes up for them"));
+            }
+        }
+        let planned = |&(index, t): &(usize, &TensorInfo)| {
+            let layer = match (is_matrix(t), choose(t)) {
+                (true, Choice::Encode(encoding)) => {
+                    let encoding = with_zeros(source, index, encoding, options)?;
+                    Some(described(t, encoding, options.group))
+                }
+                _ => None,
+            };
+            match &layer {
+                Some(layer) => layer.check().map_err(|e| e.tensor(&t.name)),
+                None => check_kept_name(&t.name),
+            }?;
+            Ok(PlannedTensor { index, layer })
+        };
+        // What no reader would open is not worth the work either.
+        let mut plan: Vec<PlannedTensor> = tensors.iter().map(planned).collect::<Result<_>>()?;
+        if options.calibration.is_some() {
+            // Gradients come from the last layer to the first.
+            let name = |t: &PlannedTensor| source.tensors()[t.index].name.as_str();
+            plan.sort_by_key(|t| Input::of(name(t)).map(|(layer, _)| Reverse(layer)));
+        }
+        let mut choices = tensors
+            .iter()
+            .filter(|(_, t)| is_matrix(t))
+            .map(|(_, t)| choose(t));
+        let grouped = [Encoding::Q8, Encoding::Q4].map(Choice::Encode);
+        let none_grouped = !choices.any(|choice| grouped.contains(&choice));
+        if options.group.is_some() && options.budget.is_none() && none_grouped {
+            let message = "a group of columns, but no matrix that becomes q8 or q4";
+            return Err(Error::new(ErrorKind::Argument, message).hint("leave it out"));
+        }
+        let mut layers = plan.iter().filter_map(|t| t.layer.as_ref());
+        if options.calibration.is_some() && !layers.any(is_calibrated) {
+            let message = "a calibration text, but no matrix that it has an effect on";
+            return Err(Error::new(ErrorKind::Argument, message).hint(
+                "leave it out, or choose an encoding other than keep and mdcsr for the layers",
+            ));
+        }
+        let mut layers = plan.iter().filter_map(|t| t.layer.as_ref());
+        if options.prune.is_some() && !layers.any(is_prunable) {
+            let message = "a share to prune, but no matrix that is stored by its zeros";
+            return Err(Error::new(ErrorKind::Argument, message)
+                .hint("leave it out, or choose s8 or s4 for the layers"));
+        }
+        Ok(Self {
+            weights: tensors.iter().map(|(_, t)| t.weights() as u64).sum(),
+            embedding,
+            tensors: plan,
+        })
+    }
+}
+
+/// Whether the encoder of a matrix looks at the inputs that the matrix has.
+pub(crate) fn is_calibrated(layer: &LayerInfo) -> bool {
+    let looks = !matches!(layer.encoding(), Err(_) | Ok(Encoding::MdCsr));
+    looks && Input::of(&layer.name).is_some()
+}
+
+/// Whether weights of a matrix are pruned if that is asked for.
+pub(crate) fn is_prunable(layer: &LayerInfo) -> bool {
+    matches!(layer.encoding(), Ok(Encoding::S8 | Encoding::S4)) && is_calibrated(layer)
+}
+
+/// The encoding of matrix `index` once its zeros are known: those that it has, or will have.
+fn with_zeros(
+    source: &dyn Source,
+    index: usize,
+    encoding: Encoding,
+    options: &CompressOptions,
+) -> Result<Encoding> {
+    let pruned = options.prune.is_some() && Input::of(&source.tensors()[index].name).is_some();
+    let sparse = match options.sparse {
+        _ if pruned => sparse_form(encoding),
+        Sparse::Auto => {
+            let group = group_of(encoding, options.group).unwrap_or(BITMAP_GROUP);
+            worthwhile(source, index, encoding, group)?
+        }
+        Sparse::Never => None,
+    };
+    Ok(sparse.unwrap_or(encoding))
+}
+
+/// Columns that share a prime index.
+fn group_of(encoding: Encoding, group: Option<usize>) -> Option<usize> {
+    match encoding {
+        Encoding::Q4 => Some(group.unwrap_or(32)),
+        Encoding::Q8 => Some(group.unwrap_or(64)),
+        Encoding::S8 | Encoding::S4 => Some(BITMAP_GROUP),
+        _ => None,
+    }
+}
+
+pub(crate) fn described(
+    tensor: &TensorInfo,
+    encoding: Encoding,
+    group: Option<usize>,
+) -> LayerInfo {
+    let mut layer = LayerInfo::new(&tensor.name, tensor.rows(), tensor.cols(), encoding);
+    layer.group = group_of(encoding, group);
+    layer.hadamard = encoding
+        .trellis_bits()
+        .and_then(|_| trellis::hadamard_size(tensor.cols()));
+    layer
+}
+
+/// Norms and biases are vectors; every tensor of two dimensions is multiplied or looked up.
+fn is_matrix(tensor: &TensorInfo) -> bool {
+    tensor.shape.len() == 2 && tensor.weights() > 0
+}
+
+fn is_embedding(tensor: &TensorInfo) -> bool {
+    matches!(tensor.name.as_str(), EMBEDDING | HEAD)
+}
+
+fn default_embedding(body: Choice, tensors: &[(usize, &TensorInfo)]) -> Choice {
+    let body_bits = match body {
+        Choice::Keep | Choice::Encode(Encoding::MdCsr) => return body,
+        Choice::Encode(Encoding::T2) => 2.1,
+        Choice::Encode(Encoding::T3) => 3.1,
+        Choice::Encode(_) => return Choice::Encode(Encoding::Q8),
+    };
+    let weights = |embedding: bool| -> f64 {
+        let of_kind = tensors
+            .iter()
+            .filter(|(_, t)| is_matrix(t) && is_embedding(t) == embedding);
+        of_kind.map(|(_, t)| t.weights() as f64).sum()
+    };
+    let (embedding, rest) = (8.13 * weights(true), body_bits * weights(false));
+    if embedding > (embedding + rest) / 5.0 {
+        Choice::Encode(Encoding::Q4)
+    } else {
+        Choice::Encode(Encoding::Q8)
+    }
+}

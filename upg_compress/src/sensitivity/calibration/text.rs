@@ -1,0 +1,97 @@
+//! Texts to calibrate on: the one that comes with this crate, and those of files.
+#![forbid(unsafe_code)]
+
+use super::{Calibration, WINDOW};
+use crate::source::Source;
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+use upg_kernel::format::json;
+use upg_kernel::{Error, ErrorKind, Result};
+
+/// A bit of everything; `data/README.md` says what, and where it is from.
+const BUILT_IN: &str = include_str!("../../../data/calibration.txt");
+
+/// Tokens that are used of the built-in text where nobody says how many: work grows with them.
+pub const BUILT_IN_TOKENS: usize = 1 << 15;
+
+/// Bytes of the digest that names the tokens.
+const DIGEST_BYTES: usize = 16;
+
+impl Calibration {
+    /// The text that comes with this crate: prose, dialogue, articles, letters, code, markup, tables, and some
+    /// paragraphs in other languages than English, 250 kB in all. Each prefix has some of most of it.
+    ///
+    /// Errors: as [`Calibration::of_documents`].
+    pub fn built_in(source: &dyn Source, most: usize) -> Result<Self> {
+        Ok(Self {
+            built_in: true,
+            ..Self::of_text(source, BUILT_IN, most)?
+        })
+    }
+
+    /// A text as one document. Errors: as [`Calibration::of_documents`].
+    pub fn of_text(source: &dyn Source, text: &str, most: usize) -> Result<Self> {
+        Self::of_documents(source, &[text], most)
+    }
+
+    /// Documents, each as the tokenizer of the model in `source` cuts it by itself, then joined and cut into sequences
+    /// of 512 tokens, or of as many as the model takes at most; of all tokens the first `most` are used.
+    ///
+    /// Errors: those of the tokenizer and of [`Calibration::new`]; `Missing` if the source has no tokenizer.
+    pub fn of_documents(
+        source: &dyn Source,
+        documents: &[impl AsRef<str>],
+        most: usize,
+    ) -> Result<Self> {
+        let files = source.files();
+        let (config, tokenizer) = (files.config()?, files.tokenizer()?);
+        let mut tokens = Vec::new();
+        for document in documents {
+            tokens.extend(tokenizer.encode(document.as_ref(), true)?);
+        }
+        tokens.truncate(most);
+        Self::new(tokens, WINDOW.min(config.context))
+    }
+
+    /// Whether this is the text of [`Calibration::built_in`].
+    pub fn is_built_in(&self) -> bool {
+        self.built_in
+    }
+
+    /// The first 16 bytes of SHA-256 of all tokens, as little-endian 32-bit numbers, in hexadecimal.
+    pub fn checksum(&self) -> String {
+        let mut hash = Sha256::new();
+        self.tokens
+            .iter()
+            .for_each(|t| hash.update(t.to_le_bytes()));
+        let digest = hash.finalize();
+        digest[..DIGEST_BYTES]
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect()
+    }
+}
+
+/// The documents of a file of JSON lines: of each line the string `text`. Empty lines are passed over.
+///
+/// Errors (`Malformed`): a line that is no object with a string `text`, with its number.
+pub fn json_lines(lines: &str) -> Result<Vec<String>> {
+    let numbered = (1..).zip(lines.lines());
+    numbered
+        .filter(|(_, line)| !line.trim().is_empty())
+        .map(
+            |(number, line)| match json::fields("line", line, &["text"]) {
+                Ok(mut object) => match object.remove("text") {
+                    Some(Value::String(text)) => Ok(text),
+                    _ => Err(not_a_document(number)),
+                },
+                Err(e) => Err(not_a_document(number).with_source(e)),
+            },
+        )
+        .collect()
+}
+
+fn not_a_document(line: usize) -> Error {
+    let message = format!("line {line} is no JSON object with a string 'text'");
+    Error::new(ErrorKind::Malformed, message).hint("one document a line: {\"text\": \"...\"}")
+}

@@ -1,0 +1,285 @@
+//! What errors of a matrix change the predictions of its model by.
+//!
+//! An error `E` of a matrix changes its outputs by `E x`, and the loss by `g^T E x` if `g` are the gradients of the outputs.
+//! The squares of that, added up over all positions, are the Fisher information of `E`: half of it is, to second order, the
+//! Kullback-Leibler divergence. It is approximated by two factors, `F = outputs x inputs / trace` (a Kronecker product):
+//! `tr(outputs E inputs E^T) / trace`, with `inputs = sum of |g|^2 x x^T` and `outputs = sum of |x|^2 g g^T`, both with
+//! the trace `sum of |g|^2 |x|^2`. Sources: K-FAC (arXiv 1503.05671); for rounding YAQA (arXiv 2505.22988), whose
+//! feedback between rows and columns this is.
+#![forbid(unsafe_code)]
+
+use crate::encode::trellis::rotation;
+use crate::sensitivity::hessian::{Feedback, Hessian};
+use rayon::prelude::*;
+use std::ops::Range;
+use upg_kernel::matrix::strips::{STRIP_ROWS, TILE_COLS};
+use upg_kernel::{Error, ErrorKind, Result};
+
+/// Rows whose outputs are looked at together: the cost grows with it, memory too, and panels are encoded side by side.
+/// What it gives is in docs/quality.md.
+pub(crate) const PANEL_ROWS: usize = 9 * STRIP_ROWS;
+
+/// What is added to the diagonal of the factor of the outputs, as a part of its average: more than to that of the inputs, as
+/// there are fewer positions that say anything about it, whose chance correlations would be taken for real ones.
+const DAMPING_OF_OUTPUTS: f64 = 0.1;
+
+/// What a [`Curvature`] of a matrix `[rows, cols]` takes.
+pub(crate) fn curvature_bytes(rows: u64, cols: u64) -> u64 {
+    4 * (cols * cols + rows * rows.min(PANEL_ROWS as u64))
+}
+
+/// The two factors for one matrix.
+#[derive(Debug, Clone)]
+pub struct Curvature {
+    inputs: Hessian,
+    /// Blocks on the diagonal, of [`PANEL_ROWS`] rows each, the last one maybe of fewer. `None`: every row counts the same.
+    outputs: Option<Vec<Hessian>>,
+}
+
+impl From<Hessian> for Curvature {
+    /// Of a matrix of which only the inputs are known.
+    fn from(inputs: Hessian) -> Self {
+        Self {
+            inputs,
+            outputs: None,
+        }
+    }
+}
+
+impl Curvature {
+    /// Of a matrix `[rows, cols]` without any inputs yet. Memory: `4 * cols^2` bytes, and up to 2,304 a row.
+    pub fn new(rows: usize, cols: usize) -> Self {
+        let panels = (0..rows).step_by(PANEL_ROWS);
+        let panels = panels.map(|first| Hessian::new(PANEL_ROWS.min(rows - first)));
+        Self {
+            inputs: Hessian::new(cols),
+            outputs: Some(panels.collect()),
+        }
+    }
+
+    /// Adds inputs `x [n, cols]` and the gradients `[n, rows]` of what the matrix makes of them.
+    ///
+    /// Errors: `Shape` if these do not fit; `Invalid` for values that are not finite.
+    pub fn add(&mut self, x: &[f32], gradients: &[f32]) -> Result<()> {
+        let cols = self.inputs.cols();
+        let Some(panels) = &mut self.outputs else {
+            return self.inputs.add(x);
+        };
+        let rows = panels.iter().map(Hessian::cols).sum::<usize>();
+        let n = x.len() / cols.max(1);
+        if x.len() != n * cols || gradients.len() != n * rows {
+            let message = format!(
+                "{} inputs and {} gradients for a matrix [{rows}, {cols}]",
+                x.len(),
+                gradients.len()
+            );
+            return Err(Error::new(ErrorKind::Shape, message));
+        }
+        let (of_x, of_gradients) = (sizes(x, cols), sizes(gradients, rows));
+        let all = 0..cols;
+        let inputs = &mut self.inputs;
+        let (of_inputs, of_outputs) = rayon::join(
+            || inputs.add(&weighed(x, cols, all, &of_gradients)),
+            || {
+                let panels = panels.par_iter_mut().enumerate();
+                panels.try_for_each(|(number, panel)| {
+                    let first = number * PANEL_ROWS;
+                    let columns = first..first + panel.cols();
+                    panel.add(&weighed(gradients, rows, columns, &of_x))
+                })
+            },
+        );
+        of_inputs.and(of_outputs)
+    }
+
+    /// That of the inputs.
+    pub fn inputs(&self) -> &Hessian {
+        &self.inputs
+    }
+
+    /// What errors `[rows, cols]` cost: `tr(outputs E inputs E^T)` over the trace of the inputs, that is their Fisher
+    /// information. Half of it is the Kullback-Leibler divergence, in nats, of all positions together. Where only the
+    /// inputs are known: `tr(E inputs E^T)`. Cost: `rows * cols^2 + rows * 576 * cols` multiplications; `4 * cols^2 +
+    /// 4,608 * cols` bytes.
+    ///
+    /// Errors (`Shape`): they are of another matrix.
+    pub fn cost(&self, errors: &[f32]) -> Result<f64> {
+        let cols = self.inputs.cols();
+        self.check(errors.len() / cols.max(1), cols)?;
+        let Some(panels) = &self.outputs else {
+            return Ok(self.inputs.cost(errors));
+        };
+        let trace = self.inputs.trace();
+        let inputs = self.inputs.symmetric();
+        let panels = panels.iter().zip(errors.chunks(PANEL_ROWS * cols.max(1)));
+        let cost: f64 = panels
+            .map(|(panel, errors)| panel.product(&inputs, errors))
+            .sum();
+        Ok(if trace > 0.0 { cost / trace } else { 0.0 })
+    }
+
+    /// The divergence that errors `[rows, cols]` cause by themselves, in nats of each position, to second order; `None` where
+    /// only the inputs are known, or no position was added. Cost and errors: those of [`Curvature::cost`].
+    pub fn divergence(&self, errors: &[f32]) -> Result<Option<f64>> {
+        let positions = self.inputs.count();
+        if self.outputs.is_none() || positions == 0 {
+            return Ok(None);
+        }
+        Ok(Some(0.5 * self.cost(errors)? / positions as f64))
+    }
+
+    /// The divergence, in nats of all positions together, if the rows of `weights [rows, cols]`, rotated with `seed`, had
+    /// independent errors as large as they are, and later rows and columns made up for them.
+    ///
+    /// Cost: what [`Feedback::new`] takes. Errors: those of it; `Shape` for the weights of another matrix.
+    pub(crate) fn sensitivity(&self, weights: &[f32], seed: u64) -> Result<f64> {
+        let cols = self.inputs.cols();
+        self.check(weights.len() / cols.max(1), cols)?;
+        let rotated = self.inputs.rotated(&rotation(cols, seed)?);
+        let of_columns = Feedback::new(&rotated, TILE_COLS)?.average_cost();
+        let size = |row: &[f32]| row.iter().map(|&w| f64::from(w).powi(2)).sum::<f64>();
+        let mut sum = 0.0;
+        for (panel, weights) in weights.chunks(self.panel_rows() * cols).enumerate() {
+            let sizes = weights.chunks_exact(cols).map(size);
+            sum += match self.feedback_of_rows(panel, 1)? {
+                None => sizes.sum::<f64>(),
+                Some(rows) => {
+                    let costs = rows.costs().iter().map(|&cost| f64::from(cost));
+                    rows.average_cost()
+                        * sizes
+                            .zip(costs)
+                            .map(|(size, cost)| size * cost)
+                            .sum::<f64>()
+                }
+            };
+        }
+        let trace = match self.outputs {
+            Some(_) => self.inputs.trace(),
+            None => 1.0,
+        };
+        Ok(if trace > 0.0 {
+            0.5 * of_columns * sum / trace
+        } else {
+            0.0
+        })
+    }
+
+    /// Rows that are encoded one after the other, as each makes up for those before: a multiple of those of a strip.
+    pub(crate) fn panel_rows(&self) -> usize {
+        match self.outputs {
+            Some(_) => PANEL_ROWS,
+            None => STRIP_ROWS,
+        }
+    }
+
+    /// How the errors of rows of a panel change the targets of later ones, `together` rows at a time; `None` if they do not.
+    ///
+    /// Errors: those of [`Feedback::new`].
+    pub(crate) fn feedback_of_rows(
+        &self,
+        panel: usize,
+        together: usize,
+    ) -> Result<Option<Feedback>> {
+        let panel = self.outputs.as_ref().map(|panels| &panels[panel]);
+        panel
+            .map(|panel| Feedback::with_damping(panel, together, DAMPING_OF_OUTPUTS))
+            .transpose()
+    }
+
+    /// Errors (`Shape`): it is of another matrix than `[rows, cols]`.
+    pub(crate) fn check(&self, rows: usize, cols: usize) -> Result<()> {
+        let Some(panels) = &self.outputs else {
+            return self.inputs.check(cols);
+        };
+        let found = panels.iter().map(Hessian::cols).sum::<usize>();
+        if found == rows {
+            return self.inputs.check(cols);
+        }
+        let message = format!("gradients of {found} outputs, the matrix has {rows}");
+        Err(Error::new(ErrorKind::Shape, message))
+    }
+}
+
+/// Of rows of `len` values.
+fn sizes(values: &[f32], len: usize) -> Vec<f32> {
+    let size = |row: &[f32]| {
+        row.iter()
+            .map(|&v| f64::from(v).powi(2))
+            .sum::<f64>()
+            .sqrt()
+    };
+    let rows = values.par_chunks_exact(len);
+    rows.map(|row| size(row) as f32).collect()
+}
+
+/// Some columns of rows of `len` values, each row times its factor.
+fn weighed(values: &[f32], len: usize, columns: Range<usize>, factors: &[f32]) -> Vec<f32> {
+    let mut out = vec![0.0; factors.len() * columns.len()];
+    out.par_chunks_mut(columns.len().max(1))
+        .zip(values.par_chunks_exact(len))
+        .zip(factors)
+        .for_each(|((out, row), factor)| {
+            let pairs = out.iter_mut().zip(&row[columns.clone()]);
+            pairs.for_each(|(out, value)| *out = value * factor);
+        });
+    out
+}
+
+/// The errors of the strips of a panel, and what they ask of the next one.
+pub(crate) struct Panel {
+    cols: usize,
+    feedback: Option<Feedback>,
+    /// Of the strips so far, row by row.
+    errors: Vec<f32>,
+}
+
+impl Panel {
+    pub(crate) fn new(cols: usize, feedback: Option<Feedback>) -> Self {
+        Self {
+            cols,
+            feedback,
+            errors: Vec::new(),
+        }
+    }
+
+    /// What is wanted of the next strip, whose weights are `[n, cols]`, after the errors of the strips before.
+    pub(crate) fn next(&self, weights: &[f32]) -> (Vec<f32>, Option<StripRows<'_>>) {
+        let mut wanted = weights.to_vec();
+        let Some(feedback) = &self.feedback else {
+            return (wanted, None);
+        };
+        let first = self.errors.len() / self.cols;
+        feedback.carry(&self.errors, self.cols, &mut wanted);
+        let rows = first..first + weights.len() / self.cols;
+        (wanted, Some(StripRows { feedback, rows }))
+    }
+
+    /// Takes the errors of that strip, `weights - decoded`.
+    pub(crate) fn add(&mut self, weights: &[f32], decoded: impl Iterator<Item = f32>) {
+        if self.feedback.is_some() {
+            let pairs = weights.iter().zip(decoded);
+            self.errors.extend(pairs.map(|(w, decoded)| w - decoded));
+        }
+    }
+}
+
+/// How the rows of a strip act together.
+pub(crate) struct StripRows<'a> {
+    feedback: &'a Feedback,
+    /// In their panel.
+    rows: Range<usize>,
+}
+
+impl StripRows<'_> {
+    /// What an error in each of the rows costs, 1 on average over the panel.
+    pub(crate) fn costs(&self) -> &[f32] {
+        &self.feedback.costs()[self.rows.clone()]
+    }
+
+    /// What the error of row `i` of the strip adds to the target of its row `k`: 0 if `k` is not later, or of those rounded
+    /// together with `i`.
+    pub(crate) fn share(&self, i: usize, k: usize) -> f32 {
+        self.feedback
+            .share(self.rows.start + i, self.rows.start + k)
+    }
+}

@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::error::Error;
 use std::path::Path;
 use upg_compress::encode::encode_matrix;
-use upg_compress::encode::trellis::hadamard_size;
+use upg_compress::encode::hadamard_size;
 use upg_compress::sensitivity::{Curvature, Hessian};
 use upg_kernel::MappedFile;
 use upg_kernel::format::{Encoding, LayerInfo};

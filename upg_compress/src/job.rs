@@ -12,5 +12,5 @@ mod resume;
 pub use compress::{compress, compress_checked};
 pub use preflight::{Group, Memory, Preflight};
 pub use random::compress_random;
-pub use report::{CalibrationReport, CompressReport, TensorReport};
+pub use report::{CalibrationReport, CompressReport, TensorReport, Zeros};
 pub use resume::partial_files;

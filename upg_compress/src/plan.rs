@@ -2,9 +2,12 @@
 #![forbid(unsafe_code)]
 
 pub(crate) mod budget;
+pub(crate) mod options;
+pub(crate) mod recipe;
+pub(crate) mod sizes;
 pub(crate) mod sparsity;
 pub(crate) mod tensors;
 
-pub use budget::{Budget, counted};
-pub use sparsity::{Sparse, Zeros};
-pub use tensors::{Choice, CompressOptions, Override};
+pub use budget::counted;
+pub use options::{Budget, Choice, CompressOptions, Override};
+pub use sparsity::Sparse;

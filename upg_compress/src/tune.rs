@@ -7,8 +7,9 @@
 //! QuIP# (arXiv 2402.04396) end with.
 #![forbid(unsafe_code)]
 
-use crate::job::compress::{RECIPE, calibration_json, relative_error};
+use crate::encode::matrix::relative_error;
 use crate::job::preflight::free;
+use crate::plan::recipe::RECIPE;
 use crate::progress::Progress;
 use crate::sensitivity::calibration::{Calibration, Weights};
 use crate::source::Source;
@@ -154,7 +155,7 @@ pub fn tune(
     }
     let recipe = json!({
         "tool": concat!("upg ", env!("CARGO_PKG_VERSION")),
-        "calibration": calibration_json(calibration),
+        "calibration": calibration.to_json(),
         "passes": passes,
         "rate": rate,
     });

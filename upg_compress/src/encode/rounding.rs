@@ -5,18 +5,15 @@
 mod feedback;
 mod levels;
 mod packing;
-
-pub use levels::{Codebook, Kept8, LevelSet, Linear8};
+mod row;
 
 use crate::sensitivity::curvature::Curvature;
+use levels::{Codebook, Kept8, LevelSet, Linear8};
 use rayon::prelude::*;
+use row::{EncodedRow, encode_row, products, row_error};
 use upg_kernel::matrix::strips::{STRIP_ROWS, nibble, position};
 use upg_kernel::matrix::{BITMAP_GROUP, BitmapMatrix, GroupedMatrix, Levels};
-use upg_kernel::prime_lut::PRIME_LUT;
 use upg_kernel::{Error, ErrorKind, Result};
-
-/// The packed encodings select among the first 256 primes, 2 to 1,619.
-const PRIMES: usize = 256;
 
 /// Rows that a codebook is fitted to.
 const SAMPLE_ROWS: usize = 128;
@@ -114,13 +111,6 @@ pub fn round_s4(
     packing::bitmap(weights, &encoded, cols, pack, levels)
 }
 
-/// A row on its way into the arrays: codes of the weights that are stored, in column order.
-struct EncodedRow {
-    scale: f32,
-    primes: Vec<u8>,
-    codes: Vec<u8>,
-}
-
 /// Rows of weights, of all of them or of those that are not zero; with a curvature chosen again.
 fn encode<L: LevelSet>(
     weights: &[f32],
@@ -157,113 +147,6 @@ fn groups_of(row: &[f32], group: usize, skip_zeros: bool) -> Vec<Vec<f32>> {
     row.chunks(group)
         .map(|g| g.iter().copied().filter(stored).collect())
         .collect()
-}
-
-fn encode_row<L: LevelSet>(groups: &[Vec<f32>], levels: &L) -> EncodedRow {
-    let mut scale = initial_scale(groups, levels);
-    let mut row = encode_with_scale(groups, scale, levels);
-    let refitted = refit_scale(groups, &row, levels).unwrap_or(scale);
-    if refitted != scale {
-        scale = refitted;
-        let again = encode_with_scale(groups, scale, levels);
-        if row_error(groups, &again, levels) < row_error(groups, &row, levels) {
-            row = again;
-        }
-    }
-    row
-}
-
-/// The scale at which the group with the largest weight can use the upper end of the searched primes.
-fn initial_scale<L: LevelSet>(groups: &[Vec<f32>], levels: &L) -> f32 {
-    let largest = groups.iter().flatten().fold(0.0f32, |m, w| m.max(w.abs()));
-    let product = f64::from(PRIME_LUT[PRIMES - 1]) * f64::from(levels.largest());
-    let scale = (f64::from(largest) * f64::from(L::SEARCH.1) / product) as f32;
-    if largest == 0.0 {
-        0.0
-    } else {
-        scale.max(f32::MIN_POSITIVE)
-    }
-}
-
-fn encode_with_scale<L: LevelSet>(groups: &[Vec<f32>], scale: f32, levels: &L) -> EncodedRow {
-    let mut row = EncodedRow {
-        scale,
-        primes: Vec::with_capacity(groups.len()),
-        codes: Vec::new(),
-    };
-    // In units of the scale no square can overflow or vanish, however small the weights are.
-    let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
-    for group in groups {
-        let targets: Vec<f32> = group.iter().map(|w| w * inverse).collect();
-        let prime = best_prime(&targets, levels);
-        let step = PRIME_LUT[prime] as f32;
-        row.primes.push(prime as u8);
-        row.codes
-            .extend(targets.iter().map(|t| levels.code(t / step)));
-    }
-    row
-}
-
-/// The prime of the smallest squared error for weights in units of the scale: a coarse walk over the
-/// range that the largest weight leaves, then every neighbour of the best.
-fn best_prime<L: LevelSet>(targets: &[f32], levels: &L) -> usize {
-    let largest = targets.iter().fold(0.0f32, |m, t| m.max(t.abs()));
-    if largest == 0.0 {
-        return 0;
-    }
-    let ideal = largest / levels.largest();
-    let at_least = |p: f32| {
-        PRIME_LUT[..PRIMES]
-            .partition_point(|&prime| (prime as f32) < p)
-            .min(PRIMES - 1)
-    };
-    let low = at_least(L::SEARCH.0 * ideal).saturating_sub(1);
-    let high = at_least(L::SEARCH.1 * ideal);
-    let stride = ((high - low) / L::COARSE_STEPS).max(1);
-    let error = |prime: usize| (levels.error(targets, PRIME_LUT[prime] as f32), prime);
-    let less = |a: (f32, usize), b: (f32, usize)| if b.0 < a.0 { b } else { a };
-    let coarse = (low..=high).step_by(stride).map(error).reduce(less);
-    let Some((_, middle)) = coarse else { return 0 };
-    let near = middle.saturating_sub(stride - 1)..=(middle + stride - 1).min(PRIMES - 1);
-    near.map(error)
-        .reduce(less)
-        .map_or(middle, |(_, prime)| prime)
-}
-
-/// The scale of the smallest squared error for given primes and codes (least squares).
-fn refit_scale<L: LevelSet>(groups: &[Vec<f32>], row: &EncodedRow, levels: &L) -> Option<f32> {
-    let (mut dot, mut norm) = (0.0f64, 0.0f64);
-    for (w, product) in products(groups, row, levels) {
-        dot += f64::from(w) * product;
-        norm += product * product;
-    }
-    let scale = (dot / norm) as f32;
-    (scale.is_finite() && scale > 0.0).then_some(scale)
-}
-
-fn row_error<L: LevelSet>(groups: &[Vec<f32>], row: &EncodedRow, levels: &L) -> f64 {
-    products(groups, row, levels)
-        .map(|(w, product)| (f64::from(w) - f64::from(row.scale) * product).powi(2))
-        .sum()
-}
-
-/// Pairs of a weight and its `prime * level`.
-fn products<L: LevelSet>(
-    groups: &[Vec<f32>],
-    row: &EncodedRow,
-    levels: &L,
-) -> impl Iterator<Item = (f32, f64)> {
-    let primes = groups.iter().zip(&row.primes).flat_map(|(group, &prime)| {
-        group
-            .iter()
-            .map(move |_| f64::from(PRIME_LUT[usize::from(prime)]))
-    });
-    let levels = row.codes.iter().map(|&code| f64::from(levels.level(code)));
-    groups
-        .iter()
-        .flatten()
-        .copied()
-        .zip(primes.zip(levels).map(|(prime, level)| prime * level))
 }
 
 /// A codebook for this matrix: Lloyd's iteration from `start` on a sample of rows, kept only if it is better there.

@@ -18,17 +18,16 @@ pub use code::{Code, UNIT};
 pub use search::Search;
 pub use simd::Path;
 
+use super::panel::{Panel, StripRows};
+use super::rotation::rotation;
 use crate::progress::Progress;
-use crate::sensitivity::curvature::{Curvature, Panel, StripRows};
+use crate::sensitivity::curvature::Curvature;
 use crate::sensitivity::hessian::Feedback;
-use rand_chacha::ChaCha8Rng;
-use rand_chacha::rand_core::{Rng, SeedableRng};
 use rayon::prelude::*;
 use upg_kernel::matrix::strips::{self, STRIP_ROWS, TILE_COLS, position};
 use upg_kernel::matrix::trellis::{strip_bytes, strip_weights};
 use upg_kernel::matrix::{TrellisMatrix, TrellisParts};
 use upg_kernel::prime_lut::PRIME_LUT;
-use upg_kernel::rotation::Rotation;
 use upg_kernel::trellis_code::STATE_BITS;
 use upg_kernel::{Error, ErrorKind, Result};
 
@@ -51,26 +50,6 @@ const GAIN: f64 = 1.1;
 
 /// The squared errors of weights in codes with 2, 3 and 4 bits, in units of the variance of their row.
 pub(crate) const SQUARED_ERRORS: [f64; 3] = [0.0682, 0.0177, 0.004_87];
-
-/// The rotation for matrices of `cols` columns: the same for the same `cols` and `seed`, so that
-/// matrices with the same input can share the rotated input.
-///
-/// The Hadamard size is the largest power of two up to `cols`; the signs are the first `ceil(size / 8)` bytes of ChaCha8
-/// seeded with `ChaCha8Rng::seed_from_u64(seed)`, bits from `size` on cleared. Errors (`Invalid`): no columns.
-pub fn rotation(cols: usize, seed: u64) -> Result<Rotation> {
-    let size = hadamard_size(cols).unwrap_or(0);
-    let mut signs = vec![0; size.div_ceil(8)];
-    ChaCha8Rng::seed_from_u64(seed).fill_bytes(&mut signs);
-    if let ([signs], 1..8) = (&mut signs[..], size) {
-        *signs &= (1 << size) - 1;
-    }
-    Rotation::new(cols, size, signs.into())
-}
-
-/// Columns of a Hadamard transform in the [`rotation`] for `cols` columns; `None` for 0.
-pub fn hadamard_size(cols: usize) -> Option<usize> {
-    cols.checked_ilog2().map(|bits| 1 << bits)
-}
 
 /// Encodes `w [rows, cols]` (row by row, original basis) with `k` = 2, 3 or 4 bits a weight.
 ///

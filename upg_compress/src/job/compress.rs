@@ -1,38 +1,30 @@
 //! From a source model to one UPG file, a tensor at a time or, of small ones, some side by side.
 #![forbid(unsafe_code)]
 
+use crate::encode::matrix::{
+    Encoded, encode_matrix, errors_of, relative_error, significant, to_six_digits,
+};
+use crate::encode::panel::rows_in_turn;
 use crate::encode::prune::prune;
-use crate::encode::rounding::{round_q4, round_q8, round_s4, round_s8};
-use crate::encode::trellis;
 use crate::job::journal::Record;
-use crate::job::parallel::{Batch, rows_in_turn, side_by_side};
-use crate::job::report::CalibrationReport;
+use crate::job::parallel::{Batch, side_by_side};
+use crate::job::report::{CalibrationReport, CompressReport, Zeros};
 use crate::job::resume::{Resumable, fingerprint};
-use crate::plan::budget::{self, Budget};
-use crate::plan::sparsity::Zeros;
-use crate::plan::tensors::{CompressOptions, Plan, PlannedTensor, is_prunable};
+use crate::plan::budget;
+use crate::plan::options::CompressOptions;
+use crate::plan::recipe::{RECIPE, metadata};
+use crate::plan::tensors::{Plan, PlannedTensor, is_prunable};
 use crate::progress::Progress;
-use crate::sensitivity::calibration::{Calibration, Calibrator};
+use crate::sensitivity::calibration::Calibrator;
 use crate::sensitivity::curvature::Curvature;
 use crate::source::{RawTensor, Source};
 use rayon::prelude::*;
 use safetensors::Dtype;
-use serde_json::{Value, json};
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Instant;
-use upg_kernel::format::{
-    Encoding, FileWriter, LayerInfo, TOKENIZER, header_capacity, insert_figures, reserve_figures,
-};
+use upg_kernel::format::{FileWriter, LayerInfo, TOKENIZER, header_capacity, insert_figures};
 use upg_kernel::inference::Input;
-use upg_kernel::matrix::strips::STRIP_ROWS;
-use upg_kernel::sparse::MdCSRMatrix;
-use upg_kernel::{Error, ErrorKind, Matrix, Result, WholeFile};
-
-pub use crate::job::report::CompressReport;
-
-/// The metadata key of the options that were chosen.
-pub(crate) const RECIPE: &str = "recipe";
+use upg_kernel::{Error, ErrorKind, Result, WholeFile};
 
 /// Compresses `source` into a UPG file at `out`, which appears whole or not at all.
 ///
@@ -187,14 +179,6 @@ pub(crate) struct Job<'a> {
     pub layer: &'a mut LayerInfo,
 }
 
-/// A matrix as it is to be written, and what is reported of it.
-pub(crate) struct Encoded {
-    pub matrix: Matrix,
-    pub output_error: Option<f64>,
-    pub divergence: Option<f64>,
-    pub seconds: f64,
-}
-
 /// [`compress`] with an encoder of the caller. It gets the matrices that come next, and gives them back in this order: all of
 /// them, or those before one that it is not to go on after, and why.
 pub(crate) fn compress_with(
@@ -291,43 +275,6 @@ pub(crate) fn compress_with(
     Ok(report)
 }
 
-/// The metadata of the file, with room for the figures that are known at the end; `recipe` is what it was made with.
-pub(crate) fn metadata(
-    source: &dyn Source,
-    options: &CompressOptions,
-    plan: &Plan,
-) -> BTreeMap<String, String> {
-    let recipe = json!({
-        "tool": concat!("upg ", env!("CARGO_PKG_VERSION")),
-        "encoding": match options.budget {
-            Some(_) => "mixed".to_owned(),
-            None => options.encoding.to_string(),
-        },
-        "budget": options.budget.map(Budget::to_json),
-        "embedding": plan.embedding.to_string(),
-        "overrides": options.overrides.iter().map(ToString::to_string).collect::<Vec<_>>(),
-        "seed": options.seed,
-        "sparse": options.sparse.to_string(),
-        "prune": options.prune,
-        "calibration": options.calibration.as_ref().map(calibration_json),
-    });
-    let mut metadata = source.files().metadata();
-    metadata.insert("model".to_owned(), source.model_name().to_owned());
-    metadata.insert(RECIPE.to_owned(), recipe.to_string());
-    reserve_figures(&mut metadata);
-    metadata
-}
-
-/// What a text is recognized by, for people.
-pub(crate) fn calibration_json(calibration: &Calibration) -> Value {
-    json!({
-        "text": if calibration.is_built_in() { "built-in" } else { "given" },
-        "checksum": calibration.checksum(),
-        "tokens": calibration.tokens().len(),
-        "window": calibration.window(),
-    })
-}
-
 /// Errors (`Invalid`): a value that is not finite, which would spoil every answer.
 fn check_finite(raw: &RawTensor<'_>, cols: usize) -> Result<()> {
     let size = raw.dtype.size();
@@ -348,91 +295,5 @@ fn check_finite(raw: &RawTensor<'_>, cols: usize) -> Result<()> {
             ErrorKind::Invalid,
             format!("the weight in row {}, column {} is {w}", i / cols, i % cols),
         )),
-    }
-}
-
-/// Encodes `weights` (`[rows, cols]`, row by row) as `layer` says; `progress` advances by all of them.
-///
-/// Errors: those of the encoders; `Interrupted`.
-pub fn encode_matrix(
-    weights: &[f32],
-    layer: &LayerInfo,
-    seed: u64,
-    curvature: Option<&Curvature>,
-    progress: &dyn Progress,
-) -> Result<Matrix> {
-    let (rows, cols) = (layer.rows, layer.cols);
-    let group = layer.group.unwrap_or(64);
-    let encoding = layer.encoding()?;
-    if let Some(k) = encoding.trellis_bits() {
-        let matrix = trellis::encode_with(weights, rows, cols, k, seed, curvature, progress)?;
-        return Ok(Matrix::Trellis(matrix));
-    }
-    let matrix = match encoding {
-        Encoding::MdCsr => Matrix::MdCsr(MdCSRMatrix::from_dense(weights, rows, cols)?),
-        Encoding::Q8 => Matrix::Grouped(round_q8(weights, rows, cols, group, curvature)?),
-        Encoding::Q4 => Matrix::Grouped(round_q4(weights, rows, cols, group, curvature)?),
-        Encoding::S8 => Matrix::Bitmap(round_s8(weights, rows, cols, curvature)?),
-        Encoding::S4 => Matrix::Bitmap(round_s4(weights, rows, cols, curvature)?),
-        other => {
-            let message = format!("no encoder for '{other}'");
-            return Err(Error::new(ErrorKind::Unsupported, message));
-        }
-    };
-    progress.advance(weights.len() as u64);
-    Ok(matrix)
-}
-
-/// `|decoded - original| / |original|` in the Frobenius norm, to six digits; 0 for a zero matrix.
-pub fn relative_error(original: &[f32], matrix: &Matrix) -> Result<f64> {
-    let cols = matrix.cols();
-    // One pair of sums a row, added in order: the same for any number of threads.
-    let rows: Vec<(f64, f64)> = original
-        .par_chunks_exact(cols.max(1))
-        .enumerate()
-        .map_init(
-            || vec![0.0; cols],
-            |decoded, (row, original)| {
-                matrix.rows_into(row, decoded)?;
-                let pairs = original.iter().zip(decoded.iter());
-                Ok(pairs.fold((0.0, 0.0), |(error, norm), (&a, &b)| {
-                    let (a, b) = (f64::from(a), f64::from(b));
-                    (error + (a - b) * (a - b), norm + a * a)
-                }))
-            },
-        )
-        .collect::<Result<_>>()?;
-    let (error, norm) = rows.iter().fold((0.0, 0.0), |s, r| (s.0 + r.0, s.1 + r.1));
-    Ok(to_six_digits(error, norm))
-}
-
-/// `decoded - original`, row by row.
-///
-/// Errors: those of the matrix, and `Shape` for weights of another one.
-fn errors_of(original: &[f32], matrix: &Matrix) -> Result<Vec<f32>> {
-    let mut errors = vec![0.0; original.len()];
-    let strip = STRIP_ROWS * matrix.cols().max(1);
-    let strips = errors.par_chunks_mut(strip).zip(original.par_chunks(strip));
-    strips
-        .enumerate()
-        .try_for_each(|(strip, (errors, original))| {
-            matrix.rows_into(strip * STRIP_ROWS, errors)?;
-            let pairs = errors.iter_mut().zip(original);
-            pairs.for_each(|(error, w)| *error -= w);
-            Ok(())
-        })
-        .map(|()| errors)
-}
-
-/// To six digits, however small it is: such numbers come back from JSON as they were.
-fn significant(value: f64) -> f64 {
-    format!("{value:.5e}").parse().unwrap_or(value)
-}
-
-/// The root of `error / norm`; 0 if there is nothing to be off from.
-fn to_six_digits(error: f64, norm: f64) -> f64 {
-    match norm == 0.0 {
-        true => 0.0,
-        false => ((error.max(0.0) / norm).sqrt() * 1e6).round() / 1e6,
     }
 }

@@ -5,9 +5,8 @@
 //! that no line counts without all those before it: what follows a torn or damaged one does not exist.
 #![forbid(unsafe_code)]
 
-use crate::job::compress::Encoded;
-use crate::job::report::TensorReport;
-use crate::plan::sparsity::zeros_of;
+use crate::encode::matrix::Encoded;
+use crate::job::report::{TensorReport, zeros_of};
 use crate::source::TensorInfo;
 use serde::{Deserialize, Serialize};
 use std::fs::{File, TryLockError};

@@ -2,15 +2,16 @@
 //! memory that ends a batch.
 #![forbid(unsafe_code)]
 
-use crate::job::preflight::tensor_bytes;
-use crate::plan::tensors::{CompressOptions, PlannedTensor};
-use crate::sensitivity::curvature::{PANEL_ROWS, curvature_bytes};
+use crate::encode::panel::rows_in_turn;
+use crate::plan::options::CompressOptions;
+use crate::plan::sizes::tensor_bytes;
+use crate::plan::tensors::PlannedTensor;
+use crate::sensitivity::curvature::curvature_bytes;
 use crate::source::Source;
 use std::cmp::Reverse;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use upg_kernel::Result;
-use upg_kernel::matrix::strips::STRIP_ROWS;
 
 /// Parts for each thread, if there are several: as parts differ in length, threads end at about the same time if there are a
 /// few of them.
@@ -107,14 +108,6 @@ impl Size {
     }
 }
 
-/// Rows that are encoded one after the other.
-pub(crate) fn rows_in_turn(is_calibrated: bool) -> usize {
-    match is_calibrated {
-        true => PANEL_ROWS,
-        false => STRIP_ROWS,
-    }
-}
-
 /// `f` of every item, side by side, those of the largest `size` first, until one fails. Returns the results of the first
 /// items, as far as all before them are there too, and the first error.
 pub(crate) fn side_by_side<T: Send, R: Send>(
@@ -161,7 +154,8 @@ pub(crate) fn side_by_side<T: Send, R: Send>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::tensors::{Choice, Plan};
+    use crate::plan::options::Choice;
+    use crate::plan::tensors::Plan;
     use crate::sensitivity::calibration::Calibration;
     use crate::source::synthetic::SyntheticSource;
     use rayon::ThreadPoolBuilder;

@@ -4,18 +4,17 @@
 mod memory;
 mod time;
 
-use crate::job::compress::metadata;
 use crate::job::resume::partial_files;
 use crate::plan::budget::most_bytes;
-use crate::plan::tensors::{CompressOptions, Plan, PlannedTensor, is_calibrated};
+use crate::plan::options::{CompressOptions, is_calibrated};
+use crate::plan::sizes::{array_bytes, file_bytes};
+use crate::plan::tensors::{Plan, PlannedTensor};
 use crate::source::Source;
 use std::path::Path;
 use sysinfo::System;
-use upg_kernel::format::{TENSOR_ALIGNMENT, header_bytes, header_capacity};
 use upg_kernel::{Error, ErrorKind, Result};
 
 pub use memory::Memory;
-pub(crate) use memory::tensor_bytes;
 
 /// What [`compress`](crate::job::compress::compress) will do and take.
 #[derive(Debug, Clone)]
@@ -138,29 +137,6 @@ impl Preflight {
     }
 }
 
-/// Bytes of the file that `plan` gives: exactly, but at most so many with `mdcsr`, `s8` and `s4`.
-///
-/// Errors: those of the header.
-pub(crate) fn file_bytes(
-    source: &dyn Source,
-    options: &CompressOptions,
-    plan: &Plan,
-) -> Result<u64> {
-    let layers = plan.layers();
-    let metadata = metadata(source, options, plan);
-    let capacity = header_capacity(&layers, plan.kept_names(source), &metadata)?;
-    let mut bytes = header_bytes(capacity);
-    // Padding comes before the next tensor.
-    let mut add = |array: u64| bytes = bytes.next_multiple_of(TENSOR_ALIGNMENT) + array;
-    for planned in &plan.tensors {
-        array_bytes(source, planned)?.into_iter().for_each(&mut add);
-    }
-    if let Some(json) = &source.files().tokenizer_json {
-        add(json.len() as u64);
-    }
-    Ok(bytes)
-}
-
 /// Room on the disk of a folder.
 pub(crate) fn free(folder: &Path) -> Result<u64> {
     fs4::available_space(folder)
@@ -174,16 +150,6 @@ fn temporary_bytes(source: &dyn Source, options: &CompressOptions) -> Result<u64
     };
     let (config, tokens) = (source.files().config()?, calibration.tokens().len());
     Ok(4 * (tokens * config.hidden_size * config.num_layers) as u64)
-}
-
-/// Bytes of each array of a tensor.
-pub(crate) fn array_bytes(source: &dyn Source, planned: &PlannedTensor) -> Result<Vec<u64>> {
-    if let Some(layer) = &planned.layer {
-        return layer.array_bytes();
-    }
-    let tensor = &source.tensors()[planned.index];
-    let size = tensor.kept_as().size() as u64;
-    Ok(vec![tensor.weights() as u64 * size])
 }
 
 fn add(

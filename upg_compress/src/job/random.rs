@@ -2,8 +2,10 @@
 //! model and without hours of encoding.
 #![forbid(unsafe_code)]
 
-use crate::job::compress::{CompressReport, Encoded, Job, compress_with, encode_matrix};
-use crate::plan::tensors::CompressOptions;
+use crate::encode::matrix::{Encoded, encode_matrix};
+use crate::job::compress::{Job, compress_with};
+use crate::job::report::CompressReport;
+use crate::plan::options::CompressOptions;
 use crate::progress::Progress;
 use crate::source::Source;
 use crate::source::synthetic::SyntheticSource;
@@ -117,7 +119,7 @@ fn cycled<T: Pod>(values: &[T], len: usize) -> Vec<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::tensors::Choice;
+    use crate::plan::options::Choice;
     use upg_kernel::format::{Encoding, LayerInfo, UpgFile};
 
     /// Rows of every kind: less than a strip (48), no multiple of it (80, 112, 96), several (256).

@@ -1,12 +1,11 @@
 //! What compressing gave: errors, sizes and times.
 #![forbid(unsafe_code)]
 
-use crate::plan::sparsity::Zeros;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use upg_kernel::format::LayerInfo;
 use upg_kernel::inference::Input;
-use upg_kernel::peak_memory;
+use upg_kernel::{Matrix, peak_memory};
 
 /// One tensor of the file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -60,6 +59,35 @@ impl TensorReport {
             "zeros": self.zeros,
             "seconds": self.seconds,
         })
+    }
+}
+
+/// Zeros of the matrices that are stored by them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Zeros {
+    /// How many matrices.
+    pub matrices: usize,
+    /// Their weights.
+    pub weights: u64,
+    /// Those that are zero.
+    pub zeros: u64,
+}
+
+impl Zeros {
+    /// The part of the weights that is zero.
+    pub fn share(&self) -> f64 {
+        self.zeros as f64 / self.weights.max(1) as f64
+    }
+
+    /// Of those among `tensors` that are such matrices, if there are any.
+    pub(crate) fn of(tensors: &[TensorReport]) -> Option<Self> {
+        let mut sums = Self::default();
+        for (tensor, zeros) in tensors.iter().filter_map(|t| Some((t, t.zeros?))) {
+            sums.matrices += 1;
+            sums.weights += tensor.weights();
+            sums.zeros += zeros;
+        }
+        (sums.matrices > 0).then_some(sums)
     }
 }
 
@@ -161,6 +189,16 @@ impl CompressReport {
             "tensors": self.tensors.iter().map(TensorReport::to_json).collect::<Vec<_>>(),
         })
     }
+}
+
+/// Weights of `matrix` that are zero, if it is stored by them.
+pub(crate) fn zeros_of(matrix: &Matrix) -> Option<u64> {
+    let Matrix::Bitmap(bitmap) = matrix else {
+        return None;
+    };
+    let bits = &bitmap.arrays().bitmap;
+    let kept: u64 = bits.iter().map(|byte| u64::from(byte.count_ones())).sum();
+    Some(matrix.rows() as u64 * matrix.cols() as u64 - kept)
 }
 
 fn ratio(a: f64, b: f64) -> Option<f64> {

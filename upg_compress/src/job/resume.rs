@@ -3,7 +3,8 @@
 
 use crate::job::journal::{Fingerprint, Journal, Record};
 use crate::job::report::TensorReport;
-use crate::plan::tensors::{CompressOptions, Plan, PlannedTensor};
+use crate::plan::options::CompressOptions;
+use crate::plan::tensors::{Plan, PlannedTensor};
 use crate::progress::Progress;
 use crate::source::{Source, TensorInfo};
 use std::path::{Path, PathBuf};

@@ -7,13 +7,15 @@
 //! matrices. From the fewest bits on, the matrix that gains most for each byte gets more, until nothing fits any more.
 #![forbid(unsafe_code)]
 
+use crate::encode::rotation::rotation;
 use crate::encode::trellis::SQUARED_ERRORS;
-use crate::job::preflight::{array_bytes, file_bytes};
-use crate::plan::tensors::{Choice, CompressOptions, Plan, described, is_calibrated};
+use crate::plan::options::Budget;
+use crate::plan::options::{Choice, CompressOptions, is_calibrated};
+use crate::plan::sizes::{array_bytes, file_bytes};
+use crate::plan::tensors::{Plan, described};
 use crate::progress::Progress;
 use crate::sensitivity::calibration::Calibrator;
 use crate::source::{Source, TensorInfo};
-use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use upg_kernel::format::{Encoding, LayerInfo, TENSOR_ALIGNMENT};
 use upg_kernel::inference::Input;
@@ -33,35 +35,6 @@ const SEQUENCES: usize = 8;
 
 /// What the list of layers in the header may take more for another encoding of one of them, in bytes.
 const HEADER_ROOM: u64 = 64;
-
-/// Blocks of fewer bits are like `t3`, of more like `t4`, where a choice depends on it.
-const LIKE_T4: f64 = 3.6;
-
-/// How many bits there are.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Budget {
-    /// For each weight in the matrices of the transformer blocks, with scales and all else that is stored of them.
-    Blocks(f64),
-    /// Bytes of the whole file.
-    File(u64),
-}
-
-impl Budget {
-    /// The encoding that the blocks will be like.
-    pub fn encoding(self) -> Encoding {
-        match self {
-            Self::Blocks(bits) if bits >= LIKE_T4 => Encoding::T4,
-            _ => Encoding::T3,
-        }
-    }
-
-    pub(crate) fn to_json(self) -> Value {
-        match self {
-            Self::Blocks(bits) => json!({"bits_per_weight_blocks": bits}),
-            Self::File(bytes) => json!({"file_bytes": bytes}),
-        }
-    }
-}
 
 /// A matrix whose encoding is chosen.
 struct Candidate {
@@ -233,8 +206,8 @@ fn candidates(
         progress.tensor(&tensor.name);
         if let Some(curvature) = calibrator.curvature(&tensor.name, progress)? {
             let weights = source.read_f32(planned.index)?;
-            let sensitivity = curvature
-                .sensitivity(&weights, options.seed)
+            let sensitivity = rotation(tensor.cols(), options.seed)
+                .and_then(|rotation| curvature.sensitivity(&weights, &rotation))
                 .map_err(|e| e.tensor(&tensor.name))?;
             candidates.push(Candidate::new(tensor, options.group, sensitivity)?);
         }

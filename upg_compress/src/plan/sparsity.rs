@@ -1,13 +1,12 @@
 //! Matrices with so many zeros that it pays to store the others only.
 #![forbid(unsafe_code)]
 
-use crate::job::report::TensorReport;
 use crate::source::Source;
 use std::fmt;
 use std::str::FromStr;
 use upg_kernel::format::Encoding;
 use upg_kernel::matrix::BITMAP_GROUP;
-use upg_kernel::{Error, ErrorKind, Matrix, Result};
+use upg_kernel::{Error, ErrorKind, Result};
 
 /// Rows whose zeros are counted, evenly spread over the matrix: reading all of a model twice would cost more than a
 /// choice that is a few percent off.
@@ -47,45 +46,6 @@ impl FromStr for Sparse {
             Error::new(ErrorKind::Argument, message).hint("choose auto or never")
         })
     }
-}
-
-/// Zeros of the matrices that are stored by them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Zeros {
-    /// How many matrices.
-    pub matrices: usize,
-    /// Their weights.
-    pub weights: u64,
-    /// Those that are zero.
-    pub zeros: u64,
-}
-
-impl Zeros {
-    /// The part of the weights that is zero.
-    pub fn share(&self) -> f64 {
-        self.zeros as f64 / self.weights.max(1) as f64
-    }
-
-    /// Of those among `tensors` that are such matrices, if there are any.
-    pub(crate) fn of(tensors: &[TensorReport]) -> Option<Self> {
-        let mut sums = Self::default();
-        for (tensor, zeros) in tensors.iter().filter_map(|t| Some((t, t.zeros?))) {
-            sums.matrices += 1;
-            sums.weights += tensor.weights();
-            sums.zeros += zeros;
-        }
-        (sums.matrices > 0).then_some(sums)
-    }
-}
-
-/// Weights of `matrix` that are zero, if it is stored by them.
-pub(crate) fn zeros_of(matrix: &Matrix) -> Option<u64> {
-    let Matrix::Bitmap(bitmap) = matrix else {
-        return None;
-    };
-    let bits = &bitmap.arrays().bitmap;
-    let kept: u64 = bits.iter().map(|byte| u64::from(byte.count_ones())).sum();
-    Some(matrix.rows() as u64 * matrix.cols() as u64 - kept)
 }
 
 /// The encoding that keeps zeros with as many bits for the other weights.

@@ -2,154 +2,16 @@
 #![forbid(unsafe_code)]
 
 use crate::encode::prune::check_sparsity;
-use crate::encode::trellis;
-use crate::plan::budget::Budget;
+use crate::encode::rotation::hadamard_size;
+use crate::plan::options::{Choice, CompressOptions, is_calibrated};
 use crate::plan::sparsity::{Sparse, sparse_form, worthwhile};
-use crate::sensitivity::calibration::Calibration;
 use crate::source::{Source, TensorInfo};
 use std::cmp::Reverse;
-use std::collections::BTreeMap;
-use std::fmt;
-use std::str::FromStr;
 use upg_kernel::format::{Encoding, LayerInfo, TOKENIZER, check_kept_name};
 use upg_kernel::inference::Input;
 use upg_kernel::inference::weights::{EMBEDDING, HEAD};
 use upg_kernel::matrix::BITMAP_GROUP;
 use upg_kernel::{Error, ErrorKind, Result};
-
-/// Seed of the random signs of the rotation, if none is asked for.
-const DEFAULT_SEED: u64 = 0;
-
-/// An encoding, or none: the matrix stays as it is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Choice {
-    /// Stored as the source has it (dequantized to F32 if that is a quantized GGUF type).
-    Keep,
-    /// Compressed.
-    Encode(Encoding),
-}
-
-impl fmt::Display for Choice {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Keep => f.write_str("keep"),
-            Self::Encode(encoding) => encoding.fmt(f),
-        }
-    }
-}
-
-impl FromStr for Choice {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        match text {
-            "keep" => Ok(Self::Keep),
-            _ => text.parse().map(Self::Encode).map_err(|_| {
-                let known = Encoding::ALL.map(Encoding::name).join(" ");
-                Error::new(ErrorKind::Argument, format!("unknown encoding '{text}'"))
-                    .hint(format!("choose keep or one of {known}"))
-            }),
-        }
-    }
-}
-
-/// `PATTERN=ENCODING`: matrices whose name matches (`*`, `?`, `[..]`) get this encoding.
-#[derive(Debug, Clone)]
-pub struct Override {
-    pattern: glob::Pattern,
-    choice: Choice,
-}
-
-impl fmt::Display for Override {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}={}", self.pattern, self.choice)
-    }
-}
-
-impl FromStr for Override {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        let bad = |message: String| {
-            Error::new(ErrorKind::Argument, message)
-                .hint("write PATTERN=ENCODING, for example '*.down_proj.weight=t4'")
-        };
-        let (pattern, choice) = text
-            .rsplit_once('=')
-            .ok_or_else(|| bad(format!("'{text}' has no '='")))?;
-        let pattern =
-            glob::Pattern::new(pattern).map_err(|e| bad(format!("pattern '{pattern}': {e}")))?;
-        Ok(Self {
-            pattern,
-            choice: choice.parse()?,
-        })
-    }
-}
-
-/// How to compress a model.
-#[derive(Debug, Clone)]
-pub struct CompressOptions {
-    /// For the matrices of the transformer blocks.
-    pub encoding: Choice,
-    /// How many bits there are: the matrices of the blocks then get `t2`, `t3`, `t4` or `q8`, each as much as it needs, and
-    /// `encoding` only stands for them until that is known. Needs a calibration.
-    pub budget: Option<Budget>,
-    /// Encodings by the names of matrices, before `encoding`: what comes of a budget.
-    pub choices: BTreeMap<String, Encoding>,
-    /// For the embeddings and the output head. `None`: `keep` and `mdcsr` as the blocks; `q4` where
-    /// the blocks are `t2` or `t3` and a `q8` embedding would be over a fifth of the file; else `q8`.
-    pub embedding: Option<Choice>,
-    /// Columns that share a prime index in `q8` and `q4`, 32 or 64. `None`: 64 in `q8`, 32 in `q4`.
-    pub group: Option<usize>,
-    /// For single matrices; the last one that matches counts.
-    pub overrides: Vec<Override>,
-    /// Of the random signs of the rotation.
-    pub seed: u64,
-    /// What the model is run over: matrices of the layers are then rounded so that their outputs on it are kept, but for
-    /// `mdcsr`. `None`: only the weights are looked at.
-    pub calibration: Option<Calibration>,
-    /// Whether matrices that would be `q8` or `q4` are stored by their zeros where they have many.
-    pub sparse: Sparse,
-    /// The share of weights to prune of the matrices in the layers that would be `q8`, `q4`, `s8` or `s4`, which are stored
-    /// as `s8` or `s4` then. Needs a calibration.
-    pub prune: Option<f64>,
-    /// Also measure, where there is a calibration, how far the outputs of each matrix are off, and what that changes:
-    /// [`TensorReport::output_error`](crate::job::report::TensorReport::output_error), [`TensorReport::divergence`](crate::job::report::TensorReport::divergence).
-    /// Does not change the file.
-    pub output_errors: bool,
-    /// Leave what is done if the run ends early, and go on from what an earlier one has left. Does not change the file.
-    pub resume: bool,
-}
-
-impl CompressOptions {
-    /// Everything at its default but the encoding.
-    pub fn new(encoding: Choice) -> Self {
-        Self {
-            encoding,
-            budget: None,
-            choices: BTreeMap::new(),
-            embedding: None,
-            group: None,
-            overrides: Vec::new(),
-            seed: DEFAULT_SEED,
-            calibration: None,
-            sparse: Sparse::Auto,
-            prune: None,
-            output_errors: false,
-            resume: false,
-        }
-    }
-
-    /// Whether the encoder of a matrix will look at the inputs that it has.
-    pub(crate) fn calibrates(&self, layer: &LayerInfo) -> bool {
-        self.calibration.is_some() && is_calibrated(layer)
-    }
-
-    /// Whether a pattern says what becomes of the matrix `name`.
-    pub(crate) fn is_named(&self, name: &str) -> bool {
-        self.overrides.iter().any(|o| o.pattern.matches(name))
-    }
-}
 
 /// What happens to every tensor, in the order of writing.
 pub(crate) struct Plan {
@@ -206,16 +68,12 @@ impl Plan {
                 Some(encoding) => Choice::Encode(*encoding),
                 None => options.encoding,
             };
-            let matching = options
-                .overrides
-                .iter()
-                .rev()
-                .find(|o| o.pattern.matches(&t.name));
+            let matching = options.overrides.iter().rev().find(|o| o.matches(&t.name));
             matching.map_or(by_place, |o| o.choice)
         };
         for o in &options.overrides {
             let names = || tensors.iter().filter(|(_, t)| is_matrix(t));
-            if !names().any(|(_, t)| o.pattern.matches(&t.name)) {
+            if !names().any(|(_, t)| o.matches(&t.name)) {
                 let example = names().next().map_or("none", |(_, t)| t.name.as_str());
                 return Err(Error::new(
                     ErrorKind::Argument,
@@ -295,12 +153,6 @@ impl Plan {
     }
 }
 
-/// Whether the encoder of a matrix looks at the inputs that the matrix has.
-pub(crate) fn is_calibrated(layer: &LayerInfo) -> bool {
-    let looks = !matches!(layer.encoding(), Err(_) | Ok(Encoding::MdCsr));
-    looks && Input::of(&layer.name).is_some()
-}
-
 /// Whether weights of a matrix are pruned if that is asked for.
 pub(crate) fn is_prunable(layer: &LayerInfo) -> bool {
     matches!(layer.encoding(), Ok(Encoding::S8 | Encoding::S4)) && is_calibrated(layer)
@@ -344,7 +196,7 @@ pub(crate) fn described(
     layer.group = group_of(encoding, group);
     layer.hadamard = encoding
         .trellis_bits()
-        .and_then(|_| trellis::hadamard_size(tensor.cols()));
+        .and_then(|_| hadamard_size(tensor.cols()));
     layer
 }
 

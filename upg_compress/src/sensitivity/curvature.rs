@@ -8,11 +8,11 @@
 //! feedback between rows and columns this is.
 #![forbid(unsafe_code)]
 
-use crate::encode::trellis::rotation;
 use crate::sensitivity::hessian::{Feedback, Hessian};
 use rayon::prelude::*;
 use std::ops::Range;
 use upg_kernel::matrix::strips::{STRIP_ROWS, TILE_COLS};
+use upg_kernel::rotation::Rotation;
 use upg_kernel::{Error, ErrorKind, Result};
 
 /// Rows whose outputs are looked at together: the cost grows with it, memory too, and panels are encoded side by side.
@@ -128,14 +128,14 @@ impl Curvature {
         Ok(Some(0.5 * self.cost(errors)? / positions as f64))
     }
 
-    /// The divergence, in nats of all positions together, if the rows of `weights [rows, cols]`, rotated with `seed`, had
+    /// The divergence, in nats of all positions together, if the rows of `weights [rows, cols]`, rotated, had
     /// independent errors as large as they are, and later rows and columns made up for them.
     ///
     /// Cost: what [`Feedback::new`] takes. Errors: those of it; `Shape` for the weights of another matrix.
-    pub(crate) fn sensitivity(&self, weights: &[f32], seed: u64) -> Result<f64> {
+    pub(crate) fn sensitivity(&self, weights: &[f32], rotation: &Rotation) -> Result<f64> {
         let cols = self.inputs.cols();
         self.check(weights.len() / cols.max(1), cols)?;
-        let rotated = self.inputs.rotated(&rotation(cols, seed)?);
+        let rotated = self.inputs.rotated(rotation);
         let of_columns = Feedback::new(&rotated, TILE_COLS)?.average_cost();
         let size = |row: &[f32]| row.iter().map(|&w| f64::from(w).powi(2)).sum::<f64>();
         let mut sum = 0.0;
@@ -223,63 +223,4 @@ fn weighed(values: &[f32], len: usize, columns: Range<usize>, factors: &[f32]) -
             pairs.for_each(|(out, value)| *out = value * factor);
         });
     out
-}
-
-/// The errors of the strips of a panel, and what they ask of the next one.
-pub(crate) struct Panel {
-    cols: usize,
-    feedback: Option<Feedback>,
-    /// Of the strips so far, row by row.
-    errors: Vec<f32>,
-}
-
-impl Panel {
-    pub(crate) fn new(cols: usize, feedback: Option<Feedback>) -> Self {
-        Self {
-            cols,
-            feedback,
-            errors: Vec::new(),
-        }
-    }
-
-    /// What is wanted of the next strip, whose weights are `[n, cols]`, after the errors of the strips before.
-    pub(crate) fn next(&self, weights: &[f32]) -> (Vec<f32>, Option<StripRows<'_>>) {
-        let mut wanted = weights.to_vec();
-        let Some(feedback) = &self.feedback else {
-            return (wanted, None);
-        };
-        let first = self.errors.len() / self.cols;
-        feedback.carry(&self.errors, self.cols, &mut wanted);
-        let rows = first..first + weights.len() / self.cols;
-        (wanted, Some(StripRows { feedback, rows }))
-    }
-
-    /// Takes the errors of that strip, `weights - decoded`.
-    pub(crate) fn add(&mut self, weights: &[f32], decoded: impl Iterator<Item = f32>) {
-        if self.feedback.is_some() {
-            let pairs = weights.iter().zip(decoded);
-            self.errors.extend(pairs.map(|(w, decoded)| w - decoded));
-        }
-    }
-}
-
-/// How the rows of a strip act together.
-pub(crate) struct StripRows<'a> {
-    feedback: &'a Feedback,
-    /// In their panel.
-    rows: Range<usize>,
-}
-
-impl StripRows<'_> {
-    /// What an error in each of the rows costs, 1 on average over the panel.
-    pub(crate) fn costs(&self) -> &[f32] {
-        &self.feedback.costs()[self.rows.clone()]
-    }
-
-    /// What the error of row `i` of the strip adds to the target of its row `k`: 0 if `k` is not later, or of those rounded
-    /// together with `i`.
-    pub(crate) fn share(&self, i: usize, k: usize) -> f32 {
-        self.feedback
-            .share(self.rows.start + i, self.rows.start + k)
-    }
 }

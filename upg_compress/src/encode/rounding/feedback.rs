@@ -1,8 +1,10 @@
 //! Levels that make up for the errors of others.
 #![forbid(unsafe_code)]
 
-use super::{EncodedRow, LevelSet};
-use crate::sensitivity::curvature::{Curvature, Panel, StripRows};
+use super::levels::LevelSet;
+use super::row::EncodedRow;
+use crate::encode::panel::{Panel, StripRows};
+use crate::sensitivity::curvature::Curvature;
 use crate::sensitivity::hessian::Feedback;
 use rayon::prelude::*;
 use upg_kernel::Result;

@@ -1,7 +1,7 @@
 //! Rows that were encoded one by one, put into the strips of a packed matrix (`upg_kernel::matrix::strips`).
 #![forbid(unsafe_code)]
 
-use super::EncodedRow;
+use super::row::EncodedRow;
 use rayon::prelude::*;
 use upg_kernel::matrix::strips::{STRIP_ROWS, TILE_COLS, TILE_WEIGHTS, count, position};
 use upg_kernel::matrix::{

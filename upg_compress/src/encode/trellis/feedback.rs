@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::search::Search;
-use crate::sensitivity::curvature::StripRows;
+use crate::encode::panel::StripRows;
 use crate::sensitivity::hessian::Feedback;
 use upg_kernel::matrix::strips::{STRIP_ROWS, TILE_COLS, TILE_WEIGHTS, position};
 

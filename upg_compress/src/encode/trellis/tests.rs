@@ -1,6 +1,8 @@
 use super::search::{BLOCK, LOOK_AHEAD};
 use super::*;
 use crate::sensitivity::hessian::Hessian;
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{Rng, SeedableRng};
 use upg_kernel::matrix::Matrix;
 use upg_kernel::trellis_code::TrellisCode;
 
@@ -333,7 +335,9 @@ fn errors_cost_no_more_than_is_promised() {
         let mut hessian = Hessian::new(cols);
         hessian.add(&x).unwrap();
         let curvature = Curvature::from(hessian);
-        let sensitivity = curvature.sensitivity(&w, 0).unwrap();
+        let sensitivity = curvature
+            .sensitivity(&w, &rotation(cols, 0).unwrap())
+            .unwrap();
         for k in [2, 3, 4] {
             let encoded = encode_with(&w, rows, cols, k, 0, Some(&curvature), &()).unwrap();
             let decoded = Matrix::Trellis(encoded).to_dense();

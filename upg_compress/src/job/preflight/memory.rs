@@ -1,15 +1,14 @@
 //! The most memory that compressing takes.
 #![forbid(unsafe_code)]
 
-use super::array_bytes;
-use crate::job::parallel::{Batch, rows_in_turn};
-use crate::plan::tensors::{CompressOptions, Plan, PlannedTensor};
+use crate::job::parallel::Batch;
+use crate::plan::options::CompressOptions;
+use crate::plan::tensors::Plan;
 use crate::sensitivity::calibration::Calibration;
 use crate::sensitivity::curvature::PANEL_ROWS;
-use crate::source::{Source, SourceDtype};
+use crate::source::Source;
 use std::collections::BTreeMap;
 use upg_kernel::Result;
-use upg_kernel::format::{Encoding, LayerInfo};
 use upg_kernel::inference::{Input, ModelConfig, POSITIONS_TOGETHER};
 
 /// The program, its tables, its threads, and what the allocator keeps of memory that was freed.
@@ -21,9 +20,6 @@ const MOST_KEPT: u64 = 1 << 30;
 
 /// What a tokenizer takes, for each byte of its `tokenizer.json`.
 const TOKENIZER_FACTOR: u64 = 40;
-
-/// Of each part, for each column: a strip of 64 rows in several forms.
-const STRIP_BYTES: u64 = 64 * 4 * 10;
 
 const F32: u64 = 4;
 
@@ -73,55 +69,6 @@ impl Memory {
             mapped: mapped.map(|m| m.len()).sum(),
         })
     }
-}
-
-/// Of a tensor on its way into the file.
-///
-/// Errors: those of the description of a layer.
-pub(crate) fn tensor_bytes(
-    source: &dyn Source,
-    options: &CompressOptions,
-    planned: &PlannedTensor,
-) -> Result<u64> {
-    let arrays = array_bytes(source, planned)?.iter().sum();
-    let tensor = &source.tensors()[planned.index];
-    Ok(match (&planned.layer, tensor.dtype) {
-        (Some(layer), _) => encoding(layer, options, arrays),
-        (None, SourceDtype::Float(_)) => arrays,
-        // The values, and their bytes.
-        (None, SourceDtype::Quantized(_)) => 2 * arrays,
-    })
-}
-
-/// Of a matrix on its way into its arrays.
-fn encoding(layer: &LayerInfo, options: &CompressOptions, arrays: u64) -> u64 {
-    let (rows, cols) = (layer.rows as u64, layer.cols as u64);
-    let weights = rows * cols;
-    let is_calibrated = options.calibrates(layer);
-    // Parts that are encoded at the same time.
-    let parts = layer.rows.div_ceil(rows_in_turn(is_calibrated));
-    let parts = parts.min(rayon::current_num_threads()) as u64;
-    let codes = match layer.encoding() {
-        Ok(Encoding::MdCsr) => 8 * weights,
-        Ok(Encoding::T2 | Encoding::T3 | Encoding::T4) => parts * 2_400_000,
-        _ => weights,
-    };
-    let feedback = match is_calibrated {
-        // At its largest while it is decomposed: the rotated or reordered one in f32, three in f64; then of the rows of each
-        // panel.
-        true => {
-            let panel = rows.min(PANEL_ROWS as u64);
-            cols * cols * (F32 + 3 * 8) + parts * panel * (panel * (F32 + 3 * 8) + cols * F32)
-        }
-        false => 0,
-    };
-    // Once it is encoded: all errors, the factor of the inputs, and what becomes of the errors of a panel.
-    let measuring = match options.output_errors && is_calibrated {
-        true => F32 * (weights + cols * cols + 2 * rows.min(PANEL_ROWS as u64) * cols),
-        false => 0,
-    };
-    let feedback = feedback.max(measuring);
-    F32 * weights + codes + arrays + parts * cols * STRIP_BYTES + feedback
 }
 
 /// What a calibration holds.

@@ -1,6 +1,6 @@
 use super::*;
 use crate::job::compress::compress;
-use crate::plan::tensors::Choice;
+use crate::plan::options::Choice;
 use crate::sensitivity::calibration::Calibration;
 use crate::source::synthetic::SyntheticSource;
 use upg_kernel::format::Encoding;

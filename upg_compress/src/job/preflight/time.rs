@@ -1,9 +1,11 @@
 //! An estimate of the time that compressing takes, from samples.
 #![forbid(unsafe_code)]
 
-use crate::job::compress::encode_matrix;
-use crate::job::parallel::{Batch, rows_in_turn};
-use crate::plan::tensors::{CompressOptions, Plan, PlannedTensor};
+use crate::encode::matrix::encode_matrix;
+use crate::encode::panel::rows_in_turn;
+use crate::job::parallel::Batch;
+use crate::plan::options::CompressOptions;
+use crate::plan::tensors::{Plan, PlannedTensor};
 use crate::sensitivity::curvature::{Curvature, PANEL_ROWS};
 use crate::source::Source;
 use faer::{Mat, Par};
@@ -147,11 +149,11 @@ fn measured(
         (sample.rows, sample.cols) = (rows, cols);
         sample.hadamard = sample
             .hadamard
-            .and(crate::encode::trellis::hadamard_size(cols));
+            .and(crate::encode::rotation::hadamard_size(cols));
         let curvature = curvature.as_ref();
         let matrix =
             alone.install(|| encode_matrix(&weights, &sample, options.seed, curvature, &()))?;
-        black_box(crate::job::compress::relative_error(&weights, &matrix)?);
+        black_box(crate::encode::matrix::relative_error(&weights, &matrix)?);
         Ok((started.elapsed().as_secs_f64(), (rows * cols) as f64))
     };
     let in_tensor = |e: Error| e.tensor(&layer.name);

@@ -3,7 +3,7 @@
 
 use super::{Calibration, WINDOW};
 use crate::source::Source;
-use serde_json::Value;
+use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use upg_kernel::format::json;
 use upg_kernel::{Error, ErrorKind, Result};
@@ -56,6 +56,16 @@ impl Calibration {
     /// Whether this is the text of [`Calibration::built_in`].
     pub fn is_built_in(&self) -> bool {
         self.built_in
+    }
+
+    /// What a text is recognized by, for people.
+    pub(crate) fn to_json(&self) -> Value {
+        json!({
+            "text": if self.is_built_in() { "built-in" } else { "given" },
+            "checksum": self.checksum(),
+            "tokens": self.tokens().len(),
+            "window": self.window(),
+        })
     }
 
     /// The first 16 bytes of SHA-256 of all tokens, as little-endian 32-bit numbers, in hexadecimal.

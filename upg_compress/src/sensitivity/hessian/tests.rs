@@ -1,5 +1,5 @@
 use super::*;
-use crate::encode::trellis;
+use crate::encode::rotation;
 
 /// Inputs that are not independent: every value has a part of the one before.
 fn inputs(n: usize, cols: usize) -> Vec<f32> {
@@ -75,7 +75,7 @@ fn what_is_no_input_is_refused() {
 #[test]
 fn a_rotated_one_is_that_of_rotated_inputs() {
     let (n, cols) = (40, 24);
-    let rotation = trellis::rotation(cols, 7).unwrap();
+    let rotation = rotation(cols, 7).unwrap();
     let x = inputs(n, cols);
     let mut rotated = x.clone();
     rotated

@@ -1,0 +1,40 @@
+//! How a file was made, as its metadata tell.
+#![forbid(unsafe_code)]
+
+use super::options::{Budget, CompressOptions};
+use super::tensors::Plan;
+use crate::sensitivity::calibration::Calibration;
+use crate::source::Source;
+use serde_json::json;
+use std::collections::BTreeMap;
+use upg_kernel::format::reserve_figures;
+
+/// The metadata key of the options that were chosen.
+pub(crate) const RECIPE: &str = "recipe";
+
+/// The metadata of the file, with room for the figures that are known at the end; `recipe` is what it was made with.
+pub(crate) fn metadata(
+    source: &dyn Source,
+    options: &CompressOptions,
+    plan: &Plan,
+) -> BTreeMap<String, String> {
+    let recipe = json!({
+        "tool": concat!("upg ", env!("CARGO_PKG_VERSION")),
+        "encoding": match options.budget {
+            Some(_) => "mixed".to_owned(),
+            None => options.encoding.to_string(),
+        },
+        "budget": options.budget.map(Budget::to_json),
+        "embedding": plan.embedding.to_string(),
+        "overrides": options.overrides.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        "seed": options.seed,
+        "sparse": options.sparse.to_string(),
+        "prune": options.prune,
+        "calibration": options.calibration.as_ref().map(Calibration::to_json),
+    });
+    let mut metadata = source.files().metadata();
+    metadata.insert("model".to_owned(), source.model_name().to_owned());
+    metadata.insert(RECIPE.to_owned(), recipe.to_string());
+    reserve_figures(&mut metadata);
+    metadata
+}

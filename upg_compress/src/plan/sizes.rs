@@ -1,0 +1,98 @@
+//! Bytes of the file, and of a tensor on its way into it.
+#![forbid(unsafe_code)]
+
+use super::options::CompressOptions;
+use super::recipe::metadata;
+use super::tensors::{Plan, PlannedTensor};
+use crate::encode::panel::rows_in_turn;
+use crate::sensitivity::curvature::PANEL_ROWS;
+use crate::source::{Source, SourceDtype};
+use upg_kernel::Result;
+use upg_kernel::format::{Encoding, LayerInfo, TENSOR_ALIGNMENT, header_bytes, header_capacity};
+
+/// Of each part, for each column: a strip of 64 rows in several forms.
+const STRIP_BYTES: u64 = 64 * 4 * 10;
+
+const F32: u64 = 4;
+
+/// Bytes of the file that `plan` gives: exactly, but at most so many with `mdcsr`, `s8` and `s4`.
+///
+/// Errors: those of the header.
+pub(crate) fn file_bytes(
+    source: &dyn Source,
+    options: &CompressOptions,
+    plan: &Plan,
+) -> Result<u64> {
+    let layers = plan.layers();
+    let metadata = metadata(source, options, plan);
+    let capacity = header_capacity(&layers, plan.kept_names(source), &metadata)?;
+    let mut bytes = header_bytes(capacity);
+    // Padding comes before the next tensor.
+    let mut add = |array: u64| bytes = bytes.next_multiple_of(TENSOR_ALIGNMENT) + array;
+    for planned in &plan.tensors {
+        array_bytes(source, planned)?.into_iter().for_each(&mut add);
+    }
+    if let Some(json) = &source.files().tokenizer_json {
+        add(json.len() as u64);
+    }
+    Ok(bytes)
+}
+
+/// Bytes of each array of a tensor.
+pub(crate) fn array_bytes(source: &dyn Source, planned: &PlannedTensor) -> Result<Vec<u64>> {
+    if let Some(layer) = &planned.layer {
+        return layer.array_bytes();
+    }
+    let tensor = &source.tensors()[planned.index];
+    let size = tensor.kept_as().size() as u64;
+    Ok(vec![tensor.weights() as u64 * size])
+}
+
+/// Of a tensor on its way into the file.
+///
+/// Errors: those of the description of a layer.
+pub(crate) fn tensor_bytes(
+    source: &dyn Source,
+    options: &CompressOptions,
+    planned: &PlannedTensor,
+) -> Result<u64> {
+    let arrays = array_bytes(source, planned)?.iter().sum();
+    let tensor = &source.tensors()[planned.index];
+    Ok(match (&planned.layer, tensor.dtype) {
+        (Some(layer), _) => encoding(layer, options, arrays),
+        (None, SourceDtype::Float(_)) => arrays,
+        // The values, and their bytes.
+        (None, SourceDtype::Quantized(_)) => 2 * arrays,
+    })
+}
+
+/// Of a matrix on its way into its arrays.
+fn encoding(layer: &LayerInfo, options: &CompressOptions, arrays: u64) -> u64 {
+    let (rows, cols) = (layer.rows as u64, layer.cols as u64);
+    let weights = rows * cols;
+    let is_calibrated = options.calibrates(layer);
+    // Parts that are encoded at the same time.
+    let parts = layer.rows.div_ceil(rows_in_turn(is_calibrated));
+    let parts = parts.min(rayon::current_num_threads()) as u64;
+    let codes = match layer.encoding() {
+        Ok(Encoding::MdCsr) => 8 * weights,
+        Ok(Encoding::T2 | Encoding::T3 | Encoding::T4) => parts * 2_400_000,
+        _ => weights,
+    };
+    let feedback = match is_calibrated {
+        // At its largest while it is decomposed: the rotated or reordered one in f32, three in f64; then of the rows of each
+        // panel.
+        true => {
+            let panel = rows.min(PANEL_ROWS as u64);
+            cols * cols * (F32 + 3 * 8) + parts * panel * (panel * (F32 + 3 * 8) + cols * F32)
+        }
+        false => 0,
+    };
+    // Once it is encoded: all errors, the factor of the inputs, and what becomes of the errors of a panel.
+    let measuring = match options.output_errors && is_calibrated {
+        true => F32 * (weights + cols * cols + 2 * rows.min(PANEL_ROWS as u64) * cols),
+        false => 0,
+    };
+    let feedback = feedback.max(measuring);
+    F32 * weights + codes + arrays + parts * cols * STRIP_BYTES + feedback
+}

@@ -11,8 +11,9 @@ use crate::encode::matrix::relative_error;
 use crate::job::preflight::free;
 use crate::plan::recipe::RECIPE;
 use crate::progress::Progress;
-use crate::sensitivity::calibration::{Calibration, Weights};
+use crate::sensitivity::calibration::Calibration;
 use crate::source::Source;
+use crate::source::model::SourceWeights;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use rayon::prelude::*;
@@ -276,7 +277,7 @@ impl Wanted {
         progress: &dyn Progress,
     ) -> Result<Self> {
         let config = source.files().config()?;
-        let source = Weights(source);
+        let source = SourceWeights(source);
         let embedding = source.matrix(EMBEDDING, config.vocab_size, config.hidden_size)?;
         let (tokens, window) = (calibration.tokens(), calibration.window());
         let mut run = Layerwise::new(config.clone(), &embedding, tokens, window)?;

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use upg_compress::Source;
-use upg_compress::source::{self, SyntheticSource};
+use upg_compress::source::SyntheticSource;
 use upg_kernel::Result;
 use upg_kernel::inference::{ModelConfig, Session, SessionOptions};
 
@@ -26,7 +26,7 @@ fn step(config: &str) -> Result<()> {
     if source.total_weights() > MOST_WEIGHTS {
         return Ok(());
     }
-    let model = Arc::new(source::load(&source)?);
+    let model = Arc::new(source.load_model()?);
     let options = SessionOptions {
         context: Some(8),
         ..SessionOptions::default()

@@ -15,7 +15,7 @@ use crate::plan::options::CompressOptions;
 use crate::plan::recipe::{RECIPE, metadata};
 use crate::plan::tensors::{Plan, PlannedTensor, is_prunable};
 use crate::progress::Progress;
-use crate::sensitivity::calibration::Calibrator;
+use crate::sensitivity::calibrator::Calibrator;
 use crate::sensitivity::curvature::Curvature;
 use crate::source::{RawTensor, Source};
 use rayon::prelude::*;

@@ -14,7 +14,7 @@ use crate::plan::options::{Choice, CompressOptions, is_calibrated};
 use crate::plan::sizes::{array_bytes, file_bytes};
 use crate::plan::tensors::{Plan, described};
 use crate::progress::Progress;
-use crate::sensitivity::calibration::Calibrator;
+use crate::sensitivity::calibrator::Calibrator;
 use crate::source::{Source, TensorInfo};
 use std::collections::BTreeMap;
 use upg_kernel::format::{Encoding, LayerInfo, TENSOR_ALIGNMENT};

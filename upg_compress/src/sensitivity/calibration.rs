@@ -1,20 +1,17 @@
-//! What errors of the matrices of a model change its predictions by: it is run over a text, forwards and backwards.
+//! Texts to calibrate on: the one that comes with this crate, and those of files.
 #![forbid(unsafe_code)]
 
-pub mod text;
-
-use crate::progress::Progress;
-use crate::sensitivity::curvature::Curvature;
 use crate::source::Source;
-use rayon::prelude::*;
-use std::collections::HashMap;
-use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::sync::Arc;
-use upg_kernel::inference::weights::{EMBEDDING, shape_mismatch};
-use upg_kernel::inference::{Backward, Input, Layerwise, ModelConfig, WeightSource};
-use upg_kernel::matrix::{DenseMatrix, DenseValues, Matrix};
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+use upg_kernel::format::json;
 use upg_kernel::{Error, ErrorKind, Result};
+
+/// A bit of everything; `data/README.md` says what, and where it is from.
+const BUILT_IN: &str = include_str!("../../data/calibration.txt");
+
+/// Tokens that are used of the built-in text where nobody says how many: work grows with them.
+pub const BUILT_IN_TOKENS: usize = 1 << 15;
 
 /// Tokens of a sequence, unless the model takes fewer.
 const WINDOW: usize = 512;
@@ -22,8 +19,8 @@ const WINDOW: usize = 512;
 /// Most tokens of a calibration: their hidden states stay in memory.
 const MAX_TOKENS: usize = 1 << 18;
 
-/// Of the random factors of the logits whose gradients are taken.
-const DRAWING_SEED: u64 = 0;
+/// Bytes of the digest that names the tokens.
+const DIGEST_BYTES: usize = 16;
 
 /// What a model is run over: sequences of tokens, each by itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -78,200 +75,91 @@ impl Calibration {
     pub fn window(&self) -> usize {
         self.window
     }
-}
 
-/// What errors of the matrices of a model change its predictions by, from the last layer to the first.
-pub struct Calibrator<'a> {
-    source: Weights<'a>,
-    config: ModelConfig,
-    states: States,
-    run: Backward,
-    /// Layers that were not passed yet.
-    left: usize,
-    /// Of the matrices of the last one that was passed.
-    found: HashMap<String, Arc<Curvature>>,
-}
-
-impl<'a> Calibrator<'a> {
-    /// Behind the last layer of the model in `source`: it has been run forwards.
+    /// The text that comes with this crate: prose, dialogue, articles, letters, code, markup, tables, and some
+    /// paragraphs in other languages than English, 250 kB in all. Each prefix has some of most of it.
     ///
-    /// Memory: `8 * hidden` bytes a token, one layer of weights as f32, what [`Curvature::new`] takes for each of its matrices,
-    /// and what a pass over 2,048 positions takes; here also the embedding as f32, twice. On disk, where temporary
-    /// files are: `4 * hidden * layers` bytes a token.
-    /// Errors: those of the source, of [`Layerwise::new`] and of [`Backward::new`]; `Io`; `Interrupted`.
-    pub fn new(
-        source: &'a dyn Source,
-        calibration: &Calibration,
-        progress: &dyn Progress,
+    /// Errors: as [`Calibration::of_documents`].
+    pub fn built_in(source: &dyn Source, most: usize) -> Result<Self> {
+        Ok(Self {
+            built_in: true,
+            ..Self::of_text(source, BUILT_IN, most)?
+        })
+    }
+
+    /// A text as one document. Errors: as [`Calibration::of_documents`].
+    pub fn of_text(source: &dyn Source, text: &str, most: usize) -> Result<Self> {
+        Self::of_documents(source, &[text], most)
+    }
+
+    /// Documents, each as the tokenizer of the model in `source` cuts it by itself, then joined and cut into sequences
+    /// of 512 tokens, or of as many as the model takes at most; of all tokens the first `most` are used.
+    ///
+    /// Errors: those of the tokenizer and of [`Calibration::new`]; `Missing` if the source has no tokenizer.
+    pub fn of_documents(
+        source: &dyn Source,
+        documents: &[impl AsRef<str>],
+        most: usize,
     ) -> Result<Self> {
-        let config = source.files().config()?;
-        let source = Weights(source);
-        let (vocab, hidden) = (config.vocab_size, config.hidden_size);
-        let embedding = source.matrix(EMBEDDING, vocab, hidden)?;
-        let Calibration { tokens, window, .. } = calibration;
-        let mut run = Layerwise::new(config.clone(), &embedding, tokens, *window)?;
-        drop(embedding);
-        let mut states = States::new(run.hidden().len())?;
-        for index in 0..config.num_layers {
-            states.push(run.hidden())?;
-            run.layer(index, &source, &mut |_, _, _| progress.proceed())?;
+        let files = source.files();
+        let (config, tokenizer) = (files.config()?, files.tokenizer()?);
+        let mut tokens = Vec::new();
+        for document in documents {
+            tokens.extend(tokenizer.encode(document.as_ref(), true)?);
         }
-        let seed = DRAWING_SEED;
-        Ok(Self {
-            run: Backward::new(config.clone(), &source, run.hidden(), *window, seed)?,
-            left: config.num_layers,
-            source,
-            config,
-            states,
-            found: HashMap::new(),
+        tokens.truncate(most);
+        Self::new(tokens, WINDOW.min(config.context))
+    }
+
+    /// Whether this is the text of [`Calibration::built_in`].
+    pub fn is_built_in(&self) -> bool {
+        self.built_in
+    }
+
+    /// What a text is recognized by, for people.
+    pub(crate) fn to_json(&self) -> Value {
+        json!({
+            "text": if self.is_built_in() { "built-in" } else { "given" },
+            "checksum": self.checksum(),
+            "tokens": self.tokens().len(),
+            "window": self.window(),
         })
     }
 
-    /// What errors of the matrix `name` cost; `None` if it is not in a layer of the model. Layers have to be asked for from
-    /// the last to the first.
-    ///
-    /// Errors: those of the source; `Invalid` if the model gives numbers that are not finite; `Argument` for a layer
-    /// after the last one that was asked for; `Io`; `Interrupted`.
-    pub fn curvature(
-        &mut self,
-        name: &str,
-        progress: &dyn Progress,
-    ) -> Result<Option<Arc<Curvature>>> {
-        let Some((layer, _)) = Input::of(name) else {
-            return Ok(None);
-        };
-        if layer >= self.config.num_layers {
-            return Ok(None);
-        }
-        if layer > self.left {
-            let message = format!("layer {layer} after layer {}", self.left);
-            return Err(Error::new(ErrorKind::Argument, message));
-        }
-        while self.left > layer {
-            self.found.clear();
-            self.pass(self.left - 1, layer, progress)?;
-            self.left -= 1;
-        }
-        Ok(self.found.get(name).cloned())
-    }
-
-    /// Passes layer `index`; looks at it if that is the layer that is `asked` for.
-    fn pass(&mut self, index: usize, asked: usize, progress: &dyn Progress) -> Result<()> {
-        let Self {
-            source,
-            config,
-            states,
-            run,
-            ..
-        } = self;
-        let hidden = states.pop()?;
-        let mut found: HashMap<String, Curvature> = HashMap::new();
-        run.layer(index, source, &hidden, &mut |input, x, gradients| {
-            progress.proceed()?;
-            if index != asked {
-                return Ok(());
-            }
-            let parts = input.matrices(config);
-            let width: usize = parts.iter().map(|(_, rows)| rows).sum();
-            let cols = x.len() / (gradients.len() / width);
-            // Taken out, so that all matrices of an input can be added to at once.
-            let mut first = 0;
-            let mut curvatures = Vec::new();
-            for (part, rows) in parts {
-                let name = format!("model.layers.{index}.{part}.weight");
-                let curvature = found.remove(&name);
-                let curvature = curvature.unwrap_or_else(|| Curvature::new(rows, cols));
-                curvatures.push((name, curvature, first..first + rows));
-                first += rows;
-            }
-            curvatures
-                .par_iter_mut()
-                .try_for_each(|(_, curvature, columns)| {
-                    let of_part = gradients.chunks_exact(width);
-                    let of_part = of_part.flat_map(|row| &row[columns.clone()]);
-                    curvature.add(x, &of_part.copied().collect::<Vec<f32>>())
-                })?;
-            found.extend(
-                curvatures
-                    .into_iter()
-                    .map(|(name, curvature, _)| (name, curvature)),
-            );
-            Ok(())
-        })?;
-        let found = found.into_iter();
-        self.found = found.map(|(name, c)| (name, Arc::new(c))).collect();
-        Ok(())
-    }
-}
-
-/// Hidden states before each layer, the last ones first, in a temporary file.
-struct States {
-    file: File,
-    /// Of a layer.
-    values: usize,
-    layers: u64,
-}
-
-impl States {
-    fn new(values: usize) -> Result<Self> {
-        Ok(Self {
-            file: tempfile::tempfile().map_err(States::error)?,
-            values,
-            layers: 0,
-        })
-    }
-
-    fn push(&mut self, hidden: &[f32]) -> Result<()> {
-        self.layers += 1;
-        let bytes = bytemuck::cast_slice(hidden);
-        self.file.write_all(bytes).map_err(States::error)
-    }
-
-    fn pop(&mut self) -> Result<Vec<f32>> {
-        let mut hidden = vec![0.0f32; self.values];
-        self.layers -= 1;
-        let at = self.layers * (self.values * size_of::<f32>()) as u64;
-        let read = self.file.seek(SeekFrom::Start(at));
-        read.and_then(|_| self.file.read_exact(bytemuck::cast_slice_mut(&mut hidden)))
-            .and_then(|()| self.file.set_len(at))
-            .map_err(States::error)?;
-        Ok(hidden)
-    }
-
-    fn error(e: io::Error) -> Error {
-        Error::new(ErrorKind::Io, format!("a temporary file of hidden states: {e}"))
-            .hint("TMPDIR names the folder of such files; it needs 4 bytes a token, layer and hidden value")
-    }
-}
-
-/// The weights of a source as f32.
-pub(crate) struct Weights<'a>(pub(crate) &'a dyn Source);
-
-impl Weights<'_> {
-    fn read(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
-        let tensors = self.0.tensors();
-        let index = tensors
+    /// The first 16 bytes of SHA-256 of all tokens, as little-endian 32-bit numbers, in hexadecimal.
+    pub fn checksum(&self) -> String {
+        let mut hash = Sha256::new();
+        self.tokens
             .iter()
-            .position(|t| t.name == name)
-            .ok_or_else(|| Error::new(ErrorKind::Missing, "is not in the model").tensor(name))?;
-        match tensors[index].shape == shape {
-            true => self.0.read_f32(index),
-            false => Err(shape_mismatch(name, &tensors[index].shape, shape)),
-        }
+            .for_each(|t| hash.update(t.to_le_bytes()));
+        let digest = hash.finalize();
+        digest[..DIGEST_BYTES]
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect()
     }
 }
 
-impl WeightSource for Weights<'_> {
-    fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Matrix> {
-        let values = DenseValues::F32(self.read(name, &[rows, cols])?.into());
-        Ok(Matrix::Dense(DenseMatrix::new(rows, cols, values)?))
-    }
+/// The documents of a file of JSON lines: of each line the string `text`. Empty lines are passed over.
+///
+/// Errors (`Malformed`): a line that is no object with a string `text`, with its number.
+pub fn json_lines(lines: &str) -> Result<Vec<String>> {
+    let numbered = (1..).zip(lines.lines());
+    numbered
+        .filter(|(_, line)| !line.trim().is_empty())
+        .map(
+            |(number, line)| match json::fields("line", line, &["text"]) {
+                Ok(mut object) => match object.remove("text") {
+                    Some(Value::String(text)) => Ok(text),
+                    _ => Err(not_a_document(number)),
+                },
+                Err(e) => Err(not_a_document(number).with_source(e)),
+            },
+        )
+        .collect()
+}
 
-    fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>> {
-        self.read(name, &[len])
-    }
-
-    fn contains(&self, name: &str) -> bool {
-        self.0.tensors().iter().any(|t| t.name == name)
-    }
+fn not_a_document(line: usize) -> Error {
+    let message = format!("line {line} is no JSON object with a string 'text'");
+    Error::new(ErrorKind::Malformed, message).hint("one document a line: {\"text\": \"...\"}")
 }

@@ -5,7 +5,8 @@
 //! by candle.
 #![forbid(unsafe_code)]
 
-pub(super) mod config;
+mod config;
+pub(super) mod dims;
 pub(super) mod families;
 mod header;
 mod metadata;
@@ -13,11 +14,11 @@ mod rope;
 pub(crate) mod tokenizer;
 mod types;
 
-use super::{
-    FloatType, ModelFiles, RawTensor, SkippedTensor, Source, TensorInfo, check_rows, fill_rows,
-    sort_key, tensor_at,
+use super::model::{
+    FloatType, RawTensor, SkippedTensor, Source, TensorInfo, check_rows, fill_rows, sort_key,
+    tensor_at,
 };
-use config::{Dims, FromTensors};
+use dims::{Dims, FromTensors};
 use families::{Family, RowOrder, Wanted};
 use header::{Entry, Header};
 use metadata::Metadata;
@@ -27,6 +28,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use tokenizer::GgufVocab;
 use types::GgmlType;
+use upg_kernel::format::texts::ModelFiles;
 use upg_kernel::{Error, ErrorKind, MappedFile, OpenOptions, Result};
 
 /// A model in one GGUF file; the file is mapped, not read, unless options say otherwise.

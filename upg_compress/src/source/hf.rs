@@ -3,12 +3,13 @@
 
 mod compressed_tensors;
 mod directory;
+mod stored;
 
-use super::{
-    FloatType, ModelFiles, RawTensor, SkippedTensor, Source, SourceDtype, TensorInfo, check_rows,
-    fill_rows, sort_key, tensor_at,
+use super::model::{
+    FloatType, RawTensor, SkippedTensor, Source, SourceDtype, TensorInfo, check_rows, fill_rows,
+    sort_key, tensor_at,
 };
-use compressed_tensors::{Bitmask, Compression, Gathered, Packed, without_compression};
+use compressed_tensors::{Compression, Gathered, Place, without_compression};
 use directory::{INDEX, SINGLE, model_name, no_config, read_index};
 use safetensors::Dtype;
 use serde_json::Value;
@@ -16,8 +17,9 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use stored::{Stored, Tensors};
 use upg_kernel::format::container::Container;
-use upg_kernel::format::texts::{TEXTS, parse_object};
+use upg_kernel::format::texts::{ModelFiles, TEXTS, parse_object};
 use upg_kernel::{Error, ErrorKind, MappedFile, OpenOptions, Result};
 
 /// A Hugging Face model directory; its weight files are mapped, not read, unless options say otherwise.
@@ -31,26 +33,6 @@ pub struct HfSource {
     places: Vec<Place>,
     skipped: Vec<SkippedTensor>,
 }
-
-/// How a tensor is stored. Checked at open: all bytes lie inside their shards and fit the shape.
-#[derive(Debug, Clone)]
-enum Place {
-    Plain(FloatType, Stored),
-    Bitmask(Box<Bitmask>),
-    Packed(Box<Packed>),
-}
-
-/// A tensor as a shard's header lists it.
-#[derive(Debug, Clone)]
-struct Stored {
-    shard: usize,
-    dtype: Dtype,
-    shape: Vec<usize>,
-    bytes: Range<usize>,
-}
-
-/// Stored tensors by name.
-type Tensors = BTreeMap<String, Stored>;
 
 impl HfSource {
     /// Opens a directory: reads the texts, maps the shards and checks their headers.

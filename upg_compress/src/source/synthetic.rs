@@ -1,11 +1,11 @@
 //! Random models of given sizes, to measure size, memory and speed without the weights.
 #![forbid(unsafe_code)]
 
-use super::gguf::config::Dims;
+use super::gguf::dims::Dims;
 use super::gguf::families::family_of_model_type;
-use super::{
-    FloatType, ModelFiles, RawTensor, SkippedTensor, Source, SourceDtype, TensorInfo, check_rows,
-    fill_rows, sort_key, tensor_at,
+use super::model::{
+    FloatType, RawTensor, SkippedTensor, Source, SourceDtype, TensorInfo, check_rows, fill_rows,
+    sort_key, tensor_at,
 };
 use half::bf16;
 use rand_chacha::ChaCha8Rng;
@@ -15,6 +15,7 @@ use std::borrow::Cow;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::LazyLock;
+use upg_kernel::format::texts::ModelFiles;
 use upg_kernel::{Error, ErrorKind, Result};
 
 /// The published models whose shapes [`SyntheticSource::published`] knows: names, and the sizes and
@@ -142,7 +143,7 @@ impl SyntheticSource {
         let model_type = config.get("model_type").and_then(Value::as_str);
         let family = family_of_model_type(model_type.unwrap_or_default())?;
         let dims = read_dims(&config)?;
-        dims.check(family)?;
+        family.check(&dims)?;
         if dims.layers > MAX_LAYERS {
             let message = format!("{} layers, at most {MAX_LAYERS}", dims.layers);
             return Err(Error::new(ErrorKind::TooLarge, message));

@@ -1,14 +1,13 @@
 //! Files of version 1: pickles with sparse rows, decoded to f32.
 #![forbid(unsafe_code)]
 
-use super::{
-    ModelFiles, RawTensor, SkippedTensor, Source, SourceDtype, TensorInfo, check_rows, sort_key,
-    tensor_at,
+use super::model::{
+    RawTensor, SkippedTensor, Source, SourceDtype, TensorInfo, check_rows, sort_key, tensor_at,
 };
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use upg_kernel::format::texts::TEXTS;
+use upg_kernel::format::texts::{ModelFiles, TEXTS};
 use upg_kernel::sparse::MdCSRMatrix;
 use upg_kernel::v1::V1File;
 use upg_kernel::{Matrix, Result};

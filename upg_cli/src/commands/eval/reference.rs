@@ -92,7 +92,7 @@ impl Against {
     fn model(&self) -> Result<Arc<Model>> {
         match &self.opened {
             Opened::Upg(model) => Ok(Arc::clone(model.model())),
-            Opened::Source(source) => Ok(Arc::new(source::load(source.as_ref())?)),
+            Opened::Source(source) => Ok(Arc::new(source.load_model()?)),
         }
     }
 }

@@ -5,46 +5,13 @@
 //! initializer and training fields.
 #![forbid(unsafe_code)]
 
+use super::dims::{Dims, FromTensors};
 use super::families::{Family, family};
 use super::metadata::Metadata;
 use super::rope;
 use serde_json::{Map, Value, json};
 use std::collections::HashSet;
 use upg_kernel::{Error, ErrorKind, Result};
-
-/// Largest size of anything in a model: keeps every product of two far inside a `u64`.
-const MAX_DIM: usize = 1 << 24;
-
-/// Sizes and constants of a model, checked.
-#[derive(Debug, Clone)]
-pub(in crate::source) struct Dims {
-    pub(in crate::source) hidden: usize,
-    pub(in crate::source) layers: usize,
-    pub(in crate::source) heads: usize,
-    pub(in crate::source) kv_heads: usize,
-    pub(in crate::source) head_dim: usize,
-    pub(in crate::source) ffn: usize,
-    pub(in crate::source) vocab: usize,
-    pub(in crate::source) context: usize,
-    /// How many dimensions of a head are rotated.
-    pub(in crate::source) rotary_dim: usize,
-    pub(in crate::source) rope_theta: f64,
-    pub(in crate::source) rms_eps: f64,
-    pub(in crate::source) sliding_window: Option<usize>,
-}
-
-/// What of the config follows from the tensors that are there.
-#[derive(Debug, Clone, Default)]
-pub(super) struct FromTensors {
-    pub(super) tied: bool,
-    pub(super) attention_bias: bool,
-    pub(super) mlp_bias: bool,
-    pub(super) torch_dtype: &'static str,
-    /// `rope_freqs.weight`: what each rotary frequency is divided by.
-    pub(super) rope_freqs: Option<Vec<f32>>,
-    /// `rope_factors_short.weight` and `rope_factors_long.weight`.
-    pub(super) rope_factors: Option<(Vec<f32>, Vec<f32>)>,
-}
 
 /// Checks that the file is a whole model of one file, and finds its family and sizes; `vocab` is the
 /// number of rows of the embeddings.
@@ -98,7 +65,7 @@ pub(super) fn read_dims(m: &Metadata<'_>, vocab: usize) -> Result<(&'static Fami
             .ok_or_else(|| Error::new(ErrorKind::Missing, "no attention.layer_norm_rms_epsilon"))?,
         sliding_window: window,
     };
-    dims.check(family)?;
+    family.check(&dims)?;
     Ok((family, dims))
 }
 
@@ -119,74 +86,6 @@ fn check_kind(m: &Metadata<'_>) -> Result<String> {
     }
     m.text("general.architecture")?
         .ok_or_else(|| Error::new(ErrorKind::Missing, "no metadata key general.architecture"))
-}
-
-impl Dims {
-    /// Fails unless sizes and constants are in range and fit each other and the family.
-    pub(in crate::source) fn check(&self, family: &Family) -> Result<()> {
-        let sizes = [
-            ("hidden size", self.hidden),
-            ("head count", self.heads),
-            ("kv head count", self.kv_heads),
-            ("head length", self.head_dim),
-            ("feed-forward length", self.ffn),
-            ("vocabulary", self.vocab),
-        ];
-        for (what, size) in sizes {
-            if !(1..=MAX_DIM).contains(&size) {
-                let message = format!("{what} {size}, expected 1 to {MAX_DIM}");
-                return Err(Error::new(ErrorKind::Invalid, message));
-            }
-        }
-        let Self {
-            heads,
-            kv_heads,
-            head_dim,
-            rotary_dim,
-            ..
-        } = *self;
-        let invalid = |message: String| Err(Error::new(ErrorKind::Invalid, message));
-        if !heads.is_multiple_of(kv_heads) {
-            return invalid(format!("{heads} heads share {kv_heads} kv heads"));
-        }
-        if !head_dim.is_multiple_of(2) || !rotary_dim.is_multiple_of(2) || rotary_dim == 0 {
-            return invalid(format!(
-                "{rotary_dim} of {head_dim} head dimensions rotated"
-            ));
-        }
-        if rotary_dim > head_dim {
-            return invalid(format!(
-                "{rotary_dim} of {head_dim} head dimensions rotated"
-            ));
-        }
-        if self.rms_eps < 0.0 || self.rope_theta <= 0.0 {
-            return invalid(format!(
-                "epsilon {}, rope theta {}",
-                self.rms_eps, self.rope_theta
-            ));
-        }
-        if rotary_dim != head_dim && family.model_type != "phi3" {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                format!(
-                    "{rotary_dim} of {head_dim} head dimensions rotated, which no {} has",
-                    family.class
-                ),
-            ));
-        }
-        Ok(())
-    }
-
-    /// The factor that transformers multiplies with the head length, and rounds down, to find the
-    /// rotated dimensions.
-    fn partial_rotary_factor(&self) -> f64 {
-        let factor = self.rotary_dim as f64 / self.head_dim as f64;
-        if (self.head_dim as f64 * factor) as usize == self.rotary_dim {
-            factor
-        } else {
-            factor.next_up()
-        }
-    }
 }
 
 /// The text of `config.json`. Errors: those of the rope scaling.
@@ -284,25 +183,4 @@ pub(super) fn generation_config_json(
 fn pretty(value: &Value) -> Result<String> {
     serde_json::to_string_pretty(value)
         .map_err(|e| Error::new(ErrorKind::Invalid, format!("cannot write the config: {e}")))
-}
-
-#[cfg(test)]
-impl Dims {
-    /// Only what the rope scaling looks at.
-    pub(super) fn for_rope(rotary_dim: usize, rope_theta: f64) -> Self {
-        Self {
-            hidden: rotary_dim,
-            layers: 1,
-            heads: 1,
-            kv_heads: 1,
-            head_dim: rotary_dim,
-            ffn: 1,
-            vocab: 1,
-            context: 1,
-            rotary_dim,
-            rope_theta,
-            rms_eps: 0.0,
-            sliding_window: None,
-        }
-    }
 }

@@ -4,7 +4,7 @@
 //! the `gguf` package (see the tests).
 #![forbid(unsafe_code)]
 
-use super::config::Dims;
+use super::dims::Dims;
 use upg_kernel::{Error, ErrorKind, Result};
 
 /// A family of models, as data.
@@ -205,6 +205,22 @@ pub(in crate::source) fn family_of_model_type(model_type: &str) -> Result<&'stat
 }
 
 impl Family {
+    /// Fails unless `dims` are in range, fit each other and fit the family.
+    pub(in crate::source) fn check(&self, dims: &Dims) -> Result<()> {
+        dims.check()?;
+        let (head_dim, rotary_dim) = (dims.head_dim, dims.rotary_dim);
+        if rotary_dim != head_dim && self.model_type != "phi3" {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format!(
+                    "{rotary_dim} of {head_dim} head dimensions rotated, which no {} has",
+                    self.class
+                ),
+            ));
+        }
+        Ok(())
+    }
+
     /// Every tensor that a model of this family and these dimensions has or may have.
     pub(in crate::source) fn wanted<'a>(
         &'a self,

@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::header::{Array, Header, Value, malformed};
-use crate::source::gguf::tokenizer::{GgufVocab, MAX_TOKEN_BYTES};
+use super::tokenizer::vocab::{GgufVocab, MAX_TOKEN_BYTES};
 use std::ops::Range;
 use upg_kernel::inference::chat_template::MAX_TEMPLATE_BYTES;
 use upg_kernel::inference::tokenizer::{MAX_MERGES, MAX_TOKENS};

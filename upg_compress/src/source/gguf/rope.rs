@@ -1,7 +1,7 @@
 //! `rope_scaling` rebuilt from what GGUF keeps of it: factor tensors and `rope.scaling.*` keys.
 #![forbid(unsafe_code)]
 
-use super::config::{Dims, FromTensors};
+use super::dims::{Dims, FromTensors};
 use super::metadata::Metadata;
 use serde_json::{Map, Value, json};
 use std::f64::consts::TAU;

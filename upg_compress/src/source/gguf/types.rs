@@ -3,7 +3,7 @@
 //! Checked against the `gguf` package of llama.cpp (see the tests).
 #![forbid(unsafe_code)]
 
-use super::super::{FloatType, SourceDtype};
+use crate::source::model::{FloatType, SourceDtype};
 use candle_core::CpuStorage;
 use candle_core::quantized::GgmlDType;
 use std::borrow::Cow;

@@ -5,7 +5,8 @@
 use serde_json::{Map, Value, json};
 use upg_kernel::{Error, ErrorKind, Result};
 
-use super::{Parts, Vocab, invalid};
+use super::file::Parts;
+use super::vocab::{Vocab, invalid};
 
 /// How text is cut, and what goes with that name in llama.cpp.
 pub(super) struct Family {

@@ -1,13 +1,22 @@
 //! The text of `tokenizer.json`, written without a tree of values in between.
 #![forbid(unsafe_code)]
 
-use super::{Parts, TokenType, Vocab};
+use super::vocab::{TokenType, Vocab};
 use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};
-use serde_json::Value;
+use serde_json::{Map, Value};
 use std::io::{self, Write};
 use upg_kernel::inference::tokenizer::check_bytes;
 use upg_kernel::{Error, ErrorKind, Result};
+
+/// The parts of `tokenizer.json` in which the two kinds of vocabulary differ.
+pub(super) struct Parts {
+    pub(super) normalizer: Value,
+    pub(super) pre_tokenizer: Value,
+    pub(super) decoder: Value,
+    pub(super) model: Map<String, Value>,
+    pub(super) merges: Vec<(u32, u32)>,
+}
 
 /// The text for this vocabulary. Memory: its bytes. Errors: `TooLarge` above the cap of readers.
 pub(super) fn text(vocab: &Vocab<'_>, parts: &Parts) -> Result<Vec<u8>> {

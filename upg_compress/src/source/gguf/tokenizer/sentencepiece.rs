@@ -6,7 +6,9 @@ use serde_json::{Map, Value, json};
 use std::cmp::Ordering;
 use upg_kernel::{Error, ErrorKind, Result};
 
-use super::{MAX_MERGES, Parts, TokenType, Vocab, invalid};
+use super::file::Parts;
+use super::vocab::{TokenType, Vocab, invalid};
+use upg_kernel::inference::tokenizer::MAX_MERGES;
 
 const SPACE: &str = "▁";
 

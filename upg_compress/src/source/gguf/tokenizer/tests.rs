@@ -1,6 +1,7 @@
 use upg_kernel::inference::tokenizer::{MAX_RUN_CHARS, SpecialText, Tokenizer};
 
 use super::*;
+use serde_json::{Value, json};
 
 fn load(vocab: &GgufVocab) -> Tokenizer {
     let files = vocab.to_tokenizer_files().unwrap();

@@ -2,9 +2,9 @@
 #![forbid(unsafe_code)]
 
 use super::config::Sparse;
-use super::{Bytes, Parts, check_shape};
-use crate::source::FloatType;
-use crate::source::hf::Stored;
+use super::parts::{Parts, check_shape};
+use crate::source::hf::stored::{Bytes, Stored};
+use crate::source::model::FloatType;
 use rayon::prelude::*;
 use safetensors::Dtype;
 use upg_kernel::{Error, ErrorKind, Result};

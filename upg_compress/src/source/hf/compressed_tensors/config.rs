@@ -1,7 +1,7 @@
 //! What `config.json` says about compressed weights.
 #![forbid(unsafe_code)]
 
-use super::HINT;
+use super::parts::HINT;
 use serde_json::{Map, Value};
 use upg_kernel::{Error, ErrorKind, Result};
 

@@ -2,9 +2,9 @@
 #![forbid(unsafe_code)]
 
 use super::config::Scheme;
-use super::{Bytes, HINT, Parts, check_shape, integers};
-use crate::source::FloatType;
-use crate::source::hf::Stored;
+use super::parts::{HINT, Parts, check_shape, integers};
+use crate::source::hf::stored::{Bytes, Stored};
+use crate::source::model::FloatType;
 use safetensors::Dtype;
 use upg_kernel::{Error, ErrorKind, Result};
 

@@ -8,7 +8,7 @@
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use std::time::Instant;
-use upg_compress::encode::trellis::{Code, Path, Search};
+use upg_compress::encode::trellis::{Code, Isa, Search};
 use upg_kernel::Result;
 
 const WEIGHTS: usize = 200_000;
@@ -26,11 +26,11 @@ fn main() -> Result<()> {
     for k in [2, 3, 4] {
         let code = Code::standard(k)?;
         println!("t{k}");
-        for path in Path::available() {
-            measure(path.name(), Search::with_path(&code, path), &weights)?;
+        for isa in Isa::available() {
+            measure(isa.name(), Search::with_isa(&code, isa), &weights)?;
         }
         for look_ahead in [0, 16, 32, 64, 128, 192, 256, 512] {
-            let search = Search::with(&code, Path::best(), 256, look_ahead);
+            let search = Search::with(&code, Isa::best(), 256, look_ahead);
             measure(
                 &format!("blocks of 256, {look_ahead} ahead"),
                 search,

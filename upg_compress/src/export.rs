@@ -196,7 +196,7 @@ fn write_weights(
     out.write_all(&header(model, dtype)?).map_err(io)?;
     progress.start(file.layers().iter().map(|l| (l.rows * l.cols) as u64).sum());
     for (id, layer) in file.layers().iter().enumerate() {
-        progress.proceed()?;
+        progress.check_interrupt()?;
         progress.tensor(&layer.name);
         match dtype {
             FloatType::Bf16 => write_layer::<bf16>(model, id, out),

@@ -10,7 +10,7 @@ pub(crate) mod report;
 mod resume;
 
 pub use compress::{compress, compress_checked};
-pub use preflight::{Group, Memory, Preflight};
+pub use preflight::{MemoryEstimate, Preflight, TensorGroup};
 pub use random::compress_random;
 pub use report::{CalibrationReport, CompressReport, TensorReport, Zeros};
 pub use resume::partial_files;

@@ -56,9 +56,11 @@ pub mod source;
 mod tune;
 
 pub use export::export;
-pub use job::{CalibrationReport, CompressReport, Group, Memory, Preflight, TensorReport, Zeros};
+pub use job::{
+    CalibrationReport, CompressReport, MemoryEstimate, Preflight, TensorGroup, TensorReport, Zeros,
+};
 pub use job::{compress, compress_checked, compress_random, partial_files};
-pub use plan::{Budget, Choice, CompressOptions, Override, Sparse, counted};
+pub use plan::{Budget, Choice, CompressOptions, Override, Sparse, count_encodings};
 pub use progress::Progress;
 pub use sensitivity::Calibration;
 pub use source::{Source, open, open_with};

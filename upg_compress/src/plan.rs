@@ -8,6 +8,6 @@ pub(crate) mod sizes;
 pub(crate) mod sparsity;
 pub(crate) mod tensors;
 
-pub use budget::counted;
+pub use budget::count_encodings;
 pub use options::{Budget, Choice, CompressOptions, Override};
 pub use sparsity::Sparse;

@@ -20,7 +20,7 @@ pub trait Progress: Sync {
         false
     }
     /// That error, once cancelled.
-    fn proceed(&self) -> Result<()> {
+    fn check_interrupt(&self) -> Result<()> {
         match self.is_cancelled() {
             true => Err(Error::new(ErrorKind::Interrupted, "stopped before the end")),
             false => Ok(()),

@@ -121,7 +121,7 @@ pub fn tune(
     let learned = sequences.len() - held_out;
     let in_layers: u64 = student.matrices.iter().map(|(_, weights)| weights).sum();
     progress.start((passes * learned) as u64 * in_layers);
-    let wanted = Wanted::new(source, calibration, progress)?;
+    let teacher = Teacher::new(source, calibration, progress)?;
     // Where none are held out, what was learned from has to do.
     let checked = match held_out {
         0 => 0..learned.min(MOST_CHECKED),
@@ -129,7 +129,7 @@ pub fn tune(
     };
     let divergence_of = |student: &Student<'_>| -> Result<f64> {
         let of_sequence =
-            |i: usize| student.divergence(sequences[i], wanted.of(i), &wanted.head, progress);
+            |i: usize| student.divergence(sequences[i], teacher.of(i), &teacher.head, progress);
         let sum: f64 = checked.clone().map(of_sequence).sum::<Result<_>>()?;
         Ok(sum / (checked.len() * window) as f64)
     };
@@ -138,7 +138,7 @@ pub fn tune(
     let of_passes = learn_all(
         &mut student,
         &sequences[..learned],
-        &wanted,
+        &teacher,
         options,
         progress,
     );
@@ -175,7 +175,7 @@ pub fn tune(
 fn learn_all(
     student: &mut Student<'_>,
     sequences: &[&[u32]],
-    wanted: &Wanted,
+    teacher: &Teacher,
     options: TuneOptions,
     progress: &dyn Progress,
 ) -> Result<Vec<f64>> {
@@ -189,7 +189,7 @@ fn learn_all(
         let (mut sum, mut positions) = (0.0, 0);
         for &i in &order {
             step += 1;
-            sum += student.learn(sequences[i], wanted.of(i), &wanted.head, progress)?;
+            sum += student.learn(sequences[i], teacher.of(i), &teacher.head, progress)?;
             positions += sequences[i].len();
             student.step(step, options.rate * share_of_rate(step, steps))?;
         }
@@ -262,7 +262,7 @@ fn check_origin(source: &dyn Source, file: &UpgFile) -> Result<()> {
 }
 
 /// What the original makes of the text: the last hidden states, and what predicts by them.
-struct Wanted {
+struct Teacher {
     head: Head,
     /// `[tokens, hidden]`.
     hidden: Vec<f32>,
@@ -270,7 +270,7 @@ struct Wanted {
     of_sequence: usize,
 }
 
-impl Wanted {
+impl Teacher {
     fn new(
         source: &dyn Source,
         calibration: &Calibration,
@@ -283,7 +283,7 @@ impl Wanted {
         let mut run = Layerwise::new(config.clone(), &embedding, tokens, window)?;
         drop(embedding);
         for index in 0..config.num_layers {
-            run.layer(index, &source, &mut |_, _, _| progress.proceed())?;
+            run.layer(index, &source, &mut |_, _, _| progress.check_interrupt())?;
         }
         Ok(Self {
             head: Head::new(&config, &source)?,
@@ -436,7 +436,7 @@ impl<'a> Student<'a> {
         let mut run = Layerwise::new(config.clone(), &embedding, tokens, len)?;
         for index in 0..config.num_layers {
             observe(run.hidden());
-            run.layer(index, self, &mut |_, _, _| progress.proceed())?;
+            run.layer(index, self, &mut |_, _, _| progress.check_interrupt())?;
         }
         let hidden = run.hidden();
         Backward::toward(config.clone(), self, hidden, len, wanted, wanted_hidden)
@@ -470,7 +470,7 @@ impl<'a> Student<'a> {
             progress.tensor(&prefix[..prefix.len() - 1]);
             let mut of_rows = Vec::new();
             let gains = back.layer(index, self, &hidden, &mut |input, x, gradients| {
-                progress.proceed()?;
+                progress.check_interrupt()?;
                 of_rows.extend(self.row_gradients(index, input, x, gradients)?);
                 Ok(())
             })?;
@@ -563,7 +563,7 @@ impl<'a> Student<'a> {
             .map(|(i, t)| (t.name.as_str(), i))
             .collect();
         for (id, layer) in layers.iter_mut().enumerate() {
-            progress.proceed()?;
+            progress.check_interrupt()?;
             let matrix = self.matrix(&layer.name, layer.rows, layer.cols)?;
             layer.error = match (self.tuned(&layer.name), indices.get(layer.name.as_str())) {
                 (Some(_), Some(&index)) => {

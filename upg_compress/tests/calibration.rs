@@ -10,7 +10,8 @@ use tiny::{MODELS, cases, model_file};
 use upg_compress::encode::encode_matrix;
 use upg_compress::sensitivity::{Calibrator, Curvature, Hessian, json_lines};
 use upg_compress::{
-    Budget, Calibration, Choice, CompressOptions, Progress, Source, compress, counted, source,
+    Budget, Calibration, Choice, CompressOptions, Progress, Source, compress, count_encodings,
+    source,
 };
 use upg_kernel::format::{Encoding, LayerInfo, UpgFile};
 use upg_kernel::inference::Input;
@@ -373,7 +374,11 @@ fn a_budget_is_spent_and_kept_to() {
     assert_eq!(encoding(&up(0)), Encoding::Q4);
     let mixed = [Encoding::T2, Encoding::T3, Encoding::T4, Encoding::Q8];
     assert!(mixed.contains(&encoding(&up(1))));
-    assert!(counted(&report.layers).len() > 2, "{:?}", report.layers);
+    assert!(
+        count_encodings(&report.layers).len() > 2,
+        "{:?}",
+        report.layers
+    );
     let file = UpgFile::open(&out).unwrap();
     let recipe = file.metadata("recipe").unwrap();
     let expected = r#""encoding":"mixed","budget":{"bits_per_weight_blocks":5.0}"#;

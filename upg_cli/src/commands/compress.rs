@@ -11,7 +11,7 @@ use std::path::Path;
 use upg_compress::sensitivity::{BUILT_IN_TOKENS, json_lines};
 use upg_compress::{
     Budget, Calibration, Choice, CompressOptions, CompressReport, Preflight, Source,
-    compress_checked, counted, partial_files, source,
+    compress_checked, count_encodings, partial_files, source,
 };
 use upg_kernel::inference::tokenizer::MAX_TEXT_BYTES;
 use upg_kernel::{Error, ErrorKind, OpenOptions, Result, WholeFile, refuse_to_overwrite};
@@ -188,7 +188,7 @@ pub fn summary(output: &Path, source: &dyn Source, report: &CompressReport) -> S
             layer.encoding_name()
         );
     }
-    let counts = counted(&report.layers);
+    let counts = count_encodings(&report.layers);
     if counts.len() > 1 {
         let counts = counts.iter().map(|(name, n)| format!("{n} {name}"));
         text += &format!(

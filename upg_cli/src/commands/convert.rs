@@ -52,7 +52,7 @@ fn convert(args: &ConvertArgs, output: &Path) -> Result<()> {
     progress.start(weights.fold(0, u64::saturating_add));
     let mut before = 0;
     let converted = file.convert(output, &texts, &mut |name, weights| {
-        progress.proceed()?;
+        progress.check_interrupt()?;
         progress.advance(std::mem::replace(&mut before, weights));
         progress.tensor(name);
         Ok(())

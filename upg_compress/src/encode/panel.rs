@@ -7,7 +7,7 @@ use std::ops::Range;
 use upg_kernel::matrix::strips::STRIP_ROWS;
 
 /// Rows that are encoded one after the other.
-pub(crate) fn rows_in_turn(is_calibrated: bool) -> usize {
+pub(crate) fn sequential_rows(is_calibrated: bool) -> usize {
     match is_calibrated {
         true => PANEL_ROWS,
         false => STRIP_ROWS,

@@ -39,7 +39,7 @@ pub fn prune(
     }
     let feedback = Feedback::new(hessian, 1)?;
     let strips = weights.par_chunks(STRIP_ROWS * cols);
-    let mut strips: Vec<Strip> = strips.map(|w| Strip::new(w, cols)).collect();
+    let mut strips: Vec<PrunedStrip> = strips.map(|w| PrunedStrip::new(w, cols)).collect();
     for first in (0..cols).step_by(TOGETHER) {
         let columns = first..cols.min(first + TOGETHER);
         let each = strips.par_iter_mut();
@@ -74,7 +74,7 @@ fn threshold(mut scores: Vec<f32>, sparsity: f64) -> f32 {
 }
 
 /// 64 rows, column by column.
-struct Strip {
+struct PrunedStrip {
     rows: usize,
     weights: Vec<f32>,
     /// What is wanted of the columns that come next; what the others became.
@@ -84,7 +84,7 @@ struct Strip {
     scores: Vec<f32>,
 }
 
-impl Strip {
+impl PrunedStrip {
     fn new(weights: &[f32], cols: usize) -> Self {
         let mut by_column = vec![0.0; cols * STRIP_ROWS];
         for (row, weights) in weights.chunks_exact(cols).enumerate() {

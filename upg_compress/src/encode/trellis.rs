@@ -16,7 +16,7 @@ mod tests;
 
 pub use code::{Code, UNIT};
 pub use search::Search;
-pub use simd::Path;
+pub use simd::Isa;
 
 use super::panel::{Panel, StripRows};
 use super::rotation::rotation;
@@ -124,7 +124,7 @@ pub fn encode_with(
                 let strips = codes.chunks_exact_mut(strip_bytes);
                 let strips = strips.zip(scales.chunks_mut(STRIP_ROWS));
                 for ((codes, scales), w) in strips.zip(w.chunks(STRIP_ROWS * cols)) {
-                    progress.proceed()?;
+                    progress.check_interrupt()?;
                     let mut rotated = w.to_vec();
                     let rows = rotated.chunks_exact_mut(cols);
                     rows.for_each(|row| rotation.apply(row));
@@ -211,7 +211,7 @@ impl<'a> Strip<'a> {
         }
         let prime = f64::from(PRIME_LUT[usize::from(PRIME_INDEX)]);
         if let Some((feedback, strip)) = feedback {
-            let rows = strip.map(|strip| feedback::Rows::new(w, &levels, &strip));
+            let rows = strip.map(|strip| feedback::RowFeedback::new(w, &levels, &strip));
             let (targets, weights) = (&self.targets, &mut self.weights);
             let states = &mut self.states;
             let fitted =

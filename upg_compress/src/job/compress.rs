@@ -4,10 +4,10 @@
 use crate::encode::matrix::{
     Encoded, encode_matrix, errors_of, relative_error, significant, to_six_digits,
 };
-use crate::encode::panel::rows_in_turn;
+use crate::encode::panel::sequential_rows;
 use crate::encode::prune::prune;
 use crate::job::journal::Record;
-use crate::job::parallel::{Batch, side_by_side};
+use crate::job::parallel::{TensorBatch, in_parallel};
 use crate::job::report::{CalibrationReport, CompressReport, Zeros};
 use crate::job::resume::{Resumable, fingerprint};
 use crate::plan::budget;
@@ -63,11 +63,11 @@ pub fn compress_checked(
     progress: &dyn Progress,
 ) -> Result<CompressReport> {
     let mut calibrator = None;
-    let settled;
+    let with_choices;
     let options = match options.budget {
         Some(budget) => {
-            settled = budget::settled(source, options, budget, progress)?;
-            &settled
+            with_choices = budget::choose_encodings(source, options, budget, progress)?;
+            &with_choices
         }
         None => options,
     };
@@ -98,12 +98,12 @@ pub fn compress_checked(
             calibrated.push((job, curvature));
         }
         // What is done row by row in the end says how long a matrix takes at least.
-        let longest = |(job, curvature): &(Job<'_>, Option<_>)| {
-            let rows = rows_in_turn(curvature.is_some());
+        let longest = |(job, curvature): &(MatrixJob<'_>, Option<_>)| {
+            let rows = sequential_rows(curvature.is_some());
             job.layer.rows.min(rows) * job.layer.cols
         };
-        let encoded = side_by_side(calibrated, longest, |(job, curvature)| {
-            let Job { index, layer } = job;
+        let encoded = in_parallel(calibrated, longest, |(job, curvature)| {
+            let MatrixJob { index, layer } = job;
             let encoded = encode_tensor(
                 source,
                 index,
@@ -138,7 +138,7 @@ fn encode_tensor(
     curvature: Option<&Curvature>,
     progress: &dyn Progress,
 ) -> Result<Encoded> {
-    progress.proceed()?;
+    progress.check_interrupt()?;
     progress.tensor(&layer.name);
     let started = Instant::now();
     let weights = source.read_f32(index)?;
@@ -172,7 +172,7 @@ fn encode_tensor(
 }
 
 /// A matrix that is to be encoded.
-pub(crate) struct Job<'a> {
+pub(crate) struct MatrixJob<'a> {
     /// Of its tensor.
     pub index: usize,
     /// Its description, to which the encoder may add.
@@ -186,7 +186,7 @@ pub(crate) fn compress_with(
     out: impl AsRef<Path>,
     options: &CompressOptions,
     progress: &dyn Progress,
-    mut encode: impl FnMut(Vec<Job<'_>>) -> Result<(Vec<Encoded>, Result<()>)>,
+    mut encode: impl FnMut(Vec<MatrixJob<'_>>) -> Result<(Vec<Encoded>, Result<()>)>,
 ) -> Result<CompressReport> {
     let started = Instant::now();
     let out = out.as_ref();
@@ -213,11 +213,11 @@ pub(crate) fn compress_with(
     let is_layer = |planned: &&PlannedTensor| planned.layer.is_some();
     let mut encoding_seconds = 0.0;
     let mut next_layer = plan.tensors[..restored].iter().filter(is_layer).count();
-    for batch in Batch::all(source, options, &plan.tensors[restored..])? {
-        progress.proceed()?;
+    for batch in TensorBatch::all(source, options, &plan.tensors[restored..])? {
+        progress.check_interrupt()?;
         let matrices = batch.tensors.iter().filter(is_layer);
         let described = layers[next_layer..].iter_mut();
-        let jobs = matrices.zip(described).map(|(planned, layer)| Job {
+        let jobs = matrices.zip(described).map(|(planned, layer)| MatrixJob {
             index: planned.index,
             layer,
         });
@@ -236,7 +236,7 @@ pub(crate) fn compress_with(
                 Record::encoded(tensor, layer, &encoded, arrays)
             } else {
                 if outcome.is_ok() {
-                    progress.proceed()?;
+                    progress.check_interrupt()?;
                 }
                 progress.tensor(&tensor.name);
                 let started = Instant::now();

@@ -2,7 +2,7 @@
 //! memory that ends a batch.
 #![forbid(unsafe_code)]
 
-use crate::encode::panel::rows_in_turn;
+use crate::encode::panel::sequential_rows;
 use crate::plan::options::CompressOptions;
 use crate::plan::sizes::tensor_bytes;
 use crate::plan::tensors::PlannedTensor;
@@ -21,13 +21,13 @@ const PARTS: usize = 4;
 const MOST_BYTES: u64 = 1 << 29;
 
 /// Tensors of a plan that are done together, in their order.
-pub(crate) struct Batch<'a> {
+pub(crate) struct TensorBatch<'a> {
     pub tensors: &'a [PlannedTensor],
     /// Memory that they take on their way into the file.
     pub bytes: u64,
 }
 
-impl<'a> Batch<'a> {
+impl<'a> TensorBatch<'a> {
     /// Those of `tensors`, one after the other. Tensors that are kept go with the matrices before them.
     ///
     /// Errors: those of the description of a layer.
@@ -40,13 +40,13 @@ impl<'a> Batch<'a> {
             1 => 1,
             threads => PARTS * threads,
         };
-        let (mut batches, mut first, mut size) = (Vec::new(), 0, Size::default());
+        let (mut batches, mut first, mut size) = (Vec::new(), 0, BatchSize::default());
         for (n, planned) in tensors.iter().enumerate() {
             let with_this = size.with(source, options, planned)?;
             let is_full = size.parts >= enough || with_this.beside > MOST_BYTES;
             if planned.layer.is_some() && size.matrices > 0 && is_full {
                 batches.push(size.of(&tensors[first..n]));
-                (first, size) = (n, Size::default().with(source, options, planned)?);
+                (first, size) = (n, BatchSize::default().with(source, options, planned)?);
             } else {
                 size = with_this;
             }
@@ -60,7 +60,7 @@ impl<'a> Batch<'a> {
 
 /// Of a batch.
 #[derive(Clone, Copy, Default)]
-struct Size {
+struct BatchSize {
     matrices: usize,
     /// That threads can do side by side.
     parts: usize,
@@ -72,7 +72,7 @@ struct Size {
     kept: u64,
 }
 
-impl Size {
+impl BatchSize {
     fn with(
         mut self,
         source: &dyn Source,
@@ -86,7 +86,7 @@ impl Size {
         };
         let is_calibrated = options.calibrates(layer);
         self.matrices += 1;
-        self.parts += layer.rows.div_ceil(rows_in_turn(is_calibrated));
+        self.parts += layer.rows.div_ceil(sequential_rows(is_calibrated));
         self.alone = bytes;
         self.beside += bytes;
         if is_calibrated {
@@ -96,12 +96,12 @@ impl Size {
         Ok(self)
     }
 
-    fn of(self, tensors: &[PlannedTensor]) -> Batch<'_> {
+    fn of(self, tensors: &[PlannedTensor]) -> TensorBatch<'_> {
         let of_matrices = match self.matrices {
             1 => self.alone,
             _ => self.beside,
         };
-        Batch {
+        TensorBatch {
             tensors,
             bytes: of_matrices + self.kept,
         }
@@ -110,7 +110,7 @@ impl Size {
 
 /// `f` of every item, side by side, those of the largest `size` first, until one fails. Returns the results of the first
 /// items, as far as all before them are there too, and the first error.
-pub(crate) fn side_by_side<T: Send, R: Send>(
+pub(crate) fn in_parallel<T: Send, R: Send>(
     items: Vec<T>,
     size: impl Fn(&T) -> usize,
     f: impl Fn(T) -> Result<R> + Sync,
@@ -181,11 +181,11 @@ mod tests {
         options.calibration = Calibration::new(vec![1; 64], 64).ok();
         let plan = Plan::new(&source, &options).unwrap();
         let all = on_threads(threads, || {
-            Batch::all(&source, &options, &plan.tensors).map(|batches| {
+            TensorBatch::all(&source, &options, &plan.tensors).map(|batches| {
                 let covered: usize = batches.iter().map(|b| b.tensors.len()).sum();
                 assert_eq!(covered, plan.tensors.len());
                 let matrices =
-                    |b: &Batch<'_>| b.tensors.iter().filter(|t| t.layer.is_some()).count();
+                    |b: &TensorBatch<'_>| b.tensors.iter().filter(|t| t.layer.is_some()).count();
                 batches.iter().map(|b| (matrices(b), b.bytes)).collect()
             })
         });
@@ -227,7 +227,7 @@ mod tests {
                 74 | 11 => Err(Error::new(ErrorKind::Invalid, format!("{i}"))),
                 _ => Ok(i * i),
             };
-            on_threads(threads, || side_by_side(items.to_vec(), |&i| i, fallible))
+            on_threads(threads, || in_parallel(items.to_vec(), |&i| i, fallible))
         };
         for threads in [1, 3] {
             let good: Vec<usize> = items
@@ -257,7 +257,7 @@ mod tests {
             let stack = [sum; 1 << 13];
             Ok(std::hint::black_box(stack)[7])
         };
-        let (done, outcome) = on_threads(8, || side_by_side(vec![(); 2000], |()| 1, deep));
+        let (done, outcome) = on_threads(8, || in_parallel(vec![(); 2000], |()| 1, deep));
         outcome.unwrap();
         assert_eq!(done.len(), 2000);
         assert!(done.iter().all(|sum| *sum == done[0]));

@@ -14,13 +14,13 @@ use std::path::Path;
 use sysinfo::System;
 use upg_kernel::{Error, ErrorKind, Result};
 
-pub use memory::Memory;
+pub use memory::MemoryEstimate;
 
 /// What [`compress`](crate::job::compress::compress) will do and take.
 #[derive(Debug, Clone)]
 pub struct Preflight {
     /// Tensors that are treated alike, in the order of the first of each.
-    pub groups: Vec<Group>,
+    pub groups: Vec<TensorGroup>,
     /// Bytes of the file: exactly, but at most so many with `mdcsr`, `s8`, `s4` and a budget.
     pub file_bytes: u64,
     /// Of these, what an earlier run may have written already.
@@ -32,7 +32,7 @@ pub struct Preflight {
     /// Free on the file system of those.
     pub temporary_free: u64,
     /// Most that the process will have.
-    pub memory: Memory,
+    pub memory: MemoryEstimate,
     /// What the system and the limits of this process group have left, swap included. `None`: the system does not say.
     pub memory_free: Option<u64>,
     /// Estimated, from samples of the weights encoded and multiplied here and now; without what an earlier run has done.
@@ -41,7 +41,7 @@ pub struct Preflight {
 
 /// Tensors of the same shape and encoding, whose names differ by the number of their layer only.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Group {
+pub struct TensorGroup {
     /// With `*` for the number of the layer.
     pub name: String,
     /// `keep`, the name of the encoding, or `mixed` if a budget will choose it.
@@ -71,7 +71,7 @@ impl Preflight {
             Some(budget) => most_bytes(source, options, budget)?,
             None => file_bytes(source, options, &plan)?,
         };
-        let mut groups: Vec<Group> = Vec::new();
+        let mut groups: Vec<TensorGroup> = Vec::new();
         for planned in &plan.tensors {
             let bytes = array_bytes(source, planned)?.iter().sum();
             let is_open = options.budget.is_some()
@@ -95,7 +95,7 @@ impl Preflight {
             disk_free: free(folder)?,
             temporary_bytes: temporary_bytes(source, options)?,
             temporary_free: free(&temporary)?,
-            memory: Memory::of(source, options, &plan)?,
+            memory: MemoryEstimate::of(source, options, &plan)?,
             memory_free: memory_free(),
             seconds: time::seconds(source, options, &plan)?,
         })
@@ -153,7 +153,7 @@ fn temporary_bytes(source: &dyn Source, options: &CompressOptions) -> Result<u64
 }
 
 fn add(
-    groups: &mut Vec<Group>,
+    groups: &mut Vec<TensorGroup>,
     source: &dyn Source,
     planned: &PlannedTensor,
     bytes: u64,
@@ -166,13 +166,14 @@ fn add(
         None => "keep",
     };
     let name = with_star(&tensor.name);
-    let same = |g: &&mut Group| g.name == name && g.encoding == encoding && g.shape == tensor.shape;
+    let same =
+        |g: &&mut TensorGroup| g.name == name && g.encoding == encoding && g.shape == tensor.shape;
     match groups.iter_mut().find(same) {
         Some(group) => {
             group.tensors += 1;
             group.bytes += bytes;
         }
-        None => groups.push(Group {
+        None => groups.push(TensorGroup {
             name,
             encoding: encoding.to_owned(),
             shape: tensor.shape.clone(),

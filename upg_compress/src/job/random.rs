@@ -3,7 +3,7 @@
 #![forbid(unsafe_code)]
 
 use crate::encode::matrix::{Encoded, encode_matrix};
-use crate::job::compress::{Job, compress_with};
+use crate::job::compress::{MatrixJob, compress_with};
 use crate::job::report::CompressReport;
 use crate::plan::options::CompressOptions;
 use crate::progress::Progress;
@@ -35,7 +35,7 @@ pub fn compress_random(
         return Err(Error::new(ErrorKind::Argument, message));
     }
     let mut strips: HashMap<(usize, usize, String), Matrix> = HashMap::new();
-    let mut encode = |Job { index, layer }: Job<'_>| {
+    let mut encode = |MatrixJob { index, layer }: MatrixJob<'_>| {
         let started = Instant::now();
         progress.tensor(&layer.name);
         let mut first = layer.clone();

@@ -73,7 +73,7 @@ impl Resumable {
         let mut restored = Vec::new();
         let mut next_layer = 0;
         for (planned, record) in plan.tensors.iter().zip(&self.found) {
-            progress.proceed()?;
+            progress.check_interrupt()?;
             let tensor = &source.tensors()[planned.index];
             if !is_of(record, planned, tensor) || !take(writer, next_layer, tensor, record)? {
                 break;

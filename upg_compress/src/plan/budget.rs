@@ -12,7 +12,7 @@ use crate::encode::trellis::SQUARED_ERRORS;
 use crate::plan::options::Budget;
 use crate::plan::options::{Choice, CompressOptions, is_calibrated};
 use crate::plan::sizes::{array_bytes, file_bytes};
-use crate::plan::tensors::{Plan, described};
+use crate::plan::tensors::{Plan, describe_layer};
 use crate::progress::Progress;
 use crate::sensitivity::calibrator::Calibrator;
 use crate::source::{Source, TensorInfo};
@@ -51,7 +51,7 @@ impl Candidate {
     fn new(tensor: &TensorInfo, group: Option<usize>, sensitivity: f64) -> Result<Self> {
         let mut bytes = [0; LADDER.len()];
         for (bytes, (encoding, _)) in bytes.iter_mut().zip(LADDER) {
-            *bytes = aligned(described(tensor, encoding, group).array_bytes()?);
+            *bytes = aligned(describe_layer(tensor, encoding, group).array_bytes()?);
         }
         Ok(Self {
             name: tensor.name.clone(),
@@ -158,7 +158,7 @@ pub(crate) fn most_bytes(
 /// [`Feedback::new`](crate::sensitivity::hessian::Feedback::new) takes.
 /// Errors: `Argument` without a calibration, or if the budget is too small for the fewest bits; those of the source and of
 /// [`Calibrator`]; `Interrupted`.
-pub(crate) fn settled(
+pub(crate) fn choose_encodings(
     source: &dyn Source,
     options: &CompressOptions,
     budget: Budget,
@@ -231,7 +231,7 @@ fn spend(candidates: &mut [Candidate], mut left: u64) {
 }
 
 /// The encodings that were chosen, with how many matrices have each: for a summary.
-pub fn counted(layers: &[LayerInfo]) -> BTreeMap<&str, usize> {
+pub fn count_encodings(layers: &[LayerInfo]) -> BTreeMap<&str, usize> {
     let mut counts = BTreeMap::new();
     for layer in layers.iter().filter(|l| Input::of(&l.name).is_some()) {
         *counts.entry(layer.encoding_name()).or_default() += 1;

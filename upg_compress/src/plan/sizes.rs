@@ -4,7 +4,7 @@
 use super::options::CompressOptions;
 use super::recipe::metadata;
 use super::tensors::{Plan, PlannedTensor};
-use crate::encode::panel::rows_in_turn;
+use crate::encode::panel::sequential_rows;
 use crate::sensitivity::curvature::PANEL_ROWS;
 use crate::source::{Source, SourceDtype};
 use upg_kernel::Result;
@@ -72,7 +72,7 @@ fn encoding(layer: &LayerInfo, options: &CompressOptions, arrays: u64) -> u64 {
     let weights = rows * cols;
     let is_calibrated = options.calibrates(layer);
     // Parts that are encoded at the same time.
-    let parts = layer.rows.div_ceil(rows_in_turn(is_calibrated));
+    let parts = layer.rows.div_ceil(sequential_rows(is_calibrated));
     let parts = parts.min(rayon::current_num_threads()) as u64;
     let codes = match layer.encoding() {
         Ok(Encoding::MdCsr) => 8 * weights,

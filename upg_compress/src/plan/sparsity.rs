@@ -60,7 +60,7 @@ pub(crate) fn sparse_form(encoding: Encoding) -> Option<Encoding> {
 /// The [`sparse_form`] of an `encoding` with so many columns in a `group`, if tensor `index` has the zeros for it.
 ///
 /// Reads up to 64 rows. Errors: those of the source.
-pub(crate) fn worthwhile(
+pub(crate) fn sparse_if_smaller(
     source: &dyn Source,
     index: usize,
     encoding: Encoding,

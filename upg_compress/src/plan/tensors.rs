@@ -4,7 +4,7 @@
 use crate::encode::prune::check_sparsity;
 use crate::encode::rotation::hadamard_size;
 use crate::plan::options::{Choice, CompressOptions, is_calibrated};
-use crate::plan::sparsity::{Sparse, sparse_form, worthwhile};
+use crate::plan::sparsity::{Sparse, sparse_form, sparse_if_smaller};
 use crate::source::{Source, TensorInfo};
 use std::cmp::Reverse;
 use upg_kernel::format::{Encoding, LayerInfo, TOKENIZER, check_kept_name};
@@ -105,7 +105,7 @@ impl Plan {
             let layer = match (is_matrix(t), choose(t)) {
                 (true, Choice::Encode(encoding)) => {
                     let encoding = with_zeros(source, index, encoding, options)?;
-                    Some(described(t, encoding, options.group))
+                    Some(describe_layer(t, encoding, options.group))
                 }
                 _ => None,
             };
@@ -170,7 +170,7 @@ fn with_zeros(
         _ if pruned => sparse_form(encoding),
         Sparse::Auto => {
             let group = group_of(encoding, options.group).unwrap_or(BITMAP_GROUP);
-            worthwhile(source, index, encoding, group)?
+            sparse_if_smaller(source, index, encoding, group)?
         }
         Sparse::Never => None,
     };
@@ -187,7 +187,7 @@ fn group_of(encoding: Encoding, group: Option<usize>) -> Option<usize> {
     }
 }
 
-pub(crate) fn described(
+pub(crate) fn describe_layer(
     tensor: &TensorInfo,
     encoding: Encoding,
     group: Option<usize>,

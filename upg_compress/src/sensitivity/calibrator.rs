@@ -52,7 +52,7 @@ impl<'a> Calibrator<'a> {
         let mut states = States::new(run.hidden().len())?;
         for index in 0..config.num_layers {
             states.push(run.hidden())?;
-            run.layer(index, &source, &mut |_, _, _| progress.proceed())?;
+            run.layer(index, &source, &mut |_, _, _| progress.check_interrupt())?;
         }
         let seed = DRAWING_SEED;
         Ok(Self {
@@ -105,7 +105,7 @@ impl<'a> Calibrator<'a> {
         let hidden = states.pop()?;
         let mut found: HashMap<String, Curvature> = HashMap::new();
         run.layer(index, source, &hidden, &mut |input, x, gradients| {
-            progress.proceed()?;
+            progress.check_interrupt()?;
             if index != asked {
                 return Ok(());
             }

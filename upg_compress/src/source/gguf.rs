@@ -19,7 +19,7 @@ use super::model::{
     tensor_at,
 };
 use dims::{Dims, FromTensors};
-use families::{Family, RowOrder, Wanted};
+use families::{ExpectedTensor, Family, RowOrder};
 use header::{Entry, Header};
 use metadata::Metadata;
 use std::borrow::Cow;
@@ -279,15 +279,15 @@ fn match_tensors(
     // Optional biases seen and possible, of the attention and of the feed-forward part.
     let mut biases = [(0usize, 0usize); 2];
     facts.tied = !stored.contains_key("output.weight");
-    for wanted in family.wanted(dims) {
-        let entry = stored.remove(wanted.gguf.as_str());
-        if !wanted.required && wanted.gguf.ends_with(".bias") {
-            let part = &mut biases[usize::from(wanted.hf.contains(".mlp."))];
+    for expected in family.expected(dims) {
+        let entry = stored.remove(expected.gguf.as_str());
+        if !expected.required && expected.gguf.ends_with(".bias") {
+            let part = &mut biases[usize::from(expected.hf.contains(".mlp."))];
             *part = (part.0 + usize::from(entry.is_some()), part.1 + 1);
         }
         match entry {
-            Some(entry) => found.push(matched(wanted, entry)?),
-            None if wanted.required => return Err(missing(&wanted.gguf)),
+            Some(entry) => found.push(matched(expected, entry)?),
+            None if expected.required => return Err(missing(&expected.gguf)),
             None => {}
         }
     }
@@ -316,11 +316,11 @@ fn match_tensors(
 }
 
 /// A tensor of the file as the tensor of the model that it is.
-fn matched(wanted: Wanted, entry: &Entry) -> Result<(TensorInfo, Place)> {
-    if entry.shape != wanted.shape {
+fn matched(expected: ExpectedTensor, entry: &Entry) -> Result<(TensorInfo, Place)> {
+    if entry.shape != expected.shape {
         return Err(Error::new(
             ErrorKind::Shape,
-            format!("shape {:?}, expected {:?}", entry.shape, wanted.shape),
+            format!("shape {:?}, expected {:?}", entry.shape, expected.shape),
         )
         .tensor(&entry.name));
     }
@@ -333,13 +333,13 @@ fn matched(wanted: Wanted, entry: &Entry) -> Result<(TensorInfo, Place)> {
         .tensor(&entry.name));
     }
     let info = TensorInfo {
-        name: wanted.hf,
-        shape: wanted.shape,
+        name: expected.hf,
+        shape: expected.shape,
         dtype: entry.kind.source_dtype(),
     };
     let place = Place {
         kind: entry.kind,
-        order: wanted.order,
+        order: expected.order,
         bytes: entry.bytes.clone(),
     };
     Ok((info, place))

@@ -9,7 +9,7 @@ use super::model::{
     FloatType, RawTensor, SkippedTensor, Source, SourceDtype, TensorInfo, check_rows, fill_rows,
     sort_key, tensor_at,
 };
-use compressed_tensors::{Compression, Gathered, Place, without_compression};
+use compressed_tensors::{Compression, Gathered, Storage, without_compression};
 use directory::{INDEX, SINGLE, model_name, no_config, read_index};
 use safetensors::Dtype;
 use serde_json::Value;
@@ -30,7 +30,7 @@ pub struct HfSource {
     files: ModelFiles,
     shards: Vec<MappedFile>,
     tensors: Vec<TensorInfo>,
-    places: Vec<Place>,
+    storage: Vec<Storage>,
     skipped: Vec<SkippedTensor>,
 }
 
@@ -63,7 +63,7 @@ impl HfSource {
             files,
             shards: Vec::new(),
             tensors: Vec::new(),
-            places: Vec::new(),
+            storage: Vec::new(),
             skipped: Vec::new(),
         };
         let mut stored = source.map_shards(dir, options)?;
@@ -207,18 +207,23 @@ impl HfSource {
             listed.push(Gathered {
                 name,
                 shape: stored.shape.clone(),
-                place: Place::Plain(dtype, stored),
+                storage: Storage::Plain(dtype, stored),
             });
         }
         listed.sort_by(|a, b| sort_key(&a.name).cmp(&sort_key(&b.name)));
-        for Gathered { name, shape, place } in listed {
-            let dtype = match &place {
-                Place::Plain(float, _) => SourceDtype::Float(*float),
-                Place::Bitmask(bitmask) => SourceDtype::Float(bitmask.float),
-                Place::Packed(_) => SourceDtype::Quantized("pack-quantized"),
+        for Gathered {
+            name,
+            shape,
+            storage,
+        } in listed
+        {
+            let dtype = match &storage {
+                Storage::Plain(float, _) => SourceDtype::Float(*float),
+                Storage::Bitmask(bitmask) => SourceDtype::Float(bitmask.float),
+                Storage::Packed(_) => SourceDtype::Quantized("pack-quantized"),
             };
             self.tensors.push(TensorInfo { name, shape, dtype });
-            self.places.push(place);
+            self.storage.push(storage);
         }
         Ok(())
     }
@@ -233,12 +238,12 @@ impl HfSource {
     fn read_rows(
         &self,
         tensor: &TensorInfo,
-        place: &Place,
+        storage: &Storage,
         rows: Range<usize>,
     ) -> Result<Vec<f32>> {
         let cols = tensor.cols();
-        match place {
-            Place::Plain(float, stored) => {
+        match storage {
+            Storage::Plain(float, stored) => {
                 let bytes = self.bytes(stored)?;
                 fill_rows(rows, cols, usize::MAX, |first, out| {
                     let start = first * cols * float.size();
@@ -246,7 +251,7 @@ impl HfSource {
                     float.to_f32(bytes.get(start..end).unwrap_or_default(), out)
                 })
             }
-            Place::Bitmask(bitmask) if tensor.shape.len() == 1 => {
+            Storage::Bitmask(bitmask) if tensor.shape.len() == 1 => {
                 let (size, mut out) = (bitmask.float.size(), vec![0.0; rows.len()]);
                 let bytes = bitmask.dense(&|stored| self.bytes(stored))?;
                 let of_rows = bytes.get(rows.start * size..rows.end * size);
@@ -255,7 +260,7 @@ impl HfSource {
                     .to_f32(of_rows.unwrap_or_default(), &mut out)?;
                 Ok(out)
             }
-            Place::Bitmask(bitmask) => {
+            Storage::Bitmask(bitmask) => {
                 let stored = bitmask.rows(&|stored| self.bytes(stored))?;
                 fill_rows(rows, cols, 1, |row, out| {
                     let mut bytes = vec![0; cols * bitmask.float.size()];
@@ -263,7 +268,7 @@ impl HfSource {
                     bitmask.float.to_f32(&bytes, out)
                 })
             }
-            Place::Packed(packed) => {
+            Storage::Packed(packed) => {
                 let stored = packed.rows(&|stored| self.bytes(stored))?;
                 fill_rows(rows, cols, 1, |row, out| stored.read(row, out))
             }
@@ -299,22 +304,22 @@ impl Source for HfSource {
     fn read_rows_f32(&self, index: usize, rows: Range<usize>) -> Result<Vec<f32>> {
         let tensor = tensor_at(&self.tensors, index)?;
         check_rows(tensor, &rows)?;
-        let read = self.read_rows(tensor, &self.places[index], rows);
+        let read = self.read_rows(tensor, &self.storage[index], rows);
         read.map_err(|e| e.tensor(&tensor.name))
     }
 
     fn read_raw(&self, index: usize) -> Result<RawTensor<'_>> {
         let tensor = tensor_at(&self.tensors, index)?;
-        let raw = || match &self.places[index] {
-            Place::Plain(dtype, stored) => Ok(RawTensor {
+        let raw = || match &self.storage[index] {
+            Storage::Plain(dtype, stored) => Ok(RawTensor {
                 dtype: *dtype,
                 bytes: Cow::Borrowed(self.bytes(stored)?),
             }),
-            Place::Bitmask(bitmask) => Ok(RawTensor {
+            Storage::Bitmask(bitmask) => Ok(RawTensor {
                 dtype: bitmask.float,
                 bytes: Cow::Owned(bitmask.dense(&|stored| self.bytes(stored))?),
             }),
-            Place::Packed(_) => Ok(RawTensor::of_f32(&self.read_f32(index)?)),
+            Storage::Packed(_) => Ok(RawTensor::of_f32(&self.read_f32(index)?)),
         };
         raw().map_err(|e: Error| e.tensor(&tensor.name))
     }

@@ -150,7 +150,7 @@ impl SyntheticSource {
         }
         let tied = config.get("tie_word_embeddings") == Some(&Value::Bool(true));
         let mut tensors: Vec<TensorInfo> = family
-            .wanted(&dims)
+            .expected(&dims)
             .filter(|w| w.required || (w.hf == "lm_head.weight" && !tied))
             .map(|w| TensorInfo {
                 name: w.hf,

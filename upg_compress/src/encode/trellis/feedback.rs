@@ -21,14 +21,14 @@ const VIEW: usize = 128;
 const LARGEST_WEIGHT: f32 = 3.0;
 
 /// How the rows of a strip act together.
-pub(super) struct Rows {
+pub(super) struct RowFeedback {
     /// In the order of the codes, in units of a level.
     weights: Vec<f32>,
     /// What the error of a row, in units of its level, adds to the target of each row, in units of that one.
     shares: Box<[[f32; STRIP_ROWS]; STRIP_ROWS]>,
 }
 
-impl Rows {
+impl RowFeedback {
     /// Of rows `w [n, cols]` with these `levels`; those of size 0 take no part.
     pub(super) fn new(w: &[f32], levels: &[f64; STRIP_ROWS], strip: &StripRows<'_>) -> Self {
         let n = strip.costs().len();
@@ -59,7 +59,7 @@ pub(super) fn search(
     targets: &[f32],
     costs: &mut [f32],
     feedback: &Feedback,
-    rows: Option<Rows>,
+    rows: Option<RowFeedback>,
     states: &mut [u16],
 ) -> [Option<f64>; STRIP_ROWS] {
     let code = search.code();

@@ -3,7 +3,7 @@
 
 use super::code::Code;
 use super::forward::{self, Front, Stretch};
-use super::simd::Path;
+use super::simd::Isa;
 use upg_kernel::trellis_code::{SHIFTS, STATE_BITS};
 use upg_kernel::{Error, ErrorKind, Result};
 
@@ -26,7 +26,7 @@ const COST_STEPS: [f32; 5] = [0.0, 0.0, 1.0, 4.0, 16.0];
 /// 256 steps at a time and looks at 256 more.
 pub struct Search<'a> {
     code: &'a Code,
-    path: Path,
+    isa: Isa,
     front: Front,
     /// Group minima before the first step.
     initial: Vec<i16>,
@@ -41,22 +41,22 @@ pub struct Search<'a> {
 impl<'a> Search<'a> {
     /// A search with the fastest code path of this machine.
     pub fn new(code: &'a Code) -> Self {
-        Self::with_path(code, Path::best())
+        Self::with_isa(code, Isa::best())
     }
 
     /// A search with a chosen code path; the states do not depend on it.
-    pub fn with_path(code: &'a Code, path: Path) -> Self {
-        Self::with(code, path, BLOCK, LOOK_AHEAD)
+    pub fn with_isa(code: &'a Code, isa: Isa) -> Self {
+        Self::with(code, isa, BLOCK, LOOK_AHEAD)
     }
 
     /// A search with a chosen code path and window, for measurements and tests. `block` is at
     /// least 1.
-    pub fn with(code: &'a Code, path: Path, block: usize, look_ahead: usize) -> Self {
+    pub fn with(code: &'a Code, isa: Isa, block: usize, look_ahead: usize) -> Self {
         // the walk back reads the minima of the step before the window, too
         let window = block.max(1) + look_ahead + 1;
         Self {
             code,
-            path,
+            isa,
             front: Front {
                 ordered: Box::new([[0; _]; _]),
                 least: i16::MIN,
@@ -173,7 +173,7 @@ impl<'a> Search<'a> {
                 minima: &mut self.minima[at * groups..(at + n) * groups],
                 costs: &mut self.costs[at * step_costs..(at + n) * step_costs],
             };
-            self.path.run(&mut self.front, &mut stretch);
+            self.isa.run(&mut self.front, &mut stretch);
             at = 0;
             left.start += n;
         }

@@ -110,7 +110,7 @@ fn the_search_finds_what_the_exact_one_finds() {
         let weights: Vec<f32> = gaussian(6, 150).iter().map(|x| x * x).collect();
         for start in [None, Some(0), Some(8191), Some(1234)] {
             let mut states = vec![0; targets.len()];
-            let mut search = Search::with(&code, Path::best(), targets.len(), 0);
+            let mut search = Search::with(&code, Isa::best(), targets.len(), 0);
             search.run(start, &targets, &weights, &mut states).unwrap();
             assert_chain(&code, start, &states);
             let found = cost(&code, &targets, &weights, &states);
@@ -129,8 +129,8 @@ fn the_search_finds_what_the_exact_one_finds() {
 
 #[test]
 fn every_code_path_gives_the_same_states() {
-    let paths = Path::available();
-    let names: Vec<_> = paths.iter().map(|path| path.name()).collect();
+    let sets = Isa::available();
+    let names: Vec<_> = sets.iter().map(|isa| isa.name()).collect();
     println!("code paths of this machine: {names:?}");
     // Of 128 and of 256 levels.
     let codes = [2, 4].map(|k| *TrellisCode::of(k).unwrap());
@@ -145,9 +145,9 @@ fn every_code_path_gives_the_same_states() {
         let mut weights: Vec<f32> = gaussian(2, 1500).iter().map(|x| 3.0 * x * x).collect();
         weights[300..500].fill(0.0);
         weights[900] = 1e6;
-        let runs = paths.iter().map(|&path| {
+        let runs = sets.iter().map(|&isa| {
             let mut states = vec![0; 1400];
-            let mut search = Search::with(&code, path, 200, 60);
+            let mut search = Search::with(&code, isa, 200, 60);
             search
                 .run(Some(77), &targets, &weights, &mut states)
                 .unwrap();
@@ -203,7 +203,7 @@ fn windows_cost_next_to_nothing() {
     let weights = vec![1.0; targets.len()];
     let run = |block, look_ahead| {
         let mut states = vec![0; targets.len()];
-        let mut search = Search::with(&code, Path::best(), block, look_ahead);
+        let mut search = Search::with(&code, Isa::best(), block, look_ahead);
         search.run(None, &targets, &weights, &mut states).unwrap();
         assert_chain(&code, None, &states);
         cost(&code, &targets, &weights, &states)

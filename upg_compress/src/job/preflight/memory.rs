@@ -1,7 +1,7 @@
 //! The most memory that compressing takes.
 #![forbid(unsafe_code)]
 
-use crate::job::parallel::Batch;
+use crate::job::parallel::TensorBatch;
 use crate::plan::options::CompressOptions;
 use crate::plan::tensors::Plan;
 use crate::sensitivity::calibration::Calibration;
@@ -25,7 +25,7 @@ const F32: u64 = 4;
 
 /// Bytes of memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Memory {
+pub struct MemoryEstimate {
     /// What the process has for itself.
     pub own: u64,
     /// Pages of the source that it has read: the system counts them too, but takes them away when it needs them. A source
@@ -33,7 +33,7 @@ pub struct Memory {
     pub mapped: u64,
 }
 
-impl Memory {
+impl MemoryEstimate {
     pub(super) fn of(source: &dyn Source, options: &CompressOptions, plan: &Plan) -> Result<Self> {
         let files = source.own_files();
         let mapped = files.iter().filter_map(|path| std::fs::metadata(path).ok());
@@ -44,7 +44,7 @@ impl Memory {
             Some(calibration) => held(source, &source.files().config()?, calibration),
             None => Held::default(),
         };
-        for batch in Batch::all(source, options, &plan.tensors)? {
+        for batch in TensorBatch::all(source, options, &plan.tensors)? {
             let names = batch
                 .tensors
                 .iter()

@@ -2,8 +2,8 @@
 #![forbid(unsafe_code)]
 
 use crate::encode::matrix::encode_matrix;
-use crate::encode::panel::rows_in_turn;
-use crate::job::parallel::Batch;
+use crate::encode::panel::sequential_rows;
+use crate::job::parallel::TensorBatch;
 use crate::plan::options::CompressOptions;
 use crate::plan::tensors::{Plan, PlannedTensor};
 use crate::sensitivity::curvature::{Curvature, PANEL_ROWS};
@@ -46,7 +46,7 @@ pub(super) fn seconds(source: &dyn Source, options: &CompressOptions, plan: &Pla
     let threads = rayon::current_num_threads() as f64;
     let mut total = 0.0;
     let mut products = 0.0;
-    for batch in Batch::all(source, options, &plan.tensors)? {
+    for batch in TensorBatch::all(source, options, &plan.tensors)? {
         let matrices = batch.tensors.iter().filter(|t| t.layer.is_some()).count();
         let (mut all, mut longest) = (0.0, 0.0f64);
         for planned in batch.tensors {
@@ -92,7 +92,7 @@ pub(super) fn seconds(source: &dyn Source, options: &CompressOptions, plan: &Pla
 fn in_turn(layer: &LayerInfo, calibrated: bool, alone: bool) -> usize {
     // Without a trellis most of the time goes into the search for primes, row by row.
     let together = match layer.hadamard {
-        Some(_) => rows_in_turn(calibrated),
+        Some(_) => sequential_rows(calibrated),
         None => 1,
     };
     let turns = match alone {

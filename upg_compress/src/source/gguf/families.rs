@@ -75,7 +75,7 @@ impl RowOrder {
 
 /// A tensor that the model has: its names, shape and row order.
 #[derive(Debug)]
-pub(in crate::source) struct Wanted {
+pub(in crate::source) struct ExpectedTensor {
     pub(in crate::source) gguf: String,
     pub(in crate::source) hf: String,
     pub(in crate::source) shape: Vec<usize>,
@@ -222,10 +222,10 @@ impl Family {
     }
 
     /// Every tensor that a model of this family and these dimensions has or may have.
-    pub(in crate::source) fn wanted<'a>(
+    pub(in crate::source) fn expected<'a>(
         &'a self,
         dims: &'a Dims,
-    ) -> impl Iterator<Item = Wanted> + 'a {
+    ) -> impl Iterator<Item = ExpectedTensor> + 'a {
         let (hidden, vocab) = (dims.hidden, dims.vocab);
         let outer = [
             (
@@ -247,18 +247,20 @@ impl Family {
                 false,
             ),
         ];
-        let outer = outer.into_iter().map(|(gguf, hf, shape, required)| Wanted {
-            gguf: gguf.to_owned(),
-            hf: hf.to_owned(),
-            shape,
-            order: RowOrder::Same,
-            required,
-        });
+        let outer = outer
+            .into_iter()
+            .map(|(gguf, hf, shape, required)| ExpectedTensor {
+                gguf: gguf.to_owned(),
+                hf: hf.to_owned(),
+                shape,
+                order: RowOrder::Same,
+                required,
+            });
         let layers = (0..dims.layers).flat_map(|i| self.layer.iter().map(move |slot| (i, slot)));
         outer.chain(layers.map(|(i, slot)| self.layer_tensor(i, slot, dims)))
     }
 
-    fn layer_tensor(&self, layer: usize, slot: &Slot, dims: &Dims) -> Wanted {
+    fn layer_tensor(&self, layer: usize, slot: &Slot, dims: &Dims) -> ExpectedTensor {
         let Slot(gguf, hf, shape, need) = slot;
         let rotary = gguf.starts_with("attn_q.") || gguf.starts_with("attn_k.");
         let order = if self.arch == "llama" && rotary {
@@ -268,7 +270,7 @@ impl Family {
         } else {
             RowOrder::Same
         };
-        Wanted {
+        ExpectedTensor {
             gguf: format!("blk.{layer}.{gguf}"),
             hf: format!("model.layers.{layer}.{hf}"),
             shape: shape.iter().map(|d| dims.size(*d)).collect(),

@@ -16,13 +16,13 @@ pub(super) use packed::Packed;
 
 use super::stored::{Bytes, Stored, Tensors};
 use crate::source::model::FloatType;
-use config::Sparse;
-use parts::{HINT, Parts};
+use config::SparseFormat;
+use parts::{HINT, WeightTensors};
 use upg_kernel::{Error, ErrorKind, Result};
 
 /// How a tensor is stored. Checked at open: all bytes lie inside their shards and fit the shape.
 #[derive(Debug, Clone)]
-pub(super) enum Place {
+pub(super) enum Storage {
     Plain(FloatType, Stored),
     Bitmask(Box<Bitmask>),
     Packed(Box<Packed>),
@@ -32,7 +32,7 @@ pub(super) enum Place {
 pub(super) struct Gathered {
     pub name: String,
     pub shape: Vec<usize>,
-    pub place: Place,
+    pub storage: Storage,
 }
 
 /// What the tensors of a sparse weight are called, after its name or that of its module.
@@ -76,10 +76,10 @@ impl Compression {
         if let Some(sparse) = self.sparse {
             for stem in stems(stored, SPARSE[0]) {
                 let suffixes = match sparse {
-                    Sparse::Any => &SPARSE[..],
-                    Sparse::TwoOfFour => &SPARSE[..3],
+                    SparseFormat::Any => &SPARSE[..],
+                    SparseFormat::TwoOfFour => &SPARSE[..3],
                 };
-                let parts = Parts::take(stored, &stem, suffixes);
+                let parts = WeightTensors::take(stored, &stem, suffixes);
                 // Versions up to 0.5 compress every parameter under its full name, later ones weights under that of
                 // their module.
                 let name = match stem.ends_with(".weight") || stem.ends_with(".bias") {
@@ -87,18 +87,26 @@ impl Compression {
                     false => format!("{stem}.weight"),
                 };
                 let found = Bitmask::new(&parts, sparse, bytes).map_err(|e| e.tensor(&name))?;
-                let (shape, place) = (found.shape(), Place::Bitmask(Box::new(found)));
-                gathered.push(Gathered { name, shape, place });
+                let (shape, storage) = (found.shape(), Storage::Bitmask(Box::new(found)));
+                gathered.push(Gathered {
+                    name,
+                    shape,
+                    storage,
+                });
             }
         }
         if !self.schemes.is_empty() {
             for stem in stems(stored, PACKED[0]) {
-                let parts = Parts::take(stored, &stem, &PACKED);
+                let parts = WeightTensors::take(stored, &stem, &PACKED);
                 let name = format!("{stem}.weight");
                 let found =
                     Packed::new(&parts, &self.schemes, bytes).map_err(|e| e.tensor(&name))?;
-                let (shape, place) = (found.shape(), Place::Packed(Box::new(found)));
-                gathered.push(Gathered { name, shape, place });
+                let (shape, storage) = (found.shape(), Storage::Packed(Box::new(found)));
+                gathered.push(Gathered {
+                    name,
+                    shape,
+                    storage,
+                });
             }
         }
         for name in stored.keys() {

@@ -5,11 +5,11 @@
 use serde_json::{Map, Value, json};
 use upg_kernel::{Error, ErrorKind, Result};
 
-use super::file::Parts;
+use super::file::TokenizerParts;
 use super::vocab::{Vocab, invalid};
 
 /// How text is cut, and what goes with that name in llama.cpp.
-pub(super) struct Family {
+pub(super) struct PreTokenizer {
     cut: Cut,
     /// A cut that is a token as a whole is taken without merging.
     ignore_merges: bool,
@@ -39,7 +39,7 @@ const GPT4O: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\
 const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
 /// The family of a `tokenizer.ggml.pre` (the names of llama.cpp's `llama_vocab::impl::load`).
-pub(super) fn pre_tokenizer(pre: Option<&str>) -> Result<Family> {
+pub(super) fn pre_tokenizer(pre: Option<&str>) -> Result<PreTokenizer> {
     let Some(pre) = pre else {
         return Err(Error::new(
             ErrorKind::Missing,
@@ -69,14 +69,14 @@ pub(super) fn pre_tokenizer(pre: Option<&str>) -> Result<Family> {
             .hint("compress from the Hugging Face directory, which has a tokenizer.json"));
         }
     };
-    Ok(Family {
+    Ok(PreTokenizer {
         cut,
         ignore_merges,
         add_bos,
     })
 }
 
-pub(super) fn parts(vocab: &Vocab<'_>, family: &Family) -> Result<Parts> {
+pub(super) fn parts(vocab: &Vocab<'_>, family: &PreTokenizer) -> Result<TokenizerParts> {
     check_spelling(vocab)?;
     let mut model = Map::new();
     for (key, value) in [
@@ -91,7 +91,7 @@ pub(super) fn parts(vocab: &Vocab<'_>, family: &Family) -> Result<Parts> {
     ] {
         model.insert(key.to_owned(), value);
     }
-    Ok(Parts {
+    Ok(TokenizerParts {
         normalizer: Value::Null,
         pre_tokenizer: family.cut.to_json(),
         decoder: byte_level(true),

@@ -10,7 +10,7 @@ use upg_kernel::inference::tokenizer::check_bytes;
 use upg_kernel::{Error, ErrorKind, Result};
 
 /// The parts of `tokenizer.json` in which the two kinds of vocabulary differ.
-pub(super) struct Parts {
+pub(super) struct TokenizerParts {
     pub(super) normalizer: Value,
     pub(super) pre_tokenizer: Value,
     pub(super) decoder: Value,
@@ -19,7 +19,7 @@ pub(super) struct Parts {
 }
 
 /// The text for this vocabulary. Memory: its bytes. Errors: `TooLarge` above the cap of readers.
-pub(super) fn text(vocab: &Vocab<'_>, parts: &Parts) -> Result<Vec<u8>> {
+pub(super) fn text(vocab: &Vocab<'_>, parts: &TokenizerParts) -> Result<Vec<u8>> {
     let file = File {
         version: "1.0",
         truncation: Value::Null,
@@ -108,7 +108,7 @@ impl Serialize for Added<'_, '_> {
 
 struct Model<'a, 'v> {
     vocab: &'a Vocab<'v>,
-    parts: &'a Parts,
+    parts: &'a TokenizerParts,
 }
 
 impl Serialize for Model<'_, '_> {

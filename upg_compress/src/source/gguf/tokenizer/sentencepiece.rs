@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 use std::cmp::Ordering;
 use upg_kernel::{Error, ErrorKind, Result};
 
-use super::file::Parts;
+use super::file::TokenizerParts;
 use super::vocab::{TokenType, Vocab, invalid};
 use upg_kernel::inference::tokenizer::MAX_MERGES;
 
@@ -18,7 +18,7 @@ const MAX_MERGE_BYTES: usize = 32 << 20;
 /// Bytes around the two tokens of a merge there.
 const AROUND_MERGE: usize = r#"["",""],"#.len();
 
-pub(super) fn parts(vocab: &Vocab<'_>) -> Result<Parts> {
+pub(super) fn parts(vocab: &Vocab<'_>) -> Result<TokenizerParts> {
     let prefix = vocab.raw.add_space_prefix.unwrap_or(true);
     let byte_fallback = (0..=u8::MAX).all(|b| vocab.ids.contains_key(byte_token(b).as_str()));
     let mut model = Map::new();
@@ -34,7 +34,7 @@ pub(super) fn parts(vocab: &Vocab<'_>) -> Result<Parts> {
     ] {
         model.insert(key.to_owned(), value);
     }
-    Ok(Parts {
+    Ok(TokenizerParts {
         normalizer: normalizer(prefix),
         pre_tokenizer: Value::Null,
         decoder: decoder(prefix),

@@ -1,8 +1,8 @@
 //! `sparse-bitmask` and `sparse-24-bitmask`: a bit for each weight, values for those that are not zero.
 #![forbid(unsafe_code)]
 
-use super::config::Sparse;
-use super::parts::{Parts, check_shape};
+use super::config::SparseFormat;
+use super::parts::{WeightTensors, check_shape};
 use crate::source::hf::stored::{Bytes, Stored};
 use crate::source::model::FloatType;
 use rayon::prelude::*;
@@ -34,7 +34,7 @@ enum RowStarts {
 }
 
 /// The bytes of a [`Bitmask`], to read rows of.
-pub(in crate::source::hf) struct Rows<'a> {
+pub(in crate::source::hf) struct BitmaskRows<'a> {
     rows: usize,
     cols: usize,
     value_bytes: usize,
@@ -46,7 +46,11 @@ pub(in crate::source::hf) struct Rows<'a> {
 
 impl Bitmask {
     /// Errors: `Missing`, `Shape` and `Unsupported` for tensors that are not there or not as described.
-    pub(super) fn new(parts: &Parts, sparse: Sparse, bytes: Bytes<'_, '_>) -> Result<Self> {
+    pub(super) fn new(
+        parts: &WeightTensors,
+        sparse: SparseFormat,
+        bytes: Bytes<'_, '_>,
+    ) -> Result<Self> {
         let bitmask = parts.of_type(".bitmask", &[Dtype::U8])?;
         let shape = parts.weight_shape(".shape", bytes)?;
         let (values, float) = parts.floats(".compressed")?;
@@ -57,7 +61,7 @@ impl Bitmask {
         };
         check_shape(".bitmask", bitmask, &of_rows(cols.div_ceil(8)))?;
         let starts = match sparse {
-            Sparse::TwoOfFour => {
+            SparseFormat::TwoOfFour => {
                 check_shape(".compressed", values, &of_rows(cols / 2))?;
                 if !cols.is_multiple_of(4) {
                     let message = format!("{cols} columns are no whole number of fours");
@@ -65,7 +69,7 @@ impl Bitmask {
                 }
                 RowStarts::TwoOfFour
             }
-            Sparse::Any => {
+            SparseFormat::Any => {
                 let offsets = parts.of_type(".row_offsets", &[Dtype::I64])?;
                 let expected = match shape.len() {
                     1 => vec![],
@@ -90,7 +94,7 @@ impl Bitmask {
 
     /// The whole weight in its own type.
     ///
-    /// Errors: those of [`Rows::read`].
+    /// Errors: those of [`BitmaskRows::read`].
     pub(in crate::source::hf) fn dense(&self, bytes: Bytes<'_, '_>) -> Result<Vec<u8>> {
         let rows = self.rows(bytes)?;
         let row_bytes = rows.cols * rows.value_bytes;
@@ -101,9 +105,9 @@ impl Bitmask {
     }
 
     /// Its rows, a vector as one.
-    pub(in crate::source::hf) fn rows<'a>(&self, bytes: Bytes<'_, 'a>) -> Result<Rows<'a>> {
+    pub(in crate::source::hf) fn rows<'a>(&self, bytes: Bytes<'_, 'a>) -> Result<BitmaskRows<'a>> {
         let (rows, cols) = as_rows(&self.shape);
-        Ok(Rows {
+        Ok(BitmaskRows {
             rows,
             cols,
             value_bytes: self.float.size(),
@@ -125,7 +129,7 @@ fn as_rows(shape: &[usize]) -> (usize, usize) {
     }
 }
 
-impl Rows<'_> {
+impl BitmaskRows<'_> {
     /// Writes row `row` to `out`, whose values are zero before.
     ///
     /// Errors (`Invalid`): bits past the last column; bits and offsets that do not agree; with two of four another number

@@ -14,7 +14,7 @@ const KEYS: [&str; 3] = [
 
 /// How many weights have a value each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Sparse {
+pub(super) enum SparseFormat {
     /// Any.
     Any,
     /// Two of each four in a row.
@@ -22,10 +22,10 @@ pub(super) enum Sparse {
 }
 
 /// The formats of `sparsity_config` by name; `None` for one that compresses nothing.
-const SPARSE_FORMATS: [(&str, Option<Sparse>); 3] = [
+const SPARSE_FORMATS: [(&str, Option<SparseFormat>); 3] = [
     ("dense", None),
-    ("sparse-bitmask", Some(Sparse::Any)),
-    ("sparse-24-bitmask", Some(Sparse::TwoOfFour)),
+    ("sparse-bitmask", Some(SparseFormat::Any)),
+    ("sparse-24-bitmask", Some(SparseFormat::TwoOfFour)),
 ];
 
 /// Packings that are the same in every version of the package; others end at words in old ones and do not in new ones.
@@ -45,7 +45,7 @@ pub(super) struct Scheme {
 /// How weights of a model are compressed. Neither: plainly, and the config says so.
 #[derive(Debug)]
 pub(in super::super) struct Compression {
-    pub(super) sparse: Option<Sparse>,
+    pub(super) sparse: Option<SparseFormat>,
     /// Those of `pack-quantized`.
     pub(super) schemes: Vec<Scheme>,
 }

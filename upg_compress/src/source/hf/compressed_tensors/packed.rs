@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::config::Scheme;
-use super::parts::{HINT, Parts, check_shape, integers};
+use super::parts::{HINT, WeightTensors, check_shape, integers};
 use crate::source::hf::stored::{Bytes, Stored};
 use crate::source::model::FloatType;
 use safetensors::Dtype;
@@ -41,7 +41,7 @@ struct Groups {
 }
 
 /// The bytes of a [`Packed`], to read rows of.
-pub(in crate::source::hf) struct Rows<'a> {
+pub(in crate::source::hf) struct PackedRows<'a> {
     weight: &'a Packed,
     packed: &'a [u8],
     scales: &'a [u8],
@@ -53,7 +53,11 @@ impl Packed {
     ///
     /// Errors: `Missing`, `Shape` and `Unsupported` for tensors that are not there or not as described, or that fit several
     /// schemes; `Invalid` for columns of no group.
-    pub(super) fn new(parts: &Parts, schemes: &[Scheme], bytes: Bytes<'_, '_>) -> Result<Self> {
+    pub(super) fn new(
+        parts: &WeightTensors,
+        schemes: &[Scheme],
+        bytes: Bytes<'_, '_>,
+    ) -> Result<Self> {
         let packed = parts.of_type(".weight_packed", &[Dtype::I32])?;
         let (scales, float) = parts.floats(".weight_scale")?;
         let shape = parts.weight_shape(".weight_shape", bytes)?;
@@ -107,12 +111,15 @@ impl Packed {
     }
 
     /// Its rows.
-    pub(in crate::source::hf) fn rows<'a>(&'a self, bytes: Bytes<'_, 'a>) -> Result<Rows<'a>> {
+    pub(in crate::source::hf) fn rows<'a>(
+        &'a self,
+        bytes: Bytes<'_, 'a>,
+    ) -> Result<PackedRows<'a>> {
         let zeros = match &self.zeros {
             Some(zeros) => Some((zeros.dtype, bytes(zeros)?)),
             None => None,
         };
-        Ok(Rows {
+        Ok(PackedRows {
             weight: self,
             packed: bytes(&self.packed)?,
             scales: bytes(&self.scales)?,
@@ -139,7 +146,12 @@ fn groups(cols: usize, scheme: &Scheme) -> Result<usize> {
 }
 
 /// The zero points, if there are any. Errors: there are where the scheme has none, or the other way round.
-fn zeros(parts: &Parts, rows: usize, count: usize, scheme: &Scheme) -> Result<Option<Stored>> {
+fn zeros(
+    parts: &WeightTensors,
+    rows: usize,
+    count: usize,
+    scheme: &Scheme,
+) -> Result<Option<Stored>> {
     let suffix = ".weight_zero_point";
     if scheme.symmetric {
         return match parts.get(suffix) {
@@ -161,7 +173,7 @@ fn zeros(parts: &Parts, rows: usize, count: usize, scheme: &Scheme) -> Result<Op
 
 /// The group of each column from `weight_g_idx`; `None` if they are in order.
 fn groups_of_columns(
-    parts: &Parts,
+    parts: &WeightTensors,
     cols: usize,
     count: usize,
     bytes: Bytes<'_, '_>,
@@ -191,7 +203,7 @@ fn groups_of_columns(
     Ok(Some(groups.iter().map(|&group| group as u32).collect()))
 }
 
-impl Rows<'_> {
+impl PackedRows<'_> {
     /// Row `row` as floats: exact products if scales are BF16 or F16.
     ///
     /// Errors (`Invalid`): bits past the last column.

@@ -10,11 +10,11 @@ use upg_kernel::{Error, ErrorKind, Result};
 pub(super) const HINT: &str = "pass the original model with BF16, F16 or F32 weights";
 
 /// The tensors of one weight by their suffix.
-pub(super) struct Parts {
+pub(super) struct WeightTensors {
     found: Vec<(&'static str, Stored)>,
 }
 
-impl Parts {
+impl WeightTensors {
     /// Takes all of them out of `stored` that are there.
     pub(super) fn take(stored: &mut Tensors, stem: &str, suffixes: &[&'static str]) -> Self {
         let take = |suffix: &&'static str| {

@@ -50,6 +50,7 @@ const ORDER_SEED: u64 = 0;
 
 /// How a file is tuned.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
 pub struct TuneOptions {
     /// How often the text is gone through.
     pub passes: usize,
@@ -57,17 +58,22 @@ pub struct TuneOptions {
     pub rate: f64,
 }
 
+impl TuneOptions {
+    /// Options with this number of passes and this rate, everything else at its default.
+    pub const fn new(passes: usize, rate: f64) -> Self {
+        Self { passes, rate }
+    }
+}
+
 impl Default for TuneOptions {
     fn default() -> Self {
-        Self {
-            passes: 2,
-            rate: 0.002,
-        }
+        Self::new(2, 0.002)
     }
 }
 
 /// What tuning gave.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct TuneReport {
     /// The divergence from the original, in nats of a position, before and after, of sequences that were held out; if the
     /// text has too few, of some that it learned from.

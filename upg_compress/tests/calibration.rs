@@ -358,9 +358,10 @@ fn a_budget_is_spent_and_kept_to() {
     options.overrides = vec!["*.0.mlp.up_proj.weight=q4".parse().unwrap()];
     let out = folder.path().join("out.safetensors");
     let run = |options: &CompressOptions| compress(source.as_ref(), &out, options, &());
-    let with = |budget| CompressOptions {
-        budget: Some(budget),
-        ..options.clone()
+    let with = |budget| {
+        let mut options = options.clone();
+        options.budget = Some(budget);
+        options
     };
     let report = run(&with(Budget::Blocks(5.0))).unwrap();
     let bits = report.bits_per_weight_blocks();

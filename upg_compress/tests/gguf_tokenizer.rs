@@ -29,26 +29,25 @@ fn vocab() -> GgufVocab {
     let id = |key: &str| metadata.get(key).map(|v| v.to_u32().unwrap());
     let flag = |key: &str| metadata.get(key).map(|v| v.to_bool().unwrap());
     let text = |key: &str| metadata.get(key).map(|v| v.to_string().unwrap().clone());
-    GgufVocab {
-        model: text("tokenizer.ggml.model").unwrap(),
-        pre: text("tokenizer.ggml.pre"),
-        tokens: strings("tokenizer.ggml.tokens"),
-        scores: Vec::new(),
-        token_types: list("tokenizer.ggml.token_type")
-            .unwrap_or_default()
-            .iter()
-            .map(|v| v.to_i32().unwrap())
-            .collect(),
-        merges: strings("tokenizer.ggml.merges"),
-        bos: id("tokenizer.ggml.bos_token_id"),
-        eos: id("tokenizer.ggml.eos_token_id"),
-        unk: id("tokenizer.ggml.unknown_token_id"),
-        pad: id("tokenizer.ggml.padding_token_id"),
-        add_bos: flag("tokenizer.ggml.add_bos_token"),
-        add_eos: flag("tokenizer.ggml.add_eos_token"),
-        add_space_prefix: flag("tokenizer.ggml.add_space_prefix"),
-        chat_template: text("tokenizer.chat_template"),
-    }
+    let mut vocab = GgufVocab::default();
+    vocab.model = text("tokenizer.ggml.model").unwrap();
+    vocab.pre = text("tokenizer.ggml.pre");
+    vocab.tokens = strings("tokenizer.ggml.tokens");
+    vocab.token_types = list("tokenizer.ggml.token_type")
+        .unwrap_or_default()
+        .iter()
+        .map(|v| v.to_i32().unwrap())
+        .collect();
+    vocab.merges = strings("tokenizer.ggml.merges");
+    vocab.bos = id("tokenizer.ggml.bos_token_id");
+    vocab.eos = id("tokenizer.ggml.eos_token_id");
+    vocab.unk = id("tokenizer.ggml.unknown_token_id");
+    vocab.pad = id("tokenizer.ggml.padding_token_id");
+    vocab.add_bos = flag("tokenizer.ggml.add_bos_token");
+    vocab.add_eos = flag("tokenizer.ggml.add_eos_token");
+    vocab.add_space_prefix = flag("tokenizer.ggml.add_space_prefix");
+    vocab.chat_template = text("tokenizer.chat_template");
+    vocab
 }
 
 fn load(files: &TokenizerFiles) -> Tokenizer {

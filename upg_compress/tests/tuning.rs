@@ -17,10 +17,7 @@ use upg_kernel::format::{Encoding, UpgFile};
 /// What is left of the divergence after ten passes over three sequences. Measured: 0.50 (llama3-rope), 0.48 (phi3).
 const LEFT: f64 = 0.6;
 
-const OPTIONS: TuneOptions = TuneOptions {
-    passes: 10,
-    rate: 0.01,
-};
+const OPTIONS: TuneOptions = TuneOptions::new(10, 0.01);
 
 fn original(name: &str) -> Box<dyn Source> {
     source::open(model_file(name, "")).unwrap()
@@ -163,10 +160,7 @@ fn a_file_that_would_be_worse_is_not_written() {
     let q8 = compressed(source.as_ref(), Choice::Encode(Encoding::Q8), folder.path());
     let before = std::fs::read(&q8).unwrap();
     let file = UpgFile::open(&q8).unwrap();
-    let wild = TuneOptions {
-        passes: 3,
-        rate: 0.9,
-    };
+    let wild = TuneOptions::new(3, 0.9);
     let e = tune(source.as_ref(), &file, &text("qwen3"), wild, &q8, &()).unwrap_err();
     assert_eq!(e.kind(), ErrorKind::Invalid);
     assert!(e.to_string().contains("use a lower rate"), "{e}");
@@ -199,7 +193,7 @@ fn what_cannot_be_tuned_is_refused_and_nothing_is_written() {
     assert_eq!(refused(other.as_ref(), &q4, options, &()), argument);
     assert_eq!(refused(source, &keep, options, &()), argument);
     for (passes, rate) in [(0, 0.1), (1, 0.0), (1, f64::NAN), (1, 1.0)] {
-        let options = TuneOptions { passes, rate };
+        let options = TuneOptions::new(passes, rate);
         assert_eq!(refused(source, &q4, options, &()), argument);
     }
     let interrupted = ErrorKind::Interrupted;

@@ -16,10 +16,7 @@ pub fn run(args: &TuneArgs, open: OpenOptions) -> Result<()> {
     let source = source::open_with(&args.original, open)?;
     let most = args.tokens.map(NonZeroUsize::get);
     let calibration = calibration(source.as_ref(), args.text.as_deref(), most)?;
-    let options = TuneOptions {
-        passes: args.passes,
-        rate: args.rate,
-    };
+    let options = TuneOptions::new(args.passes, args.rate);
     let progress = WeightsBar::new()?;
     let tuned = tune(
         source.as_ref(),

@@ -18,6 +18,7 @@ pub use memory::MemoryEstimate;
 
 /// What [`compress`](crate::job::compress::compress) will do and take.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct Preflight {
     /// Tensors that are treated alike, in the order of the first of each.
     pub groups: Vec<TensorGroup>,
@@ -41,6 +42,7 @@ pub struct Preflight {
 
 /// Tensors of the same shape and encoding, whose names differ by the number of their layer only.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct TensorGroup {
     /// With `*` for the number of the layer.
     pub name: String,

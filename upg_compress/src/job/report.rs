@@ -9,6 +9,7 @@ use upg_kernel::{Matrix, peak_memory};
 
 /// One tensor of the file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct TensorReport {
     /// Its Hugging Face name.
     pub name: String,
@@ -64,6 +65,7 @@ impl TensorReport {
 
 /// Zeros of the matrices that are stored by them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub struct Zeros {
     /// How many matrices.
     pub matrices: usize,
@@ -93,6 +95,7 @@ impl Zeros {
 
 /// The run over the calibration text.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
 pub struct CalibrationReport {
     /// Of the text.
     pub tokens: usize,
@@ -112,6 +115,7 @@ impl CalibrationReport {
 
 /// What was written.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct CompressReport {
     /// Bytes of the file.
     pub file_bytes: u64,

@@ -19,6 +19,7 @@ const LIKE_T4: f64 = 3.6;
 
 /// An encoding, or none: the matrix stays as it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Choice {
     /// Stored as the source has it (dequantized to F32 if that is a quantized GGUF type).
     Keep,
@@ -91,6 +92,7 @@ impl FromStr for Override {
 
 /// How to compress a model.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct CompressOptions {
     /// For the matrices of the transformer blocks.
     pub encoding: Choice,
@@ -156,6 +158,7 @@ impl CompressOptions {
 
 /// How many bits there are.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
 pub enum Budget {
     /// For each weight in the matrices of the transformer blocks, with scales and all else that is stored of them.
     Blocks(f64),

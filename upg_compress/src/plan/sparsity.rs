@@ -17,6 +17,7 @@ const WORTH: f64 = 0.1;
 
 /// Whether matrices with many zeros are stored by them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum Sparse {
     /// `q8` becomes `s8` and `q4` becomes `s4` where that takes a tenth less: from about 23 % zeros on with `q8`, from
     /// 33 % on with `q4`.

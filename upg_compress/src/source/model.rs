@@ -16,6 +16,7 @@ use upg_kernel::{Error, ErrorKind, Result};
 
 /// A floating-point type that a tensor can be kept in as it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum FloatType {
     /// bfloat16: the upper half of an f32.
     Bf16,
@@ -96,6 +97,7 @@ impl fmt::Display for FloatType {
 
 /// What a tensor is stored as in its source.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum SourceDtype {
     /// Plain values.
     Float(FloatType),
@@ -114,6 +116,7 @@ impl fmt::Display for SourceDtype {
 
 /// One tensor of a source model, under its Hugging Face name.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct TensorInfo {
     /// For example `model.layers.0.self_attn.q_proj.weight`.
     pub name: String,
@@ -124,6 +127,15 @@ pub struct TensorInfo {
 }
 
 impl TensorInfo {
+    /// The description of a tensor: its name, `[rows, cols]` or `[n]`, and what the source stores.
+    pub fn new(name: impl Into<String>, shape: Vec<usize>, dtype: SourceDtype) -> Self {
+        Self {
+            name: name.into(),
+            shape,
+            dtype,
+        }
+    }
+
     /// Number of weights. Sources check at open that it fits a `usize`.
     pub fn weights(&self) -> usize {
         self.shape.iter().product()
@@ -150,6 +162,7 @@ impl TensorInfo {
 
 /// A tensor of the source that is not part of the model, and why.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct SkippedTensor {
     /// The name in the source.
     pub name: String,
@@ -157,8 +170,19 @@ pub struct SkippedTensor {
     pub reason: &'static str,
 }
 
+impl SkippedTensor {
+    /// A tensor `name` that is left out for this `reason`.
+    pub fn new(name: impl Into<String>, reason: &'static str) -> Self {
+        Self {
+            name: name.into(),
+            reason,
+        }
+    }
+}
+
 /// The bytes of a tensor that is kept as it is.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct RawTensor<'a> {
     /// What the bytes are.
     pub dtype: FloatType,
@@ -166,7 +190,15 @@ pub struct RawTensor<'a> {
     pub bytes: Cow<'a, [u8]>,
 }
 
-impl RawTensor<'_> {
+impl<'a> RawTensor<'a> {
+    /// The bytes of values of type `dtype`, row by row, little-endian.
+    pub fn new(dtype: FloatType, bytes: impl Into<Cow<'a, [u8]>>) -> Self {
+        Self {
+            dtype,
+            bytes: bytes.into(),
+        }
+    }
+
     /// A copy of values that were dequantized.
     pub(super) fn of_f32(values: &[f32]) -> Self {
         Self {

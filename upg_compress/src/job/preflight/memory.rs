@@ -25,6 +25,7 @@ const F32: u64 = 4;
 
 /// Bytes of memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct MemoryEstimate {
     /// What the process has for itself.
     pub own: u64,

@@ -20,6 +20,7 @@ use vocab::Vocab;
 
 /// The rebuilt tokenizer, in the files that Hugging Face has.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct TokenizerFiles {
     /// `tokenizer.json`.
     pub tokenizer_json: Vec<u8>,

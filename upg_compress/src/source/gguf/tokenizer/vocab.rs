@@ -24,6 +24,7 @@ const END_TOKENS: &[&str] = &[
 
 /// The vocabulary as it stands in the metadata of a GGUF file, under `tokenizer.ggml.*`.
 #[derive(Debug, Clone, Default, PartialEq)]
+#[non_exhaustive]
 pub struct GgufVocab {
     /// `model`: `gpt2` (byte-level BPE) or `llama` (sentencepiece BPE).
     pub model: String,

@@ -1,7 +1,7 @@
 //! Encoders: from the weights of a matrix to codes and scales.
 //!
-//! [`round_q8`] and its siblings make `q8 q4 s8 s4`, [`trellis`] `t2 t3 t4`. The encoder of `mdcsr` is
-//! [`upg_kernel::sparse::MdCSRMatrix::from_dense`].
+//! [`round_q8`] and its siblings make `q8 q4 s8 s4`, [`trellis`] `t2 t3 t4`. The encoder of
+//! `mdcsr` is [`upg_kernel::sparse::MdCSRMatrix::from_dense`].
 
 pub(crate) mod matrix;
 pub(crate) mod panel;

@@ -1,4 +1,4 @@
-//! Back from a UPG file to a Hugging Face directory.
+//! Export of a UPG file to a Hugging Face directory.
 #![forbid(unsafe_code)]
 
 use crate::progress::Progress;
@@ -20,10 +20,10 @@ use upg_kernel::{Error, ErrorKind, Result, UPGDecompressor, WeightFloat, WholeFi
 const MADE_BY: (&str, &str) = ("made_by", "upg decompress");
 
 const WEIGHTS: &str = "model.safetensors";
-/// Of the weights of a sharded model; never written here.
+/// Index of a sharded model; never written here.
 const INDEX: &str = "model.safetensors.index.json";
 
-/// What an export writes, or removes if the model before it had one.
+/// Files that an export writes, or removes if the model before it had one.
 const FILES: [&str; 8] = [
     "config.json",
     "generation_config.json",
@@ -38,15 +38,14 @@ const FILES: [&str; 8] = [
 /// Writes `model` into the folder `out` (made if need be): `config.json`, tokenizer files and
 /// `model.safetensors`, with compressed matrices as `dtype` and all others as they are.
 ///
-/// transformers loads the result. `None` is the type that `config.json` names, which is that of the
-/// source, or BF16 if it names none; F32 loses nothing. `config.json` gets `dtype`, everything else is
-/// as the source had it. Every file appears whole or not at all, and none before all are written.
-/// Memory: the largest matrix as `dtype`.
+/// transformers loads the result. `None` is the type that `config.json` names, which is that of
+/// the source, or BF16 if it names none; F32 loses nothing. `config.json` gets `dtype`, everything
+/// else is as the source had it. Every file appears whole or not at all, and none before all are
+/// written. Memory: the largest matrix as `dtype`.
 ///
-/// Errors: `Io`; `Argument` if `out` has a model that [`export`] did not write, unless `replace` is set,
-/// or if the file that is read would be overwritten; `Invalid` if a weight is too large for F16;
-/// `Interrupted`; and those of
-/// [`UPGDecompressor::decompress_layer`].
+/// Errors: `Io`; `Argument` if `out` has a model that [`export`] did not write, unless `replace`
+/// is set, or if the file that is read would be overwritten; `Invalid` if a weight is too large
+/// for F16; `Interrupted`; and those of [`UPGDecompressor::decompress_layer`].
 pub fn export(
     model: &UPGDecompressor,
     out: impl AsRef<Path>,
@@ -236,7 +235,7 @@ fn write_layer<T: WeightFloat + Pod>(
         .map_err(|e| Error::io("cannot write", out.path(), e))
 }
 
-/// The safetensors header, its length before it, for the order in which the tensors are written.
+/// Returns the safetensors header with its length before it, for the order of writing.
 fn header(model: &UPGDecompressor, dtype: FloatType) -> Result<Vec<u8>> {
     let file = model.file();
     let layers = file

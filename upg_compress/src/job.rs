@@ -1,4 +1,4 @@
-//! The long-running work: a source to a file, with an estimate before it and a report after it.
+//! The compression of a model: the estimate before it, the work, the report after it.
 #![forbid(unsafe_code)]
 
 pub(crate) mod compress;

@@ -33,18 +33,26 @@
 //!
 //! # What is where
 //!
-//! - [`source`]: models as Hugging Face directories, GGUF files, files of version 1 or random weights, behind one trait.
-//! - [`CompressOptions`]: how each tensor is stored, also under a [`Budget`] or where there are many zeros.
-//! - [`sensitivity`]: how much errors of each matrix change the predictions of the model, from a run over a text.
-//! - [`encode`]: the encoders.
-//! - [`compress()`]: all of it, tensor by tensor, into one file. [`Preflight`] estimates its size, memory and time; a run
-//!   that was stopped resumes.
-//! - [`tune()`] improves the scales of a finished file; [`export()`] goes back to a Hugging Face directory;
-//!   [`compress_random`] makes files of random models in little time, to measure with.
+//! The modules, each of which uses the ones above it only:
 //!
-//! Without a calibration text only the weights are looked at. The bytes of a file depend on the source and
-//! the options, never on the number of threads or the instruction set; with a calibration text on the machine
-//! too: the inputs of the matrices are sums in f32, whose order follows instruction set and caches.
+//! - [`source`]: models as Hugging Face directories, GGUF files, files of version 1 or random
+//!   weights, behind one trait.
+//! - [`sensitivity`]: the effect of errors in each matrix on the predictions of the model, measured
+//!   on a text ([`Calibration`]).
+//! - [`encode`]: the encoders, from floats to codes.
+//! - `plan`: the encoding of each tensor. [`CompressOptions`] choose it, also under a [`Budget`].
+//! - `job`: the work itself. [`compress()`] writes one file, tensor by tensor, and can resume a
+//!   stopped run; [`Preflight`] estimates size, memory and time; [`CompressReport`] has the
+//!   results. [`compress_random`] makes files of random models in little time.
+//!
+//! [`tune()`] improves the scales of a finished file; [`export()`] goes back to a Hugging Face
+//! directory.
+//!
+//! # Reproducibility
+//!
+//! The bytes of a file depend on the source and the options, not on the number of threads or the
+//! instruction set. With a calibration text they depend on the machine too: the inputs of the
+//! matrices are sums in f32, whose order follows instruction set and caches.
 
 pub mod encode;
 mod export;

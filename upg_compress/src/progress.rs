@@ -1,25 +1,28 @@
-//! How long work is watched, and stopped.
+//! Progress of long work, and its interruption.
 #![forbid(unsafe_code)]
 
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// Hears of the work as it goes on; every method may do nothing.
+/// Receives reports of the work as it proceeds; every method may do nothing.
 pub trait Progress: Sync {
-    /// Before the first tensor: how many weights there are in all.
+    /// Reports the number of weights in all, before the first tensor.
     fn start(&self, _weights: u64) {}
-    /// Before each tensor, some of which are done side by side: called from any thread.
+    /// Reports a tensor before it is processed. Called from any thread.
     fn tensor(&self, _name: &str) {}
-    /// After each part of the work: the weights it had. Called from any thread.
+    /// Reports the weights of a finished part of the work. Called from any thread.
     fn advance(&self, _weights: u64) {}
-    /// Weights that an earlier run has done already: as [`Progress::advance`], but they took no time.
+    /// Reports weights that an earlier run has finished.
+    ///
+    /// As [`Progress::advance`], but they took no time.
     fn restored(&self, weights: u64) {
         self.advance(weights);
     }
-    /// Asked before each part; `true` ends the work with an error of kind `Interrupted`.
+    /// Returns whether the work shall end with an error of kind `Interrupted`. Asked before each
+    /// part.
     fn is_cancelled(&self) -> bool {
         false
     }
-    /// That error, once cancelled.
+    /// Fails with kind `Interrupted` once the work is cancelled.
     fn check_interrupt(&self) -> Result<()> {
         match self.is_cancelled() {
             true => Err(Error::new(ErrorKind::Interrupted, "stopped before the end")),

@@ -1,4 +1,4 @@
-//! Measures how much the predictions of a model change by errors in each of its matrices.
+//! Sensitivity of the predictions of a model to errors in each of its matrices.
 #![forbid(unsafe_code)]
 
 pub(crate) mod calibration;

@@ -1,4 +1,5 @@
-//! Where models come from: a Hugging Face directory, a GGUF file or a UPG file of version 1 behind one trait.
+//! Sources of models: Hugging Face directories, GGUF files and UPG files of version 1, behind one
+//! trait.
 //!
 //! A source gives every tensor under the name that transformers gives it, in the order in which the
 //! model uses it, together with the texts (config, tokenizer, chat template) that belong to it. The
@@ -25,17 +26,22 @@ use std::path::Path;
 use upg_kernel::format::container::Container;
 use upg_kernel::{Error, ErrorKind, OpenOptions, Result, files};
 
-/// Opens what `path` is: a Hugging Face directory, or a GGUF file or UPG file of version 1 known by its first bytes. With the
-/// last go the texts of the folder that it is in.
+/// Opens the model at `path`: a Hugging Face directory, a GGUF file or a UPG file of version 1.
 ///
-/// Reads headers and texts only. Errors: `Io`, and `Unsupported` for every other kind of file, saying
-/// what was found and what to pass instead; then those of [`HfSource::open`], [`GgufSource::open`] and
-/// [`V1Source::open`].
+/// Files are recognized by their first bytes. The texts of a file of version 1 are those of the
+/// folder that it is in.
+///
+/// Reads headers and texts only. Errors: `Io`, and `Unsupported` for every other kind of file,
+/// saying what was found and what to pass instead; then those of [`HfSource::open`],
+/// [`GgufSource::open`] and [`V1Source::open`].
 pub fn open(path: impl AsRef<Path>) -> Result<Box<dyn Source>> {
     open_with(path, OpenOptions::default())
 }
 
-/// [`open`] with options: weights that are read, not mapped, are in memory as a whole. (Those of version 1 are never mapped.)
+/// Opens as [`open`] does, with options.
+///
+/// Weights that are read, not mapped, are in memory as a whole; those of version 1 are never
+/// mapped.
 ///
 /// Errors: also those of [`MappedFile::read`](upg_kernel::MappedFile::read).
 pub fn open_with(path: impl AsRef<Path>, options: OpenOptions) -> Result<Box<dyn Source>> {
@@ -88,14 +94,16 @@ fn not_a_source(path: &Path, magic: &[u8]) -> Error {
     Error::new(ErrorKind::Unsupported, format!("this is {found}")).hint(hint)
 }
 
-/// Returns whether `path` is a safetensors file that says in its metadata that it is a UPG file.
+/// Returns whether `path` is a UPG file by the metadata of its safetensors header.
 ///
 /// Reads the header only, without a map.
 pub fn is_upg(path: &Path) -> bool {
     has_metadata(path, ("format", "upg"))
 }
 
-/// Returns whether `path` is a safetensors file with this key and value in its metadata. Reads the header only.
+/// Returns whether `path` is a safetensors file with this key and value in its metadata.
+///
+/// Reads the header only.
 pub(crate) fn has_metadata(path: &Path, (key, value): (&str, &str)) -> bool {
     let table = || {
         let (file, metadata) = files::open_regular(path).ok()?;

@@ -1,10 +1,12 @@
-//! Tuning a compressed file: the scales of its rows and the gains of its norms learn to predict what the original predicts.
+//! Tuning of a compressed file: its row scales and norm gains learn the predictions of the
+//! original.
 //!
-//! Codes stay as they are, and so does the size of the file but for gains, which are F32 then. The loss is the Kullback-Leibler divergence of the predictions of
-//! the original from those of the file, over all positions of a text; its gradients come from a pass back through the
-//! compressed model. What rounding loses is mostly not in the scales; but a few of them turn the errors of thousands of codes a
-//! little towards what the layers behind can make up for. Learning them after rounding is what AQLM (arXiv 2401.06118) and
-//! QuIP# (arXiv 2402.04396) end with.
+//! Codes stay as they are, and so does the size of the file, except that gains become F32. The
+//! loss is the Kullback-Leibler divergence of the predictions of the original from those of the
+//! file, over all positions of a text; its gradients come from a backward pass through the
+//! compressed model. Rounding loses little in the scales, but a few of them turn the errors of
+//! thousands of codes towards what later layers can compensate. AQLM (arXiv 2401.06118) and QuIP#
+//! (arXiv 2402.04396) end with such a step.
 #![forbid(unsafe_code)]
 
 mod parameter;
@@ -34,27 +36,29 @@ use write::write;
 /// Steps over which the rate rises at the start.
 const WARM_UP: f64 = 10.0;
 
-/// One sequence in so many is not learned from, but shows what was won.
+/// One sequence in this many is held out to measure the gain.
 const HELD_OUT: usize = 16;
 
-/// At most so many are looked at for that.
+/// Largest number of sequences that the gain is measured on.
 const MOST_CHECKED: usize = 4;
 
-/// Of the order in which sequences are taken.
+/// Seed of the order of the sequences.
 const ORDER_SEED: u64 = 0;
 
-/// How a file is tuned.
+/// Options of [`tune`].
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub struct TuneOptions {
-    /// How often the text is gone through.
+    /// Passes over the text.
     pub passes: usize,
-    /// By which part of itself a scale or gain moves in a step at most, about; it falls to nothing towards the end.
+    /// Learning rate: approximate relative change of a scale or gain per step, at most.
+    ///
+    /// It falls to nothing towards the end.
     pub rate: f64,
 }
 
 impl TuneOptions {
-    /// Options with this number of passes and this rate, everything else at its default.
+    /// Makes options with this number of passes and this rate, everything else at its default.
     pub const fn new(passes: usize, rate: f64) -> Self {
         Self { passes, rate }
     }
@@ -66,36 +70,41 @@ impl Default for TuneOptions {
     }
 }
 
-/// What tuning gave.
+/// Report of [`tune`].
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct TuneReport {
-    /// The divergence from the original, in nats of a position, before and after, of sequences that were held out; if the
-    /// text has too few, of some that it learned from.
+    /// Divergence from the original before and after, in nats per position.
+    ///
+    /// Measured on held-out sequences; if the text has too few, on some that were learned from.
     pub divergence: (f64, f64),
-    /// As it was met in each pass: of each sequence before what it taught.
+    /// Divergence in each pass, of each sequence before its step.
     pub passes: Vec<f64>,
-    /// Scales and gains that were learned.
+    /// Number of scales and gains that were learned.
     pub parameters: usize,
     /// Bytes of the new file.
     pub file_bytes: u64,
     /// Weights of the model.
     pub weights: u64,
-    /// Of the whole work.
+    /// Seconds of the whole work.
     pub seconds: f64,
 }
 
-/// Tunes `file`, which was made of the model in `source`, on the text of `calibration`, and writes it to `out`, which may be
-/// the same file.
+/// Tunes `file` on the text of `calibration` towards the model in `source`, and writes the result
+/// to `out`.
 ///
-/// Each sequence of the text is a step: forwards and backwards through the compressed model; but one in 16 is held out, and
-/// nothing is written if the divergence of those has not fallen. Cost: a pass is about as
-/// much as running the original over the text for a calibration. Memory: `4 * hidden` bytes a token of the text and
-/// `4 * hidden * layers` a token of a sequence; the heads of both as f32; one layer of weights as f32. The result does not
-/// depend on the number of threads.
+/// `file` was made of that model; `out` may be the same file. Each sequence of the text is a step,
+/// forwards and backwards through the compressed model. One sequence in 16 is held out, and
+/// nothing is written unless the divergence of those has fallen. Cost: a pass is about as much as
+/// running the original over the text for a calibration. Memory: `4 * hidden` bytes a token of the
+/// text and `4 * hidden * layers` a token of a sequence; the heads of both as f32; one layer of
+/// weights as f32. The result does not depend on the number of threads.
 ///
-/// Errors: `Argument` if `file` is not of this model, has nothing to tune, or for options that are not above 0; those
-/// of reading both, of [`Layerwise::new`](upg_kernel::inference::Layerwise::new) and of [`Backward::toward`](upg_kernel::inference::Backward::toward); `Invalid` if nothing was won; `Io`; `Interrupted`. Nothing is written after an error.
+/// Errors: `Argument` if `file` is not of this model, has nothing to tune, or for options that are
+/// not above 0; those of reading both, of
+/// [`Layerwise::new`](upg_kernel::inference::Layerwise::new) and of
+/// [`Backward::toward`](upg_kernel::inference::Backward::toward); `Invalid` if nothing was won;
+/// `Io`; `Interrupted`. Nothing is written after an error.
 pub fn tune(
     source: &dyn Source,
     file: &UpgFile,
@@ -172,7 +181,9 @@ pub fn tune(
     })
 }
 
-/// All passes over these sequences, the first ones of `wanted`. Returns the divergence of each pass.
+/// Runs all passes over these sequences, the first ones of the teacher.
+///
+/// Returns the divergence of each pass.
 fn learn_all(
     student: &mut Student<'_>,
     sequences: &[&[u32]],
@@ -199,7 +210,7 @@ fn learn_all(
     Ok(of_passes)
 }
 
-/// What numbers that are not finite say of steps.
+/// Adds a hint to the error for numbers that are not finite: the steps were too large.
 fn too_fast(e: Error) -> Error {
     match e.kind() {
         ErrorKind::Invalid => e.hint("use a lower rate"),
@@ -207,7 +218,9 @@ fn too_fast(e: Error) -> Error {
     }
 }
 
-/// Errors (`Io`): the new file will not fit, which is better known hours before.
+/// Checks the room on the disk, before hours of work.
+///
+/// Errors (`Io`): the new file will not fit.
 fn check_room(file: &UpgFile, out: &Path) -> Result<()> {
     let free = free(folder_of(out))?;
     match file.file_len() <= free {
@@ -224,20 +237,24 @@ fn check_room(file: &UpgFile, out: &Path) -> Result<()> {
     }
 }
 
-/// Of the rate, in step `step` (from 1) of `steps`: it rises, then falls along a cosine.
+/// Returns the share of the rate in step `step` (from 1) of `steps`.
+///
+/// It rises, then falls along a cosine.
 fn share_of_rate(step: usize, steps: usize) -> f64 {
     let (step, steps) = (step as f64, steps as f64);
     (step / WARM_UP).min(1.0) * 0.5 * (1.0 + (PI * (step - 1.0) / steps).cos())
 }
 
-/// Fisher and Yates's.
+/// Shuffles in place (Fisher and Yates).
 fn shuffle(order: &mut [usize], random: &mut ChaCha8Rng) {
     for i in (1..order.len()).rev() {
         order.swap(i, (random.next_u64() % (i as u64 + 1)) as usize);
     }
 }
 
-/// Errors (`Argument`): a matrix of `file` is not one of `source`, of the same shape.
+/// Checks that every matrix of `file` has its shape in `source`.
+///
+/// Errors (`Argument`): it has another one, or there is none.
 fn check_origin(source: &dyn Source, file: &UpgFile) -> Result<()> {
     let shapes: HashMap<&str, &[usize]> = source
         .tensors()

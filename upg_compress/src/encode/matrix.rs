@@ -1,4 +1,4 @@
-//! One matrix in the encoding that its description names, and how far it is off.
+//! Encoding of one matrix as its description says, and measures of its error.
 #![forbid(unsafe_code)]
 
 use super::rounding::{round_q4, round_q8, round_s4, round_s8};
@@ -11,7 +11,7 @@ use upg_kernel::matrix::strips::STRIP_ROWS;
 use upg_kernel::sparse::MdCSRMatrix;
 use upg_kernel::{Error, ErrorKind, Matrix, Result};
 
-/// A matrix as it is to be written, and what is reported of it.
+/// An encoded matrix, with what is reported of it.
 pub(crate) struct Encoded {
     pub matrix: Matrix,
     pub output_error: Option<f64>,
@@ -19,9 +19,9 @@ pub(crate) struct Encoded {
     pub seconds: f64,
 }
 
-/// Encodes `weights` (`[rows, cols]`, row by row) as `layer` says; `progress` advances by all of them.
+/// Encodes `weights [rows, cols]`, row by row, as `layer` says.
 ///
-/// Errors: those of the encoders; `Interrupted`.
+/// `progress` advances by all of the weights. Errors: those of the encoders; `Interrupted`.
 pub fn encode_matrix(
     weights: &[f32],
     layer: &LayerInfo,
@@ -51,7 +51,9 @@ pub fn encode_matrix(
     Ok(matrix)
 }
 
-/// `|decoded - original| / |original|` in the Frobenius norm, to six digits; 0 for a zero matrix.
+/// Returns `|decoded - original| / |original|` in the Frobenius norm, to six digits.
+///
+/// 0 for a zero matrix. Errors: those of the matrix.
 pub fn relative_error(original: &[f32], matrix: &Matrix) -> Result<f64> {
     let cols = matrix.cols();
     // One pair of sums a row, added in order: the same for any number of threads.
@@ -74,7 +76,7 @@ pub fn relative_error(original: &[f32], matrix: &Matrix) -> Result<f64> {
     Ok(to_six_digits(error, norm))
 }
 
-/// `decoded - original`, row by row.
+/// Returns `decoded - original`, row by row.
 ///
 /// Errors: those of the matrix, and `Shape` for weights of another one.
 pub(crate) fn errors_of(original: &[f32], matrix: &Matrix) -> Result<Vec<f32>> {
@@ -92,12 +94,12 @@ pub(crate) fn errors_of(original: &[f32], matrix: &Matrix) -> Result<Vec<f32>> {
         .map(|()| errors)
 }
 
-/// To six digits, however small it is: such numbers come back from JSON as they were.
+/// Rounds to six significant digits: such numbers survive JSON unchanged.
 pub(crate) fn significant(value: f64) -> f64 {
     format!("{value:.5e}").parse().unwrap_or(value)
 }
 
-/// The root of `error / norm`; 0 if there is nothing to be off from.
+/// Returns the root of `error / norm`, to six digits after the point; 0 for a norm of 0.
 pub(crate) fn to_six_digits(error: f64, norm: f64) -> f64 {
     match norm == 0.0 {
         true => 0.0,

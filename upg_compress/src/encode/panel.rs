@@ -1,4 +1,4 @@
-//! Panels: strips of rows that are encoded one after the other, each for the errors of the strips before.
+//! Panels: strips of rows that are encoded in sequence, each compensating the strips before.
 #![forbid(unsafe_code)]
 
 use crate::sensitivity::curvature::PANEL_ROWS;
@@ -6,7 +6,7 @@ use crate::sensitivity::hessian::Feedback;
 use std::ops::Range;
 use upg_kernel::matrix::strips::STRIP_ROWS;
 
-/// Rows that are encoded one after the other.
+/// Returns the number of rows that are encoded in sequence.
 pub(crate) fn sequential_rows(is_calibrated: bool) -> usize {
     match is_calibrated {
         true => PANEL_ROWS,
@@ -14,11 +14,11 @@ pub(crate) fn sequential_rows(is_calibrated: bool) -> usize {
     }
 }
 
-/// The errors of the strips of a panel, and what they ask of the next one.
+/// Errors of the strips of a panel, and the targets of the next strip that follow.
 pub(crate) struct Panel {
     cols: usize,
     feedback: Option<Feedback>,
-    /// Of the strips so far, row by row.
+    /// Errors of the strips so far, row by row.
     errors: Vec<f32>,
 }
 
@@ -31,7 +31,8 @@ impl Panel {
         }
     }
 
-    /// What is wanted of the next strip, whose weights are `[n, cols]`, after the errors of the strips before.
+    /// Returns the targets of the next strip of weights `[n, cols]` after the errors of the strips
+    /// before.
     pub(crate) fn next(&self, weights: &[f32]) -> (Vec<f32>, Option<StripRows<'_>>) {
         let mut wanted = weights.to_vec();
         let Some(feedback) = &self.feedback else {
@@ -43,7 +44,7 @@ impl Panel {
         (wanted, Some(StripRows { feedback, rows }))
     }
 
-    /// Takes the errors of that strip, `weights - decoded`.
+    /// Adds the errors of that strip, `weights - decoded`.
     pub(crate) fn add(&mut self, weights: &[f32], decoded: impl Iterator<Item = f32>) {
         if self.feedback.is_some() {
             let pairs = weights.iter().zip(decoded);
@@ -52,21 +53,23 @@ impl Panel {
     }
 }
 
-/// How the rows of a strip act together.
+/// Feedback between the rows of a strip.
 pub(crate) struct StripRows<'a> {
     feedback: &'a Feedback,
-    /// In their panel.
+    /// Rows of the strip within their panel.
     rows: Range<usize>,
 }
 
 impl StripRows<'_> {
-    /// What an error in each of the rows costs, 1 on average over the panel.
+    /// Returns the cost of an error in each of the rows, 1 on average over the panel.
     pub(crate) fn costs(&self) -> &[f32] {
         &self.feedback.costs()[self.rows.clone()]
     }
 
-    /// What the error of row `i` of the strip adds to the target of its row `k`: 0 if `k` is not later, or of those rounded
-    /// together with `i`.
+    /// Returns the share of the error of row `i` that is added to the target of row `k` of the
+    /// strip.
+    ///
+    /// 0 if `k` is not later, or is rounded together with `i`.
     pub(crate) fn share(&self, i: usize, k: usize) -> f32 {
         self.feedback
             .share(self.rows.start + i, self.rows.start + k)

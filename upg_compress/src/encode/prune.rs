@@ -1,7 +1,8 @@
-//! Matrices pruned so that their outputs are kept: SparseGPT (arXiv 2301.00774).
+//! Pruning that keeps the outputs of a matrix: SparseGPT (arXiv 2301.00774).
 //!
-//! Columns are taken in order, 128 at a time. Of these the weights go whose loss costs least, if all later columns make up
-//! for it: `target^2 * D[k][k]` (see [`crate::sensitivity::hessian`]). What is lost is made up for by the columns after.
+//! Columns are processed in order, 128 at a time. Among these the weights go whose loss costs
+//! least if all later columns compensate it: `target^2 * D[k][k]` (see [`crate::sensitivity`]).
+//! The columns after compensate what is lost.
 #![forbid(unsafe_code)]
 
 use crate::sensitivity::hessian::{Feedback, Hessian};
@@ -13,14 +14,14 @@ use upg_kernel::{Error, ErrorKind, Result};
 /// Columns among which weights are chosen, as in the paper.
 const TOGETHER: usize = 128;
 
-/// `weights` `[rows, cols]` with the share `sparsity` of them zero, the others moved to make up for it.
+/// Prunes `weights [rows, cols]`: the share `sparsity` becomes zero, the others move to compensate.
 ///
-/// The share is that of every 128 columns; rows may differ. Weights that are zero stay zero, also where they are more than
-/// that. The result does not depend on the number of threads. Cost: `rows * cols^2 / 2` multiplications, three copies of
-/// the weights, and what [`Feedback::new`] takes.
+/// The share is that of every 128 columns; rows may differ. Weights that are zero stay zero, also
+/// where they are more than that. The result does not depend on the number of threads. Cost: `rows
+/// * cols^2 / 2` multiplications, three copies of the weights, and what [`Feedback::new`] takes.
 ///
-/// Errors: `Argument` for a share that is not between 0 and 1; `Shape` for a wrong length or a Hessian of other columns;
-/// those of [`Feedback::new`].
+/// Errors: `Argument` for a share that is not between 0 and 1; `Shape` for a wrong length or a
+/// Hessian of other columns; those of [`Feedback::new`].
 pub fn prune(
     weights: &[f32],
     rows: usize,
@@ -64,7 +65,9 @@ pub(crate) fn check_sparsity(sparsity: f64) -> Result<()> {
     Err(Error::new(ErrorKind::Argument, message).hint("0.5 leaves half of the weights"))
 }
 
-/// The score below which the share `sparsity` of `scores` lies, or fewer if others are equal to it.
+/// Returns the score below which the share `sparsity` of `scores` lies.
+///
+/// Fewer are below it if others are equal to it.
 fn threshold(mut scores: Vec<f32>, sparsity: f64) -> f32 {
     let pruned = (scores.len() as f64 * sparsity).round() as usize;
     match pruned < scores.len() {
@@ -77,10 +80,10 @@ fn threshold(mut scores: Vec<f32>, sparsity: f64) -> f32 {
 struct PrunedStrip {
     rows: usize,
     weights: Vec<f32>,
-    /// What is wanted of the columns that come next; what the others became.
+    /// Targets of later columns, and results of earlier ones.
     wanted: Vec<f32>,
     errors: Vec<f32>,
-    /// Of the weights of the columns that are next, by their place.
+    /// Scores of the weights of the next columns, by their place.
     scores: Vec<f32>,
 }
 
@@ -101,9 +104,10 @@ impl PrunedStrip {
         }
     }
 
-    /// What it costs to lose each of the weights of these columns; nothing for those that are zero.
+    /// Returns the cost of losing each of the weights of these columns; 0 for those that are zero.
     ///
-    /// What is wanted of a column follows from the errors of all before it, so the columns are tried without a loss first.
+    /// A target follows from the errors of all columns before it, so the columns are tried without
+    /// a loss first.
     fn scores(&mut self, columns: &Range<usize>, feedback: &Feedback) -> Vec<f32> {
         let places = columns.start * STRIP_ROWS..columns.end * STRIP_ROWS;
         let wanted = self.wanted[places.clone()].to_vec();
@@ -133,8 +137,8 @@ impl PrunedStrip {
         feedback.spread(&self.errors, columns.clone(), &mut self.wanted, later);
     }
 
-    /// Gives each of these columns what is wanted of it after the errors of those before, but for the weights that go, by
-    /// their number among those of the columns.
+    /// Gives each of these columns what is wanted of it after the errors of those before, but for
+    /// the weights that go, by their number among those of the columns.
     fn take(&mut self, columns: &Range<usize>, feedback: &Feedback, goes: impl Fn(usize) -> bool) {
         let first = columns.start * STRIP_ROWS;
         for k in columns.clone() {
@@ -148,7 +152,7 @@ impl PrunedStrip {
         }
     }
 
-    /// As rows.
+    /// Writes the strip row by row.
     fn write(&self, out: &mut [f32], cols: usize) {
         for (row, out) in out.chunks_exact_mut(cols).enumerate() {
             for (col, out) in out.iter_mut().enumerate() {

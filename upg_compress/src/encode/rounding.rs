@@ -1,5 +1,6 @@
-//! For every group of weights the prime, and for every weight the level, with the smallest squared error; with a Hessian
-//! of the inputs levels are then chosen again, so that outputs are kept rather than weights.
+//! Rounding to `q8 q4 s8 s4`: a prime for each group and a level for each weight, by squared error.
+//!
+//! With a curvature the levels are chosen again, to keep the outputs rather than the weights.
 #![forbid(unsafe_code)]
 
 mod feedback;
@@ -23,10 +24,12 @@ const FIT_ROUNDS: usize = 4;
 
 /// Rounds a matrix `[rows, cols]` to `q8` with groups of `group` columns.
 ///
-/// Cost: an error evaluation for each prime in the range that the largest weight of a group leaves, 115 for
-/// the group with the largest weight of its row. With a `curvature` also `rows * cols^2 / 2`
-/// multiplications, and what [`Feedback::new`](crate::sensitivity::hessian::Feedback::new) takes. Errors: `Shape` for a wrong length or the
-/// curvature of another matrix, `Invalid` for a weight that is not finite; those of `Feedback::new`.
+/// Cost: an error evaluation for each prime in the range that the largest weight of a group
+/// leaves, 115 for the group with the largest weight of its row. With a `curvature` also `rows *
+/// cols^2 / 2` multiplications, and what
+/// [`Feedback::new`](crate::sensitivity::hessian::Feedback::new) takes. Errors: `Shape` for a
+/// wrong length or the curvature of another matrix, `Invalid` for a weight that is not finite;
+/// those of `Feedback::new`.
 pub fn round_q8(
     weights: &[f32],
     rows: usize,
@@ -42,7 +45,9 @@ pub fn round_q8(
     packing::grouped(&encoded, cols, group, Levels::Bytes(values.into()))
 }
 
-/// Rounds a matrix to `q4`: a codebook is fitted to a sample of its rows, then as [`round_q8`].
+/// Rounds a matrix to `q4`: fits a codebook to a sample of its rows, then proceeds as [`round_q8`].
+///
+/// Cost and errors: as [`round_q8`].
 pub fn round_q4(
     weights: &[f32],
     rows: usize,
@@ -65,9 +70,11 @@ pub fn round_q4(
     packing::grouped(&encoded, cols, group, levels)
 }
 
-/// Rounds the weights that are not zero to `s8`, to levels that are not zero either: what is zero stays exactly that, and
-/// only that is. With a `curvature` levels are chosen again, the zeros stay. Cost and errors as [`round_q8`], and
-/// `TooLarge` from 4 GiB of codes on.
+/// Rounds the weights that are not zero to `s8`.
+///
+/// Their levels are not zero either: exactly the zeros of `weights` stay zero. With a `curvature`
+/// levels are chosen again, the zeros stay. Cost and errors as [`round_q8`], and `TooLarge` from 4
+/// GiB of codes on.
 pub fn round_s8(
     weights: &[f32],
     rows: usize,
@@ -82,7 +89,9 @@ pub fn round_s8(
     packing::bitmap(weights, &encoded, cols, pack, levels)
 }
 
-/// Rounds the weights that are not zero to `s4`, with a codebook without a zero, else as [`round_s8`].
+/// Rounds the weights that are not zero to `s4`, with a codebook without a zero.
+///
+/// Otherwise as [`round_s8`].
 pub fn round_s4(
     weights: &[f32],
     rows: usize,
@@ -111,7 +120,9 @@ pub fn round_s4(
     packing::bitmap(weights, &encoded, cols, pack, levels)
 }
 
-/// Rows of weights, of all of them or of those that are not zero; with a curvature chosen again.
+/// Encodes the rows of a matrix, all weights or those that are not zero.
+///
+/// With a curvature the codes are then chosen again.
 fn encode<L: LevelSet>(
     weights: &[f32],
     rows: usize,
@@ -141,7 +152,7 @@ fn encode<L: LevelSet>(
     Ok(encoded)
 }
 
-/// The weights of each group that are stored.
+/// Returns the weights of each group that are stored.
 fn groups_of(row: &[f32], group: usize, skip_zeros: bool) -> Vec<Vec<f32>> {
     let stored = |w: &f32| !skip_zeros || *w != 0.0;
     row.chunks(group)
@@ -149,7 +160,9 @@ fn groups_of(row: &[f32], group: usize, skip_zeros: bool) -> Vec<Vec<f32>> {
         .collect()
 }
 
-/// A codebook for this matrix: Lloyd's iteration from `start` on a sample of rows, kept only if it is better there.
+/// Fits a codebook to a sample of the rows by Lloyd's iteration from `start`.
+///
+/// Returns `start` unless the fitted one is better there.
 fn fit_codebook(
     weights: &[f32],
     rows: usize,

@@ -1,8 +1,8 @@
 //! Rounds matrices to the trellis encodings `t2`, `t3`, `t4`.
 //!
 //! Rotate the input so that the weights look Gaussian, give each row a scale, then search the
-//! cheapest chain of states through each strip of 64 rows (see `upg_kernel::matrix::{strips, trellis}` for
-//! the layout). Sources: QuaRot (arXiv 2404.00456), QTIP (arXiv 2406.11235).
+//! cheapest chain of states through each strip of 64 rows (see `upg_kernel::matrix::{strips,
+//! trellis}` for the layout). Sources: QuaRot (arXiv 2404.00456), QTIP (arXiv 2406.11235).
 #![deny(unsafe_code)]
 
 mod code;
@@ -31,12 +31,15 @@ use upg_kernel::prime_lut::PRIME_LUT;
 use upg_kernel::trellis_code::STATE_BITS;
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// The prime of every row. One f32 scale a row says all there is to say about its size, so any
-/// prime would do.
+/// The prime of every row.
+///
+/// One f32 scale a row holds its size, so any prime would do.
 const PRIME_INDEX: u8 = 0;
 
-/// What an error in a row counts at least, where a row as large as the average of its strip counts
-/// 1, one twice as large 2, and so on; or, if it is known what errors of rows cost, where a row of average cost counts 1.
+/// Least weight of an error in a row.
+///
+/// A row as large as the average of its strip has weight 1, one twice as large 2, and so on; if
+/// the costs of errors in rows are known, a row of average cost has weight 1.
 ///
 /// The search minimizes errors relative to the scale of their row. The error of the whole matrix
 /// would weigh them by the square of the scale; that takes bits away from small rows, to which a
@@ -44,18 +47,21 @@ const PRIME_INDEX: u8 = 0;
 /// on usual matrices, 0.5 dB where rows differ by ten times) for a third of the harm.
 const LEAST_ROW_WEIGHT: f64 = 1.0 / 8.0;
 
-/// How much larger than its weights a row is taken to be where errors are made up for: what is wanted of a weight then is
-/// larger than the weight. 1.0 measured worse with `t2` and `t3`; gains that follow the largest weights of a row, the same.
+/// Gain of the size of a row where errors are compensated: its targets are larger than its weights.
+///
+/// 1.0 measured worse with `t2` and `t3`; gains that follow the largest weights of a row measured
+/// the same.
 const GAIN: f64 = 1.1;
 
-/// The squared errors of weights in codes with 2, 3 and 4 bits, in units of the variance of their row.
+/// Squared errors of weights in codes with 2, 3 and 4 bits, in units of the variance of their row.
 pub(crate) const SQUARED_ERRORS: [f64; 3] = [0.0682, 0.0177, 0.004_87];
 
 /// Encodes `w [rows, cols]` (row by row, original basis) with `k` = 2, 3 or 4 bits a weight.
 ///
 /// `signs_seed` chooses the random signs of the [`rotation`]. The result depends on the arguments
 /// only, not on threads or machine. Cost: 0.31 to 0.68 microseconds a weight and thread on a core
-/// of an AMD EPYC of 2024 (`cargo run --release --example trellis_speed`), strips in parallel; memory per thread at most 2.4 MB and 900 bytes per column.
+/// of an AMD EPYC of 2024 (`cargo run --release --example trellis_speed`), strips in parallel;
+/// memory per thread at most 2.4 MB and 900 bytes per column.
 ///
 /// Errors (`Argument`): `k` is another number, the matrix is empty or `w` has another length;
 /// (`Invalid`): a weight is not finite, or so large that its row overflows when rotated.
@@ -69,11 +75,14 @@ pub fn encode(
     encode_with(w, rows, cols, k, signs_seed, None, &())
 }
 
-/// [`encode`]; with a curvature (not rotated) errors are made up for by the columns and rows that come later, so
-/// that what the model predicts is kept rather than its weights. `progress` advances with every strip.
+/// Encodes like [`encode`]; with a curvature, later columns and rows compensate the errors of
+/// earlier ones.
 ///
-/// Errors: also `Interrupted`, at most a strip of each thread after `progress` is cancelled; `Shape` for the curvature of
-/// another matrix, and those of [`Feedback::new`].
+/// The curvature is not rotated. The predictions of the model are kept then rather than its
+/// weights. `progress` advances with every strip.
+///
+/// Errors: also `Interrupted`, at most a strip of each thread after `progress` is cancelled;
+/// `Shape` for the curvature of another matrix, and those of [`Feedback::new`].
 pub fn encode_with(
     w: &[f32],
     rows: usize,
@@ -157,7 +166,7 @@ pub fn encode_with(
 struct Strip<'a> {
     cols: usize,
     search: Search<'a>,
-    /// In the order of the codes, as are weights and states; in units of a level.
+    /// Targets in the order of the codes, as are weights and states, in units of a level.
     targets: Vec<f32>,
     weights: Vec<f32>,
     states: Vec<u16>,
@@ -175,10 +184,10 @@ impl<'a> Strip<'a> {
         }
     }
 
-    /// Finds states for rows `w [n, cols]` and their `scales [n]`. With feedback the rows should rather be `wanted`, and it is
-    /// what errors cost that counts; without, the sizes of the rows.
+    /// Finds states for rows `w [n, cols]` and their `scales [n]`.
     ///
-    /// A row that is not finite gets a scale that is not.
+    /// With feedback the targets are `wanted` and errors are weighted by their cost; without, by
+    /// the sizes of the rows. A row that is not finite gets a scale that is not.
     fn encode(
         &mut self,
         w: &[f32],
@@ -250,8 +259,11 @@ impl<'a> Strip<'a> {
     }
 }
 
-/// Rows that are smaller than what the rows before will ask of them get its size: `error` times the square of the size of
-/// a row is expected of its errors. Adding that to the size of all rows measured worse. Rows of size 0 stay that.
+/// Raises the sizes of rows that are smaller than what the errors of the rows before will add to
+/// them.
+///
+/// The expected square of an error is `error` times the square of the size of its row. Adding it
+/// to the size of all rows measured worse. Rows of size 0 stay that.
 fn grow(sizes: &mut [f64], strip: &StripRows<'_>, error: f64) {
     for k in 1..sizes.len() {
         let asked = (0..k).map(|i| (f64::from(strip.share(i, k)) * sizes[i]).powi(2));
@@ -267,8 +279,9 @@ fn rms(w: &[f32]) -> f64 {
     (squares / w.len() as f64).sqrt()
 }
 
-/// What an error of one level in each row of a strip counts, about 1 on average: from the sizes of the rows, and what errors
-/// in them cost, if that is known.
+/// Returns the weight of an error of one level in each row of a strip, about 1 on average.
+///
+/// It follows from the sizes of the rows and, if they are known, the costs of errors in them.
 fn row_weights(sizes: &[f64], costs: Option<&[f32]>) -> Vec<f32> {
     let squares = sizes.iter().map(|size| size * size);
     let weights: Vec<f64> = match costs {

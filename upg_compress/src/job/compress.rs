@@ -1,4 +1,4 @@
-//! From a source model to one UPG file, a tensor at a time or, of small ones, some side by side.
+//! Compression of a source into one UPG file. Small tensors are encoded in parallel.
 #![forbid(unsafe_code)]
 
 use crate::encode::matrix::{
@@ -28,20 +28,23 @@ use upg_kernel::{Error, ErrorKind, Result, WholeFile};
 
 /// Compresses `source` into a UPG file at `out`, which appears whole or not at all.
 ///
-/// The bytes depend on the source and the options only, not on the number of threads; if there is a
-/// calibration, also on the machine (instruction set, caches). Memory: about three copies of the largest
-/// tensor, in f32, or half a gigabyte for smaller ones side by side; with a calibration also what [`Calibrator`] and
-/// [`Feedback::new`](crate::sensitivity::hessian::Feedback::new) take. Time: see the encoders.
-/// [`Preflight`](crate::job::preflight::Preflight) says both beforehand.
+/// The bytes depend on the source and the options only, not on the number of threads; if there is
+/// a calibration, also on the machine (instruction set, caches). Memory: about three copies of the
+/// largest tensor, in f32, or half a gigabyte for smaller ones side by side; with a calibration
+/// also what [`Calibrator`] and [`Feedback::new`](crate::sensitivity::hessian::Feedback::new)
+/// take. Time: see the encoders. [`Preflight`](crate::job::preflight::Preflight) says both
+/// beforehand.
 ///
-/// With [`CompressOptions::resume`] a run that ends early, however it ends, leaves the two files of
-/// [`partial_files`](crate::job::resume::partial_files); the same call again goes on after the last tensor that was written and
-/// gives the same bytes. It reads once what is there already; with a calibration the model is run over the text again,
-/// forwards and then backwards to the layer where it stopped.
+/// With [`CompressOptions::resume`] a run that ends early, however it ends, leaves the two files
+/// of [`partial_files`](crate::job::resume::partial_files); the same call again goes on after the
+/// last tensor that was written and gives the same bytes. It reads once what is there already;
+/// with a calibration the model is run over the text again, forwards and then backwards to the
+/// layer where it stopped.
 ///
-/// Errors: those of the source, and of [`ModelFiles::check`](crate::source::ModelFiles::check), before any work; `Invalid` for
-/// weights that are not finite; `Argument` if `out` is a
-/// file of the source, or was begun from something else or is being written by another run; `Io`; `Interrupted`.
+/// Errors: those of the source, and of [`ModelFiles::check`](crate::source::ModelFiles::check),
+/// before any work; `Invalid` for weights that are not finite; `Argument` if `out` is a file of
+/// the source, or was begun from something else or is being written by another run; `Io`;
+/// `Interrupted`.
 pub fn compress(
     source: &dyn Source,
     out: impl AsRef<Path>,
@@ -52,10 +55,11 @@ pub fn compress(
     compress_checked(source, out, options, progress)
 }
 
-/// Compresses a source whose files were checked by [`Preflight::new`](crate::job::preflight::Preflight::new), as [`compress`]
-/// does: building a large tokenizer a second time takes seconds.
+/// Compresses a source whose files [`Preflight::new`](crate::Preflight::new) has checked.
 ///
-/// Errors: as [`compress`], without those of [`ModelFiles::check`](crate::source::ModelFiles::check).
+/// Does what [`compress`] does; building a large tokenizer a second time would take seconds.
+/// Errors: as [`compress`], without those of
+/// [`ModelFiles::check`](crate::source::ModelFiles::check).
 pub fn compress_checked(
     source: &dyn Source,
     out: impl AsRef<Path>,
@@ -173,14 +177,16 @@ fn encode_tensor(
 
 /// A matrix that is to be encoded.
 pub(crate) struct MatrixJob<'a> {
-    /// Of its tensor.
+    /// Index of its tensor in the source.
     pub index: usize,
-    /// Its description, to which the encoder may add.
+    /// Description of the matrix, to which the encoder may add.
     pub layer: &'a mut LayerInfo,
 }
 
-/// [`compress`] with an encoder of the caller. It gets the matrices that come next, and gives them back in this order: all of
-/// them, or those before one that it is not to go on after, and why.
+/// Compresses like [`compress`], with a custom encoder.
+///
+/// `encode` receives the next matrices and returns their encodings in order. On failure it returns
+/// the encodings before the failed one, together with the error.
 pub(crate) fn compress_with(
     source: &dyn Source,
     out: impl AsRef<Path>,

@@ -1,8 +1,10 @@
-//! What a run that was stopped has finished: a file of lines that the next run goes on from.
+//! The journal: the tensors that a stopped run has finished, as lines that the next run resumes
+//! from.
 //!
-//! The first line is [`MAGIC`]; each other one a checksum, a space and a JSON object, first the fingerprint of the run,
-//! then one [`Record`] for each tensor in the order of the file. A checksum covers the one before it and its own line, so
-//! that no line counts without all those before it: what follows a torn or damaged one does not exist.
+//! The first line is [`MAGIC`]; each other one a checksum, a space and a JSON object, first the
+//! fingerprint of the run, then one [`Record`] for each tensor in the order of the file. A
+//! checksum covers the one before it and its own line, so that no line counts without all those
+//! before it: what follows a torn or damaged one does not exist.
 #![forbid(unsafe_code)]
 
 use crate::encode::matrix::Encoded;
@@ -21,14 +23,14 @@ const MAGIC: &str = "upg journal 2\n";
 /// Far more than the records of the largest list of layers take.
 const MOST_BYTES: u64 = 1 << 28;
 
-/// Everything that the bytes of the output depend on: what it is, and its value; what tells most comes first.
+/// Names and values of everything that the bytes of the output depend on, the most telling first.
 pub(crate) type Fingerprint = Vec<(String, String)>;
 
 /// A tensor that is on disk.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Record {
     pub tensor: TensorReport,
-    /// With its error; `None` for a tensor that is kept.
+    /// Description with its error; `None` for an uncompressed tensor.
     pub layer: Option<LayerInfo>,
     pub arrays: Vec<WrittenArray>,
 }
@@ -93,11 +95,11 @@ struct Line<'a> {
 }
 
 impl Journal {
-    /// Opens the journal at `path` and locks it, or starts one for a run with this fingerprint. `Some` are the records that
-    /// it has; `None`: it is new.
+    /// Opens the journal at `path` and locks it, or starts one for a run with this fingerprint.
+    /// `Some` are the records that it has; `None`: it is new.
     ///
-    /// Errors: `Argument` if another run has it, or it is of a run with another fingerprint; `Malformed` if it is something
-    /// else; `Io`.
+    /// Errors: `Argument` if another run has it, or it is of a run with another fingerprint;
+    /// `Malformed` if it is something else; `Io`.
     pub fn open(path: PathBuf, fingerprint: &Fingerprint) -> Result<(Self, Option<Vec<Record>>)> {
         let file = lock(&path)?;
         let mut journal = Self {
@@ -266,7 +268,8 @@ fn lock(path: &Path) -> Result<File> {
             }
             Err(TryLockError::Error(e)) => return Err(io(e)),
         }
-        // The run that had it may have removed it since it was opened: then it is a file without a name.
+        // The run that had it may have removed it since it was opened: then it is a file without a
+        // name.
         if is_at(&file, path) {
             return Ok(file);
         }

@@ -1,5 +1,7 @@
-//! Matrices that are encoded side by side: small ones have too few parts to keep all threads busy. With many threads it is
-//! memory that ends a batch.
+//! Batches of tensors that are encoded in parallel.
+//!
+//! A small matrix has too few parts to keep all threads busy. With many threads the memory ends a
+//! batch.
 #![forbid(unsafe_code)]
 
 use crate::encode::panel::sequential_rows;
@@ -13,22 +15,23 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use upg_kernel::Result;
 
-/// Parts for each thread, if there are several: as parts differ in length, threads end at about the same time if there are a
-/// few of them.
+/// Parts for each thread, if there are several.
+///
+/// Parts differ in length; with a few for each thread all threads end at about the same time.
 const PARTS: usize = 4;
 
 /// Memory that matrices may take side by side. One that takes more is by itself.
 const MOST_BYTES: u64 = 1 << 29;
 
-/// Tensors of a plan that are done together, in their order.
+/// Tensors of a plan that are encoded together, in their order.
 pub(crate) struct TensorBatch<'a> {
     pub tensors: &'a [PlannedTensor],
-    /// Memory that they take on their way into the file.
+    /// Memory that they take while they are encoded and written.
     pub bytes: u64,
 }
 
 impl<'a> TensorBatch<'a> {
-    /// Those of `tensors`, one after the other. Tensors that are kept go with the matrices before them.
+    /// Divides `tensors` into batches. Uncompressed tensors join the matrices before them.
     ///
     /// Errors: those of the description of a layer.
     pub(crate) fn all(
@@ -58,17 +61,17 @@ impl<'a> TensorBatch<'a> {
     }
 }
 
-/// Of a batch.
+/// Size of a batch.
 #[derive(Clone, Copy, Default)]
 struct BatchSize {
     matrices: usize,
-    /// That threads can do side by side.
+    /// Parts that threads can encode in parallel.
     parts: usize,
     /// Bytes of the last matrix, by itself.
     alone: u64,
-    /// Of all matrices side by side.
+    /// Bytes of all matrices in parallel.
     beside: u64,
-    /// Of the largest tensor that is kept: they come one after the other.
+    /// Bytes of the largest uncompressed tensor: they are written one after the other.
     kept: u64,
 }
 
@@ -108,8 +111,10 @@ impl BatchSize {
     }
 }
 
-/// `f` of every item, side by side, those of the largest `size` first, until one fails. Returns the results of the first
-/// items, as far as all before them are there too, and the first error.
+/// Calls `f` with every item in parallel, the largest `size` first, until a call fails.
+///
+/// Returns the results of the leading items up to the first one without a result, and the first
+/// error.
 pub(crate) fn in_parallel<T: Send, R: Send>(
     items: Vec<T>,
     size: impl Fn(&T) -> usize,
@@ -121,8 +126,8 @@ pub(crate) fn in_parallel<T: Send, R: Send>(
     let queue = Mutex::new(queue.into_iter());
     let next = || queue.lock().unwrap_or_else(|e| e.into_inner()).next();
     let failed = AtomicBool::new(false);
-    // One for each thread, not for each item: a thread that waits for another takes what it finds, and each time its stack
-    // grows.
+    // One for each thread, not for each item: a thread that waits for another takes what it finds,
+    // and each time its stack grows.
     let work = || {
         while !failed.load(Ordering::Relaxed) {
             let Some((item, result)) = next() else { break };
@@ -174,7 +179,7 @@ mod tests {
         pool.unwrap().install(f)
     }
 
-    /// For a number of threads, the numbers of matrices in each batch, and its bytes.
+    /// Returns the number of matrices in each batch and its bytes, for a number of threads.
     fn batches(config: &str, threads: usize) -> Vec<(usize, u64)> {
         let source = SyntheticSource::new(config, 1).unwrap();
         let mut options = CompressOptions::new(Choice::Encode(Encoding::T3));
@@ -238,7 +243,8 @@ mod tests {
             let (squares, outcome) = of(&good, threads);
             outcome.unwrap();
             assert_eq!(squares, good.iter().map(|i| i * i).collect::<Vec<_>>());
-            // The largest one that fails is the first to be met; the item before it in line was not begun, or done.
+            // The largest one that fails is the first to be met; the item before it in line was
+            // not begun, or done.
             let (done, outcome) = of(&items, threads);
             assert!(done.len() <= items.iter().position(|&i| i == 74).unwrap());
             assert_eq!(outcome.unwrap_err().to_string(), "74");

@@ -1,4 +1,4 @@
-//! What compressing will take, before it starts: room on the disk, memory, time.
+//! Estimate of disk space, memory and time, before the compression starts.
 #![forbid(unsafe_code)]
 
 mod memory;
@@ -16,51 +16,55 @@ use upg_kernel::{Error, ErrorKind, Result};
 
 pub use memory::MemoryEstimate;
 
-/// What [`compress`](crate::job::compress::compress) will do and take.
+/// Estimate of what [`compress`](crate::compress()) will do and take.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Preflight {
     /// Tensors that are treated alike, in the order of the first of each.
     pub groups: Vec<TensorGroup>,
-    /// Bytes of the file: exactly, but at most so many with `mdcsr`, `s8`, `s4` and a budget.
+    /// Output size in bytes; an upper bound for `mdcsr`, `s8`, `s4` and with a budget.
     pub file_bytes: u64,
-    /// Of these, what an earlier run may have written already.
+    /// Bytes that an earlier run may have written already.
     pub written_bytes: u64,
-    /// Free on the file system of the output.
+    /// Free bytes on the file system of the output.
     pub disk_free: u64,
-    /// For hidden states while it runs, where temporary files are.
+    /// Bytes of temporary files for hidden states.
     pub temporary_bytes: u64,
-    /// Free on the file system of those.
+    /// Free bytes on the file system of temporary files.
     pub temporary_free: u64,
-    /// Most that the process will have.
+    /// Peak memory.
     pub memory: MemoryEstimate,
-    /// What the system and the limits of this process group have left, swap included. `None`: the system does not say.
+    /// Memory that the system and the limits of this process group have left, swap included.
+    ///
+    /// `None`: the system does not report it.
     pub memory_free: Option<u64>,
-    /// Estimated, from samples of the weights encoded and multiplied here and now; without what an earlier run has done.
+    /// Estimated seconds without what an earlier run has done.
+    ///
+    /// Measured on samples of the weights, encoded and multiplied here and now.
     pub seconds: f64,
 }
 
-/// Tensors of the same shape and encoding, whose names differ by the number of their layer only.
+/// Tensors of the same shape and encoding whose names differ only by the layer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct TensorGroup {
-    /// With `*` for the number of the layer.
+    /// Name with `*` for the number of the layer.
     pub name: String,
     /// `keep`, the name of the encoding, or `mixed` if a budget will choose it.
     pub encoding: String,
     /// `[rows, cols]` of a matrix, `[n]` of a vector.
     pub shape: Vec<usize>,
-    /// How many there are.
+    /// Number of tensors.
     pub tensors: usize,
-    /// Bytes of all of them; of mixed ones with `t3` or `t4`, whichever is nearer to the budget.
+    /// Bytes of all of them; for `mixed` with `t3` or `t4`, whichever is nearer to the budget.
     pub bytes: u64,
 }
 
 impl Preflight {
-    /// Looks at what compressing `source` to `out` will take. Takes a second or two on the way, most of it for samples.
+    /// Estimates the compression of `source` into `out`. Takes a second or two, mostly for samples.
     ///
-    /// Errors: those that [`compress`](crate::job::compress::compress) would have before its first tensor, and of encoding samples;
-    /// `Io` if `out` cannot be written to.
+    /// Errors: those that [`compress`](crate::compress()) would have before its first tensor, and
+    /// of encoding samples; `Io` if `out` cannot be written to.
     pub fn new(
         source: &dyn Source,
         out: impl AsRef<Path>,
@@ -103,7 +107,10 @@ impl Preflight {
         })
     }
 
-    /// Errors: `Io` if the file will not fit on the disk; `TooLarge` if the work will not fit in memory.
+    /// Checks the estimate against the free space and memory.
+    ///
+    /// Errors: `Io` if the file will not fit on the disk; `TooLarge` if the work will not fit in
+    /// memory.
     pub fn check(&self) -> Result<()> {
         let wanted = self.file_bytes - self.written_bytes;
         if wanted > self.disk_free {
@@ -139,13 +146,13 @@ impl Preflight {
     }
 }
 
-/// Room on the disk of a folder.
+/// Returns the free bytes on the file system of a folder.
 pub(crate) fn free(folder: &Path) -> Result<u64> {
     fs4::available_space(folder)
         .map_err(|e| Error::io("cannot find out how much room is left", folder, e))
 }
 
-/// Of the hidden states before each layer.
+/// Returns the bytes of the hidden states before each layer.
 fn temporary_bytes(source: &dyn Source, options: &CompressOptions) -> Result<u64> {
     let Some(calibration) = &options.calibration else {
         return Ok(0);

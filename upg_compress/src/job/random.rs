@@ -1,5 +1,4 @@
-//! Files of random models in little time, to measure size, memory and speed without the weights of a
-//! model and without hours of encoding.
+//! Files of random models for measurements of size, memory and speed, without hours of encoding.
 #![forbid(unsafe_code)]
 
 use crate::encode::matrix::{Encoded, encode_matrix};
@@ -18,12 +17,15 @@ use upg_kernel::matrix::strips::{self, STRIP_ROWS, TILE_COLS};
 use upg_kernel::matrix::{GroupedMatrix, Levels, TrellisMatrix, TrellisParts};
 use upg_kernel::{Array, Error, ErrorKind, Matrix, Result};
 
-/// [`compress`](crate::job::compress::compress) for a random model, of which only a strip of 64 rows is encoded
-/// for each width and encoding, and repeated: the file has the size, the layout and the speed of one that
-/// was encoded as a whole, but its layers are alike, and their errors are not recorded.
+/// Compresses a random model by encoding one strip of 64 rows for each width and encoding, and
+/// repeating it.
 ///
-/// Memory: about one copy of the largest matrix as it is stored, or half a gigabyte of smaller ones. Errors: those of
-/// `compress`; `Argument` if it is to be resumed; `Unsupported` for other encodings than `q8`, `q4`, `t2`, `t3` and `t4`.
+/// The file has the size, the layout and the speed of a file that [`compress`](crate::compress())
+/// makes, but its layers are alike, and their errors are not recorded.
+///
+/// Memory: about one copy of the largest matrix as it is stored, or half a gigabyte of smaller
+/// ones. Errors: those of `compress`; `Argument` if it is to be resumed; `Unsupported` for other
+/// encodings than `q8`, `q4`, `t2`, `t3` and `t4`.
 pub fn compress_random(
     source: &SyntheticSource,
     out: impl AsRef<Path>,
@@ -95,8 +97,8 @@ fn repeated(strip: &Matrix, rows: usize) -> Result<Matrix> {
     }
 }
 
-/// `values` of one strip, which come in blocks of 64 rows with `width` each, for `rows` rows: zeros in those
-/// that the last strip has not.
+/// `values` of one strip, which come in blocks of 64 rows with `width` each, for `rows` rows:
+/// zeros in those that the last strip has not.
 fn by_strip<T: Pod>(values: &[T], width: usize, rows: usize) -> Array<T> {
     let mut out = cycled(values, strips::count(rows) * values.len());
     let rows_of_last = (rows - 1) % STRIP_ROWS + 1;

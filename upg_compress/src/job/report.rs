@@ -1,4 +1,4 @@
-//! What compressing gave: errors, sizes and times.
+//! Report of a compression: errors, sizes and times.
 #![forbid(unsafe_code)]
 
 use serde::{Deserialize, Serialize};
@@ -11,7 +11,7 @@ use upg_kernel::{Matrix, peak_memory};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct TensorReport {
-    /// Its Hugging Face name.
+    /// Hugging Face name of the tensor.
     pub name: String,
     /// `keep`, or the name of the encoding.
     pub encoding: String,
@@ -19,17 +19,24 @@ pub struct TensorReport {
     pub shape: Vec<usize>,
     /// Bytes of its arrays.
     pub bytes: u64,
-    /// `|Q - W| / |W|`, to six digits; `None` if it is kept.
+    /// Relative error `|Q - W| / |W|`, to six digits; `None` if the tensor is uncompressed.
     pub weight_error: Option<f64>,
-    /// `|X (Q - W)^T| / |X W^T|` over the inputs `X` of the calibration, each times the size of the gradients of what is made
-    /// of it, if it was asked for and the matrix has such inputs.
+    /// Relative error of the outputs, `|X (Q - W)^T| / |X W^T|`, over the inputs `X` of the
+    /// calibration.
+    ///
+    /// Each input is weighted by the size of the gradients of its outputs. `None` if it was not
+    /// asked for or the matrix has no such inputs.
     pub output_error: Option<f64>,
-    /// The Kullback-Leibler divergence that its errors cause by themselves, in nats of each position, as their
-    /// [`Curvature`](crate::sensitivity::curvature::Curvature) predicts it, to six digits; `None` as for outputs.
+    /// Kullback-Leibler divergence that the errors of this matrix alone cause, in nats per
+    /// position, to six digits.
+    ///
+    /// Predicted by its [`Curvature`](crate::sensitivity::Curvature); `None` as for `output_error`.
     pub divergence: Option<f64>,
-    /// How many weights are zero, of a matrix that is stored by them.
+    /// Number of zero weights, of a matrix that is stored as `s8` or `s4`.
     pub zeros: Option<u64>,
-    /// Reading, encoding and measuring the error of the weights, beside others; not the run over the calibration text.
+    /// Seconds of reading, encoding and measuring the weight error, in parallel with other tensors.
+    ///
+    /// The run over the calibration text is not included.
     pub seconds: f64,
 }
 
@@ -42,7 +49,7 @@ impl TensorReport {
         self.encoding == "keep"
     }
 
-    /// In an encoding that a calibration has an effect on.
+    /// Returns whether its encoding uses a calibration.
     fn may_be_calibrated(&self) -> bool {
         !self.is_kept() && self.encoding != "mdcsr" && Input::of(&self.name).is_some()
     }
@@ -63,25 +70,25 @@ impl TensorReport {
     }
 }
 
-/// Zeros of the matrices that are stored by them.
+/// Zero weights of the matrices that are stored as `s8` or `s4`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub struct Zeros {
-    /// How many matrices.
+    /// Number of matrices.
     pub matrices: usize,
     /// Their weights.
     pub weights: u64,
-    /// Those that are zero.
+    /// Number of zero weights.
     pub zeros: u64,
 }
 
 impl Zeros {
-    /// The part of the weights that is zero.
+    /// Returns the fraction of the weights that is zero.
     pub fn share(&self) -> f64 {
         self.zeros as f64 / self.weights.max(1) as f64
     }
 
-    /// Of those among `tensors` that are such matrices, if there are any.
+    /// Sums over the matrices among `tensors` that are stored by their zeros; `None` without any.
     pub(crate) fn of(tensors: &[TensorReport]) -> Option<Self> {
         let mut sums = Self::default();
         for (tensor, zeros) in tensors.iter().filter_map(|t| Some((t, t.zeros?))) {
@@ -97,23 +104,23 @@ impl Zeros {
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub struct CalibrationReport {
-    /// Of the text.
+    /// Tokens of the text.
     pub tokens: usize,
-    /// Layers that they went back through, of this many.
+    /// Layers that the backward pass has passed, and layers of the model.
     pub layers: (usize, usize),
-    /// In this run, forwards and backwards, with the sums of what errors cost.
+    /// Seconds of the forward and backward passes in this run, with the sums for the curvatures.
     pub seconds: f64,
 }
 
 impl CalibrationReport {
-    /// Tokens that would go through the whole model in a second.
+    /// Returns the tokens per second that would pass the whole model.
     pub fn tokens_per_second(&self) -> f64 {
         let part = self.layers.0 as f64 / self.layers.1 as f64;
         self.tokens as f64 * part / self.seconds
     }
 }
 
-/// What was written.
+/// Report of a finished compression.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct CompressReport {
@@ -123,27 +130,29 @@ pub struct CompressReport {
     pub weights: u64,
     /// The compressed matrices with their errors.
     pub layers: Vec<LayerInfo>,
-    /// Of the matrices that are stored by their zeros, if there are any.
+    /// Zeros of the matrices that are stored by them; `None` without any.
     pub zeros: Option<Zeros>,
     /// All tensors of the model, in the order of the file.
     pub tensors: Vec<TensorReport>,
-    /// How many of them, the first ones, an earlier run had written already.
+    /// Number of leading tensors that an earlier run had written already.
     pub restored: usize,
-    /// If there was a calibration, and something left to calibrate.
+    /// Run over the calibration text; `None` if there was nothing to calibrate.
     pub calibration: Option<CalibrationReport>,
-    /// Of this run for matrices: reading, encoding and all that is measured of them.
+    /// Seconds of this run for matrices: reading, encoding and measuring.
     pub encoding_seconds: f64,
-    /// Of this run.
+    /// Seconds of this run.
     pub seconds: f64,
 }
 
 impl CompressReport {
-    /// Bits of the whole file for each weight.
+    /// Returns the bits of the whole file per weight.
     pub fn bits_per_weight(&self) -> f64 {
         8.0 * self.file_bytes as f64 / self.weights as f64
     }
 
-    /// Bits for each weight in the matrices of the transformer blocks, compressed or not; NaN if there are none.
+    /// Returns the bits per weight of the matrices in the blocks, uncompressed ones included.
+    ///
+    /// NaN if there are none.
     pub fn bits_per_weight_blocks(&self) -> f64 {
         let in_block =
             |t: &&TensorReport| t.name.starts_with("model.layers.") && t.shape.len() == 2;
@@ -152,8 +161,10 @@ impl CompressReport {
         8.0 * bytes as f64 / weights as f64
     }
 
-    /// All of it as JSON: `tensors`, and `totals` with `encoding` (the matrices that this run has encoded) and
-    /// `calibration`. Peak memory is that of the process so far. Figures that there are none of are `null`.
+    /// Returns the report as JSON: `tensors` and `totals`.
+    ///
+    /// In `totals`, `encoding` is about the matrices that this run has encoded. Peak memory is
+    /// that of the process so far. Figures that do not exist are `null`.
     pub fn to_json(&self) -> Value {
         let encoded = self.tensors[self.restored..].iter();
         let (mut matrices, mut weights) = (0, 0);
@@ -195,7 +206,7 @@ impl CompressReport {
     }
 }
 
-/// Weights of `matrix` that are zero, if it is stored by them.
+/// Returns the number of zero weights of a matrix that is stored by its zeros.
 pub(crate) fn zeros_of(matrix: &Matrix) -> Option<u64> {
     let Matrix::Bitmap(bitmap) = matrix else {
         return None;
@@ -231,7 +242,7 @@ mod tests {
         }
     }
 
-    /// Of a calibrated run.
+    /// Makes the report of a calibrated run.
     fn report(tensors: Vec<TensorReport>, restored: usize) -> CompressReport {
         CompressReport {
             file_bytes: 100,

@@ -1,4 +1,4 @@
-//! Going on after a stop: what an earlier run has written is checked and taken over.
+//! Resuming a stopped run: its finished tensors are checked and taken over.
 #![forbid(unsafe_code)]
 
 use crate::job::journal::{Fingerprint, Journal, Record};
@@ -20,7 +20,7 @@ pub(crate) struct Resumable {
     found: Vec<Record>,
 }
 
-/// The two files of a run that was stopped on its way to `out`: the data, and the journal of what of them is whole.
+/// Returns the paths of the two files that a stopped run to `out` leaves: the data and the journal.
 ///
 /// Errors: `Io` if `out` cannot be written to.
 pub fn partial_files(out: impl AsRef<Path>) -> Result<[PathBuf; 2]> {
@@ -32,10 +32,10 @@ pub fn partial_files(out: impl AsRef<Path>) -> Result<[PathBuf; 2]> {
 }
 
 impl Resumable {
-    /// Looks for an earlier run on its way to `out`, and keeps others from it until this one ends.
+    /// Looks for an earlier run to `out` and locks its journal until this run ends.
     ///
-    /// Errors: those of [`Journal::open`]; `Argument` if there is a partial file that no journal belongs to, or a file of
-    /// the `source` would be written over.
+    /// Errors: those of [`Journal::open`]; `Argument` if there is a partial file that no journal
+    /// belongs to, or a file of the `source` would be written over.
     pub fn open(out: &Path, source: &dyn Source, fingerprint: &Fingerprint) -> Result<Self> {
         let [data, journal] = partial_files(out)?;
         for path in [out, &data, &journal] {
@@ -58,8 +58,10 @@ impl Resumable {
         })
     }
 
-    /// Takes over the tensors that are on disk as the journal says, up to the first that is not; completes `layers`, the
-    /// compressed ones of the plan, with their errors. Returns what is known of these tensors.
+    /// Takes over the tensors that are on disk as the journal says, up to the first that is not.
+    ///
+    /// Fills in the errors of these tensors in `layers`, the compressed ones of the plan, and
+    /// returns their reports.
     ///
     /// Cost: reads what it takes over. Errors: `Io`; `Interrupted`.
     pub fn restore(
@@ -98,13 +100,13 @@ impl Resumable {
         self.journal.add(record)
     }
 
-    /// Once the output is in its place. Errors: `Io`.
+    /// Removes the journal once the output is in its place. Errors: `Io`.
     pub fn finish(self) -> Result<()> {
         self.journal.remove()
     }
 }
 
-/// Whether a record is of this tensor, in the encoding that it is to have.
+/// Returns whether a record is of this tensor, in its planned encoding.
 fn is_of(record: &Record, planned: &PlannedTensor, tensor: &TensorInfo) -> bool {
     let same_layer = match (&record.layer, &planned.layer) {
         (None, None) => record.arrays.len() == 1 && record.arrays[0].shape == tensor.shape,
@@ -118,7 +120,7 @@ fn is_of(record: &Record, planned: &PlannedTensor, tensor: &TensorInfo) -> bool 
     same_layer && record.tensor.name == tensor.name && record.tensor.shape == tensor.shape
 }
 
-/// `false`: the file has not what the record says.
+/// Takes over one tensor. Returns `false` if the file does not have what the record says.
 fn take(
     writer: &mut FileWriter,
     next_layer: usize,
@@ -131,10 +133,12 @@ fn take(
     writer.restore_tensor(&tensor.name, tensor.kept_as().into(), &record.arrays[0])
 }
 
-/// What the bytes of the file that `plan` gives depend on.
+/// Returns the fingerprint of a run: everything that the bytes of the file that `plan` gives
+/// depend on.
 ///
-/// Of the weights that is the name, length and time of change of each file, and the first row of each tensor: another
-/// weight that leaves all of these as they are goes unnoticed, and so does another build of the same version.
+/// Of the weights that is the name, length and time of change of each file, and the first row of
+/// each tensor. A change of other weights that leaves all of these as they are goes unnoticed, and
+/// so does another build of the same version.
 ///
 /// Errors: those of the source; `Io`.
 pub(crate) fn fingerprint(
@@ -213,7 +217,7 @@ fn of_first_rows(source: &dyn Source) -> Result<String> {
     Ok(checksum_of(sums.as_bytes()))
 }
 
-/// What the order of sums in the run over a calibration text depends on.
+/// Returns the processor and the kernels, which decide the order of sums in a calibration.
 fn processor() -> Result<String> {
     let cpus = RefreshKind::nothing().with_cpu(CpuRefreshKind::nothing());
     let system = System::new_with_specifics(cpus).ok();

@@ -1,10 +1,11 @@
-//! Encodings under a budget: more bits for the matrices whose errors change the predictions of the model most.
+//! Encodings under a budget: more bits for the most sensitive matrices.
 //!
-//! The divergence that the errors of all matrices cause is taken to be the sum of what those of each cause by themselves,
-//! which its [`Curvature`](crate::sensitivity::curvature::Curvature) says to second order. What is measured of a matrix is its
-//! sensitivity: the divergence if every row had independent errors of its own size, and later rows and columns made up
-//! for them. An encoding then costs that times the square of its relative error, which is about the same for all
-//! matrices. From the fewest bits on, the matrix that gains most for each byte gets more, until nothing fits any more.
+//! The divergence that the errors of all matrices cause is approximated by the sum over the
+//! matrices, each by its [`Curvature`](crate::sensitivity::Curvature) to second order. The
+//! sensitivity of a matrix is the divergence if every row had independent errors as large as
+//! itself, compensated by later rows and columns. An encoding costs that times the square of its
+//! relative error, which is about the same for all matrices. Starting from the fewest bits, the
+//! matrix that gains most for each byte gets more, until nothing fits any more.
 #![forbid(unsafe_code)]
 
 use crate::encode::rotation::rotation;
@@ -21,8 +22,10 @@ use upg_kernel::format::{Encoding, LayerInfo, TENSOR_ALIGNMENT};
 use upg_kernel::inference::Input;
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// The encodings that are mixed, from few bits to many, with the square of their relative error: that of matrices of
-/// SmolLM2 without a calibration (`upg inspect`), which no matrix was more than a tenth away from.
+/// The encodings that are mixed, from few bits to many, with the square of their relative error.
+///
+/// The errors are those of matrices of SmolLM2 without a calibration (`upg inspect`); no matrix
+/// was more than a tenth away.
 const LADDER: [(Encoding, f64); 4] = [
     (Encoding::T2, SQUARED_ERRORS[0]),
     (Encoding::T3, SQUARED_ERRORS[1]),
@@ -30,10 +33,12 @@ const LADDER: [(Encoding, f64); 4] = [
     (Encoding::Q8, 0.000_026),
 ];
 
-/// Sequences that sensitivities are measured on: they are sums over whole matrices, and need no more.
+/// Sequences that sensitivities are measured on.
+///
+/// Sensitivities are sums over whole matrices and need no more.
 const SEQUENCES: usize = 8;
 
-/// What the list of layers in the header may take more for another encoding of one of them, in bytes.
+/// Bytes that the list of layers may grow by if one of them gets another encoding.
 const HEADER_ROOM: u64 = 64;
 
 /// A matrix whose encoding is chosen.
@@ -43,7 +48,7 @@ struct Candidate {
     sensitivity: f64,
     /// Bytes with each encoding of the ladder.
     bytes: [u64; LADDER.len()],
-    /// Its place on the ladder.
+    /// Index of its encoding on the ladder.
     rung: usize,
 }
 
@@ -61,7 +66,7 @@ impl Candidate {
         })
     }
 
-    /// What the next rung gains for each byte that it takes, and how many it takes; `None` at the top.
+    /// Gain per byte of the next rung and the bytes that it takes; `None` at the top.
     fn step(&self) -> Option<(f64, u64)> {
         let (_, error) = LADDER[self.rung];
         let (_, smaller) = LADDER.get(self.rung + 1)?;
@@ -79,11 +84,11 @@ fn aligned(arrays: Vec<u64>) -> u64 {
 
 /// The smallest file that the options allow.
 struct Least {
-    /// Those of it.
+    /// Options of that file.
     options: CompressOptions,
     plan: Plan,
     file_bytes: u64,
-    /// Of the matrices of the blocks, and how many weights these have.
+    /// Bytes of the matrices of the blocks.
     blocks: u64,
     weights: u64,
 }
@@ -142,7 +147,9 @@ impl Least {
     }
 }
 
-/// At most so many bytes will the file have; as many as the smallest one if the budget is less. Errors: those of the plan.
+/// Returns an upper bound for the bytes of the file under a budget.
+///
+/// If the budget is too small it is the size of the smallest file. Errors: those of the plan.
 pub(crate) fn most_bytes(
     source: &dyn Source,
     options: &CompressOptions,
@@ -152,11 +159,11 @@ pub(crate) fn most_bytes(
     Ok(least.file_bytes + least.header_room() + least.left(budget).unwrap_or(0))
 }
 
-/// `options` with an encoding for each matrix of the blocks that no pattern names.
+/// Returns `options` with an encoding for each matrix of the blocks that no pattern names.
 ///
-/// Cost: the model forwards and backwards over 8 sequences of the calibration, and for each matrix what
-/// [`Feedback::new`](crate::sensitivity::hessian::Feedback::new) takes.
-/// Errors: `Argument` without a calibration, or if the budget is too small for the fewest bits; those of the source and of
+/// Cost: the model forwards and backwards over 8 sequences of the calibration, and for each matrix
+/// what [`Feedback::new`](crate::sensitivity::Feedback::new) takes. Errors: `Argument` without a
+/// calibration, or if the budget is too small for the fewest bits; those of the source and of
 /// [`Calibrator`]; `Interrupted`.
 pub(crate) fn choose_encodings(
     source: &dyn Source,
@@ -230,7 +237,7 @@ fn spend(candidates: &mut [Candidate], mut left: u64) {
     }
 }
 
-/// The encodings that were chosen, with how many matrices have each: for a summary.
+/// Counts the matrices of the blocks by the name of their encoding.
 pub fn count_encodings(layers: &[LayerInfo]) -> BTreeMap<&str, usize> {
     let mut counts = BTreeMap::new();
     for layer in layers.iter().filter(|l| Input::of(&l.name).is_some()) {
@@ -252,7 +259,8 @@ mod tests {
         }
     }
 
-    /// Against all ways to spend, where steps are of equal size and gains fall, so that the greedy way is the best one.
+    /// Against all ways to spend, where steps are of equal size and gains fall, so that the greedy
+    /// way is the best one.
     #[test]
     fn what_gains_most_for_its_bytes_comes_first() {
         let bytes = [2, 3, 4, 5].map(|n| n * 100);

@@ -1,4 +1,4 @@
-//! What a caller chooses: encodings, a budget, and how they are found.
+//! Options of a compression: encodings, overrides, a budget.
 #![forbid(unsafe_code)]
 
 use super::sparsity::Sparse;
@@ -17,11 +17,11 @@ const DEFAULT_SEED: u64 = 0;
 /// Blocks of fewer bits are like `t3`, of more like `t4`, where a choice depends on it.
 const LIKE_T4: f64 = 3.6;
 
-/// An encoding, or none: the matrix stays as it is.
+/// An encoding, or none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Choice {
-    /// Stored as the source has it (dequantized to F32 if that is a quantized GGUF type).
+    /// Uncompressed, as the source stores it; quantized GGUF types are dequantized to F32.
     Keep,
     /// Compressed.
     Encode(Encoding),
@@ -90,44 +90,62 @@ impl FromStr for Override {
     }
 }
 
-/// How to compress a model.
+/// Options of [`compress`](crate::compress()).
+///
+/// Made by [`CompressOptions::new`]; every field may be set afterwards.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct CompressOptions {
-    /// For the matrices of the transformer blocks.
+    /// Encoding of the matrices in the transformer blocks.
     pub encoding: Choice,
-    /// How many bits there are: the matrices of the blocks then get `t2`, `t3`, `t4` or `q8`, each as much as it needs, and
-    /// `encoding` only stands for them until that is known. Needs a calibration.
+    /// Budget of bits, which needs a calibration. `None`: every matrix of the blocks gets
+    /// `encoding`.
+    ///
+    /// With a budget each matrix gets `t2`, `t3`, `t4` or `q8`, the most sensitive ones the most
+    /// bits; `encoding` only stands for them until that is known.
     pub budget: Option<Budget>,
-    /// Encodings by the names of matrices, before `encoding`: what comes of a budget.
+    /// Per-matrix encodings chosen by the bit budget, keyed by tensor name.
+    ///
+    /// They take precedence over `encoding`.
     pub choices: BTreeMap<String, Encoding>,
-    /// For the embeddings and the output head. `None`: `keep` and `mdcsr` as the blocks; `q4` where
-    /// the blocks are `t2` or `t3` and a `q8` embedding would be over a fifth of the file; else `q8`.
+    /// Encoding of the embeddings and the output head; `None` chooses it.
+    ///
+    /// The default is that of the blocks for `keep` and `mdcsr`; `q4` where the blocks are `t2` or
+    /// `t3` and a `q8` embedding would exceed a fifth of the file; else `q8`.
     pub embedding: Option<Choice>,
-    /// Columns that share a prime index in `q8` and `q4`, 32 or 64. `None`: 64 in `q8`, 32 in `q4`.
+    /// Columns that share a prime index in `q8` and `q4`: 32 or 64.
+    ///
+    /// `None`: 64 in `q8`, 32 in `q4`.
     pub group: Option<usize>,
-    /// For single matrices; the last one that matches counts.
+    /// Encodings of single matrices by patterns; the last pattern that matches counts.
     pub overrides: Vec<Override>,
-    /// Of the random signs of the rotation.
+    /// Seed of the random signs of the rotation.
     pub seed: u64,
-    /// What the model is run over: matrices of the layers are then rounded so that their outputs on it are kept, but for
-    /// `mdcsr`. `None`: only the weights are looked at.
+    /// Text that the model is run over. `None`: only the weights are considered.
+    ///
+    /// With a calibration the matrices of the layers, except those in `mdcsr`, are rounded so that
+    /// their effect on the predictions is kept.
     pub calibration: Option<Calibration>,
-    /// Whether matrices that would be `q8` or `q4` are stored by their zeros where they have many.
+    /// Storage of `q8` and `q4` matrices with many zeros.
     pub sparse: Sparse,
-    /// The share of weights to prune of the matrices in the layers that would be `q8`, `q4`, `s8` or `s4`, which are stored
-    /// as `s8` or `s4` then. Needs a calibration.
+    /// Share of the weights to prune, above 0 and below 1. Needs a calibration.
+    ///
+    /// Applies to the matrices of the layers that would be `q8`, `q4`, `s8` or `s4`; they are
+    /// stored as `s8` or `s4`.
     pub prune: Option<f64>,
-    /// Also measure, where there is a calibration, how far the outputs of each matrix are off, and what that changes:
-    /// [`TensorReport::output_error`](crate::job::report::TensorReport::output_error), [`TensorReport::divergence`](crate::job::report::TensorReport::divergence).
-    /// Does not change the file.
+    /// Measurement of the output error and the divergence of each calibrated matrix.
+    ///
+    /// The figures are [`TensorReport::output_error`](crate::TensorReport::output_error) and
+    /// [`TensorReport::divergence`](crate::TensorReport::divergence). Does not change the file.
     pub output_errors: bool,
-    /// Leave what is done if the run ends early, and go on from what an earlier one has left. Does not change the file.
+    /// Resumable run: an early end leaves the finished tensors, from which the same run resumes.
+    ///
+    /// Does not change the file.
     pub resume: bool,
 }
 
 impl CompressOptions {
-    /// Everything at its default but the encoding.
+    /// Options with this encoding of the blocks, everything else at its default.
     pub fn new(encoding: Choice) -> Self {
         Self {
             encoding,
@@ -145,29 +163,30 @@ impl CompressOptions {
         }
     }
 
-    /// Whether the encoder of a matrix will look at the inputs that it has.
+    /// Returns whether the encoder of a matrix will use the inputs of the calibration.
     pub(crate) fn calibrates(&self, layer: &LayerInfo) -> bool {
         self.calibration.is_some() && is_calibrated(layer)
     }
 
-    /// Whether a pattern says what becomes of the matrix `name`.
+    /// Returns whether a pattern names the encoding of the matrix `name`.
     pub(crate) fn is_named(&self, name: &str) -> bool {
         self.overrides.iter().any(|o| o.matches(name))
     }
 }
 
-/// How many bits there are.
+/// A limit on the bits of a file, which the matrices of the blocks share.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub enum Budget {
-    /// For each weight in the matrices of the transformer blocks, with scales and all else that is stored of them.
+    /// Average bits of each weight in the matrices of the blocks, scales and all other arrays
+    /// included.
     Blocks(f64),
     /// Bytes of the whole file.
     File(u64),
 }
 
 impl Budget {
-    /// The encoding that the blocks will be like.
+    /// Returns the encoding whose size the blocks will be nearest to: `t3` or `t4`.
     pub fn encoding(self) -> Encoding {
         match self {
             Self::Blocks(bits) if bits >= LIKE_T4 => Encoding::T4,
@@ -183,7 +202,7 @@ impl Budget {
     }
 }
 
-/// Whether the encoder of a matrix looks at the inputs that the matrix has.
+/// Returns whether the encoder of a matrix can use the inputs of a calibration.
 pub(crate) fn is_calibrated(layer: &LayerInfo) -> bool {
     let looks = !matches!(layer.encoding(), Err(_) | Ok(Encoding::MdCsr));
     looks && Input::of(&layer.name).is_some()

@@ -1,4 +1,4 @@
-//! How a file was made, as its metadata tell.
+//! The metadata of a file, with the recipe by which it was made.
 #![forbid(unsafe_code)]
 
 use super::options::{Budget, CompressOptions};
@@ -12,7 +12,9 @@ use upg_kernel::format::reserve_figures;
 /// The metadata key of the options that were chosen.
 pub(crate) const RECIPE: &str = "recipe";
 
-/// The metadata of the file, with room for the figures that are known at the end; `recipe` is what it was made with.
+/// Returns the metadata of the file, the recipe included.
+///
+/// Figures that are known at the end have room reserved for them.
 pub(crate) fn metadata(
     source: &dyn Source,
     options: &CompressOptions,

@@ -1,4 +1,4 @@
-//! Bytes of the file, and of a tensor on its way into it.
+//! Byte counts: of the file, of its arrays, and of the memory that encoding a tensor takes.
 #![forbid(unsafe_code)]
 
 use super::options::CompressOptions;
@@ -10,12 +10,12 @@ use crate::source::{Source, SourceDtype};
 use upg_kernel::Result;
 use upg_kernel::format::{Encoding, LayerInfo, TENSOR_ALIGNMENT, header_bytes, header_capacity};
 
-/// Of each part, for each column: a strip of 64 rows in several forms.
+/// Bytes that a part takes for each column: a strip of 64 rows in several forms.
 const STRIP_BYTES: u64 = 64 * 4 * 10;
 
 const F32: u64 = 4;
 
-/// Bytes of the file that `plan` gives: exactly, but at most so many with `mdcsr`, `s8` and `s4`.
+/// Returns the bytes of the file that `plan` gives; an upper bound with `mdcsr`, `s8` and `s4`.
 ///
 /// Errors: those of the header.
 pub(crate) fn file_bytes(
@@ -38,7 +38,7 @@ pub(crate) fn file_bytes(
     Ok(bytes)
 }
 
-/// Bytes of each array of a tensor.
+/// Returns the bytes of each array of a tensor.
 pub(crate) fn array_bytes(source: &dyn Source, planned: &PlannedTensor) -> Result<Vec<u64>> {
     if let Some(layer) = &planned.layer {
         return layer.array_bytes();
@@ -48,7 +48,7 @@ pub(crate) fn array_bytes(source: &dyn Source, planned: &PlannedTensor) -> Resul
     Ok(vec![tensor.weights() as u64 * size])
 }
 
-/// Of a tensor on its way into the file.
+/// Returns the memory that a tensor takes while it is encoded and written, in bytes.
 ///
 /// Errors: those of the description of a layer.
 pub(crate) fn tensor_bytes(
@@ -66,7 +66,7 @@ pub(crate) fn tensor_bytes(
     })
 }
 
-/// Of a matrix on its way into its arrays.
+/// Returns the memory that a matrix takes while it is encoded into `arrays` bytes.
 fn encoding(layer: &LayerInfo, options: &CompressOptions, arrays: u64) -> u64 {
     let (rows, cols) = (layer.rows as u64, layer.cols as u64);
     let weights = rows * cols;
@@ -80,15 +80,16 @@ fn encoding(layer: &LayerInfo, options: &CompressOptions, arrays: u64) -> u64 {
         _ => weights,
     };
     let feedback = match is_calibrated {
-        // At its largest while it is decomposed: the rotated or reordered one in f32, three in f64; then of the rows of each
-        // panel.
+        // At its largest while it is decomposed: the rotated or reordered one in f32, three in
+        // f64; then of the rows of each panel.
         true => {
             let panel = rows.min(PANEL_ROWS as u64);
             cols * cols * (F32 + 3 * 8) + parts * panel * (panel * (F32 + 3 * 8) + cols * F32)
         }
         false => 0,
     };
-    // Once it is encoded: all errors, the factor of the inputs, and what becomes of the errors of a panel.
+    // Once it is encoded: all errors, the factor of the inputs, and what becomes of the errors of
+    // a panel.
     let measuring = match options.output_errors && is_calibrated {
         true => F32 * (weights + cols * cols + 2 * rows.min(PANEL_ROWS as u64) * cols),
         false => 0,

@@ -8,26 +8,30 @@ use upg_kernel::format::Encoding;
 use upg_kernel::matrix::BITMAP_GROUP;
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// Rows whose zeros are counted, evenly spread over the matrix: reading all of a model twice would cost more than a
-/// choice that is a few percent off.
+/// Rows whose zeros are counted, evenly spread over the matrix.
+///
+/// Reading all of a model twice would cost more than a choice that is a few percent off.
 const SAMPLE_ROWS: usize = 64;
 
-/// What has to be saved for it, as a part of the bytes: products with `s8` and `s4` take more time for each byte.
+/// Least part of the bytes that sparse storage has to save.
+///
+/// Products with `s8` and `s4` take more time for each byte.
 const WORTH: f64 = 0.1;
 
-/// Whether matrices with many zeros are stored by them.
+/// Storage of matrices with many zeros.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Sparse {
-    /// `q8` becomes `s8` and `q4` becomes `s4` where that takes a tenth less: from about 23 % zeros on with `q8`, from
-    /// 33 % on with `q4`.
+    /// `s8` instead of `q8`, `s4` instead of `q4`, where that saves a tenth of the bytes.
+    ///
+    /// That is so from about 23 % zeros on with `q8`, from 33 % on with `q4`.
     #[default]
     Auto,
     /// Encodings stay what they are.
     Never,
 }
 
-/// Both by name.
+/// The names of the choices.
 const NAMES: [(&str, Sparse); 2] = [("auto", Sparse::Auto), ("never", Sparse::Never)];
 
 impl fmt::Display for Sparse {
@@ -58,9 +62,10 @@ pub(crate) fn sparse_form(encoding: Encoding) -> Option<Encoding> {
     }
 }
 
-/// The [`sparse_form`] of an `encoding` with so many columns in a `group`, if tensor `index` has the zeros for it.
+/// Returns the [`sparse_form`] of an `encoding` if tensor `index` has enough zeros for it.
 ///
-/// Reads up to 64 rows. Errors: those of the source.
+/// `group` is the number of columns that share a prime in the dense form. Reads up to 64 rows.
+/// Errors: those of the source.
 pub(crate) fn sparse_if_smaller(
     source: &dyn Source,
     index: usize,
@@ -92,8 +97,10 @@ fn dense_bits(encoding: Encoding, group: usize) -> f64 {
     level_bits(encoding) + 8.0 / group as f64
 }
 
-/// Bits for each weight of the sparse form, a bit for each and levels for those that are kept. The half bytes at the
-/// ends of words, at most 2 % of the whole, are not counted.
+/// Bits of each weight in the sparse form: one of the bitmap, and levels for the share that is not
+/// zero.
+///
+/// The half bytes at the ends of words, at most 2 % of the whole, are not counted.
 fn sparse_bits(encoding: Encoding, kept: f64) -> f64 {
     1.0 + 8.0 / BITMAP_GROUP as f64 + level_bits(encoding) * kept
 }

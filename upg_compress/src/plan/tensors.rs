@@ -1,4 +1,4 @@
-//! Which tensor is stored how.
+//! The plan: the encoding of every tensor, in the order of the file.
 #![forbid(unsafe_code)]
 
 use crate::encode::prune::check_sparsity;
@@ -13,7 +13,7 @@ use upg_kernel::inference::weights::{EMBEDDING, HEAD};
 use upg_kernel::matrix::BITMAP_GROUP;
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// What happens to every tensor, in the order of writing.
+/// The encodings of all tensors, in the order of writing.
 pub(crate) struct Plan {
     pub tensors: Vec<PlannedTensor>,
     /// The choice for embeddings and output head.
@@ -29,7 +29,7 @@ pub(crate) struct PlannedTensor {
 }
 
 impl Plan {
-    /// What is compressed, without errors yet.
+    /// Returns the descriptions of the compressed matrices, without errors yet.
     pub(crate) fn layers(&self) -> Vec<LayerInfo> {
         self.tensors
             .iter()
@@ -45,7 +45,8 @@ impl Plan {
     }
 
     pub(crate) fn new(source: &dyn Source, options: &CompressOptions) -> Result<Self> {
-        // A file that no engine could run is not worth hours of work; weights alone may be all that there is.
+        // A file that no engine could run is not worth hours of work; weights alone may be all
+        // that there is.
         let files = source.files();
         let tied = files.config_json.is_some() && files.config()?.tie_word_embeddings;
         if let Some(group) = options.group.filter(|group| !matches!(group, 32 | 64)) {
@@ -153,7 +154,7 @@ impl Plan {
     }
 }
 
-/// Whether weights of a matrix are pruned if that is asked for.
+/// Returns whether the weights of a matrix are pruned if that is asked for.
 pub(crate) fn is_prunable(layer: &LayerInfo) -> bool {
     matches!(layer.encoding(), Ok(Encoding::S8 | Encoding::S4)) && is_calibrated(layer)
 }

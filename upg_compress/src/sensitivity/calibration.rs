@@ -1,4 +1,4 @@
-//! Texts to calibrate on: the one that comes with this crate, and those of files.
+//! Calibration texts: the one that comes with this crate, and those of files.
 #![forbid(unsafe_code)]
 
 use crate::source::Source;
@@ -10,32 +10,32 @@ use upg_kernel::{Error, ErrorKind, Result};
 /// A bit of everything; `data/README.md` says what, and where it is from.
 const BUILT_IN: &str = include_str!("../../data/calibration.txt");
 
-/// Tokens that are used of the built-in text where nobody says how many: work grows with them.
+/// Default number of tokens of the built-in text; the work grows with it.
 pub const BUILT_IN_TOKENS: usize = 1 << 15;
 
 /// Tokens of a sequence, unless the model takes fewer.
 const WINDOW: usize = 512;
 
-/// Most tokens of a calibration: their hidden states stay in memory.
+/// Largest number of tokens of a calibration: their hidden states stay in memory.
 const MAX_TOKENS: usize = 1 << 18;
 
 /// Bytes of the digest that names the tokens.
 const DIGEST_BYTES: usize = 16;
 
-/// What a model is run over: sequences of tokens, each by itself.
+/// Text that a model is run over: independent sequences of tokens.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Calibration {
     tokens: Vec<u32>,
     window: usize,
-    /// Whether the tokens are of the text that comes with this crate.
+    /// Set for the text that comes with this crate.
     built_in: bool,
 }
 
 impl Calibration {
-    /// Sequences of `window` tokens each. What is left at the end is not used.
+    /// Divides `tokens` into sequences of `window` tokens. A remainder is not used.
     ///
-    /// Errors: `Argument` if there is not one whole sequence; `TooLarge` above 262,144 tokens, whose hidden states would
-    /// be too many to hold.
+    /// Errors: `Argument` if there is not one whole sequence; `TooLarge` above 262,144 tokens,
+    /// whose hidden states would be too many to hold.
     pub fn new(mut tokens: Vec<u32>, window: usize) -> Result<Self> {
         if window == 0 || tokens.len() < window {
             let message = format!(
@@ -59,25 +59,27 @@ impl Calibration {
         })
     }
 
-    /// The first `sequences` of it.
+    /// Returns the first `sequences` of it.
     pub(crate) fn first(&self, sequences: usize) -> Self {
         let mut first = self.clone();
         first.tokens.truncate(sequences * self.window);
         first
     }
 
-    /// All tokens, one sequence after the other.
+    /// Returns all tokens, one sequence after the other.
     pub fn tokens(&self) -> &[u32] {
         &self.tokens
     }
 
-    /// Tokens of a sequence.
+    /// Returns the number of tokens of a sequence.
     pub fn window(&self) -> usize {
         self.window
     }
 
-    /// The text that comes with this crate: prose, dialogue, articles, letters, code, markup, tables, and some
-    /// paragraphs in other languages than English, 250 kB in all. Each prefix has some of most of it.
+    /// Tokenizes the text that comes with this crate, at most `most` tokens of it.
+    ///
+    /// It has prose, dialogue, articles, letters, code, markup, tables, and some paragraphs in
+    /// other languages than English, 250 kB in all. Each prefix has some of most of it.
     ///
     /// Errors: as [`Calibration::of_documents`].
     pub fn built_in(source: &dyn Source, most: usize) -> Result<Self> {
@@ -87,15 +89,18 @@ impl Calibration {
         })
     }
 
-    /// A text as one document. Errors: as [`Calibration::of_documents`].
+    /// Tokenizes a text as one document. Errors: as [`Calibration::of_documents`].
     pub fn of_text(source: &dyn Source, text: &str, most: usize) -> Result<Self> {
         Self::of_documents(source, &[text], most)
     }
 
-    /// Documents, each as the tokenizer of the model in `source` cuts it by itself, then joined and cut into sequences
-    /// of 512 tokens, or of as many as the model takes at most; of all tokens the first `most` are used.
+    /// Tokenizes documents one by one, joins their tokens and divides them into sequences.
     ///
-    /// Errors: those of the tokenizer and of [`Calibration::new`]; `Missing` if the source has no tokenizer.
+    /// A sequence has 512 tokens, or as many as the model takes at most; of all tokens the first
+    /// `most` are used.
+    ///
+    /// Errors: those of the tokenizer and of [`Calibration::new`]; `Missing` if the source has no
+    /// tokenizer.
     pub fn of_documents(
         source: &dyn Source,
         documents: &[impl AsRef<str>],
@@ -111,12 +116,12 @@ impl Calibration {
         Self::new(tokens, WINDOW.min(config.context))
     }
 
-    /// Whether this is the text of [`Calibration::built_in`].
+    /// Returns whether this is the text of [`Calibration::built_in`].
     pub fn is_built_in(&self) -> bool {
         self.built_in
     }
 
-    /// What a text is recognized by, for people.
+    /// Returns a description of the text for the metadata of a file.
     pub(crate) fn to_json(&self) -> Value {
         json!({
             "text": if self.is_built_in() { "built-in" } else { "given" },
@@ -126,7 +131,9 @@ impl Calibration {
         })
     }
 
-    /// The first 16 bytes of SHA-256 of all tokens, as little-endian 32-bit numbers, in hexadecimal.
+    /// Returns the first 16 bytes of the SHA-256 of all tokens, in hexadecimal.
+    ///
+    /// Tokens are hashed as little-endian 32-bit numbers.
     pub fn checksum(&self) -> String {
         let mut hash = Sha256::new();
         self.tokens
@@ -140,7 +147,7 @@ impl Calibration {
     }
 }
 
-/// The documents of a file of JSON lines: of each line the string `text`. Empty lines are passed over.
+/// Returns the documents of JSON lines: the string `text` of each line. Empty lines are skipped.
 ///
 /// Errors (`Malformed`): a line that is no object with a string `text`, with its number.
 pub fn json_lines(lines: &str) -> Result<Vec<String>> {

@@ -1,4 +1,4 @@
-//! What errors of the matrices of a model change its predictions by: it is run over a text, forwards and backwards.
+//! Measurement of sensitivities: the model runs over a text, forwards and backwards.
 #![forbid(unsafe_code)]
 
 use super::calibration::Calibration;
@@ -15,28 +15,30 @@ use upg_kernel::inference::weights::EMBEDDING;
 use upg_kernel::inference::{Backward, Input, Layerwise, ModelConfig, WeightSource};
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// Of the random factors of the logits whose gradients are taken.
+/// Seed of the random factors of the logits whose gradients are taken.
 const DRAWING_SEED: u64 = 0;
 
-/// What errors of the matrices of a model change its predictions by, from the last layer to the first.
+/// Curvatures of the matrices of a model, from the last layer to the first.
 pub struct Calibrator<'a> {
     source: SourceWeights<'a, dyn Source + 'a>,
     config: ModelConfig,
     states: States,
     run: Backward,
-    /// Layers that were not passed yet.
+    /// Number of layers that the backward pass has not passed yet.
     left: usize,
-    /// Of the matrices of the last one that was passed.
+    /// Curvatures of the matrices of the last layer that was passed.
     found: HashMap<String, Arc<Curvature>>,
 }
 
 impl<'a> Calibrator<'a> {
-    /// Behind the last layer of the model in `source`: it has been run forwards.
+    /// Runs the model in `source` forwards over the text; the backward pass then starts at its
+    /// last layer.
     ///
-    /// Memory: `8 * hidden` bytes a token, one layer of weights as f32, what [`Curvature::new`] takes for each of its matrices,
-    /// and what a pass over 2,048 positions takes; here also the embedding as f32, twice. On disk, where temporary
-    /// files are: `4 * hidden * layers` bytes a token.
-    /// Errors: those of the source, of [`Layerwise::new`] and of [`Backward::new`]; `Io`; `Interrupted`.
+    /// Memory: `8 * hidden` bytes a token, one layer of weights as f32, what [`Curvature::new`]
+    /// takes for each of its matrices, and what a pass over 2,048 positions takes; here also the
+    /// embedding as f32, twice. On disk, where temporary files are: `4 * hidden * layers` bytes a
+    /// token. Errors: those of the source, of [`Layerwise::new`] and of [`Backward::new`]; `Io`;
+    /// `Interrupted`.
     pub fn new(
         source: &'a dyn Source,
         calibration: &Calibration,
@@ -65,11 +67,12 @@ impl<'a> Calibrator<'a> {
         })
     }
 
-    /// What errors of the matrix `name` cost; `None` if it is not in a layer of the model. Layers have to be asked for from
-    /// the last to the first.
+    /// Returns the curvature of the matrix `name`; `None` if it is not in a layer of the model.
     ///
-    /// Errors: those of the source; `Invalid` if the model gives numbers that are not finite; `Argument` for a layer
-    /// after the last one that was asked for; `Io`; `Interrupted`.
+    /// Layers have to be asked for from the last to the first.
+    ///
+    /// Errors: those of the source; `Invalid` if the model gives numbers that are not finite;
+    /// `Argument` for a layer after the last one that was asked for; `Io`; `Interrupted`.
     pub fn curvature(
         &mut self,
         name: &str,
@@ -93,7 +96,7 @@ impl<'a> Calibrator<'a> {
         Ok(self.found.get(name).cloned())
     }
 
-    /// Passes layer `index`; looks at it if that is the layer that is `asked` for.
+    /// Passes layer `index`; collects its curvatures if that is the layer that is `asked` for.
     fn pass(&mut self, index: usize, asked: usize, progress: &dyn Progress) -> Result<()> {
         let Self {
             source,
@@ -145,7 +148,7 @@ impl<'a> Calibrator<'a> {
 /// Hidden states before each layer, the last ones first, in a temporary file.
 struct States {
     file: File,
-    /// Of a layer.
+    /// Values of a layer.
     values: usize,
     layers: u64,
 }

@@ -1,11 +1,13 @@
-//! What errors of a matrix change the predictions of its model by.
+//! Curvature of the loss in the weights of a matrix: the sensitivity of the predictions to its
+//! errors.
 //!
-//! An error `E` of a matrix changes its outputs by `E x`, and the loss by `g^T E x` if `g` are the gradients of the outputs.
-//! The squares of that, added up over all positions, are the Fisher information of `E`: half of it is, to second order, the
-//! Kullback-Leibler divergence. It is approximated by two factors, `F = outputs x inputs / trace` (a Kronecker product):
-//! `tr(outputs E inputs E^T) / trace`, with `inputs = sum of |g|^2 x x^T` and `outputs = sum of |x|^2 g g^T`, both with
-//! the trace `sum of |g|^2 |x|^2`. Sources: K-FAC (arXiv 1503.05671); for rounding YAQA (arXiv 2505.22988), whose
-//! feedback between rows and columns this is.
+//! An error `E` of a matrix changes its outputs by `E x`, and the loss by `g^T E x` if `g` are the
+//! gradients of the outputs. The squares of that, added up over all positions, are the Fisher
+//! information of `E`: half of it is, to second order, the Kullback-Leibler divergence. It is
+//! approximated by two factors, `F = outputs x inputs / trace` (a Kronecker product): `tr(outputs
+//! E inputs E^T) / trace`, with `inputs = sum of |g|^2 x x^T` and `outputs = sum of |x|^2 g g^T`,
+//! both with the trace `sum of |g|^2 |x|^2`. Sources: K-FAC (arXiv 1503.05671); for rounding YAQA
+//! (arXiv 2505.22988), whose feedback between rows and columns this is.
 #![forbid(unsafe_code)]
 
 use crate::sensitivity::hessian::{Feedback, Hessian};
@@ -15,29 +17,35 @@ use upg_kernel::matrix::strips::{STRIP_ROWS, TILE_COLS};
 use upg_kernel::rotation::Rotation;
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// Rows whose outputs are looked at together: the cost grows with it, memory too, and panels are encoded side by side.
-/// What it gives is in docs/quality.md.
+/// Rows of a panel, whose outputs are considered together.
+///
+/// Cost and memory grow with it, and panels are encoded in parallel. docs/quality.md has what it
+/// gains.
 pub(crate) const PANEL_ROWS: usize = 9 * STRIP_ROWS;
 
-/// What is added to the diagonal of the factor of the outputs, as a part of its average: more than to that of the inputs, as
-/// there are fewer positions that say anything about it, whose chance correlations would be taken for real ones.
+/// Damping of the factor of the outputs, as a part of the average of its diagonal.
+///
+/// It is larger than that of the inputs: fewer positions say anything about the outputs, and their
+/// chance correlations would be taken for real ones.
 const DAMPING_OF_OUTPUTS: f64 = 0.1;
 
-/// What a [`Curvature`] of a matrix `[rows, cols]` takes.
+/// Returns the bytes of the [`Curvature`] of a matrix `[rows, cols]`.
 pub(crate) fn curvature_bytes(rows: u64, cols: u64) -> u64 {
     4 * (cols * cols + rows * rows.min(PANEL_ROWS as u64))
 }
 
-/// The two factors for one matrix.
+/// The two factors of the curvature of one matrix.
 #[derive(Debug, Clone)]
 pub struct Curvature {
     inputs: Hessian,
-    /// Blocks on the diagonal, of [`PANEL_ROWS`] rows each, the last one maybe of fewer. `None`: every row counts the same.
+    /// Blocks on the diagonal, of [`PANEL_ROWS`] rows each; the last one may have fewer.
+    ///
+    /// `None`: every row counts the same.
     outputs: Option<Vec<Hessian>>,
 }
 
 impl From<Hessian> for Curvature {
-    /// Of a matrix of which only the inputs are known.
+    /// Makes the curvature of a matrix of which only the inputs are known.
     fn from(inputs: Hessian) -> Self {
         Self {
             inputs,
@@ -47,7 +55,9 @@ impl From<Hessian> for Curvature {
 }
 
 impl Curvature {
-    /// Of a matrix `[rows, cols]` without any inputs yet. Memory: `4 * cols^2` bytes, and up to 2,304 a row.
+    /// Makes the curvature of a matrix `[rows, cols]` without any inputs yet.
+    ///
+    /// Memory: `4 * cols^2` bytes, and up to 2,304 a row.
     pub fn new(rows: usize, cols: usize) -> Self {
         let panels = (0..rows).step_by(PANEL_ROWS);
         let panels = panels.map(|first| Hessian::new(PANEL_ROWS.min(rows - first)));
@@ -92,15 +102,17 @@ impl Curvature {
         of_inputs.and(of_outputs)
     }
 
-    /// That of the inputs.
+    /// Returns the factor of the inputs.
     pub fn inputs(&self) -> &Hessian {
         &self.inputs
     }
 
-    /// What errors `[rows, cols]` cost: `tr(outputs E inputs E^T)` over the trace of the inputs, that is their Fisher
-    /// information. Half of it is the Kullback-Leibler divergence, in nats, of all positions together. Where only the
-    /// inputs are known: `tr(E inputs E^T)`. Cost: `rows * cols^2 + rows * 576 * cols` multiplications; `4 * cols^2 +
-    /// 4,608 * cols` bytes.
+    /// Returns the cost of errors `[rows, cols]`: their Fisher information.
+    ///
+    /// It is `tr(outputs E inputs E^T)` over the trace of the inputs. Half of it is the
+    /// Kullback-Leibler divergence, in nats, of all positions together. Where only the inputs are
+    /// known: `tr(E inputs E^T)`. Cost: `rows * cols^2 + rows * 576 * cols` multiplications; `4 *
+    /// cols^2 + 4,608 * cols` bytes.
     ///
     /// Errors (`Shape`): they are of another matrix.
     pub fn cost(&self, errors: &[f32]) -> Result<f64> {
@@ -118,8 +130,11 @@ impl Curvature {
         Ok(if trace > 0.0 { cost / trace } else { 0.0 })
     }
 
-    /// The divergence that errors `[rows, cols]` cause by themselves, in nats of each position, to second order; `None` where
-    /// only the inputs are known, or no position was added. Cost and errors: those of [`Curvature::cost`].
+    /// Returns the divergence that errors `[rows, cols]` alone cause, in nats per position, to
+    /// second order.
+    ///
+    /// `None` where only the inputs are known, or no position was added. Cost and errors: those of
+    /// [`Curvature::cost`].
     pub fn divergence(&self, errors: &[f32]) -> Result<Option<f64>> {
         let positions = self.inputs.count();
         if self.outputs.is_none() || positions == 0 {
@@ -128,10 +143,14 @@ impl Curvature {
         Ok(Some(0.5 * self.cost(errors)? / positions as f64))
     }
 
-    /// The divergence, in nats of all positions together, if the rows of `weights [rows, cols]`, rotated, had
-    /// independent errors as large as they are, and later rows and columns made up for them.
+    /// Returns the divergence for a relative error of 1 in each row, in nats of all positions
+    /// together.
     ///
-    /// Cost: what [`Feedback::new`] takes. Errors: those of it; `Shape` for the weights of another matrix.
+    /// The rows of `weights [rows, cols]`, rotated by `rotation`, have independent errors as large
+    /// as they are, which later rows and columns compensate.
+    ///
+    /// Cost: what [`Feedback::new`] takes. Errors: those of it; `Shape` for the weights of another
+    /// matrix.
     pub(crate) fn sensitivity(&self, weights: &[f32], rotation: &Rotation) -> Result<f64> {
         let cols = self.inputs.cols();
         self.check(weights.len() / cols.max(1), cols)?;
@@ -164,7 +183,9 @@ impl Curvature {
         })
     }
 
-    /// Rows that are encoded one after the other, as each makes up for those before: a multiple of those of a strip.
+    /// Returns the number of rows that are encoded in sequence, as each compensates those before.
+    ///
+    /// It is a multiple of the rows of a strip.
     pub(crate) fn panel_rows(&self) -> usize {
         match self.outputs {
             Some(_) => PANEL_ROWS,
@@ -172,7 +193,8 @@ impl Curvature {
         }
     }
 
-    /// How the errors of rows of a panel change the targets of later ones, `together` rows at a time; `None` if they do not.
+    /// Returns the feedback between the rows of a panel, `together` rows at a time; `None` without
+    /// any.
     ///
     /// Errors: those of [`Feedback::new`].
     pub(crate) fn feedback_of_rows(
@@ -186,7 +208,9 @@ impl Curvature {
             .transpose()
     }
 
-    /// Errors (`Shape`): it is of another matrix than `[rows, cols]`.
+    /// Checks that it is of a matrix `[rows, cols]`.
+    ///
+    /// Errors (`Shape`): it is of another one.
     pub(crate) fn check(&self, rows: usize, cols: usize) -> Result<()> {
         let Some(panels) = &self.outputs else {
             return self.inputs.check(cols);
@@ -200,7 +224,7 @@ impl Curvature {
     }
 }
 
-/// Of rows of `len` values.
+/// Returns the norms of rows of `len` values.
 fn sizes(values: &[f32], len: usize) -> Vec<f32> {
     let size = |row: &[f32]| {
         row.iter()
@@ -212,7 +236,7 @@ fn sizes(values: &[f32], len: usize) -> Vec<f32> {
     rows.map(|row| size(row) as f32).collect()
 }
 
-/// Some columns of rows of `len` values, each row times its factor.
+/// Returns some columns of rows of `len` values, each row times its factor.
 fn weighed(values: &[f32], len: usize, columns: Range<usize>, factors: &[f32]) -> Vec<f32> {
     let mut out = vec![0.0; factors.len() * columns.len()];
     out.par_chunks_mut(columns.len().max(1))

@@ -1,10 +1,12 @@
-//! What rounding errors of a matrix cost: the Hessian `X^T X` of its inputs, and feedback of errors from it.
+//! The Hessian `X^T X` of the inputs of a matrix, and the feedback of rounding errors that follows
+//! from it.
 //!
-//! A layer multiplies `W` with inputs `x`; rounding to `Q` changes its outputs by `(Q - W) x`, whose squares add up to
-//! `tr((Q - W) H (Q - W)^T)` with `H = X^T X`. Where columns are rounded one after the other, later ones can make up
-//! for the errors of earlier ones. Sources: GPTQ (arXiv 2210.17323), and LDLQ of QuIP (arXiv 2307.13304), which is the
-//! same: with `H = (A + 1) D (A + 1)^T`, `A` strictly upper triangular and `D` diagonal, the best target of column `k` is
-//! `w_k + sum over j < k of (w_j - q_j) A[j][k]`, and what is left costs `D[k][k] * (target - q_k)^2`.
+//! A layer multiplies `W` with inputs `x`; rounding to `Q` changes its outputs by `(Q - W) x`,
+//! whose squares add up to `tr((Q - W) H (Q - W)^T)` with `H = X^T X`. Columns are rounded one at
+//! a time, and later ones compensate the errors of earlier ones. Sources: GPTQ (arXiv 2210.17323),
+//! and LDLQ of QuIP (arXiv 2307.13304), which is the same: with `H = (A + 1) D (A + 1)^T`, `A`
+//! strictly upper triangular and `D` diagonal, the best target of column `k` is `w_k + sum over j
+//! < k of (w_j - q_j) A[j][k]`, and what is left costs `D[k][k] * (target - q_k)^2`.
 #![forbid(unsafe_code)]
 
 use faer::linalg::matmul::matmul;
@@ -17,11 +19,12 @@ use upg_kernel::matrix::strips::STRIP_ROWS;
 use upg_kernel::rotation::Rotation;
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// What is added to the diagonal, as a part of its average: without it the directions that no input had would be
-/// free, and errors would be pushed there. That of GPTQ.
+/// Damping, as a part of the average of the diagonal: that of GPTQ.
+///
+/// Without it the directions that no input had would be free, and errors would be pushed there.
 const DAMPING: f64 = 0.01;
 
-/// How often the damping is made ten times larger where a matrix is still not positive definite.
+/// Attempts, each with ten times the damping, to get a positive definite matrix.
 const ATTEMPTS: i32 = 4;
 
 /// `X^T X` of the inputs that were added, symmetric `[cols, cols]`.
@@ -34,7 +37,7 @@ pub struct Hessian {
 }
 
 impl Hessian {
-    /// Of no inputs of `cols` values. Memory: `4 * cols * cols` bytes.
+    /// Makes the Hessian of no inputs of `cols` values. Memory: `4 * cols * cols` bytes.
     pub fn new(cols: usize) -> Self {
         Self {
             sums: Mat::zeros(cols, cols),
@@ -42,12 +45,12 @@ impl Hessian {
         }
     }
 
-    /// Values of an input.
+    /// Returns the number of values of an input.
     pub fn cols(&self) -> usize {
         self.sums.nrows()
     }
 
-    /// Inputs added so far.
+    /// Returns the number of inputs added so far.
     pub fn count(&self) -> usize {
         self.count
     }
@@ -85,7 +88,7 @@ impl Hessian {
         Ok(())
     }
 
-    /// That of the rotated inputs `R x`: `R H R^T`.
+    /// Returns the Hessian of the rotated inputs `R x`: `R H R^T`.
     pub fn rotated(&self, rotation: &Rotation) -> Self {
         let mut sums = self.symmetric();
         for _ in 0..2 {
@@ -102,7 +105,9 @@ impl Hessian {
         }
     }
 
-    /// Errors (`Shape`): it is of inputs of other than `cols` values.
+    /// Checks that its inputs have `cols` values.
+    ///
+    /// Errors (`Shape`): they have another number.
     pub fn check(&self, cols: usize) -> Result<()> {
         if self.cols() == cols {
             return Ok(());
@@ -114,15 +119,14 @@ impl Hessian {
         Err(Error::new(ErrorKind::Shape, message))
     }
 
-    /// The columns from the one that counts most to the one that counts least: that with the largest squares of
-    /// inputs first.
+    /// Returns the columns by the squares of their inputs, largest first.
     pub fn order(&self) -> Vec<usize> {
         let mut order: Vec<usize> = (0..self.cols()).collect();
         order.sort_by(|&a, &b| self.sums[(b, b)].total_cmp(&self.sums[(a, a)]));
         order
     }
 
-    /// That of the inputs with their values in another order: value `k` is what was value `order[k]`.
+    /// Returns the Hessian with its columns in another order: column `k` is the old `order[k]`.
     pub fn reordered(&self, order: &[usize]) -> Self {
         let at = |i: usize, j: usize| self.sums[(i.max(j), i.min(j))];
         Self {
@@ -131,8 +135,10 @@ impl Hessian {
         }
     }
 
-    /// `tr(E H E^T)` for errors `E [rows, cols]`. Cost: `rows * cols * cols / 2` multiplications, on all threads.
-    /// Panics for a length that is not whole rows.
+    /// Returns `tr(E H E^T)` for errors `E [rows, cols]`.
+    ///
+    /// Cost: `rows * cols * cols / 2` multiplications, on all threads. Panics for a length that is
+    /// not whole rows.
     pub fn cost(&self, errors: &[f32]) -> f64 {
         let strips = errors.par_chunks(STRIP_ROWS * self.cols().max(1));
         // Added up in their order: the same for any number of threads.
@@ -165,15 +171,17 @@ impl Hessian {
             .sum()
     }
 
-    /// `tr(O E H E^T)` for errors `E [rows, cols]` of a matrix with inputs of `H`, symmetric, and outputs of this, `O`. Panics for another
-    /// length.
+    /// Returns `tr(O E H E^T)` for errors `E [rows, cols]`, where `O` is this Hessian, of the
+    /// outputs.
+    ///
+    /// `inputs` is `H`, symmetric. Panics for another length.
     pub(crate) fn product(&self, inputs: &Mat<f32>, errors: &[f32]) -> f64 {
         let errors = MatRef::from_row_major_slice(errors, self.cols(), inputs.ncols());
         let weighed = self.symmetric() * (errors * inputs);
         sum_of_products(&weighed, errors)
     }
 
-    /// The sum of the diagonal.
+    /// Returns the sum of the diagonal.
     pub(crate) fn trace(&self) -> f64 {
         (0..self.cols()).map(|i| f64::from(self.sums[(i, i)])).sum()
     }
@@ -185,7 +193,7 @@ impl Hessian {
     }
 }
 
-/// Of the elements of two matrices of the same size.
+/// Returns the sum of products of the elements of two matrices of the same size.
 fn sum_of_products(a: &Mat<f32>, b: MatRef<'_, f32>) -> f64 {
     let pairs = (0..a.nrows()).flat_map(|i| (0..a.ncols()).map(move |j| (i, j)));
     pairs
@@ -193,30 +201,38 @@ fn sum_of_products(a: &Mat<f32>, b: MatRef<'_, f32>) -> f64 {
         .sum()
 }
 
-/// How errors of the columns before change the targets of the columns that are rounded next, `block` columns at a time.
+/// Feedback: the effect of earlier errors on the targets of later columns, `block` columns at a
+/// time.
 #[derive(Debug, Clone)]
 pub struct Feedback {
     /// `[j][k]` for a column `j` of a block before that of `k`; elsewhere 0.
     shares: Mat<f32>,
-    /// What a squared error of each column costs if all later ones make up for it; 1 on average. Columns of the same
-    /// block do not, but counting them as if they did measured better than what an error costs within the block.
+    /// Cost of a squared error of each column if all later ones compensate it; 1 on average.
+    ///
+    /// Columns of the same block do not, but counting them as if they did measured better than the
+    /// cost of an error within the block.
     costs: Vec<f32>,
-    /// What was 1 there.
+    /// The average cost that was scaled to 1.
     average_cost: f64,
-    /// Symmetric and damped: without damping one column of large inputs would set the scale of a whole row.
+    /// Symmetric and damped Hessian.
+    ///
+    /// Without damping one column of large inputs would set the scale of a whole row.
     hessian: Mat<f32>,
 }
 
 impl Feedback {
-    /// For blocks of `block` columns; the last one may have fewer. Cost: `cols^3 / 6` multiplications in f64;
-    /// memory: `8 * cols * cols` bytes, and `16 * cols * cols` more meanwhile.
+    /// Computes the feedback for blocks of `block` columns; the last one may have fewer.
     ///
-    /// Errors: `Argument` for a block of 0; `Invalid` if the Hessian is not positive definite, however it is damped.
+    /// Cost: `cols^3 / 6` multiplications in f64; memory: `8 * cols * cols` bytes, and `16 * cols
+    /// * cols` more meanwhile.
+    ///
+    /// Errors: `Argument` for a block of 0; `Invalid` if the Hessian is not positive definite,
+    /// however it is damped.
     pub fn new(hessian: &Hessian, block: usize) -> Result<Self> {
         Self::with_damping(hessian, block, DAMPING)
     }
 
-    /// [`Feedback::new`] with another part of the average of the diagonal added to it.
+    /// Computes as [`Feedback::new`] does, with another damping.
     pub(crate) fn with_damping(hessian: &Hessian, block: usize, damping: f64) -> Result<Self> {
         if block == 0 {
             return Err(Error::new(ErrorKind::Argument, "blocks of 0 columns"));
@@ -236,7 +252,8 @@ impl Feedback {
             for k in columns.clone() {
                 costs[k] = diagonal(k).powi(2);
             }
-            // Rows of `U` before the block, times the inverse of its square on the diagonal, column by column.
+            // Rows of `U` before the block, times the inverse of its square on the diagonal,
+            // column by column.
             for j in 0..start {
                 let mut row: Vec<f64> = columns.clone().map(|k| unit(j, k)).collect();
                 for k in columns.clone() {
@@ -262,8 +279,10 @@ impl Feedback {
         })
     }
 
-    /// Adds to what is wanted of the columns `to` what the errors of the columns `from` before them ask for: both are
-    /// [`STRIP_ROWS`] rows, column by column.
+    /// Adds the feedback of the errors of the columns `from` to the targets of the later columns
+    /// `to`.
+    ///
+    /// Both are [`STRIP_ROWS`] rows, column by column.
     pub(crate) fn spread(
         &self,
         errors: &[f32],
@@ -286,13 +305,15 @@ impl Feedback {
         );
     }
 
-    /// What the error of column `j` adds to the target of column `k`.
+    /// Returns the share of the error of column `j` that is added to the target of column `k`.
     pub(crate) fn share(&self, j: usize, k: usize) -> f32 {
         self.shares[(j, k)]
     }
 
-    /// Adds to what is `wanted [n, cols]` of rows what the errors `[first, cols]` of all rows before them ask for: here the
-    /// values of the Hessian are those of outputs. Row by row.
+    /// Adds the feedback of the errors `[first, cols]` of all rows before to the targets `wanted
+    /// [n, cols]` of rows.
+    ///
+    /// Here the values of the Hessian are those of outputs. Row by row.
     pub(crate) fn carry(&self, errors: &[f32], cols: usize, wanted: &mut [f32]) {
         let (first, n) = (errors.len() / cols, wanted.len() / cols);
         if first == 0 {
@@ -308,8 +329,10 @@ impl Feedback {
         );
     }
 
-    /// For each of [`STRIP_ROWS`] rows the scale of `values` with which they cost least in the place of `weights`;
-    /// both are column by column. `None` where any scale would do.
+    /// Returns for each of [`STRIP_ROWS`] rows the scale of `values` that approximates `weights`
+    /// at the least cost.
+    ///
+    /// Both are column by column. `None` where any scale would do.
     pub(crate) fn scales_of_rows(
         &self,
         weights: &[f32],
@@ -341,19 +364,21 @@ impl Feedback {
         })
     }
 
-    /// What a squared error of each column costs, in units of the average.
+    /// Returns the costs of a squared error of each column, in units of the average.
     pub(crate) fn costs(&self) -> &[f32] {
         &self.costs
     }
 
-    /// That average.
+    /// Returns the average cost of a squared error.
     pub(crate) fn average_cost(&self) -> f64 {
         self.average_cost
     }
 }
 
-/// The upper triangular `U` of `H = U U^T` with `H` damped by this part of the average of its diagonal or more, and what was
-/// added to that.
+/// Returns the upper triangular `U` of the damped `H = U U^T`, and the damping that was added to
+/// the diagonal.
+///
+/// The damping is this part of the average of the diagonal, or more.
 fn cholesky(hessian: &Hessian, part: f64) -> Result<(Mat<f64>, f64)> {
     let cols = hessian.cols();
     let diagonal = (0..cols).map(|i| f64::from(hessian.sums[(i, i)]));
@@ -362,7 +387,8 @@ fn cholesky(hessian: &Hessian, part: f64) -> Result<(Mat<f64>, f64)> {
     let average = if average > 0.0 { average } else { 1.0 };
     for attempt in 0..ATTEMPTS {
         let damping = part * 10f64.powi(attempt) * average;
-        // From the last column to the first: a lower triangular factor of it is an upper one in order.
+        // From the last column to the first: a lower triangular factor of it is an upper one in
+        // order.
         let reversed = Mat::from_fn(cols, cols, |i, j| {
             let (i, j) = (cols - 1 - i, cols - 1 - j);
             let value = f64::from(hessian.sums[(i.max(j), i.min(j))]);

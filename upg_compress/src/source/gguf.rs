@@ -1,8 +1,8 @@
-//! Models as GGUF files of llama.cpp: names, row order, config and tokenizer brought back to the form
-//! that they had in transformers.
+//! Models as GGUF files of llama.cpp: names, row order, config and tokenizer brought back to the
+//! form that they had in transformers.
 //!
-//! The header is read by `gguf/header.rs`, which says why; the blocks of quantized types are decoded
-//! by candle.
+//! The header is read by `gguf/header.rs`, which says why; the blocks of quantized types are
+//! decoded by candle.
 #![forbid(unsafe_code)]
 
 mod config;
@@ -124,7 +124,7 @@ impl GgufSource {
         })
     }
 
-    /// What the file says about its tokenizer.
+    /// Returns what the file says about its tokenizer.
     pub fn vocab(&self) -> &GgufVocab {
         &self.vocab
     }
@@ -265,7 +265,8 @@ fn missing(name: &str) -> Error {
     Error::new(ErrorKind::Missing, "not in the file").tensor(name)
 }
 
-/// Finds every tensor of the family in `stored`, in model order, and what they say about the config.
+/// Finds every tensor of the family in `stored`, in model order, and what they say about the
+/// config.
 ///
 /// Errors: `Missing`, `Shape`, `Unsupported` (a tensor that the family does not have would change
 /// what the model computes; biases in some places only).

@@ -22,7 +22,8 @@ use upg_kernel::format::container::Container;
 use upg_kernel::format::texts::{ModelFiles, TEXTS, parse_object};
 use upg_kernel::{Error, ErrorKind, MappedFile, OpenOptions, Result};
 
-/// A Hugging Face model directory; its weight files are mapped, not read, unless options say otherwise.
+/// A Hugging Face model directory; its weight files are mapped, not read, unless options say
+/// otherwise.
 #[derive(Debug)]
 pub struct HfSource {
     dir: PathBuf,
@@ -39,8 +40,9 @@ impl HfSource {
     ///
     /// Errors: `Missing` (no config, no weights, a shard or an indexed tensor that is not there),
     /// `Malformed` (JSON or safetensors headers, shard names with a path in them), `Unsupported`
-    /// (quantized checkpoints other than the formats of `compressed-tensors` that are read, pickled weights, dtypes
-    /// other than BF16, F16, F32), `TooLarge`; `Shape` and `Invalid` for compressed weights whose parts do not agree.
+    /// (quantized checkpoints other than the formats of `compressed-tensors` that are read,
+    /// pickled weights, dtypes other than BF16, F16, F32), `TooLarge`; `Shape` and `Invalid` for
+    /// compressed weights whose parts do not agree.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
         Self::open_with(dir, OpenOptions::default())
     }

@@ -1,4 +1,4 @@
-//! A model whose weights are read tensor by tensor: the trait [`Source`] and its tensors.
+//! A model that is read tensor by tensor: the trait [`Source`] and its tensors.
 #![forbid(unsafe_code)]
 
 use half::{bf16, f16};
@@ -95,13 +95,14 @@ impl fmt::Display for FloatType {
     }
 }
 
-/// What a tensor is stored as in its source.
+/// Type in which the source stores a tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum SourceDtype {
     /// Plain values.
     Float(FloatType),
-    /// Quantized: a GGUF type by the name llama.cpp gives it (for example `Q4_K`), or a format of `compressed-tensors`.
+    /// Quantized: a GGUF type by the name llama.cpp gives it (for example `Q4_K`), or a format of
+    /// `compressed-tensors`.
     Quantized(&'static str),
 }
 
@@ -118,16 +119,16 @@ impl fmt::Display for SourceDtype {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct TensorInfo {
-    /// For example `model.layers.0.self_attn.q_proj.weight`.
+    /// Hugging Face name, for example `model.layers.0.self_attn.q_proj.weight`.
     pub name: String,
     /// `[rows, cols]` of a matrix, `[n]` of a vector.
     pub shape: Vec<usize>,
-    /// What the source stores.
+    /// Type in which the source stores it.
     pub dtype: SourceDtype,
 }
 
 impl TensorInfo {
-    /// The description of a tensor: its name, `[rows, cols]` or `[n]`, and what the source stores.
+    /// Describes a tensor of shape `[rows, cols]` or `[n]`.
     pub fn new(name: impl Into<String>, shape: Vec<usize>, dtype: SourceDtype) -> Self {
         Self {
             name: name.into(),
@@ -136,17 +137,17 @@ impl TensorInfo {
         }
     }
 
-    /// Number of weights. Sources check at open that it fits a `usize`.
+    /// Returns the number of weights. Sources check at open that it fits a `usize`.
     pub fn weights(&self) -> usize {
         self.shape.iter().product()
     }
 
-    /// The first dimension; 1 for a scalar.
+    /// Returns the first dimension; 1 for a scalar.
     pub fn rows(&self) -> usize {
         self.shape.first().copied().unwrap_or(1)
     }
 
-    /// What [`Source::read_raw`] gives it as.
+    /// Returns the type in which [`Source::read_raw`] gives it.
     pub fn kept_as(&self) -> FloatType {
         match self.dtype {
             SourceDtype::Float(float) => float,
@@ -154,7 +155,7 @@ impl TensorInfo {
         }
     }
 
-    /// Weights in one step of the first dimension: the columns of a matrix, 1 for a vector.
+    /// Returns the columns of a matrix, 1 for a vector.
     pub fn cols(&self) -> usize {
         self.shape.iter().skip(1).product()
     }
@@ -171,7 +172,7 @@ pub struct SkippedTensor {
 }
 
 impl SkippedTensor {
-    /// A tensor `name` that is left out for this `reason`.
+    /// Describes a tensor `name` that is left out for this `reason`.
     pub fn new(name: impl Into<String>, reason: &'static str) -> Self {
         Self {
             name: name.into(),
@@ -184,14 +185,14 @@ impl SkippedTensor {
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct RawTensor<'a> {
-    /// What the bytes are.
+    /// Type of the values.
     pub dtype: FloatType,
     /// Row by row, little-endian.
     pub bytes: Cow<'a, [u8]>,
 }
 
 impl<'a> RawTensor<'a> {
-    /// The bytes of values of type `dtype`, row by row, little-endian.
+    /// Wraps bytes of values of type `dtype`, row by row, little-endian.
     pub fn new(dtype: FloatType, bytes: impl Into<Cow<'a, [u8]>>) -> Self {
         Self {
             dtype,
@@ -199,7 +200,7 @@ impl<'a> RawTensor<'a> {
         }
     }
 
-    /// A copy of values that were dequantized.
+    /// Copies values that were dequantized.
     pub(super) fn of_f32(values: &[f32]) -> Self {
         Self {
             dtype: FloatType::F32,
@@ -210,57 +211,65 @@ impl<'a> RawTensor<'a> {
 
 /// A model whose weights can be read tensor by tensor.
 pub trait Source: Send + Sync {
-    /// A name to show and to record: the directory's, or what the file says of itself.
+    /// Returns a name to show and to record: the directory's, or what the file says of itself.
     fn model_name(&self) -> &str;
 
-    /// Config, tokenizer and template.
+    /// Returns the config, the tokenizer and the chat template.
     fn files(&self) -> &ModelFiles;
 
-    /// Every tensor, in the order of [`sort_key`]: embeddings, layers, the rest, output head.
+    /// Returns every tensor, in the order of [`sort_key`]: embeddings, layers, the rest, output
+    /// head.
     fn tensors(&self) -> &[TensorInfo];
 
-    /// What the source holds beside [`Source::tensors`].
+    /// Returns the tensors that the source holds beside [`Source::tensors`].
     fn skipped(&self) -> &[SkippedTensor];
 
-    /// Every file that belongs to the source, read or not: nothing may be written over one of them.
+    /// Returns every file that belongs to the source, read or not.
+    ///
+    /// Nothing may be written over one of them.
     fn own_files(&self) -> Vec<PathBuf>;
 
-    /// Rows `rows` of tensor `index` as f32, exactly as stored or as dequantized; a vector `[n]`
-    /// has n rows of one value. Cost: 4 bytes per weight, all threads.
+    /// Reads rows `rows` of tensor `index` as f32, exactly as stored or as dequantized.
     ///
-    /// Errors: `Argument` if there is no such tensor or row; `Invalid` for sparse and packed weights whose bits do not
-    /// agree with their sizes.
+    /// A vector `[n]` has n rows of one value. Cost: 4 bytes per weight, all threads.
+    ///
+    /// Errors: `Argument` if there is no such tensor or row; `Invalid` for sparse and packed
+    /// weights whose bits do not agree with their sizes.
     fn read_rows_f32(&self, index: usize, rows: Range<usize>) -> Result<Vec<f32>>;
 
-    /// The bytes of tensor `index` to keep it as it is: in its own type where that is BF16, F16 or
-    /// F32, and dequantized to F32 where it is quantized.
+    /// Reads the bytes of tensor `index` to store it uncompressed.
     ///
-    /// Cost: none for plain Hugging Face tensors and unquantized GGUF ones whose rows are in order, else a
-    /// copy. Errors: as [`Source::read_rows_f32`].
+    /// They are in its own type where that is BF16, F16 or F32, and dequantized to F32 where it is
+    /// quantized.
+    ///
+    /// Cost: none for plain Hugging Face tensors and unquantized GGUF ones whose rows are in
+    /// order, else a copy. Errors: as [`Source::read_rows_f32`].
     fn read_raw(&self, index: usize) -> Result<RawTensor<'_>>;
 
-    /// The whole tensor `index` as f32, row by row. Cost and errors as [`Source::read_rows_f32`].
+    /// Reads the whole tensor `index` as f32, row by row. Cost and errors as
+    /// [`Source::read_rows_f32`].
     fn read_f32(&self, index: usize) -> Result<Vec<f32>> {
         let rows = tensor_at(self.tensors(), index)?.rows();
         self.read_rows_f32(index, 0..rows)
     }
 
-    /// Loads the model with all weights as f32, which is also what is computed with: the original that its compressed
-    /// files are compared with.
+    /// Loads the model as it is, the reference for its compressed files. All weights become f32.
     ///
     /// Memory: 4 bytes a weight. Errors: those of the source and of [`Model::load`].
     fn load_model(&self) -> Result<Model> {
         Model::load(self.files().config()?, &SourceWeights(self))
     }
 
-    /// Number of weights of the whole model.
+    /// Returns the number of weights of the whole model.
     fn total_weights(&self) -> u64 {
         self.tensors().iter().map(|t| t.weights() as u64).sum()
     }
 }
 
-/// The place of a tensor name in the order of a model: embeddings, layers by number, everything
-/// else, the output head; names within a layer in byte order.
+/// Returns a key that sorts tensor names into the order of a model.
+///
+/// The order is embeddings, layers by number, everything else, the output head; names within a
+/// layer in byte order.
 pub fn sort_key(name: &str) -> (u8, u64, &str) {
     let layer = name.strip_prefix("model.layers.").and_then(|rest| {
         let (number, rest) = rest.split_once('.')?;

@@ -118,8 +118,8 @@ pub struct SyntheticSource {
 }
 
 impl SyntheticSource {
-    /// A model of the shapes of one of [`PUBLISHED`], called `synthetic-NAME`. Errors (`Argument`): no
-    /// such name.
+    /// A model of the shapes of one of [`PUBLISHED`], called `synthetic-NAME`. Errors
+    /// (`Argument`): no such name.
     pub fn published(name: &str, seed: u64) -> Result<Self> {
         let Some((_, config)) = PUBLISHED.iter().find(|(known, _)| *known == name) else {
             let known = PUBLISHED.map(|(name, _)| name).join(", ");

@@ -16,19 +16,20 @@ use upg_kernel::{Matrix, Result};
 pub struct V1Source {
     file: V1File,
     files: ModelFiles,
-    /// Where the texts were looked for.
+    /// Folder in which the texts were looked for.
     texts: Option<PathBuf>,
     buffers: Vec<PathBuf>,
     tensors: Vec<TensorInfo>,
-    /// Of each tensor its number in the file.
+    /// Number of each tensor in the file.
     numbers: Vec<usize>,
     /// The tensor that was read last: rows are asked for in pieces.
     last: Mutex<Option<(usize, Arc<Matrix>)>>,
 }
 
 impl V1Source {
-    /// Opens a file: reads what it lists. `buffers` are those of [`V1File::open`]; `texts` is the folder with `config.json`,
-    /// tokenizer and chat template, which a file of version 1 does not have.
+    /// Opens a file: reads what it lists. `buffers` are those of [`V1File::open`]; `texts` is the
+    /// folder with `config.json`, tokenizer and chat template, which a file of version 1 does not
+    /// have.
     ///
     /// Errors: those of [`V1File::open`], [`V1File::check_weights`] and [`ModelFiles::read`].
     pub fn open(path: &Path, buffers: &[PathBuf], texts: Option<&Path>) -> Result<Self> {

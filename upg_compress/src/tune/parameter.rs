@@ -3,16 +3,16 @@
 
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// Of Adam (arXiv 1412.6980): how long gradients and their squares are remembered.
+/// Decay rates of Adam (arXiv 1412.6980) for the means of gradients and of their squares.
 const MEMORY: (f64, f64) = (0.9, 0.95);
 
 /// Scales of a matrix, or gains of a norm, and what is learned of them.
 pub(super) struct Parameter {
-    /// As they are in the file.
+    /// Values in the file.
     pub(super) original: Vec<f32>,
-    /// What these are multiplied by.
+    /// Factors that multiply these values.
     pub(super) factors: Vec<f32>,
-    /// Of the factors, for the sequence that is looked at.
+    /// Gradients of the factors for the current sequence.
     pub(super) gradients: Vec<f32>,
     /// Adam's means of gradients and of their squares.
     means: Vec<(f64, f64)>,
@@ -34,9 +34,9 @@ impl Parameter {
         pairs.map(|(original, factor)| original * factor).collect()
     }
 
-    /// One step of Adam, the one of number `step`. The gradients begin anew.
+    /// Takes step number `step` of Adam and clears the gradients.
     ///
-    /// Errors (`Invalid`): one of them is not finite.
+    /// Errors (`Invalid`): a gradient is not finite.
     pub(super) fn step(&mut self, step: usize, rate: f64) -> Result<()> {
         if let Some(bad) = self.gradients.iter().find(|g| !g.is_finite()) {
             let message = format!("the gradient of a scale is {bad}");

@@ -15,9 +15,9 @@ pub(super) struct Student<'a> {
     pub(super) file: &'a UpgFile,
     config: ModelConfig,
     pub(super) parameters: Vec<Parameter>,
-    /// Which of them are of a tensor.
+    /// Index of the parameter of each tensor.
     by_name: HashMap<String, usize>,
-    /// Of the layers, by their names, and how many weights each has.
+    /// Names of the matrices in the layers, with their numbers of weights.
     pub(super) matrices: Vec<(String, u64)>,
 }
 
@@ -70,7 +70,7 @@ impl<'a> Student<'a> {
         self.by_name.get(name).map(|&i| &self.parameters[i])
     }
 
-    /// Adds to the gradients of what `name` has, those of its values times these.
+    /// Adds the gradients of the values of `name`, times these values, to those of its factors.
     fn add_gradients(&mut self, name: &str, of_gains: &[f32]) {
         if let Some(&i) = self.by_name.get(name) {
             let parameter = &mut self.parameters[i];
@@ -82,8 +82,11 @@ impl<'a> Student<'a> {
         }
     }
 
-    /// The predictions for a sequence, to go back from, and their divergence from what is wanted, the sum over positions.
-    /// `observe` gets the hidden states before each layer.
+    /// Predicts a sequence. Returns the start of the backward pass and the divergence from the
+    /// teacher.
+    ///
+    /// The divergence is the sum over positions. `observe` gets the hidden states before each
+    /// layer.
     fn predict(
         &self,
         tokens: &[u32],
@@ -114,7 +117,9 @@ impl<'a> Student<'a> {
         Ok(predicted.1)
     }
 
-    /// Takes the gradients of a sequence. Returns its divergence from what is wanted, the sum over its positions.
+    /// Computes the gradients of a sequence.
+    ///
+    /// Returns its divergence from the teacher, the sum over its positions.
     pub(super) fn learn(
         &mut self,
         tokens: &[u32],
@@ -150,8 +155,9 @@ impl<'a> Student<'a> {
         Ok(divergence)
     }
 
-    /// Gradients of the factors of the rows of the matrices with this input: of each row the sum of its outputs times their
-    /// gradients, by its factor.
+    /// Returns the gradients of the row factors of the matrices with this input.
+    ///
+    /// That of a row is the sum of its outputs times their gradients, divided by its factor.
     fn row_gradients(
         &self,
         layer: usize,

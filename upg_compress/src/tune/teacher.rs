@@ -9,7 +9,7 @@ use upg_kernel::Result;
 use upg_kernel::inference::weights::EMBEDDING;
 use upg_kernel::inference::{Head, Layerwise, WeightSource};
 
-/// What the original makes of the text: the last hidden states, and what predicts by them.
+/// The last hidden states of the original for the text, and its head.
 pub(super) struct Teacher {
     pub(super) head: Head,
     /// `[tokens, hidden]`.

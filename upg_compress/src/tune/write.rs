@@ -16,7 +16,8 @@ use upg_kernel::format::{
 use upg_kernel::inference::WeightSource;
 use upg_kernel::{Result, WholeFile};
 
-/// Bytes of the file, and weights.
+/// Writes the tuned file with newly measured errors. Returns its bytes and the weights of the
+/// model.
 pub(super) fn write(
     student: &Student<'_>,
     source: &dyn Source,
@@ -74,7 +75,7 @@ pub(super) fn write(
     Ok((bytes, weights))
 }
 
-/// How the file was made before, and how it was tuned.
+/// Returns the recipe of the file with this tuning added.
 fn recipe(file: &UpgFile, tuned: Value) -> String {
     let before = file.metadata(RECIPE).unwrap_or_default();
     let mut recipe = match json::value(RECIPE, before) {

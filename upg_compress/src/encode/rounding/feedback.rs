@@ -1,4 +1,4 @@
-//! Levels that make up for the errors of others.
+//! Levels that compensate the errors of earlier columns and rows.
 #![forbid(unsafe_code)]
 
 use super::levels::LevelSet;
@@ -14,9 +14,11 @@ use upg_kernel::prime_lut::PRIME_LUT;
 /// Columns whose errors reach all later ones in one product of matrices.
 const COLUMNS: usize = 64;
 
-/// Chooses the codes of rows again, from the column that counts most to the one that counts least: each for what is
-/// wanted of it after the errors before. Then scales are fitted to them; primes stay. With `skip_zeros` only weights that are
-/// not zero have codes, and the others stay zero.
+/// Chooses the codes of rows again, from the most important column to the least.
+///
+/// Each code is chosen for its target after the errors before. Then scales are fitted to the
+/// codes; primes stay. With `skip_zeros` only weights that are not zero have codes, and the others
+/// stay zero.
 ///
 /// Errors: `Shape` for the curvature of another matrix; those of [`Feedback::new`].
 pub(super) fn choose_again<L: LevelSet>(
@@ -58,7 +60,7 @@ pub(super) fn choose_again<L: LevelSet>(
         })
 }
 
-/// How codes of a strip are chosen.
+/// Parameters of the choice of codes in a strip.
 struct Chooser<'a, L> {
     cols: usize,
     group: usize,
@@ -70,8 +72,10 @@ struct Chooser<'a, L> {
 }
 
 impl<L: LevelSet> Chooser<'_, L> {
-    /// Codes and scales of `rows`, up to [`STRIP_ROWS`], of `weights [rows, cols]` that should rather be `wanted`. Returns
-    /// what they are then.
+    /// Chooses codes and scales of `rows`, up to [`STRIP_ROWS`], of `weights [rows, cols]` with
+    /// the targets `wanted`.
+    ///
+    /// Returns the weights that they decode to.
     fn choose(
         &self,
         weights: &[f32],

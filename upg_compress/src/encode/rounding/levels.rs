@@ -10,7 +10,7 @@ const LANES: usize = 8;
 pub trait LevelSet: Sync {
     /// The range of steps worth a try, as factors of the step that just reaches the largest weight.
     const SEARCH: (f32, f32);
-    /// How many primes of that range are tried before the best one's neighbours are.
+    /// Primes of that range that are tried before the neighbours of the best one.
     const COARSE_STEPS: usize;
     /// Code of the level nearest to `t`.
     fn code(&self, t: f32) -> u8;
@@ -32,7 +32,8 @@ pub trait LevelSet: Sync {
     }
 }
 
-/// [`LevelSet::error`], compiled for some instruction sets, of which the best is taken: the same to the bit.
+/// [`LevelSet::error`], compiled for some instruction sets, of which the best is taken: the same
+/// to the bit.
 struct SquaredError<'a, L: ?Sized> {
     levels: &'a L,
     weights: &'a [f32],
@@ -99,7 +100,7 @@ impl LevelSet for Linear8 {
     }
 }
 
-/// Those of [`Linear8`] but 0, for weights that are not zero.
+/// The levels of [`Linear8`] but 0, for weights that are not zero.
 #[derive(Debug, Clone, Copy)]
 pub struct Kept8;
 
@@ -138,7 +139,7 @@ pub struct Codebook {
     levels: [i8; 16],
     /// `t` above `thresholds[i]` is nearer to level `i + 1` than to level `i`.
     thresholds: [f32; 15],
-    /// From level `i` to level `i + 1`.
+    /// Distances from level `i` to level `i + 1`.
     gaps: [f32; 15],
 }
 
@@ -176,8 +177,9 @@ impl Codebook {
         &self.levels
     }
 
-    /// Moves every level to the mean of the weights that chose it (`sums`: of weight times step, and
-    /// of squared steps); 0 stays and no other becomes 0, the largest becomes 127 in magnitude, and the order is kept.
+    /// Moves every level to the mean of the weights that chose it (`sums`: of weight times step,
+    /// and of squared steps); 0 stays and no other becomes 0, the largest becomes 127 in
+    /// magnitude, and the order is kept.
     pub(super) fn moved_to(&self, sums: &[(f64, f64); 16]) -> Self {
         let mut means = [0.0f64; 16];
         for (i, mean) in means.iter_mut().enumerate() {

@@ -1,4 +1,4 @@
-//! Rows that were encoded one by one, put into the strips of a packed matrix (`upg_kernel::matrix::strips`).
+//! Packing of encoded rows into the strips of a matrix (`upg_kernel::matrix::strips`).
 #![forbid(unsafe_code)]
 
 use super::row::EncodedRow;
@@ -15,7 +15,8 @@ const WORDS_PER_TILE: usize = TILE_WEIGHTS / WORD_BITS;
 
 const ROWS_PER_WORD: usize = WORD_BITS / TILE_COLS;
 
-/// The codes of whole rows in strips of `strip_len` elements: `put(strip, row, col, code)` adds one of them.
+/// The codes of whole rows in strips of `strip_len` elements: `put(strip, row, col, code)` adds
+/// one of them.
 pub(super) fn pack_all<T: Copy + Default + Send>(
     encoded: &[EncodedRow],
     strip_len: usize,
@@ -53,8 +54,9 @@ pub(super) fn grouped(
     )
 }
 
-/// A matrix of the weights that are not zero. `pack` appends the codes of a word of the bitmap as they are
-/// stored, `levels` is what all of them become.
+/// Packs a matrix of the weights that are not zero.
+///
+/// `pack` appends the codes of a word of the bitmap as they are stored, `levels` wraps all of them.
 pub(super) fn bitmap<T: Copy + Send + Sync>(
     weights: &[f32],
     encoded: &[EncodedRow],

@@ -1,4 +1,4 @@
-//! One row: a scale, a prime for each group and a code for each weight, with the smallest squared error.
+//! One row: its scale, the primes of its groups and the codes of its weights, by squared error.
 #![forbid(unsafe_code)]
 
 use super::levels::LevelSet;
@@ -7,7 +7,7 @@ use upg_kernel::prime_lut::PRIME_LUT;
 /// The packed encodings select among the first 256 primes, 2 to 1,619.
 const PRIMES: usize = 256;
 
-/// A row on its way into the arrays: codes of the weights that are stored, in column order.
+/// An encoded row: codes of the weights that are stored, in column order.
 pub(super) struct EncodedRow {
     pub(super) scale: f32,
     pub(super) primes: Vec<u8>,
@@ -28,7 +28,8 @@ pub(super) fn encode_row<L: LevelSet>(groups: &[Vec<f32>], levels: &L) -> Encode
     row
 }
 
-/// The scale at which the group with the largest weight can use the upper end of the searched primes.
+/// Returns the scale at which the group with the largest weight can use the upper end of the
+/// searched primes.
 fn initial_scale<L: LevelSet>(groups: &[Vec<f32>], levels: &L) -> f32 {
     let largest = groups.iter().flatten().fold(0.0f32, |m, w| m.max(w.abs()));
     let product = f64::from(PRIME_LUT[PRIMES - 1]) * f64::from(levels.largest());
@@ -59,8 +60,10 @@ fn encode_with_scale<L: LevelSet>(groups: &[Vec<f32>], scale: f32, levels: &L) -
     row
 }
 
-/// The prime of the smallest squared error for weights in units of the scale: a coarse walk over the
-/// range that the largest weight leaves, then every neighbour of the best.
+/// Returns the prime of the smallest squared error for weights in units of the scale.
+///
+/// The search walks coarsely over the range that the largest weight leaves, then over every
+/// neighbour of the best.
 fn best_prime<L: LevelSet>(targets: &[f32], levels: &L) -> usize {
     let largest = targets.iter().fold(0.0f32, |m, t| m.max(t.abs()));
     if largest == 0.0 {
@@ -85,7 +88,7 @@ fn best_prime<L: LevelSet>(targets: &[f32], levels: &L) -> usize {
         .map_or(middle, |(_, prime)| prime)
 }
 
-/// The scale of the smallest squared error for given primes and codes (least squares).
+/// Returns the scale of the smallest squared error for given primes and codes (least squares).
 fn refit_scale<L: LevelSet>(groups: &[Vec<f32>], row: &EncodedRow, levels: &L) -> Option<f32> {
     let (mut dot, mut norm) = (0.0f64, 0.0f64);
     for (w, product) in products(groups, row, levels) {
@@ -102,7 +105,7 @@ pub(super) fn row_error<L: LevelSet>(groups: &[Vec<f32>], row: &EncodedRow, leve
         .sum()
 }
 
-/// Pairs of a weight and its `prime * level`.
+/// Returns pairs of a weight and its `prime * level`.
 pub(super) fn products<L: LevelSet>(
     groups: &[Vec<f32>],
     row: &EncodedRow,

@@ -1,4 +1,4 @@
-//! The search through a strip whose later tiles make up for the errors of earlier ones.
+//! Search through a strip whose later tiles compensate the errors of earlier ones.
 #![forbid(unsafe_code)]
 
 use super::search::Search;
@@ -9,27 +9,30 @@ use upg_kernel::matrix::strips::{STRIP_ROWS, TILE_COLS, TILE_WEIGHTS, position};
 /// Tiles whose errors reach the columns far from them in one product of matrices.
 const TILES: usize = 16;
 
-/// Rows of a tile that are searched together, where rows make up for those before.
+/// Rows of a tile that are searched together, where rows compensate those before.
 pub(super) const ROWS: usize = 16;
 
 /// Weights that a search has in view beyond those that it fixes.
 const VIEW: usize = 128;
 
-/// The largest weight of a search, which takes 1 for an average: sums of costs end at some 570 times that of an average error
-/// with weight 1, and what is beyond counts no more. 1 to 10 measured the same; 64, as it can be with an average of 1 over all
-/// of the matrix, up to 9 dB worse.
+/// The largest weight of a search, which takes 1 for an average: sums of costs end at some 570
+/// times that of an average error with weight 1, and what is beyond counts no more. 1 to 10
+/// measured the same; 64, as it can be with an average of 1 over all of the matrix, up to 9 dB
+/// worse.
 const LARGEST_WEIGHT: f32 = 3.0;
 
-/// How the rows of a strip act together.
+/// Feedback between the rows of a strip.
 pub(super) struct RowFeedback {
-    /// In the order of the codes, in units of a level.
+    /// Rotated weights in the order of the codes, in units of a level.
     weights: Vec<f32>,
-    /// What the error of a row, in units of its level, adds to the target of each row, in units of that one.
+    /// Shares of the error of a row that are added to the target of each row.
+    ///
+    /// Errors are in units of the level of their row, targets in units of that of theirs.
     shares: Box<[[f32; STRIP_ROWS]; STRIP_ROWS]>,
 }
 
 impl RowFeedback {
-    /// Of rows `w [n, cols]` with these `levels`; those of size 0 take no part.
+    /// Feedback of rows `w [n, cols]` with these `levels`; rows of size 0 take no part.
     pub(super) fn new(w: &[f32], levels: &[f64; STRIP_ROWS], strip: &StripRows<'_>) -> Self {
         let n = strip.costs().len();
         let cols = w.len() / n;
@@ -47,13 +50,14 @@ impl RowFeedback {
     }
 }
 
-/// Finds `states` for a strip of `targets`, in the order of its codes, in units of a level. `costs`, what an
-/// error in each row costs, become what an error of each weight does.
+/// Finds `states` for a strip of `targets`, in the order of its codes, in units of a level.
+/// `costs`, what an error in each row costs, become what an error of each weight does.
 ///
-/// Returns for each row the scale of its levels with which they cost least; `None` where any would do.
+/// Returns for each row the scale of its levels with which they cost least; `None` where any would
+/// do.
 ///
-/// What is searched together, a tile or some rows of it, is searched with what comes next in view, whose targets do not know
-/// of its errors yet.
+/// What is searched together, a tile or some rows of it, is searched with what comes next in view,
+/// whose targets do not know of its errors yet.
 pub(super) fn search(
     search: &mut Search<'_>,
     targets: &[f32],
@@ -130,7 +134,7 @@ pub(super) fn search(
     feedback.scales_of_rows(&of_rows[..columns], &levels[..columns])
 }
 
-/// `costs` as the weights of a search: 1 on average, or less, so that the largest is not too large.
+/// Scales `costs` to weights of a search: 1 on average, or less to bound the largest.
 fn weigh(costs: &[f32], weights: &mut Vec<f32>) {
     let average = costs.iter().sum::<f32>() / costs.len() as f32;
     let largest = costs.iter().copied().fold(0.0, f32::max);
@@ -140,7 +144,7 @@ fn weigh(costs: &[f32], weights: &mut Vec<f32>) {
     weights.extend(costs.iter().map(|cost| cost / unit));
 }
 
-/// Where the weight with number `i` of a strip is in an array of columns.
+/// Returns the index in an array of columns of the weight with number `i` of a strip.
 fn place(i: usize) -> usize {
     let (tile, row, col) = (
         i / TILE_WEIGHTS,

@@ -47,7 +47,7 @@ pub(super) fn groups(k: u8) -> usize {
     (LOW * HIGH) >> k
 }
 
-/// Where the minimum of group `g` is stored among the [`groups`] of a step.
+/// Returns the index of the minimum of group `g` among the [`groups`] of a step.
 pub(super) fn group_index(k: u8, g: usize) -> usize {
     let rows = LOW >> k;
     (g & (rows - 1)) * HIGH + (g >> (6 - k))
@@ -57,7 +57,7 @@ pub(super) fn group_index(k: u8, g: usize) -> usize {
 /// where `2^(7-k) < 32`.
 pub(super) type Ordered = [[i16; LANES]; LOW];
 
-/// What goes from one call of [`run`] to the next.
+/// State that one call of [`run`] passes to the next.
 pub(super) struct Front {
     /// The minima of the last step.
     pub(super) ordered: Box<Ordered>,
@@ -68,7 +68,7 @@ pub(super) struct Front {
 /// One stretch of steps: `targets` and `weights` in, group minima and cost tables out.
 pub(super) struct Stretch<'a> {
     pub(super) code: &'a Code,
-    /// In units of a level.
+    /// Targets in units of a level.
     pub(super) targets: &'a [f32],
     /// Cost of a squared unit of a level, in integer steps.
     pub(super) weights: &'a [f32],

@@ -11,13 +11,13 @@ use upg_kernel::{Error, ErrorKind, Result};
 pub(super) const BLOCK: usize = 256;
 
 /// Steps that the search looks ahead of the last one it fixes. Most ways back have met by then: 64
-/// cost 0.02 dB at two bits and 0.01 at four, 256 nothing that can be measured. Where they have not,
-/// a block is searched twice, so that a longer look-ahead takes no more time.
+/// cost 0.02 dB at two bits and 0.01 at four, 256 nothing that can be measured. Where they have
+/// not, a block is searched twice, so that a longer look-ahead takes no more time.
 pub(super) const LOOK_AHEAD: usize = 256;
 
 /// A squared unit of a level costs this many integer steps, times the weight; by bits a weight.
-/// Chosen so that an average error costs about 115: rounding is then lost in the noise, and sums of costs up to 570 times the
-/// average are told apart.
+/// Chosen so that an average error costs about 115: rounding is then lost in the noise, and sums
+/// of costs up to 570 times the average are told apart.
 const COST_STEPS: [f32; 5] = [0.0, 0.0, 1.0, 4.0, 16.0];
 
 /// A Viterbi search with its scratch memory: 2.4, 1.3, 0.9 MB at 2, 3, 4 bits a weight.
@@ -180,7 +180,8 @@ impl<'a> Search<'a> {
     }
 
     /// Walks from the cheapest state of step `end - 1` back to step `first` and writes the states
-    /// of the steps from `first` on. `last` is the state of step `first - 1`, where the front began, if it did not begin anywhere.
+    /// of the steps from `first` on. `last` is the state of step `first - 1`, where the front
+    /// began, if it did not begin anywhere.
     ///
     /// The bits that the first states share with `last` are imposed, not hoped for: costs that
     /// saturate cannot lead to another state.

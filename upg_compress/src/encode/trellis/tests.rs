@@ -320,9 +320,10 @@ fn what_cannot_be_encoded_is_refused() {
     }
 }
 
-/// How much larger the inputs of one column are, and the most that errors cost, as a part of what the sensitivity promises:
-/// it counts damping in, which costs nothing really. Measured: 0.92 to 1.01, 0.90 to 1.00, 0.10 to 0.18; the last one was 0.32
-/// for `t2` where weights of a search were 1 on average over the matrix, and ran into the end of its costs.
+/// How much larger the inputs of one column are, and the most that errors cost, as a part of what
+/// the sensitivity promises: it counts damping in, which costs nothing really. Measured: 0.92 to
+/// 1.01, 0.90 to 1.00, 0.10 to 0.18; the last one was 0.32 for `t2` where weights of a search were
+/// 1 on average over the matrix, and ran into the end of its costs.
 const KEPT_PROMISES: [(f32, f64); 3] = [(1.0, 1.05), (30.0, 1.05), (3000.0, 0.25)];
 
 #[test]

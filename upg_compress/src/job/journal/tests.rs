@@ -72,7 +72,8 @@ fn ends_of_lines(bytes: &[u8]) -> Vec<usize> {
         .collect()
 }
 
-/// Cut after any byte, the journal has the records whose lines are whole, and takes the others again.
+/// Cut after any byte, the journal has the records whose lines are whole, and takes the others
+/// again.
 #[test]
 fn a_torn_journal_has_what_is_whole() {
     let folder = tempfile::tempdir().unwrap();
@@ -93,7 +94,8 @@ fn a_torn_journal_has_what_is_whole() {
     }
 }
 
-/// Wherever a bit is wrong, nothing is believed from there on; damage to the first lines is an error.
+/// Wherever a bit is wrong, nothing is believed from there on; damage to the first lines is an
+/// error.
 #[test]
 fn damage_is_seen() {
     let folder = tempfile::tempdir().unwrap();

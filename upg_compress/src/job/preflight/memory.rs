@@ -11,26 +11,31 @@ use std::collections::BTreeMap;
 use upg_kernel::Result;
 use upg_kernel::inference::{Input, ModelConfig, POSITIONS_TOGETHER};
 
-/// The program, its tables, its threads, and what the allocator keeps of memory that was freed.
+/// Bytes of the program, its tables, its threads and freed memory that the allocator keeps.
 const BASE: u64 = 60_000_000;
 
-/// Most that the allocator keeps of the many arrays of a calibration that come and go; larger ones it gives back. What it
-/// kept of a small model was that model's own memory again, and with sensitivities 2.5 times as much.
+/// Most bytes that the allocator keeps of the arrays that come and go in a calibration; it gives
+/// larger ones back.
+///
+/// Measured: of a small model as much as its own memory again, with sensitivities 2.5 times as
+/// much.
 const MOST_KEPT: u64 = 1 << 30;
 
-/// What a tokenizer takes, for each byte of its `tokenizer.json`.
+/// Bytes of a tokenizer in memory for each byte of its `tokenizer.json`.
 const TOKENIZER_FACTOR: u64 = 40;
 
 const F32: u64 = 4;
 
-/// Bytes of memory.
+/// Peak memory, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct MemoryEstimate {
-    /// What the process has for itself.
+    /// Memory that the process allocates.
     pub own: u64,
-    /// Pages of the source that it has read: the system counts them too, but takes them away when it needs them. A source
-    /// that was read into memory stays there; what the system has left is then counted without it.
+    /// Mapped pages of the source that it has read.
+    ///
+    /// The system counts them too, but takes them away when it needs them. A source that was read
+    /// into memory stays there; what the system has left is then counted without it.
     pub mapped: u64,
 }
 
@@ -72,14 +77,14 @@ impl MemoryEstimate {
     }
 }
 
-/// What a calibration holds.
+/// Memory that a calibration holds.
 #[derive(Default)]
 struct Held {
-    /// Before the first layer.
+    /// Bytes before the first layer.
     start: u64,
-    /// While a layer is passed.
+    /// Bytes while a layer is passed.
     pass: u64,
-    /// While a matrix is encoded, from the first that is calibrated on.
+    /// Bytes while a matrix is encoded, from the first calibrated one on.
     later: u64,
 }
 
@@ -100,8 +105,9 @@ fn held(source: &dyn Source, config: &ModelConfig, calibration: &Calibration) ->
     let positions = (POSITIONS_TOGETHER as u64 / window).max(1) * window;
     let positions = positions.min(calibration.tokens().len() as u64);
     let states = F32 * hidden * calibration.tokens().len() as u64;
-    // Backwards: hidden states and what norms make of them, with gradients; queries, keys and values three times, gate and up
-    // once, what becomes of them; inputs and gradients of one matrix, and those once more as they are weighed.
+    // Backwards: hidden states and what norms make of them, with gradients; queries, keys and
+    // values three times, gate and up once, what becomes of them; inputs and gradients of one
+    // matrix, and those once more as they are weighed.
     let wide = query + 2 * kv;
     let workspace =
         F32 * positions * (6 * hidden + 3 * wide + 2 * query + 3 * inner + 4 * wide.max(2 * inner));

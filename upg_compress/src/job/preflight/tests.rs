@@ -45,7 +45,8 @@ fn tensors_of_layers_are_counted_together() {
     };
     let down = "model.layers.*.mlp.down_proj.weight";
     assert_eq!(found(down, "t3").unwrap().0, 1);
-    // 96 rows in two strips of 64: 128 columns of padding included, a prime for each 64 of them, scales.
+    // 96 rows in two strips of 64: 128 columns of padding included, a prime for each 64 of them,
+    // scales.
     assert_eq!(
         found(down, "q8"),
         Some((1, 2 * 64 * 128 + 2 * 64 * 2 + 4 * 96))

@@ -22,16 +22,18 @@ use upg_kernel::{Error, ErrorKind, Result};
 /// Columns of a sample: what feedback costs beside the search is counted, not measured.
 const SAMPLE_COLS: usize = 512;
 
-/// The smaller sample is a strip, the larger one has so many times the rows: what a matrix costs whatever its size is not taken for that of its rows.
+/// Rows of the larger sample in strips; the smaller sample is one strip.
+///
+/// Two sizes tell the constant cost of a matrix from the cost of its rows.
 const LARGER: usize = 4;
 
 /// Rows and columns of the product that is timed.
 const PRODUCT: usize = 1024;
 
-/// How much longer products in f64 take.
+/// Time of a product in f64 relative to one in f32.
 const F64_FACTOR: f64 = 2.0;
 
-/// What a matrix of one kind takes: whatever its size, and for each weight.
+/// Seconds of a matrix of one kind: a constant, and for each weight.
 #[derive(Clone, Copy)]
 struct Rate {
     matrix: f64,
@@ -88,7 +90,8 @@ pub(super) fn seconds(source: &dyn Source, options: &CompressOptions, plan: &Pla
     Ok(total)
 }
 
-/// Rows of a matrix that one thread encodes at least. Parts of a matrix that is `alone` are shared out evenly.
+/// Rows of a matrix that one thread encodes at least. Parts of a matrix that is `alone` are shared
+/// out evenly.
 fn in_turn(layer: &LayerInfo, calibrated: bool, alone: bool) -> usize {
     // Without a trellis most of the time goes into the search for primes, row by row.
     let together = match layer.hadamard {
@@ -169,7 +172,7 @@ fn measured(
     })
 }
 
-/// Of inputs and gradients that are one value each.
+/// Returns the curvature of inputs and gradients with a single one in each.
 fn unit_curvature(rows: usize, cols: usize) -> Result<Curvature> {
     let n = rows.max(cols);
     let units = |len: usize| {
@@ -183,9 +186,11 @@ fn unit_curvature(rows: usize, cols: usize) -> Result<Curvature> {
     Ok(curvature)
 }
 
-/// Multiplications in f32, or as many as take the same time, that a calibrated matrix takes beside its search.
+/// Multiplications in f32, or as many as take the same time, that a calibrated matrix takes beside
+/// its search.
 fn feedback_products(rows: f64, cols: f64, output_errors: bool) -> f64 {
-    // Errors spread to later columns, and scales fitted; then errors of rows; then what the errors cost.
+    // Errors spread to later columns, and scales fitted; then errors of rows; then what the errors
+    // cost.
     let panel = rows.min(PANEL_ROWS as f64);
     let of_columns = rows * cols * cols * 1.5;
     let of_rows = rows * panel * cols / 2.0;
@@ -204,7 +209,8 @@ fn products_of_token(source: &dyn Source, window: usize) -> f64 {
         let weights = tensor.weights() as f64;
         let Some((_, input)) = Input::of(&tensor.name) else {
             if tensor.name == HEAD || tensor.name == EMBEDDING {
-                // The head forwards and backwards; of a model that has both, the embedding is only looked up.
+                // The head forwards and backwards; of a model that has both, the embedding is only
+                // looked up.
                 products += weights;
             }
             continue;
@@ -214,8 +220,8 @@ fn products_of_token(source: &dyn Source, window: usize) -> f64 {
         products += 3.0 * weights;
         products += (cols * cols + rows * rows.min(PANEL_ROWS as f64)) / 2.0;
         if input == Input::Output {
-            // Queries times keys, and values: over half of the window on average forwards, over all of it later: twice
-            // each, and their gradients.
+            // Queries times keys, and values: over half of the window on average forwards, over
+            // all of it later: twice each, and their gradients.
             products += cols * window as f64 * 8.0;
         }
     }

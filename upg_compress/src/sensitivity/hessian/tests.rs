@@ -104,7 +104,8 @@ fn the_order_puts_large_inputs_first() {
 #[test]
 fn factors_of_two_columns_by_hand() {
     let hessian = of(&[2.0, 1.0, 0.0, 1.0, 1.0, 2.0], 2);
-    // [[5, 4], [4, 6]] and 1 % of 5.5: the target of column 1 moves by 4 / 6.055 of the error of column 0.
+    // [[5, 4], [4, 6]] and 1 % of 5.5: the target of column 1 moves by 4 / 6.055 of the error of
+    // column 0.
     let feedback = Feedback::new(&hessian, 1).unwrap();
     let (a, c) = (5.055, 6.055);
     assert_close(f64::from(feedback.shares[(0, 1)]), 4.0 / c);
@@ -118,7 +119,8 @@ fn factors_of_two_columns_by_hand() {
     assert_eq!(feedback.shares, Mat::<f32>::zeros(2, 2));
 }
 
-/// With fixed errors in the first columns, no other weights of the later ones cost less than those asked for.
+/// With fixed errors in the first columns, no other weights of the later ones cost less than those
+/// asked for.
 #[test]
 fn targets_are_the_cheapest() {
     let (cols, block) = (12, 4);

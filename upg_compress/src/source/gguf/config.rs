@@ -13,8 +13,8 @@ use serde_json::{Map, Value, json};
 use std::collections::HashSet;
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// Checks that the file is a whole model of one file, and finds its family and sizes; `vocab` is the
-/// number of rows of the embeddings.
+/// Checks that the file is a whole model of one file, and finds its family and sizes; `vocab` is
+/// the number of rows of the embeddings.
 ///
 /// Errors: `Unsupported` (families, variants, split files), `Missing`, `Malformed`, `Invalid`.
 pub(super) fn read_dims(m: &Metadata<'_>, vocab: usize) -> Result<(&'static Family, Dims)> {

@@ -17,14 +17,14 @@ pub(in crate::source) struct Dims {
     pub(in crate::source) ffn: usize,
     pub(in crate::source) vocab: usize,
     pub(in crate::source) context: usize,
-    /// How many dimensions of a head are rotated.
+    /// Number of dimensions of a head that are rotated.
     pub(in crate::source) rotary_dim: usize,
     pub(in crate::source) rope_theta: f64,
     pub(in crate::source) rms_eps: f64,
     pub(in crate::source) sliding_window: Option<usize>,
 }
 
-/// What of the config follows from the tensors that are there.
+/// Config fields inferred from the tensor list.
 #[derive(Debug, Clone, Default)]
 pub(super) struct FromTensors {
     pub(super) tied: bool,

@@ -1,7 +1,7 @@
-//! What the tensors of each family are called in GGUF and in transformers, and their shapes.
+//! Names and shapes of the tensors of each family, in GGUF and in transformers.
 //!
-//! Source: llama.cpp's `gguf-py/gguf/tensor_mapping.py` and `convert_hf_to_gguf.py`; checked against
-//! the `gguf` package (see the tests).
+//! Source: llama.cpp's `gguf-py/gguf/tensor_mapping.py` and `convert_hf_to_gguf.py`; checked
+//! against the `gguf` package (see the tests).
 #![forbid(unsafe_code)]
 
 use super::dims::Dims;
@@ -47,13 +47,13 @@ enum Dim {
     GateUp,
 }
 
-/// How the rows of a tensor lie in the file.
+/// Order of the rows of a tensor in the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::source) enum RowOrder {
     Same,
     /// llama.cpp stores the rows of q and k of the llama architecture so that the two halves of a
-    /// rotary pair are neighbours (`permute` in convert_hf_to_gguf.py); transformers keeps them half
-    /// a head apart.
+    /// rotary pair are neighbours (`permute` in convert_hf_to_gguf.py); transformers keeps them
+    /// half a head apart.
     Interleaved {
         head_dim: usize,
     },

@@ -1,7 +1,7 @@
 //! The header of a GGUF file, read with bounds.
 //!
-//! Why not candle's `gguf_file::Content`: it expands arrays into 32-byte values (a file of n bytes of
-//! `u8` array takes 32 n bytes of memory), divides by an alignment of 0, multiplies dimensions
+//! Why not candle's `gguf_file::Content`: it expands arrays into 32-byte values (a file of n bytes
+//! of `u8` array takes 32 n bytes of memory), divides by an alignment of 0, multiplies dimensions
 //! unchecked, replaces bytes that are not UTF-8, lets a repeated key or tensor win silently, and
 //! refuses a newer quantized type without saying in which tensor. Here nothing is copied but
 //! names: a value is a place in the mapped file, checked once, and memory stays below a small
@@ -49,7 +49,7 @@ pub(super) struct Array {
 #[derive(Debug, Clone)]
 pub(super) struct Entry {
     pub(super) name: String,
-    /// In the order of everyone but ggml: the last dimension is contiguous.
+    /// Shape in the usual order, unlike that of ggml: the last dimension is contiguous.
     pub(super) shape: Vec<usize>,
     pub(super) kind: GgmlType,
     pub(super) bytes: Range<usize>,
@@ -60,7 +60,7 @@ pub(super) struct Entry {
 pub(super) struct Header {
     values: BTreeMap<String, Value>,
     pub(super) tensors: Vec<Entry>,
-    /// Where it ends: all texts are before that.
+    /// End of the header: all texts are before it.
     pub(super) end: usize,
 }
 
@@ -351,8 +351,8 @@ fn scalar(kind: u32, bytes: &[u8]) -> Result<Value> {
     })
 }
 
-/// The f64 whose decimal form is the shortest that names this f32: 1e-5, not 9.99999974e-6, which is
-/// what the config said before it was converted.
+/// The f64 whose decimal form is the shortest that names this f32: 1e-5, not 9.99999974e-6, which
+/// is what the config said before it was converted.
 fn shortest(value: f32) -> f64 {
     value.to_string().parse().unwrap_or(f64::NAN)
 }

@@ -8,7 +8,8 @@ use upg_kernel::inference::chat_template::MAX_TEMPLATE_BYTES;
 use upg_kernel::inference::tokenizer::{MAX_MERGES, MAX_TOKENS};
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// Longest text in bytes, but for the chat template and tokens: names of models, architectures and the like.
+/// Longest text in bytes, but for the chat template and tokens: names of models, architectures and
+/// the like.
 const MAX_TEXT: usize = 1 << 16;
 
 /// The key of the vocabulary.
@@ -39,7 +40,8 @@ impl<'a> Metadata<'a> {
         }
     }
 
-    /// A string. Errors: `Malformed` for a key that holds something else, `TooLarge` above [`MAX_TEXT`].
+    /// A string. Errors: `Malformed` for a key that holds something else, `TooLarge` above
+    /// [`MAX_TEXT`].
     pub(super) fn text(&self, key: &str) -> Result<Option<String>> {
         self.text_up_to(key, MAX_TEXT)
     }

@@ -78,7 +78,8 @@ fn yarn(m: &Metadata<'_>, arch: &str, factor: f64) -> Result<Value> {
     Ok(Value::Object(scaling))
 }
 
-/// Longrope (arXiv 2402.13753) of phi3: a divisor for each frequency, in short and in long contexts.
+/// Longrope (arXiv 2402.13753) of phi3: a divisor for each frequency, in short and in long
+/// contexts.
 pub(super) fn longrope(
     m: &Metadata<'_>,
     dims: &Dims,
@@ -117,7 +118,7 @@ pub(super) fn longrope(
     Ok(Value::Object(scaling))
 }
 
-/// What transformers multiplies the rotated values with if the config does not say
+/// Returns the factor of the rotated values that transformers uses if the config has none
 /// (`_compute_longrope_parameters`).
 fn longrope_attention_factor(context: usize, original: usize) -> f64 {
     let scale = context as f64 / original.max(1) as f64;
@@ -138,7 +139,7 @@ struct Llama3 {
 impl Llama3 {
     const LOW: f64 = 1.0;
 
-    /// What the frequency of `wavelength` is divided by (`_compute_llama3_parameters`).
+    /// Returns the divisor of the frequency of `wavelength` (`_compute_llama3_parameters`).
     fn divisor(&self, wavelength: f64) -> f64 {
         if wavelength < self.original / self.high {
             return 1.0;
@@ -159,8 +160,8 @@ impl Llama3 {
 /// Finds the parameters that llama.cpp turned into the divisors `freqs`, one per rotary frequency.
 ///
 /// The largest divisor is the factor; between the two ends 1/d is linear in 1/wavelength, so each
-/// point there gives `original` for the usual high factor 4, and two points give both. The result is
-/// taken only if it gives every divisor again.
+/// point there gives `original` for the usual high factor 4, and two points give both. The result
+/// is taken only if it gives every divisor again.
 fn llama3(freqs: &[f32], dims: &Dims) -> Result<Value> {
     let count = dims.rotary_dim / 2;
     if freqs.len() != count || freqs.iter().any(|f| !f.is_finite() || *f <= 0.0) {

@@ -35,7 +35,8 @@ pub struct TokenizerFiles {
 
 impl GgufVocab {
     /// Builds the files. Ids are the indices of `tokens`. Time and memory are linear in the
-    /// vocabulary, with up to 64 MiB more for the merges that a vocabulary of sentencepiece implies.
+    /// vocabulary, with up to 64 MiB more for the merges that a vocabulary of sentencepiece
+    /// implies.
     ///
     /// Splitting expressions are those of the models' own `tokenizer.json`, which llama.cpp
     /// quotes beside its own approximations: they give the same ids but for a few characters
@@ -43,9 +44,9 @@ impl GgufVocab {
     ///
     /// # Errors
     /// `Unsupported` for another `model` or `pre`; `Missing` for absent tokens, scores, merges or
-    /// `pre`; `TooLarge` above the caps of a `tokenizer.json` and 4096 bytes a token; `Invalid` for a
-    /// token that stands twice, an id out of range, an unknown token type, a score that is no
-    /// number, a merge of or into an unknown token, lists of different lengths.
+    /// `pre`; `TooLarge` above the caps of a `tokenizer.json` and 4096 bytes a token; `Invalid`
+    /// for a token that stands twice, an id out of range, an unknown token type, a score that is
+    /// no number, a merge of or into an unknown token, lists of different lengths.
     pub fn to_tokenizer_files(&self) -> Result<TokenizerFiles> {
         let family = match self.model.as_str() {
             "gpt2" => Some(bytelevel::pre_tokenizer(self.pre.as_deref())?),

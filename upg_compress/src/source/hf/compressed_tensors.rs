@@ -1,8 +1,9 @@
-//! Weights as the Python package `compressed-tensors` stores them: sparse with a bit for each weight, or as packed integers.
+//! Weights as the Python package `compressed-tensors` stores them: sparse with a bit for each
+//! weight, or as packed integers.
 //!
-//! `config.json` says which. Its formats `sparse-bitmask` and `sparse-24-bitmask` (up to version 0.12 of the package) and
-//! `pack-quantized` are read; all others are refused by their name. One weight is several tensors:
-//! [`bitmask`] and [`packed`] say which.
+//! `config.json` says which. Its formats `sparse-bitmask` and `sparse-24-bitmask` (up to version
+//! 0.12 of the package) and `pack-quantized` are read; all others are refused by their name. One
+//! weight is several tensors: [`bitmask`] and [`packed`] say which.
 #![forbid(unsafe_code)]
 
 mod bitmask;
@@ -20,7 +21,7 @@ use config::SparseFormat;
 use parts::{HINT, WeightTensors};
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// How a tensor is stored. Checked at open: all bytes lie inside their shards and fit the shape.
+/// Storage of a tensor. All bytes lie inside their shards and fit the shape, as checked at open.
 #[derive(Debug, Clone)]
 pub(super) enum Storage {
     Plain(FloatType, Stored),
@@ -35,10 +36,10 @@ pub(super) struct Gathered {
     pub storage: Storage,
 }
 
-/// What the tensors of a sparse weight are called, after its name or that of its module.
+/// Suffixes of the tensors of a sparse weight, after its name or that of its module.
 const SPARSE: [&str; 4] = [".bitmask", ".compressed", ".shape", ".row_offsets"];
 
-/// What the tensors of a packed weight are called, after the name of its module.
+/// Suffixes of the tensors of a packed weight, after the name of its module.
 const PACKED: [&str; 5] = [
     ".weight_packed",
     ".weight_shape",
@@ -47,7 +48,7 @@ const PACKED: [&str; 5] = [
     ".weight_g_idx",
 ];
 
-/// What else a quantized model may have, all of which changes what is computed.
+/// Suffixes of other tensors of a quantized model, all of which change what is computed.
 const OTHERS: [&str; 9] = [
     ".weight_global_scale",
     ".input_scale",
@@ -61,12 +62,12 @@ const OTHERS: [&str; 9] = [
 ];
 
 impl Compression {
-    /// Takes the tensors of compressed weights out of `stored` and puts the weights together. What is left is stored
-    /// plainly.
+    /// Takes the tensors of compressed weights out of `stored` and puts the weights together. What
+    /// is left is stored plainly.
     ///
     /// Reads the small ones among them only: shapes, and which column belongs to which group.
-    /// Errors: `Missing` for a weight that lacks one of its tensors; `Shape` and `Invalid` for those that do not agree;
-    /// `Unsupported` for what the config does not announce.
+    /// Errors: `Missing` for a weight that lacks one of its tensors; `Shape` and `Invalid` for
+    /// those that do not agree; `Unsupported` for what the config does not announce.
     pub(super) fn gather(
         &self,
         stored: &mut Tensors,
@@ -80,8 +81,8 @@ impl Compression {
                     SparseFormat::TwoOfFour => &SPARSE[..3],
                 };
                 let parts = WeightTensors::take(stored, &stem, suffixes);
-                // Versions up to 0.5 compress every parameter under its full name, later ones weights under that of
-                // their module.
+                // Versions up to 0.5 compress every parameter under its full name, later ones
+                // weights under that of their module.
                 let name = match stem.ends_with(".weight") || stem.ends_with(".bias") {
                     true => stem,
                     false => format!("{stem}.weight"),

@@ -1,4 +1,5 @@
-//! The files of a model directory: which there are, how large they may be, what is wrong if one is not there.
+//! The files of a model directory: which there are, how large they may be, what is wrong if one is
+//! not there.
 #![forbid(unsafe_code)]
 
 use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
@@ -20,7 +21,7 @@ const MAX_INDEX: u64 = 64 << 20;
 /// Longest name of a shard in bytes: no file system has longer ones.
 const MAX_SHARD_NAME: usize = 255;
 
-/// Which shard each tensor is in.
+/// Index of a sharded model: the shard of each tensor.
 #[derive(Debug, Default)]
 pub(super) struct Index {
     /// The files of the shards, and their numbers.
@@ -51,7 +52,8 @@ impl Index {
 
 /// Reads the index; `None` if the weights are in one file.
 ///
-/// Memory: the text, and at most twice as much. Errors: `Malformed`; `TooLarge` for more tensors than a file may have.
+/// Memory: the text, and at most twice as much. Errors: `Malformed`; `TooLarge` for more tensors
+/// than a file may have.
 pub(super) fn read_index(dir: &Path) -> Result<Option<Index>> {
     if dir.join(SINGLE).exists() {
         return Ok(None);

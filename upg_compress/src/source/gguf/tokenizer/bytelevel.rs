@@ -8,12 +8,12 @@ use upg_kernel::{Error, ErrorKind, Result};
 use super::file::TokenizerParts;
 use super::vocab::{Vocab, invalid};
 
-/// How text is cut, and what goes with that name in llama.cpp.
+/// Pre-tokenizer: how text is cut, and what goes with its name in llama.cpp.
 pub(super) struct PreTokenizer {
     cut: Cut,
     /// A cut that is a token as a whole is taken without merging.
     ignore_merges: bool,
-    /// Whether the begin of sequence is added when the file does not say.
+    /// Set if the begin of sequence is added where the file does not say.
     pub(super) add_bos: bool,
 }
 

@@ -78,7 +78,8 @@ fn decoder(prefix: bool) -> Value {
 ///
 /// Control, unknown and byte tokens are not made by merging: text must not turn into them.
 ///
-/// Time is that of sorting the vocabulary, and linear in its bytes and in the merges. Memory: 33 bytes for each merge.
+/// Time is that of sorting the vocabulary, and linear in its bytes and in the merges. Memory: 33
+/// bytes for each merge.
 fn merges(vocab: &Vocab<'_>) -> Result<Vec<(u32, u32)>> {
     let scores = &vocab.raw.scores;
     if scores.is_empty() {
@@ -98,7 +99,8 @@ fn merges(vocab: &Vocab<'_>) -> Result<Vec<(u32, u32)>> {
     let len = |id: u32| vocab.raw.tokens[id as usize].len();
     let (mut found, mut bytes, mut right) = (Vec::new(), 0, Vec::new());
     for ((id, token, _), &score) in vocab.iter().zip(scores) {
-        // From the longest to the shortest; the left parts below so too, and their right parts the other way round.
+        // From the longest to the shortest; the left parts below so too, and their right parts the
+        // other way round.
         right.clear();
         right.extend(ends.chain(id));
         for l in starts.chain(id) {
@@ -148,7 +150,8 @@ struct Implied {
     parts: (u32, u32),
 }
 
-/// For each token the longest other one that it starts with, or ends with, among those that are made by merging.
+/// For each token the longest other one that it starts with, or ends with, among those that are
+/// made by merging.
 struct Parents(Vec<Option<u32>>);
 
 impl Parents {
@@ -165,7 +168,8 @@ impl Parents {
         Self::new(vocab, reversed, |token, end| token.ends_with(end))
     }
 
-    /// `order` sorts every token after those that `begins` finds in it, with nothing but such tokens between.
+    /// `order` sorts every token after those that `begins` finds in it, with nothing but such
+    /// tokens between.
     fn new(
         vocab: &Vocab<'_>,
         order: impl Fn(&str, &str) -> Ordering,

@@ -57,7 +57,7 @@ pub struct GgufVocab {
     pub chat_template: Option<String>,
 }
 
-/// What a token is for (`tokenizer.ggml.token_type`).
+/// Type of a token (`tokenizer.ggml.token_type`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum TokenType {
     Normal,
@@ -81,8 +81,10 @@ pub(super) struct Vocab<'a> {
 }
 
 impl<'a> Vocab<'a> {
-    /// Checks a vocabulary. `bytelevel_bos` says for byte-level BPE whether the begin of sequence is added where the file
-    /// does not say; `None`: it is of sentencepiece.
+    /// Checks a vocabulary.
+    ///
+    /// `bytelevel_bos` is for byte-level BPE whether the begin of sequence is added where the file
+    /// does not say; `None` stands for a vocabulary of sentencepiece.
     pub(super) fn check(raw: &'a GgufVocab, bytelevel_bos: Option<bool>) -> Result<Self> {
         let n = raw.tokens.len();
         if n == 0 {

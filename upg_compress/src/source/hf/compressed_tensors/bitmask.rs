@@ -1,4 +1,5 @@
-//! `sparse-bitmask` and `sparse-24-bitmask`: a bit for each weight, values for those that are not zero.
+//! `sparse-bitmask` and `sparse-24-bitmask`: a bit for each weight, values for those that are not
+//! zero.
 #![forbid(unsafe_code)]
 
 use super::config::SparseFormat;
@@ -9,10 +10,12 @@ use rayon::prelude::*;
 use safetensors::Dtype;
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// A weight `[rows, cols]` as four tensors; with two of four in each row as three, without `row_offsets`.
+/// A weight `[rows, cols]` as four tensors; with two of four in each row as three, without
+/// `row_offsets`.
 ///
 /// - `shape` I64 `[2]` or `[2, 1]`;
-/// - `bitmask` U8 `[rows, ceil(cols / 8)]`, least significant bit first: 1 means that there is a value;
+/// - `bitmask` U8 `[rows, ceil(cols / 8)]`, least significant bit first: 1 means that there is a
+///   value;
 /// - `compressed`: the values, row by row, `[n]`, or `[rows, cols / 2]` with two of four;
 /// - `row_offsets` I64 `[rows]`: where the values of each row start.
 ///
@@ -26,7 +29,7 @@ pub(in crate::source::hf) struct Bitmask {
     rows: RowStarts,
 }
 
-/// Where the values of a row start.
+/// Starts of the values of each row.
 #[derive(Debug, Clone)]
 enum RowStarts {
     Offsets(Stored),
@@ -45,7 +48,8 @@ pub(in crate::source::hf) struct BitmaskRows<'a> {
 }
 
 impl Bitmask {
-    /// Errors: `Missing`, `Shape` and `Unsupported` for tensors that are not there or not as described.
+    /// Errors: `Missing`, `Shape` and `Unsupported` for tensors that are not there or not as
+    /// described.
     pub(super) fn new(
         parts: &WeightTensors,
         sparse: SparseFormat,
@@ -104,7 +108,7 @@ impl Bitmask {
         Ok(out)
     }
 
-    /// Its rows, a vector as one.
+    /// Returns its rows; a vector is one row.
     pub(in crate::source::hf) fn rows<'a>(&self, bytes: Bytes<'_, 'a>) -> Result<BitmaskRows<'a>> {
         let (rows, cols) = as_rows(&self.shape);
         Ok(BitmaskRows {
@@ -132,8 +136,8 @@ fn as_rows(shape: &[usize]) -> (usize, usize) {
 impl BitmaskRows<'_> {
     /// Writes row `row` to `out`, whose values are zero before.
     ///
-    /// Errors (`Invalid`): bits past the last column; bits and offsets that do not agree; with two of four another number
-    /// of bits.
+    /// Errors (`Invalid`): bits past the last column; bits and offsets that do not agree; with two
+    /// of four another number of bits.
     pub(in crate::source::hf) fn read(&self, row: usize, out: &mut [u8]) -> Result<()> {
         let mask_bytes = self.cols.div_ceil(8);
         let mask = self.bitmask.get(row * mask_bytes..(row + 1) * mask_bytes);

@@ -1,4 +1,4 @@
-//! What `config.json` says about compressed weights.
+//! Settings of compressed weights in `config.json`.
 #![forbid(unsafe_code)]
 
 use super::parts::HINT;
@@ -12,7 +12,7 @@ const KEYS: [&str; 3] = [
     "sparsity_config",
 ];
 
-/// How many weights have a value each.
+/// Pattern of the weights that have a value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum SparseFormat {
     /// Any.
@@ -28,33 +28,35 @@ const SPARSE_FORMATS: [(&str, Option<SparseFormat>); 3] = [
     ("sparse-24-bitmask", Some(SparseFormat::TwoOfFour)),
 ];
 
-/// Packings that are the same in every version of the package; others end at words in old ones and do not in new ones.
+/// Packings that are the same in every version of the package; others end at words in old ones and
+/// do not in new ones.
 const BITS: [u64; 3] = [2, 4, 8];
 
-/// How integers become weights.
+/// Scheme by which integers become weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Scheme {
-    /// Of an integer: 2, 4 or 8.
+    /// Bits of an integer: 2, 4 or 8.
     pub bits: usize,
     /// Columns that share a scale; `None`: all of a row.
     pub group: Option<usize>,
-    /// Whether there are no zero points.
+    /// Set if there are no zero points.
     pub symmetric: bool,
 }
 
-/// How weights of a model are compressed. Neither: plainly, and the config says so.
+/// Compression of the weights of a model. With neither field they are plain, and the config says
+/// so.
 #[derive(Debug)]
 pub(in super::super) struct Compression {
     pub(super) sparse: Option<SparseFormat>,
-    /// Those of `pack-quantized`.
+    /// Schemes of `pack-quantized`.
     pub(super) schemes: Vec<Scheme>,
 }
 
 impl Compression {
-    /// What `config` says; `None` if nothing is compressed.
+    /// Reads the compression from `config`; `None` if nothing is compressed.
     ///
-    /// Errors: `Unsupported` for another method than `compressed-tensors`, for a format that is not read, and for what
-    /// quantizes more than weights.
+    /// Errors: `Unsupported` for another method than `compressed-tensors`, for a format that is
+    /// not read, and for what quantizes more than weights.
     pub fn of(config: &Value) -> Result<Option<Self>> {
         let given = |key: &str| config.get(key).filter(|value| !value.is_null());
         if KEYS.iter().all(|key| given(key).is_none()) {

@@ -1,4 +1,5 @@
-//! `pack-quantized`: integers of 2, 4 or 8 bits in 32-bit words, with scales of rows or groups of columns.
+//! `pack-quantized`: integers of 2, 4 or 8 bits in 32-bit words, with scales of rows or groups of
+//! columns.
 #![forbid(unsafe_code)]
 
 use super::config::Scheme;
@@ -13,11 +14,13 @@ const WORD_BITS: usize = 32;
 /// A weight `[rows, cols]` in `groups` of columns, `scale * (integer - zero point)`.
 ///
 /// - `weight_shape` I64 or I32 `[2]`;
-/// - `weight_packed` I32 `[rows, ceil(cols * bits / 32)]`: integers plus `2^(bits - 1)`, the first one lowest;
+/// - `weight_packed` I32 `[rows, ceil(cols * bits / 32)]`: integers plus `2^(bits - 1)`, the first
+///   one lowest;
 /// - `weight_scale` BF16, F16 or F32 `[rows, groups]`;
-/// - `weight_zero_point`, unless symmetric: I32 `[ceil(rows * bits / 32), groups]`, packed likewise, but along the rows;
-///   I8 `[rows, groups]` up to version 0.8;
-/// - `weight_g_idx`, I32 `[cols]`, where columns do not belong to groups in their order; -1 everywhere: they do.
+/// - `weight_zero_point`, unless symmetric: I32 `[ceil(rows * bits / 32), groups]`, packed
+///   likewise, but along the rows; I8 `[rows, groups]` up to version 0.8;
+/// - `weight_g_idx`, I32 `[cols]`, where columns do not belong to groups in their order; -1
+///   everywhere: they do.
 #[derive(Debug, Clone)]
 pub(in crate::source::hf) struct Packed {
     rows: usize,
@@ -36,7 +39,7 @@ struct Groups {
     count: usize,
     /// Columns of each, if in order.
     size: usize,
-    /// Of each column, if not.
+    /// Group of each column, if columns are not in order.
     of_columns: Option<Vec<u32>>,
 }
 
@@ -49,10 +52,10 @@ pub(in crate::source::hf) struct PackedRows<'a> {
 }
 
 impl Packed {
-    /// With the one of the schemes that its sizes fit.
+    /// Makes a weight with the scheme that its sizes fit.
     ///
-    /// Errors: `Missing`, `Shape` and `Unsupported` for tensors that are not there or not as described, or that fit several
-    /// schemes; `Invalid` for columns of no group.
+    /// Errors: `Missing`, `Shape` and `Unsupported` for tensors that are not there or not as
+    /// described, or that fit several schemes; `Invalid` for columns of no group.
     pub(super) fn new(
         parts: &WeightTensors,
         schemes: &[Scheme],
@@ -110,7 +113,7 @@ impl Packed {
         vec![self.rows, self.cols]
     }
 
-    /// Its rows.
+    /// Returns its rows.
     pub(in crate::source::hf) fn rows<'a>(
         &'a self,
         bytes: Bytes<'_, 'a>,
@@ -133,7 +136,7 @@ fn words(n: usize, scheme: &Scheme) -> usize {
     n.div_ceil(WORD_BITS / scheme.bits)
 }
 
-/// How many groups so many columns are. Errors (`Shape`): no whole number.
+/// Returns the number of groups of so many columns. Errors (`Shape`): no whole number.
 fn groups(cols: usize, scheme: &Scheme) -> Result<usize> {
     let size = scheme.group.unwrap_or(cols).min(cols);
     match cols.is_multiple_of(size) {
@@ -145,7 +148,8 @@ fn groups(cols: usize, scheme: &Scheme) -> Result<usize> {
     }
 }
 
-/// The zero points, if there are any. Errors: there are where the scheme has none, or the other way round.
+/// The zero points, if there are any. Errors: there are where the scheme has none, or the other
+/// way round.
 fn zeros(
     parts: &WeightTensors,
     rows: usize,

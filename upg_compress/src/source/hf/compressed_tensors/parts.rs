@@ -6,7 +6,7 @@ use crate::source::model::FloatType;
 use safetensors::Dtype;
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// What to do about weights that cannot be read.
+/// Hint for weights that cannot be read.
 pub(super) const HINT: &str = "pass the original model with BF16, F16 or F32 weights";
 
 /// The tensors of one weight by their suffix.

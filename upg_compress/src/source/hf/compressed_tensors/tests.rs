@@ -1,4 +1,5 @@
-//! Checkpoints of `compressed-tensors`: those of `tests/data/make_compressed_tensors.py`, and damaged ones.
+//! Checkpoints of `compressed-tensors`: those of `tests/data/make_compressed_tensors.py`, and
+//! damaged ones.
 
 use crate::source::hf::HfSource;
 use crate::source::tests::data;

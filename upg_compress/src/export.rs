@@ -182,7 +182,7 @@ fn named_dtype(config: &Map<String, Value>) -> Option<FloatType> {
         .find(|dtype| dtype.torch_name() == name)
 }
 
-/// The layers, then the tensors that were kept, as one safetensors file.
+/// Writes the layers, then the uncompressed tensors, as one safetensors file.
 fn write_weights(
     model: &UPGDecompressor,
     out: &mut WholeFile,

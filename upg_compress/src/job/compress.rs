@@ -199,7 +199,7 @@ pub(crate) fn compress_with(
     let plan = Plan::new(source, options)?;
     let mut metadata = metadata(source, options, &plan);
     let mut layers = plan.layers();
-    let capacity = header_capacity(&layers, plan.kept_names(source), &metadata)?;
+    let capacity = header_capacity(&layers, plan.uncompressed_names(source), &metadata)?;
     let (out, mut resumable) = match options.resume {
         true => {
             let fingerprint = fingerprint(source, options, &plan, &metadata[RECIPE])?;
@@ -244,14 +244,7 @@ pub(crate) fn compress_with(
                 if outcome.is_ok() {
                     progress.check_interrupt()?;
                 }
-                progress.tensor(&tensor.name);
-                let started = Instant::now();
-                let raw = source.read_raw(planned.index)?;
-                check_finite(&raw, tensor.cols()).map_err(|e| e.tensor(&tensor.name))?;
-                let dtype = raw.dtype.into();
-                let array = writer.tensor(&tensor.name, dtype, &tensor.shape, &raw.bytes)?;
-                progress.advance(tensor.weights() as u64);
-                Record::kept(tensor, started.elapsed().as_secs_f64(), array)
+                write_uncompressed(source, planned.index, &mut writer, progress)?
             };
             if let Some(resumable) = &mut resumable {
                 resumable.add(&mut writer, &record)?;
@@ -281,7 +274,27 @@ pub(crate) fn compress_with(
     Ok(report)
 }
 
-/// Errors (`Invalid`): a value that is not finite, which would spoil every answer.
+/// Checks tensor `index` and writes it as it is.
+fn write_uncompressed(
+    source: &dyn Source,
+    index: usize,
+    writer: &mut FileWriter,
+    progress: &dyn Progress,
+) -> Result<Record> {
+    let tensor = &source.tensors()[index];
+    progress.tensor(&tensor.name);
+    let started = Instant::now();
+    let raw = source.read_raw(index)?;
+    check_finite(&raw, tensor.cols()).map_err(|e| e.tensor(&tensor.name))?;
+    let array = writer.tensor(&tensor.name, raw.dtype.into(), &tensor.shape, &raw.bytes)?;
+    progress.advance(tensor.weights() as u64);
+    let seconds = started.elapsed().as_secs_f64();
+    Ok(Record::uncompressed(tensor, seconds, array))
+}
+
+/// Checks that every value is finite; another one would spoil every answer.
+///
+/// Errors (`Invalid`): a value that is not finite.
 fn check_finite(raw: &RawTensor<'_>, cols: usize) -> Result<()> {
     let size = raw.dtype.size();
     let bad = raw

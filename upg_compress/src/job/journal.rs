@@ -59,7 +59,7 @@ impl Record {
         }
     }
 
-    pub fn kept(tensor: &TensorInfo, seconds: f64, array: WrittenArray) -> Self {
+    pub fn uncompressed(tensor: &TensorInfo, seconds: f64, array: WrittenArray) -> Self {
         Self {
             tensor: TensorReport {
                 name: tensor.name.clone(),

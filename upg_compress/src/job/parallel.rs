@@ -72,7 +72,7 @@ struct BatchSize {
     /// Bytes of all matrices in parallel.
     beside: u64,
     /// Bytes of the largest uncompressed tensor: they are written one after the other.
-    kept: u64,
+    uncompressed: u64,
 }
 
 impl BatchSize {
@@ -84,7 +84,7 @@ impl BatchSize {
     ) -> Result<Self> {
         let bytes = tensor_bytes(source, options, planned)?;
         let Some(layer) = &planned.layer else {
-            self.kept = self.kept.max(bytes);
+            self.uncompressed = self.uncompressed.max(bytes);
             return Ok(self);
         };
         let is_calibrated = options.calibrates(layer);
@@ -106,7 +106,7 @@ impl BatchSize {
         };
         TensorBatch {
             tensors,
-            bytes: of_matrices + self.kept,
+            bytes: of_matrices + self.uncompressed,
         }
     }
 }

@@ -45,13 +45,13 @@ impl TensorReport {
         self.shape.iter().map(|&n| n as u64).product()
     }
 
-    fn is_kept(&self) -> bool {
+    fn is_uncompressed(&self) -> bool {
         self.encoding == "keep"
     }
 
     /// Returns whether its encoding uses a calibration.
     fn may_be_calibrated(&self) -> bool {
-        !self.is_kept() && self.encoding != "mdcsr" && Input::of(&self.name).is_some()
+        !self.is_uncompressed() && self.encoding != "mdcsr" && Input::of(&self.name).is_some()
     }
 
     fn to_json(&self) -> Value {
@@ -168,7 +168,7 @@ impl CompressReport {
     pub fn to_json(&self) -> Value {
         let encoded = self.tensors[self.restored..].iter();
         let (mut matrices, mut weights) = (0, 0);
-        for tensor in encoded.filter(|t| !t.is_kept()) {
+        for tensor in encoded.filter(|t| !t.is_uncompressed()) {
             matrices += 1;
             weights += tensor.weights();
         }

@@ -130,7 +130,7 @@ fn take(
     if let Some(layer) = &record.layer {
         return writer.restore_layer(next_layer, layer, &record.arrays);
     }
-    writer.restore_tensor(&tensor.name, tensor.kept_as().into(), &record.arrays[0])
+    writer.restore_tensor(&tensor.name, tensor.raw_dtype().into(), &record.arrays[0])
 }
 
 /// Returns the fingerprint of a run: everything that the bytes of the file that `plan` gives

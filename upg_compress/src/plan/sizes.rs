@@ -25,7 +25,7 @@ pub(crate) fn file_bytes(
 ) -> Result<u64> {
     let layers = plan.layers();
     let metadata = metadata(source, options, plan);
-    let capacity = header_capacity(&layers, plan.kept_names(source), &metadata)?;
+    let capacity = header_capacity(&layers, plan.uncompressed_names(source), &metadata)?;
     let mut bytes = header_bytes(capacity);
     // Padding comes before the next tensor.
     let mut add = |array: u64| bytes = bytes.next_multiple_of(TENSOR_ALIGNMENT) + array;
@@ -44,7 +44,7 @@ pub(crate) fn array_bytes(source: &dyn Source, planned: &PlannedTensor) -> Resul
         return layer.array_bytes();
     }
     let tensor = &source.tensors()[planned.index];
-    let size = tensor.kept_as().size() as u64;
+    let size = tensor.raw_dtype().size() as u64;
     Ok(vec![tensor.weights() as u64 * size])
 }
 

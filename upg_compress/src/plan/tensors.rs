@@ -22,7 +22,7 @@ pub(crate) struct Plan {
     pub weights: u64,
 }
 
-/// One tensor of the source; kept as it is if `layer` is `None`.
+/// One tensor of the source; uncompressed if `layer` is `None`.
 pub(crate) struct PlannedTensor {
     pub index: usize,
     pub layer: Option<LayerInfo>,
@@ -38,7 +38,10 @@ impl Plan {
     }
 
     /// Names of the other tensors of the file.
-    pub(crate) fn kept_names<'a>(&self, source: &'a dyn Source) -> impl Iterator<Item = &'a str> {
+    pub(crate) fn uncompressed_names<'a>(
+        &self,
+        source: &'a dyn Source,
+    ) -> impl Iterator<Item = &'a str> {
         let kept = self.tensors.iter().filter(|t| t.layer.is_none());
         let names = kept.map(|t| source.tensors()[t.index].name.as_str());
         names.chain([TOKENIZER])

@@ -14,7 +14,7 @@ use upg_kernel::inference::{Model, WeightSource};
 use upg_kernel::matrix::{DenseMatrix, DenseValues, Matrix};
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// A floating-point type that a tensor can be kept in as it is.
+/// A floating-point type of uncompressed tensors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum FloatType {
@@ -148,7 +148,7 @@ impl TensorInfo {
     }
 
     /// Returns the type in which [`Source::read_raw`] gives it.
-    pub fn kept_as(&self) -> FloatType {
+    pub fn raw_dtype(&self) -> FloatType {
         match self.dtype {
             SourceDtype::Float(float) => float,
             SourceDtype::Quantized(_) => FloatType::F32,
@@ -181,7 +181,7 @@ impl SkippedTensor {
     }
 }
 
-/// The bytes of a tensor that is kept as it is.
+/// The bytes of an uncompressed tensor.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct RawTensor<'a> {

@@ -11,9 +11,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use tiny::model_file;
-use upg_compress::compress::compress;
-use upg_compress::plan::{Choice, CompressOptions};
-use upg_compress::source;
+use upg_compress::{Choice, CompressOptions, compress, source};
 use upg_kernel::format::Encoding;
 use upg_kernel::inference::{
     Event, FinishReason, Request, RequestId, Sampler, SamplingOptions, Scheduler, SessionOptions,

@@ -10,6 +10,7 @@
 pub(crate) mod gguf;
 mod hf;
 pub(crate) mod model;
+mod runnable;
 pub(crate) mod synthetic;
 mod v1;
 
@@ -17,6 +18,7 @@ pub use gguf::GgufSource;
 pub use gguf::tokenizer::{GgufVocab, TokenizerFiles};
 pub use hf::HfSource;
 pub use model::{FloatType, RawTensor, SkippedTensor, Source, SourceDtype, TensorInfo, sort_key};
+pub use runnable::check_runnable;
 pub use synthetic::{PUBLISHED, SyntheticSource};
 pub use upg_kernel::format::texts::ModelFiles;
 pub use v1::V1Source;

@@ -8,7 +8,7 @@ mod tiny;
 use std::path::Path;
 use tiny::{Case, MODELS, cases, largest_difference, model_file};
 use upg_compress::{Choice, CompressOptions, Preflight, compress, source};
-use upg_kernel::UPGModel;
+use upg_kernel::{ErrorKind, UPGModel};
 use upg_kernel::format::Encoding;
 use upg_kernel::inference::{
     CacheType, GenerateOptions, Sampler, SamplingOptions, SessionOptions, TokenStream,
@@ -148,5 +148,37 @@ fn q8_gives_logits_close_to_those_of_transformers() {
             println!("{name} case{i}: {found:?}");
             assert!(found.iter().all(|&d| d <= Q8), "{name} case{i}: {found:?}");
         }
+    }
+}
+
+/// What `upg run` could not load is refused before any work.
+#[test]
+fn a_config_that_asks_for_other_weights_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let source_dir = folder.path().join("source");
+    std::fs::create_dir(&source_dir).unwrap();
+    std::fs::copy(
+        model_file("phi3", "model.safetensors"),
+        source_dir.join("model.safetensors"),
+    )
+    .unwrap();
+    let text = std::fs::read_to_string(model_file("phi3", "config.json")).unwrap();
+    let good: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let layers = good["num_hidden_layers"].as_u64().unwrap();
+    for (key, value, kind) in [
+        ("num_hidden_layers", layers + 1, ErrorKind::Missing),
+        ("vocab_size", 255, ErrorKind::Shape),
+        ("intermediate_size", 8, ErrorKind::Shape),
+    ] {
+        let mut config = good.clone();
+        config[key] = value.into();
+        std::fs::write(source_dir.join("config.json"), config.to_string()).unwrap();
+        let source = source::open(&source_dir).unwrap();
+        let out = folder.path().join("out");
+        let options = CompressOptions::new(Choice::Encode(Encoding::Q8));
+        let error = compress(source.as_ref(), &out, &options, &()).unwrap_err();
+        assert_eq!(error.kind(), kind, "{error}");
+        assert!(error.to_string().contains("without config.json"), "{error}");
+        assert!(!out.exists());
     }
 }

@@ -17,7 +17,7 @@ use crate::plan::tensors::{Plan, PlannedTensor, is_prunable};
 use crate::progress::Progress;
 use crate::sensitivity::calibrator::Calibrator;
 use crate::sensitivity::curvature::Curvature;
-use crate::source::{RawTensor, Source};
+use crate::source::{RawTensor, Source, check_runnable};
 use rayon::prelude::*;
 use safetensors::Dtype;
 use std::path::Path;
@@ -41,8 +41,7 @@ use upg_kernel::{Error, ErrorKind, Result, WholeFile};
 /// with a calibration the model is run over the text again, forwards and then backwards to the
 /// layer where it stopped.
 ///
-/// Errors: those of the source, and of [`ModelFiles::check`](crate::source::ModelFiles::check),
-/// before any work; `Invalid` for weights that are not finite; `Argument` if `out` is a file of
+/// Errors: those of the source, and of [`check_runnable`], before any work; `Invalid` for weights that are not finite; `Argument` if `out` is a file of
 /// the source, or was begun from something else or is being written by another run; `Io`;
 /// `Interrupted`.
 pub fn compress(
@@ -51,15 +50,14 @@ pub fn compress(
     options: &CompressOptions,
     progress: &dyn Progress,
 ) -> Result<CompressReport> {
-    source.files().check()?;
+    check_runnable(source)?;
     compress_checked(source, out, options, progress)
 }
 
 /// Compresses a source whose files [`Preflight::new`](crate::Preflight::new) has checked.
 ///
 /// Does what [`compress`] does; building a large tokenizer a second time would take seconds.
-/// Errors: as [`compress`], without those of
-/// [`ModelFiles::check`](crate::source::ModelFiles::check).
+/// Errors: as [`compress`], without those of [`check_runnable`].
 pub fn compress_checked(
     source: &dyn Source,
     out: impl AsRef<Path>,

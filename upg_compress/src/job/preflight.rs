@@ -9,7 +9,7 @@ use crate::plan::budget::most_bytes;
 use crate::plan::options::{CompressOptions, is_calibrated};
 use crate::plan::sizes::{array_bytes, file_bytes};
 use crate::plan::tensors::{Plan, PlannedTensor};
-use crate::source::Source;
+use crate::source::{Source, check_runnable};
 use std::path::Path;
 use sysinfo::System;
 use upg_kernel::{Error, ErrorKind, Result};
@@ -71,7 +71,7 @@ impl Preflight {
         options: &CompressOptions,
     ) -> Result<Self> {
         let out = out.as_ref();
-        source.files().check()?;
+        check_runnable(source)?;
         let plan = Plan::new(source, options)?;
         let file_bytes = match options.budget {
             Some(budget) => most_bytes(source, options, budget)?,

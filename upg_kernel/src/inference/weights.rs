@@ -169,6 +169,16 @@ impl Weights {
     }
 }
 
+impl ModelConfig {
+    /// Checks that `source` has every weight which a model of this config asks for, and none that it would ignore.
+    ///
+    /// Cost: that of fetching all of them. Errors: those of [`Model::load`](super::Model::load).
+    pub fn check_weights(&self, source: &dyn WeightSource) -> Result<()> {
+        self.check()?;
+        Weights::load(self, source).map(drop)
+    }
+}
+
 impl HeadWeights {
     /// Errors: as [`Weights::load`].
     pub(crate) fn load(config: &ModelConfig, source: &dyn WeightSource) -> Result<Self> {

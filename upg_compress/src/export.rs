@@ -11,6 +11,7 @@ use safetensors::tensor::{Metadata, TensorInfo};
 use serde_json::{Map, Value};
 use std::collections::HashMap;
 use std::ffi::OsStr;
+use std::fs::{File, TryLockError};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use upg_kernel::format::json;
@@ -59,6 +60,7 @@ pub fn export(
     }
     let is_new = !out.exists();
     std::fs::create_dir_all(out).map_err(|e| Error::io("cannot make the folder", out, e))?;
+    let _lock = lock(out)?;
     let files = write_all(model, out, dtype, progress);
     if files.is_err() && is_new {
         // If something else came into it, it stays.
@@ -77,6 +79,23 @@ pub fn export(
         std::fs::remove_file(&path).map_err(|e| Error::io("cannot remove", &path, e))?;
     }
     Ok(())
+}
+
+/// Locks the folder, so that no other export mixes its files with these.
+///
+/// Errors (`Argument`): another one has it. Where folders cannot be locked nothing is.
+fn lock(out: &Path) -> Result<Option<File>> {
+    let Ok(folder) = File::open(out) else {
+        return Ok(None);
+    };
+    match folder.try_lock() {
+        Ok(()) => Ok(Some(folder)),
+        Err(TryLockError::Error(_)) => Ok(None),
+        Err(TryLockError::WouldBlock) => {
+            let message = "another export is writing to this folder";
+            Err(Error::new(ErrorKind::Argument, message).at(out))
+        }
+    }
 }
 
 /// Errors (`Argument`): the folder holds a model that may be somebody's only one.
@@ -273,4 +292,19 @@ fn header(model: &UPGDecompressor, dtype: FloatType) -> Result<Vec<u8>> {
     // Spaces, so that the data starts at a multiple of 8.
     json.resize(json.len().next_multiple_of(8), b' ');
     Ok([&(json.len() as u64).to_le_bytes(), json.as_slice()].concat())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_takes_one_export_at_a_time() {
+        let folder = tempfile::tempdir().unwrap();
+        let first = lock(folder.path()).unwrap();
+        let error = lock(folder.path()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Argument, "{error}");
+        drop(first);
+        lock(folder.path()).unwrap();
+    }
 }

@@ -45,8 +45,9 @@ const FILES: [&str; 8] = [
 /// written. Memory: the largest matrix as `dtype`.
 ///
 /// Errors: `Io`; `Argument` if `out` has a model that [`export`] did not write, unless `replace`
-/// is set, or if the file that is read would be overwritten; `Invalid` if a weight is too large
-/// for F16; `Interrupted`; and those of [`UPGDecompressor::decompress_layer`].
+/// is set, if the file that is read would be overwritten, or while another export writes there;
+/// `Invalid` if a weight is too large for F16; `Interrupted`; and those of
+/// [`UPGDecompressor::decompress_layer`].
 pub fn export(
     model: &UPGDecompressor,
     out: impl AsRef<Path>,

@@ -85,6 +85,7 @@ fn request(prompt: &[u32], max_tokens: usize, seed: u64) -> Request {
         sampler: Sampler::new(options).unwrap(),
         max_tokens,
         stop_strings: Vec::new(),
+        log_probs: None,
     }
 }
 
@@ -253,6 +254,22 @@ fn an_interrupt_ends_what_runs_and_bad_requests_are_refused() {
     interrupt.store(false, Ordering::Relaxed);
     run(&mut scheduler, &mut outcomes);
     assert_eq!(outcomes[&ids[1]].end, Some(Ok(FinishReason::MaxTokens)));
+    // Log-probabilities of the tokens, and of the two most probable ones.
+    let mut greedy = request(&prompt(0), 5, 0);
+    greedy.log_probs = Some(2);
+    let id = scheduler.submit(greedy).unwrap();
+    let mut tokens = 0;
+    while !scheduler.is_idle() {
+        for (found, event) in scheduler.step() {
+            if let Event::Token(token, log_probs) = event {
+                assert_eq!((found, log_probs.top.len()), (id, 2));
+                assert_eq!(log_probs.top[0], (token, log_probs.chosen));
+                assert!(log_probs.chosen < 0.0);
+                tokens += 1;
+            }
+        }
+    }
+    assert!((1..=5).contains(&tokens));
     // Nothing to generate: the prompt is computed, and that is all.
     let id = scheduler.submit(request(&prompt(0), 0, 0)).unwrap();
     run(&mut scheduler, &mut outcomes);

@@ -167,6 +167,7 @@ fn several_prompts_at_once_get_what_each_gets_alone(model: &UPGModel) {
             .unwrap(),
             max_tokens,
             stop_strings: vec![stop.to_owned()],
+            log_probs: None,
         };
         let all = [
             ("The capital of France is", 12, "never"),
@@ -206,6 +207,7 @@ fn several_prompts_at_once_get_what_each_gets_alone(model: &UPGModel) {
             sampler,
             max_tokens,
             stop_strings,
+            ..
         } = &mut request;
         let stops = std::mem::take(stop_strings);
         let mut alone = model

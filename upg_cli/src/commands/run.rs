@@ -68,6 +68,8 @@ pub fn sampling_options(args: &SamplingArgs) -> SamplingOptions {
         top_p: args.top_p,
         min_p: args.min_p,
         repetition_penalty: args.repetition_penalty,
+        frequency_penalty: args.frequency_penalty,
+        presence_penalty: args.presence_penalty,
         seed: args.seed,
         ..SamplingOptions::default()
     }

@@ -247,6 +247,7 @@ impl Worker {
                 sampler: self.sampler()?,
                 max_tokens: 1 + self.below(MOST_TOKENS) as usize,
                 stop_strings: vec!["the".to_owned()],
+                log_probs: Some(2),
             };
             scheduler.submit(request)?;
         }

@@ -1,13 +1,14 @@
 //! Choosing the next token from logits, reproducibly.
 #![forbid(unsafe_code)]
 
+use super::logits::{LogitsProcessor, Penalties};
 use crate::error::{Error, ErrorKind, Result};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
 /// How the next token is chosen. The default is greedy.
 ///
-/// The filters act in the order of Hugging Face transformers: repetition penalty, temperature,
+/// The filters act in the order of Hugging Face transformers: penalties, temperature,
 /// top-k, top-p, min-p. (llama.cpp applies the temperature last, so that there top-p and min-p see
 /// the probabilities at temperature 1.)
 #[derive(Debug, Clone, PartialEq)]
@@ -20,10 +21,14 @@ pub struct SamplingOptions {
     pub top_p: f32,
     /// Keep tokens at least this probable relative to the most probable one; 0 keeps all.
     pub min_p: f32,
-    /// Logits of tokens seen lately are divided by it if above 0, else multiplied (CTRL,
-    /// arXiv 1909.05858). 1 changes nothing. Greedy choice is penalized too.
+    /// Divides logits above 0 of tokens seen lately, and multiplies others (CTRL, arXiv 1909.05858). 1 changes nothing. Greedy
+    /// choice is penalized too, with all penalties.
     pub repetition_penalty: f32,
-    /// How many of the last tokens, prompt included, are penalized; 0 is none.
+    /// Is subtracted from the logits of tokens seen lately, once for each time; 0 changes nothing.
+    pub frequency_penalty: f32,
+    /// Is subtracted once from the logits of tokens seen lately; 0 changes nothing.
+    pub presence_penalty: f32,
+    /// Number of the last tokens, prompt included, that are penalized; 0 is none.
     pub repeat_last_n: usize,
     /// Seed of the random numbers.
     pub seed: u64,
@@ -37,6 +42,8 @@ impl Default for SamplingOptions {
             top_p: 1.0,
             min_p: 0.0,
             repetition_penalty: 1.0,
+            frequency_penalty: 0.0,
+            presence_penalty: 0.0,
             repeat_last_n: 64,
             seed: 0,
         }
@@ -70,6 +77,18 @@ impl SamplingOptions {
                 self.repetition_penalty.is_finite() && self.repetition_penalty > 0.0,
                 "a finite number above 0",
             ),
+            (
+                "frequency_penalty",
+                self.frequency_penalty,
+                self.frequency_penalty.is_finite(),
+                "a finite number",
+            ),
+            (
+                "presence_penalty",
+                self.presence_penalty,
+                self.presence_penalty.is_finite(),
+                "a finite number",
+            ),
         ];
         match rules.into_iter().find(|(_, _, good, _)| !good) {
             None => Ok(()),
@@ -83,10 +102,13 @@ impl SamplingOptions {
 
 /// Chooses tokens; the same options and logits give the same tokens on every machine whose `exp`
 /// rounds alike.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Sampler {
     options: SamplingOptions,
     random: ChaCha8Rng,
+    processors: Vec<Box<dyn LogitsProcessor>>,
+    /// Logits `[vocab]` that processors have changed.
+    processed: Vec<f32>,
 }
 
 /// A token that may be chosen. `weight` is its logit, then its probability times a constant.
@@ -100,10 +122,28 @@ impl Sampler {
     /// A sampler at the start of its random numbers. Errors (`Argument`): an option out of its range.
     pub fn new(options: SamplingOptions) -> Result<Self> {
         options.check()?;
+        let penalties = Penalties {
+            repetition: options.repetition_penalty,
+            frequency: options.frequency_penalty,
+            presence: options.presence_penalty,
+            last_n: options.repeat_last_n,
+        };
+        let mut processors: Vec<Box<dyn LogitsProcessor>> = Vec::new();
+        if !penalties.are_none() {
+            processors.push(Box::new(penalties));
+        }
         Ok(Self {
+            processors,
+            processed: Vec::new(),
             random: ChaCha8Rng::seed_from_u64(options.seed),
             options,
         })
+    }
+
+    /// Adds a processor, which changes logits after those that are there and before temperature and filters.
+    pub fn with_processor(mut self, processor: Box<dyn LogitsProcessor>) -> Self {
+        self.processors.push(processor);
+        self
     }
 
     /// The options.
@@ -115,59 +155,37 @@ impl Sampler {
     ///
     /// A logit of minus infinity excludes its token. Costs a pass over the vocabulary, and a sort
     /// of it if `top_p` is used without `top_k`. Errors (`Invalid`): NaN, plus infinity, or nothing
-    /// that may be chosen.
+    /// that may be chosen; those of the processors.
     pub fn sample(&mut self, logits: &[f32], history: &[u32]) -> Result<u32> {
-        let is_wild = |l: &f32| l.is_nan() || *l == f32::INFINITY;
-        // Without an early end, so that a compiler can take several at once.
-        let wild = logits.iter().fold(false, |wild, l| wild | is_wild(l));
-        if wild && let Some(id) = logits.iter().position(is_wild) {
-            return Err(Error::new(
-                ErrorKind::Invalid,
-                format!("the logit of token {id} is {}", logits[id]),
-            )
-            .hint("the weights of the model are damaged or overflow"));
+        check_numbers(logits)?;
+        if self.processors.is_empty() {
+            return self.choose(logits);
         }
-        let options = &self.options;
-        if options.temperature == 0.0 && options.repetition_penalty == 1.0 {
-            return largest(logits).ok_or_else(|| nothing_left(logits));
-        }
-        let mut candidates: Vec<_> = (0u32..)
-            .zip(logits)
-            .map(|(id, &logit)| Candidate {
-                id,
-                weight: f64::from(logit),
-            })
-            .collect();
-        self.penalize(&mut candidates, history);
-        candidates.retain(|c| c.weight > f64::NEG_INFINITY);
-        let chosen = match self.options.temperature > 0.0 {
-            false => greedy(&candidates),
-            true => {
-                self.filter(&mut candidates);
-                self.draw(&candidates)
-            }
-        };
-        chosen.ok_or_else(|| nothing_left(logits))
+        let mut processed = std::mem::take(&mut self.processed);
+        processed.clear();
+        processed.extend_from_slice(logits);
+        let mut processors = self.processors.iter_mut();
+        let result = processors
+            .try_for_each(|processor| processor.process(history, &mut processed))
+            .and_then(|()| check_numbers(&processed))
+            .and_then(|()| self.choose(&processed));
+        self.processed = processed;
+        result
     }
 
-    /// The candidates are still in the order of their ids.
-    fn penalize(&self, candidates: &mut [Candidate], history: &[u32]) {
-        let penalty = f64::from(self.options.repetition_penalty);
-        if penalty == 1.0 {
-            return;
+    /// Chooses a token from logits that are numbers.
+    fn choose(&mut self, logits: &[f32]) -> Result<u32> {
+        if self.options.temperature == 0.0 {
+            return largest(logits).ok_or_else(|| nothing_left(logits));
         }
-        let recent = history.len().saturating_sub(self.options.repeat_last_n);
-        let mut recent = history[recent..].to_vec();
-        recent.sort_unstable();
-        recent.dedup();
-        for id in recent {
-            if let Some(candidate) = candidates.get_mut(id as usize) {
-                match candidate.weight > 0.0 {
-                    true => candidate.weight /= penalty,
-                    false => candidate.weight *= penalty,
-                }
-            }
-        }
+        let candidate = |(id, &logit)| Candidate {
+            id,
+            weight: f64::from(logit),
+        };
+        let mut candidates: Vec<_> = (0u32..).zip(logits).map(candidate).collect();
+        candidates.retain(|c| c.weight > f64::NEG_INFINITY);
+        self.filter(&mut candidates);
+        self.draw(&candidates).ok_or_else(|| nothing_left(logits))
     }
 
     /// Temperature, top-k, top-p, min-p. Logits become probabilities relative to the largest.
@@ -239,18 +257,28 @@ fn largest(logits: &[f32]) -> Option<u32> {
         .and_then(|index| u32::try_from(index).ok())
 }
 
+/// Errors (`Invalid`): a logit is NaN or plus infinity.
+fn check_numbers(logits: &[f32]) -> Result<()> {
+    let is_wild = |l: &f32| l.is_nan() || *l == f32::INFINITY;
+    // Without an early end, so that a compiler can take several at once.
+    if !logits.iter().fold(false, |wild, l| wild | is_wild(l)) {
+        return Ok(());
+    }
+    match logits.iter().position(is_wild) {
+        None => Ok(()),
+        Some(id) => Err(Error::new(
+            ErrorKind::Invalid,
+            format!("the logit of token {id} is {}", logits[id]),
+        )
+        .hint("the weights of the model are damaged or overflow")),
+    }
+}
+
 fn nothing_left(logits: &[f32]) -> Error {
     Error::new(
         ErrorKind::Invalid,
         format!("none of {} logits is above minus infinity", logits.len()),
     )
-}
-
-fn greedy(candidates: &[Candidate]) -> Option<u32> {
-    candidates
-        .iter()
-        .min_by(|a, b| more_likely(a, b))
-        .map(|c| c.id)
 }
 
 /// The larger weight first, the lower id first among equal ones.

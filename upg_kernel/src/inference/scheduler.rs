@@ -4,7 +4,7 @@
 use super::context::{Context, Logits, Part, Sequence, SessionOptions};
 use super::generate::{Choices, FinishReason, StopStrings, Text};
 use super::tokenizer::{DecodeStream, Tokenizer};
-use super::{Sampler, UPGModel};
+use super::{LogProbs, Sampler, UPGModel};
 use crate::error::{Error, ErrorKind, Result};
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -20,6 +20,8 @@ pub struct Request {
     pub max_tokens: usize,
     /// Texts that end the answer, and are not given out.
     pub stop_strings: Vec<String>,
+    /// Number of the most probable tokens that [`Event::Token`] reports for each position; `None`: no such events.
+    pub log_probs: Option<usize>,
 }
 
 /// The number of a request, given by [`Scheduler::submit`] in ascending order.
@@ -30,6 +32,8 @@ pub struct RequestId(u64);
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Event {
+    /// A token of the answer was chosen; only with [`Request::log_probs`].
+    Token(u32, LogProbs),
     /// The next piece of the answer; never empty.
     Text(String),
     /// The answer is complete.
@@ -62,6 +66,7 @@ pub enum Event {
 ///         sampler: Sampler::new(SamplingOptions::default())?,
 ///         max_tokens: 20,
 ///         stop_strings: vec!["\n".into()],
+///         log_probs: None,
 ///     })?;
 /// }
 /// while !scheduler.is_idle() {
@@ -96,6 +101,7 @@ struct Running {
     sampler: Sampler,
     choices: Choices,
     text: Text<DecodeStream<Arc<Tokenizer>>>,
+    log_probs: Option<usize>,
     /// Most bytes of the cache that it may take.
     bytes: usize,
 }
@@ -150,6 +156,7 @@ impl Scheduler {
             sampler: request.sampler,
             choices: Choices::new(self.model.generate_options(request.max_tokens)?),
             text: Text::new(decoder, stops),
+            log_probs: request.log_probs,
             bytes,
         });
         self.next += 1;
@@ -247,18 +254,11 @@ impl Scheduler {
         let context = self.context.max_len();
         let rows = self.logits.chunks_exact(vocab);
         for (request, logits) in self.running[first..].iter_mut().zip(rows) {
-            let text = request.advance(logits, context);
-            let text = text.unwrap_or_else(|error| {
+            if let Err(error) = request.advance(logits, context, events) {
                 request.text.finish = Some(FinishReason::Failed);
                 events.push((request.id, Event::Failed(error)));
-                String::new()
-            });
-            if !text.is_empty() {
-                events.push((request.id, Event::Text(text)));
-            }
-            match request.text.finish {
-                None | Some(FinishReason::Failed) => {}
-                Some(reason) => events.push((request.id, Event::Finished(reason))),
+            } else if let Some(reason) = request.text.finish {
+                events.push((request.id, Event::Finished(reason)));
             }
         }
     }
@@ -281,22 +281,34 @@ impl Running {
         (&mut self.sequence, tokens)
     }
 
-    /// Takes the logits of what was computed; returns the text that comes of them.
-    fn advance(&mut self, logits: &[f32], context: usize) -> Result<String> {
+    /// Takes the logits of what was computed; appends what follows from them to `events`.
+    fn advance(
+        &mut self,
+        logits: &[f32],
+        context: usize,
+        events: &mut Vec<(RequestId, Event)>,
+    ) -> Result<()> {
         let len = self.sequence.tokens().len();
         if len < self.prompt.len() {
-            return Ok(String::new());
+            return Ok(());
         }
         let mut text = String::new();
         if !self.choices.is_over(len, context) {
             let history = self.sequence.tokens();
             if let Some(token) = self.choices.choose(&mut self.sampler, logits, history)? {
+                if let Some(n) = self.log_probs {
+                    let log_probs = LogProbs::new(logits, token, n)?;
+                    events.push((self.id, Event::Token(token, log_probs)));
+                }
                 text = self.text.token(token)?;
             }
         }
         if self.text.finish.is_none() && self.choices.is_over(len, context) {
             text.push_str(&self.text.end(self.choices.finish)?);
         }
-        Ok(text)
+        if !text.is_empty() {
+            events.push((self.id, Event::Text(text)));
+        }
+        Ok(())
     }
 }

@@ -222,6 +222,7 @@ impl UPGModel {
                 sampler: Sampler::new(SamplingOptions::default())?,
                 max_tokens,
                 stop_strings: Vec::new(),
+                log_probs: None,
             })
         };
         let requests = prompts.iter().map(request).collect::<Result<Vec<_>>>()?;

@@ -1,4 +1,5 @@
 use super::*;
+use crate::inference::logits::LogitBias;
 
 const INF: f32 = f32::INFINITY;
 
@@ -16,15 +17,18 @@ fn of(p: &[f32]) -> Vec<f32> {
 
 /// The ids that the filters keep, most probable first, with probabilities that add up to 1.
 fn kept(options: SamplingOptions, logits: &[f32], history: &[u32]) -> Vec<(u32, f32)> {
-    let sampler = Sampler::new(options).unwrap();
+    let mut sampler = Sampler::new(options).unwrap();
+    let mut logits = logits.to_vec();
+    for processor in &mut sampler.processors {
+        processor.process(history, &mut logits).unwrap();
+    }
     let mut candidates: Vec<_> = (0u32..)
         .zip(logits)
-        .map(|(id, &l)| Candidate {
+        .map(|(id, l)| Candidate {
             id,
             weight: f64::from(l),
         })
         .collect();
-    sampler.penalize(&mut candidates, history);
     sampler.filter(&mut candidates);
     candidates.sort_by(more_likely);
     let total: f64 = candidates.iter().map(|c| c.weight).sum();
@@ -120,6 +124,25 @@ fn the_order_of_the_filters_shows() {
         ..options()
     };
     assert_kept(&kept(mix, &p, &[]), &[(1, 4.0 / 7.0), (2, 3.0 / 7.0)]);
+}
+
+#[test]
+fn processors_change_logits_one_after_the_other() {
+    let bias = |biases| Box::new(LogitBias::new(biases).unwrap());
+    let sampler = Sampler::new(SamplingOptions {
+        frequency_penalty: 1.0,
+        ..SamplingOptions::default()
+    });
+    let mut sampler = sampler
+        .unwrap()
+        .with_processor(bias(vec![(0, -INF)]))
+        .with_processor(bias(vec![(3, 1.5)]));
+    // Token 1 was there twice, token 0 is excluded, and 1.0 + 1.5 is above 2.0.
+    assert_eq!(sampler.sample(&[9.0, 3.5, 2.0, 1.0], &[1, 2, 1]).unwrap(), 3);
+    let none = vec![(0, -INF), (1, -INF)];
+    let greedy = Sampler::new(SamplingOptions::default()).unwrap();
+    let error = greedy.with_processor(bias(none)).sample(&[1.0, 2.0], &[]);
+    assert_eq!(error.unwrap_err().kind(), ErrorKind::Invalid);
 }
 
 #[test]

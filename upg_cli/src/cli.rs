@@ -311,10 +311,20 @@ pub struct SamplingArgs {
     #[arg(long, default_value_t = 1.0, value_name = "FACTOR")]
     pub repetition_penalty: f32,
     /// Subtract this from the logit of a token for each time it is among the last 64
-    #[arg(long, default_value_t = 0.0, value_name = "X", allow_negative_numbers = true)]
+    #[arg(
+        long,
+        default_value_t = 0.0,
+        value_name = "X",
+        allow_negative_numbers = true
+    )]
     pub frequency_penalty: f32,
     /// Subtract this from the logits of tokens that are among the last 64
-    #[arg(long, default_value_t = 0.0, value_name = "X", allow_negative_numbers = true)]
+    #[arg(
+        long,
+        default_value_t = 0.0,
+        value_name = "X",
+        allow_negative_numbers = true
+    )]
     pub presence_penalty: f32,
     /// Seed of the random choice
     #[arg(long, default_value_t = 0)]

@@ -8,11 +8,11 @@ mod tiny;
 use std::path::Path;
 use tiny::{Case, MODELS, cases, largest_difference, model_file};
 use upg_compress::{Choice, CompressOptions, Preflight, compress, source};
-use upg_kernel::{ErrorKind, UPGModel};
 use upg_kernel::format::Encoding;
 use upg_kernel::inference::{
     CacheType, GenerateOptions, Sampler, SamplingOptions, SessionOptions, TokenStream,
 };
+use upg_kernel::{ErrorKind, UPGModel};
 
 /// Uncompressed, only the order of additions differs; measured: 4e-6 at logits up to 5.
 const KEPT: f32 = 3e-5;

@@ -120,7 +120,8 @@ impl LogProbs {
             top.truncate(n);
         }
         top.sort_unstable_by(by_logit);
-        top.iter_mut().for_each(|(_, logit)| *logit = log_prob(*logit));
+        top.iter_mut()
+            .for_each(|(_, logit)| *logit = log_prob(*logit));
         Ok(Self {
             chosen: log_prob(logit),
             top,
@@ -157,7 +158,10 @@ mod tests {
         let history = [3, 0, 0, 1, 99];
         let mut logits = [4.0, -1.0, 1.0, 1.0];
         penalties.process(&history, &mut logits).unwrap();
-        assert_eq!(logits, [4.0 / 2.0 - 2.0 * 0.25 - 0.5, -2.0 - 0.25 - 0.5, 1.0, 1.0]);
+        assert_eq!(
+            logits,
+            [4.0 / 2.0 - 2.0 * 0.25 - 0.5, -2.0 - 0.25 - 0.5, 1.0, 1.0]
+        );
         let none = Penalties {
             repetition: 1.0,
             frequency: 0.0,
@@ -178,9 +182,17 @@ mod tests {
         assert_eq!([found.top[0].0, found.top[1].0], [1, 2]);
         assert!(close(found.top[0].1, 0.4) && close(found.top[1].1, 0.3));
         let all = LogProbs::new(&[0.0, f32::NEG_INFINITY, 0.0], 0, 9).unwrap();
-        assert_eq!(all.top.iter().map(|(id, _)| *id).collect::<Vec<_>>(), [0, 2, 1]);
+        assert_eq!(
+            all.top.iter().map(|(id, _)| *id).collect::<Vec<_>>(),
+            [0, 2, 1]
+        );
         assert_eq!(all.top[2].1, f32::NEG_INFINITY);
-        for bad in [&[f32::NEG_INFINITY; 2][..], &[f32::NAN, 0.0], &[f32::INFINITY, 0.0], &[]] {
+        for bad in [
+            &[f32::NEG_INFINITY; 2][..],
+            &[f32::NAN, 0.0],
+            &[f32::INFINITY, 0.0],
+            &[],
+        ] {
             let error = LogProbs::new(bad, 0, 1).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Invalid);
         }

@@ -238,7 +238,7 @@ impl UPGModel {
                     Event::Text(text) => {
                         texts.entry(id).or_insert_with(String::new).push_str(&text)
                     }
-                    Event::Finished(_) => {}
+                    Event::Token(..) | Event::Finished(_) => {}
                     Event::Failed(error) => return Err(error),
                 }
             }

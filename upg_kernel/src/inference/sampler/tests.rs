@@ -138,7 +138,10 @@ fn processors_change_logits_one_after_the_other() {
         .with_processor(bias(vec![(0, -INF)]))
         .with_processor(bias(vec![(3, 1.5)]));
     // Token 1 was there twice, token 0 is excluded, and 1.0 + 1.5 is above 2.0.
-    assert_eq!(sampler.sample(&[9.0, 3.5, 2.0, 1.0], &[1, 2, 1]).unwrap(), 3);
+    assert_eq!(
+        sampler.sample(&[9.0, 3.5, 2.0, 1.0], &[1, 2, 1]).unwrap(),
+        3
+    );
     let none = vec![(0, -INF), (1, -INF)];
     let greedy = Sampler::new(SamplingOptions::default()).unwrap();
     let error = greedy.with_processor(bias(none)).sample(&[1.0, 2.0], &[]);

@@ -10,6 +10,7 @@ pub mod decompress;
 pub mod eval;
 pub mod inspect;
 mod inspect_v1;
+mod model_file;
 pub mod run;
 pub mod tune;
 pub mod verify;

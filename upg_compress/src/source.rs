@@ -59,7 +59,7 @@ pub fn open_with(path: impl AsRef<Path>, options: OpenOptions) -> Result<Box<dyn
         return Ok(Box::new(GgufSource::open_with(path, options)?));
     }
     if upg_kernel::v1::is_pickle(path) {
-        let folder = upg_kernel::v1::folder_of(path);
+        let folder = files::folder_of(path);
         return Ok(Box::new(V1Source::open(path, &[], Some(folder))?));
     }
     Err(not_a_source(path, &magic).at(path))

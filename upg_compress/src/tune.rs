@@ -29,7 +29,7 @@ use std::time::Instant;
 use student::Student;
 use teacher::Teacher;
 use upg_kernel::format::UpgFile;
-use upg_kernel::v1::folder_of;
+use upg_kernel::files::folder_of;
 use upg_kernel::{Error, ErrorKind, Result, WholeFile};
 use write::write;
 

@@ -35,6 +35,14 @@ pub fn read_at_most(from: impl Read, expected: u64, most: u64) -> io::Result<Opt
     Ok((bytes.len() as u64 <= most).then_some(bytes))
 }
 
+/// Returns the folder that `path` is in: `.` for a bare name.
+pub fn folder_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    }
+}
+
 /// Fails unless `metadata` is that of a regular file.
 pub(crate) fn check_regular(metadata: &Metadata) -> io::Result<()> {
     match metadata.is_file() {

@@ -16,6 +16,8 @@ mod writer;
 
 pub use checksum::data as checksum_of;
 pub use header::UpgFile;
+#[cfg(feature = "v1")]
+pub(crate) use header::begins_as_pickle;
 pub use index::{Encoding, LayerInfo};
 pub use rules::TOKENIZER;
 pub use writer::{

@@ -53,7 +53,7 @@
 //!   decoder, KV cache, sampling, [`mod@inference::evaluate`]).
 //! - [`UPGDecompressor`]: layers as candle tensors or into the caller's buffer; [`UpgLinear`]: a layer of candle whose
 //!   weights stay compressed.
-//! - [`mod@format`]: opening, checking and writing files; [`v1`]: files of version 1.
+//! - [`mod@format`]: opening, checking and writing files; `v1` (a feature): files of version 1.
 //! - [`matrix`], [`sparse`], [`rotation`], [`prime_lut`]: the encodings. All decode by one formula,
 //!   `scale * prime * value`.
 //! - [`kernels`]: the arithmetic; [`metal_kernels`]: products on Apple GPUs.
@@ -102,6 +102,7 @@ pub mod text;
 pub mod trellis_code;
 mod upg_decompress;
 mod upg_linear;
+#[cfg(feature = "v1")]
 pub mod v1;
 mod whole_file;
 

@@ -52,8 +52,10 @@ pub struct MappedFile {
 impl MappedFile {
     /// Maps `path`. Cost: one system call, no reading. Errors: kind `Io`.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
-        let path = path.as_ref();
-        let (file, _) = open(path)?;
+        Self::open_with(path, OpenOptions { mmap: true })
+    }
+
+    fn map(file: &File, path: &Path) -> Result<Self> {
         // SAFETY: `map` asks that the file does not change while it is mapped. No process can promise that for others: a
         // private map shares its pages with whoever writes the file in place, and a `&[u8]` or `&[T]` whose bytes change is
         // outside of Rust's model. This is what UPG relies on instead. The map is private to this value, never written
@@ -63,7 +65,7 @@ impl MappedFile {
         // found to be UTF-8. A change then gives wrong numbers or an error, and no access outside of an array; a part
         // that was cut off ends the process with a bus error (documented above). Who cannot rule changes out has
         // `MappedFile::read`.
-        let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io("cannot open", path, e))?;
+        let map = unsafe { Mmap::map(file) }.map_err(|e| Error::io("cannot open", path, e))?;
         Ok(Self {
             _listed: Listed::new(&map, path),
             map,
@@ -76,9 +78,12 @@ impl MappedFile {
     /// Cost: the memory and the time to read the whole file. Errors: `Io`, also if the file changes meanwhile, as far
     /// as its length and time of change tell; `TooLarge` if the memory is not to be had.
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
-        let path = path.as_ref();
+        Self::open_with(path, OpenOptions { mmap: false })
+    }
+
+    fn read_all(mut file: &File, path: &Path) -> Result<Self> {
         let io = |e| Error::io("cannot read", path, e);
-        let (mut file, before) = open(path)?;
+        let before = file.metadata().map_err(io)?;
         let no_memory = |e: io::Error| {
             let message = format!("no memory for its {} bytes: {e}", before.len());
             Error::new(ErrorKind::TooLarge, message)
@@ -104,26 +109,23 @@ impl MappedFile {
 
     /// [`MappedFile::open`] or [`MappedFile::read`].
     pub fn open_with(path: impl AsRef<Path>, options: OpenOptions) -> Result<Self> {
-        match options.mmap {
-            true => Self::open(path),
-            false => Self::read(path),
-        }
+        let path = path.as_ref();
+        let (file, _) = files::open_regular(path).map_err(|e| Error::io("cannot open", path, e))?;
+        Self::of_open_file(&file, path, options)
     }
 
-    /// With another path, for messages.
-    pub(crate) fn shown_as(mut self, path: &Path) -> Self {
-        self.path = path.to_path_buf();
-        self
+    /// [`MappedFile::open_with`] for an open file, read from its position on. Messages name `path`.
+    pub(crate) fn of_open_file(file: &File, path: &Path, options: OpenOptions) -> Result<Self> {
+        match options.mmap {
+            true => Self::map(file, path),
+            false => Self::read_all(file, path),
+        }
     }
 
     /// The path it was opened with.
     pub fn path(&self) -> &Path {
         &self.path
     }
-}
-
-fn open(path: &Path) -> Result<(File, Metadata)> {
-    files::open_regular(path).map_err(|e| Error::io("cannot open", path, e))
 }
 
 /// Fills `memory`; `false` if there are fewer bytes, or more.

@@ -10,7 +10,6 @@ use crate::matrix::Matrix;
 use crate::matrix::decode::Decode;
 use crate::matrix::strips::STRIP_ROWS;
 use crate::prime_lut::PrimeIndex;
-use crate::v1;
 use candle_core::{DType, Device, Tensor, WithDType};
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -80,17 +79,6 @@ impl UPGDecompressor {
     /// ```
     pub fn from_safetensors(path: impl AsRef<Path>) -> Result<Self> {
         Ok(Self::new(Arc::new(UpgFile::open(path)?)))
-    }
-
-    /// As [`UPGDecompressor::from_safetensors`], for a file of version 1 too, which is converted into a temporary one first:
-    /// that is deprecated, convert it once. Cost and errors: those of [`v1::open_any`].
-    pub fn from_file(path: impl AsRef<Path>) -> Result<Self> {
-        Self::from_file_with(path, OpenOptions::default())
-    }
-
-    /// [`UPGDecompressor::from_file`] with options. Cost and errors: also those of [`UpgFile::open_with`].
-    pub fn from_file_with(path: impl AsRef<Path>, options: OpenOptions) -> Result<Self> {
-        Ok(Self::new(Arc::new(v1::open_any_with(path, options)?)))
     }
 
     /// Decompresses from a file that is already open.

@@ -21,11 +21,11 @@ mod pickle;
 pub use catalogue::{Catalogue, CatalogueEntry};
 pub use convert::Converted;
 
-use crate::error::{Error, ErrorKind, Result};
-use crate::files;
-use crate::format::UpgFile;
+use crate::error::{Error, Result};
+use crate::files::{self, folder_of};
 use crate::format::texts::ModelFiles;
-use crate::mapped::OpenOptions;
+use crate::format::{UpgFile, begins_as_pickle};
+use crate::mapped::{MappedFile, OpenOptions};
 use bytes::Files;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -46,12 +46,6 @@ pub fn is_pickle(path: &Path) -> bool {
         Some(start)
     };
     start().is_some_and(|start| begins_as_pickle(&start))
-}
-
-/// Two bytes say so; but a safetensors file may begin with them too, as a part of the length of its header.
-pub(crate) fn begins_as_pickle(start: &[u8]) -> bool {
-    let is_safetensors = matches!(start, [_, _, _, _, 0, 0, 0, 0, b'{', ..]);
-    matches!(start, [0x80, 2..=5, ..]) && !is_safetensors
 }
 
 impl V1File {
@@ -88,11 +82,11 @@ impl V1File {
     }
 }
 
-/// Opens a UPG file, of version 1 too: that is converted into a temporary file, with a warning to `log`. The texts of the
-/// model (`config.json` and so on) are taken from the folder it is in.
+/// Opens a UPG file, of version 1 too: that is converted into a temporary file without a name, with a warning to `log`. The
+/// texts of the model (`config.json` and so on) are taken from the folder it is in.
 ///
-/// Cost: of version 1 that of [`V1File::convert`], and room where temporary files are. Errors: those of [`UpgFile::open`], of
-/// [`V1File::open`] and of [`V1File::convert`].
+/// Cost: of version 1 that of [`V1File::convert`], and room where temporary files are. However the process ends, nothing
+/// is left there. Errors: those of [`UpgFile::open`], [`V1File::open`], [`V1File::convert`] and [`ModelFiles::read`].
 pub fn open_any(path: impl AsRef<Path>) -> Result<UpgFile> {
     open_any_with(path, OpenOptions::default())
 }
@@ -109,27 +103,6 @@ pub fn open_any_with(path: impl AsRef<Path>, options: OpenOptions) -> Result<Upg
         path.display().to_string().escape_debug()
     );
     let texts = ModelFiles::read(folder_of(path))?;
-    let temporary = tempfile::Builder::new().prefix("upg-v1-").tempdir();
-    let temporary =
-        temporary.map_err(|e| Error::io("cannot make a temporary folder for", path, e))?;
-    let converted = temporary.path().join("converted.safetensors");
-    v1.convert(&converted, &texts, &mut |_, _| Ok(()))?;
-    UpgFile::open_temporary(&converted, path, temporary, options)
-}
-
-/// The folder of a file: where the texts of its model are looked for.
-pub fn folder_of(path: &Path) -> &Path {
-    match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    }
-}
-
-/// The error for a version 1 file where one of version 2 is asked for.
-pub(crate) fn not_converted() -> Error {
-    Error::new(
-        ErrorKind::Unsupported,
-        "a Python pickle: a UPG file of version 1, if it is one",
-    )
-    .hint("convert it with `upg convert OLD -o NEW.safetensors`")
+    let file = v1.convert_to_temporary(&texts)?;
+    UpgFile::checked(MappedFile::of_open_file(&file, path, options)?, options)
 }

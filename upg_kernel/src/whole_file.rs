@@ -4,7 +4,7 @@
 mod temporary;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::files;
+use crate::files::{self, folder_of};
 use crate::format::checksum_of;
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, Metadata, OpenOptions};
@@ -96,6 +96,28 @@ impl WholeFile {
         let mut temporary = TempPath::try_from_path(&partial).map_err(io)?;
         temporary.disable_cleanup(true);
         Ok(Self::new(file, Some(temporary), path, target))
+    }
+
+    /// Starts a file without a name, where temporary files are, that is never put in a place. Messages name `path`.
+    ///
+    /// However the process ends, nothing is left of it. Errors: `Io`.
+    #[cfg(feature = "v1")]
+    pub(crate) fn temporary(path: &Path) -> Result<Self> {
+        let file = tempfile::tempfile();
+        let file = file.map_err(|e| Error::io("cannot make a temporary file for", path, e))?;
+        Ok(Self::new(file, None, path, PathBuf::new()))
+    }
+
+    /// The file as it was written, at its start. Nothing keeps a file that has no name yet. Errors: `Io`.
+    #[cfg(feature = "v1")]
+    pub(crate) fn into_file(self) -> Result<File> {
+        let Self { out, path, .. } = self;
+        let rewound = || -> io::Result<File> {
+            let mut file = out.into_inner().map_err(io::IntoInnerError::into_error)?;
+            file.rewind()?;
+            Ok(file)
+        };
+        rewound().map_err(|e| Error::io("cannot write", &path, e))
     }
 
     /// Where the file that [`WholeFile::resume`] opens for `path` is: beside it, with `.partial` after its name, which
@@ -375,13 +397,6 @@ fn target_of(path: &Path) -> io::Result<PathBuf> {
 fn place_of(path: &Path) -> Option<PathBuf> {
     let place = || Some(folder_of(path).canonicalize().ok()?.join(path.file_name()?));
     path.canonicalize().ok().or_else(place)
-}
-
-fn folder_of(path: &Path) -> &Path {
-    match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    }
 }
 
 #[cfg(test)]

@@ -9,11 +9,12 @@ use safetensors::SafeTensors;
 use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use tiny::{collect, data};
 use upg_kernel::format::UpgFile;
 use upg_kernel::format::texts::ModelFiles;
-use upg_kernel::v1::{V1File, is_pickle, open_any};
-use upg_kernel::{ErrorKind, Result, UPGDecompressor, UPGModel};
+use upg_kernel::v1::{V1File, is_pickle, open_any, open_any_with};
+use upg_kernel::{ErrorKind, OpenOptions, Result, UPGDecompressor, UPGModel};
 
 fn file(name: &str) -> PathBuf {
     data("v1").join(name)
@@ -118,16 +119,17 @@ fn old_files_are_opened_as_they_are() {
     assert_eq!(converted.weights, weights);
     assert_eq!(converted.file_bytes, fs::metadata(&new).unwrap().len());
 
-    let [of_old, of_new] = [&old, &new].map(|path| UPGModel::from_file(path).unwrap());
+    let opened = Arc::new(open_any(&old).unwrap());
+    // Messages name the file that was asked for.
+    assert_eq!(opened.path(), old);
+    let of_old = UPGModel::new(Arc::clone(&opened)).unwrap();
+    let of_new = UPGModel::from_file(&new).unwrap();
     let logits = |model: &UPGModel| {
         let logits = model.forward(&[1, 5, 9]).unwrap();
         logits.flatten_all().unwrap().to_vec1::<f32>().unwrap()
     };
     assert_eq!(logits(&of_old), logits(&of_new));
-    assert!(of_old.file().is_temporary() && !of_new.file().is_temporary());
-    // Messages name the file that was asked for.
-    assert_eq!(of_old.file().path(), old);
-    let matrix = UPGDecompressor::from_file(&old).unwrap();
+    let matrix = UPGDecompressor::new(opened);
     let name = "model.layers.0.mlp.down_proj.weight";
     let decompressed = |model: &UPGDecompressor| {
         let tensor = model.decompress_layer(name).unwrap();
@@ -139,10 +141,26 @@ fn old_files_are_opened_as_they_are() {
     };
     let new = UPGDecompressor::from_safetensors(&new).unwrap();
     assert_eq!(decompressed(&matrix), decompressed(&new));
-    // What is asked to be of version 2 is not converted on the way.
-    let e = UpgFile::open(&old).err().unwrap();
-    assert_eq!(e.kind(), ErrorKind::Unsupported);
-    assert!(e.to_string().contains("upg convert"), "{e}");
+    // Read into memory, it is verified too.
+    let read = open_any_with(&old, OpenOptions::in_memory()).unwrap();
+    assert_eq!(read.file_len(), converted.file_bytes);
+}
+
+#[test]
+fn old_files_are_not_converted_unasked() {
+    let old = file("model/tiny.upg");
+    for e in [
+        UpgFile::open(&old).err(),
+        UPGModel::from_file(&old).err(),
+        UPGDecompressor::from_safetensors(&old).err(),
+    ] {
+        let e = e.unwrap();
+        assert_eq!(e.kind(), ErrorKind::Unsupported);
+        let says = e.to_string();
+        assert!(says.contains("a UPG file of version 1"), "{says}");
+        assert!(says.contains("upg convert OLD NEW"), "{says}");
+        assert_eq!(says.lines().count(), 1);
+    }
 }
 
 /// The length of a header can have the bytes that a pickle begins with.

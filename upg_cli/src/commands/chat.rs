@@ -1,6 +1,7 @@
 //! `upg chat`.
 #![forbid(unsafe_code)]
 
+use super::model_file;
 use super::run::{note_end, sampling_options, session_options};
 use crate::cli::ChatArgs;
 use crate::{signals, terminal};
@@ -15,7 +16,7 @@ use upg_kernel::inference::{Sampler, Session};
 use upg_kernel::{Error, ErrorKind, OpenOptions, Result, UPGModel};
 
 pub fn run(args: &ChatArgs, open: OpenOptions) -> Result<()> {
-    let model = UPGModel::from_file_with(&args.file, open)?;
+    let model = model_file::load(&args.file, open)?;
     let interrupt = signals::interrupt_flag()?;
     let mut chat = Chat {
         template: model.chat_template()?,

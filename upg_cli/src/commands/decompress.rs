@@ -1,6 +1,7 @@
 //! `upg decompress`.
 #![forbid(unsafe_code)]
 
+use super::model_file;
 use crate::cli::{DecompressArgs, FloatArg};
 use crate::progress::WeightsBar;
 use crate::terminal;
@@ -9,7 +10,7 @@ use upg_compress::source::FloatType;
 use upg_kernel::{OpenOptions, Result, UPGDecompressor};
 
 pub fn run(args: &DecompressArgs, open: OpenOptions) -> Result<()> {
-    let model = UPGDecompressor::from_file_with(&args.file, open)?;
+    let model = UPGDecompressor::new(model_file::open(&args.file, open)?);
     let dtype = args.dtype.map(|dtype| match dtype {
         FloatArg::Bf16 => FloatType::Bf16,
         FloatArg::F16 => FloatType::F16,

@@ -3,6 +3,7 @@
 
 mod reference;
 
+use super::model_file;
 use crate::cli::EvalArgs;
 use crate::{signals, terminal};
 use reference::Against;
@@ -20,7 +21,7 @@ use upg_kernel::{Error, ErrorKind, OpenOptions, Result, UPGModel};
 
 pub fn run(args: &EvalArgs, open: OpenOptions) -> Result<()> {
     let text = terminal::read_text(&args.text, MAX_TEXT_BYTES)?;
-    let model = UPGModel::from_file_with(&args.file, open)?;
+    let model = model_file::load(&args.file, open)?;
     let limit = args.windows.map_or(usize::MAX, NonZeroUsize::get);
     let windows = Windows::of_text(model.tokenizer()?, &text, args.window, limit)?;
     let options = EvaluationOptions {

@@ -1,6 +1,7 @@
 //! `upg run`.
 #![forbid(unsafe_code)]
 
+use super::model_file;
 use crate::cli::{RunArgs, SamplingArgs};
 use crate::{signals, terminal};
 use safetensors::tensor::TensorView;
@@ -17,7 +18,7 @@ use upg_kernel::{Error, ErrorKind, OpenOptions, Result, UPGModel, WholeFile, pea
 
 pub fn run(args: &RunArgs, open: OpenOptions) -> Result<()> {
     let started = Instant::now();
-    let model = UPGModel::from_file_with(&args.file, open)?;
+    let model = model_file::load(&args.file, open)?;
     let loaded = started.elapsed();
     let options = |interrupt| session_options(&args.sampling, interrupt);
     if let (Some(tokens), Some(out)) = (&args.tokens, &args.logits) {

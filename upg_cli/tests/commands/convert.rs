@@ -3,7 +3,13 @@
 use crate::common::{names, output, succeed, upg};
 use serde_json::Value;
 use std::fs;
+#[cfg(unix)]
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
+#[cfg(unix)]
+use std::process::Stdio;
+#[cfg(unix)]
+use std::time::Duration;
 use upg_kernel::format::UpgFile;
 
 fn v1(name: &str) -> PathBuf {
@@ -95,6 +101,30 @@ fn an_old_file_gets_its_config_and_another_encoding_in_one_go() {
     assert!(compressed == converted);
 }
 
+/// A command that is killed while it runs an old file leaves nothing where temporary files are.
+#[cfg(unix)]
+#[test]
+fn nothing_is_left_of_an_old_file_that_was_opened() {
+    let folder = tempfile::tempdir().unwrap();
+    let old = v1("model/tiny.upg");
+    // Waits for its prompt with the model loaded.
+    let mut command = upg(["run", old.to_str().unwrap(), "-p", "-"]);
+    command.env("TMPDIR", folder.path());
+    command.stdin(Stdio::piped()).stderr(Stdio::piped());
+    let mut running = command.spawn().unwrap();
+    let mut warning = String::new();
+    let stderr = running.stderr.as_mut().unwrap();
+    BufReader::new(stderr).read_line(&mut warning).unwrap();
+    assert!(warning.contains("deprecated"), "{warning}");
+    for _ in 0..50 {
+        assert_eq!(names(folder.path()), [""; 0]);
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    running.kill().unwrap();
+    running.wait().unwrap();
+    assert_eq!(names(folder.path()), [""; 0]);
+}
+
 #[test]
 fn catalogues_are_shown() {
     let catalogue = v1("catalogue.upg");
@@ -160,7 +190,7 @@ fn what_is_no_old_file_is_refused() {
         let (code, _, stderr) = run(command);
         assert_eq!(code, Some(1), "{stderr}");
         assert!(
-            stderr.contains("upg convert OLD -o NEW.safetensors"),
+            stderr.contains("upg convert OLD NEW.safetensors"),
             "{stderr}"
         );
     }

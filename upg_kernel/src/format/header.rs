@@ -11,14 +11,12 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::inference::tokenizer::check_bytes;
 use crate::mapped::{MappedFile, OpenOptions};
 use crate::matrix::{Matrix, checked_scales, strips};
-use crate::v1;
 use bytemuck::Pod;
 use rayon::prelude::*;
 use safetensors::Dtype;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
-use tempfile::TempDir;
 
 /// The value of the metadata key `format`.
 pub(super) const FORMAT: &str = "upg";
@@ -36,15 +34,13 @@ pub struct UpgFile {
     matrices: Vec<OnceLock<Box<Matrix>>>,
     /// Layer ids in ascending order of names.
     by_name: Vec<u32>,
-    /// The folder of a file that is to be removed with this.
-    temporary: Option<TempDir>,
 }
 
 impl UpgFile {
     /// Maps and checks `path`.
     ///
-    /// Errors: `Io`; `Malformed` if it is not safetensors or cut short; `Unsupported`, `Missing`,
-    /// `Shape`, `Invalid`, `TooLarge` or `Checksum` with the broken rule.
+    /// Errors: `Io`; `Malformed` if it is not safetensors or cut short; `Unsupported` for a file of version 1;
+    /// `Unsupported`, `Missing`, `Shape`, `Invalid`, `TooLarge` or `Checksum` with the broken rule.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         Self::open_with(path, OpenOptions::default())
     }
@@ -55,23 +51,28 @@ impl UpgFile {
     /// Cost of reading: the file in memory, read once, and the computing of [`UpgFile::verify`]. Errors: those of
     /// [`UpgFile::open`], [`MappedFile::read`] and [`UpgFile::verify`].
     pub fn open_with(path: impl AsRef<Path>, options: OpenOptions) -> Result<Self> {
-        let path = path.as_ref();
-        let file = Arc::new(MappedFile::open_with(path, options)?);
-        if v1::begins_as_pickle(&file) {
-            return Err(v1::not_converted().at(path));
-        }
-        Self::checked(file, options).map_err(|e| e.at(path))
+        Self::checked(MappedFile::open_with(path, options)?, options)
     }
 
-    fn checked(file: Arc<MappedFile>, options: OpenOptions) -> Result<Self> {
-        let upg = Self::from_mapped(file)?;
-        if !options.mmap {
-            upg.verify(&|_| {})?;
-        }
-        Ok(upg)
+    /// [`UpgFile::open_with`] for a file in memory, as `options` say.
+    pub(crate) fn checked(file: MappedFile, options: OpenOptions) -> Result<Self> {
+        let file = Arc::new(file);
+        let check = || {
+            let upg = Self::from_mapped(Arc::clone(&file))?;
+            if !options.mmap {
+                upg.verify(&|_| {})?;
+            }
+            Ok(upg)
+        };
+        check().map_err(|e: Error| e.at(file.path()))
     }
 
     fn from_mapped(file: Arc<MappedFile>) -> Result<Self> {
+        if begins_as_pickle(&file) {
+            let message = "a Python pickle: a UPG file of version 1, if it is one";
+            return Err(Error::new(ErrorKind::Unsupported, message)
+                .hint("convert it once: upg convert OLD NEW.safetensors"));
+        }
         let table = read_table(&file)?;
         check_identity(table.metadata())?;
         let upg = Self::indexed(file, table)?;
@@ -110,26 +111,7 @@ impl UpgFile {
             matrices: layers.iter().map(|_| OnceLock::new()).collect(),
             layers,
             by_name,
-            temporary: None,
         })
-    }
-
-    /// [`UpgFile::open`] for a file in a temporary folder, which goes with it, made of the one at `shown_as`.
-    pub(crate) fn open_temporary(
-        path: &Path,
-        shown_as: &Path,
-        temporary: TempDir,
-        options: OpenOptions,
-    ) -> Result<Self> {
-        let file = Arc::new(MappedFile::open_with(path, options)?.shown_as(shown_as));
-        let mut upg = Self::checked(file, options).map_err(|e| e.at(shown_as))?;
-        upg.temporary = Some(temporary);
-        Ok(upg)
-    }
-
-    /// Whether it was made of a file of version 1, for as long as this is open.
-    pub fn is_temporary(&self) -> bool {
-        self.temporary.is_some()
     }
 
     /// Shapes of all arrays, scales and pointers.
@@ -316,6 +298,14 @@ impl UpgFile {
             None => Ok(()),
         }
     }
+}
+
+/// Returns whether a file that begins with `start` is a pickle of protocol 2 to 5.
+///
+/// Two bytes say so; but the length of a safetensors header may have them too.
+pub(crate) fn begins_as_pickle(start: &[u8]) -> bool {
+    let is_safetensors = matches!(start, [_, _, _, _, 0, 0, 0, 0, b'{', ..]);
+    matches!(start, [0x80, 2..=5, ..]) && !is_safetensors
 }
 
 fn is_kept(entry: &Entry<'_>) -> bool {

@@ -319,11 +319,16 @@ impl FileWriter {
     /// `metadata` is completed with `format`, `version`, `num_layers`, `layers` and the checksums. The
     /// version is 2.0 if every layer is `mdcsr`, else 2.1. Errors: `Io`; `TooLarge` if the header
     /// does not fit the capacity it was given.
-    pub fn finish(
+    pub fn finish(self, metadata: BTreeMap<String, String>, layers: &[LayerInfo]) -> Result<()> {
+        self.complete(metadata, layers)?.commit()
+    }
+
+    /// [`FileWriter::finish`] without putting the file in its place.
+    pub(crate) fn complete(
         self,
         mut metadata: BTreeMap<String, String>,
         layers: &[LayerInfo],
-    ) -> Result<()> {
+    ) -> Result<WholeFile> {
         let only_mdcsr = layers.iter().all(|l| l.encoding_name() == "mdcsr");
         let json = |e: serde_json::Error| Error::new(ErrorKind::Argument, e.to_string());
         metadata.insert("format".into(), FORMAT.into());
@@ -366,7 +371,7 @@ impl FileWriter {
             .and_then(|_| out.write_all(&self.capacity.to_le_bytes()))
             .and_then(|()| out.write_all(&header))
             .map_err(|e| Error::io("cannot write", out.path(), e))?;
-        out.commit()
+        Ok(out)
     }
 
     fn header(&self, metadata: &BTreeMap<String, String>) -> Result<Vec<u8>> {

@@ -11,7 +11,6 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::UpgFile;
 use crate::mapped::OpenOptions;
 use crate::matrix::Matrix;
-use crate::v1;
 use candle_core::{Device, Tensor};
 use std::borrow::Borrow;
 use std::collections::HashMap;
@@ -32,10 +31,8 @@ pub struct UPGModel {
 impl UPGModel {
     /// Opens a UPG file with everything that is in it.
     ///
-    /// Weights are mapped, not read: the time goes into the header and the tokenizer. A file of version 1 is converted into a
-    /// temporary one first ([`v1::open_any`]): that is deprecated, convert it once. Errors: those
-    /// of [`v1::open_any`], [`ModelConfig::from_json`], [`Model::load`] and
-    /// [`Tokenizer::from_json`]; `Missing` if there is no `config.json` in the file.
+    /// Weights are mapped, not read: the time goes into the header and the tokenizer. Errors: those of [`UpgFile::open`] and
+    /// [`UPGModel::new`].
     ///
     /// ```no_run
     /// # fn main() -> upg_kernel::Result<()> {
@@ -61,12 +58,18 @@ impl UPGModel {
     /// # }
     /// ```
     pub fn from_file_with(path: impl AsRef<Path>, options: OpenOptions) -> Result<Self> {
-        let path = path.as_ref();
-        let file = Arc::new(v1::open_any_with(path, options)?);
-        Self::from_open_file(file).map_err(|e| e.at(path))
+        Self::new(Arc::new(UpgFile::open_with(path, options)?))
     }
 
-    fn from_open_file(file: Arc<UpgFile>) -> Result<Self> {
+    /// Loads the model of a file that is already open.
+    ///
+    /// Errors: `Missing` if there is no `config.json` in the file; those of [`ModelConfig::from_json`],
+    /// [`Tokenizer::from_json`] and [`Model::load`].
+    pub fn new(file: Arc<UpgFile>) -> Result<Self> {
+        Self::load(&file).map_err(|e| e.at(file.path()))
+    }
+
+    fn load(file: &Arc<UpgFile>) -> Result<Self> {
         let config_json = file.metadata("config.json").ok_or_else(|| {
             Error::new(ErrorKind::Missing, "no config.json in the file")
                 .hint("it holds weights only: compress a whole model directory")
@@ -80,9 +83,9 @@ impl UPGModel {
                 Tokenizer::from_json(json.as_bytes(), tokenizer_config, special).map(Arc::new)
             })
             .transpose()?;
-        let model = Arc::new(Model::load(config, &*file)?);
+        let model = Arc::new(Model::load(config, &**file)?);
         Ok(Self {
-            file,
+            file: Arc::clone(file),
             model,
             tokenizer,
         })

@@ -18,6 +18,7 @@ use crate::whole_file::WholeFile;
 use bytemuck::cast_slice;
 use safetensors::Dtype;
 use serde_json::json;
+use std::fs::File;
 use std::path::Path;
 
 /// Entries with those that bridge gaps, for each byte that is read, and in addition: far columns, and arrays that tensors
@@ -59,7 +60,20 @@ impl V1File {
         let mut convert = || {
             self.check_weights()?;
             let out = WholeFile::create_from(out.as_ref(), self.files.paths())?;
-            self.write(out, texts, proceed)
+            let (converted, file) = self.write(out, texts, proceed)?;
+            file.commit()?;
+            Ok(converted)
+        };
+        convert().map_err(|e: Error| e.at(&self.path))
+    }
+
+    /// [`V1File::convert`] into a temporary file without a name.
+    pub(super) fn convert_to_temporary(&self, texts: &ModelFiles) -> Result<File> {
+        let convert = || {
+            self.check_weights()?;
+            let out = WholeFile::temporary(&self.path)?;
+            let (_, file) = self.write(out, texts, &mut |_, _| Ok(()))?;
+            file.into_file()
         };
         convert().map_err(|e: Error| e.at(&self.path))
     }
@@ -153,7 +167,7 @@ impl V1File {
         out: WholeFile,
         texts: &ModelFiles,
         proceed: &mut dyn FnMut(&str, u64) -> Result<()>,
-    ) -> Result<Converted> {
+    ) -> Result<(Converted, WholeFile)> {
         let tensors = &self.catalogue.tensors;
         self.check_shared()?;
         let mut layers = Vec::new();
@@ -208,8 +222,8 @@ impl V1File {
         }
         done.file_bytes = writer.file_len();
         insert_figures(&mut metadata, done.file_bytes, done.weights);
-        writer.finish(metadata, &layers)?;
-        Ok(done)
+        let file = writer.complete(metadata, &layers)?;
+        Ok((done, file))
     }
 }
 

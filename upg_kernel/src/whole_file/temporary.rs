@@ -5,8 +5,8 @@
 //! a folder removes those of this name that nobody has locked.
 #![forbid(unsafe_code)]
 
-use super::{folder_of, is_at, with_mode};
-use crate::files;
+use super::{is_at, with_mode};
+use crate::files::{self, folder_of};
 use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Seek, SeekFrom};

@@ -218,9 +218,9 @@ fn write_weights(
         progress.check_interrupt()?;
         progress.tensor(&layer.name);
         match dtype {
-            FloatType::Bf16 => write_layer::<bf16>(model, id, out),
-            FloatType::F16 => write_layer::<f16>(model, id, out),
-            FloatType::F32 => write_layer::<f32>(model, id, out),
+            FloatType::Bf16 => write_layer::<bf16>(model, id, dtype, out),
+            FloatType::F16 => write_layer::<f16>(model, id, dtype, out),
+            FloatType::F32 => write_layer::<f32>(model, id, dtype, out),
         }?;
         progress.advance((layer.rows * layer.cols) as u64);
     }
@@ -234,6 +234,7 @@ fn write_weights(
 fn write_layer<T: WeightFloat + Pod>(
     model: &UPGDecompressor,
     id: usize,
+    dtype: FloatType,
     out: &mut WholeFile,
 ) -> Result<()> {
     let layer = &model.file().layers()[id];
@@ -245,8 +246,11 @@ fn write_layer<T: WeightFloat + Pod>(
     })?;
     weights.resize(len, T::zeroed());
     model.decompress_layer_into(id, &mut weights)?;
-    if weights.par_iter().any(|w| !w.to_f64().is_finite()) {
-        let message = format!("a weight does not fit into {:?}", T::DTYPE);
+    if weights
+        .par_iter()
+        .any(|&w| !Into::<f32>::into(w).is_finite())
+    {
+        let message = format!("a weight does not fit into {dtype}");
         return Err(Error::new(ErrorKind::Invalid, message)
             .tensor(&layer.name)
             .hint("write it as bf16 or f32"));

@@ -20,7 +20,7 @@ pub use hf::HfSource;
 pub use model::{FloatType, RawTensor, SkippedTensor, Source, SourceDtype, TensorInfo, sort_key};
 pub use runnable::check_runnable;
 pub use synthetic::{PUBLISHED, SyntheticSource};
-pub use upg_kernel::format::texts::ModelFiles;
+pub use upg_kernel::inference::model_dir::ModelFiles;
 pub use v1::V1Source;
 
 use std::io::Read;

@@ -105,8 +105,8 @@ impl Error {
         self
     }
 
-    /// Says where in the file it is.
-    pub(crate) fn place(mut self, place: impl Display) -> Self {
+    /// Says where in the file it is, after the message.
+    pub fn place(mut self, place: impl Display) -> Self {
         let _ = write!(self.0.message, " ({place})");
         self
     }
@@ -186,6 +186,7 @@ impl StdError for Error {
     }
 }
 
+#[cfg(feature = "candle")]
 impl From<candle_core::Error> for Error {
     fn from(e: candle_core::Error) -> Self {
         Self::new(ErrorKind::Invalid, e.to_string()).with_source(e)

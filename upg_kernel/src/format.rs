@@ -11,7 +11,6 @@ mod kept;
 mod layout;
 pub(crate) mod rules;
 mod sizes;
-pub mod texts;
 mod writer;
 
 pub use checksum::data as checksum_of;
@@ -19,7 +18,7 @@ pub use header::UpgFile;
 #[cfg(feature = "v1")]
 pub(crate) use header::begins_as_pickle;
 pub use index::{Encoding, LayerInfo};
-pub use rules::TOKENIZER;
+pub use rules::{MAX_TOKENIZER_BYTES, TOKENIZER, tokenizer_bytes as check_tokenizer_bytes};
 pub use writer::{
     ALIGNMENT as TENSOR_ALIGNMENT, FileWriter, WrittenArray, check_kept_name, header_bytes,
     header_capacity, insert_figures, reserve_figures,

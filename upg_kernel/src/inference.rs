@@ -2,12 +2,13 @@
 //!
 //! `config.json` -> [`ModelConfig`]; with a [`WeightSource`] -> [`Model`] (shared, read-only);
 //! with a KV cache -> [`Session`]; with a [`Sampler`] -> [`TokenStream`] -> [`TextStream`].
-//! A [`Context`] computes several [`Sequence`]s at once, a [`Scheduler`] continues many prompts.
-//! [`UPGModel`] has all of it from one file.
+//! A [`Context`] computes several [`Sequence`]s at once. `UPGModel` has all of it from one file, and a `Scheduler` continues
+//! many prompts; these two, the tokenizer and the chat template need the feature `text`.
 #![forbid(unsafe_code)]
 
 mod backward;
 pub(crate) mod cache;
+#[cfg(feature = "text")]
 pub mod chat_template;
 pub mod config;
 mod context;
@@ -18,12 +19,16 @@ mod layer_input;
 mod layerwise;
 mod logits;
 pub mod model;
+pub mod model_dir;
 pub(crate) mod pass;
 pub mod rope;
 pub mod sampler;
+#[cfg(feature = "text")]
 mod scheduler;
 pub mod session;
+#[cfg(feature = "text")]
 pub mod tokenizer;
+#[cfg(feature = "text")]
 mod upg_model;
 pub mod weights;
 
@@ -38,7 +43,9 @@ pub use layerwise::{Layerwise, Observer, POSITIONS_TOGETHER};
 pub use logits::{LogProbs, LogitBias, LogitsProcessor, Penalties};
 pub use model::Model;
 pub use sampler::{Sampler, SamplingOptions};
+#[cfg(feature = "text")]
 pub use scheduler::{Event, Request, RequestId, Scheduler};
 pub use session::Session;
+#[cfg(feature = "text")]
 pub use upg_model::UPGModel;
 pub use weights::WeightSource;

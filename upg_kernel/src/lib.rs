@@ -53,10 +53,22 @@
 //!   decoder, KV cache, sampling, [`mod@inference::evaluate`]).
 //! - [`UPGDecompressor`]: layers as candle tensors or into the caller's buffer; [`UpgLinear`]: a layer of candle whose
 //!   weights stay compressed.
-//! - [`mod@format`]: opening, checking and writing files; `v1` (a feature): files of version 1.
+//! - [`mod@format`]: opening, checking and writing files; `v1`: files of version 1.
 //! - [`matrix`], [`sparse`], [`rotation`], [`prime_lut`]: the encodings. All decode by one formula,
 //!   `scale * prime * value`.
 //! - [`kernels`]: the arithmetic; [`metal_kernels`]: products on Apple GPUs.
+//!
+//! # Features
+//!
+//! Without any the crate opens, checks and writes files, decodes and multiplies matrices, and runs the decoder on token ids
+//! ([`inference::Model`], [`inference::Session`], [`inference::Sampler`]).
+//!
+//! | feature | |
+//! |---|---|
+//! | `candle` (default) | layers as tensors, [`UpgLinear`], logits of [`UPGModel`] as a tensor |
+//! | `text` (default) | tokenizer, chat template, [`UPGModel`] |
+//! | `metal` | products on Apple GPUs; turns on `candle`. On other systems it compiles, and says that there is no Metal |
+//! | `v1` | files of version 1, Python pickles |
 //!
 //! # What to rely on
 //!
@@ -70,6 +82,8 @@
 //! global pool has when the first product is computed, everything else on that pool. Results do not depend
 //! on the number of threads. One caller at a time has the threads; the products of others meanwhile run on
 //! the thread that asks for them.
+
+#![cfg_attr(docsrs, feature(doc_cfg))]
 
 #[cfg(target_endian = "big")]
 compile_error!("UPG maps little-endian files in place: big-endian targets are not supported");
@@ -101,6 +115,7 @@ mod test_data;
 pub mod text;
 pub mod trellis_code;
 mod upg_decompress;
+#[cfg(feature = "candle")]
 mod upg_linear;
 #[cfg(feature = "v1")]
 pub mod v1;
@@ -109,10 +124,12 @@ mod whole_file;
 pub use array::Array;
 pub use cpu::Cpu;
 pub use error::{Error, ErrorKind, Result};
+#[cfg(feature = "text")]
 pub use inference::UPGModel;
 pub use mapped::{MAPPED_PATH_BYTES, MappedFile, OpenOptions, mapped_path_at};
 pub use matrix::Matrix;
 pub use memory::{peak_memory, sum_words};
 pub use upg_decompress::{LayerId, UPGDecompressor, WeightFloat, reconstruct_weight};
+#[cfg(feature = "candle")]
 pub use upg_linear::UpgLinear;
 pub use whole_file::{WholeFile, is_at, open_regular_file, refuse_to_overwrite, sync_folder_of};

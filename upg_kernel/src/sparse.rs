@@ -329,15 +329,15 @@ impl EncodedRow {
 
 /// Entries as they are stored.
 #[derive(Default)]
-struct StoredEntries {
-    values: Vec<i8>,
-    deltas: Vec<u8>,
-    primes: Vec<u16>,
+pub(crate) struct StoredEntries {
+    pub values: Vec<i8>,
+    pub deltas: Vec<u8>,
+    pub primes: Vec<u16>,
 }
 
 impl StoredEntries {
     /// An entry `gap` columns after the last one of its row, with the padding that this takes.
-    fn push(&mut self, mut gap: usize, value: i8, prime: u16) {
+    pub fn push(&mut self, mut gap: usize, value: i8, prime: u16) {
         while gap > LARGEST_DELTA {
             self.push_stored(0, LARGEST_DELTA as u8, 0);
             gap -= LARGEST_DELTA;
@@ -349,67 +349,6 @@ impl StoredEntries {
         self.values.push(value);
         self.deltas.push(delta);
         self.primes.push(prime);
-    }
-}
-
-/// Puts a matrix together from entries that have values and primes already, row by row.
-pub(crate) struct RowBuilder {
-    cols: usize,
-    entries: StoredEntries,
-    row_pointers: Vec<u32>,
-    scales: Vec<f32>,
-    /// The column of the last entry of this row.
-    last: usize,
-}
-
-impl RowBuilder {
-    /// A matrix without rows yet.
-    pub(crate) fn new(cols: usize) -> Self {
-        Self {
-            cols,
-            entries: StoredEntries::default(),
-            row_pointers: vec![0],
-            scales: Vec::new(),
-            last: 0,
-        }
-    }
-
-    /// Adds an entry to the row, in a later column than those before. One of value 0 is left out: the weight is 0.
-    pub(crate) fn push(&mut self, column: usize, value: i8, prime: u16) {
-        if value != 0 {
-            self.entries.push(column - self.last, value, prime);
-            self.last = column;
-        }
-    }
-
-    /// Ends the row. Errors (`TooLarge`): there are too many entries.
-    pub(crate) fn end_row(&mut self, scale: f32) -> Result<()> {
-        let stored = u32::try_from(self.entries.values.len());
-        let stored = stored.map_err(|_| {
-            let message = "more than 2^32 - 1 entries, with those that bridge gaps";
-            Error::new(ErrorKind::TooLarge, message)
-        })?;
-        self.row_pointers.push(stored);
-        self.scales.push(scale);
-        self.last = 0;
-        Ok(())
-    }
-
-    /// Those so far, with those that bridge gaps.
-    pub(crate) fn entries(&self) -> usize {
-        self.entries.values.len()
-    }
-
-    /// The matrix. Errors: those of [`MdCSRMatrix::new`].
-    pub(crate) fn finish(self) -> Result<MdCSRMatrix> {
-        let arrays = MdCSRArrays {
-            values: self.entries.values.into(),
-            delta_indices: self.entries.deltas.into(),
-            row_pointers: self.row_pointers.into(),
-            prime_indices: self.entries.primes.into(),
-            scales: self.scales.into(),
-        };
-        MdCSRMatrix::new(arrays.scales.len(), self.cols, arrays)
     }
 }
 

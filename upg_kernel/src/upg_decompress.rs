@@ -10,6 +10,7 @@ use crate::matrix::Matrix;
 use crate::matrix::decode::Decode;
 use crate::matrix::strips::STRIP_ROWS;
 use crate::prime_lut::PrimeIndex;
+#[cfg(feature = "candle")]
 use candle_core::{DType, Device, Tensor, WithDType};
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -21,7 +22,7 @@ use std::sync::Arc;
 const STREAMED: usize = 8 << 20;
 
 /// A weight type that a matrix can be decompressed to: `f32`, `f16` or `bf16`.
-pub trait WeightFloat: WithDType + Float + Decode {
+pub trait WeightFloat: Float + Decode + Into<f32> + Send + Sync {
     /// The nearest value of each weight, ties to even. Errors: those of [`Cpu::shared`]. Panics if the lengths
     /// differ.
     fn from_weights(weights: &[f32], out: &mut [Self]) -> Result<()> {
@@ -72,8 +73,9 @@ impl UPGDecompressor {
     /// ```no_run
     /// # fn main() -> upg_kernel::Result<()> {
     /// let model = upg_kernel::UPGDecompressor::from_safetensors("model.safetensors")?;
-    /// let by_number = model.decompress_layer(0)?;
-    /// let by_name = model.decompress_layer("model.layers.0.mlp.down_proj.weight")?;
+    /// let (info, matrix) = model.layer("model.layers.0.mlp.down_proj.weight")?;
+    /// let mut weights = vec![0.0f32; info.rows * info.cols];
+    /// model.decompress_layer_into(0, &mut weights)?;
     /// # Ok(())
     /// # }
     /// ```
@@ -94,34 +96,6 @@ impl UPGDecompressor {
     /// Number of compressed layers.
     pub fn num_layers(&self) -> usize {
         self.file.layers().len()
-    }
-
-    /// Layer `id` as a BF16 tensor `[rows, cols]` on the CPU.
-    ///
-    /// Allocates 2 bytes a weight; tiles of 64 rows are decoded in parallel. Errors: `Argument` for an
-    /// unknown layer, `TooLarge` if the memory is not to be had, and those of [`UpgFile::matrix`].
-    pub fn decompress_layer<'a>(&self, id: impl Into<LayerId<'a>>) -> Result<Tensor> {
-        self.decompress_layer_as(id, DType::BF16)
-    }
-
-    /// [`UPGDecompressor::decompress_layer`] as BF16, F16 or F32, rounded to nearest, ties to even. F16
-    /// overflows to infinity from 65,520 on. Errors: `Argument` for any other type.
-    pub fn decompress_layer_as<'a>(
-        &self,
-        id: impl Into<LayerId<'a>>,
-        dtype: DType,
-    ) -> Result<Tensor> {
-        let id = id.into();
-        match dtype {
-            DType::BF16 => self.tensor::<bf16>(id),
-            DType::F16 => self.tensor::<f16>(id),
-            DType::F32 => self.tensor::<f32>(id),
-            other => Err(Error::new(
-                ErrorKind::Argument,
-                format!("weights cannot be decompressed to {other:?}"),
-            )
-            .hint("use BF16, F16 or F32")),
-        }
     }
 
     /// Fills `out` (`rows * cols` values, row by row) with layer `id`; allocates only one tile of 64
@@ -151,8 +125,39 @@ impl UPGDecompressor {
         let matrix = self.file.matrix(number)?;
         Ok((&self.file.layers()[number], matrix))
     }
+}
 
-    fn tensor<T: WeightFloat>(&self, id: LayerId<'_>) -> Result<Tensor> {
+#[cfg(feature = "candle")]
+impl UPGDecompressor {
+    /// Layer `id` as a BF16 tensor `[rows, cols]` on the CPU.
+    ///
+    /// Allocates 2 bytes a weight; tiles of 64 rows are decoded in parallel. Errors: `Argument` for an
+    /// unknown layer, `TooLarge` if the memory is not to be had, and those of [`UpgFile::matrix`].
+    pub fn decompress_layer<'a>(&self, id: impl Into<LayerId<'a>>) -> Result<Tensor> {
+        self.decompress_layer_as(id, DType::BF16)
+    }
+
+    /// [`UPGDecompressor::decompress_layer`] as BF16, F16 or F32, rounded to nearest, ties to even. F16
+    /// overflows to infinity from 65,520 on. Errors: `Argument` for any other type.
+    pub fn decompress_layer_as<'a>(
+        &self,
+        id: impl Into<LayerId<'a>>,
+        dtype: DType,
+    ) -> Result<Tensor> {
+        let id = id.into();
+        match dtype {
+            DType::BF16 => self.tensor::<bf16>(id),
+            DType::F16 => self.tensor::<f16>(id),
+            DType::F32 => self.tensor::<f32>(id),
+            other => Err(Error::new(
+                ErrorKind::Argument,
+                format!("weights cannot be decompressed to {other:?}"),
+            )
+            .hint("use BF16, F16 or F32")),
+        }
+    }
+
+    fn tensor<T: WeightFloat + WithDType>(&self, id: LayerId<'_>) -> Result<Tensor> {
         let (info, matrix) = self.layer(id)?;
         let (rows, cols) = (info.rows, info.cols);
         let mut out: Vec<T> = Vec::new();

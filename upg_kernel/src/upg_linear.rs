@@ -122,7 +122,7 @@ impl Product {
     }
 
     /// `[vectors, rows]`, rounded to the type of `x`.
-    fn on_cpu<T: WeightFloat + Into<f32>>(&self, x: &[T], layout: &Layout) -> CandleResult<Vec<T>> {
+    fn on_cpu<T: WeightFloat>(&self, x: &[T], layout: &Layout) -> CandleResult<Vec<T>> {
         let (start, end) = layout.contiguous_offsets().expect("made contiguous before");
         let x: Vec<f32> = x[start..end].iter().map(|&x| x.into()).collect();
         let vectors = x.len() / self.matrix.cols();

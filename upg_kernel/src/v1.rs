@@ -17,14 +17,15 @@ mod numbers;
 mod numpy;
 mod objects;
 mod pickle;
+mod rows;
 
 pub use catalogue::{Catalogue, CatalogueEntry};
 pub use convert::Converted;
 
 use crate::error::{Error, Result};
 use crate::files::{self, folder_of};
-use crate::format::texts::ModelFiles;
 use crate::format::{UpgFile, begins_as_pickle};
+use crate::inference::model_dir::ModelFiles;
 use crate::mapped::{MappedFile, OpenOptions};
 use bytes::Files;
 use std::io::Read;

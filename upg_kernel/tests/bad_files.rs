@@ -8,8 +8,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use safetensors::Dtype;
 use std::path::Path;
-use upg_kernel::format::UpgFile;
-use upg_kernel::inference::tokenizer::MAX_TOKENIZER_BYTES;
+use upg_kernel::format::{MAX_TOKENIZER_BYTES, UpgFile};
 use upg_kernel::{Error, ErrorKind, UPGDecompressor};
 
 /// When a damage must be found.

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tiny::{collect, data};
 use upg_kernel::format::UpgFile;
-use upg_kernel::format::texts::ModelFiles;
+use upg_kernel::inference::model_dir::ModelFiles;
 use upg_kernel::v1::{V1File, is_pickle, open_any, open_any_with};
 use upg_kernel::{ErrorKind, OpenOptions, Result, UPGDecompressor, UPGModel};
 

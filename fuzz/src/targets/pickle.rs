@@ -1,6 +1,6 @@
 //! The bytes as a file of version 1.
 
-use upg_kernel::format::texts::ModelFiles;
+use upg_kernel::inference::model_dir::ModelFiles;
 use upg_kernel::v1::V1File;
 
 pub fn run(data: &[u8]) {

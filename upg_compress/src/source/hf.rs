@@ -19,7 +19,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use stored::{Stored, Tensors};
 use upg_kernel::format::container::Container;
-use upg_kernel::format::texts::{ModelFiles, TEXTS, parse_object};
+use upg_kernel::inference::model_dir::{ModelFiles, TEXTS, parse_object};
 use upg_kernel::{Error, ErrorKind, MappedFile, OpenOptions, Result};
 
 /// A Hugging Face model directory; its weight files are mapped, not read, unless options say

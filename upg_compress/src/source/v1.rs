@@ -7,7 +7,7 @@ use super::model::{
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use upg_kernel::format::texts::{ModelFiles, TEXTS};
+use upg_kernel::inference::model_dir::{ModelFiles, TEXTS};
 use upg_kernel::sparse::MdCSRMatrix;
 use upg_kernel::v1::V1File;
 use upg_kernel::{Matrix, Result};

@@ -8,7 +8,6 @@ use super::rules::{CHECKSUM, PAD_PREFIX, TOKENIZER};
 use super::{checksum, json, layout, rules};
 use crate::array::Array;
 use crate::error::{Error, ErrorKind, Result};
-use crate::inference::tokenizer::check_bytes;
 use crate::mapped::{MappedFile, OpenOptions};
 use crate::matrix::{Matrix, checked_scales, strips};
 use bytemuck::Pod;
@@ -218,13 +217,13 @@ impl UpgFile {
 
     /// A copy of the text of `tokenizer.json`, if the file has one.
     ///
-    /// Errors: `TooLarge` above [`MAX_TOKENIZER_BYTES`](crate::inference::tokenizer::MAX_TOKENIZER_BYTES), before anything is
+    /// Errors: `TooLarge` above [`MAX_TOKENIZER_BYTES`](super::MAX_TOKENIZER_BYTES), before anything is
     /// copied; `Malformed` for what is not UTF-8.
     pub fn tokenizer_text(&self) -> Result<Option<String>> {
         let Some(bytes) = self.tokenizer_json() else {
             return Ok(None);
         };
-        check_bytes(bytes.len()).map_err(|e| e.at(self.path()))?;
+        rules::tokenizer_bytes(bytes.len()).map_err(|e| e.at(self.path()))?;
         let text = String::from_utf8(bytes.to_vec());
         text.map(Some).map_err(|_| {
             Error::new(ErrorKind::Malformed, "not UTF-8 text")

@@ -97,6 +97,7 @@ impl Values {
 const TOO_MANY: &str = "too many values";
 
 /// Returns whether `e` is the error for a value too many. No text of a file comes first in a message of this crate.
+#[cfg(feature = "text")]
 pub(crate) fn is_too_many(e: &serde_json::Error) -> bool {
     e.is_data() && e.to_string().starts_with(TOO_MANY)
 }

@@ -43,6 +43,9 @@ pub const PAD_PREFIX: &str = "upg_pad_";
 /// The tensor with the text of `tokenizer.json`.
 pub const TOKENIZER: &str = "tokenizer.json";
 
+/// Largest `tokenizer.json` that is read or stored, in bytes: the largest published one, of Gemma, has 35 MB.
+pub const MAX_TOKENIZER_BYTES: usize = 64 << 20;
+
 /// Rows of a matrix. With the limits below, a short hostile file cannot ask for much memory.
 pub const MOST_ROWS: usize = 1 << 24;
 /// Columns of a matrix: a scratch tile of 64 rows in f32 stays below 256 MiB.
@@ -51,6 +54,17 @@ pub const MOST_COLS: usize = 1 << 20;
 pub const LARGEST_MATRIX: usize = 1 << 32;
 /// Layers of a file.
 pub const MOST_LAYERS: usize = 100_000;
+
+/// Errors (`TooLarge`): a `tokenizer.json` of `bytes` bytes is above [`MAX_TOKENIZER_BYTES`].
+pub fn tokenizer_bytes(bytes: usize) -> Result<()> {
+    match bytes <= MAX_TOKENIZER_BYTES {
+        true => Ok(()),
+        false => Err(Error::new(
+            ErrorKind::TooLarge,
+            format!("tokenizer.json has {bytes} bytes, at most {MAX_TOKENIZER_BYTES}"),
+        )),
+    }
+}
 
 /// A wrong shape or length (rule 7).
 pub fn shape(message: impl Into<String>) -> Error {

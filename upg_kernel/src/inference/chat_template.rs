@@ -15,9 +15,9 @@ use std::io::Write;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Value;
 use minijinja::{Environment, context};
-use serde_json::Map;
 
 use crate::format::json;
+use crate::inference::model_dir::default_template;
 use crate::inference::tokenizer::token_text;
 use crate::{Error, ErrorKind, Result};
 
@@ -78,28 +78,6 @@ pub struct ChatTemplate {
     bos_token: Option<String>,
     eos_token: Option<String>,
     date: Option<Date>,
-}
-
-/// The template in a parsed `tokenizer_config.json`: a text, or of several named ones `default`.
-///
-/// # Errors
-/// `Malformed` when `chat_template` is neither.
-pub fn default_template(config: &Map<String, serde_json::Value>) -> Result<Option<&str>> {
-    let source = match config.get("chat_template") {
-        None | Some(serde_json::Value::Null) => return Ok(None),
-        Some(serde_json::Value::Array(named)) => named
-            .iter()
-            .find(|t| t.get("name").and_then(|n| n.as_str()) == Some("default"))
-            .and_then(|t| t.get("template")),
-        other => other,
-    };
-    let source = source.and_then(|s| s.as_str());
-    source.map(Some).ok_or_else(|| {
-        Error::new(
-            ErrorKind::Malformed,
-            "tokenizer_config.json: chat_template is neither a text nor a list with a 'default'",
-        )
-    })
 }
 
 impl ChatTemplate {

@@ -23,10 +23,7 @@ use crate::format::json;
 use crate::{Error, ErrorKind, Result};
 
 pub use encode::{EncodeOptions, SpecialText};
-pub use file::{
-    MAX_ADDED_BYTES, MAX_ADDED_TOKENS, MAX_MERGES, MAX_TOKENIZER_BYTES, MAX_TOKENS, check_bytes,
-    check_count,
-};
+pub use file::{MAX_ADDED_BYTES, MAX_ADDED_TOKENS, MAX_MERGES, MAX_TOKENS, check_count};
 pub use stream::DecodeStream;
 
 /// Longest text that is encoded in one call, in bytes.
@@ -88,7 +85,7 @@ impl Tokenizer {
     /// ([`UpgFile::tokenizer_text`](crate::format::UpgFile::tokenizer_text)).
     ///
     /// # Errors
-    /// `TooLarge` above [`MAX_TOKENIZER_BYTES`], [`MAX_TOKENS`], [`MAX_MERGES`], [`MAX_ADDED_TOKENS`]
+    /// `TooLarge` above [`MAX_TOKENIZER_BYTES`](crate::format::MAX_TOKENIZER_BYTES), [`MAX_TOKENS`], [`MAX_MERGES`], [`MAX_ADDED_TOKENS`]
     /// or [`MAX_ADDED_BYTES`]; `Malformed` when either text is no such JSON;
     /// `Invalid` when an id of `special` or of an added token is not in the vocabulary or not the
     /// token it is said to be.

@@ -5,12 +5,11 @@ use super::chat_template::{ChatTemplate, Date};
 use super::generate::{GenerateOptions, PieceDecoder, StopStrings, TextStream, TokenStream};
 use super::scheduler::{Event, Request, Scheduler};
 use super::tokenizer::{DecodeStream, SpecialIds, Tokenizer};
-use super::weights::{WeightSource, shape_mismatch};
 use super::{Model, ModelConfig, Sampler, SamplingOptions, Session, SessionOptions};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::UpgFile;
 use crate::mapped::OpenOptions;
-use crate::matrix::Matrix;
+#[cfg(feature = "candle")]
 use candle_core::{Device, Tensor};
 use std::borrow::Borrow;
 use std::collections::HashMap;
@@ -153,6 +152,7 @@ impl UPGModel {
     /// Logits of every position of `tokens`: an F32 tensor `[tokens, vocab]`.
     ///
     /// Errors: those of [`Session::forward`].
+    #[cfg(feature = "candle")]
     pub fn forward(&self, tokens: &[u32]) -> Result<Tensor> {
         let logits = self.session(&SessionOptions::default())?.forward(tokens)?;
         let shape = (tokens.len(), self.model.config().vocab_size);
@@ -264,31 +264,5 @@ impl<T: Borrow<Tokenizer>> PieceDecoder for DecodeStream<T> {
 
     fn finish(&mut self) -> Result<String> {
         DecodeStream::finish(self)
-    }
-}
-
-impl WeightSource for UpgFile {
-    fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Matrix> {
-        let matrix = match self.layer_id(name) {
-            Some(id) => UpgFile::matrix(self, id)?.clone(),
-            None => Matrix::Dense(self.kept_matrix(name)?),
-        };
-        let found = [matrix.rows(), matrix.cols()];
-        if found != [rows, cols] {
-            return Err(shape_mismatch(name, &found, &[rows, cols]));
-        }
-        Ok(matrix)
-    }
-
-    fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>> {
-        let vector = self.kept_vector(name)?;
-        if vector.len() != len {
-            return Err(shape_mismatch(name, &[vector.len()], &[len]));
-        }
-        Ok(vector)
-    }
-
-    fn contains(&self, name: &str) -> bool {
-        self.layer_id(name).is_some() || self.bytes(name).is_some()
     }
 }

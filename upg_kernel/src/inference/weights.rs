@@ -4,6 +4,7 @@
 use super::config::ModelConfig;
 use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::UpgFile;
 use crate::matrix::Matrix;
 
 /// The names of the embedding and of a head that is not the embedding.
@@ -27,6 +28,32 @@ pub trait WeightSource {
 
     /// Whether there is a tensor of this name.
     fn contains(&self, name: &str) -> bool;
+}
+
+impl WeightSource for UpgFile {
+    fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Matrix> {
+        let matrix = match self.layer_id(name) {
+            Some(id) => UpgFile::matrix(self, id)?.clone(),
+            None => Matrix::Dense(self.kept_matrix(name)?),
+        };
+        let found = [matrix.rows(), matrix.cols()];
+        if found != [rows, cols] {
+            return Err(shape_mismatch(name, &found, &[rows, cols]));
+        }
+        Ok(matrix)
+    }
+
+    fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>> {
+        let vector = self.kept_vector(name)?;
+        if vector.len() != len {
+            return Err(shape_mismatch(name, &[vector.len()], &[len]));
+        }
+        Ok(vector)
+    }
+
+    fn contains(&self, name: &str) -> bool {
+        self.layer_id(name).is_some() || self.bytes(name).is_some()
+    }
 }
 
 /// The error for a tensor that is not of the shape its place in the model asks for.

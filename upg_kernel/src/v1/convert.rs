@@ -5,15 +5,16 @@ use super::V1File;
 use super::bytes::Files;
 use super::catalogue::{CatalogueEntry, Parts, Scale};
 use super::numbers::Integers;
+use super::rows::RowBuilder;
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::texts::ModelFiles;
 use crate::format::{
     Encoding, FileWriter, LayerInfo, TOKENIZER, check_kept_name, header_capacity, insert_figures,
     reserve_figures, rules,
 };
+use crate::inference::model_dir::ModelFiles;
 use crate::matrix::Matrix;
 use crate::prime_lut::PRIME_COUNT;
-use crate::sparse::{MdCSRMatrix, RowBuilder};
+use crate::sparse::MdCSRMatrix;
 use crate::whole_file::WholeFile;
 use bytemuck::cast_slice;
 use safetensors::Dtype;

@@ -9,7 +9,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use upg_kernel::format::container::MOST_TENSORS;
 use upg_kernel::format::json::error as json_error;
-use upg_kernel::format::texts::read_text;
+use upg_kernel::inference::model_dir::read_text;
 use upg_kernel::{Error, ErrorKind, Result};
 
 pub(super) const SINGLE: &str = "model.safetensors";

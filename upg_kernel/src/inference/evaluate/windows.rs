@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::super::config::ModelConfig;
+#[cfg(feature = "text")]
 use super::super::tokenizer::Tokenizer;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -32,7 +33,8 @@ impl Windows {
     /// `text` in windows of `len` tokens, at most `limit` of them; what is left is not used. If `tokenizer` begins
     /// texts with a token, each window gets it in place of its first.
     ///
-    /// Errors: `Argument` if `len` is below 4, `limit` 0 or the text shorter than a window; those of the tokenizer.
+    /// Errors: those of [`Windows::new`] and of the tokenizer.
+    #[cfg(feature = "text")]
     pub fn of_text(tokenizer: &Tokenizer, text: &str, len: usize, limit: usize) -> Result<Self> {
         let tokens = tokenizer.encode(text, true)?;
         let bos = tokenizer.special_ids().bos;
@@ -40,8 +42,9 @@ impl Windows {
         Self::new(tokens, bos, len, limit)
     }
 
-    /// `tokens` in windows; `bos`, if there is one, takes the place of the first of each. Errors: as
-    /// [`Windows::of_text`].
+    /// `tokens` in windows of `len`, at most `limit` of them; `bos`, if there is one, takes the place of the first of each.
+    ///
+    /// Errors (`Argument`): `len` is below 4, `limit` 0, or there are fewer tokens than a window has.
     pub fn new(mut tokens: Vec<u32>, bos: Option<u32>, len: usize, limit: usize) -> Result<Self> {
         if len < 4 || tokens.len() < len || limit == 0 {
             let message = format!("a text of {} tokens has no window of {len}", tokens.len());

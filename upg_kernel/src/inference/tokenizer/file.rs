@@ -7,7 +7,7 @@
 
 use super::allowed::Parts;
 use super::wrapped;
-use crate::format::json;
+use crate::format::{check_tokenizer_bytes, json};
 use crate::{Error, ErrorKind, Result};
 use serde::Deserialize;
 use serde::de::{
@@ -21,9 +21,6 @@ use tokenizers::{
     AddedToken, DecoderWrapper, ModelWrapper, NormalizerWrapper, PostProcessorWrapper,
     PreTokenizerWrapper, TokenizerBuilder,
 };
-
-/// Largest `tokenizer.json` that is read or stored, in bytes: the largest published one, of Gemma, has 35 MB.
-pub const MAX_TOKENIZER_BYTES: usize = 64 << 20;
 
 /// Most tokens of a vocabulary: the largest published ones have 262,144.
 pub const MAX_TOKENS: usize = 1 << 19;
@@ -43,11 +40,6 @@ const MAX_PART_VALUES: usize = 1 << 14;
 /// The version of all files.
 const VERSION: &str = "1.0";
 
-/// Errors (`TooLarge`): a `tokenizer.json` of `bytes` bytes is above [`MAX_TOKENIZER_BYTES`].
-pub fn check_bytes(bytes: usize) -> Result<()> {
-    check_count("bytes", bytes, MAX_TOKENIZER_BYTES)
-}
-
 /// Errors (`TooLarge`): a file has more than `most` of `what`.
 pub fn check_count(what: &str, found: usize, most: usize) -> Result<()> {
     match found <= most {
@@ -63,7 +55,7 @@ pub fn check_count(what: &str, found: usize, most: usize) -> Result<()> {
 ///
 /// Errors: `TooLarge` above a cap; `Malformed`; those of [`Parts::check`].
 pub(super) fn parse(tokenizer_json: &[u8]) -> Result<(Parts, usize)> {
-    check_bytes(tokenizer_json.len())?;
+    check_tokenizer_bytes(tokenizer_json.len())?;
     let parts: Parts = serde_json::from_slice(tokenizer_json).map_err(refused)?;
     let (model, added) = (&parts.model, &parts.added_tokens);
     check_count("tokens", model.vocab.found, MAX_TOKENS)?;

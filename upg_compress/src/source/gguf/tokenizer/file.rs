@@ -6,7 +6,7 @@ use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};
 use serde_json::{Map, Value};
 use std::io::{self, Write};
-use upg_kernel::inference::tokenizer::check_bytes;
+use upg_kernel::format::check_tokenizer_bytes;
 use upg_kernel::{Error, ErrorKind, Result};
 
 /// The parts of `tokenizer.json` in which the two kinds of vocabulary differ.
@@ -37,7 +37,7 @@ pub(super) fn text(vocab: &Vocab<'_>, parts: &TokenizerParts) -> Result<Vec<u8>>
     };
     let mut bytes = Count(0);
     serde_json::to_writer(&mut bytes, &file).map_err(cannot_write)?;
-    check_bytes(bytes.0)?;
+    check_tokenizer_bytes(bytes.0)?;
     let mut text = Vec::with_capacity(bytes.0);
     serde_json::to_writer(&mut text, &file).map_err(cannot_write)?;
     Ok(text)

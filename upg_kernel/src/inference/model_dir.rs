@@ -1,13 +1,17 @@
 //! The texts of a model directory: config, tokenizer and chat template, and how they are read.
 #![forbid(unsafe_code)]
 
-use super::{TOKENIZER, json};
+use super::ModelConfig;
+#[cfg(feature = "text")]
+use super::chat_template::{ChatTemplate, MAX_TEMPLATE_BYTES};
+#[cfg(feature = "text")]
+use super::tokenizer::{SpecialIds, Tokenizer};
 use crate::error::{Error, ErrorKind, Result};
 use crate::files;
-use crate::inference::ModelConfig;
-use crate::inference::chat_template::{ChatTemplate, MAX_TEMPLATE_BYTES, default_template};
-use crate::inference::tokenizer::{self, MAX_TOKENIZER_BYTES, SpecialIds, Tokenizer};
-use serde_json::Value;
+#[cfg(feature = "text")]
+use crate::format::check_tokenizer_bytes;
+use crate::format::{MAX_TOKENIZER_BYTES, TOKENIZER, json};
+use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::io::ErrorKind as IoKind;
 use std::path::Path;
@@ -91,7 +95,10 @@ impl ModelFiles {
         })?;
         ModelConfig::from_json(config_json, self.generation_config_json.as_deref())
     }
+}
 
+#[cfg(feature = "text")]
+impl ModelFiles {
     /// The tokenizer of the model. Errors: `Missing` if it has none; those of [`Tokenizer::from_json`].
     pub fn tokenizer(&self) -> Result<Tokenizer> {
         let json = self.tokenizer_json.as_deref().ok_or_else(|| {
@@ -121,7 +128,7 @@ impl ModelFiles {
                     self.tokenizer().map_err(no_tokenizer)?;
                 }
             }
-            (None, Some(json)) => tokenizer::check_bytes(json.len())?,
+            (None, Some(json)) => check_tokenizer_bytes(json.len())?,
             (None, None) => {}
         }
         if let Some(Err(e)) = template.map(|text| ChatTemplate::new(text, None, None)) {
@@ -131,7 +138,28 @@ impl ModelFiles {
     }
 }
 
+/// The template in a parsed `tokenizer_config.json`: a text, or of several named ones `default`.
+///
+/// Errors: `Malformed` when `chat_template` is neither.
+pub(crate) fn default_template(config: &Map<String, Value>) -> Result<Option<&str>> {
+    let source = match config.get("chat_template") {
+        None | Some(Value::Null) => return Ok(None),
+        Some(Value::Array(named)) => named
+            .iter()
+            .find(|t| t.get("name").and_then(Value::as_str) == Some("default"))
+            .and_then(|t| t.get("template")),
+        other => other,
+    };
+    source.and_then(Value::as_str).map(Some).ok_or_else(|| {
+        Error::new(
+            ErrorKind::Malformed,
+            "tokenizer_config.json: chat_template is neither a text nor a list with a 'default'",
+        )
+    })
+}
+
 /// The error `e` of a tokenizer, with a way to compress the model without it.
+#[cfg(feature = "text")]
 fn no_tokenizer(e: Error) -> Error {
     Error::new(e.kind(), e.to_string())
         .with_source(e)

@@ -11,6 +11,7 @@ mod kept;
 mod layout;
 pub(crate) mod rules;
 mod sizes;
+mod tensors;
 mod writer;
 
 pub use checksum::data as checksum_of;

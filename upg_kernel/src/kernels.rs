@@ -201,6 +201,16 @@ impl Kernels {
         )
     }
 
+    /// [`Rotation::apply`], the same to the bit.
+    pub(crate) fn rotate(self, rotation: &Rotation, x: &mut [f32]) {
+        rotation.apply_by(|x, factor, signs| self.transform(x, factor, signs), x);
+    }
+
+    /// [`Rotation::invert`], the same to the bit.
+    pub(crate) fn rotate_back(self, rotation: &Rotation, x: &mut [f32]) {
+        rotation.invert_by(|x, factor, signs| self.transform(x, factor, signs), x);
+    }
+
     /// [`scalar::rms_norm`], the same to the bit.
     pub(crate) fn rms_norm(self, x: &mut [f32], gain: &[f32], eps: f32) {
         dispatch!(self.0, scalar::rms_norm(x, gain, eps), kernels => kernels.rms_norm(x, gain, eps))

@@ -4,8 +4,7 @@
 use crate::array::Array;
 use crate::error::Result;
 use crate::format::rules;
-use crate::kernels::Kernels;
-use crate::kernels::scalar::Signs;
+use crate::kernels::scalar::{self, Signs};
 
 /// A pass over columns 0 to `size - 1`, then, if there are more columns, one over the last `size` of them. A pass flips the
 /// sign of its column `i` if bit `i` is 1, then multiplies by an orthogonal Hadamard matrix.
@@ -53,36 +52,30 @@ impl Rotation {
 
     /// `x <- R x`; `x` has `cols` values.
     pub fn apply(&self, x: &mut [f32]) {
-        self.apply_with(Kernels::scalar(), x);
+        self.apply_by(scalar::transform, x);
     }
 
-    /// [`Rotation::apply`] with these kernels: the same result to the bit.
-    pub(crate) fn apply_with(&self, kernels: Kernels, x: &mut [f32]) {
-        self.pass(kernels, &mut x[..self.size]);
+    /// [`Rotation::apply`] by another [`scalar::transform`].
+    pub(crate) fn apply_by(&self, transform: impl Fn(&mut [f32], f32, Signs<'_>), x: &mut [f32]) {
+        let signs = Signs::FlippedBefore(&self.signs);
+        transform(&mut x[..self.size], self.norm(), signs);
         if self.size < self.cols {
-            self.pass(kernels, &mut x[self.cols - self.size..]);
+            transform(&mut x[self.cols - self.size..], self.norm(), signs);
         }
-    }
-
-    fn pass(&self, kernels: Kernels, x: &mut [f32]) {
-        kernels.transform(x, self.norm(), Signs::FlippedBefore(&self.signs));
     }
 
     /// `x <- R^T x`, the inverse of [`Rotation::apply`] up to rounding.
     pub fn invert(&self, x: &mut [f32]) {
-        self.invert_with(Kernels::scalar(), x);
+        self.invert_by(scalar::transform, x);
     }
 
-    /// [`Rotation::invert`] with these kernels: the same result to the bit.
-    pub(crate) fn invert_with(&self, kernels: Kernels, x: &mut [f32]) {
+    /// [`Rotation::invert`] by another [`scalar::transform`].
+    pub(crate) fn invert_by(&self, transform: impl Fn(&mut [f32], f32, Signs<'_>), x: &mut [f32]) {
+        let signs = Signs::FlippedAfter(&self.signs);
         if self.size < self.cols {
-            self.pass_back(kernels, &mut x[self.cols - self.size..]);
+            transform(&mut x[self.cols - self.size..], self.norm(), signs);
         }
-        self.pass_back(kernels, &mut x[..self.size]);
-    }
-
-    fn pass_back(&self, kernels: Kernels, x: &mut [f32]) {
-        kernels.transform(x, self.norm(), Signs::FlippedAfter(&self.signs));
+        transform(&mut x[..self.size], self.norm(), signs);
     }
 
     /// What makes a transform orthogonal.

@@ -9,7 +9,7 @@ use crate::array::Array;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::rules;
 use crate::kernels::sparse::Entries;
-use crate::matrix::{StoredMatrix, checked_scales, weight};
+use crate::matrix::stored::{StoredMatrix, checked_scales, weight};
 use crate::prime_lut::{LARGEST_PRIME, PRIME_COUNT, PRIME_LUT};
 use rayon::prelude::*;
 use std::sync::LazyLock;

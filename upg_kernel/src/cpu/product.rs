@@ -155,7 +155,7 @@ impl Parts<'_> {
                 rotated.clear();
                 rotated.extend_from_slice(x);
                 cpu.team().chunks(rotated, first.cols(), |_, x| {
-                    rotation.apply_with(kernels, x);
+                    kernels.rotate(rotation, x);
                 });
                 &*rotated
             }

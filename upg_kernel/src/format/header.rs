@@ -2,15 +2,14 @@
 #![forbid(unsafe_code)]
 
 use super::checksums::{self, Recorded};
-use super::container::{Container, Entry};
+use super::container::Entry;
 use super::index::{self, Encoding, LayerInfo};
 use super::rules::{CHECKSUM, PAD_PREFIX, TOKENIZER};
+use super::tensors::Tensors;
 use super::{checksum, json, layout, rules};
-use crate::array::Array;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mapped::{MappedFile, OpenOptions};
 use crate::matrix::{Matrix, checked_scales, strips};
-use bytemuck::Pod;
 use rayon::prelude::*;
 use safetensors::Dtype;
 use std::collections::BTreeMap;
@@ -27,8 +26,7 @@ pub(super) const CHECKSUMS: &str = "checksums";
 /// Opening reads the header, the scales and the pointers, nothing else: the time does not grow
 /// with the weights. What is checked when, is listed in `upg_format_v2.md`, "When a reader checks".
 pub struct UpgFile {
-    file: Arc<MappedFile>,
-    table: Container,
+    tensors: Tensors,
     layers: Vec<LayerInfo>,
     matrices: Vec<OnceLock<Box<Matrix>>>,
     /// Layer ids in ascending order of names.
@@ -72,9 +70,9 @@ impl UpgFile {
             return Err(Error::new(ErrorKind::Unsupported, message)
                 .hint("convert it once: upg convert OLD NEW.safetensors"));
         }
-        let table = read_table(&file)?;
-        check_identity(table.metadata())?;
-        let upg = Self::indexed(file, table)?;
+        let tensors = Tensors::read(file)?;
+        check_identity(tensors.metadata())?;
+        let upg = Self::indexed(tensors)?;
         upg.check_names()?;
         // The first bad layer, not the one that some thread comes to first.
         let layers = (0..upg.layers.len()).into_par_iter();
@@ -84,11 +82,13 @@ impl UpgFile {
         }
     }
 
-    fn indexed(file: Arc<MappedFile>, table: Container) -> Result<Self> {
-        let metadata = table.metadata();
-        let tensors = table.iter().map(|t| (t.name, t.dtype.to_string(), t.shape));
+    fn indexed(tensors: Tensors) -> Result<Self> {
+        let metadata = tensors.metadata();
+        let table = tensors
+            .iter()
+            .map(|t| (t.name, t.dtype.to_string(), t.shape));
         let (found, recorded) = (
-            checksum::table(tensors, metadata),
+            checksum::table(table, metadata),
             required(metadata, CHECKSUM)?,
         );
         if found != recorded {
@@ -105,8 +105,7 @@ impl UpgFile {
         let mut by_name: Vec<u32> = (0..layers.len() as u32).collect();
         by_name.sort_unstable_by(|&a, &b| layers[a as usize].name.cmp(&layers[b as usize].name));
         Ok(Self {
-            file,
-            table,
+            tensors,
             matrices: layers.iter().map(|_| OnceLock::new()).collect(),
             layers,
             by_name,
@@ -116,9 +115,9 @@ impl UpgFile {
     /// Shapes of all arrays, scales and pointers.
     fn check_layer(&self, index: usize) -> Result<()> {
         let layer = &self.layers[index];
-        layout::check(self, index, layer)?;
+        layout::check(&self.tensors, index, layer)?;
         let scales_name = layout::array_name(index, "scales");
-        let scales = self.array::<f32>(&scales_name)?;
+        let scales = self.tensors.array::<f32>(&scales_name)?;
         checked_scales(&scales, layer.rows).map_err(|e| e.tensor(scales_name))?;
         let (codes, of, n) = match layer.encoding()? {
             Encoding::MdCsr => ("values", "row", layer.rows),
@@ -126,16 +125,16 @@ impl UpgFile {
             Encoding::S4 => ("codes", "strip", strips::count(layer.rows)),
             _ => return Ok(()),
         };
-        let codes = self.entry(&layout::array_name(index, codes));
+        let codes = self.tensors.entry(&layout::array_name(index, codes));
         let stored = codes.map_or(0, |t| t.range.len());
         let pointers_name = layout::array_name(index, &format!("{of}_pointers"));
-        let pointers = self.array::<u32>(&pointers_name)?;
+        let pointers = self.tensors.array::<u32>(&pointers_name)?;
         rules::pointers(&pointers, of, n, stored).map_err(|e| e.tensor(pointers_name))
     }
 
     /// Every tensor has a place: an array of a layer, the tokenizer, padding, or kept as it was.
     fn check_names(&self) -> Result<()> {
-        for entry in self.table.iter() {
+        for entry in self.tensors.iter() {
             let is_known = match entry.name {
                 name if self.is_array(name)? => true,
                 name if name == TOKENIZER || name.starts_with(PAD_PREFIX) => {
@@ -156,7 +155,7 @@ impl UpgFile {
     /// Returns whether a layer has an array of this name.
     fn is_array(&self, name: &str) -> Result<bool> {
         let parts = name
-            .strip_prefix(layout::LAYER_PREFIX)
+            .strip_prefix(rules::LAYER_PREFIX)
             .and_then(|rest| rest.split_once('_'));
         let Some((number, suffix)) = parts else {
             return Ok(false);
@@ -188,24 +187,24 @@ impl UpgFile {
     pub fn matrix(&self, id: usize) -> Result<&Matrix> {
         let (Some(layer), Some(cell)) = (self.layers.get(id), self.matrices.get(id)) else {
             let message = format!("no layer {id}, the file has {}", self.layers.len());
-            return Err(Error::new(ErrorKind::Argument, message).at(self.file.path()));
+            return Err(Error::new(ErrorKind::Argument, message).at(self.path()));
         };
         if let Some(matrix) = cell.get() {
             return Ok(matrix);
         }
-        let matrix = layout::matrix(self, id, layer)
-            .map_err(|e| e.tensor(&layer.name).at(self.file.path()))?;
+        let matrix = layout::matrix(&self.tensors, id, layer)
+            .map_err(|e| e.tensor(&layer.name).at(self.path()))?;
         Ok(cell.get_or_init(|| Box::new(matrix)))
     }
 
     /// A metadata text, for example `config.json` or `model`.
     pub fn metadata(&self, key: &str) -> Option<&str> {
-        self.table.metadata().get(key).map(String::as_str)
+        self.all_metadata().get(key).map(String::as_str)
     }
 
     /// All metadata.
     pub fn all_metadata(&self) -> &BTreeMap<String, String> {
-        self.table.metadata()
+        self.tensors.metadata()
     }
 
     /// The bytes of `tokenizer.json` in the map, if the file has one.
@@ -234,46 +233,35 @@ impl UpgFile {
 
     /// Names, dtypes and shapes of the tensors that are kept as they were, in order of names.
     pub fn kept(&self) -> impl Iterator<Item = (&str, Dtype, &[usize])> {
-        let kept = self.table.iter().filter(is_kept);
+        let kept = self.tensors.iter().filter(is_kept);
         kept.map(|t| (t.name, t.dtype, t.shape))
     }
 
     /// The path it was opened with.
     pub fn path(&self) -> &Path {
-        self.file.path()
+        self.tensors.file().path()
     }
 
     /// The bytes of a tensor, by its name in the file.
     pub fn bytes(&self, name: &str) -> Option<&[u8]> {
-        self.entry(name).map(|t| &self.file[t.range])
+        self.tensors.bytes(name)
     }
 
-    pub(super) fn mapped(&self) -> &MappedFile {
-        &self.file
-    }
-
-    pub(super) fn entry(&self, name: &str) -> Option<Entry<'_>> {
-        self.table.get(name)
-    }
-
-    /// A tensor as values of `T`, in place; the caller has checked its dtype.
-    pub(crate) fn array<T: Pod>(&self, name: &str) -> Result<Array<T>> {
-        let entry = self
-            .entry(name)
-            .ok_or_else(|| Error::new(ErrorKind::Missing, "not in the file").tensor(name))?;
-        Array::mapped(&self.file, entry.range).map_err(|e| e.rule(rules::ALIGNMENT).tensor(name))
+    pub(super) fn tensors(&self) -> &Tensors {
+        &self.tensors
     }
 
     /// Reads everything: every tensor against its checksum, every rule of every layer.
     ///
     /// `progress` gets the bytes done so far. Cost: one pass over the file, tensors in parallel.
     pub fn verify(&self, progress: &(dyn Fn(u64) + Sync)) -> Result<()> {
-        let recorded = checksums::read(required(self.all_metadata(), CHECKSUMS)?, &self.table)
-            .map_err(|e| e.at(self.path()))?;
+        let recorded = required(self.all_metadata(), CHECKSUMS)?;
+        let recorded =
+            checksums::read(recorded, self.tensors.table()).map_err(|e| e.at(self.path()))?;
         let done = std::sync::atomic::AtomicU64::new(0);
-        let tensors: Vec<(Entry<'_>, Recorded)> = self.table.iter().zip(recorded).collect();
+        let tensors: Vec<(Entry<'_>, Recorded)> = self.tensors.iter().zip(recorded).collect();
         let check = |(entry, recorded): &(Entry<'_>, Recorded)| {
-            let found = checksum::data(&self.file[entry.range.clone()]);
+            let found = checksum::data(&self.tensors.file()[entry.range.clone()]);
             if !recorded.is(&found) {
                 let message = format!("checksum is {found}, recorded is {recorded}");
                 return Some(
@@ -310,21 +298,6 @@ pub(crate) fn begins_as_pickle(start: &[u8]) -> bool {
 fn is_kept(entry: &Entry<'_>) -> bool {
     let is_float = matches!(entry.dtype, Dtype::BF16 | Dtype::F16 | Dtype::F32);
     is_float && rules::name(entry.name, rules::KEPT).is_ok()
-}
-
-fn read_table(file: &[u8]) -> Result<Container> {
-    let table = Container::read(file).map_err(|e| e.rule(rules::CONTAINER))?;
-    for entry in table.iter() {
-        let element = entry.dtype.bitsize().div_ceil(8);
-        let begin = entry.range.start;
-        if !begin.is_multiple_of(element) {
-            let message = format!("starts at byte {begin}, no multiple of {element}");
-            return Err(Error::new(ErrorKind::Malformed, message)
-                .rule(rules::ALIGNMENT)
-                .tensor(entry.name));
-        }
-    }
-    Ok(table)
 }
 
 fn required<'a>(metadata: &'a BTreeMap<String, String>, key: &str) -> Result<&'a str> {

@@ -27,7 +27,7 @@ impl UpgFile {
     }
 
     fn kept_entry(&self, name: &str) -> Result<Entry<'_>> {
-        self.entry(name).ok_or_else(|| {
+        self.tensors().entry(name).ok_or_else(|| {
             Error::new(ErrorKind::Missing, "not in the file")
                 .tensor(name)
                 .at(self.path())
@@ -36,9 +36,9 @@ impl UpgFile {
 
     fn kept_values(&self, name: &str, entry: &Entry<'_>) -> Result<DenseValues> {
         match entry.dtype {
-            Dtype::BF16 => Ok(DenseValues::Bf16(self.array(name)?)),
-            Dtype::F16 => Ok(DenseValues::F16(self.array(name)?)),
-            Dtype::F32 => Ok(DenseValues::F32(self.array(name)?)),
+            Dtype::BF16 => Ok(DenseValues::Bf16(self.tensors().array(name)?)),
+            Dtype::F16 => Ok(DenseValues::F16(self.tensors().array(name)?)),
+            Dtype::F32 => Ok(DenseValues::F32(self.tensors().array(name)?)),
             other => Err(Error::new(
                 ErrorKind::Shape,
                 format!("{other}, expected BF16, F16 or F32"),

@@ -3,7 +3,8 @@
 
 use super::container::Entry;
 use super::index::{Encoding, LayerInfo};
-use super::{UpgFile, rules};
+use super::rules::{self, LAYER_PREFIX};
+use super::tensors::Tensors;
 use crate::array::Array;
 use crate::error::{Error, ErrorKind, Result};
 use crate::matrix::{
@@ -118,19 +119,16 @@ pub(super) fn arrays(layer: &LayerInfo) -> Result<Vec<ArraySpec>> {
     })
 }
 
-/// Beginning of the names of all arrays.
-pub(super) const LAYER_PREFIX: &str = "layer_";
-
 /// `layer_{index}_{suffix}`.
 pub(super) fn array_name(index: usize, suffix: &str) -> String {
     format!("{LAYER_PREFIX}{index}_{suffix}")
 }
 
 /// Checks presence, dtype and shape of every array of a layer. Reads no tensor data.
-pub(super) fn check(file: &UpgFile, index: usize, layer: &LayerInfo) -> Result<()> {
+pub(super) fn check(tensors: &Tensors, index: usize, layer: &LayerInfo) -> Result<()> {
     for spec in arrays(layer)? {
         let name = array_name(index, spec.suffix);
-        let entry = file.entry(&name).ok_or_else(|| {
+        let entry = tensors.entry(&name).ok_or_else(|| {
             let message = format!(
                 "not in the file, {} '{}' needs it",
                 layer.encoding_name(),
@@ -146,7 +144,7 @@ pub(super) fn check(file: &UpgFile, index: usize, layer: &LayerInfo) -> Result<(
         return Ok(());
     }
     let count = |suffix| {
-        let entry = file.entry(&array_name(index, suffix));
+        let entry = tensors.entry(&array_name(index, suffix));
         entry.map_or(0, |t| t.shape.iter().product::<usize>())
     };
     let nnz = count("values");
@@ -182,11 +180,11 @@ fn check_entry(entry: &Entry<'_>, spec: &ArraySpec) -> Result<()> {
 
 /// The matrix of a layer; checks what its encoding asks for (the bits and columns of the sparse ones
 /// are read here for the first time).
-pub(super) fn matrix(file: &UpgFile, index: usize, layer: &LayerInfo) -> Result<Matrix> {
+pub(super) fn matrix(tensors: &Tensors, index: usize, layer: &LayerInfo) -> Result<Matrix> {
     let encoding = layer.encoding()?;
     let (rows, cols) = (layer.rows, layer.cols);
     let group = layer.group.unwrap_or(BITMAP_GROUP);
-    let get = Arrays { file, index };
+    let get = Arrays { tensors, index };
     let nibbles = || -> Result<Levels> {
         Ok(Levels::Nibbles {
             codes: get.array("codes")?,
@@ -243,12 +241,12 @@ pub(super) fn matrix(file: &UpgFile, index: usize, layer: &LayerInfo) -> Result<
 }
 
 struct Arrays<'a> {
-    file: &'a UpgFile,
+    tensors: &'a Tensors,
     index: usize,
 }
 
 impl Arrays<'_> {
     fn array<T: Pod>(&self, suffix: &str) -> Result<Array<T>> {
-        self.file.array(&array_name(self.index, suffix))
+        self.tensors.array(&array_name(self.index, suffix))
     }
 }

@@ -2,7 +2,6 @@
 #![forbid(unsafe_code)]
 
 use super::container::MOST_NAME_BYTES;
-use super::layout::LAYER_PREFIX;
 use crate::error::{Error, ErrorKind, Result};
 
 /// A safetensors file: header, names, contiguous tensors.
@@ -38,6 +37,8 @@ pub const TENSOR_CHECKSUM: u8 = 15;
 
 /// The metadata key of the checksum over the metadata and the tensor table.
 pub const CHECKSUM: &str = "checksum";
+/// Beginning of the names of the arrays of layers.
+pub const LAYER_PREFIX: &str = "layer_";
 /// Tensors of zeros that align the next one.
 pub const PAD_PREFIX: &str = "upg_pad_";
 /// The tensor with the text of `tokenizer.json`.

@@ -28,7 +28,7 @@ impl LayerInfo {
 impl UpgFile {
     /// Length of the whole file in bytes.
     pub fn file_len(&self) -> u64 {
-        self.mapped().len() as u64
+        self.tensors().file().len() as u64
     }
 
     /// Bytes of the arrays of layer `id`; 0 for an unknown one.

@@ -137,7 +137,7 @@ pub(super) fn put_turned<W: Weights, T: Element>(
     out: &mut [T],
 ) {
     put_row::<W, f32>(proof, row, turned);
-    rotation.invert_with(W::kernels(proof), turned);
+    W::kernels(proof).rotate_back(rotation, turned);
     convert::<W, T>(proof, turned, out);
 }
 

@@ -371,9 +371,9 @@ fn rotations_are_the_same_to_the_bit_with_every_kernel() {
         let rotation = Rotation::new(cols, size, signs.into()).unwrap();
         let of = |kernels: Kernels| {
             let mut x = activations(cols);
-            rotation.apply_with(kernels, &mut x);
+            kernels.rotate(&rotation, &mut x);
             let rotated = x.clone();
-            rotation.invert_with(kernels, &mut x);
+            kernels.rotate_back(&rotation, &mut x);
             (rotated, x)
         };
         for kernels in Kernels::available() {

@@ -69,7 +69,7 @@ fn decode<T: Float>(rows: Rows<'_>, mut out: &mut [T]) {
         }
         if let Some(rotation) = rotation {
             let rows = out.chunks_exact_mut(cols);
-            rows.for_each(|row| rotation.invert_with(kernels, row));
+            rows.for_each(|row| kernels.rotate_back(rotation, row));
         }
     };
     while !out.is_empty() {

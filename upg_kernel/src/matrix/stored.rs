@@ -1,0 +1,61 @@
+//! What an encoding has to offer, and what all of them share.
+#![forbid(unsafe_code)]
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::format::rules;
+use crate::kernels::sparse::Entries;
+use crate::kernels::views::Strip;
+use crate::rotation::Rotation;
+
+/// The largest magnitude of a scale. A weight is below 2^24 times it, and turning a row of 2^20 such
+/// weights back adds 20 bits at most: nothing overflows an f32.
+const LARGEST_SCALE: f32 = (1u64 << 63) as f32 * 2.0;
+
+/// The one formula: `scale * prime * value`. The integer product is below 2^24 and so exact in f32:
+/// there is one rounding.
+pub(crate) fn weight(scale: f32, prime: u32, value: i8) -> f32 {
+    scale * (prime as i32 * i32::from(value)) as f32
+}
+
+/// Checks that there is one scale for each row and that none can make a weight overflow.
+pub(crate) fn checked_scales(scales: &[f32], rows: usize) -> Result<()> {
+    if scales.len() != rows {
+        return Err(rules::shape(format!(
+            "{} scales for {rows} rows",
+            scales.len()
+        )));
+    }
+    let bad = |s: &f32| s.is_nan() || s.abs() > LARGEST_SCALE;
+    match scales.iter().position(bad) {
+        None => Ok(()),
+        Some(row) => Err(Error::new(
+            ErrorKind::Invalid,
+            format!(
+                "the scale of row {row} is {}, not a number of magnitude up to 2^64",
+                scales[row]
+            ),
+        )
+        .rule(rules::SCALES)),
+    }
+}
+
+/// What an encoding has to offer; everything else is built on it, once.
+pub(crate) trait StoredMatrix: Send + Sync {
+    fn rows(&self) -> usize;
+    fn cols(&self) -> usize;
+    /// Decodes whole rows from `first` on into `out` (`[n, cols]`), in the stored basis.
+    /// The caller keeps `first + n <= rows` and `out.len() == n * cols`.
+    fn decode_rows(&self, first: usize, out: &mut [f32]);
+    /// The rotation of the input that the stored basis asks for.
+    fn rotation(&self) -> Option<&Rotation> {
+        None
+    }
+    /// Strip `index` in place, for kernels that need no decoded weights; `None` if there is none.
+    fn strip(&self, _index: usize) -> Option<Strip<'_>> {
+        None
+    }
+    /// What is stored of a row, for kernels that touch nothing else; `None` where all of it is.
+    fn entries(&self, _row: usize) -> Option<Entries<'_>> {
+        None
+    }
+}

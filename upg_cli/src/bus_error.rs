@@ -32,7 +32,7 @@ mod handler {
     use std::io::IsTerminal;
     use std::sync::OnceLock;
     use std::sync::atomic::{AtomicBool, Ordering};
-    use upg_kernel::{MAPPED_PATH_BYTES, mapped_path_at};
+    use upg_kernel::support::{MAPPED_PATH_BYTES, mapped_path_at};
 
     /// Beginning of the line.
     const WHO: &[u8] = b"upg: ";

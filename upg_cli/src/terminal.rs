@@ -10,7 +10,7 @@ use std::fs::File;
 use std::io::{BufRead, IsTerminal, Read, Write};
 use std::path::Path;
 use std::time::Duration;
-use upg_kernel::text::{Shown, steers};
+use upg_kernel::support::{Shown, steers};
 use upg_kernel::{Error, ErrorKind, Result};
 
 /// Writes to standard output and flushes; a closed pipe is an error that `main` takes as success.

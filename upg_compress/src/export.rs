@@ -15,7 +15,8 @@ use std::fs::{File, TryLockError};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use upg_kernel::format::json;
-use upg_kernel::{Error, ErrorKind, Result, UPGDecompressor, WeightFloat, WholeFile};
+use upg_kernel::support::AtomicFile;
+use upg_kernel::{Error, ErrorKind, Result, UPGDecompressor, WeightFloat};
 
 /// Marks the weights that this program wrote, in their safetensors metadata.
 const MADE_BY: (&str, &str) = ("made_by", "upg decompress");
@@ -69,7 +70,7 @@ pub fn export(
     }
     let files = files?;
     let written: Vec<PathBuf> = files.iter().map(|f| f.path().to_path_buf()).collect();
-    files.into_iter().try_for_each(WholeFile::commit)?;
+    files.into_iter().try_for_each(AtomicFile::commit)?;
     // A chat template or tokenizer of the model that was here before would be taken for this one's.
     let stale = FILES.iter().map(|name| out.join(name));
     let read = model.file().path().canonicalize().ok();
@@ -134,7 +135,7 @@ fn write_all(
     out: &Path,
     dtype: Option<FloatType>,
     progress: &dyn Progress,
-) -> Result<Vec<WholeFile>> {
+) -> Result<Vec<AtomicFile>> {
     let file = model.file();
     let mut config = file.metadata("config.json").map(parsed).transpose()?;
     let dtype = dtype
@@ -158,7 +159,7 @@ fn write_all(
         file.tokenizer_json()
             .map(|t| ("tokenizer.json", t.to_vec())),
     );
-    let create = |name: &str| WholeFile::create_from(out.join(name), [file.path()]);
+    let create = |name: &str| AtomicFile::create_from(out.join(name), [file.path()]);
     let mut files = Vec::new();
     for (name, text) in texts {
         let mut file = create(name)?;
@@ -169,7 +170,7 @@ fn write_all(
     let mut weights = create(WEIGHTS)?;
     write_weights(model, &mut weights, dtype, progress)?;
     files.push(weights);
-    files.iter_mut().try_for_each(WholeFile::sync)?;
+    files.iter_mut().try_for_each(AtomicFile::sync)?;
     Ok(files)
 }
 
@@ -205,7 +206,7 @@ fn named_dtype(config: &Map<String, Value>) -> Option<FloatType> {
 /// Writes the layers, then the uncompressed tensors, as one safetensors file.
 fn write_weights(
     model: &UPGDecompressor,
-    out: &mut WholeFile,
+    out: &mut AtomicFile,
     dtype: FloatType,
     progress: &dyn Progress,
 ) -> Result<()> {
@@ -235,7 +236,7 @@ fn write_layer<T: WeightFloat + Pod>(
     model: &UPGDecompressor,
     id: usize,
     dtype: FloatType,
-    out: &mut WholeFile,
+    out: &mut AtomicFile,
 ) -> Result<()> {
     let layer = &model.file().layers()[id];
     let len = layer.rows * layer.cols;

@@ -26,7 +26,8 @@ pub use v1::V1Source;
 use std::io::Read;
 use std::path::Path;
 use upg_kernel::format::container::Container;
-use upg_kernel::{Error, ErrorKind, OpenOptions, Result, files};
+use upg_kernel::support::{folder_of, open_regular};
+use upg_kernel::{Error, ErrorKind, OpenOptions, Result};
 
 /// Opens the model at `path`: a Hugging Face directory, a GGUF file or a UPG file of version 1.
 ///
@@ -53,13 +54,13 @@ pub fn open_with(path: impl AsRef<Path>, options: OpenOptions) -> Result<Box<dyn
         return Ok(Box::new(HfSource::open_with(path, options)?));
     }
     let mut magic = Vec::new();
-    let (file, _) = files::open_regular(path).map_err(io)?;
+    let (file, _) = open_regular(path).map_err(io)?;
     file.take(16).read_to_end(&mut magic).map_err(io)?;
     if magic.starts_with(b"GGUF") {
         return Ok(Box::new(GgufSource::open_with(path, options)?));
     }
     if upg_kernel::v1::is_pickle(path) {
-        let folder = files::folder_of(path);
+        let folder = folder_of(path);
         return Ok(Box::new(V1Source::open(path, &[], Some(folder))?));
     }
     Err(not_a_source(path, &magic).at(path))
@@ -108,7 +109,7 @@ pub fn is_upg(path: &Path) -> bool {
 /// Reads the header only.
 pub(crate) fn has_metadata(path: &Path, (key, value): (&str, &str)) -> bool {
     let table = || {
-        let (file, metadata) = files::open_regular(path).ok()?;
+        let (file, metadata) = open_regular(path).ok()?;
         Container::read_from(file, metadata.len()).ok()
     };
     table().is_some_and(|table| {

@@ -29,8 +29,8 @@ use std::time::Instant;
 use student::Student;
 use teacher::Teacher;
 use upg_kernel::format::UpgFile;
-use upg_kernel::files::folder_of;
-use upg_kernel::{Error, ErrorKind, Result, WholeFile};
+use upg_kernel::support::{AtomicFile, folder_of};
+use upg_kernel::{Error, ErrorKind, Result};
 use write::write;
 
 /// Steps over which the rate rises at the start.
@@ -120,7 +120,7 @@ pub fn tune(
         return Err(Error::new(ErrorKind::Argument, message)
             .hint("use at least one pass, and a rate above 0 and below 1"));
     }
-    let whole = WholeFile::create_from(out, source.own_files())?;
+    let whole = AtomicFile::create_from(out, source.own_files())?;
     check_room(file, out)?;
     check_origin(source, file)?;
     let of_file = |e: Error| e.at(file.path());

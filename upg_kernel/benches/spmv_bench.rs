@@ -13,7 +13,8 @@ mod common;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use std::hint::black_box;
-use upg_kernel::{Matrix, sum_words};
+use upg_kernel::Matrix;
+use upg_kernel::support::sum_words;
 
 /// Fused query, key and value; attention output; fused gate and up; down.
 const SHAPES: [(usize, usize); 4] = [(7680, 5120), (5120, 5120), (35840, 5120), (5120, 17920)];

@@ -13,7 +13,8 @@ use std::path::PathBuf;
 use std::time::Instant;
 use upg_kernel::inference::chat_template::Message;
 use upg_kernel::inference::{Sampler, SamplingOptions, SessionOptions};
-use upg_kernel::{Error, ErrorKind, Result, UPGModel, peak_memory};
+use upg_kernel::support::peak_memory;
+use upg_kernel::{Error, ErrorKind, Result, UPGModel};
 
 const USAGE: &str = "usage: phi4_generate [FILE [PROMPT [MAX_TOKENS]]]";
 

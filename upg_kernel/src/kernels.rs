@@ -17,7 +17,7 @@ mod avx512;
 mod compiled;
 #[cfg(target_arch = "x86_64")]
 mod decode;
-pub mod gemm;
+pub(crate) mod gemm;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod hadamard;
 mod lanes;
@@ -28,7 +28,7 @@ mod neon;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod places;
 mod rows;
-pub mod scalar;
+pub(crate) mod scalar;
 pub(crate) mod sparse;
 pub(crate) mod views;
 

@@ -57,6 +57,7 @@
 //! - [`matrix`], [`sparse`], [`rotation`], [`prime_lut`]: the encodings. All decode by one formula,
 //!   `scale * prime * value`.
 //! - [`kernels`]: the arithmetic; [`metal_kernels`]: products on Apple GPUs.
+//! - [`support`]: files and memory, for the sister crates.
 //!
 //! # Features
 //!
@@ -96,10 +97,11 @@ compile_error!("UPG maps files of many gigabytes: only 64-bit targets are suppor
 extern crate self as upg_kernel;
 
 mod array;
+mod atomic_file;
 mod cpu;
 mod device;
 mod error;
-pub mod files;
+mod files;
 pub mod format;
 pub mod inference;
 pub mod kernels;
@@ -110,26 +112,25 @@ pub mod metal_kernels;
 pub mod prime_lut;
 pub mod rotation;
 pub mod sparse;
+pub mod support;
+mod team;
 #[cfg(test)]
 mod test_data;
-pub mod text;
+mod text;
 pub mod trellis_code;
 mod upg_decompress;
 #[cfg(feature = "candle")]
 mod upg_linear;
 #[cfg(feature = "v1")]
 pub mod v1;
-mod whole_file;
 
 pub use array::Array;
 pub use cpu::Cpu;
 pub use error::{Error, ErrorKind, Result};
 #[cfg(feature = "text")]
 pub use inference::UPGModel;
-pub use mapped::{MAPPED_PATH_BYTES, MappedFile, OpenOptions, mapped_path_at};
+pub use mapped::{MappedFile, OpenOptions};
 pub use matrix::Matrix;
-pub use memory::{peak_memory, sum_words};
 pub use upg_decompress::{LayerId, UPGDecompressor, WeightFloat, reconstruct_weight};
 #[cfg(feature = "candle")]
 pub use upg_linear::UpgLinear;
-pub use whole_file::{WholeFile, is_at, open_regular_file, refuse_to_overwrite, sync_folder_of};

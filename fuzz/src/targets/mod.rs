@@ -16,7 +16,7 @@ use std::path::Path;
 use tempfile::TempDir;
 use upg_compress::Source;
 use upg_kernel::format::UpgFile;
-use upg_kernel::text::steers;
+use upg_kernel::support::steers;
 use upg_kernel::{Error, Matrix};
 
 /// A target by its name.

@@ -19,7 +19,8 @@ use matrices::Stored;
 use report::Report;
 use std::sync::Arc;
 use upg_kernel::format::UpgFile;
-use upg_kernel::{Error, ErrorKind, OpenOptions, Result, peak_memory};
+use upg_kernel::support::peak_memory;
+use upg_kernel::{Error, ErrorKind, OpenOptions, Result};
 
 pub fn run(args: &BenchArgs, open: OpenOptions) -> Result<()> {
     match (&args.command, &args.measure) {

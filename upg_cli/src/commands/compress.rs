@@ -14,7 +14,8 @@ use upg_compress::{
     compress_checked, count_encodings, partial_files, source,
 };
 use upg_kernel::inference::tokenizer::MAX_TEXT_BYTES;
-use upg_kernel::{Error, ErrorKind, OpenOptions, Result, WholeFile, refuse_to_overwrite};
+use upg_kernel::support::{AtomicFile, refuse_to_overwrite};
+use upg_kernel::{Error, ErrorKind, OpenOptions, Result};
 
 /// Work that is estimated to take fewer seconds starts without a word.
 const WORTH_A_LINE: f64 = 10.0;
@@ -42,7 +43,7 @@ pub fn run(args: &CompressArgs, open: OpenOptions) -> Result<()> {
     let options = options(args, source.as_ref())?;
     // Found out before the work: hours later nobody wants to hear that it cannot be written.
     let report_file = match &args.report {
-        Some(path) if !args.dry_run => Some(WholeFile::create_from(path, source.own_files())?),
+        Some(path) if !args.dry_run => Some(AtomicFile::create_from(path, source.own_files())?),
         _ => None,
     };
     let preflight =
@@ -146,7 +147,11 @@ fn announce(args: &CompressArgs, preflight: &Preflight) -> Result<()> {
     Ok(())
 }
 
-fn write_report(mut file: WholeFile, report: &CompressReport, preflight: &Preflight) -> Result<()> {
+fn write_report(
+    mut file: AtomicFile,
+    report: &CompressReport,
+    preflight: &Preflight,
+) -> Result<()> {
     let mut json = report.to_json();
     json["stated"] = serde_json::json!({
         "file_bytes": preflight.file_bytes,

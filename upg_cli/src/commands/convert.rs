@@ -10,8 +10,9 @@ use upg_compress::source::V1Source;
 use upg_compress::{Choice, CompressOptions, Preflight, Progress, compress_checked};
 use upg_kernel::format::Encoding;
 use upg_kernel::inference::model_dir::{ModelFiles, TEXTS};
+use upg_kernel::support::refuse_to_overwrite;
 use upg_kernel::v1::{Converted, V1File, is_pickle};
-use upg_kernel::{Error, ErrorKind, Result, refuse_to_overwrite};
+use upg_kernel::{Error, ErrorKind, Result};
 
 pub fn run(args: &ConvertArgs) -> Result<()> {
     // The command line has one of the two.

@@ -14,7 +14,8 @@ use std::time::Instant;
 use upg_kernel::inference::chat_template::Message;
 use upg_kernel::inference::tokenizer::MAX_TEXT_BYTES;
 use upg_kernel::inference::{FinishReason, Sampler, SamplingOptions, Session, SessionOptions};
-use upg_kernel::{Error, ErrorKind, OpenOptions, Result, UPGModel, WholeFile, peak_memory};
+use upg_kernel::support::{AtomicFile, peak_memory};
+use upg_kernel::{Error, ErrorKind, OpenOptions, Result, UPGModel};
 
 pub fn run(args: &RunArgs, open: OpenOptions) -> Result<()> {
     let started = Instant::now();
@@ -105,7 +106,7 @@ fn write_logits(model: &UPGModel, mut session: Session, tokens: &[u32], out: &Pa
     let malformed = |e: SafeTensorError| Error::new(ErrorKind::Invalid, e.to_string());
     let view = TensorView::new(Dtype::F32, vec![positions, vocab], &values).map_err(malformed)?;
     let bytes = safetensors::serialize([("logits", view)], None).map_err(malformed)?;
-    let mut file = WholeFile::create_from(out, [model.file().path()])?;
+    let mut file = AtomicFile::create_from(out, [model.file().path()])?;
     file.write_all(&bytes)
         .map_err(|e| Error::io("cannot write", out, e))?;
     file.commit()?;

@@ -8,7 +8,8 @@ use crate::terminal::{self, bytes, duration};
 use std::num::NonZeroUsize;
 use upg_compress::{TuneOptions, TuneReport, source, tune};
 use upg_kernel::format::UpgFile;
-use upg_kernel::{ErrorKind, OpenOptions, Result, refuse_to_overwrite};
+use upg_kernel::support::refuse_to_overwrite;
+use upg_kernel::{ErrorKind, OpenOptions, Result};
 
 pub fn run(args: &TuneArgs, open: OpenOptions) -> Result<()> {
     refuse_to_overwrite(&args.output, &args.text)?;

@@ -24,7 +24,8 @@ use std::path::Path;
 use std::time::Instant;
 use upg_kernel::format::{FileWriter, LayerInfo, TOKENIZER, header_capacity, insert_figures};
 use upg_kernel::inference::Input;
-use upg_kernel::{Error, ErrorKind, Result, WholeFile};
+use upg_kernel::support::AtomicFile;
+use upg_kernel::{Error, ErrorKind, Result};
 
 /// Compresses `source` into a UPG file at `out`, which appears whole or not at all.
 ///
@@ -202,9 +203,9 @@ pub(crate) fn compress_with(
         true => {
             let fingerprint = fingerprint(source, options, &plan, &metadata[RECIPE])?;
             let resumable = Resumable::open(out, source, &fingerprint)?;
-            (WholeFile::resume(out)?, Some(resumable))
+            (AtomicFile::resume(out)?, Some(resumable))
         }
-        false => (WholeFile::create_from(out, source.own_files())?, None),
+        false => (AtomicFile::create_from(out, source.own_files())?, None),
     };
     let mut writer = FileWriter::new(out, capacity)?;
 

@@ -15,7 +15,8 @@ use std::fs::{File, TryLockError};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use upg_kernel::format::{LayerInfo, WrittenArray, checksum_of};
-use upg_kernel::{Error, ErrorKind, Result, is_at, open_regular_file, sync_folder_of};
+use upg_kernel::support::{is_at, open_regular_file, sync_folder_of};
+use upg_kernel::{Error, ErrorKind, Result};
 
 /// The first line: what the file is, and the version of this form.
 const MAGIC: &str = "upg journal 2\n";

@@ -5,7 +5,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use upg_kernel::format::LayerInfo;
 use upg_kernel::inference::Input;
-use upg_kernel::{Matrix, peak_memory};
+use upg_kernel::Matrix;
+use upg_kernel::support::peak_memory;
 
 /// One tensor of the file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

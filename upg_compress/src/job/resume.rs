@@ -12,7 +12,8 @@ use std::time::UNIX_EPOCH;
 use sysinfo::{CpuRefreshKind, RefreshKind, System};
 use upg_kernel::Cpu;
 use upg_kernel::format::{FileWriter, LayerInfo, checksum_of};
-use upg_kernel::{Error, ErrorKind, Result, WholeFile, refuse_to_overwrite};
+use upg_kernel::support::{AtomicFile, refuse_to_overwrite};
+use upg_kernel::{Error, ErrorKind, Result};
 
 /// A run that leaves what it has done where the next one finds it.
 pub(crate) struct Resumable {
@@ -26,8 +27,8 @@ pub(crate) struct Resumable {
 pub fn partial_files(out: impl AsRef<Path>) -> Result<[PathBuf; 2]> {
     let out = out.as_ref();
     Ok([
-        WholeFile::partial(out)?,
-        WholeFile::beside(out, ".partial.journal")?,
+        AtomicFile::partial(out)?,
+        AtomicFile::beside(out, ".partial.journal")?,
     ])
 }
 

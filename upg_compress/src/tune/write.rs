@@ -14,14 +14,15 @@ use upg_kernel::format::{
     FileWriter, LayerInfo, TOKENIZER, UpgFile, header_capacity, insert_figures, reserve_figures,
 };
 use upg_kernel::inference::WeightSource;
-use upg_kernel::{Result, WholeFile};
+use upg_kernel::support::AtomicFile;
+use upg_kernel::Result;
 
 /// Writes the tuned file with newly measured errors. Returns its bytes and the weights of the
 /// model.
 pub(super) fn write(
     student: &Student<'_>,
     source: &dyn Source,
-    out: WholeFile,
+    out: AtomicFile,
     tuned: Value,
     progress: &dyn Progress,
 ) -> Result<(u64, u64)> {

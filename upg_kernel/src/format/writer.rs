@@ -4,9 +4,9 @@
 use super::header::{CHECKSUMS, FORMAT};
 use super::rules::{CHECKSUM, PAD_PREFIX};
 use super::{LayerInfo, checksum, layout, rules};
+use crate::atomic_file::AtomicFile;
 use crate::error::{Error, ErrorKind, Result};
 use crate::matrix::{Levels, Matrix};
-use crate::whole_file::WholeFile;
 use bytemuck::cast_slice;
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
@@ -106,7 +106,7 @@ pub struct WrittenArray {
 ///
 /// The bytes depend only on what is passed. Memory: one buffer of 1 MiB and the table of tensors.
 pub struct FileWriter {
-    out: WholeFile,
+    out: AtomicFile,
     capacity: u64,
     position: u64,
     tensors: Vec<Written>,
@@ -127,11 +127,11 @@ impl FileWriter {
     ///
     /// Errors: `Io` if the folder cannot be written to; `TooLarge` if no reader takes such a header.
     pub fn create(path: impl AsRef<Path>, header_capacity: usize) -> Result<Self> {
-        Self::new(WholeFile::create(path)?, header_capacity)
+        Self::new(AtomicFile::create(path)?, header_capacity)
     }
 
     /// [`FileWriter::create`] with a file that was started elsewhere.
-    pub fn new(mut out: WholeFile, header_capacity: usize) -> Result<Self> {
+    pub fn new(mut out: AtomicFile, header_capacity: usize) -> Result<Self> {
         if header_capacity as u64 > LARGEST_HEADER {
             let message = format!("a header of {header_capacity} bytes, at most {LARGEST_HEADER}");
             return Err(Error::new(ErrorKind::TooLarge, message).at(out.path()));
@@ -237,7 +237,7 @@ impl FileWriter {
     }
 
     /// In the place of [`FileWriter::tensor`]: takes over what an earlier run has written here, if the file
-    /// ([`WholeFile::resume`]) has it. `false`: it has not, and [`FileWriter::cut`] comes next.
+    /// ([`AtomicFile::resume`]) has it. `false`: it has not, and [`FileWriter::cut`] comes next.
     ///
     /// Cost: reads these bytes. Errors: `Io`.
     pub fn restore_tensor(
@@ -328,7 +328,7 @@ impl FileWriter {
         self,
         mut metadata: BTreeMap<String, String>,
         layers: &[LayerInfo],
-    ) -> Result<WholeFile> {
+    ) -> Result<AtomicFile> {
         let only_mdcsr = layers.iter().all(|l| l.encoding_name() == "mdcsr");
         let json = |e: serde_json::Error| Error::new(ErrorKind::Argument, e.to_string());
         metadata.insert("format".into(), FORMAT.into());

@@ -6,6 +6,7 @@ use super::bytes::Files;
 use super::catalogue::{CatalogueEntry, Parts, Scale};
 use super::numbers::Integers;
 use super::rows::RowBuilder;
+use crate::atomic_file::AtomicFile;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{
     Encoding, FileWriter, LayerInfo, TOKENIZER, check_kept_name, header_capacity, insert_figures,
@@ -15,7 +16,6 @@ use crate::inference::model_dir::ModelFiles;
 use crate::matrix::Matrix;
 use crate::prime_lut::PRIME_COUNT;
 use crate::sparse::MdCSRMatrix;
-use crate::whole_file::WholeFile;
 use bytemuck::cast_slice;
 use safetensors::Dtype;
 use serde_json::json;
@@ -60,7 +60,7 @@ impl V1File {
     ) -> Result<Converted> {
         let mut convert = || {
             self.check_weights()?;
-            let out = WholeFile::create_from(out.as_ref(), self.files.paths())?;
+            let out = AtomicFile::create_from(out.as_ref(), self.files.paths())?;
             let (converted, file) = self.write(out, texts, proceed)?;
             file.commit()?;
             Ok(converted)
@@ -72,7 +72,7 @@ impl V1File {
     pub(super) fn convert_to_temporary(&self, texts: &ModelFiles) -> Result<File> {
         let convert = || {
             self.check_weights()?;
-            let out = WholeFile::temporary(&self.path)?;
+            let out = AtomicFile::temporary(&self.path)?;
             let (_, file) = self.write(out, texts, &mut |_, _| Ok(()))?;
             file.into_file()
         };
@@ -165,10 +165,10 @@ impl V1File {
 
     fn write(
         &self,
-        out: WholeFile,
+        out: AtomicFile,
         texts: &ModelFiles,
         proceed: &mut dyn FnMut(&str, u64) -> Result<()>,
-    ) -> Result<(Converted, WholeFile)> {
+    ) -> Result<(Converted, AtomicFile)> {
         let tensors = &self.catalogue.tensors;
         self.check_shared()?;
         let mut layers = Vec::new();

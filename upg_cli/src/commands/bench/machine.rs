@@ -7,7 +7,8 @@ use std::hint::black_box;
 use std::path::Path;
 use std::time::{Duration, Instant};
 use upg_kernel::Cpu;
-use upg_kernel::{Error, ErrorKind, Result, sum_words};
+use upg_kernel::support::sum_words;
+use upg_kernel::{Error, ErrorKind, Result};
 
 /// Bytes that are read for the bandwidth, where there is room: far more than most caches hold.
 const READ_BYTES: u64 = 1 << 30;

@@ -8,8 +8,8 @@
 
 use super::reference::Reference;
 use super::windows::{Window, Windows};
+use crate::atomic_file::AtomicFile;
 use crate::error::{Error, ErrorKind, Result};
-use crate::whole_file::WholeFile;
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 use std::fs::File;
@@ -35,7 +35,7 @@ pub struct LogitFile<'a> {
 
 enum State<'a> {
     Filled(BufReader<File>),
-    Filling(WholeFile, &'a mut dyn Reference),
+    Filling(AtomicFile, &'a mut dyn Reference),
 }
 
 impl<'a> LogitFile<'a> {
@@ -59,7 +59,7 @@ impl<'a> LogitFile<'a> {
         let state = match filled(path, &header, bytes)? {
             Some(file) => State::Filled(file),
             None => {
-                let mut out = WholeFile::create_from(path, inputs)?;
+                let mut out = AtomicFile::create_from(path, inputs)?;
                 let written = out.write_all(&header);
                 written.map_err(|e| Error::io("cannot write", path, e))?;
                 State::Filling(out, reference)

@@ -14,13 +14,13 @@ fn nothing_shows_before_the_commit_and_nothing_else_after() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("f");
     std::fs::write(&path, b"old").unwrap();
-    let mut dropped = WholeFile::create(&path).unwrap();
+    let mut dropped = AtomicFile::create(&path).unwrap();
     dropped.write_all(b"half").unwrap();
     assert_eq!(std::fs::read(&path).unwrap(), b"old");
     drop(dropped);
     assert_eq!(names(dir.path()), ["f"]);
 
-    let mut file = WholeFile::create(&path).unwrap();
+    let mut file = AtomicFile::create(&path).unwrap();
     file.write_all(b"..new").unwrap();
     file.seek(SeekFrom::Start(0)).unwrap();
     file.write_all(b"a ").unwrap();
@@ -33,13 +33,13 @@ fn nothing_shows_before_the_commit_and_nothing_else_after() {
 fn a_partial_file_stays_and_is_continued() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("f");
-    let mut first = WholeFile::resume(&path).unwrap();
+    let mut first = AtomicFile::resume(&path).unwrap();
     first.write_all(b"abcdef").unwrap();
     first.sync().unwrap();
     drop(first);
     assert_eq!(names(dir.path()), ["f.partial"]);
 
-    let mut second = WholeFile::resume(&path).unwrap();
+    let mut second = AtomicFile::resume(&path).unwrap();
     let mut found = [0; 3];
     second.read_exact(&mut found).unwrap();
     assert_eq!(&found, b"abc");
@@ -57,7 +57,7 @@ fn no_file_of_the_input_is_overwritten_by_any_path() {
     std::fs::write(&read, b"").unwrap();
     std::fs::create_dir(dir.path().join("d")).unwrap();
     let refused = |out: PathBuf, read: &Path| {
-        let e = WholeFile::create_from(&out, [read]).err();
+        let e = AtomicFile::create_from(&out, [read]).err();
         e.is_some_and(|e| e.kind() == ErrorKind::Argument)
     };
     assert!(refused(dir.path().join("f"), &read));
@@ -82,7 +82,7 @@ fn others_can_read_it_as_any_new_file() {
         metadata.permissions().mode()
     };
     std::fs::write(dir.path().join("plain"), b"").unwrap();
-    let file = WholeFile::create(dir.path().join("whole")).unwrap();
+    let file = AtomicFile::create(dir.path().join("whole")).unwrap();
     file.commit().unwrap();
     assert_eq!(mode("whole"), mode("plain"));
 }
@@ -96,7 +96,7 @@ fn links_are_followed_and_what_is_no_file_is_left_alone() {
     std::fs::create_dir(at("d")).unwrap();
     std::fs::write(at("d/f"), b"old").unwrap();
     link("d/f", "link");
-    let mut file = WholeFile::create(at("link")).unwrap();
+    let mut file = AtomicFile::create(at("link")).unwrap();
     file.write_all(b"new").unwrap();
     file.commit().unwrap();
     assert_eq!(std::fs::read(at("d/f")).unwrap(), b"new");
@@ -105,7 +105,7 @@ fn links_are_followed_and_what_is_no_file_is_left_alone() {
     link("none", "dangling");
     std::os::unix::net::UnixListener::bind(at("socket")).unwrap();
     for bad in ["d", "dangling", "socket"] {
-        let e = WholeFile::create(at(bad)).unwrap_err();
+        let e = AtomicFile::create(at(bad)).unwrap_err();
         assert_eq!(e.kind(), ErrorKind::Io, "{bad}");
     }
     assert_eq!(names(dir.path()), ["d", "dangling", "link", "socket"]);
@@ -114,7 +114,7 @@ fn links_are_followed_and_what_is_no_file_is_left_alone() {
 #[test]
 fn a_folder_that_is_not_there_is_an_io_error() {
     let dir = tempfile::tempdir().unwrap();
-    let e = WholeFile::create(dir.path().join("none/f")).unwrap_err();
+    let e = AtomicFile::create(dir.path().join("none/f")).unwrap_err();
     assert_eq!(e.kind(), ErrorKind::Io);
 }
 
@@ -139,7 +139,7 @@ fn on_linux_a_file_has_no_name_before_the_commit() {
     let path = dir.path().join("f");
     for text in ["one", "another"] {
         let before = names(dir.path());
-        let mut file = WholeFile::create(&path).unwrap();
+        let mut file = AtomicFile::create(&path).unwrap();
         file.write_all(text.as_bytes()).unwrap();
         file.sync().unwrap();
         assert_eq!(names(dir.path()), before);
@@ -154,7 +154,7 @@ fn the_last_of_several_that_write_the_same_file_wins() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("f");
     let write = |text: &str| {
-        let mut file = WholeFile::create(&path).unwrap();
+        let mut file = AtomicFile::create(&path).unwrap();
         file.write_all(text.as_bytes()).unwrap();
         file
     };
@@ -182,7 +182,7 @@ fn a_replaced_file_keeps_its_permissions() {
     let at = |name: &str| dir.path().join(name);
     // Only root may give files away; elsewhere the owner is the same anyway.
     let root = std::fs::metadata(dir.path()).unwrap().uid() == 0;
-    let partial = |path: &Path| WholeFile::partial(path).unwrap();
+    let partial = |path: &Path| AtomicFile::partial(path).unwrap();
     for mode in [0o600, 0o640, 0o444, 0o755, 0o666] {
         for resume in [false, true] {
             let path = at("f");
@@ -197,8 +197,8 @@ fn a_replaced_file_keeps_its_permissions() {
             std::fs::set_permissions(&path, set).unwrap();
             let old = std::fs::metadata(&path).unwrap();
             let mut file = match resume {
-                true => WholeFile::resume(&path).unwrap(),
-                false => WholeFile::create(&path).unwrap(),
+                true => AtomicFile::resume(&path).unwrap(),
+                false => AtomicFile::create(&path).unwrap(),
             };
             file.write_all(b"new").unwrap();
             // Not even while it is written others may read what they may not read in the end.
@@ -222,7 +222,7 @@ fn a_partial_file_is_not_opened_through_a_link_nor_anything_but_a_file() {
     std::fs::write(at("victim"), b"theirs").unwrap();
     let partial = at("f.partial");
     let refused = || {
-        let e = WholeFile::resume(at("f")).unwrap_err();
+        let e = AtomicFile::resume(at("f")).unwrap_err();
         assert!(e.to_string().contains("not a regular file"), "{e}");
         let e = open_regular_file(&partial).unwrap_err();
         assert_eq!(e.to_string(), "not a regular file");
@@ -270,7 +270,7 @@ fn long_names_have_room_for_all_that_is_beside_them() {
                 assert_eq!(name.len(), bytes);
                 let path = dir.path().join(&name);
                 for suffix in [".partial", ".partial.journal"] {
-                    let beside = WholeFile::beside(&path, suffix).unwrap();
+                    let beside = AtomicFile::beside(&path, suffix).unwrap();
                     let beside = beside.file_name().unwrap().to_str().unwrap().to_owned();
                     let is_plain = beside == format!("{name}{suffix}");
                     assert_eq!(is_plain, bytes < 240, "{beside}");
@@ -278,8 +278,8 @@ fn long_names_have_room_for_all_that_is_beside_them() {
                     assert_eq!(beside.as_bytes()[..19], name.as_bytes()[..19]);
                     assert!(seen.insert(beside));
                 }
-                WholeFile::create(&path).unwrap().commit().unwrap();
-                let mut file = WholeFile::resume(&path).unwrap();
+                AtomicFile::create(&path).unwrap().commit().unwrap();
+                let mut file = AtomicFile::resume(&path).unwrap();
                 file.write_all(b"resumed").unwrap();
                 file.commit().unwrap();
                 assert_eq!(std::fs::read(&path).unwrap(), b"resumed");
@@ -300,8 +300,8 @@ fn long_names_that_are_no_text_differ_too() {
         let mut name = [0xff; 255];
         name[254] = last;
         let path = dir.path().join(OsStr::from_bytes(&name));
-        WholeFile::resume(&path).unwrap().commit().unwrap();
-        WholeFile::partial(&path).unwrap()
+        AtomicFile::resume(&path).unwrap().commit().unwrap();
+        AtomicFile::partial(&path).unwrap()
     };
     assert_ne!(beside(0xfe), beside(0xfd));
 }
@@ -321,8 +321,8 @@ fn a_folder_that_cannot_be_written_to_is_an_io_error() {
         folders.filter(|f| f.is_dir() && (*f == of_kernel || File::create(&probe).is_err()))
     {
         for made in [
-            WholeFile::create(folder.join("f")),
-            WholeFile::resume(folder.join("f")),
+            AtomicFile::create(folder.join("f")),
+            AtomicFile::resume(folder.join("f")),
         ] {
             let e = made.unwrap_err();
             assert_eq!(e.kind(), ErrorKind::Io);

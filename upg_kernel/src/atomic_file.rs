@@ -25,14 +25,14 @@ const BEGINNING: usize = 160;
 /// Permissions of a new file on Unix, before the umask.
 const NEW_FILE: u32 = 0o666;
 
-/// A file on its way to `path`: written in the same folder, put in its place by [`WholeFile::commit`]. If that is
+/// A file on its way to `path`: written in the same folder, put in its place by [`AtomicFile::commit`]. If that is
 /// never reached, nothing is left, and what was at `path` stays.
 ///
-/// The same holds for a process that is killed: on Linux the file has no name before [`WholeFile::commit`] where the file
-/// system allows it, but for a moment of a commit that replaces a file. Elsewhere it is named `.upg-*.partial` and locked, and the next [`WholeFile::create`] in the folder
+/// The same holds for a process that is killed: on Linux the file has no name before [`AtomicFile::commit`] where the file
+/// system allows it, but for a moment of a commit that replaces a file. Elsewhere it is named `.upg-*.partial` and locked, and the next [`AtomicFile::create`] in the folder
 /// removes such files that nobody has locked. (Over a network that takes locks that all machines see.)
 #[derive(Debug)]
-pub struct WholeFile {
+pub struct AtomicFile {
     out: BufWriter<File>,
     /// `None`: the file has no name yet.
     temporary: Option<TempPath>,
@@ -43,7 +43,7 @@ pub struct WholeFile {
     replaced: Option<Box<Metadata>>,
 }
 
-impl WholeFile {
+impl AtomicFile {
     /// Starts a file in the folder of `path`. A link is followed: the file that it leads to is replaced.
     ///
     /// A file that takes the place of another gets its permissions, without set-user-id and set-group-id, and where the
@@ -69,7 +69,7 @@ impl WholeFile {
         }
     }
 
-    /// As [`WholeFile::create`], for an output made from the files `read`.
+    /// As [`AtomicFile::create`], for an output made from the files `read`.
     ///
     /// Errors: also `Argument` if it would take the place of one of them, by whatever path.
     pub fn create_from<P: AsRef<Path>>(
@@ -80,11 +80,11 @@ impl WholeFile {
         Self::create(path)
     }
 
-    /// As [`WholeFile::create`], for work that may go on after a stop: until [`WholeFile::commit`] the file has the
-    /// name [`WholeFile::partial`], under which it stays if that is never reached, and what is there already is opened
+    /// As [`AtomicFile::create`], for work that may go on after a stop: until [`AtomicFile::commit`] the file has the
+    /// name [`AtomicFile::partial`], under which it stays if that is never reached, and what is there already is opened
     /// with what it holds.
     ///
-    /// Two at once would write over each other: the caller has to have a lock. Errors: as [`WholeFile::create`].
+    /// Two at once would write over each other: the caller has to have a lock. Errors: as [`AtomicFile::create`].
     pub fn resume(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let target = checked_target(path)?;
@@ -120,8 +120,8 @@ impl WholeFile {
         rewound().map_err(|e| Error::io("cannot write", &path, e))
     }
 
-    /// Where the file that [`WholeFile::resume`] opens for `path` is: beside it, with `.partial` after its name, which
-    /// [`WholeFile::beside`] shortens.
+    /// Where the file that [`AtomicFile::resume`] opens for `path` is: beside it, with `.partial` after its name, which
+    /// [`AtomicFile::beside`] shortens.
     ///
     /// Errors: `Io` if `path` cannot be written to.
     pub fn partial(path: impl AsRef<Path>) -> Result<PathBuf> {
@@ -144,7 +144,7 @@ impl WholeFile {
         &self.path
     }
 
-    /// Brings everything to disk, so that [`WholeFile::commit`] has only the name to change: for several
+    /// Brings everything to disk, so that [`AtomicFile::commit`] has only the name to change: for several
     /// files of which none may appear without the others. Errors: `Io`.
     pub fn sync(&mut self) -> Result<()> {
         self.out
@@ -191,14 +191,14 @@ impl WholeFile {
 }
 
 /// What was written; the place for reading and writing is the same.
-impl Read for WholeFile {
+impl Read for AtomicFile {
     fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
         self.out.flush()?;
         self.out.get_ref().read(bytes)
     }
 }
 
-impl Write for WholeFile {
+impl Write for AtomicFile {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.out.write(bytes)
     }
@@ -208,7 +208,7 @@ impl Write for WholeFile {
     }
 }
 
-impl Seek for WholeFile {
+impl Seek for AtomicFile {
     fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
         self.out.seek(to)
     }
@@ -337,7 +337,7 @@ fn resemble(_: &File, _: &Metadata) -> io::Result<()> {
     Ok(())
 }
 
-/// `name` and `suffix`, shortened to what file systems take; see [`WholeFile::beside`].
+/// `name` and `suffix`, shortened to what file systems take; see [`AtomicFile::beside`].
 fn name_beside(name: &OsStr, suffix: &str) -> OsString {
     if name.len() + suffix.len().max(LONGEST_SUFFIX) <= LONGEST_NAME {
         let mut name = name.to_os_string();

@@ -1,4 +1,4 @@
-//! The file behind a [`WholeFile`](super::WholeFile) until it is in its place.
+//! The file behind a [`AtomicFile`](super::AtomicFile) until it is in its place.
 //!
 //! On Linux it has no name where the file system allows that (`O_TMPFILE`): however the process ends, nothing is left.
 //! Elsewhere its name says what it is, and a lock says that somebody is writing it. Making the next temporary file in

@@ -37,6 +37,7 @@ impl WeightFloat for bf16 {}
 
 /// A layer by its number or by the name of its source tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum LayerId<'a> {
     /// Position in the list of layers.
     Number(usize),

@@ -49,6 +49,7 @@ pub struct Container {
 
 /// A tensor of a [`Container`].
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Entry<'a> {
     /// The name, without control characters.
     pub name: &'a str,

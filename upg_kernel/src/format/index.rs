@@ -94,6 +94,7 @@ impl FromStr for Encoding {
 
 /// One compressed matrix: what it is called in the source model, and how it is stored.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct LayerInfo {
     /// Hugging Face name of the source tensor.
     pub name: String,

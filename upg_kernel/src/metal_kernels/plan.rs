@@ -43,6 +43,7 @@ const ALIGNMENT: usize = 16;
 
 /// The type of inputs and outputs on a GPU; sums are f32 in both cases.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Element {
     /// f32.
     F32,
@@ -70,6 +71,7 @@ impl Element {
 
 /// Which kernel multiplies `mdcsr`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum SparseKernel {
     /// A thread a row.
     Row,
@@ -84,6 +86,7 @@ pub enum SparseKernel {
 
 /// An array of a matrix, as its bytes and where they are.
 #[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
 pub struct Weights<'a> {
     bytes: &'a [u8],
     place: Option<(&'a Arc<MappedFile>, usize)>,
@@ -135,6 +138,7 @@ impl<'a> Weights<'a> {
 
 /// What is bound to an argument of a kernel.
 #[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
 pub enum Operand<'a> {
     /// Bytes of the matrix.
     Weights(Weights<'a>),
@@ -154,6 +158,7 @@ pub enum Operand<'a> {
 
 /// One call of a kernel.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct Dispatch<'a> {
     /// One of [`super::KERNELS`].
     pub kernel: String,
@@ -178,6 +183,7 @@ impl<'a> Dispatch<'a> {
 
 /// The calls that compute `Y = W X`, in their order: each reads what those before it have written.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct Plan<'a> {
     /// At least one.
     pub dispatches: Vec<Dispatch<'a>>,

@@ -44,6 +44,7 @@ const SCALES: &[&str] = &["scale", "scales"];
 
 /// What a version 1 file lists.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct Catalogue {
     /// What kind of model it is, for example `phi-4-upg`.
     pub model_type: Option<String>,
@@ -59,6 +60,7 @@ pub struct Catalogue {
 
 /// One tensor of a [`Catalogue`].
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct CatalogueEntry {
     /// The file of the source model that it is from.
     pub file: Option<Arc<str>>,

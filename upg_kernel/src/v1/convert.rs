@@ -28,6 +28,7 @@ const MOST_ENTRIES: (u64, u64) = (16, 1 << 25);
 
 /// What was converted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Converted {
     /// Matrices, in `mdcsr`.
     pub matrices: usize,

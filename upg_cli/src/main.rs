@@ -13,7 +13,8 @@ use std::ffi::OsString;
 use std::io::IsTerminal;
 use std::process::ExitCode;
 use upg_kernel::kernels::Kernels;
-use upg_kernel::{Error, ErrorKind, OpenOptions, Result, text};
+use upg_kernel::support::steers;
+use upg_kernel::{Error, ErrorKind, OpenOptions, Result};
 
 /// Exit code of an error in the input or the environment.
 const FAILED: u8 = 1;
@@ -63,7 +64,7 @@ fn explain(e: &clap::Error) -> ExitCode {
         });
     }
     // Clap repeats arguments as they are, and those may be the names of any files.
-    let steer = |argument: OsString| argument.to_string_lossy().contains(text::steers);
+    let steer = |argument: OsString| argument.to_string_lossy().contains(steers);
     match std::env::args_os().any(steer) {
         true => terminal::note(plain.trim_end()),
         // If nobody reads that any more, there is nobody to tell.

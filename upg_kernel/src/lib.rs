@@ -113,7 +113,6 @@ pub mod prime_lut;
 pub mod rotation;
 pub mod sparse;
 pub mod support;
-mod team;
 #[cfg(test)]
 mod test_data;
 mod text;

@@ -5,7 +5,6 @@ use crate::cpu::Cpu;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::{LayerInfo, UpgFile};
 use crate::kernels::Float;
-use crate::mapped::OpenOptions;
 use crate::matrix::Matrix;
 use crate::matrix::decode::Decode;
 use crate::matrix::strips::STRIP_ROWS;

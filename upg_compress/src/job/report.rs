@@ -3,9 +3,9 @@
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use upg_kernel::Matrix;
 use upg_kernel::format::LayerInfo;
 use upg_kernel::inference::Input;
-use upg_kernel::Matrix;
 use upg_kernel::support::peak_memory;
 
 /// One tensor of the file.

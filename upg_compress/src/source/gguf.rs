@@ -28,7 +28,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use tokenizer::GgufVocab;
 use types::GgmlType;
-use upg_kernel::format::texts::ModelFiles;
+use upg_kernel::inference::model_dir::ModelFiles;
 use upg_kernel::{Error, ErrorKind, MappedFile, OpenOptions, Result};
 
 /// A model in one GGUF file; the file is mapped, not read, unless options say otherwise.

@@ -8,7 +8,7 @@ use std::borrow::Cow;
 use std::fmt;
 use std::ops::Range;
 use std::path::PathBuf;
-use upg_kernel::format::texts::ModelFiles;
+use upg_kernel::inference::model_dir::ModelFiles;
 use upg_kernel::inference::weights::shape_mismatch;
 use upg_kernel::inference::{Model, WeightSource};
 use upg_kernel::matrix::{DenseMatrix, DenseValues, Matrix};

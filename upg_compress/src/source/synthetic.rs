@@ -15,7 +15,7 @@ use std::borrow::Cow;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::LazyLock;
-use upg_kernel::format::texts::ModelFiles;
+use upg_kernel::inference::model_dir::ModelFiles;
 use upg_kernel::{Error, ErrorKind, Result};
 
 /// The published models whose shapes [`SyntheticSource::published`] knows: names, and the sizes and

@@ -9,13 +9,13 @@ use crate::source::Source;
 use safetensors::Dtype;
 use serde_json::Value;
 use std::collections::BTreeMap;
+use upg_kernel::Result;
 use upg_kernel::format::json;
 use upg_kernel::format::{
     FileWriter, LayerInfo, TOKENIZER, UpgFile, header_capacity, insert_figures, reserve_figures,
 };
 use upg_kernel::inference::WeightSource;
 use upg_kernel::support::AtomicFile;
-use upg_kernel::Result;
 
 /// Writes the tuned file with newly measured errors. Returns its bytes and the weights of the
 /// model.

@@ -234,7 +234,7 @@ fn a_partial_file_is_not_opened_through_a_link_nor_anything_but_a_file() {
     }
     std::fs::hard_link(at("victim"), &partial).unwrap();
     for e in [
-        WholeFile::resume(at("f")).unwrap_err().to_string(),
+        AtomicFile::resume(at("f")).unwrap_err().to_string(),
         open_regular_file(&partial).unwrap_err().to_string(),
     ] {
         assert!(e.contains("another name"), "{e}");

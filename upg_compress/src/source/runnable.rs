@@ -27,7 +27,7 @@ pub fn check_runnable(source: &dyn Source) -> Result<()> {
             .collect(),
     );
     files.config()?.check_weights(&shapes).map_err(|e| {
-        e.hint("the config asks for other weights than there are: compress the weights alone from a copy without config.json")
+        e.hint("the weights are not those of this config: pass all of them, with the config that belongs to them")
     })
 }
 

@@ -5,34 +5,27 @@ use super::team::Team;
 use crate::error::{Error, ErrorKind, Result};
 use crate::inference::cache::{BLOCK, CacheLayout, CacheType, SCALED, first_seen};
 use crate::inference::pass::Pass;
-use crate::kernels::attention::{Blocks, Head, Int8Block};
+use crate::kernels::attention::{Blocks, Head, SLAB, place_in_slab};
 use half::f16;
-use std::mem::take;
 use std::ops::Range;
 
-/// Keys and values of all layers, block by block; a block is allocated when a pass first refers to it.
+/// From this many rows on, keys and values are stored in parallel.
+const MANY: usize = 16;
+
+/// Keys and values of all layers. Memory comes in slabs of [`SLAB`] blocks, when a pass first refers to one of them.
 #[derive(Debug)]
 pub(crate) struct CpuCache {
     layout: CacheLayout,
     /// For each group of layers.
     groups: Vec<Blocks>,
-    /// Places of the rows of the pass, for each group of layers.
+    /// Places of the rows of the pass, for each group of layers; those of a slab follow one another.
     writes: Vec<Vec<Write>>,
-    taken: Taken,
-}
-
-/// Memory for the blocks that threads write at the same time.
-#[derive(Debug, Default)]
-struct Taken {
-    f32: Vec<Box<[f32]>>,
-    f16: Vec<Box<[f16]>>,
-    int8: Vec<Int8Block>,
 }
 
 /// The rows of a pass that go to one block.
 #[derive(Debug)]
 struct Write {
-    block: u32,
+    block: usize,
     /// Entry of the first row in the block.
     entry: usize,
     rows: Range<usize>,
@@ -78,23 +71,22 @@ impl CpuCache {
         let blocks = |_| match layout.cache_type {
             CacheType::F32 => Blocks::F32(Vec::new()),
             CacheType::F16 => Blocks::F16(Vec::new()),
-            CacheType::Int8 => Blocks::Int8(Vec::new()),
+            CacheType::Int8 => Blocks::Int8(Vec::new(), Vec::new()),
         };
         Self {
             groups: (0..layout.groups.len()).map(blocks).collect(),
             writes: layout.groups.iter().map(|_| Vec::new()).collect(),
-            taken: Taken::default(),
             layout: layout.clone(),
         }
     }
 
-    /// Allocates the blocks of a pass, copies those that were shared, and finds out where its rows go.
+    /// Allocates the slabs of a pass, copies blocks that were shared, and finds out where its rows go.
     ///
     /// Errors (`TooLarge`): no memory.
     pub(crate) fn begin(&mut self, pass: &Pass) -> Result<()> {
-        self.writes.iter_mut().for_each(Vec::clear);
-        for (number, segment) in pass.segments.iter().enumerate() {
-            for group in 0..self.groups.len() {
+        for group in 0..self.groups.len() {
+            self.writes[group].clear();
+            for (number, segment) in pass.segments.iter().enumerate() {
                 let view = pass.view(number, group);
                 let blocks = pass.blocks(view);
                 self.allocate(group, blocks)?;
@@ -103,38 +95,42 @@ impl CpuCache {
                     let entry = segment.first + row - segment.rows.start - view.first;
                     let end = segment.rows.end.min(row + BLOCK - entry % BLOCK);
                     self.writes[group].push(Write {
-                        block: blocks[entry / BLOCK],
+                        block: blocks[entry / BLOCK] as usize,
                         entry: entry % BLOCK,
                         rows: row..end,
                     });
                     row = end;
                 }
             }
+            self.writes[group].sort_unstable_by_key(|write| write.block);
         }
         for copy in &pass.copies {
             let (from, to) = (copy.from as usize, copy.to as usize);
+            let heads = self.layout.groups[copy.group].layers * self.layout.kv_heads;
+            let size = BLOCK * self.layout.head_dim;
+            let scales = BLOCK * self.layout.head_dim.div_ceil(SCALED);
             match &mut self.groups[copy.group] {
-                Blocks::F32(blocks) => blocks[to] = blocks[from].clone(),
-                Blocks::F16(blocks) => blocks[to] = blocks[from].clone(),
-                Blocks::Int8(blocks) => blocks[to] = blocks[from].clone(),
+                Blocks::F32(slabs) => copy_block(slabs, heads, size, from, to),
+                Blocks::F16(slabs) => copy_block(slabs, heads, size, from, to),
+                Blocks::Int8(slabs, scales_of) => {
+                    copy_block(slabs, heads, size, from, to);
+                    copy_block(scales_of, heads, scales, from, to);
+                }
             }
         }
         Ok(())
     }
 
     fn allocate(&mut self, group: usize, numbers: &[u32]) -> Result<()> {
-        let too_large = || Error::new(ErrorKind::TooLarge, "no memory for a block of the KV cache");
+        let too_large = || Error::new(ErrorKind::TooLarge, "no memory for the KV cache");
         let values = self.layout.block_values(group).ok_or_else(too_large)?;
         let scales = self.layout.block_scales(group).ok_or_else(too_large)?;
         match &mut self.groups[group] {
-            Blocks::F32(blocks) => allocate(blocks, numbers, || zeros(values)),
-            Blocks::F16(blocks) => allocate(blocks, numbers, || zeros(values)),
-            Blocks::Int8(blocks) => allocate(blocks, numbers, || {
-                Some(Int8Block {
-                    values: zeros(values)?,
-                    scales: zeros(scales)?,
-                })
-            }),
+            Blocks::F32(slabs) => allocate(slabs, numbers, values),
+            Blocks::F16(slabs) => allocate(slabs, numbers, values),
+            Blocks::Int8(slabs, scales_of) => {
+                allocate(slabs, numbers, values).and_then(|()| allocate(scales_of, numbers, scales))
+            }
         }
         .ok_or_else(too_large)
     }
@@ -142,19 +138,23 @@ impl CpuCache {
     /// Stores keys and values of `layer`: the last elements of each row of `rows [n, width]`.
     pub(crate) fn append(&mut self, team: &Team, layer: usize, rows: &[f32], width: usize) {
         let (group, index) = self.layout.layers[layer];
-        let (kv_heads, dim) = (self.layout.kv_heads, self.layout.head_dim);
-        let target = Target {
-            head: index * kv_heads,
-            kv_heads,
-            dim,
+        let rows = Rows {
             rows,
             width,
+            heads: self.layout.kv_heads,
+            dim: self.layout.head_dim,
+            first_head: index * self.layout.kv_heads,
         };
-        let (writes, taken) = (&self.writes[group], &mut self.taken);
-        match &mut self.groups[group] {
-            Blocks::F32(blocks) => target.store(team, blocks, &mut taken.f32, writes),
-            Blocks::F16(blocks) => target.store(team, blocks, &mut taken.f16, writes),
-            Blocks::Int8(blocks) => target.store(team, blocks, &mut taken.int8, writes),
+        let of_slabs = self.writes[group].chunk_by(|a, b| a.block / SLAB == b.block / SLAB);
+        for writes in of_slabs {
+            let slab = writes[0].block / SLAB;
+            match &mut self.groups[group] {
+                Blocks::F32(slabs) => rows.store(team, &mut slabs[slab], writes),
+                Blocks::F16(slabs) => rows.store(team, &mut slabs[slab], writes),
+                Blocks::Int8(slabs, scales) => {
+                    rows.quantize(&mut slabs[slab], &mut scales[slab], writes);
+                }
+            }
         }
     }
 
@@ -178,113 +178,128 @@ impl CpuCache {
     }
 }
 
-/// Makes `blocks` as long as the largest number asks for, and allocates those of `numbers` that are empty.
-fn allocate<B: Memory>(
-    blocks: &mut Vec<B>,
+/// Allocates the slabs of the blocks `numbers` that are not there; a block has `size` elements. `None`: no memory.
+fn allocate<T: bytemuck::Zeroable>(
+    slabs: &mut Vec<Box<[T]>>,
     numbers: &[u32],
-    new: impl Fn() -> Option<B>,
+    size: usize,
 ) -> Option<()> {
     for &number in numbers {
-        let number = number as usize;
-        if number >= blocks.len() {
-            blocks.try_reserve(number + 1 - blocks.len()).ok()?;
-            blocks.resize_with(number + 1, B::default);
+        let slab = number as usize / SLAB;
+        if slab >= slabs.len() {
+            slabs.try_reserve(slab + 1 - slabs.len()).ok()?;
+            slabs.resize_with(slab + 1, Box::default);
         }
-        if blocks[number].is_empty() {
-            blocks[number] = new()?;
+        if slabs[slab].is_empty() {
+            let len = size.checked_mul(SLAB)?;
+            slabs[slab] = bytemuck::try_zeroed_slice_box(len).ok()?;
         }
     }
     Some(())
 }
 
-/// Returns so many zeros. `None`: no memory.
-fn zeros<T: bytemuck::Zeroable>(len: usize) -> Option<Box<[T]>> {
-    bytemuck::try_zeroed_slice_box(len).ok()
-}
-
-/// Rows of keys and values, and the heads of a block that they go to.
-struct Target<'a> {
-    /// Index of the first head in a block.
-    head: usize,
-    kv_heads: usize,
-    dim: usize,
-    /// `[n, width]`.
-    rows: &'a [f32],
-    width: usize,
-}
-
-impl Target<'_> {
-    /// Stores the rows, one task for each block. No two writes are to the same block: a sequence owns what it writes.
-    fn store<B: Memory>(
-        &self,
-        team: &Team,
-        blocks: &mut [B],
-        taken: &mut Vec<B>,
-        writes: &[Write],
-    ) {
-        let written = writes.iter().map(|write| write.block as usize);
-        taken.extend(written.clone().map(|block| take(&mut blocks[block])));
-        team.chunks(taken, 1, |index, taken| {
-            let (write, block) = (&writes[index], &mut taken[0]);
-            for (i, row) in write.rows.clone().enumerate() {
-                let row = &self.rows[row * self.width..(row + 1) * self.width];
-                let kv = self.kv_heads * self.dim;
-                let (keys, values) = row[self.width - 2 * kv..].split_at(kv);
-                let heads = keys
-                    .chunks_exact(self.dim)
-                    .zip(values.chunks_exact(self.dim));
-                for (head, (key, value)) in heads.enumerate() {
-                    block.set(self.head + head, write.entry + i, key, value);
+/// Copies what all heads have in a block; each has `size` elements of keys and of values there.
+fn copy_block<T: Copy>(slabs: &mut [Box<[T]>], heads: usize, size: usize, from: usize, to: usize) {
+    for head in 0..heads {
+        for is_key in [true, false] {
+            let source = place_in_slab(head, is_key, from, size);
+            let target = place_in_slab(head, is_key, to, size);
+            match slabs.get_disjoint_mut([from / SLAB, to / SLAB]) {
+                Ok([source_slab, target_slab]) => {
+                    target_slab[target].copy_from_slice(&source_slab[source]);
                 }
+                // The same slab.
+                Err(_) => slabs[from / SLAB].copy_within(source, target.start),
             }
-        });
-        for (number, block) in written.zip(taken.drain(..)) {
-            blocks[number] = block;
         }
     }
 }
 
-/// The memory of a block: for each head its keys `[dim, 16]`, then its values `[16, dim]`.
-trait Memory: Default + Send {
-    fn is_empty(&self) -> bool;
-
-    /// Stores the key and the value of an entry of a head.
-    fn set(&mut self, head: usize, entry: usize, key: &[f32], value: &[f32]);
+/// Rows of keys and values of one layer.
+struct Rows<'a> {
+    /// `[n, width]`: keys and then values are the last elements of a row.
+    rows: &'a [f32],
+    width: usize,
+    heads: usize,
+    dim: usize,
+    /// Index of the first head of the layer in a slab.
+    first_head: usize,
 }
 
-impl<T: Stored> Memory for Box<[T]> {
-    fn is_empty(&self) -> bool {
-        <[T]>::is_empty(self)
+impl Rows<'_> {
+    /// Returns the key and the value of a head.
+    fn of_head(&self, row: usize, head: usize) -> [&[f32]; 2] {
+        let row = &self.rows[row * self.width..(row + 1) * self.width];
+        let kv = self.heads * self.dim;
+        let part = |start: usize| &row[start + head * self.dim..][..self.dim];
+        [part(self.width - 2 * kv), part(self.width - kv)]
     }
 
-    fn set(&mut self, head: usize, entry: usize, key: &[f32], value: &[f32]) {
-        let size = BLOCK * key.len();
-        let (keys, values) = self[2 * head * size..2 * (head + 1) * size].split_at_mut(size);
-        put(key, &mut keys[entry..], BLOCK, T::from_f32);
-        put(value, &mut values[entry * value.len()..], 1, T::from_f32);
+    /// Stores the rows of one slab. Heads are tasks where there are many rows.
+    fn store<T: Stored>(&self, team: &Team, slab: &mut [T], writes: &[Write]) {
+        let size = BLOCK * self.dim;
+        let of_head = 2 * SLAB * size;
+        let slab = &mut slab[self.first_head * of_head..][..self.heads * of_head];
+        let task = |head: usize, slab: &mut [T]| {
+            for write in writes {
+                let places =
+                    [true, false].map(|key| place_in_slab(0, key, write.block, size).start);
+                for (i, row) in write.rows.clone().enumerate() {
+                    let entry = write.entry + i;
+                    let [key, value] = self.of_head(row, head);
+                    put(key, &mut slab[places[0] + entry..], BLOCK, T::from_f32);
+                    put(
+                        value,
+                        &mut slab[places[1] + entry * self.dim..],
+                        1,
+                        T::from_f32,
+                    );
+                }
+            }
+        };
+        let rows: usize = writes.iter().map(|write| write.rows.len()).sum();
+        match rows < MANY {
+            true => (0..)
+                .zip(slab.chunks_mut(of_head))
+                .for_each(|(head, slab)| task(head, slab)),
+            false => team.chunks(slab, of_head, task),
+        }
     }
-}
 
-impl Memory for Int8Block {
-    fn is_empty(&self) -> bool {
-        self.values.is_empty()
-    }
-
-    fn set(&mut self, head: usize, entry: usize, key: &[f32], value: &[f32]) {
-        let (dim, groups) = (key.len(), key.len().div_ceil(SCALED));
-        let (size, scales) = (BLOCK * dim, BLOCK * groups);
-        let values = &mut self.values[2 * head * size..2 * (head + 1) * size];
-        let (keys, values) = values.split_at_mut(size);
-        let scales = &mut self.scales[2 * head * scales..2 * (head + 1) * scales];
-        let (key_scales, value_scales) = scales.split_at_mut(BLOCK * groups);
-        for (group, (key, value)) in key.chunks(SCALED).zip(value.chunks(SCALED)).enumerate() {
-            let first = group * SCALED;
-            let (scale, quantize) = quantizer(key);
-            key_scales[group * BLOCK + entry] = scale;
-            put(key, &mut keys[first * BLOCK + entry..], BLOCK, quantize);
-            let (scale, quantize) = quantizer(value);
-            value_scales[entry * groups + group] = scale;
-            put(value, &mut values[entry * dim + first..], 1, quantize);
+    /// Stores the rows of one slab as integers.
+    fn quantize(&self, slab: &mut [i8], scales: &mut [f32], writes: &[Write]) {
+        let (dim, groups) = (self.dim, self.dim.div_ceil(SCALED));
+        for (head, write) in (0..self.heads).flat_map(|head| writes.iter().map(move |w| (head, w)))
+        {
+            let place = |is_key: bool, size: usize| {
+                place_in_slab(self.first_head + head, is_key, write.block, size).start
+            };
+            let [keys, values] = [true, false].map(|is_key| place(is_key, BLOCK * dim));
+            let [key_scales, value_scales] = [true, false].map(|key| place(key, BLOCK * groups));
+            for (i, row) in write.rows.clone().enumerate() {
+                let entry = write.entry + i;
+                let [key, value] = self.of_head(row, head);
+                let parts = key.chunks(SCALED).zip(value.chunks(SCALED));
+                for (group, (key, value)) in parts.enumerate() {
+                    let first = group * SCALED;
+                    let (scale, quantize) = quantizer(key);
+                    scales[key_scales + group * BLOCK + entry] = scale;
+                    put(
+                        key,
+                        &mut slab[keys + first * BLOCK + entry..],
+                        BLOCK,
+                        quantize,
+                    );
+                    let (scale, quantize) = quantizer(value);
+                    scales[value_scales + entry * groups + group] = scale;
+                    put(
+                        value,
+                        &mut slab[values + entry * dim + first..],
+                        1,
+                        quantize,
+                    );
+                }
+            }
         }
     }
 }

@@ -7,6 +7,8 @@
 use super::config::ModelConfig;
 use super::pass::{Copy, Pass, TableView};
 use crate::error::{Error, ErrorKind, Result};
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -121,10 +123,10 @@ pub(crate) struct BlockPool {
     max_bytes: usize,
 }
 
-/// The numbers of the blocks that nobody refers to.
+/// The numbers of the blocks that nobody refers to, the lowest first: the blocks of a sequence then lie side by side.
 #[derive(Debug, Default)]
 struct Free {
-    numbers: Mutex<Vec<u32>>,
+    numbers: Mutex<BinaryHeap<Reverse<u32>>>,
     /// Blocks that were ever used: the next new number.
     ever: AtomicUsize,
     used: AtomicUsize,
@@ -142,7 +144,7 @@ impl Drop for Block {
         let numbers = self.free.numbers.lock();
         numbers
             .unwrap_or_else(PoisonError::into_inner)
-            .push(self.number);
+            .push(Reverse(self.number));
         self.free.used.fetch_sub(1, Ordering::Relaxed);
     }
 }
@@ -185,7 +187,7 @@ impl BlockPool {
             numbers.unwrap_or_else(PoisonError::into_inner).pop()
         };
         let number = match number {
-            Some(number) => number,
+            Some(Reverse(number)) => number,
             None => u32::try_from(free.ever.fetch_add(1, Ordering::Relaxed)).ok()?,
         };
         free.used.fetch_add(1, Ordering::Relaxed);

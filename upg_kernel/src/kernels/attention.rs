@@ -11,23 +11,25 @@ use std::ops::Range;
 
 pub(crate) use crate::inference::cache::{BLOCK, SCALED};
 
-/// Blocks of keys and values of 16 positions.
+/// Blocks that are allocated together, so that those of one head lie one after the other.
+pub(crate) const SLAB: usize = 16;
+
+/// Keys and values in blocks of 16 positions, [`SLAB`] blocks in an allocation.
 ///
-/// A block has for each head its keys `[dim, 16]`, so that 16 scores are computed side by side, and then its values
-/// `[16, dim]`. Blocks that are not allocated are empty.
+/// A slab has for each head the keys of its blocks, `[SLAB, dim, 16]`, so that 16 scores are computed side by side, and then
+/// the values, `[SLAB, 16, dim]`. Slabs that are not allocated are empty.
 #[derive(Debug)]
 pub(crate) enum Blocks {
     F32(Vec<Box<[f32]>>),
     F16(Vec<Box<[f16]>>),
-    Int8(Vec<Int8Block>),
+    /// Integers, and a scale for each 32 elements: `[SLAB, dim / 32, 16]` of keys, `[SLAB, 16, dim / 32]` of values.
+    Int8(Vec<Box<[i8]>>, Vec<Box<[f32]>>),
 }
 
-/// A block of integers with a scale for each 32 elements of a head.
-#[derive(Debug, Default, Clone)]
-pub(crate) struct Int8Block {
-    pub values: Box<[i8]>,
-    /// For each head those of its keys `[dim / 32, 16]`, then those of its values `[16, dim / 32]`.
-    pub scales: Box<[f32]>,
+/// Returns where the keys or values of a block are in its slab, for a head with `size` elements in a block.
+pub(crate) fn place_in_slab(head: usize, is_key: bool, block: usize, size: usize) -> Range<usize> {
+    let start = ((2 * head + usize::from(!is_key)) * SLAB + block % SLAB) * size;
+    start..start + size
 }
 
 /// Keys and values of one head of a sequence.
@@ -316,22 +318,21 @@ fn widened<'a, L: Lanes>(
     memory: &'a mut Vec<f32>,
 ) -> &'a [f32] {
     let (dim, block) = (head.dim, head.table[number] as usize);
-    let size = BLOCK * dim;
-    let part = 2 * head.index + usize::from(!is_key);
-    let range = part * size..(part + 1) * size;
+    let (slab, size) = (block / SLAB, BLOCK * dim);
+    let range = place_in_slab(head.index, is_key, block, size);
     memory.resize(size, 0.0);
     match head.blocks {
-        Blocks::F32(blocks) => return &blocks[block][range],
-        Blocks::F16(blocks) => {
-            let values = blocks[block][range].as_chunks().0;
+        Blocks::F32(slabs) => return &slabs[slab][range],
+        Blocks::F16(slabs) => {
+            let values = slabs[slab][range].as_chunks().0;
             for (out, values) in memory.as_chunks_mut().0.iter_mut().zip(values) {
                 L::widen(proof, values).store(out);
             }
         }
-        Blocks::Int8(blocks) => {
+        Blocks::Int8(values, scales) => {
             let groups = dim.div_ceil(SCALED);
-            let scales = &blocks[block].scales[part * groups * BLOCK..(part + 1) * groups * BLOCK];
-            let values = &blocks[block].values[range];
+            let scales = &scales[slab][place_in_slab(head.index, is_key, block, groups * BLOCK)];
+            let values = &values[slab][range];
             match is_key {
                 true => {
                     let rows = memory.as_chunks_mut::<BLOCK>().0.iter_mut();
@@ -414,15 +415,18 @@ mod tests {
                 let values: Vec<f32> = (0..positions * dim).map(|i| value(i + 5)).collect();
                 // Nothing that is not seen may be looked at.
                 let size = BLOCK * dim;
-                let block = vec![f32::NAN; 4 * size].into_boxed_slice();
-                let mut memory = vec![block; blocks];
+                let slab = vec![f32::NAN; 4 * SLAB * size].into_boxed_slice();
+                let mut memory = vec![slab; blocks.div_ceil(SLAB)];
                 // The second of two heads, in blocks that are not in order.
                 let table: Vec<u32> = (0..blocks as u32).rev().collect();
                 for p in 0..positions {
-                    let block = &mut memory[table[p / BLOCK] as usize];
+                    let block = table[p / BLOCK] as usize;
+                    let slab = &mut memory[block / SLAB];
+                    let [key, value] =
+                        [true, false].map(|is_key| place_in_slab(1, is_key, block, size).start);
                     for d in 0..dim {
-                        block[2 * size + d * BLOCK + p % BLOCK] = keys[p * dim + d];
-                        block[3 * size + p % BLOCK * dim + d] = values[p * dim + d];
+                        slab[key + d * BLOCK + p % BLOCK] = keys[p * dim + d];
+                        slab[value + p % BLOCK * dim + d] = values[p * dim + d];
                     }
                 }
                 let head = Head {

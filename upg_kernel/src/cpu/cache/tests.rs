@@ -62,23 +62,23 @@ impl Fixture {
     /// Returns an element of the key or value of a head at an entry.
     fn element(&self, head: usize, entry: usize, is_key: bool, d: usize) -> f32 {
         let block = self.pass.tables[entry / BLOCK] as usize;
-        let (part, entry) = (2 * head + usize::from(!is_key), entry % BLOCK);
-        let at = part * BLOCK * DIM
+        let (slab, entry) = (block / SLAB, entry % BLOCK);
+        let at = place_in_slab(head, is_key, block, BLOCK * DIM).start
             + match is_key {
                 true => d * BLOCK + entry,
                 false => entry * DIM + d,
             };
         match &self.cache.groups[0] {
-            Blocks::F32(blocks) => blocks[block][at],
-            Blocks::F16(blocks) => blocks[block][at].to_f32(),
-            Blocks::Int8(blocks) => {
+            Blocks::F32(slabs) => slabs[slab][at],
+            Blocks::F16(slabs) => slabs[slab][at].to_f32(),
+            Blocks::Int8(slabs, scales) => {
                 let groups = DIM.div_ceil(SCALED);
-                let scale = part * BLOCK * groups
+                let scale = place_in_slab(head, is_key, block, BLOCK * groups).start
                     + match is_key {
                         true => d / SCALED * BLOCK + entry,
                         false => entry * groups + d / SCALED,
                     };
-                f32::from(blocks[block].values[at]) * blocks[block].scales[scale]
+                f32::from(slabs[slab][at]) * scales[slab][scale]
             }
         }
     }
@@ -144,21 +144,34 @@ fn int8_keeps_zeros_and_what_is_not_a_number() {
 
 #[test]
 fn a_fork_writes_to_a_block_of_its_own() {
-    let mut fixture = Fixture::new(CacheType::F16);
-    let rows: Vec<f32> = (0..20).flat_map(row).collect();
-    fixture.append(&rows);
-    let used = fixture.pool.used_bytes();
-    let original = fixture.tables.clone();
-    assert_eq!(fixture.pool.used_bytes(), used);
-    fixture.append(&row(77));
-    // The first of two blocks is shared, the second was copied.
-    assert_eq!(fixture.pool.used_bytes(), used / 2 * 3);
-    let half = |position: usize, i: usize| f16::from_f32(row(position)[i]).to_f32();
-    assert_eq!(fixture.element(0, 19, true, 3), half(19, 3));
-    assert_eq!(fixture.element(0, 20, true, 3), half(77, 3));
-    fixture.tables = original;
-    fixture.append(&row(55));
-    assert_eq!(fixture.element(0, 19, true, 3), half(19, 3));
-    assert_eq!(fixture.element(0, 20, true, 3), half(55, 3));
-    assert_eq!(fixture.pool.used_bytes(), used);
+    // The last block is copied within a slab, and to the next one.
+    for (positions, blocks) in [(20, 2), (250, 16)] {
+        for cache_type in [CacheType::F16, CacheType::F32] {
+            let mut fixture = Fixture::new(cache_type);
+            let rows: Vec<f32> = (0..positions).flat_map(row).collect();
+            fixture.append(&rows);
+            let used = fixture.pool.used_bytes();
+            let original = fixture.tables.clone();
+            assert_eq!(fixture.pool.used_bytes(), used);
+            fixture.append(&row(77));
+            // Only the last block is not shared any more.
+            assert_eq!(fixture.pool.used_bytes(), used / blocks * (blocks + 1));
+            let stored = |position: usize, i: usize| match cache_type {
+                CacheType::F16 => f16::from_f32(row(position)[i]).to_f32(),
+                _ => row(position)[i],
+            };
+            let last = positions - 1;
+            assert_eq!(fixture.element(0, last, true, 3), stored(last, 3));
+            assert_eq!(fixture.element(0, positions, true, 3), stored(77, 3));
+            fixture.tables = original;
+            fixture.append(&row(55));
+            for (is_key, part) in [(true, 0), (false, 2 * DIM)] {
+                let found = |position| fixture.element(1, position, is_key, 3);
+                assert_eq!(found(last), stored(last, part + DIM + 3));
+                assert_eq!(found(positions), stored(55, part + DIM + 3));
+                assert_eq!(found(0), stored(0, part + DIM + 3));
+            }
+            assert_eq!(fixture.pool.used_bytes(), used);
+        }
+    }
 }

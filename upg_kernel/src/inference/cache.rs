@@ -205,6 +205,8 @@ pub(crate) struct BlockTables {
     tables: Vec<Table>,
     /// Positions that the blocks hold, counted from the first of the sequence.
     len: usize,
+    /// First position of a block that the pass under way copies: lost if the pass fails before.
+    copied_from: Option<usize>,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -221,6 +223,7 @@ impl BlockTables {
             layout: Arc::clone(&pool.layout),
             tables: vec![Table::default(); pool.groups.len()],
             len: 0,
+            copied_from: None,
         }
     }
 
@@ -264,6 +267,9 @@ impl BlockTables {
                     to: own.number,
                 });
                 *shared = own;
+                let start = table.first + written * BLOCK;
+                let before = self.copied_from.unwrap_or(start);
+                self.copied_from = Some(start.min(before));
             }
             while table.first + table.blocks.len() * BLOCK < end {
                 table.blocks.push(pool.take(group).ok_or_else(too_large)?);
@@ -282,13 +288,16 @@ impl BlockTables {
     /// Counts `n` positions that a pass has computed.
     pub(crate) fn commit(&mut self, n: usize) {
         self.len += n;
+        self.copied_from = None;
     }
 
     /// Keeps the first `len` positions, or none if a window has given back what the next query would see.
     ///
-    /// Also gives back what was reserved and not committed.
+    /// Also gives back what was reserved and not committed, and the positions of a block whose copy was not committed: the
+    /// pass may have failed before it.
     pub(crate) fn truncate(&mut self, len: usize) {
-        let len = len.min(self.len);
+        let copied = self.copied_from.take().unwrap_or(self.len);
+        let len = len.min(self.len).min(copied);
         let lost =
             |(table, group): (&Table, &LayerGroup)| table.first > first_seen(group.window, len);
         let is_lost = self.tables.iter().zip(&self.layout.groups).any(lost);

@@ -105,6 +105,25 @@ fn blocks_are_free_again_when_nobody_refers_to_them() {
     assert!(pass.tables.iter().all(|&number| number < 3));
 }
 
+/// The copy of a shared block is only asked for: after a failed pass its positions count no more.
+#[test]
+fn a_block_that_was_not_copied_is_not_taken_for_one_that_was() {
+    let of_block = 16 * 3 * 2 * 2 * 2 * 4;
+    let pool = pool(64, Some(3 * of_block));
+    let mut tables = BlockTables::new(&pool);
+    append(&mut tables, &pool, 20, 64).unwrap();
+    let mut fork = tables.clone();
+    // The copy takes the last block that the pool has.
+    let error = append(&mut fork, &pool, 20, 64).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::TooLarge);
+    fork.truncate(20);
+    assert_eq!((fork.len(), tables.len()), (16, 20));
+    let pass = append(&mut fork, &pool, 4, 64).unwrap();
+    assert!(pass.copies.is_empty());
+    fork.truncate(20);
+    assert_eq!(fork.len(), 20);
+}
+
 #[test]
 fn a_pool_without_blocks_refuses_and_loses_nothing() {
     let of_block = 16 * 3 * 2 * 2 * 2 * 4;

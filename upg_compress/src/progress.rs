@@ -13,7 +13,7 @@ pub trait Progress: Sync {
     fn advance(&self, _weights: u64) {}
     /// Reports weights that an earlier run has finished.
     ///
-    /// As [`Progress::advance`], but they took no time.
+    /// Does what [`Progress::advance`] does, for weights that took no time.
     fn restored(&self, weights: u64) {
         self.advance(weights);
     }

@@ -97,7 +97,7 @@ fn prompt(number: u32) -> Vec<u32> {
     harmless.take(len).collect()
 }
 
-/// What has become of a request.
+/// The text and the end of a request.
 #[derive(Debug, Default)]
 struct Outcome {
     text: String,

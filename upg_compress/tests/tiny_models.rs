@@ -151,7 +151,7 @@ fn q8_gives_logits_close_to_those_of_transformers() {
     }
 }
 
-/// What `upg run` could not load is refused before any work.
+/// A source that `upg run` could not load is refused before any work.
 #[test]
 fn a_config_that_asks_for_other_weights_is_refused() {
     let folder = tempfile::tempdir().unwrap();

@@ -69,7 +69,7 @@ impl AtomicFile {
         }
     }
 
-    /// As [`AtomicFile::create`], for an output made from the files `read`.
+    /// Does what [`AtomicFile::create`] does, for an output made from the files `read`.
     ///
     /// Errors: also `Argument` if it would take the place of one of them, by whatever path.
     pub fn create_from<P: AsRef<Path>>(
@@ -80,7 +80,7 @@ impl AtomicFile {
         Self::create(path)
     }
 
-    /// As [`AtomicFile::create`], for work that may go on after a stop: until [`AtomicFile::commit`] the file has the
+    /// Does what [`AtomicFile::create`] does, for work that may resume after a stop: until [`AtomicFile::commit`] the file has the
     /// name [`AtomicFile::partial`], under which it stays if that is never reached, and what is there already is opened
     /// with what it holds.
     ///

@@ -24,7 +24,7 @@ const WORTH: f64 = 0.1;
 pub enum Sparse {
     /// `s8` instead of `q8`, `s4` instead of `q4`, where that saves a tenth of the bytes.
     ///
-    /// That is so from about 23 % zeros on with `q8`, from 33 % on with `q4`.
+    /// This is the case from about 23 % zeros on with `q8`, from 33 % on with `q4`.
     #[default]
     Auto,
     /// Encodings stay what they are.

@@ -157,7 +157,7 @@ impl<'a> Student<'a> {
 
     /// Returns the gradients of the row factors of the matrices with this input.
     ///
-    /// That of a row is the sum of its outputs times their gradients, divided by its factor.
+    /// The gradient of a row is the sum of its outputs times their gradients, divided by its factor.
     fn row_gradients(
         &self,
         layer: usize,

@@ -18,7 +18,7 @@ use std::collections::HashMap;
 use std::mem::take;
 use std::sync::{Arc, Mutex};
 
-/// Of logits up to 5 that transformers computes in f32, as in `tests/tiny_models.rs`.
+/// Largest difference from logits up to 5 that transformers computes in f32, as in `tests/tiny_models.rs`.
 const TOLERANCE: f32 = 3e-5;
 
 /// A value that recorded steps share.
@@ -56,7 +56,7 @@ struct Cache {
     entries: Shared<Entries>,
 }
 
-/// What [`Device::begin`] has been told.
+/// Arguments of the last [`Device::begin`].
 #[derive(Default, Clone)]
 struct Begun {
     heads: Option<Heads>,

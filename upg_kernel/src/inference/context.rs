@@ -94,7 +94,7 @@ pub struct Context {
 pub struct Sequence {
     tokens: Vec<u32>,
     tables: BlockTables,
-    /// Whether the cache was made with the frequencies for long sequences.
+    /// Set if the cache was made with the frequencies for long sequences.
     long: bool,
 }
 

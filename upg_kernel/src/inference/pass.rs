@@ -26,7 +26,7 @@ pub(crate) struct Segment {
     pub(crate) rows: Range<usize>,
     /// Position of the first row in the sequence.
     pub(crate) first: usize,
-    /// Whether positions are rotated with the frequencies for long sequences.
+    /// Set if positions are rotated with the frequencies for long sequences.
     pub(crate) long: bool,
 }
 

@@ -1,4 +1,4 @@
-//! What an encoding has to offer, and what all of them share.
+//! The methods that an encoding offers, and the checks that all of them share.
 #![forbid(unsafe_code)]
 
 use crate::error::{Error, ErrorKind, Result};
@@ -39,7 +39,7 @@ pub(crate) fn checked_scales(scales: &[f32], rows: usize) -> Result<()> {
     }
 }
 
-/// What an encoding has to offer; everything else is built on it, once.
+/// The methods that an encoding offers; everything else is built on them, once.
 pub(crate) trait StoredMatrix: Send + Sync {
     fn rows(&self) -> usize;
     fn cols(&self) -> usize;
@@ -54,7 +54,7 @@ pub(crate) trait StoredMatrix: Send + Sync {
     fn strip(&self, _index: usize) -> Option<Strip<'_>> {
         None
     }
-    /// What is stored of a row, for kernels that touch nothing else; `None` where all of it is.
+    /// Stored entries of a row, for kernels that touch nothing else; `None` where all weights are stored.
     fn entries(&self, _row: usize) -> Option<Entries<'_>> {
         None
     }

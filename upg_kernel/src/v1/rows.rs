@@ -47,7 +47,7 @@ impl RowBuilder {
         Ok(())
     }
 
-    /// Those so far, with those that bridge gaps.
+    /// Entries so far, with those that bridge gaps.
     pub(super) fn entries(&self) -> usize {
         self.entries.values.len()
     }

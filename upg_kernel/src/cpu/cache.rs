@@ -5,7 +5,8 @@ use super::team::Team;
 use crate::error::{Error, ErrorKind, Result};
 use crate::inference::cache::{BLOCK, CacheLayout, CacheType, SCALED, first_seen};
 use crate::inference::pass::Pass;
-use crate::kernels::attention::{Blocks, Head, SLAB, place_in_slab};
+use crate::kernels::attention::{Blocks, Head, SLAB, Slab, place_in_slab};
+use bytemuck::Pod;
 use half::f16;
 use std::ops::Range;
 
@@ -149,10 +150,11 @@ impl CpuCache {
         for writes in of_slabs {
             let slab = writes[0].block / SLAB;
             match &mut self.groups[group] {
-                Blocks::F32(slabs) => rows.store(team, &mut slabs[slab], writes),
-                Blocks::F16(slabs) => rows.store(team, &mut slabs[slab], writes),
+                Blocks::F32(slabs) => rows.store(team, slabs[slab].as_mut_slice(), writes),
+                Blocks::F16(slabs) => rows.store(team, slabs[slab].as_mut_slice(), writes),
                 Blocks::Int8(slabs, scales) => {
-                    rows.quantize(&mut slabs[slab], &mut scales[slab], writes);
+                    let scales = scales[slab].as_mut_slice();
+                    rows.quantize(slabs[slab].as_mut_slice(), scales, writes);
                 }
             }
         }
@@ -179,37 +181,37 @@ impl CpuCache {
 }
 
 /// Allocates the slabs of the blocks `numbers` that are not there; a block has `size` elements. `None`: no memory.
-fn allocate<T: bytemuck::Zeroable>(
-    slabs: &mut Vec<Box<[T]>>,
-    numbers: &[u32],
-    size: usize,
-) -> Option<()> {
+fn allocate<T: Pod>(slabs: &mut Vec<Slab<T>>, numbers: &[u32], size: usize) -> Option<()> {
     for &number in numbers {
         let slab = number as usize / SLAB;
         if slab >= slabs.len() {
             slabs.try_reserve(slab + 1 - slabs.len()).ok()?;
-            slabs.resize_with(slab + 1, Box::default);
+            slabs.resize_with(slab + 1, Slab::default);
         }
         if slabs[slab].is_empty() {
             let len = size.checked_mul(SLAB)?;
-            slabs[slab] = bytemuck::try_zeroed_slice_box(len).ok()?;
+            slabs[slab] = Slab::zeros(len).ok()?;
         }
     }
     Some(())
 }
 
 /// Copies what all heads have in a block; each has `size` elements of keys and of values there.
-fn copy_block<T: Copy>(slabs: &mut [Box<[T]>], heads: usize, size: usize, from: usize, to: usize) {
+fn copy_block<T: Pod>(slabs: &mut [Slab<T>], heads: usize, size: usize, from: usize, to: usize) {
     for head in 0..heads {
         for is_key in [true, false] {
             let source = place_in_slab(head, is_key, from, size);
             let target = place_in_slab(head, is_key, to, size);
             match slabs.get_disjoint_mut([from / SLAB, to / SLAB]) {
                 Ok([source_slab, target_slab]) => {
-                    target_slab[target].copy_from_slice(&source_slab[source]);
+                    target_slab.as_mut_slice()[target]
+                        .copy_from_slice(&source_slab.as_slice()[source]);
                 }
                 // The same slab.
-                Err(_) => slabs[from / SLAB].copy_within(source, target.start),
+                Err(_) => {
+                    let slab = slabs[from / SLAB].as_mut_slice();
+                    slab.copy_within(source, target.start);
+                }
             }
         }
     }
@@ -305,7 +307,7 @@ impl Rows<'_> {
 }
 
 /// A number that keys and values are rounded to.
-trait Stored: bytemuck::Zeroable + Copy + Send {
+trait Stored: Pod + Send {
     fn from_f32(x: f32) -> Self;
 }
 

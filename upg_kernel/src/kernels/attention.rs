@@ -9,6 +9,10 @@ use super::scalar::exp;
 use half::f16;
 use std::ops::Range;
 
+mod slab;
+
+pub(crate) use slab::Slab;
+
 pub(crate) use crate::inference::cache::{BLOCK, SCALED};
 
 /// Blocks that are allocated together, so that those of one head lie one after the other.
@@ -20,10 +24,10 @@ pub(crate) const SLAB: usize = 16;
 /// the values, `[SLAB, 16, dim]`. Slabs that are not allocated are empty.
 #[derive(Debug)]
 pub(crate) enum Blocks {
-    F32(Vec<Box<[f32]>>),
-    F16(Vec<Box<[f16]>>),
+    F32(Vec<Slab<f32>>),
+    F16(Vec<Slab<f16>>),
     /// Integers, and a scale for each 32 elements: `[SLAB, dim / 32, 16]` of keys, `[SLAB, 16, dim / 32]` of values.
-    Int8(Vec<Box<[i8]>>, Vec<Box<[f32]>>),
+    Int8(Vec<Slab<i8>>, Vec<Slab<f32>>),
 }
 
 /// Returns where the keys or values of a block are in its slab, for a head with `size` elements in a block.
@@ -322,17 +326,18 @@ fn widened<'a, L: Lanes>(
     let range = place_in_slab(head.index, is_key, block, size);
     memory.resize(size, 0.0);
     match head.blocks {
-        Blocks::F32(slabs) => return &slabs[slab][range],
+        Blocks::F32(slabs) => return &slabs[slab].as_slice()[range],
         Blocks::F16(slabs) => {
-            let values = slabs[slab][range].as_chunks().0;
+            let values = slabs[slab].as_slice()[range].as_chunks().0;
             for (out, values) in memory.as_chunks_mut().0.iter_mut().zip(values) {
                 L::widen(proof, values).store(out);
             }
         }
         Blocks::Int8(values, scales) => {
             let groups = dim.div_ceil(SCALED);
-            let scales = &scales[slab][place_in_slab(head.index, is_key, block, groups * BLOCK)];
-            let values = &values[slab][range];
+            let place = place_in_slab(head.index, is_key, block, groups * BLOCK);
+            let scales = &scales[slab].as_slice()[place];
+            let values = &values[slab].as_slice()[range];
             match is_key {
                 true => {
                     let rows = memory.as_chunks_mut::<BLOCK>().0.iter_mut();
@@ -415,13 +420,17 @@ mod tests {
                 let values: Vec<f32> = (0..positions * dim).map(|i| value(i + 5)).collect();
                 // Nothing that is not seen may be looked at.
                 let size = BLOCK * dim;
-                let slab = vec![f32::NAN; 4 * SLAB * size].into_boxed_slice();
-                let mut memory = vec![slab; blocks.div_ceil(SLAB)];
+                let slab = |_| {
+                    let mut slab = Slab::zeros(4 * SLAB * size).unwrap();
+                    slab.as_mut_slice().fill(f32::NAN);
+                    slab
+                };
+                let mut memory: Vec<_> = (0..blocks.div_ceil(SLAB)).map(slab).collect();
                 // The second of two heads, in blocks that are not in order.
                 let table: Vec<u32> = (0..blocks as u32).rev().collect();
                 for p in 0..positions {
                     let block = table[p / BLOCK] as usize;
-                    let slab = &mut memory[block / SLAB];
+                    let slab = memory[block / SLAB].as_mut_slice();
                     let [key, value] =
                         [true, false].map(|is_key| place_in_slab(1, is_key, block, size).start);
                     for d in 0..dim {

@@ -69,8 +69,8 @@ impl Fixture {
                 false => entry * DIM + d,
             };
         match &self.cache.groups[0] {
-            Blocks::F32(slabs) => slabs[slab][at],
-            Blocks::F16(slabs) => slabs[slab][at].to_f32(),
+            Blocks::F32(slabs) => slabs[slab].as_slice()[at],
+            Blocks::F16(slabs) => slabs[slab].as_slice()[at].to_f32(),
             Blocks::Int8(slabs, scales) => {
                 let groups = DIM.div_ceil(SCALED);
                 let scale = place_in_slab(head, is_key, block, BLOCK * groups).start
@@ -78,7 +78,7 @@ impl Fixture {
                         true => d / SCALED * BLOCK + entry,
                         false => entry * groups + d / SCALED,
                     };
-                f32::from(slabs[slab][at]) * scales[slab][scale]
+                f32::from(slabs[slab].as_slice()[at]) * scales[slab].as_slice()[scale]
             }
         }
     }

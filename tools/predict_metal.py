@@ -3,7 +3,7 @@
 
     python3 tools/predict_metal.py
 
-Prints the tables of docs/metal.md: instructions and bytes of a weight, and tokens per second of Phi-4 by chip, as the memory
+Prints the tables of docs/gpu.md: instructions and bytes of a weight, and tokens per second of Phi-4 by chip, as the memory
 allows and as the arithmetic does. Counted by hand in kernels/spmv.metal, one vector. Cycles are those that
 github.com/philipturner/metal-benchmarks measured on M1 and A14; of later chips none are known, and they are taken to be the same.
 """

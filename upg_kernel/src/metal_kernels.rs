@@ -5,7 +5,7 @@
 //!   device, so that the tests can run it on any system, on a CPU.
 //! - With the feature `metal`, `MetalSpMV` runs plans on the GPU, and [`crate::UpgLinear`] does on candle's Metal device.
 //!
-//! `docs/metal.md` says what was checked, and how; **no Apple GPU has run this yet**.
+//! `docs/gpu.md` says what was checked, and how; **no Apple GPU has run this yet**.
 
 #[cfg(all(feature = "metal", not(target_vendor = "apple")))]
 #[path = "metal_kernels/absent.rs"]

@@ -22,7 +22,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 /// Products of compressed matrices with vectors on the GPU of this machine.
 ///
-/// **Not run on hardware yet**: `docs/metal.md` says what was checked.
+/// **Not run on hardware yet**: `docs/gpu.md` says what was checked.
 ///
 /// ```no_run
 /// # fn main() -> upg_kernel::Result<()> {

@@ -4,7 +4,8 @@
         --original JSON --base-log LOG [--record FOLDER] --llama NAME=JSON... --upg NAME=JSON...
 
 JSON is the output of `upg eval --json` or of bench/quality_llama.py, LOG what llama-perplexity printed on the
-original. FOLDER gets DATE-PROCESSOR-quality.md, a plot as .svg and all figures as .json.
+original. FOLDER gets DATE-PROCESSOR-quality.md, a plot as .svg and all figures as .json. To update the plot in the
+README, run bench/quality_plot.py on that .json.
 """
 import argparse
 import datetime

@@ -347,7 +347,7 @@ pub enum CacheArg {
     /// 2 bytes an element
     #[default]
     F16,
-    /// 1 byte an element, and a scale for each head and position
+    /// 1 byte an element, and 4 bytes of scale for 32 of them
     Int8,
 }
 

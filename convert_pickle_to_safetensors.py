@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""Converts a UPG file of version 1 (a Python pickle) to one of version 2, without running anything of it.
+"""Converts a UPG file of version 1 (a Python pickle) to version 2, without executing the pickle.
 
     python3 convert_pickle_to_safetensors.py OLD.upg NEW.safetensors [--model DIR] [--buffers FILE ...]
 
-Needs numpy. `upg convert` does the same without Python, to the same bytes; docs/migrating-from-v1.md has the schema.
+Needs numpy. `upg convert` produces the same bytes without Python; docs/migrating-from-v1.md has the schema.
 
-A pickle is a program: Python's own `pickle` would run it, with all that it imports. The unpickler here knows the opcodes and the
-globals that such a file needs, takes what would be a call as the description of an array, and refuses the file at the first
-other one. Nothing is imported or called by name. Arrays stay in the file until they are converted, a part at a time.
+A pickle is a program: Python's own `pickle` would run it, with all that it imports. The parser here knows
+the opcodes and globals that such a file needs and interprets a call as the description of an array. It
+refuses the file at the first other opcode or global. Nothing is imported or called by name. Arrays stay in
+the file until they are converted, a part at a time.
 """
 import argparse
 import codecs
@@ -22,7 +23,7 @@ import sys
 
 import numpy as np
 
-# What a pickle may have, so that a hostile one costs neither memory nor time.
+# Limits of a pickle, so that a hostile one costs neither memory nor time.
 MOST_OBJECTS = 1 << 19
 MOST_OPCODES = 1 << 21
 LONGEST_TEXT = 1 << 12
@@ -30,11 +31,11 @@ MOST_TEXT = 1 << 26
 LONGEST_NAME = 256
 LONGEST_NOTE = 256
 MOST_DIMENSIONS = 4
-# Numbers in a row that are left in the file. A shape, or the state of a dtype, has fewer.
+# Least run of numbers that stays in the file. A shape, or the state of a dtype, has fewer.
 SHORTEST_RUN = 16
 MOST_OF_A_STATE = 64
 
-# Of the UPG format, version 2.
+# Limits of the UPG format, version 2.
 MOST_ROWS, MOST_COLS, LARGEST_MATRIX, MOST_LAYERS = 1 << 24, 1 << 20, 1 << 32, 100_000
 LARGEST_HEADER = 100_000_000 - 64
 PRIME_COUNT = 10_000
@@ -42,9 +43,9 @@ LARGEST_SCALE = np.float32(2.0**64)
 LARGEST_DELTA = 255
 ALIGNMENT = 64
 FIGURE_DIGITS = 24
-# Entries with those that bridge gaps, for each byte that is read, and in addition.
+# Most entries, padding included: for each byte that is read, and in addition.
 MOST_ENTRIES = (16, 1 << 25)
-# Entries, and rows, that are converted at once.
+# Entries and rows that are converted at once.
 CHUNK = 1 << 18
 
 METHOD = "prime_sparse_v1"
@@ -61,7 +62,7 @@ MAX_TEXT_FILE, MAX_TOKENIZER = 16 << 20, 256 << 20
 
 
 class ConversionError(Exception):
-    """Why a file is not converted: what was found, where, and how to mend it."""
+    """The reason why a file is not converted: what was found, where, and how to fix it."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -70,13 +71,13 @@ class ConversionError(Exception):
 
 
 class Global:
-    """A global that is on the list, by what it stands for here."""
+    """An allowed global, by its meaning here."""
 
     def __init__(self, kind, name):
         self.kind, self.name = kind, name
 
 
-# (module, name), exactly: no other is known, whatever Python could import.
+# (module, name), exactly; no other is known, whatever Python could import.
 ALLOWED = {
     ("collections", "OrderedDict"): "OrderedDict",
     ("__builtin__", "bytes"): "bytes",
@@ -95,7 +96,7 @@ ALLOWED = {
     ("scipy.sparse._csr", "csr_array"): "csr_matrix",
 }
 DTYPES = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
-# Opcodes of numbers, and what follows; LONG1 says how long it is.
+# Opcodes of numbers and the length of their operands; LONG1 has its length in a byte.
 FORMS = {ord("K"): struct.Struct("<B"), ord("M"): struct.Struct("<H"), ord("J"): struct.Struct("<i"), ord("G"): struct.Struct(">d")}
 TRUTHS = {0x88: True, 0x89: False}
 LONG1 = 0x8A
@@ -104,20 +105,20 @@ TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
 
 
 class Text(str):
-    """A text, and where it stands."""
+    """A text, and its position."""
 
     __slots__ = ("place",)
 
 
 class LongText:
-    """A text that is not read: it can only stand for bytes."""
+    """A text that is not read, because it can only represent bytes."""
 
     def __init__(self, place):
         self.place = place
 
 
 class Bytes:
-    """Bytes that stay in their file; in protocol 2 they are text there, each byte a character up to U+00FF."""
+    """Bytes that stay in their file; in protocol 2 a byte is a character up to U+00FF there."""
 
     __slots__ = ("file", "start", "length", "latin1")
 
@@ -126,7 +127,7 @@ class Bytes:
 
 
 class Array:
-    """A numpy array whose numbers are still in their file. Without a dtype: one that is not built yet."""
+    """A numpy array whose numbers are still in their file; without a dtype it is not built yet."""
 
     def __init__(self, dtype=None, shape=(), data=None):
         self.dtype, self.shape, self.data = dtype, tuple(shape), data
@@ -149,7 +150,7 @@ class Array:
 
 
 def numbers_from(file, start):
-    """Yields (number, where it ends) of the opcodes from byte `start` on, up to the first that has no number."""
+    """Yields (number, end) of the opcodes from byte `start` on, up to the first without a number."""
     block, at, size = b"", 0, 1 << 9
     while True:
         if len(block) - at < LONGEST_NUMBER:
@@ -171,7 +172,7 @@ def numbers_from(file, start):
 
 
 class Run:
-    """Numbers that follow one another in a list or tuple. They stay in the pickle, each with its opcode."""
+    """A run of numbers in a list or tuple. They stay in the pickle, each with its opcode."""
 
     def __init__(self, file, start):
         self.start = self.end = start
@@ -183,7 +184,7 @@ class Run:
 
 
 class NumberList:
-    """A list or tuple in the place of an array: of numbers, of one list of them, or of lists of one number each."""
+    """A list or tuple instead of an array: of numbers, of one list of them, or of lists of one number each."""
 
     def __init__(self, value, name):
         self.described, self.name = describe(value), name
@@ -221,7 +222,7 @@ class Csr:
 
 
 class Dtype:
-    """A numpy dtype on its way: BUILD says its byte order."""
+    """An unfinished numpy dtype: BUILD sets its byte order."""
 
     def __init__(self, code):
         self.code, self.order = code, "<"
@@ -239,19 +240,19 @@ def len_of(shape):
 
 
 def count_of(items):
-    """Length of a list or tuple, each number of a run counted."""
+    """Returns the length of a list or tuple, where each number of a run counts."""
     return sum(item.count if type(item) is Run else 1 for item in items)
 
 
 def sizes(value):
-    """A tuple or list of numbers that are not negative; None for anything else."""
+    """Returns a tuple or list of numbers that are not negative; None for anything else."""
     if type(value) not in (tuple, list) or len(value) > MOST_DIMENSIONS:
         return None
     return tuple(value) if all(type(n) is int and n >= 0 for n in value) else None
 
 
 def describe(value):
-    """A value in a few words, without going into it."""
+    """Describes a value in a few words, without its items."""
     if value is None:
         return "None"
     if type(value) is bool:
@@ -296,7 +297,7 @@ REFUSED = {
 
 
 class Unpickler:
-    """Runs a pickle of protocol 2 to 5 as far as a version 1 file may go. It calls nothing."""
+    """Reads a pickle of protocol 2 to 5 with the opcodes of a version 1 file. It calls nothing."""
 
     def __init__(self, files):
         self.files, self.input = files, files[0]
@@ -428,7 +429,7 @@ class Unpickler:
         self.marks.append(len(self.stack))
 
     def run_of_numbers(self):
-        """Passes over the numbers of a list or tuple. False, at the same place, if they are few or not all that is put into it."""
+        """Skips the numbers of a list or tuple. Returns False, without moving, if they are few or not all of it."""
         run = Run(self.input, self.opcode_at)
         self.input.seek(run.end)
         is_whole = run.count >= SHORTEST_RUN and self.input.read(1) in (b"e", b"t")
@@ -531,7 +532,7 @@ class Unpickler:
         if type(arguments) is not tuple:
             raise ConversionError("a call without a tuple of arguments")
         made = None
-        # False and 0 are made of numbers, so only None is nothing.
+        # False and 0 are values too, so only None means nothing.
         if is_new == (target.kind == "csr_matrix"):
             made = getattr(self, f"call_{target.kind}", lambda *_: None)(arguments)
         if made is None:
@@ -539,7 +540,7 @@ class Unpickler:
             raise ConversionError(f"a call of '{target.name}' with ({shown})")
         self.push(made)
 
-    # What a call stands for; None: no version 1 file calls it so.
+    # The meaning of a call; None: no version 1 file has such a call.
 
     def call_csr_matrix(self, arguments):
         return Csr() if arguments == () else None
@@ -575,7 +576,7 @@ class Unpickler:
         return Array() if plain else None
 
     def call__frombuffer(self, arguments):
-        # Newer ones name the order of the axes too, where there is more than one.
+        # Newer versions also name the order of the axes, if there is more than one.
         if len(arguments) not in (4, 5):
             return None
         data, dtype, shape, order = arguments[:4]
@@ -589,7 +590,7 @@ class Unpickler:
         if len(arguments) != 2 or type(arguments[0]) is not Dtype or type(arguments[1]) is not Bytes:
             return None
         array = Array().set(arguments[0].numpy, (), False, arguments[1])
-        # A number, as Python has it.
+        # A number, as a Python value.
         numbers = ArrayNumbers(self.files, array)
         number = numbers.take(1)[0].item()
         numbers.finish()
@@ -687,7 +688,7 @@ class Unpickler:
 
 
 def fields(value, what, known, parts=()):
-    """The items of a dict whose keys are all known, without those that are None."""
+    """Returns the items of a dict whose keys are all known, without those that are None."""
     if type(value) is not dict:
         raise ConversionError(f"{what} is {describe(value)}, expected a dict")
     names = set(known).union(*parts)
@@ -721,7 +722,7 @@ def check_note(items, key):
 
 
 def numbers(value, name, lists, expected):
-    """An array, or a list or tuple in the place of one. `lists` has those that were read: tensors can share them at no cost."""
+    """Returns an array, or a list or tuple instead of one. `lists` caches lists, which tensors can share."""
     if type(value) in (list, tuple):
         if id(value) not in lists:
             lists[id(value)] = NumberList(value, name)
@@ -732,7 +733,7 @@ def numbers(value, name, lists, expected):
 
 
 def integers(value, name, lists):
-    """An array or list of integers, of one dimension."""
+    """Returns an array or list of integers, of one dimension."""
     value = numbers(value, name, lists, "an array")
     if type(value) is NumberList:
         if not value.is_flat:
@@ -748,7 +749,7 @@ def integers(value, name, lists):
 
 
 def parts_of(tensor, lists):
-    """(values, indices, pointers, primes, scale), or None if the file has no weights of the tensor."""
+    """Returns (values, indices, pointers, primes, scale), or None if the file has no weights of the tensor."""
     found = []
     for names in PARTS:
         there = [name for name in names if name in tensor]
@@ -806,7 +807,7 @@ class Tensor:
 
     @contextlib.contextmanager
     def errors(self):
-        """Errors that name the tensor."""
+        """Adds the name of the tensor to errors."""
         try:
             yield
         except ConversionError as e:
@@ -816,7 +817,7 @@ class Tensor:
 
     @property
     def size(self):
-        """[rows, cols]; a vector is one row."""
+        """Returns [rows, cols]; a vector is one row."""
         if len(self.shape) not in (1, 2):
             raise ConversionError(f"the shape {list(self.shape)}, expected one or two dimensions")
         rows, cols = (1, *self.shape)[-2:]
@@ -826,7 +827,7 @@ class Tensor:
 
 
 class Catalogue:
-    """What a version 1 file says of its tensors."""
+    """The tensors that a version 1 file describes."""
 
     def __init__(self, value):
         top = fields(value, "the file", TOP_KEYS)
@@ -864,7 +865,7 @@ class Catalogue:
                 raise ConversionError(f"tensor '{tensor.name}': its weights are not in the file, though it is listed")
 
     def source_to_show(self):
-        """The source, if it can stand in a command as it is."""
+        """Returns the source, if it can be an argument of a command without quotes."""
         source = self.source
         if not source or len(source) > 200 or not source.isascii():
             return None
@@ -882,7 +883,7 @@ class Catalogue:
 
 
 class ArrayNumbers:
-    """The numbers of an array, from first to last, a part at a time."""
+    """Reads the numbers of an array in order, a part at a time."""
 
     def __init__(self, files, array):
         self.file, self.data, self.dtype = files[array.data.file], array.data, array.dtype
@@ -934,7 +935,7 @@ class ArrayNumbers:
 
 
 class ListNumbers:
-    """The numbers of a list, from first to last, a part at a time."""
+    """Reads the numbers of a list in order, a part at a time."""
 
     def __init__(self, files, numbers):
         self.left = self.all(files[0], numbers.items)
@@ -948,7 +949,7 @@ class ListNumbers:
 
     def next(self, count, types):
         part = list(itertools.islice(self.left, count))
-        # Every number was looked at before.
+        # Every number was checked before.
         if len(part) != count or any(type(number) not in types for number in part):
             raise ConversionError("a list was changed while it was read")
         return part
@@ -957,7 +958,7 @@ class ListNumbers:
         return np.array(self.next(count, (int,)), np.int64)
 
     def floats(self, count):
-        """Numbers as float32, each rounded by itself."""
+        """Converts numbers to float32, each rounded separately."""
         part = self.next(count, (int, float))
         out = np.array([0.0 if type(number) is int else number for number in part]).astype(np.float32)
         whole = [i for i, number in enumerate(part) if type(number) is int]
@@ -1033,12 +1034,12 @@ class Rows:
             stream.finish()
 
     def check_ends(self, first, start, ends):
-        """Where rows from `first` on end, the one before them at `start`."""
-        # In the type that they have, where a large one is not a negative one.
+        """Returns the ends of the rows from `first` on; the row before them ends at `start`."""
+        # Compared in their own type, where a large value is not a negative one.
         starts = np.concatenate([np.array([start], ends.dtype), ends[:-1]])
         bad = (ends < starts) | (ends > self.nnz)
         if not bad.any():
-            # Columns are all different: no row has more.
+            # Columns are all different, so no row has more.
             bad = ends.astype(np.int64) - starts.astype(np.int64) > self.cols
         if bad.any():
             row = int(np.argmax(bad))
@@ -1048,7 +1049,7 @@ class Rows:
         return ends.astype(np.int64)
 
     def convert_rows(self, counts, streams):
-        """Rows with so many entries each. Returns how many are stored of each."""
+        """Converts rows with `counts` entries each. Returns how many of each are stored."""
         ends = np.cumsum(counts)
         stored, first = [], 0
         while first < len(counts):
@@ -1061,7 +1062,7 @@ class Rows:
         return np.concatenate(stored)
 
     def convert(self, counts, columns, values, primes):
-        """Entries that each of these rows has in the file."""
+        """Returns the entries of each of these rows in the file."""
         check_range(columns, 0, self.cols - 1, "column")
         check_range(values, -128, 127, "value")
         check_range(primes, 0, PRIME_COUNT - 1, "prime index")
@@ -1100,7 +1101,7 @@ class Rows:
         return np.bincount(row, bridges + 1, len(counts)).astype(np.int64)
 
     def arrays(self):
-        """(name, dtype, shape, parts), in the order of the file."""
+        """Yields (name, dtype, shape, parts) in the order of the file."""
         values, deltas, primes = zip(*self.chunks) if self.chunks else ((), (), ())
         yield "values", "I8", [self.stored], values
         yield "delta_indices", "U8", [self.stored], deltas
@@ -1109,7 +1110,7 @@ class Rows:
         yield "scales", "F32", [len(self.scales)], [self.scales.astype("<f4")]
 
     def dense_row(self):
-        """The weights of a vector, which is one row."""
+        """Returns the weights of a vector, which is one row."""
         out = np.zeros(self.cols, np.float32)
         column = 0
         for values, deltas, primes in self.chunks:
@@ -1161,7 +1162,7 @@ class Writer:
         if not os.path.isdir(folder):
             raise ConversionError(f"{path}: cannot write: no such folder; make the folder {folder} first")
         self.temporary = os.path.join(folder, f".upg-{secrets.token_hex(4)}.partial")
-        # With the permissions that a new file gets; never one that is there.
+        # With the permissions of a new file; never an existing file.
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
         self.out = os.fdopen(os.open(self.temporary, flags, 0o666), "w+b", 1 << 20)
         start = -(-(8 + capacity) // ALIGNMENT) * ALIGNMENT
@@ -1193,7 +1194,7 @@ class Writer:
         table = sorted(self.tensors, key=lambda t: t[0].encode())
         metadata = dict(metadata)
         metadata["format"] = "upg"
-        # 2.0 is what has only mdcsr.
+        # A file with only mdcsr has version 2.0.
         metadata["version"] = "2.0"
         metadata["num_layers"] = str(len(layers))
         metadata["layers"] = escaped(layers)
@@ -1215,7 +1216,7 @@ class Writer:
         self.out.close()
         os.replace(self.temporary, self.path)
         if os.name == "posix":
-            # Some file systems know no such thing; the file is in its place.
+            # Some file systems do not support this; the file is in its place.
             with contextlib.suppress(OSError):
                 folder = os.open(os.path.dirname(self.path), os.O_RDONLY)
                 os.fsync(folder)
@@ -1223,7 +1224,7 @@ class Writer:
 
     def abandon(self):
         try:
-            # On a full disk what is in the buffer cannot be written here either.
+            # On a full disk the buffer cannot be written here either.
             with contextlib.suppress(OSError):
                 self.out.close()
         finally:
@@ -1232,7 +1233,7 @@ class Writer:
 
 
 def header_capacity(layers, other, metadata):
-    """Bytes that are kept for the header: those of the Rust writer."""
+    """Returns the bytes reserved for the header: those of the Rust writer."""
 
     def entry(name):
         return 2 * len(escaped(name).encode()) + 330
@@ -1246,7 +1247,7 @@ def header_capacity(layers, other, metadata):
 
 
 def check_name(name, is_layer):
-    """Rules 5 and 14."""
+    """Checks names by rules 5 and 14."""
     bad = (
         not name
         or name.startswith(("layer_", "upg_pad_"))
@@ -1284,7 +1285,7 @@ def read_file(folder, name, cap, as_text=True):
 
 
 def template_of(text, path):
-    """The default chat template in the config of a tokenizer, which is JSON as strict as the Rust reader has it."""
+    """Returns the default chat template of a tokenizer config, with JSON as strict as in the Rust reader."""
 
     def number(text):
         value = float(text)
@@ -1323,7 +1324,7 @@ def template_of(text, path):
 
 
 def read_model_files(folder):
-    """(metadata, tokenizer.json or None): what a Hugging Face directory has beside weights."""
+    """Returns (metadata, tokenizer.json or None): the contents of a Hugging Face directory without weights."""
     if folder is None:
         return {}, None
     names = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -1340,10 +1341,12 @@ def read_model_files(folder):
 def convert_upg_to_safetensors(pickle_path, output_path, model_dir=None, buffers=(), progress=None):
     """Converts the version 1 file `pickle_path` to a version 2.0 file at `output_path`, whole or not at all.
 
-    `model_dir`: a Hugging Face directory whose config, tokenizer and chat template go into the file. `buffers`: the files of
-    the out-of-band buffers of a pickle of protocol 5, in order. `progress`: called with (tensors done, of how many, name).
-    Returns a dict of what was converted. Memory: about 4 bytes an entry and 8 a row of the largest tensor, and 100 MB. Raises
-    ConversionError, and OSError where files cannot be read or written.
+    `model_dir`: a Hugging Face directory whose config, tokenizer and chat template go into the file.
+    `buffers`: the files of the out-of-band buffers of a pickle of protocol 5, in order.
+    `progress`: called with (tensors done, tensors in all, name).
+
+    Returns a dict that describes the result. Memory: about 4 bytes an entry and 8 a row of the largest
+    tensor, and 100 MB. Raises ConversionError, and OSError if files cannot be read or written.
     """
     read = [pickle_path, *buffers]
     if model_dir is not None:
@@ -1368,7 +1371,7 @@ def convert_upg_to_safetensors(pickle_path, output_path, model_dir=None, buffers
 
 
 def check_shared(catalogue, most):
-    """Tensors can share arrays at no cost; what is made of them has to fit the file. Entries of value 0 count too: they are read."""
+    """Checks that rows and entries of all tensors fit the file, as tensors can share arrays. Zeros count too."""
     left = most
     for tensor in catalogue.tensors:
         with tensor.errors():

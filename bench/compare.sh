@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Measures upg beside llama.cpp on this machine, with the same small model in encodings of similar size.
-# Run it again as you like: what was built, fetched or made already is used again.
+# Safe to re-run: what was built, fetched or made is used again.
 set -euo pipefail
 
 usage() {
@@ -10,14 +10,14 @@ Usage: bench/compare.sh [--rounds N] [--no-record]
 Builds llama.cpp for this processor (once, about 8 minutes on two cores), makes GGUF and UPG files of
 SmolLM2-135M-Instruct, and measures both with 1 thread and with all: prompts of 512 tokens, then 128
 tokens one by one, in turn, N rounds. Prints a table and writes it to bench/record/, with all figures
-as JSON beside it, in the place of those of the same day and processor. 5 rounds take about 10 minutes.
+as JSON beside it. A record of the same day and processor is replaced. 5 rounds take about 10 minutes.
 
-  --rounds N    how often each is measured [default: 5]
+  --rounds N    measurements of each figure [default: 5]
   --no-record   only print the table
 
 Needs Rust (cargo), C and C++ compilers, Python 3 with pip and venv, git, 4 GB of disk and, the first
-time, a network (180 MB). Writes models/, bench/record/ and where cargo builds (target/). The machine
-should have nothing else to do.
+time, a network (180 MB). Writes models/, bench/record/ and cargo's target folder. Nothing else should
+run on the machine.
 END
 }
 
@@ -65,7 +65,7 @@ echo "3/4  Making the models" >&2
 source=$(python3 tools/get_smollm2.py models)
 folder=models/compare
 mkdir -p "$folder"
-# UPG files and the GGUF types of about their size.
+# Encodings, and the GGUF types of about their size.
 encodings=(q8 q4 t3)
 types_of() {
     case $1 in
@@ -76,7 +76,7 @@ types_of() {
 }
 
 for encoding in "${encodings[@]}"; do
-    # An older file may come from an older upg, which compressed it otherwise.
+    # An older file may come from an older upg, with other results.
     out=$folder/smollm2-$encoding.safetensors
     if [ ! "$out" -nt "$upg" ]; then
         "$upg" compress "$source" --output "$out" --encoding "$encoding" >&2
@@ -84,14 +84,14 @@ for encoding in "${encodings[@]}"; do
     for type in $(types_of "$encoding"); do
         out=$folder/smollm2-$type.gguf log=$folder/quantize.log
         if [ "$out" -nt "$llama/bin/llama-quantize" ]; then continue; fi
-        # Requantizing costs quality, which is not measured here, and no speed.
+        # Requantizing costs quality, which is not measured here, but no speed.
         "$llama/bin/llama-quantize" --allow-requantize "$source" "$out.partial" "$type" >"$log" 2>&1 ||
             fail "llama-quantize failed: see $log"
         mv "$out.partial" "$out"
     done
 done
 
-# works: whether llama-bench computes a prompt here.
+# works: succeeds if llama-bench can compute a prompt here.
 works() {
     "$llama/bin/llama-bench" -m "$folder/smollm2-Q8_0.gguf" -t 1 -p 64 -n 0 -r 1 >"$folder/llama-bench.log" 2>&1
 }

@@ -2,7 +2,7 @@
 
 llama_tools=(llama-bench llama-quantize llama-imatrix llama-perplexity)
 
-# need_llama: ends with a message if something that the build needs is missing.
+# need_llama: ends with a message if a tool for the build is missing.
 need_llama() {
     local tool
     for tool in c++ git; do
@@ -10,12 +10,12 @@ need_llama() {
     done
 }
 
-# llama_version: of the bindings that llama.cpp's source comes with.
+# llama_version: prints the version of the bindings that contain llama.cpp's source.
 llama_version() {
     sed -n 's/^llama-cpp-python==\([^ ]*\).*/\1/p' bench/llama-cpp.txt
 }
 
-# build_llama FOLDER [FLAGS]: the tools for this processor in FOLDER/bin, unless they are there.
+# build_llama FOLDER [FLAGS]: builds the tools for this processor into FOLDER/bin, unless they exist.
 build_llama() {
     local llama=$1 flags=${2-} version tool missing=
     version=$(llama_version)
@@ -26,12 +26,12 @@ build_llama() {
     rm -rf "$llama"
     mkdir -p "$llama"
     make_venv "$llama/venv" bench/llama-build.txt
-    # scikit-build-core describes the source package; nothing is built by it.
+    # scikit-build-core only describes the source package; it builds nothing.
     "$llama/venv/bin/python" -m pip --disable-pip-version-check --no-input download --quiet --progress-bar off \
         --no-deps --no-build-isolation --require-hashes \
         --no-binary llama-cpp-python --dest "$llama" --requirement bench/llama-cpp.txt
     tar -xzf "$llama/llama_cpp_python-$version.tar.gz" -C "$llama" --no-same-owner
-    # Its build asks git for its commit; that must not be the one of this repository.
+    # Its build asks git for a commit, which must not be that of this repository.
     export GIT_CEILING_DIRECTORIES=$llama
     PATH=$llama/venv/bin:$PATH cmake -G Ninja \
         -S "$llama/llama_cpp_python-$version/vendor/llama.cpp" -B "$llama/build" \

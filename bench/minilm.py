@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
-"""Errors of the linear layers of all-MiniLM-L6-v2 (BERT, fp32, never quantized): encodings of UPG beside 4-bit integers.
+"""Compares encodings of UPG with 4-bit integers on all-MiniLM-L6-v2 (BERT, fp32, never quantized).
 
-    minilm.py inputs MODEL TEXT WORK   runs the model over TEXT; WORK/inputs.safetensors: its matrices and their inputs
-    minilm.py score MODEL WORK         compares WORK/outputs.safetensors (example encode_matrices) and the baselines, as
-                                       Markdown
+    minilm.py inputs MODEL TEXT WORK   runs the model over TEXT and writes its matrices and their inputs to
+                                       WORK/inputs.safetensors
+    minilm.py score MODEL WORK         compares WORK/outputs.safetensors (example encode_matrices) with the
+                                       baselines, as Markdown
 
-The first half of the text calibrates, the second half is scored: |X (Q - W)^T| / |X W^T| of each matrix, with all others as
-they were. The baselines are written from their papers and definitions: round to nearest (RTN) and GPTQ (arXiv 2210.17323,
-with act-order as in AutoGPTQ), 4 bits with a scale for every 128 columns.
+The first half of the text calibrates, the second half is scored: |X (Q - W)^T| / |X W^T| of each matrix,
+with all others unchanged. The baselines are written from their papers and definitions: round to nearest
+(RTN) and GPTQ (arXiv 2210.17323, with act-order as in AutoGPTQ), 4 bits with a scale for every 128
+columns.
 """
 
 import json
@@ -22,7 +24,7 @@ from tokenizers import Tokenizer
 
 WINDOW = 256  # tokens, the longest that the model was trained on
 WINDOWS = 32  # of each half of the text
-SENTENCES = 8  # of the windows of the second half, whose vectors are compared too
+SENTENCES = 8  # windows of the second half whose vectors are compared too
 GROUP = 128  # columns that share a scale in the baselines
 DAMPING = 0.01  # of the average diagonal, as in GPTQ
 LEVELS = 15  # of 4 bits
@@ -36,7 +38,7 @@ def erf(x):
 
 
 class Bert:
-    """The forward pass, `[windows, tokens]` at once, f32."""
+    """The forward pass over `[windows, tokens]`, in f32."""
 
     def __init__(self, folder):
         self.config = json.loads((folder / "config.json").read_text())
@@ -44,7 +46,7 @@ class Bert:
         self.inputs = {}
 
     def linear(self, name, x, shared=None):
-        """Also keeps `x` as the inputs of this matrix, under the name that it shares with others."""
+        """Multiplies, and stores `x` as the input of this matrix, under a name that matrices can share."""
         self.inputs[shared or name] = x.reshape(-1, x.shape[-1])
         return x @ self.weights[name + ".weight"].T + self.weights[name + ".bias"]
 
@@ -64,7 +66,7 @@ class Bert:
         return self.linear(f"{layer}.output.dense", mixed.swapaxes(1, 2).reshape(x.shape))
 
     def run(self, tokens):
-        """Hidden states after the last layer."""
+        """Returns the hidden states after the last layer."""
         names = [f"embeddings.{kind}_embeddings.weight" for kind in ("word", "position", "token_type")]
         word, position, kind = (self.weights[name] for name in names)
         x = self.norm("embeddings.LayerNorm", word[tokens] + position[: tokens.shape[1]] + kind[0])
@@ -77,13 +79,13 @@ class Bert:
         return x
 
     def sentences(self, tokens):
-        """One normalized vector for each window: the mean over its tokens."""
+        """Returns a normalized vector for each window: the mean over its tokens."""
         mean = self.run(tokens).mean(1)
         return mean / np.linalg.norm(mean, axis=1, keepdims=True)
 
 
 def windows(folder, text):
-    """Token ids `[WINDOWS, WINDOW]` of each half of the text, special tokens around each window."""
+    """Returns token ids `[WINDOWS, WINDOW]` of each half of the text, with special tokens around each window."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -97,7 +99,7 @@ def windows(folder, text):
 
 
 def matrices(bert):
-    """Names of the matrices, and of what each is multiplied with."""
+    """Returns the names of the matrices, each with the name of its inputs."""
     names = [name.removesuffix(".weight") for name in bert.weights if name.startswith("encoder.") and name.endswith(".weight")]
     names = [name for name in names if "LayerNorm" not in name]
     return {name: name.rsplit(".", 1)[0] if ".self." in name else name for name in sorted(names)}
@@ -115,7 +117,7 @@ def write_inputs(folder, text, work):
 
 
 def scale_and_zero(w, symmetric):
-    """Of each row of `w`, a group of columns: levels are 0 to 15."""
+    """Returns the scale and the zero of each row of `w`, a group of columns; levels are 0 to 15."""
     low, high = np.minimum(w.min(1), 0), np.maximum(w.max(1), 0)
     if symmetric:
         high = np.maximum(-low, high)
@@ -131,7 +133,7 @@ def rounded(w, scale, zero):
 
 
 def rtn(w, symmetric):
-    """To the nearest level."""
+    """Rounds to the nearest level."""
     q = np.empty_like(w)
     for start in range(0, w.shape[1], GROUP):
         part = w[:, start : start + GROUP]
@@ -141,7 +143,7 @@ def rtn(w, symmetric):
 
 
 def gptq(w, hessian, symmetric):
-    """GPTQ, the columns with the largest inputs first; a group is what follows each other in that order."""
+    """Rounds by GPTQ, the columns with the largest inputs first; groups follow that order."""
     w, hessian = w.astype(np.float64), hessian.copy()
     dead = np.diag(hessian) == 0
     hessian[dead, dead] = 1
@@ -178,7 +180,7 @@ def score(folder, work):
             hessians[shared] = x.T @ x
     variants = {}
     for kind, symmetric in (("symmetric", True), ("asymmetric", False)):
-        # A scale of 16 bits, and 4 bits where zero lies.
+        # A scale of 16 bits, and 4 bits for the zero.
         bits = 4 + (16 if symmetric else 20) / GROUP
         variants[f"INT4-g128 {kind}, RTN"] = bits, lambda name, s=symmetric: rtn(plain[name], s)
         variants[f"INT4-g128 {kind}, GPTQ"] = bits, lambda name, s=symmetric: gptq(plain[name], hessians[of[name]], s)

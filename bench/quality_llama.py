@@ -1,9 +1,9 @@
-"""Prints as JSON what llama.cpp's llama-perplexity measured of a GGUF file, and how large the file is.
+"""Prints the figures of llama.cpp's llama-perplexity for a GGUF file, and its size, as JSON.
 
     python bench/quality_llama.py FILE.gguf OUTPUT
 
-OUTPUT is what `llama-perplexity --kl-divergence` printed. Bits per weight are those of the matrices in the
-blocks, whose weights are counted as they are in the file. Needs the `gguf` package.
+OUTPUT is the output of `llama-perplexity --kl-divergence`. Bits per weight are those of the matrices in
+the blocks, with the weights that the file has. Needs the `gguf` package.
 """
 import collections
 import json
@@ -13,7 +13,7 @@ import sys
 
 from gguf import GGUFReader
 
-# Names of a figure and its standard error, as in `upg eval --json`; label in the output; what one of its units is.
+# Names of a figure and its standard error, as in `upg eval --json`; label in the output; its unit.
 FIGURES = [
     ("perplexity", "perplexity_error", "Mean PPL(Q)", 1),
     ("reference_perplexity", "reference_perplexity_error", "Mean PPL(base)", 1),

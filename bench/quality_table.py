@@ -1,10 +1,10 @@
-"""Prints what bench/quality.sh measured as a table; called by it.
+"""Prints the measurements of bench/quality.sh as a table; called by it.
 
     python3 bench/quality_table.py --commit COMMIT --bindings VERSION --windows N --text FILE --calibrate FILE
         --original JSON --base-log LOG [--record FOLDER] --llama NAME=JSON... --upg NAME=JSON...
 
-JSON is the output of `upg eval --json` or of bench/quality_llama.py, LOG what llama-perplexity printed on the
-original. FOLDER gets DATE-PROCESSOR-quality.md, a plot as .svg and all figures as .json. To update the plot in the
+JSON is the output of `upg eval --json` or of bench/quality_llama.py, LOG that of llama-perplexity on
+the original. FOLDER gets DATE-PROCESSOR-quality.md, a plot as .svg and all figures as .json. To update the plot in the
 README, run bench/quality_plot.py on that .json.
 """
 import argparse
@@ -17,7 +17,7 @@ import re
 from quality_plot import plot
 from table import write
 
-# The two programs have to agree on the original so far, or they do not score the same tokens of the same model.
+# If the programs disagree more on the original, they do not score the same tokens of the same model.
 MOST_APART_PERCENT = 0.5
 
 HEAD = """\
@@ -30,12 +30,13 @@ Perplexity of the original: {ours:.4f} by upg, {theirs:.4f} by llama.cpp.
 
     bench/quality.sh{options}
 
-Bits per weight are those of the matrices in the blocks; embeddings, which are the output head too, are 8-bit in all
-files. The channels of the original were put into a random order for both, as it is itself a Q4_1 file, whose blocks
-of 32 columns types of llama.cpp with the same blocks would find again. llama.cpp also got it padded with zeros, from
-576 columns to 768, without which its K- and I-quants do not apply: its bits count the zeros as weights, so they are
-those that a type has with any model; its files, which the zeros make larger, are left out. What a type mixes is as
-`llama-quantize` chooses with an importance matrix. Perplexity is a multiple of that of the original.
+Bits per weight are those of the matrices in the blocks. Embeddings, which are the output head too, are
+8-bit in all files. The channels of the original were put into a random order for both programs: it is a
+Q4_1 file, and types of llama.cpp with the same blocks of 32 columns would find its grid again. llama.cpp
+also got the model padded with zeros, from 576 columns to 768, because its K- and I-quants need that. Its
+bits count the zeros as weights, so they are those that a type has with any model; its file sizes are
+left out. `llama-quantize` chooses the mix of a type, with an importance matrix. Perplexity is a multiple
+of that of the original.
 
 | | | bits per weight | file MB | KL divergence | same first choice | perplexity |
 |---|---|---|---|---|---|---|
@@ -119,7 +120,7 @@ def line(run):
 
 
 def processor():
-    """The name of the processor, as the system has it."""
+    """Returns the name of the processor."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,9 +1,9 @@
-"""Prints what bench/compare.sh measured as a table; called by it.
+"""Prints the measurements of bench/compare.sh as a table; called by it.
 
     python3 bench/table.py --commit COMMIT --bindings VERSION --built HOW [--record FOLDER] JSON...
 
-Each JSON is the output of `upg bench --compare-llama ... --json`. FOLDER gets DATE-PROCESSOR.md and, with
-all figures, DATE-PROCESSOR.json.
+Each JSON is the output of `upg bench --compare-llama ... --json`. FOLDER gets DATE-PROCESSOR.md, and
+DATE-PROCESSOR.json with all figures.
 """
 import argparse
 import datetime
@@ -13,8 +13,8 @@ import pathlib
 import re
 import sys
 
-# llama.cpp's threads wait for each other by spinning: where one of them has to share its processor, it loses
-# far more than upg does, and the comparison says nothing.
+# llama.cpp's threads wait for each other by spinning. If one of them shares its processor, llama.cpp
+# loses far more than upg, and the comparison is useless.
 MOST_OTHERS_PERCENT = 5
 
 HEAD = """\
@@ -28,8 +28,8 @@ other processes used {others} of the processors meanwhile.
 
     bench/compare.sh --rounds {rounds}
 
-"MB" are the weights that one token takes, in 10^6 bytes. "Of read" is what decoding reads of them in a
-second, as a part of what the same threads read from memory in the same run.
+"MB" are the weights that one token reads, in 10^6 bytes. "Of read" is the rate at which decoding reads
+them, as a share of what the same threads read from memory in the same run.
 
 | threads | upg | MB | llama.cpp | MB | prefill upg | llama.cpp | ratio | decode upg | llama.cpp | ratio | of read |
 |---|---|---|---|---|---|---|---|---|---|---|---|
@@ -85,13 +85,13 @@ def head(runs, args, today):
 
 
 def others_percent(runs):
-    """The largest part of the processors that others used in a run; None where the system does not say."""
+    """Returns the largest share of the processors that others used in a run; None if unknown."""
     known = [run["others_percent"] for run in runs if run["others_percent"] is not None]
     return max(known, default=None)
 
 
 def lines(run):
-    """A row for each GGUF file that a UPG file was measured beside."""
+    """Yields a row for each GGUF file that a UPG file was measured beside."""
     for llama in run["llama"]:
         cells = [
             run["threads"],
@@ -115,7 +115,7 @@ def encoding(run):
 
 
 def write(path, text):
-    """Whole or not at all."""
+    """Writes a file, which appears whole or not at all."""
     scratch = path.with_name(f".{path.name}.partial")
     scratch.write_text(text)
     os.replace(scratch, path)

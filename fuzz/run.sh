@@ -8,15 +8,16 @@ Usage: fuzz/run.sh [--seconds N] [--merge] [--list] [TARGET...]
 
 Runs each fuzz target for N seconds (60), one after the other, with edge coverage and
 AddressSanitizer. An input that crashes, takes over 2 seconds or over 512 MB ends the target and is
-kept in fuzz/artifacts/TARGET. Prints a line for each target: executions, edges, inputs kept. Ends with
-exit code 1 if a target has failed.
+stored in fuzz/artifacts/TARGET. Prints a line for each target: executions, edges, stored inputs. Ends
+with exit code 1 if a target failed.
 
-  --merge   instead of running, makes fuzz/seeds/TARGET the smallest inputs that reach all that the
-            working corpus (fuzz/corpus/TARGET) and the seeds reach
+  --merge   instead of running, replaces fuzz/seeds/TARGET by the smallest inputs that cover what the
+            working corpus (fuzz/corpus/TARGET) and the seeds cover
   --list    prints the names of the targets
 
-Without the name of a target, all of them run. Needs cargo-fuzz 0.13 (`cargo install --locked cargo-fuzz`). The
-sanitizer is an unstable option of the compiler: on a stable toolchain RUSTC_BOOTSTRAP=1 is set.
+Without the name of a target, all targets run. Needs cargo-fuzz 0.13 (`cargo install --locked
+cargo-fuzz`). The sanitizer is an unstable option of the compiler: on a stable toolchain
+RUSTC_BOOTSTRAP=1 is set.
 END
 }
 
@@ -40,9 +41,10 @@ if ! cargo fuzz --version >/dev/null 2>&1; then
     exit 1
 fi
 rustc --version | grep -q nightly || export RUSTC_BOOTSTRAP=1
-# Freed memory is kept to find its use; by default 256 MB of it, which would count as the target's.
+# AddressSanitizer holds freed memory to detect its use, by default 256 MB, which would count as the
+# target's.
 export ASAN_OPTIONS=quarantine_size_mb=16:detect_leaks=0:allocator_may_return_null=0
-# Files of inputs: in memory, where there is such a place.
+# Input files are in memory, if there is such a folder.
 [ ! -d /dev/shm ] || export TMPDIR=${TMPDIR:-/dev/shm}
 
 cargo fuzz build --fuzz-dir . >&2

@@ -1,4 +1,4 @@
-"""convert_pickle_to_safetensors.py and `upg convert` make the same bytes of the same files, and refuse the same ones.
+"""Tests that convert_pickle_to_safetensors.py and `upg convert` make the same bytes and refuse the same files.
 
     python3 tests/test_convert_pickle.py path/to/upg
 """
@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import upg_reader  # noqa: E402
 from convert_pickle_to_safetensors import ConversionError, convert_upg_to_safetensors  # noqa: E402
 
-# A refusal takes at most so much, whatever the file says: measured up to 250 MB and 6 s.
+# The most that a refusal may take; measured up to 250 MB and 6 s.
 MOST_MEMORY = 600 << 20
 MOST_SECONDS = 60
 
@@ -36,7 +36,7 @@ def main(upg):
 
 
 def both(upg, file, *more):
-    """What the two make of a file: (bytes or None, error) of each."""
+    """Returns the result of each converter: (bytes or None, error)."""
     results = []
     for name, command in (("python", [sys.executable, SCRIPT]), ("rust", [upg, "convert"])):
         out = pathlib.Path(f"{name}.safetensors")
@@ -117,7 +117,7 @@ def texts_of_a_model(folder, upg):
         (python, error), (rust, _) = both(upg, file, "--model", model)
         assert python is not None and python == rust, f"{config}: {error}"
         assert run([upg, "verify", "rust.safetensors"]).returncode == 0
-    # What one of the two refuses the other must refuse too.
+    # Both must refuse the same files.
     deep = "[" * 200 + "]" * 200
     for text in (
         '{"chat_template": NaN}', '{"a": 1e999}', '{"a": ' + "9" * 400 + "}", '{"a": "\\ud800"}', '{"a": ' + deep + "}",
@@ -150,7 +150,7 @@ def dangerous_pickles(folder, upg):
             assert not pathlib.Path("out").exists()
             assert not pathlib.Path(CANARY).exists(), f"{case['name']} was run"
     assert most < MOST_MEMORY, most
-    # The canary would have sung.
+    # A call in a pickle would have made the canary.
     first = cases[0]
     subprocess.run([sys.executable, "-c", "import pickle, sys; pickle.loads(bytes.fromhex(sys.argv[1]))", first["parts"][0][0]], check=True)
     assert pathlib.Path(CANARY).exists()
@@ -159,7 +159,7 @@ def dangerous_pickles(folder, upg):
 
 
 def measured(command):
-    """(exit code, standard error, peak memory in bytes) of a command."""
+    """Returns (exit code, standard error, peak memory in bytes) of a command."""
     with tempfile.TemporaryFile("w+") as error:
         child = subprocess.Popen([str(c) for c in command], stdout=subprocess.DEVNULL, stderr=error)
         _, status, usage = os.wait4(child.pid, 0)
@@ -182,7 +182,7 @@ def in_process(path):
 
 
 def cut_short(folder, upg):
-    """Every beginning of a file, in Python; the Rust tests have the same."""
+    """Tests every prefix of a file in Python; the Rust tests do the same."""
     data = (DATA / "numpy1-p2-one.upg").read_bytes()
     file = folder / "cut.upg"
     for length in range(len(data)):
@@ -192,7 +192,7 @@ def cut_short(folder, upg):
 
 
 def changed_bytes(folder, upg):
-    """Files with a byte changed: both refuse, or both make the same of them."""
+    """Tests files with a changed byte: both refuse, or both make the same file."""
     draw = random.Random(1)
     files = sorted(DATA.glob("numpy*-p[245]-*.upg"))
     file, made, refused = folder / "changed.upg", 0, 0

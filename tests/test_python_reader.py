@@ -1,5 +1,5 @@
-"""upg_format_v2.md is enough to write a reader: the Python one decodes every encoding to the floats of
-the Rust one, and the safetensors package opens every file.
+"""Tests that upg_format_v2.md is enough to write a reader: the Python reader decodes every encoding to the
+floats of the Rust one, and the safetensors package opens every file.
 
     python3 tests/test_python_reader.py path/to/upg
 """
@@ -41,7 +41,7 @@ def main(upg):
 
 
 def sparse_copy(model, out):
-    """The model with two fifths of its weights zero and one row empty; F32."""
+    """Writes the model in F32 with two fifths of its weights zero and one row empty."""
     out.mkdir()
     (out / "config.json").write_bytes((model / "config.json").read_bytes())
     tensors = {name: t.astype(np.float32) for name, t in load_bf16(model / "model.safetensors")}
@@ -55,7 +55,7 @@ def sparse_copy(model, out):
 
 
 def load_bf16(path):
-    """numpy has no BF16: its values are the upper halves of float32."""
+    """Widens BF16, which numpy lacks: its values are the upper halves of float32."""
     import json
 
     data = path.read_bytes()

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# What another system can check of the code for Apple's: its types. Run it again as you like.
+# Checks the types of the code for macOS on another system. Safe to re-run.
 set -euo pipefail
 
 usage() {
     cat <<'END'
 Usage: tools/check_apple.sh
 
-Checks the whole workspace for macOS on Apple Silicon with clippy, tests, benchmarks and the feature `metal`
-included, with kernels compiled at run time and by the build. Nothing is linked or run. (`cargo test` runs the kernels
-for the GPU on the CPU: test.sh does that.)
+Runs clippy on the whole workspace for macOS on Apple Silicon, with tests, benchmarks and the feature
+`metal`, with kernels compiled at run time and by the build. Nothing is linked or run. (test.sh runs
+the kernels for the GPU on the CPU.)
 
-Needs Rust (cargo) with rustup or the source of its standard library, clang, 3 GB of disk and, the first time, a
-network. Installs clang where it is missing, with apt-get (Debian, Ubuntu; as root), and the standard library of Rust for macOS.
-Writes where cargo builds (target/).
+Needs Rust (cargo) with rustup or the source of its standard library, clang, 3 GB of disk and, the
+first time, a network. Installs clang if it is missing, with apt-get (Debian, Ubuntu; as root), and
+the standard library of Rust for macOS. Writes cargo's target folder.
 END
 }
 
@@ -28,7 +28,7 @@ macos=aarch64-apple-darwin
 
 need_clang
 clang=$(find_clang)
-# For C code of dependencies: there are no headers of Apple's here, and what is compiled is not used.
+# For C code of dependencies: Apple's headers are missing here, and the result is not used.
 export CC_aarch64_apple_darwin=${clang/++/} CFLAGS_aarch64_apple_darwin=-ffreestanding
 unset RUSTFLAGS CARGO_ENCODED_RUSTFLAGS CARGO_BUILD_RUSTFLAGS
 
@@ -36,7 +36,7 @@ sysroot=$(rustc --print sysroot)
 std=()
 if ! ls "$sysroot/lib/rustlib/$macos/lib"/libstd-* >/dev/null 2>&1 &&
     ! { command -v rustup >/dev/null && timeout 300 rustup target add $macos; }; then
-    # Then from its source, which takes a compiler that says it is a nightly one.
+    # Compile it from source, which needs a compiler that claims to be a nightly one.
     if ! [ -e "$sysroot/lib/rustlib/src/rust/library/Cargo.toml" ]; then
         echo "Missing: the standard library of Rust for $macos, or its source. Get one: rustup target add $macos" >&2
         exit 1

@@ -1,9 +1,9 @@
-"""Does a decompressed model say in transformers what the UPG file says in upg?
+"""Checks that a decompressed model generates in transformers what the UPG file generates in upg.
 
     python3 tools/compare_with_transformers.py path/to/upg FILE [PROMPT ...]
 
-Decompresses FILE as F32, lets Hugging Face transformers (float32, CPU) continue each prompt greedily by 30
-tokens, and compares the text with that of `upg run`. Needs torch and transformers.
+Decompresses FILE as F32, continues each prompt greedily by 30 tokens with Hugging Face transformers
+(float32, CPU), and compares the text with that of `upg run`. Needs torch and transformers.
 """
 import subprocess
 import sys

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Licences, duplicates and origins of all dependencies, and their known flaws.
+# Checks licences, duplicates, origins and known flaws of all dependencies.
 set -euo pipefail
 
 usage() {
     cat <<'END'
 Usage: tools/deny.sh
 
-Checks the dependencies in Cargo.lock against deny.toml: licences, versions, registries, and advisories of
-https://rustsec.org. Without this version of cargo-deny it builds that first (some minutes), into
-~/.cache/upg-tools, and installs nothing else. The advisories are fetched with git each time; where they cannot be had, that part is skipped and one line
-says so.
+Checks the dependencies in Cargo.lock against deny.toml: licences, versions, registries, and the
+advisories of https://rustsec.org. If this version of cargo-deny is missing, the script first builds
+it into ~/.cache/upg-tools (some minutes); it installs nothing else. The advisories are fetched with
+git each time. If that fails, this part is skipped and one line says so.
 END
 }
 
@@ -21,7 +21,7 @@ esac
 cd "$(dirname "$0")/.."
 version=0.20.2
 
-# Beside, not in the place of another version that is there.
+# Does not replace another version that is installed.
 tools=${XDG_CACHE_HOME:-$HOME/.cache}/upg-tools/cargo-deny-$version
 if [ "$(cargo deny --version 2>/dev/null)" != "cargo-deny $version" ]; then
     export PATH="$tools/bin:$PATH"
@@ -31,7 +31,7 @@ if [ "$(cargo deny --version 2>/dev/null)" != "cargo-deny $version" ]; then
     fi
 fi
 cargo deny --locked check --hide-inclusion-graph licenses bans sources
-# Only a fresh copy counts: an older one lacks the flaws that became known since.
+# Only a fresh copy counts: an older one lacks newer advisories.
 if GIT_TERMINAL_PROMPT=0 cargo deny fetch db >/dev/null 2>&1; then
     cargo deny --locked check --disable-fetch --hide-inclusion-graph advisories
 else

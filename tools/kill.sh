@@ -1,35 +1,38 @@
 #!/usr/bin/env bash
-# Checks what the commands that write files leave when they are killed. Safe to re-run.
+# Checks what commands that write files leave behind when they are killed. Safe to re-run.
 set -euo pipefail
 
 usage() {
     cat <<'END'
 Usage: tools/kill.sh [options] MODEL
 
-Runs the commands of upg that write files on MODEL, a Hugging Face directory or a GGUF file, and ends them with SIGKILL
-at random moments: compress, compress --resume, convert, decompress and, where the model has a tokenizer, compress
---calibrate, that with --resume, and tune. Half of the runs find an older output. After each kill:
+Runs the commands of upg that write files on MODEL, a Hugging Face directory or a GGUF file, and ends
+them with SIGKILL at random moments: compress, compress --resume, convert, decompress and, if the model
+has a tokenizer, compress --calibrate, the same with --resume, and tune. Half of the runs find an older
+output. After each kill:
 
-- the folder of the output has nothing in it but the output and, with --resume, the two files of a run that was stopped;
-  a file that replaces another has a hidden name, .upg-*.partial, for a moment: one that the next run removes is allowed;
-- an output that is there is the older one, byte for byte, or the new one as a whole;
-- nothing is left where temporary files are.
+- The folder of the output contains only the output and, with --resume, the two files of a stopped run.
+  A file that replaces another has a hidden name, .upg-*.partial, for a moment; one such file, which the
+  next run removes, is allowed.
+- An output is the older one, byte for byte, or the complete new one.
+- Nothing is left in the folder for temporary files.
 
-In the end each command runs once more where the last kill has left its folder, and has to write the bytes of a run that
-nobody has disturbed. Prints counts; ends with exit code 1 if anything was unexpected.
+In the end each command runs once more in the folder as the last kill left it, and must write the bytes
+of an undisturbed run. Prints counts; ends with exit code 1 if anything was unexpected.
 
   --kills N      kills of all commands together, in turn [default: 100]
-  --seed N       seed of the moments and of what is there before [default: 1]
+  --seed N       seed of the moments and of the older outputs [default: 1]
   --tokens N     tokens of text for --calibrate and tune [default: 1024]
-  --only LIST    these commands only, separated by commas: compress, resume, calibrate, calibrate-resume, tune, convert,
-                 decompress
+  --only LIST    only these commands, separated by commas: compress, resume, calibrate,
+                 calibrate-resume, tune, convert, decompress
   --old FILE     file of version 1 for convert [default: a small one of the tests]
   --upg PROGRAM  the command [default: target/release/upg]
-  --folder DIR   where to work, on the file system to be tested [default: where temporary files are]
-  --hidden       allow more hidden files until the next run, which has to remove them, and new ones: for file systems
-                 without O_TMPFILE, and systems other than Linux
+  --folder DIR   work in DIR, on the file system to be tested [default: that for temporary files]
+  --hidden       allow more hidden files, also without an older output; the next run must remove them.
+                 For file systems without O_TMPFILE, and systems other than Linux
 
-Needs bash (before version 5 also python3) and, in the working folder, room for a few copies of the model.
+Needs bash (before version 5 also python3) and, in the working folder, room for a few copies of the
+model.
 END
 }
 
@@ -71,7 +74,7 @@ mkdir "$work"/{input,expected,older,out,tmp}
 export TMPDIR="$work/tmp"
 log="$work/log"
 
-# command_of CASE FOLDER: the command, in the array `command`.
+# command_of CASE FOLDER: puts the command into the array `command`.
 command_of() {
     local out="$2/model.safetensors"
     case "$1" in
@@ -99,7 +102,7 @@ run() {
     }
 }
 
-# From bash 5 on without another program, whose start would count.
+# Since bash 5 without another program, whose start would take time.
 microseconds() {
     if [ -n "${EPOCHREALTIME-}" ]; then
         echo "${EPOCHREALTIME/[.,]/}"
@@ -118,7 +121,7 @@ same() {
     cmp -s "$1" "$2"
 }
 
-# older_output CASE FOLDER: puts an older output there.
+# older_output CASE FOLDER: puts an older output into FOLDER.
 older_output() {
     case "$1" in
     decompress) run decompress "$work/input/q8" -o "$2" ;;
@@ -126,7 +129,7 @@ older_output() {
     esac
 }
 
-# check CASE FOLDER: what is there after a run was killed.
+# check CASE FOLDER: checks FOLDER after a run was killed.
 check() {
     local path name
     for path in "$2"/* "$2"/.[!.]*; do
@@ -161,7 +164,7 @@ check() {
     done
 }
 
-# check_finished CASE FOLDER: that there is the same as after a run that nobody has disturbed, and nothing else.
+# check_finished CASE FOLDER: checks that FOLDER equals that of an undisturbed run.
 check_finished() {
     diff -r "$work/expected/$1" "$2" >"$log" 2>&1 || {
         fail "$1 ended in other files than undisturbed:"
@@ -205,7 +208,7 @@ RANDOM=$((seed % 32768))
 for ((n = 0; n < kills; n++)); do
     i=$((n % ${#cases[@]})) case=${cases[n % ${#cases[@]}]}
     out="$work/out/$case" has_older=$((RANDOM % 2)) goes_on=$((RANDOM % 4)) hidden=0
-    # Most runs with --resume go on with what the one before has left.
+    # Most runs with --resume continue what the one before has left.
     case "$case,$goes_on" in
     *resume,[123]) rm -f "$out/model.safetensors" ;;
     *) rm -rf "$out" && mkdir "$out" ;;

@@ -1,5 +1,5 @@
-# Sourced by the scripts in the root, which need the same tools: a message for each that is missing,
-# then an end with exit code 1.
+# Sourced by scripts that need the same tools. Prints a message for each missing tool, then ends with
+# exit code 1.
 
 need_tools() {
     local root=$1 missing=0 wanted found
@@ -31,7 +31,7 @@ need_tools() {
     if [ "$missing" -ne 0 ]; then exit 1; fi
 }
 
-# Debian has venv in a package of its own.
+# Debian has venv in a separate package.
 need_venv() {
     if ! python3 -c 'import ensurepip, venv' 2>/dev/null; then
         echo "Missing: venv for python3. Debian, Ubuntu: apt install python3-venv" >&2
@@ -39,8 +39,9 @@ need_venv() {
     fi
 }
 
-# make_venv FOLDER REQUIREMENTS [OPTION...]: a Python environment with these packages, unless it is there. Only wheels that
-# have a hash in REQUIREMENTS are installed: a source package would run its own code, and fetch what it likes for that.
+# make_venv FOLDER REQUIREMENTS [OPTION...]: makes a Python environment with these packages, unless it
+# exists. Only wheels with a hash in REQUIREMENTS are installed: a source package would run its own
+# code, and fetch more.
 make_venv() {
     local folder=$1 requirements=$2
     shift 2
@@ -52,7 +53,8 @@ make_venv() {
         cp "$requirements" "$folder/requirements.txt"
 }
 
-# The C++ compiler of clang, 15 or later, that the tests of the kernels for Apple GPUs use; nothing if there is none.
+# Prints the clang++, 15 or later, that the tests of the kernels for Apple GPUs use; nothing if there
+# is none.
 find_clang() {
     local name major
     set -- clang++ clang++-{22,21,20,19,18,17,16,15}
@@ -80,7 +82,7 @@ need_clang() {
     fi
 }
 
-# at_least 1.96.0-nightly 1.95: major and minor version only.
+# at_least 1.96.0-nightly 1.95: compares major and minor version.
 at_least() {
     local f_major f_minor w_major w_minor _
     IFS=.- read -r f_major f_minor _ <<<"$1"
@@ -88,7 +90,7 @@ at_least() {
     [ "$f_major" -gt "$w_major" ] || { [ "$f_major" -eq "$w_major" ] && [ "$f_minor" -ge "$w_minor" ]; }
 }
 
-# Where cargo builds, whatever the environment or cargo's configuration say.
+# Prints cargo's target folder, whatever the environment or cargo's configuration say.
 target_folder() {
     cargo metadata --format-version 1 --no-deps |
         python3 -c 'import json, sys; print(json.load(sys.stdin)["target_directory"])'

@@ -1,24 +1,25 @@
 #!/usr/bin/env python3
-"""Predicts the speed of the kernels for Apple GPUs from what they compute for each weight; nothing is run.
+"""Predicts the speed of the kernels for Apple GPUs from counted instructions; nothing is run.
 
     python3 tools/predict_metal.py
 
-Prints the tables of docs/gpu.md: instructions and bytes of a weight, and tokens per second of Phi-4 by chip, as the memory
-allows and as the arithmetic does. Counted by hand in kernels/spmv.metal, one vector. Cycles are those that
-github.com/philipturner/metal-benchmarks measured on M1 and A14; of later chips none are known, and they are taken to be the same.
+Prints the tables of docs/gpu.md: instructions and bytes for each weight, and tokens per second of Phi-4
+by chip, as memory allows and as arithmetic allows. Instructions were counted by hand in
+kernels/spmv.metal, for one vector. Cycles were measured on M1 and A14 by
+github.com/philipturner/metal-benchmarks; later chips are assumed to be the same.
 """
 
 import random
 
-# ---- Instructions of a weight: simple ones (adds, fused multiply-adds, bitwise, selections; a cycle for each scheduler),
-# complex ones (integer products, shifts, bit fields, int to float: four cycles) and loads from threadgroup memory.
-# `words`: how many words of four bytes the table has that is looked up at random.
+# ---- Instructions for each weight: simple ones (adds, fused multiply-adds, bitwise, selections; a cycle
+# of a scheduler), complex ones (integer products, shifts, bit fields, int to float; four cycles) and
+# loads from threadgroup memory. `words`: four-byte words of the table that is looked up at random.
 
 DOT = 5 / 4  # four products and the sum so far, of four weights
 
 
 def windows(rows_with_a_shift):
-    """Of 8 rows of 4 weights: two shifts and an `or` where a row does not begin with a word."""
+    """Instructions for 8 rows of 4 weights: two shifts and an `or` where a row begins inside a word."""
     return {"complex": 2 * rows_with_a_shift / 32, "simple": rows_with_a_shift / 32}
 
 
@@ -42,11 +43,11 @@ def add(a, b):
     return {key: a[key] + b[key] for key in a}
 
 
-# Of SIMD-group functions, in cycles of a scheduler (metal-benchmarks): a prefix sum, a sum, a shuffle.
+# Cycles of a scheduler for SIMD-group functions (metal-benchmarks): a prefix sum, a sum, a shuffle.
 PREFIX, SUM, SHUFFLE = 11.75, 16.6, 2.0
 
-# Half of the weights kept. For each position: whether its bit is set (2), the next code (2), selection, how many so far,
-# the product; for 32 of them two counts of bits and what says where codes begin.
+# Half of the weights stored. For each position: a test of its bit (2), the next code (2), selection, the
+# count so far, the product; for 32 of them two counts of bits and the start of the codes.
 BITMAP = {"simple": 6 + DOT + (PREFIX + SUM + 2 * SHUFFLE) / 32, "complex": 2 / 32, "loads": 0}
 
 KERNELS = {
@@ -59,16 +60,17 @@ KERNELS = {
     "t4": (trellis(4), 128, 4 / 8),
     # a byte from memory, its sign, to float
     "s8": (add(add(BITMAP, {"simple": 1, "complex": 2, "loads": 0}), primes(128)), 128, 1 / 8 + 1 / 2 + 1 / 64),
-    # a byte from memory, which half of it (a shift by a number that is not constant counts twice), its level
+    # a byte from memory, the half of it (a shift by a variable counts twice), its level
     "s4": (add(add(BITMAP, {"simple": 4, "complex": 4, "loads": 1}), primes(128)), 8, 1 / 8 + 1 / 4 + 1 / 64),
-    # An entry: whether it is of the row (3), selections (3), sums of deltas (2), the product; bytes out of words and their
-    # signs, prime times value, to float. Of four entries a prefix sum and a sum. Without the two loads at random places.
+    # For each entry: a test whether it is in the row (3), selections (3), sums of deltas (2), the product;
+    # bytes out of words and their signs, prime times value, to float. For four entries a prefix sum and a
+    # sum. Without the two loads at random places.
     "mdcsr_simd": ({"simple": 9 + 10 / 4 + (PREFIX + SUM) / 4, "complex": 4, "loads": 0}, 1, 4),
 }
 
 
 def conflicts(words):
-    """Loads that 32 threads need with 32 banks of 4 bytes, when each wants one of so many words at random: an assumption."""
+    """Loads for 32 threads that each read one of `words` words at random, with 32 banks (an assumption)."""
     draw, runs, total = random.Random(1), 20000, 0
     for _ in range(runs):
         banks = [0] * 32
@@ -79,10 +81,10 @@ def conflicts(words):
 
 
 def cycles(kernel):
-    """Of a scheduler, for 32 weights: the complex pipeline alone, all issues, and threadgroup memory, which four share.
+    """Cycles of a scheduler for 32 weights: complex pipeline, issue, threadgroup memory (shared by four).
 
-    What was measured of mixtures (a product with 2 additions in 4.0 cycles, with 3 in 5.4, with 4 in 6.1) is about
-    simple + 2 * complex, and not below 4 * complex.
+    Measured mixtures (a product with 2 additions in 4.0 cycles, with 3 in 5.4, with 4 in 6.1) take about
+    simple + 2 * complex, and not less than 4 * complex.
     """
     count, words, _ = KERNELS[kernel]
     return {
@@ -92,8 +94,9 @@ def cycles(kernel):
     }
 
 
-# Cores, GHz and GB/s of the largest of each kind. Cores and bandwidth: Apple's technical specifications. GHz: M1 and M2 from
-# metal-benchmarks; M3 and M4 as databases of hardware have them; M5 not known, taken as M4.
+# Cores, GHz and GB/s of the largest chip of each kind. Cores and bandwidth: Apple's technical
+# specifications. GHz: M1 and M2 from metal-benchmarks; M3 and M4 from hardware databases; M5 assumed
+# equal to M4.
 CHIPS = [
     ("M1", 8, 1.278, 68),
     ("M1 Pro", 16, 1.296, 200),
@@ -118,7 +121,7 @@ HEAD = 100352 * 5120
 
 
 def per_token(kernel, ghz_cores, bandwidth):
-    """Tokens per second by memory and by arithmetic."""
+    """Returns tokens per second by memory and by arithmetic, and the bytes that a token reads."""
     parts = [(kernel, BLOCKS), ("q8" if kernel == "q4" else "q4", HEAD)]
     size = sum(weights * KERNELS[name][2] for name, weights in parts)
     work = sum(weights * max(cycles(name).values()) for name, weights in parts)

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""Cycles that llvm-mca predicts for the inner loops of the kernels for 64-bit ARM. Nothing is measured: all loads
-hit the L1 cache, all branches are predicted.
+"""Prints the cycles that llvm-mca predicts for the inner loops of the kernels for 64-bit ARM.
+
+Nothing is measured: all loads hit the L1 cache, all branches are predicted.
 
 Usage: tools/predict_neon.py [LLVM_MCA]
 
@@ -15,7 +16,7 @@ from pathlib import Path
 
 TARGET = "aarch64-unknown-linux-gnu"
 PROCESSORS = ["neoverse-v2", "apple-m1"]
-# What a function's mangled name contains; the loops that a weight passes through.
+# Parts of the mangled names of the functions whose loops a weight passes through.
 ENCODINGS = {
     "`q8`": ["products.*5BytesKb1"],
     "`q4`": ["products.*7Nibbles"],
@@ -27,7 +28,7 @@ for k in (2, 3, 4):
 
 
 def assembly():
-    """The assembly of the crate, as `cargo build --release` compiles it."""
+    """Returns the assembly of the crate, as `cargo build --release` compiles it."""
     command = f"cargo rustc --package upg_kernel --lib --locked --target {TARGET} --message-format json"
     flags = "-C opt-level=3 -C overflow-checks=off -C debug-assertions=off -C codegen-units=1"
     flags += " -C debuginfo=0 -C symbol-mangling-version=v0 --emit asm"
@@ -39,7 +40,7 @@ def assembly():
 
 
 def functions(text):
-    """Pairs of a mangled name and the lines of its function."""
+    """Yields pairs of a mangled name and the lines of its function."""
     for match in re.finditer(r"^(_R\w+):\n(.*?)^\.Lfunc_end", text, re.M | re.S):
         # Names repeat no constant: `KB13_` is the one that came before.
         name = re.sub(r"^(.*?products(Kj\d_).*?Trellis)KB\w+?_", r"\1\2", match[1])
@@ -47,7 +48,7 @@ def functions(text):
 
 
 def innermost_loops(lines):
-    """Lists of instructions, each from a label to the branch that goes back to it."""
+    """Yields lists of instructions, each from a label to the branch back to it."""
     at = {line[:-1]: i for i, line in enumerate(lines) if line.endswith(":")}
     loops = []
     for i, line in enumerate(lines):
@@ -61,7 +62,7 @@ def innermost_loops(lines):
 
 
 def cycles(mca, processor, loop):
-    """Of one iteration of many."""
+    """Returns the cycles of one iteration of many."""
     command = [mca, "-march=aarch64", f"-mcpu={processor}", "-iterations=500"]
     out = subprocess.run(command, check=True, input="\n".join(loop), capture_output=True, text=True).stdout
     return int(re.search(r"Total Cycles:\s+(\d+)", out)[1]) / 500
@@ -77,10 +78,11 @@ def main():
         for name in names:
             lines = next((lines for symbol, lines in found if re.search(name, symbol)), None)
             assert lines, f"no function {name}"
-            # The longest, but for those that also deal with an end.
+            # The longest loop, except those that also handle an end.
             loops = [l for l in innermost_loops(lines) if not any(i.startswith("bl\t") for i in l)]
             loop = max(loops, key=len)
-            # 16 levels are multiplied with two planes; a loop without products expands 64 weights.
+            # An `sdot` multiplies 16 levels, once for each plane; a loop without products expands 64
+            # weights.
             weights = 8 * sum(i.startswith("sdot") for i in loop) or 64
             for i, processor in enumerate(PROCESSORS):
                 totals[i] += cycles(mca, processor, loop) * 64 / weights

@@ -6,14 +6,14 @@ usage() {
     cat <<'END'
 Usage: tools/sanitize.sh address|thread [SECONDS]
 
-address: the tests of the kernels, the memory map, arrays, matrices and the team of threads, optimized and without
-overflow checks as in a release, with every access to memory checked. The test with a writer beside every kernel
-takes SECONDS (60) for each instruction set.
-thread: the tests of the team of threads, with every pair of accesses from two threads checked.
+address  checks every access to memory in the tests of the kernels, the memory map, arrays, matrices and
+         the team of threads, optimized and without overflow checks as in a release. The test with a
+         writer beside every kernel takes SECONDS (60) for each instruction set.
+thread   checks every pair of accesses from two threads in the tests of the team of threads.
 
 Needs a C compiler on Linux. The sanitizers are unstable options of the compiler: on a stable toolchain
-RUSTC_BOOTSTRAP=1 is set. ThreadSanitizer has to see the standard library too: it is rebuilt from its source, which
-rustup installs (rustup component add rust-src).
+RUSTC_BOOTSTRAP=1 is set. ThreadSanitizer must see the standard library too, which is rebuilt from its
+source (rustup component add rust-src).
 END
 }
 
@@ -31,7 +31,7 @@ build=()
 case $sanitizer in
 address)
     tests=(array:: kernels:: mapped:: matrix:: team::)
-    # Leaks are those of the test harness.
+    # The test harness leaks.
     export ASAN_OPTIONS=detect_leaks=0
     ;;
 thread)
@@ -44,7 +44,8 @@ thread)
     ;;
 esac
 
-# With a target, flags are not those of build scripts. A folder of its own: everything is compiled otherwise.
+# With a target, the flags do not apply to build scripts. A separate folder, because everything is
+# compiled with other flags.
 export RUSTFLAGS="-Zsanitizer=$sanitizer ${RUSTFLAGS-}"
 CARGO_TARGET_DIR=$(pwd)/target/sanitize-$sanitizer
 export CARGO_TARGET_DIR
@@ -56,5 +57,5 @@ for filter in "${tests[@]}"; do
         exit 1
     fi
 done
-# The kernels for Apple GPUs are no code of this compiler.
+# This compiler does not compile the kernels for Apple GPUs.
 "${cargo[@]}" --nocapture "${tests[@]}" --skip metal_kernels

@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# Hours of work on one model from four threads: do memory and threads stay as they are?
+# Works on one model from four threads for hours and checks that memory and threads do not grow.
 set -euo pipefail
 
 usage() {
     cat <<'END'
 Usage: tools/soak.sh [MINUTES [FILE [SEED]]]
 
-Builds the example `soak` and lets it use FILE (models/smollm2-q4.safetensors, which it makes as quickstart.sh does
-if it is missing) for MINUTES (60): texts, streams dropped half way, interrupted passes, errors, batches, chat
-templates, chosen by SEED (1). Prints memory and threads every ten seconds. Ends with exit code 1 if a call
-does what it should not, or if after the first tenth of the time allocated bytes have grown, the resident size by
-more than 2 %, or threads are more (sizes and threads: Linux only).
+Builds the example `soak` and runs it on FILE for MINUTES (60). The default FILE is
+models/smollm2-q4.safetensors, which is made as by quickstart.sh if it is missing. The work is texts,
+streams dropped half way, interrupted passes, errors, batches and chat templates, chosen by SEED (1).
+Prints memory and threads every ten seconds. Ends with exit code 1 if a call misbehaves, or if after the
+first tenth of the time the allocated bytes grow, the resident size grows by more than 2 %, or the
+threads become more (sizes and threads: Linux only).
 
 UPG_SOAK_PROFILE=dev builds with the checks of the tests instead of in the release profile.
 END

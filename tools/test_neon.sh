@@ -1,18 +1,17 @@
 #!/usr/bin/env bash
-# The kernels for 64-bit ARM on a machine that is none, in an emulator. Run it again as you like: what is there is
-# not fetched again.
+# Tests the kernels for 64-bit ARM in an emulator. Safe to re-run: nothing is fetched twice.
 set -euo pipefail
 
 usage() {
     cat <<'END'
 Usage: tools/test_neon.sh
 
-Builds the tests of the kernels for 64-bit ARM and runs them in QEMU, as a processor with dot products of bytes
-and as one without. (tools/check_apple.sh has clippy check the code for such processors.)
+Builds the tests of the kernels for 64-bit ARM and runs them in QEMU, as a processor with dot products
+of bytes and as one without. (tools/check_apple.sh runs clippy for such processors.)
 
-Needs Rust (cargo), 2 GB of disk and, the first time, a network. Installs where they are missing: with apt-get
-(Debian, Ubuntu; as root) a C compiler and library for ARM and QEMU, with rustup the standard libraries of Rust for
-64-bit ARM. Writes where cargo builds (target/).
+Needs Rust (cargo), 2 GB of disk and, the first time, a network. Installs what is missing: with apt-get
+(Debian, Ubuntu; as root) a C compiler and library for ARM and QEMU, with rustup the standard library
+of Rust for 64-bit ARM. Writes cargo's target folder.
 END
 }
 
@@ -42,7 +41,7 @@ has_std() {
     folder=$(rustc --print target-libdir --target "$1" 2>/dev/null) && ls "$folder"/libstd-* >/dev/null 2>&1
 }
 
-# add_std TARGET: fails where rustup is missing or cannot add it.
+# add_std TARGET: adds the standard library; fails if rustup is missing or cannot add it.
 add_std() {
     has_std "$1" || { command -v rustup >/dev/null && timeout 300 rustup target add "$1" && has_std "$1"; }
 }
@@ -56,14 +55,15 @@ fi
 
 export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
 export CC_aarch64_unknown_linux_gnu=aarch64-linux-gnu-gcc
-# Without libraries to load, the emulator finds all it needs in the program.
+# A static program needs no libraries in the emulator.
 export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUSTFLAGS="-C target-feature=+crt-static"
 unset RUSTFLAGS CARGO_ENCODED_RUSTFLAGS CARGO_BUILD_RUSTFLAGS
 
 logs=$(mktemp -d)
 trap 'rm -rf "$logs"' EXIT
 
-# test_as PROCESSOR true|false: whether it has dot products, which one of the tests prints. Its output goes to a file.
+# test_as PROCESSOR true|false: runs the tests as PROCESSOR, with or without dot products, which a test
+# reports. Output goes to a file.
 test_as() {
     CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -cpu $1" \
         cargo test --package upg_kernel --lib --locked --target $linux -- \
@@ -79,7 +79,7 @@ test_as() {
 }
 
 cargo test --package upg_kernel --lib --locked --target $linux --no-run
-# Each is one thread of an emulator.
+# An emulator has one thread, so both run at once.
 test_as max true &
 first=$!
 test_as cortex-a53 false &

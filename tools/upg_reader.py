@@ -3,8 +3,8 @@
     python3 tools/upg_reader.py FILE            lists the layers with the norm of each
     upg_reader.layers(FILE)                     yields (name, float32 matrix) for every layer
 
-Needs numpy and safetensors. It decodes to exactly the floats of the specification; it is made to be
-read, not to be fast, and trusts the file (`upg verify` checks one).
+Needs numpy and safetensors. It decodes to exactly the floats of the specification. It is written to be
+read, not to be fast, and trusts the file (`upg verify` checks a file).
 """
 import json
 import sys
@@ -28,7 +28,7 @@ PRIME_LUT = first_primes(10_000)
 
 
 def weight(scale, prime_index, value):
-    """The formula: an exact integer product, one float32 rounding."""
+    """Computes the formula: an exact integer product, one float32 rounding."""
     product = PRIME_LUT[prime_index].astype(np.int64) * value
     return scale.astype(F32) * product.astype(F32)
 
@@ -65,13 +65,13 @@ def mdcsr(layer, get):
 
 
 def places(layer):
-    """The strip of every weight, and its number in this strip."""
+    """Returns the strip of every weight, and its number in this strip."""
     row, col = np.indices((layer["rows"], layer["cols"]))
     return row // 64, (col // 4) * 256 + (row % 64) * 4 + col % 4
 
 
 def group_primes(layer, get):
-    """The prime index of every weight."""
+    """Returns the prime index of every weight."""
     row, col = np.indices((layer["rows"], layer["cols"]))
     return get("prime_indices")[row // 64, col // layer["group"], row % 64]
 

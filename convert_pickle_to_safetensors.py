@@ -1441,8 +1441,8 @@ def write(files, catalogue, output_path, metadata, tokenizer, progress):
 
 def main():
     parser = argparse.ArgumentParser(
-        description="Converts a UPG file of version 1 (a Python pickle) to one of version 2, without running anything of it.",
-        epilog="`upg convert` does the same without Python, and can encode the weights again.",
+        description="Converts a UPG file of version 1 (a Python pickle) to version 2, without executing the pickle.",
+        epilog="`upg convert` does the same without Python, and can also encode the weights again.",
     )
     parser.add_argument("pickle", metavar="OLD", help="UPG file of version 1")
     parser.add_argument("output", metavar="NEW", help="file to write; it appears whole or not at all")

@@ -101,6 +101,11 @@ impl Device for Cpu {
         let (heads, rope) = (scratch.heads(), &scratch.rope);
         self.team().chunks(qkv, heads.width(), |number, row| {
             rotate(self, heads, norms, rope, number, row);
+            if let Some(rotation) = cache.rotation() {
+                for head in row.chunks_exact_mut(heads.dim) {
+                    self.kernels().rotate(rotation, head);
+                }
+            }
         });
         cache.append(self.team(), layer, qkv, heads.width());
     }
@@ -123,6 +128,13 @@ impl Device for Cpu {
             shape,
         };
         attention.compute(self, &mut scratch.tasks, out);
+        if let Some(rotation) = cache.rotation() {
+            self.team().chunks(out, shape.query_size(), |_, row| {
+                for head in row.chunks_exact_mut(shape.dim) {
+                    self.kernels().rotate_back(rotation, head);
+                }
+            });
+        }
     }
 
     fn gated_silu(&self, gate_up: &Vec<f32>, size: usize, out: &mut Vec<f32>) {

@@ -74,19 +74,15 @@ fn poison(path: &Path) {
     std::fs::write(path, bytes).unwrap();
 }
 
-fn request(prompt: &[u32], max_tokens: usize, seed: u64) -> Request {
+fn request(model: &UPGModel, prompt: &[u32], max_tokens: usize, seed: u64) -> Request {
     let options = SamplingOptions {
         temperature: [0.0, 0.8][seed as usize % 2],
         seed,
         ..SamplingOptions::default()
     };
-    Request {
-        prompt: prompt.to_vec(),
-        sampler: Sampler::new(options).unwrap(),
-        max_tokens,
-        stop_strings: Vec::new(),
-        log_probs: None,
-    }
+    let mut request = model.request(prompt.to_vec(), max_tokens);
+    request.sampler = Sampler::new(options).unwrap();
+    request
 }
 
 /// Prompts of 1 to 50 tokens without the poisoned one.
@@ -110,8 +106,9 @@ fn take_events(scheduler: &mut Scheduler, outcomes: &mut HashMap<RequestId, Outc
         assert!(outcome.end.is_none(), "news after the end");
         match event {
             Event::Text(text) => outcome.text.push_str(&text),
-            Event::Finished(reason) => outcome.end = Some(Ok(reason)),
-            Event::Failed(error) => outcome.end = Some(Err(error.kind())),
+            Event::Finished(reason, _) => outcome.end = Some(Ok(reason)),
+            Event::Failed(error, _) => outcome.end = Some(Err(error.kind())),
+            Event::Token(..) => {}
             other => panic!("{other:?}"),
         }
     }
@@ -124,7 +121,7 @@ fn run(scheduler: &mut Scheduler, outcomes: &mut HashMap<RequestId, Outcome>) {
 }
 
 fn alone(model: &UPGModel, options: &SessionOptions, request: Request) -> Outcome {
-    let mut scheduler = Scheduler::new(model, 1, options).unwrap();
+    let mut scheduler = model.scheduler(1, options).unwrap();
     let id = scheduler.submit(request).unwrap();
     let mut outcomes = HashMap::new();
     run(&mut scheduler, &mut outcomes);
@@ -139,7 +136,7 @@ fn a_request_that_fails_leaves_the_others_as_they_are() {
         prefill_chunk: 24,
         ..SessionOptions::default()
     };
-    let mut scheduler = Scheduler::new(&model, 10, &options).unwrap();
+    let mut scheduler = model.scheduler(10, &options).unwrap();
     let (mut good, mut outcomes) = (Vec::new(), HashMap::new());
     let mut poisoned = prompt(1);
     poisoned[40] = POISON;
@@ -147,12 +144,16 @@ fn a_request_that_fails_leaves_the_others_as_they_are() {
     for number in 0..7 {
         good.push(
             scheduler
-                .submit(request(&prompt(number), 30, number.into()))
+                .submit(request(&model, &prompt(number), 30, number.into()))
                 .unwrap(),
         );
         match number {
-            2 => bad.push(scheduler.submit(request(&poisoned, 30, 0)).unwrap()),
-            4 => bad.push(scheduler.submit(request(&prompt(7), 30, 0)).unwrap()),
+            2 => bad.push(scheduler.submit(request(&model, &poisoned, 30, 0)).unwrap()),
+            4 => bad.push(
+                scheduler
+                    .submit(request(&model, &prompt(7), 30, 0))
+                    .unwrap(),
+            ),
             _ => {}
         }
     }
@@ -172,7 +173,7 @@ fn a_request_that_fails_leaves_the_others_as_they_are() {
         let expected = alone(
             &model,
             &options,
-            request(&prompt(number), 30, number.into()),
+            request(&model, &prompt(number), 30, number.into()),
         );
         assert_eq!(outcomes[&id].text, expected.text, "request {number}");
         assert_eq!(outcomes[&id].end, expected.end, "request {number}");
@@ -180,6 +181,7 @@ fn a_request_that_fails_leaves_the_others_as_they_are() {
     }
     // A sampler may choose the poisoned token.
     assert!(complete >= 5, "{complete}");
+    scheduler.forget();
     assert_eq!(scheduler.cache_bytes(), 0);
 }
 
@@ -190,8 +192,10 @@ fn requests_wait_for_the_memory_that_they_may_need() {
     let unlimited = SessionOptions::default();
     // Two of these requests fit, and one of twice as many positions.
     let of_one = {
-        let mut scheduler = Scheduler::new(&model, 1, &unlimited).unwrap();
-        scheduler.submit(request(&prompt(0), 43, 0)).unwrap();
+        let mut scheduler = model.scheduler(1, &unlimited).unwrap();
+        scheduler
+            .submit(request(&model, &prompt(0), 43, 0))
+            .unwrap();
         while scheduler.cache_bytes() == 0 {
             scheduler.step();
         }
@@ -201,12 +205,16 @@ fn requests_wait_for_the_memory_that_they_may_need() {
         max_cache_bytes: Some(2 * of_one),
         ..SessionOptions::default()
     };
-    let mut scheduler = Scheduler::new(&model, 10, &options).unwrap();
+    let mut scheduler = model.scheduler(10, &options).unwrap();
     let (mut outcomes, mut most) = (HashMap::new(), 0);
     for seed in 0..6 {
-        scheduler.submit(request(&prompt(0), 43, seed)).unwrap();
+        scheduler
+            .submit(request(&model, &prompt(0), 43, seed))
+            .unwrap();
     }
-    let error = scheduler.submit(request(&prompt(0), 200, 0)).unwrap_err();
+    let error = scheduler
+        .submit(request(&model, &prompt(0), 200, 0))
+        .unwrap_err();
     assert_eq!(error.kind(), ErrorKind::TooLarge, "{error}");
     while !scheduler.is_idle() {
         take_events(&mut scheduler, &mut outcomes);
@@ -220,7 +228,7 @@ fn requests_wait_for_the_memory_that_they_may_need() {
     let mut texts: Vec<_> = outcomes.into_iter().collect();
     texts.sort_by_key(|(id, _)| *id);
     for (seed, (_, outcome)) in (0..).zip(texts) {
-        let expected = alone(&model, &unlimited, request(&prompt(0), 43, seed));
+        let expected = alone(&model, &unlimited, request(&model, &prompt(0), 43, seed));
         assert_eq!(outcome.text, expected.text);
     }
 }
@@ -234,18 +242,22 @@ fn an_interrupt_ends_what_runs_and_bad_requests_are_refused() {
         interrupt: Some(Arc::clone(&interrupt)),
         ..SessionOptions::default()
     };
-    assert!(Scheduler::new(&model, 0, &options).is_err());
-    let mut scheduler = Scheduler::new(&model, 1, &options).unwrap();
+    assert!(model.scheduler(0, &options).is_err());
+    let mut scheduler = model.scheduler(1, &options).unwrap();
     for bad in [&[][..], &[256], &[1; 10_000]] {
-        let error = scheduler.submit(request(bad, 5, 0)).unwrap_err();
+        let error = scheduler.submit(request(&model, bad, 5, 0)).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Argument, "{error}");
     }
-    let mut empty_stop = request(&[1], 5, 0);
+    let mut empty_stop = request(&model, &[1], 5, 0);
     empty_stop.stop_strings = vec![String::new()];
     assert!(scheduler.submit(empty_stop).is_err());
     assert!(scheduler.is_idle() && scheduler.step().is_empty());
 
-    let ids = [0, 1].map(|seed| scheduler.submit(request(&prompt(0), 5, seed)).unwrap());
+    let ids = [0, 1].map(|seed| {
+        scheduler
+            .submit(request(&model, &prompt(0), 5, seed))
+            .unwrap()
+    });
     let mut outcomes = HashMap::new();
     take_events(&mut scheduler, &mut outcomes);
     interrupt.store(true, Ordering::Relaxed);
@@ -255,13 +267,13 @@ fn an_interrupt_ends_what_runs_and_bad_requests_are_refused() {
     run(&mut scheduler, &mut outcomes);
     assert_eq!(outcomes[&ids[1]].end, Some(Ok(FinishReason::MaxTokens)));
     // Log-probabilities of the tokens, and of the two most probable ones.
-    let mut greedy = request(&prompt(0), 5, 0);
+    let mut greedy = request(&model, &prompt(0), 5, 0);
     greedy.log_probs = Some(2);
     let id = scheduler.submit(greedy).unwrap();
     let mut tokens = 0;
     while !scheduler.is_idle() {
         for (found, event) in scheduler.step() {
-            if let Event::Token(token, log_probs) = event {
+            if let Event::Token(token, Some(log_probs)) = event {
                 assert_eq!((found, log_probs.top.len()), (id, 2));
                 assert_eq!(log_probs.top[0], (token, log_probs.chosen));
                 assert!(log_probs.chosen < 0.0);
@@ -271,8 +283,44 @@ fn an_interrupt_ends_what_runs_and_bad_requests_are_refused() {
     }
     assert!((1..=5).contains(&tokens));
     // Nothing to generate: the prompt is computed, and that is all.
-    let id = scheduler.submit(request(&prompt(0), 0, 0)).unwrap();
+    let id = scheduler.submit(request(&model, &prompt(0), 0, 0)).unwrap();
     run(&mut scheduler, &mut outcomes);
     assert_eq!(outcomes[&id].text, "");
     assert_eq!(outcomes[&id].end, Some(Ok(FinishReason::MaxTokens)));
+}
+
+#[test]
+fn a_prompt_shares_its_beginning_with_a_request_that_runs() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = model(folder.path());
+    let options = SessionOptions::default();
+    let mut scheduler = model.scheduler(3, &options).unwrap();
+    let prompts = [0, 1, 2].map(|tail| {
+        let mut prompt = prompt(1);
+        prompt.extend([9, 8, 7 + tail]);
+        prompt
+    });
+    let mut outcomes = HashMap::new();
+    let mut ids = Vec::new();
+    for prompt in &prompts {
+        let id = scheduler.submit(request(&model, prompt, 20, 1)).unwrap();
+        take_events(&mut scheduler, &mut outcomes);
+        let common = if ids.is_empty() { 0 } else { prompt.len() - 1 };
+        assert_eq!(scheduler.timings(id).unwrap().cached_tokens, common);
+        ids.push(id);
+    }
+    // What two sequences share is there once.
+    let shared = scheduler.cache_bytes();
+    run(&mut scheduler, &mut outcomes);
+    scheduler.forget();
+    for prompt in &prompts {
+        scheduler.submit(request(&model, prompt, 20, 1)).unwrap();
+    }
+    take_events(&mut scheduler, &mut outcomes);
+    assert!(shared < scheduler.cache_bytes() * 2 / 3);
+    for (id, prompt) in ids.iter().zip(&prompts) {
+        let expected = alone(&model, &options, request(&model, prompt, 20, 1));
+        assert_eq!(outcomes[id].text, expected.text);
+        assert_eq!(outcomes[id].end, expected.end);
+    }
 }

@@ -3,6 +3,8 @@
 //! `UPG_TEST_GGUF` is the path of SmolLM2-135M-Instruct as GGUF; `./test.sh` fetches it and sets it.
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
+#[path = "../../upg_kernel/tests/common/answer.rs"]
+mod answer;
 mod common;
 
 use common::smollm2_gguf;
@@ -13,8 +15,7 @@ use upg_kernel::Cpu;
 use upg_kernel::UPGModel;
 use upg_kernel::format::Encoding;
 use upg_kernel::inference::{
-    CacheType, Event, FinishReason, GenerateOptions, Request, Sampler, SamplingOptions, Scheduler,
-    SessionOptions, TokenStream,
+    CacheType, Event, FinishReason, Request, Sampler, SamplingOptions, SessionOptions,
 };
 
 /// Sums of 576 to 1,536 products over 30 layers in another order than torch adds them, at logits up
@@ -85,14 +86,8 @@ fn greedy(model: &UPGModel, expected: &Expected) -> Vec<u32> {
         .encode(&expected.prompt, true)
         .unwrap();
     assert_eq!(prompt, expected.prompt_ids);
-    let mut session = model.session(&exact()).unwrap();
-    let mut sampler = Sampler::new(SamplingOptions::default()).unwrap();
-    let options = GenerateOptions {
-        max_tokens: expected.generated_ids.len(),
-        stop_ids: Vec::new(),
-    };
-    let stream = TokenStream::new(&mut session, &mut sampler, &prompt, options).unwrap();
-    stream.map(Result::unwrap).collect()
+    let request = Request::new(prompt, expected.generated_ids.len());
+    answer::answer(&mut model.scheduler(1, &exact()).unwrap(), request).0
 }
 
 #[test]
@@ -157,17 +152,17 @@ fn q4_knows_the_capital_of_france() {
 fn several_prompts_at_once_get_what_each_gets_alone(model: &UPGModel) {
     let long = "All happy families are alike; each unhappy family is unhappy in its own way. ";
     let requests = || {
-        let of = |(seed, (prompt, max_tokens, stop)): (usize, (&str, usize, &str))| Request {
-            prompt: model.tokenizer().unwrap().encode(prompt, true).unwrap(),
-            sampler: Sampler::new(SamplingOptions {
+        let of = |(seed, (prompt, max_tokens, stop)): (usize, (&str, usize, &str))| {
+            let prompt = model.tokenizer().unwrap().encode(prompt, true).unwrap();
+            let mut request = model.request(prompt, max_tokens);
+            request.sampler = Sampler::new(SamplingOptions {
                 temperature: [0.0, 0.8][seed % 2],
                 seed: seed as u64,
                 ..SamplingOptions::default()
             })
-            .unwrap(),
-            max_tokens,
-            stop_strings: vec![stop.to_owned()],
-            log_probs: None,
+            .unwrap();
+            request.stop_strings = vec![stop.to_owned()];
+            request
         };
         let all = [
             ("The capital of France is", 12, "never"),
@@ -183,7 +178,7 @@ fn several_prompts_at_once_get_what_each_gets_alone(model: &UPGModel) {
         prefill_chunk: 24,
         ..SessionOptions::default()
     };
-    let mut scheduler = Scheduler::new(model, 3, &options).unwrap();
+    let mut scheduler = model.scheduler(3, &options).unwrap();
     let submit = |request| scheduler.submit(request).unwrap();
     let ids: Vec<_> = requests().into_iter().map(submit).collect();
     let (mut texts, mut ends) = (vec![String::new(); 6], [None; 6]);
@@ -195,24 +190,15 @@ fn several_prompts_at_once_get_what_each_gets_alone(model: &UPGModel) {
                     assert!(!text.is_empty());
                     texts[number].push_str(&text);
                 }
-                Event::Finished(reason) => ends[number] = Some(reason),
+                Event::Finished(reason, _) => ends[number] = Some(reason),
+                Event::Token(..) => {}
                 other => panic!("{other:?}"),
             }
         }
     }
-    for (number, mut request) in requests().into_iter().enumerate() {
-        let mut session = model.session(&options).unwrap();
-        let Request {
-            prompt,
-            sampler,
-            max_tokens,
-            stop_strings,
-            ..
-        } = &mut request;
-        let stops = std::mem::take(stop_strings);
-        let mut alone = model
-            .stream(&mut session, sampler, prompt, *max_tokens, stops)
-            .unwrap();
+    for (number, request) in requests().into_iter().enumerate() {
+        let mut scheduler = model.scheduler(1, &options).unwrap();
+        let mut alone = scheduler.stream(request).unwrap();
         let text: String = alone.by_ref().map(Result::unwrap).collect();
         assert_eq!(texts[number], text, "request {number}");
         assert_eq!(ends[number], alone.finish_reason());

@@ -2,6 +2,8 @@
 //! logits and greedy tokens of transformers.
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
+#[path = "../../upg_kernel/tests/common/answer.rs"]
+mod answer;
 #[path = "../../upg_kernel/tests/common/tiny.rs"]
 mod tiny;
 
@@ -9,9 +11,7 @@ use std::path::Path;
 use tiny::{Case, MODELS, cases, largest_difference, model_file};
 use upg_compress::{Choice, CompressOptions, Preflight, compress, source};
 use upg_kernel::format::Encoding;
-use upg_kernel::inference::{
-    CacheType, GenerateOptions, Sampler, SamplingOptions, SessionOptions, TokenStream,
-};
+use upg_kernel::inference::{CacheType, Request, SessionOptions};
 use upg_kernel::{ErrorKind, UPGModel};
 
 /// Uncompressed, only the order of additions differs; measured: 4e-6 at logits up to 5.
@@ -62,14 +62,8 @@ fn relative_error(found: &[f32], expected: &[f32]) -> f32 {
 }
 
 fn greedy(model: &UPGModel, case: &Case) -> Vec<u32> {
-    let mut session = model.session(&exact()).unwrap();
-    let mut sampler = Sampler::new(SamplingOptions::default()).unwrap();
-    let options = GenerateOptions {
-        max_tokens: case.greedy.len(),
-        stop_ids: Vec::new(),
-    };
-    let stream = TokenStream::new(&mut session, &mut sampler, &case.prompt, options).unwrap();
-    stream.map(Result::unwrap).collect()
+    let request = Request::new(case.prompt.clone(), case.greedy.len());
+    answer::answer(&mut model.scheduler(1, &exact()).unwrap(), request).0
 }
 
 /// A file that `UPGModel` would not open is not worth hours of work.

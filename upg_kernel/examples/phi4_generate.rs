@@ -11,8 +11,8 @@
 use std::io::Write;
 use std::path::PathBuf;
 use std::time::Instant;
+use upg_kernel::inference::SessionOptions;
 use upg_kernel::inference::chat_template::Message;
-use upg_kernel::inference::{Sampler, SamplingOptions, SessionOptions};
 use upg_kernel::support::peak_memory;
 use upg_kernel::{Error, ErrorKind, Result, UPGModel};
 
@@ -51,9 +51,8 @@ fn run() -> Result<()> {
         Err(e) if e.kind() == ErrorKind::Missing => model.tokenizer()?.encode(&prompt, true)?,
         Err(e) => return Err(e),
     };
-    let mut session = model.session(&SessionOptions::default())?;
-    let mut sampler = Sampler::new(SamplingOptions::default())?;
-    let mut stream = model.stream(&mut session, &mut sampler, &prompt, max_tokens, Vec::new())?;
+    let mut scheduler = model.scheduler(1, &SessionOptions::default())?;
+    let mut stream = scheduler.stream(model.request(prompt, max_tokens))?;
     for piece in stream.by_ref() {
         print!("{}", piece?);
         std::io::stdout()
@@ -81,7 +80,7 @@ fn run() -> Result<()> {
     println!(
         "generation           {:>9.1} tokens/s ({} tokens)",
         timings.step_rate(),
-        stream.generated()
+        timings.generated_tokens
     );
     match peak_memory() {
         Some(bytes) => println!("peak memory          {:>9.1} MB", mb(bytes)),

@@ -1,9 +1,10 @@
 //! The decoder: configuration, weights, KV cache, forward pass, sampling and generation.
 //!
 //! `config.json` -> [`ModelConfig`]; with a [`WeightSource`] -> [`Model`] (shared, read-only);
-//! with a KV cache -> [`Session`]; with a [`Sampler`] -> [`TokenStream`] -> [`TextStream`].
-//! A [`Context`] computes several [`Sequence`]s at once. `UPGModel` has all of it from one file, and a `Scheduler` continues
-//! many prompts; these two, the tokenizer and the chat template need the feature `text`.
+//! with a KV cache -> [`Context`], which computes several [`Sequence`]s at once; with a [`Sampler`] for
+//! each [`Request`] -> [`Scheduler`], which continues one prompt or many. A [`Session`] is a context with one
+//! sequence. `UPGModel` has all of it from one file; it, the tokenizer and the chat template need the feature
+//! `text`.
 #![forbid(unsafe_code)]
 
 mod backward;
@@ -23,7 +24,6 @@ pub mod model_dir;
 pub(crate) mod pass;
 pub mod rope;
 pub mod sampler;
-#[cfg(feature = "text")]
 mod scheduler;
 pub mod session;
 #[cfg(feature = "text")]
@@ -37,14 +37,13 @@ pub use cache::CacheType;
 pub use config::ModelConfig;
 pub use context::{Context, Logits, Part, Sequence, SessionOptions};
 pub use evaluate::{Evaluation, evaluate};
-pub use generate::{FinishReason, GenerateOptions, StopStrings, TextStream, Timings, TokenStream};
+pub use generate::{FinishReason, PieceDecoder, StopStrings, Timings};
 pub use layer_input::LayerInput as Input;
 pub use layerwise::{Layerwise, Observer, POSITIONS_TOGETHER};
 pub use logits::{LogProbs, LogitBias, LogitsProcessor, Penalties};
 pub use model::Model;
 pub use sampler::{Sampler, SamplingOptions};
-#[cfg(feature = "text")]
-pub use scheduler::{Event, Request, RequestId, Scheduler};
+pub use scheduler::{Event, Request, RequestId, Scheduler, TextStream};
 pub use session::Session;
 #[cfg(feature = "text")]
 pub use upg_model::UPGModel;

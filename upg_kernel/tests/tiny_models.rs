@@ -2,16 +2,19 @@
 //!
 //! `tests/data/tiny-models/make_expected.py` makes them again.
 
+#[path = "common/answer.rs"]
+mod answer;
 mod common;
 
+use answer::answer;
 use common::tiny::{MODELS, cases, largest_difference};
 use common::{CUT_TOLERANCE, DenseSource, config, model, options, session, source};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use upg_kernel::inference::config::FAMILIES;
 use upg_kernel::inference::{
-    CacheType, FinishReason, GenerateOptions, Input, Layerwise, Model, ModelConfig, Sampler,
-    SamplingOptions, Session, SessionOptions, StopStrings, TextStream, TokenStream, WeightSource,
+    CacheType, FinishReason, Input, Layerwise, Model, ModelConfig, Request, Scheduler, Session,
+    SessionOptions, WeightSource,
 };
 use upg_kernel::{Error, ErrorKind, Matrix};
 
@@ -44,6 +47,10 @@ fn logits_are_those_of_transformers() {
             );
         }
     }
+}
+
+fn scheduler(model: &Arc<Model>, options: &SessionOptions) -> Scheduler {
+    Scheduler::new(Arc::clone(model), 1, options).expect("a scheduler")
 }
 
 /// Layer by layer, two sequences at once, then the norm and the head by hand.
@@ -126,17 +133,10 @@ fn greedy_tokens_are_those_of_transformers() {
     for (name, _) in MODELS {
         let model = model(name);
         for (i, case) in cases(name).iter().enumerate() {
-            let mut session = session(&model);
-            let mut sampler = Sampler::new(SamplingOptions::default()).unwrap();
-            let options = GenerateOptions {
-                max_tokens: case.greedy.len(),
-                stop_ids: Vec::new(),
-            };
-            let mut stream =
-                TokenStream::new(&mut session, &mut sampler, &case.prompt, options).unwrap();
-            let tokens: Vec<u32> = stream.by_ref().collect::<Result<_, Error>>().unwrap();
+            let request = Request::new(case.prompt.clone(), case.greedy.len());
+            let (tokens, reason, _) = answer(&mut scheduler(&model, &options()), request);
             assert_eq!(tokens, case.greedy, "{name} case{i}");
-            assert_eq!(stream.finish_reason(), Some(FinishReason::MaxTokens));
+            assert_eq!(reason, FinishReason::MaxTokens);
         }
     }
 }
@@ -212,14 +212,8 @@ fn generation_crosses_the_longrope_switch_as_transformers_does() {
     let expected: [u32; 16] = [
         244, 244, 244, 244, 162, 162, 162, 162, 162, 133, 60, 60, 60, 60, 60, 60,
     ];
-    let mut session = session(&model);
-    let mut sampler = Sampler::new(SamplingOptions::default()).unwrap();
-    let options = GenerateOptions {
-        max_tokens: expected.len(),
-        stop_ids: Vec::new(),
-    };
-    let stream = TokenStream::new(&mut session, &mut sampler, &prompt, options).unwrap();
-    let tokens: Vec<u32> = stream.collect::<Result<_, Error>>().unwrap();
+    let request = Request::new(prompt, expected.len());
+    let (tokens, ..) = answer(&mut scheduler(&model, &options()), request);
     assert_eq!(tokens, expected);
 }
 
@@ -336,19 +330,41 @@ fn an_interrupted_session_is_as_before_and_goes_on() {
 
 #[test]
 fn timings_count_what_was_computed() {
-    let model = model("qwen3");
-    let mut session = session(&model);
-    let mut sampler = Sampler::new(SamplingOptions::default()).unwrap();
-    for (prompt, computed) in [(vec![5, 6, 7], 3), (vec![5, 6, 8, 9], 2)] {
-        let options = GenerateOptions {
-            max_tokens: 4,
-            stop_ids: Vec::new(),
-        };
-        let mut stream = TokenStream::new(&mut session, &mut sampler, &prompt, options).unwrap();
-        assert_eq!(stream.by_ref().count(), 4);
-        let timings = stream.timings();
-        assert_eq!((timings.prompt_tokens, timings.steps), (computed, 3));
+    let mut scheduler = scheduler(&model("qwen3"), &options());
+    for (prompt, cached) in [(vec![5, 6, 7], 0), (vec![5, 6, 8, 9], 2)] {
+        let computed = prompt.len() - cached;
+        let (tokens, _, timings) = answer(&mut scheduler, Request::new(prompt, 4));
+        assert_eq!((tokens.len(), timings.generated_tokens), (4, 4));
+        assert_eq!(
+            (timings.cached_tokens, timings.prompt_tokens),
+            (cached, computed)
+        );
         assert!(timings.prompt_rate() > 0.0 && timings.step_rate() > 0.0);
+    }
+}
+
+/// Whatever sequence its beginning was taken from, and however far that was cut back, an answer is that of transformers.
+#[test]
+fn a_prompt_continues_what_is_in_the_cache() {
+    for (name, _) in MODELS {
+        let model = model(name);
+        let case = cases(name).pop().unwrap();
+        let mut scheduler = scheduler(&model, &options());
+        for kept in [1, 16, 31, 40, 79, 80] {
+            let mut other = case.prompt[..kept].to_vec();
+            other.extend([9, 8, 7]);
+            answer(&mut scheduler, Request::new(other, 20));
+            let request = Request::new(case.prompt.clone(), case.greedy.len());
+            let (tokens, _, timings) = answer(&mut scheduler, request);
+            assert_eq!(tokens, case.greedy, "{name} {kept}");
+            assert_eq!(
+                timings.cached_tokens + timings.prompt_tokens,
+                case.prompt.len()
+            );
+        }
+        assert!(scheduler.cache_bytes() > 0);
+        scheduler.forget();
+        assert_eq!(scheduler.cache_bytes(), 0);
     }
 }
 
@@ -362,18 +378,12 @@ fn generation_stops_at_stop_ids_and_at_the_end_of_the_context() {
             context,
             ..options()
         };
-        let mut session = Session::new(Arc::clone(&model), &options).unwrap();
-        let mut sampler = Sampler::new(SamplingOptions::default()).unwrap();
-        let options = GenerateOptions {
-            max_tokens,
-            stop_ids,
-        };
-        let mut stream =
-            TokenStream::new(&mut session, &mut sampler, &case.prompt, options).unwrap();
-        let tokens: Vec<u32> = stream.by_ref().collect::<Result<_, Error>>().unwrap();
+        let mut request = Request::new(case.prompt.clone(), max_tokens);
+        request.stop_ids = stop_ids;
+        let (tokens, reason, timings) = answer(&mut scheduler(&model, &options), request);
         assert_eq!(tokens, case.greedy[..tokens.len()]);
-        assert_eq!(stream.generated(), tokens.len());
-        (tokens.len(), stream.finish_reason().unwrap())
+        assert_eq!(timings.generated_tokens, tokens.len());
+        (tokens.len(), reason)
     };
     let stop = case.greedy[4];
     let first = case.greedy.iter().position(|&t| t == stop).unwrap();
@@ -389,19 +399,17 @@ fn generation_stops_at_stop_ids_and_at_the_end_of_the_context() {
 
 #[test]
 fn text_ends_before_a_stop_string() {
-    let model = model("qwen3");
+    let mut scheduler = scheduler(&model("qwen3"), &options());
     let case = cases("qwen3").remove(1);
     let text: String = case.greedy.iter().map(|id| format!("<{id}>")).collect();
-    let run = |stops: Vec<String>| {
-        let mut session = session(&model);
-        let mut sampler = Sampler::new(SamplingOptions::default()).unwrap();
-        let options = GenerateOptions {
-            max_tokens: case.greedy.len(),
-            stop_ids: Vec::new(),
-        };
-        let tokens = TokenStream::new(&mut session, &mut sampler, &case.prompt, options).unwrap();
-        let piece = |id: u32| -> Result<String, Error> { Ok(format!("<{id}>")) };
-        let mut stream = TextStream::new(tokens, piece, StopStrings::new(stops).unwrap());
+    let request = |stop_strings| {
+        let mut request = Request::new(case.prompt.clone(), case.greedy.len());
+        request.decoder = Some(Box::new(|id| Ok(format!("<{id}>"))));
+        request.stop_strings = stop_strings;
+        request
+    };
+    let mut run = |stops: Vec<String>| {
+        let mut stream = scheduler.stream(request(stops)).unwrap();
         let pieces: Vec<String> = stream.by_ref().collect::<Result<_, Error>>().unwrap();
         assert!(stream.next().is_none() && pieces.iter().all(|p| !p.is_empty()));
         (pieces.concat(), stream.finish_reason().unwrap())
@@ -416,6 +424,33 @@ fn text_ends_before_a_stop_string() {
     let expected = text.find(&stop).map(|at| text[..at].to_owned()).unwrap();
     let stops = vec!["never".to_owned(), stop];
     assert_eq!(run(stops), (expected, FinishReason::StopString(1)));
+
+    // A stream that is dropped leaves the scheduler to others, and its sequence to continue.
+    let mut stream = scheduler.stream(request(vec![])).unwrap();
+    stream.next().unwrap().unwrap();
+    drop(stream);
+    assert!(scheduler.is_idle());
+    let mut stream = scheduler.stream(request(vec![])).unwrap();
+    assert_eq!(
+        stream.by_ref().map(Result::unwrap).collect::<String>(),
+        text
+    );
+    assert_eq!(stream.timings().prompt_tokens, 1);
+    drop(stream);
+
+    let mut without_decoder = Request::new(case.prompt.clone(), 1);
+    assert!(
+        scheduler
+            .stream(Request::new(case.prompt.clone(), 1))
+            .is_err()
+    );
+    without_decoder.stop_strings = vec!["a".into()];
+    assert!(scheduler.submit(without_decoder).is_err());
+    scheduler.submit(request(vec![])).unwrap();
+    assert!(
+        scheduler.stream(request(vec![])).is_err(),
+        "beside another request"
+    );
 }
 
 #[test]

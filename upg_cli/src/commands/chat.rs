@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use upg_kernel::inference::chat_template::{ChatTemplate, Message};
 use upg_kernel::inference::tokenizer::{EncodeOptions, MAX_TEXT_BYTES};
-use upg_kernel::inference::{Sampler, Session};
+use upg_kernel::inference::{Sampler, SamplingOptions, Scheduler};
 use upg_kernel::{Error, ErrorKind, OpenOptions, Result, UPGModel};
 
 pub fn run(args: &ChatArgs, open: OpenOptions) -> Result<()> {
@@ -20,8 +20,8 @@ pub fn run(args: &ChatArgs, open: OpenOptions) -> Result<()> {
     let interrupt = signals::interrupt_flag()?;
     let mut chat = Chat {
         template: model.chat_template()?,
-        session: model.session(&session_options(&args.sampling, Arc::clone(&interrupt)))?,
-        sampler: Sampler::new(sampling_options(&args.sampling))?,
+        scheduler: model.scheduler(1, &session_options(&args.sampling, Arc::clone(&interrupt)))?,
+        sampling: sampling_options(&args.sampling),
         messages: Vec::new(),
         model: &model,
         interrupt,
@@ -90,8 +90,9 @@ struct Chat<'a> {
     model: &'a UPGModel,
     args: &'a ChatArgs,
     template: ChatTemplate,
-    session: Session,
-    sampler: Sampler,
+    scheduler: Scheduler,
+    /// Options of the next answer: each has a seed of its own.
+    sampling: SamplingOptions,
     messages: Vec<Message>,
     interrupt: Arc<AtomicBool>,
 }
@@ -133,9 +134,11 @@ impl Chat<'_> {
             ..EncodeOptions::default()
         };
         let prompt = self.model.tokenizer()?.encode_with(&text, options)?;
-        let (stop, most) = (self.args.sampling.stop.clone(), self.args.max_tokens);
-        let (session, sampler) = (&mut self.session, &mut self.sampler);
-        let mut stream = self.model.stream(session, sampler, &prompt, most, stop)?;
+        let mut request = self.model.request(prompt, self.args.max_tokens);
+        request.sampler = Sampler::new(self.sampling.clone())?;
+        request.stop_strings.clone_from(&self.args.sampling.stop);
+        self.sampling.seed = self.sampling.seed.wrapping_add(1);
+        let mut stream = self.scheduler.stream(request)?;
         for piece in stream.by_ref() {
             let piece = piece?;
             answer.push_str(&piece);

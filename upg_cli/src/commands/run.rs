@@ -28,10 +28,11 @@ pub fn run(args: &RunArgs, open: OpenOptions) -> Result<()> {
     }
     let text = prompt_text(&model, args)?;
     let prompt = model.tokenizer()?.encode(&text, !args.chat)?;
-    let mut session = model.session(&options(signals::interrupt_flag()?))?;
-    let mut sampler = Sampler::new(sampling_options(&args.sampling))?;
-    let stop = args.sampling.stop.clone();
-    let mut stream = model.stream(&mut session, &mut sampler, &prompt, args.max_tokens, stop)?;
+    let mut request = model.request(prompt, args.max_tokens);
+    request.sampler = Sampler::new(sampling_options(&args.sampling))?;
+    request.stop_strings.clone_from(&args.sampling.stop);
+    let mut scheduler = model.scheduler(1, &options(signals::interrupt_flag()?))?;
+    let mut stream = scheduler.stream(request)?;
     if !args.chat {
         terminal::print(&text)?;
     }
@@ -47,7 +48,7 @@ pub fn run(args: &RunArgs, open: OpenOptions) -> Result<()> {
             "[loaded in {:.2} s; {}; {} tokens; peak memory {peak}]",
             loaded.as_secs_f64(),
             stream.timings(),
-            stream.generated(),
+            stream.timings().generated_tokens,
         ));
     }
     note_end(stream.finish_reason());

@@ -8,8 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use upg_kernel::inference::chat_template::{ChatTemplate, Message};
 use upg_kernel::inference::{
-    Context, Event, GenerateOptions, Logits, Request, Sampler, SamplingOptions, Scheduler,
-    Sequence, Session, SessionOptions, TokenStream,
+    Context, Event, Logits, Sampler, SamplingOptions, Sequence, Session, SessionOptions,
 };
 use upg_kernel::{Error, ErrorKind, Result, UPGModel};
 
@@ -114,27 +113,27 @@ impl Worker {
         self.model.tokenizer().is_ok()
     }
 
-    /// A new session, a prompt, an answer, up to `pieces` of it.
-    fn generate(&mut self, pieces: Option<usize>) -> Result<()> {
-        let (prompt, mut sampler, mut session) =
-            (self.tokens(MOST_PROMPT), self.sampler()?, self.session()?);
-        let (most, pieces) = (
-            1 + self.below(MOST_TOKENS) as usize,
-            pieces.unwrap_or(usize::MAX),
-        );
+    /// A new scheduler, a prompt, an answer, up to `steps` passes of it.
+    fn generate(&mut self, steps: Option<usize>) -> Result<()> {
+        let mut scheduler = self.model.scheduler(1, &SessionOptions::default())?;
+        let most = 1 + self.below(MOST_TOKENS) as usize;
+        let prompt = self.tokens(MOST_PROMPT);
+        let mut request = self.model.request(prompt, most);
+        request.sampler = self.sampler()?;
         if self.has_tokenizer() {
-            let stops = vec!["\n\n".to_owned()];
-            let stream = self
-                .model
-                .stream(&mut session, &mut sampler, &prompt, most, stops)?;
-            return stream.take(pieces).try_for_each(|piece| piece.map(drop));
+            request.stop_strings = vec!["\n\n".to_owned()];
         }
-        let options = GenerateOptions {
-            max_tokens: most,
-            stop_ids: Vec::new(),
-        };
-        let stream = TokenStream::new(&mut session, &mut sampler, &prompt, options)?;
-        stream.take(pieces).try_for_each(|token| token.map(drop))
+        scheduler.submit(request)?;
+        let mut steps = steps.unwrap_or(usize::MAX);
+        while !scheduler.is_idle() && steps > 0 {
+            steps -= 1;
+            for (_, event) in scheduler.step() {
+                if let Event::Failed(error, _) = event {
+                    return Err(error);
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Another thread stops the passes, sooner or later; the sequence is then as before the pass.
@@ -237,25 +236,23 @@ impl Worker {
 
     /// More requests than fit in a pass; half of the time they are dropped before they are done.
     fn texts(&mut self) -> Result<()> {
-        if !self.has_tokenizer() {
-            return self.batch();
-        }
-        let mut scheduler = Scheduler::new(&self.model, 3, &SessionOptions::default())?;
+        let mut scheduler = self.model.scheduler(3, &SessionOptions::default())?;
         for _ in 0..3 + self.below(3) {
-            let request = Request {
-                prompt: self.tokens(MOST_PROMPT / 2),
-                sampler: self.sampler()?,
-                max_tokens: 1 + self.below(MOST_TOKENS) as usize,
-                stop_strings: vec!["the".to_owned()],
-                log_probs: Some(2),
-            };
+            let most = 1 + self.below(MOST_TOKENS) as usize;
+            let prompt = self.tokens(MOST_PROMPT / 2);
+            let mut request = self.model.request(prompt, most);
+            request.sampler = self.sampler()?;
+            request.log_probs = Some(2);
+            if self.has_tokenizer() {
+                request.stop_strings = vec!["the".to_owned()];
+            }
             scheduler.submit(request)?;
         }
         let mut most = [4, usize::MAX][self.below(2) as usize];
         while !scheduler.is_idle() && most > 0 {
             for (id, event) in scheduler.step() {
                 match event {
-                    Event::Failed(error) => return Err(error),
+                    Event::Failed(error, _) => return Err(error),
                     Event::Text(_) if self.below(20) == 0 => drop(scheduler.cancel(id)),
                     _ => most = most.saturating_sub(1),
                 }

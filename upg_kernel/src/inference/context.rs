@@ -117,6 +117,11 @@ impl Sequence {
         common.min(tokens.len().saturating_sub(1))
     }
 
+    /// Returns the number of positions whose keys and values are in the cache.
+    pub(super) fn computed(&self) -> usize {
+        self.tables.len()
+    }
+
     /// Returns the number of positions that are not computed yet.
     fn pending(&self) -> usize {
         self.tokens.len() - self.tables.len()

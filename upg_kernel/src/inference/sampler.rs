@@ -118,10 +118,21 @@ struct Candidate {
     weight: f64,
 }
 
+impl Default for Sampler {
+    /// Makes a sampler that chooses the most probable token.
+    fn default() -> Self {
+        Self::of(SamplingOptions::default())
+    }
+}
+
 impl Sampler {
-    /// A sampler at the start of its random numbers. Errors (`Argument`): an option out of its range.
+    /// Makes a sampler at the start of its random numbers. Errors (`Argument`): an option out of its range.
     pub fn new(options: SamplingOptions) -> Result<Self> {
         options.check()?;
+        Ok(Self::of(options))
+    }
+
+    fn of(options: SamplingOptions) -> Self {
         let penalties = Penalties {
             repetition: options.repetition_penalty,
             frequency: options.frequency_penalty,
@@ -132,12 +143,12 @@ impl Sampler {
         if !penalties.are_none() {
             processors.push(Box::new(penalties));
         }
-        Ok(Self {
+        Self {
             processors,
             processed: Vec::new(),
             random: ChaCha8Rng::seed_from_u64(options.seed),
             options,
-        })
+        }
     }
 
     /// Adds a processor, which changes logits after those that are there and before temperature and filters.

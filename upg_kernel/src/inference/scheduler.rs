@@ -1,27 +1,66 @@
-//! Several requests in common forward passes: a [`Scheduler`] whose requests join, end and fail one by one.
+//! Requests that share forward passes: a [`Scheduler`] whose requests join, end and fail one by one.
 #![forbid(unsafe_code)]
 
 use super::context::{Context, Logits, Part, Sequence, SessionOptions};
-use super::generate::{Choices, FinishReason, StopStrings, Text};
-use super::tokenizer::{DecodeStream, Tokenizer};
-use super::{LogProbs, Sampler, UPGModel};
+use super::generate::{FinishReason, PieceDecoder, StopStrings, Text, Timings};
+use super::model::Model;
+use super::{LogProbs, Sampler};
 use crate::error::{Error, ErrorKind, Result};
 use std::collections::VecDeque;
+use std::fmt;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-/// A prompt to continue.
-#[derive(Debug)]
+mod stream;
+
+pub use stream::TextStream;
+
+/// A prompt to continue. [`UPGModel::request`](super::UPGModel::request) makes one that gives text and ends where the model
+/// ends.
+#[non_exhaustive]
 pub struct Request {
-    /// Token ids of the prompt.
+    /// Token ids of the prompt; in a chat, of all turns so far.
     pub prompt: Vec<u32>,
-    /// Chooses the tokens of this request alone.
-    pub sampler: Sampler,
     /// Most tokens to generate.
     pub max_tokens: usize,
-    /// Texts that end the answer, and are not given out.
+    /// Chooses the tokens of this request alone; greedy unless set.
+    pub sampler: Sampler,
+    /// Ids that end the answer; the id itself is not given out.
+    pub stop_ids: Vec<u32>,
+    /// Decoder of the answer; `None`: no text, only tokens.
+    pub decoder: Option<Box<dyn PieceDecoder>>,
+    /// Texts that end the answer, and are not given out. They need a decoder.
     pub stop_strings: Vec<String>,
-    /// Number of the most probable tokens that [`Event::Token`] reports for each position; `None`: no such events.
+    /// Number of the most probable tokens that [`Event::Token`] reports for each position; `None`: no probabilities.
     pub log_probs: Option<usize>,
+}
+
+impl Request {
+    /// Makes a request for the `max_tokens` most probable tokens after `prompt`.
+    pub fn new(prompt: Vec<u32>, max_tokens: usize) -> Self {
+        Self {
+            prompt,
+            max_tokens,
+            sampler: Sampler::default(),
+            stop_ids: Vec::new(),
+            decoder: None,
+            stop_strings: Vec::new(),
+            log_probs: None,
+        }
+    }
+}
+
+impl fmt::Debug for Request {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Request")
+            .field("prompt", &self.prompt)
+            .field("max_tokens", &self.max_tokens)
+            .field("sampler", &self.sampler)
+            .field("stop_ids", &self.stop_ids)
+            .field("stop_strings", &self.stop_strings)
+            .field("log_probs", &self.log_probs)
+            .finish_non_exhaustive()
+    }
 }
 
 /// The number of a request, given by [`Scheduler::submit`] in ascending order.
@@ -32,14 +71,14 @@ pub struct RequestId(u64);
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Event {
-    /// A token of the answer was chosen; only with [`Request::log_probs`].
-    Token(u32, LogProbs),
+    /// A token of the answer was chosen; with probabilities if [`Request::log_probs`] asks for them.
+    Token(u32, Option<LogProbs>),
     /// The next piece of the answer; never empty.
     Text(String),
     /// The answer is complete.
-    Finished(FinishReason),
-    /// The request has ended with an error. Others go on.
-    Failed(Error),
+    Finished(FinishReason, Timings),
+    /// The request has ended with an error. Others continue.
+    Failed(Error, Timings),
 }
 
 /// Continues any number of prompts, some of them in the same forward passes.
@@ -53,21 +92,20 @@ pub enum Event {
 /// A request starts when fewer than `at_once` others run and the memory is there that it may need to its end:
 /// [`SessionOptions::max_cache_bytes`] is never exceeded, and no request is interrupted for the memory of another.
 ///
+/// A prompt that begins as a sequence that runs, or as one of the last `at_once` that ended, shares the keys and values
+/// of the common part: the next turn of a chat computes what is new. What ended gives way where others need its memory.
+///
 /// ```no_run
 /// # fn main() -> upg_kernel::Result<()> {
 /// use upg_kernel::UPGModel;
-/// use upg_kernel::inference::{Event, Request, Sampler, SamplingOptions, Scheduler, SessionOptions};
+/// use upg_kernel::inference::{Event, SessionOptions};
 ///
 /// let model = UPGModel::from_file("smollm2-q4.safetensors")?;
-/// let mut scheduler = Scheduler::new(&model, 8, &SessionOptions::default())?;
+/// let mut scheduler = model.scheduler(8, &SessionOptions::default())?;
 /// for prompt in ["Once upon a time", "1, 2, 3,"] {
-///     scheduler.submit(Request {
-///         prompt: model.tokenizer()?.encode(prompt, true)?,
-///         sampler: Sampler::new(SamplingOptions::default())?,
-///         max_tokens: 20,
-///         stop_strings: vec!["\n".into()],
-///         log_probs: None,
-///     })?;
+///     let mut request = model.request(model.tokenizer()?.encode(prompt, true)?, 20);
+///     request.stop_strings = vec!["\n".into()];
+///     scheduler.submit(request)?;
 /// }
 /// while !scheduler.is_idle() {
 ///     for (id, event) in scheduler.step() {
@@ -81,13 +119,14 @@ pub enum Event {
 /// ```
 #[derive(Debug)]
 pub struct Scheduler {
-    model: UPGModel,
     context: Context,
     at_once: usize,
     max_bytes: usize,
     next: u64,
     running: Vec<Running>,
     waiting: VecDeque<Running>,
+    /// Sequences of requests that have ended, the last one at the back.
+    ended: VecDeque<Sequence>,
     /// Logits of a pass, `[running, vocab]`.
     logits: Vec<f32>,
 }
@@ -98,40 +137,52 @@ struct Running {
     id: RequestId,
     sequence: Sequence,
     prompt: Vec<u32>,
+    max_tokens: usize,
     sampler: Sampler,
-    choices: Choices,
-    text: Text<DecodeStream<Arc<Tokenizer>>>,
+    stop_ids: Vec<u32>,
+    text: Option<Text>,
     log_probs: Option<usize>,
+    /// Chosen, but not computed yet: it is only computed if another token is wanted.
+    pending: Option<u32>,
+    timings: Timings,
+    state: State,
     /// Most bytes of the cache that it may take.
     bytes: usize,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Runs,
+    /// Its sequence may be continued.
+    Ended,
+    Failed,
 }
 
 impl Scheduler {
     /// Makes a scheduler for up to `at_once` sequences in a forward pass.
     ///
-    /// Errors: `Argument` for an `at_once` of 0; `Missing` if the model has no tokenizer; those of [`Context::new`].
-    pub fn new(model: &UPGModel, at_once: usize, options: &SessionOptions) -> Result<Self> {
+    /// Errors: `Argument` for an `at_once` of 0; those of [`Context::new`].
+    pub fn new(model: Arc<Model>, at_once: usize, options: &SessionOptions) -> Result<Self> {
         if at_once == 0 {
             let message = "no sequences at once, expected at least 1";
             return Err(Error::new(ErrorKind::Argument, message));
         }
-        model.tokenizer()?;
         Ok(Self {
-            context: Context::new(Arc::clone(model.model()), options)?,
-            model: model.clone(),
+            context: Context::new(model, options)?,
             at_once,
             max_bytes: options.max_cache_bytes.unwrap_or(usize::MAX),
             next: 0,
             running: Vec::new(),
             waiting: VecDeque::new(),
+            ended: VecDeque::new(),
             logits: Vec::new(),
         })
     }
 
     /// Takes a request, which starts with one of the next [`Scheduler::step`]s.
     ///
-    /// Errors: `Argument` (a prompt that is empty, too long or has ids beyond the vocabulary; an empty stop string),
-    /// `TooLarge` (it may need more than `max_cache_bytes` by itself).
+    /// Errors: `Argument` (a prompt that is empty, too long or has ids beyond the vocabulary; an empty stop string, or stop
+    /// strings without a decoder), `TooLarge` (it may need more than `max_cache_bytes` by itself).
     pub fn submit(&mut self, request: Request) -> Result<RequestId> {
         self.context.check(0, &request.prompt)?;
         let positions = request.prompt.len().saturating_add(request.max_tokens);
@@ -146,29 +197,63 @@ impl Scheduler {
             return Err(Error::new(ErrorKind::TooLarge, message)
                 .hint("shorten the prompt, or ask for fewer tokens"));
         }
+        if request.decoder.is_none() && !request.stop_strings.is_empty() {
+            let message = "stop strings without a decoder of the answer";
+            return Err(Error::new(ErrorKind::Argument, message));
+        }
         let stops = StopStrings::new(request.stop_strings)?;
-        let decoder = DecodeStream::new(self.model.shared_tokenizer()?, true);
         let id = RequestId(self.next);
         self.waiting.push_back(Running {
             id,
             sequence: self.context.sequence(),
             prompt: request.prompt,
+            max_tokens: request.max_tokens,
             sampler: request.sampler,
-            choices: Choices::new(self.model.generate_options(request.max_tokens)?),
-            text: Text::new(decoder, stops),
+            stop_ids: request.stop_ids,
+            text: request.decoder.map(|decoder| Text::new(decoder, stops)),
             log_probs: request.log_probs,
+            pending: None,
+            timings: Timings::default(),
+            state: State::Runs,
             bytes,
         });
         self.next += 1;
         Ok(id)
     }
 
+    /// Submits a request and returns its text as an iterator, which computes a forward pass where it needs one.
+    ///
+    /// An answer that is not read to its end is cancelled; its sequence may be continued. Errors: those of
+    /// [`Scheduler::submit`]; `Argument` if other requests run or wait, or for a request without a decoder.
+    pub fn stream(&mut self, request: Request) -> Result<TextStream<'_>> {
+        TextStream::new(self, request)
+    }
+
     /// Ends a request without another event; its memory is free at once. Returns whether it was there.
     pub fn cancel(&mut self, id: RequestId) -> bool {
-        let before = self.running.len() + self.waiting.len();
-        self.running.retain(|request| request.id != id);
-        self.waiting.retain(|request| request.id != id);
-        self.running.len() + self.waiting.len() < before
+        self.take(id).is_some()
+    }
+
+    /// Removes a request.
+    fn take(&mut self, id: RequestId) -> Option<Running> {
+        if let Some(index) = self.running.iter().position(|request| request.id == id) {
+            return Some(self.running.remove(index));
+        }
+        let index = self.waiting.iter().position(|request| request.id == id)?;
+        self.waiting.remove(index)
+    }
+
+    /// Keeps the sequence of a request that has ended, in place of an older one.
+    fn keep(&mut self, sequence: Sequence) {
+        self.ended.push_back(sequence);
+        if self.ended.len() > self.at_once {
+            self.ended.pop_front();
+        }
+    }
+
+    /// Frees the memory of sequences that have ended.
+    pub fn forget(&mut self) {
+        self.ended.clear();
     }
 
     /// Returns whether there is nothing to do.
@@ -181,7 +266,14 @@ impl Scheduler {
         (self.running.len(), self.waiting.len())
     }
 
-    /// Returns the bytes of the KV cache that are in use.
+    /// Returns the tokens and the time of a request so far; `None` if it has ended.
+    pub fn timings(&self, id: RequestId) -> Option<Timings> {
+        let mut all = self.running.iter().chain(&self.waiting);
+        all.find(|request| request.id == id)
+            .map(|request| request.timings)
+    }
+
+    /// Returns the bytes of the KV cache that are in use, those of sequences that have ended included.
     pub fn cache_bytes(&self) -> usize {
         self.context.cache_bytes()
     }
@@ -195,11 +287,22 @@ impl Scheduler {
         if self.running.is_empty() {
             return events;
         }
+        let started = Instant::now();
         match self.pass() {
-            Ok(()) => self.advance(0, &mut events),
+            Ok(()) => self.advance(0, started.elapsed(), &mut events),
             Err(_) => self.one_by_one(&mut events),
         }
-        self.running.retain(|request| !request.is_over());
+        let mut index = 0;
+        while let Some(request) = self.running.get(index) {
+            match request.state {
+                State::Runs => index += 1,
+                State::Ended => {
+                    let request = self.running.remove(index);
+                    self.keep(request.sequence);
+                }
+                State::Failed => drop(self.running.remove(index)),
+            }
+        }
         events
     }
 
@@ -210,10 +313,48 @@ impl Scheduler {
             && let Some(next) = self.waiting.front()
             && let Some(with_next) = reserved.checked_add(next.bytes)
             && with_next <= self.max_bytes
+            && let Some(next) = self.waiting.pop_front()
         {
             reserved = with_next;
-            self.running.extend(self.waiting.pop_front());
+            self.start(next);
+            self.make_room(self.max_bytes - reserved);
         }
+    }
+
+    /// Starts a request with the longest beginning of its prompt that another sequence has.
+    fn start(&mut self, mut request: Running) {
+        let prompt = &request.prompt;
+        let running = self.running.iter().map(|other| &other.sequence);
+        let longest = running
+            .chain(&self.ended)
+            .max_by_key(|sequence| sequence.common_prefix(prompt));
+        if let Some(sequence) = longest {
+            request.sequence = sequence.clone();
+            request.sequence.truncate(sequence.common_prefix(prompt));
+        }
+        // What the request continues is part of it now.
+        self.ended
+            .retain(|sequence| sequence.common_prefix(prompt) < sequence.tokens().len());
+        let cached = request.sequence.computed();
+        request.timings.cached_tokens = cached;
+        request.timings.prompt_tokens = prompt.len() - cached;
+        self.running.push(request);
+    }
+
+    /// Forgets the oldest sequences that have ended until the others take at most `bytes`.
+    fn make_room(&mut self, bytes: usize) {
+        let size = |sequence: &Sequence| {
+            let len = sequence.tokens().len();
+            self.context.bytes_of(len).unwrap_or(usize::MAX)
+        };
+        let mut kept = 0usize;
+        let newest_first = self.ended.iter().rev();
+        let fitting = newest_first.take_while(|sequence| {
+            kept = kept.saturating_add(size(sequence));
+            kept <= bytes
+        });
+        let fitting = fitting.count();
+        self.ended.drain(..self.ended.len() - fitting);
     }
 
     /// Computes one pass over all running requests. After an error every sequence is as before.
@@ -224,7 +365,7 @@ impl Scheduler {
             .saturating_sub(self.running.len());
         let mut parts = Vec::with_capacity(self.running.len());
         for request in &mut self.running {
-            let part = request.pending(left);
+            let part = request.next_part(left);
             left -= part.1.len().saturating_sub(1);
             parts.push(part);
         }
@@ -232,46 +373,36 @@ impl Scheduler {
             .extend(&mut parts, Logits::Last, &mut self.logits)
     }
 
-    /// Finds out whose error it was, after a pass that has failed: computes a pass for each request alone.
+    /// Computes a pass for each request alone, after a common pass has failed, to find whose error it was.
     fn one_by_one(&mut self, events: &mut Vec<(RequestId, Event)>) {
         for index in 0..self.running.len() {
-            let chunk = self.context.prefill_chunk();
+            let (started, chunk) = (Instant::now(), self.context.prefill_chunk());
             let request = &mut self.running[index];
-            let parts = &mut [request.pending(chunk - 1)];
+            let parts = &mut [request.next_part(chunk - 1)];
             match self.context.extend(parts, Logits::Last, &mut self.logits) {
-                Ok(()) => self.advance(index, events),
-                Err(error) => {
-                    request.text.finish = Some(FinishReason::Failed);
-                    events.push((request.id, Event::Failed(error)));
-                }
+                Ok(()) => self.advance(index, started.elapsed(), events),
+                Err(error) => request.fail(error, events),
             }
         }
     }
 
-    /// Chooses the next token of the requests from `first` on that `logits` has rows of.
-    fn advance(&mut self, first: usize, events: &mut Vec<(RequestId, Event)>) {
-        let vocab = self.model.model().config().vocab_size;
+    /// Chooses the next token of the requests from `first` on that `logits` has rows of, after a pass of this time.
+    fn advance(&mut self, first: usize, time: Duration, events: &mut Vec<(RequestId, Event)>) {
+        let vocab = self.context.model().config().vocab_size;
         let context = self.context.max_len();
         let rows = self.logits.chunks_exact(vocab);
         for (request, logits) in self.running[first..].iter_mut().zip(rows) {
-            if let Err(error) = request.advance(logits, context, events) {
-                request.text.finish = Some(FinishReason::Failed);
-                events.push((request.id, Event::Failed(error)));
-            } else if let Some(reason) = request.text.finish {
-                events.push((request.id, Event::Finished(reason)));
+            if let Err(error) = request.advance(logits, context, time, events) {
+                request.fail(error, events);
             }
         }
     }
 }
 
 impl Running {
-    fn is_over(&self) -> bool {
-        self.text.finish.is_some()
-    }
-
     /// Returns what to compute next: of the prompt up to `more` tokens beside the one that it has in any case.
-    fn pending(&mut self, more: usize) -> Part<'_> {
-        let tokens = match &self.choices.pending {
+    fn next_part(&mut self, more: usize) -> Part<'_> {
+        let tokens = match &self.pending {
             Some(token) => std::slice::from_ref(token),
             None => {
                 let rest = &self.prompt[self.sequence.tokens().len()..];
@@ -281,34 +412,88 @@ impl Running {
         (&mut self.sequence, tokens)
     }
 
-    /// Takes the logits of what was computed; appends what follows from them to `events`.
+    /// Takes the logits of what was computed in `time`; appends what follows from them to `events`.
     fn advance(
         &mut self,
         logits: &[f32],
         context: usize,
+        time: Duration,
         events: &mut Vec<(RequestId, Event)>,
     ) -> Result<()> {
-        let len = self.sequence.tokens().len();
-        if len < self.prompt.len() {
-            return Ok(());
+        let started = Instant::now();
+        // The pass has computed it.
+        let is_step = self.pending.take().is_some();
+        let is_prompt_done = self.sequence.tokens().len() >= self.prompt.len();
+        let finish = match is_prompt_done {
+            true => self.choose(logits, context, events)?,
+            false => None,
+        };
+        let spent = match is_step {
+            true => &mut self.timings.step_time,
+            false => &mut self.timings.prompt_time,
+        };
+        *spent += time + started.elapsed();
+        if let Some(reason) = finish {
+            self.state = State::Ended;
+            events.push((self.id, Event::Finished(reason, self.timings)));
         }
+        Ok(())
+    }
+
+    /// Chooses the next token, unless the answer is complete; returns why it is complete.
+    fn choose(
+        &mut self,
+        logits: &[f32],
+        context: usize,
+        events: &mut Vec<(RequestId, Event)>,
+    ) -> Result<Option<FinishReason>> {
         let mut text = String::new();
-        if !self.choices.is_over(len, context) {
-            let history = self.sequence.tokens();
-            if let Some(token) = self.choices.choose(&mut self.sampler, logits, history)? {
-                if let Some(n) = self.log_probs {
-                    let log_probs = LogProbs::new(logits, token, n)?;
-                    events.push((self.id, Event::Token(token, log_probs)));
+        let mut finish = self.limit(context);
+        if finish.is_none() {
+            let token = self.sampler.sample(logits, self.sequence.tokens())?;
+            if self.stop_ids.contains(&token) {
+                finish = Some(FinishReason::StopToken(token));
+            } else {
+                self.pending = Some(token);
+                self.timings.generated_tokens += 1;
+                let log_probs = self.log_probs.map(|n| LogProbs::new(logits, token, n));
+                events.push((self.id, Event::Token(token, log_probs.transpose()?)));
+                if let Some(of_answer) = &mut self.text {
+                    let stopped;
+                    (text, stopped) = of_answer.token(token)?;
+                    finish = stopped.map(FinishReason::StopString);
                 }
-                text = self.text.token(token)?;
+                finish = finish.or_else(|| self.limit(context));
             }
         }
-        if self.text.finish.is_none() && self.choices.is_over(len, context) {
-            text.push_str(&self.text.end(self.choices.finish)?);
+        if let Some(reason) = finish
+            && let Some(of_answer) = &mut self.text
+        {
+            let (rest, stopped) = of_answer.end()?;
+            text.push_str(&rest);
+            finish = Some(stopped.map_or(reason, FinishReason::StopString));
         }
         if !text.is_empty() {
             events.push((self.id, Event::Text(text)));
         }
-        Ok(())
+        Ok(finish)
+    }
+
+    /// Returns why no token can follow.
+    fn limit(&self, context: usize) -> Option<FinishReason> {
+        let is_full = self.sequence.tokens().len() >= context;
+        match self.pending {
+            _ if self.timings.generated_tokens >= self.max_tokens => Some(FinishReason::MaxTokens),
+            Some(_) if is_full => Some(FinishReason::ContextFull),
+            _ => None,
+        }
+    }
+
+    fn fail(&mut self, error: Error, events: &mut Vec<(RequestId, Event)>) {
+        self.state = match error.kind() {
+            ErrorKind::Interrupted => State::Ended,
+            _ => State::Failed,
+        };
+        events.push((self.id, Event::Failed(error, self.timings)));
     }
 }

@@ -95,14 +95,9 @@ impl Session {
     /// was an `Argument`.
     pub fn replace(&mut self, tokens: &[u32]) -> Result<Vec<f32>> {
         self.context.check(0, tokens)?;
-        let kept = self.common_prefix(tokens);
+        let kept = self.sequence.common_prefix(tokens);
         self.truncate(kept);
         self.prefill(&tokens[kept..])
-    }
-
-    /// Returns how many of the first of `tokens` the sequence already has; all but the last at most.
-    pub(crate) fn common_prefix(&self, tokens: &[u32]) -> usize {
-        self.sequence.common_prefix(tokens)
     }
 
     /// Cuts the sequence back to its first `len` tokens; nothing happens if it is not longer.

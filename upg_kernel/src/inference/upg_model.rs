@@ -2,10 +2,10 @@
 #![forbid(unsafe_code)]
 
 use super::chat_template::{ChatTemplate, Date};
-use super::generate::{GenerateOptions, PieceDecoder, StopStrings, TextStream, TokenStream};
+use super::generate::PieceDecoder;
 use super::scheduler::{Event, Request, Scheduler};
 use super::tokenizer::{DecodeStream, SpecialIds, Tokenizer};
-use super::{Model, ModelConfig, Sampler, SamplingOptions, Session, SessionOptions};
+use super::{Model, ModelConfig, Session, SessionOptions};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::UpgFile;
 use crate::mapped::OpenOptions;
@@ -105,12 +105,6 @@ impl UPGModel {
         self.tokenizer.as_deref().ok_or_else(|| self.no_tokenizer())
     }
 
-    /// Returns the tokenizer, to be kept. Errors: as [`UPGModel::tokenizer`].
-    pub(super) fn shared_tokenizer(&self) -> Result<Arc<Tokenizer>> {
-        let tokenizer = self.tokenizer.clone();
-        tokenizer.ok_or_else(|| self.no_tokenizer())
-    }
-
     fn no_tokenizer(&self) -> Error {
         Error::new(ErrorKind::Missing, "no tokenizer in the file")
             .at(self.file.path())
@@ -159,53 +153,38 @@ impl UPGModel {
         Ok(Tensor::from_vec(logits, shape, &Device::Cpu)?)
     }
 
+    /// Makes a scheduler for up to `at_once` sequences in a forward pass. Errors: those of [`Scheduler::new`].
+    pub fn scheduler(&self, at_once: usize, options: &SessionOptions) -> Result<Scheduler> {
+        Scheduler::new(Arc::clone(&self.model), at_once, options)
+    }
+
+    /// Makes a request for the `max_tokens` most probable tokens after the token ids `prompt`, up to a stop token of
+    /// the model. Its answer is a text if the model has a tokenizer.
+    pub fn request(&self, prompt: Vec<u32>, max_tokens: usize) -> Request {
+        let mut request = Request::new(prompt, max_tokens);
+        request.stop_ids.clone_from(&self.model.config().eos_ids);
+        if let Some(tokenizer) = &self.tokenizer {
+            request.stop_ids.clone_from(&tokenizer.special_ids().eos);
+            request.decoder = Some(Box::new(DecodeStream::new(Arc::clone(tokenizer), true)));
+        }
+        request
+    }
+
     /// Continues `prompt` greedily by at most `max_tokens` tokens; ends at the model's stop tokens.
     /// Returns the new text only.
     ///
-    /// Errors: those of [`UPGModel::stream`].
+    /// Errors: `Missing` tokenizer; those of [`Scheduler::submit`] and of the request.
     pub fn generate(&self, prompt: &str, max_tokens: usize) -> Result<String> {
         let prompt = self.tokenizer()?.encode(prompt, true)?;
-        let mut session = self.session(&SessionOptions::default())?;
-        let mut sampler = Sampler::new(SamplingOptions::default())?;
-        self.stream(&mut session, &mut sampler, &prompt, max_tokens, Vec::new())?
+        let mut scheduler = self.scheduler(1, &SessionOptions::default())?;
+        scheduler
+            .stream(self.request(prompt, max_tokens))?
             .collect()
-    }
-
-    /// Continues the token ids `prompt`, text piece by text piece, until `max_tokens`, a stop token
-    /// of the model, or one of `stop_strings`.
-    ///
-    /// What `session` already holds of `prompt` is not computed again. Errors: `Missing` tokenizer,
-    /// `Argument` (empty or too long prompt, empty stop string), and those of the items.
-    pub fn stream<'a>(
-        &'a self,
-        session: &'a mut Session,
-        sampler: &'a mut Sampler,
-        prompt: &[u32],
-        max_tokens: usize,
-        stop_strings: Vec<String>,
-    ) -> Result<TextStream<'a, DecodeStream<&'a Tokenizer>>> {
-        let tokenizer = self.tokenizer()?;
-        let options = self.generate_options(max_tokens)?;
-        let stops = StopStrings::new(stop_strings)?;
-        let tokens = TokenStream::new(session, sampler, prompt, options)?;
-        Ok(TextStream::new(
-            tokens,
-            tokenizer.decode_stream(true),
-            stops,
-        ))
-    }
-
-    /// Ends at the stop tokens of the model. Errors (`Missing`): no tokenizer.
-    pub(super) fn generate_options(&self, max_tokens: usize) -> Result<GenerateOptions> {
-        Ok(GenerateOptions {
-            max_tokens,
-            stop_ids: self.tokenizer()?.special_ids().eos.clone(),
-        })
     }
 
     /// [`UPGModel::generate`] for several prompts, 16 of them at once; the texts in the order of the prompts.
     ///
-    /// Errors: the first of those of [`Scheduler::submit`] and of the requests.
+    /// Errors: the first of those of [`UPGModel::generate`].
     ///
     /// ```no_run
     /// # fn main() -> upg_kernel::Result<()> {
@@ -219,30 +198,18 @@ impl UPGModel {
     /// ```
     pub fn generate_batch(&self, prompts: &[&str], max_tokens: usize) -> Result<Vec<String>> {
         let tokenizer = self.tokenizer()?;
-        let request = |prompt: &&str| {
-            Ok(Request {
-                prompt: tokenizer.encode(prompt, true)?,
-                sampler: Sampler::new(SamplingOptions::default())?,
-                max_tokens,
-                stop_strings: Vec::new(),
-                log_probs: None,
-            })
+        let mut scheduler = self.scheduler(AT_ONCE, &SessionOptions::default())?;
+        let submit = |prompt: &&str| {
+            scheduler.submit(self.request(tokenizer.encode(prompt, true)?, max_tokens))
         };
-        let requests = prompts.iter().map(request).collect::<Result<Vec<_>>>()?;
-        let mut scheduler = Scheduler::new(self, AT_ONCE, &SessionOptions::default())?;
-        let mut texts = HashMap::new();
-        let mut ids = Vec::new();
-        for request in requests {
-            ids.push(scheduler.submit(request)?);
-        }
+        let ids = prompts.iter().map(submit).collect::<Result<Vec<_>>>()?;
+        let mut texts: HashMap<_, String> = HashMap::new();
         while !scheduler.is_idle() {
             for (id, event) in scheduler.step() {
                 match event {
-                    Event::Text(text) => {
-                        texts.entry(id).or_insert_with(String::new).push_str(&text)
-                    }
-                    Event::Token(..) | Event::Finished(_) => {}
-                    Event::Failed(error) => return Err(error),
+                    Event::Text(text) => texts.entry(id).or_default().push_str(&text),
+                    Event::Token(..) | Event::Finished(..) => {}
+                    Event::Failed(error, _) => return Err(error),
                 }
             }
         }
@@ -257,7 +224,7 @@ impl std::fmt::Debug for UPGModel {
     }
 }
 
-impl<T: Borrow<Tokenizer>> PieceDecoder for DecodeStream<T> {
+impl<T: Borrow<Tokenizer> + Send> PieceDecoder for DecodeStream<T> {
     fn piece(&mut self, id: u32) -> Result<String> {
         self.push(id)
     }

@@ -43,6 +43,11 @@ pub(crate) trait Device: Send + Sync + Sized + 'static {
     /// Makes an empty cache, which grows with the blocks that passes refer to.
     fn cache(&self, layout: &CacheLayout) -> Result<Self::Cache>;
 
+    /// Calls `compute`, which computes a pass and calls its argument after each layer: another pass may have its turn then.
+    fn in_turn<R>(&self, compute: impl FnOnce(&mut dyn FnMut()) -> R) -> R {
+        compute(&mut || {})
+    }
+
     /// Prepares a pass: rotations of its positions, memory for its blocks, copies of shared blocks.
     ///
     /// Errors (`TooLarge`): no memory for a block.

@@ -4,11 +4,12 @@
 mod common;
 
 use common::tiny::{MODELS, cases, largest_difference};
-use common::{CUT_TOLERANCE, model, options, session};
+use common::{CUT_TOLERANCE, config, model, options, session, source};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use upg_kernel::ErrorKind;
 use upg_kernel::inference::{Context, Logits, Model, Sequence, Session, SessionOptions};
+use upg_kernel::kernels::Kernels;
+use upg_kernel::{Cpu, ErrorKind};
 
 /// One sequence of a schedule: what it still has to compute, and the session that does it alone.
 struct Twin {
@@ -50,6 +51,27 @@ fn new_context(model: &Arc<Model>, prefill_chunk: usize) -> Context {
         ..options()
     };
     Context::new(Arc::clone(model), &options).expect("good options")
+}
+
+/// They take turns on the three threads of one device.
+#[test]
+fn callers_at_once_get_what_one_gets_alone() {
+    let cpu = Cpu::new(Kernels::best(), 3);
+    let weights = source("qwen3");
+    let model = Model::load_on(cpu, config("qwen3"), &weights).unwrap();
+    let model = Arc::new(model);
+    let case = cases("qwen3").pop().unwrap();
+    let expected = session(&model).forward(&case.prompt).unwrap();
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                for _ in 0..20 {
+                    let logits = session(&model).forward(&case.prompt).unwrap();
+                    assert_eq!(logits, expected);
+                }
+            });
+        }
+    });
 }
 
 #[test]

@@ -47,6 +47,15 @@ impl Device for Cpu {
         Ok(CpuCache::new(layout))
     }
 
+    fn in_turn<R>(&self, compute: impl FnOnce(&mut dyn FnMut()) -> R) -> R {
+        let mut turn = self.team().turn();
+        compute(&mut || {
+            if let Some(turn) = &mut turn {
+                turn.pass_on();
+            }
+        })
+    }
+
     fn begin(
         &self,
         pass: &Pass,

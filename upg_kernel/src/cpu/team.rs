@@ -7,6 +7,7 @@
 
 mod handover;
 mod sync;
+mod turns;
 
 use handover::Handover;
 use std::marker::PhantomData;
@@ -15,6 +16,7 @@ use std::panic::resume_unwind;
 use std::sync::{Arc, Mutex, TryLockError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+use turns::{Turn, Turns};
 
 /// How long an idle thread looks for work before it sleeps: longer than what lies between two loops of a
 /// token, and two tokens, so that waking up is paid once a generation.
@@ -40,6 +42,7 @@ pub(crate) struct Team {
     shared: Arc<Handover>,
     /// Held by the caller whose loop the team works on: until when it does without the others.
     caller: Mutex<Option<Instant>>,
+    turns: Turns,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -96,6 +99,7 @@ impl Team {
         Self {
             shared,
             caller: Mutex::new(None),
+            turns: Turns::default(),
             threads,
         }
     }
@@ -103,6 +107,15 @@ impl Team {
     /// How many threads work on a loop.
     pub(crate) fn threads(&self) -> usize {
         self.threads.len() + 1
+    }
+
+    /// Waits until no other caller has a turn, so that the loops of this one get all threads. A thread must not ask for a
+    /// turn while it has one.
+    ///
+    /// `None` with up to two threads: callers side by side, each computing alone, get as much as each other then, and
+    /// more in all (SmolLM2, two callers on two cores: 346 tokens/s, 305 in turns).
+    pub(crate) fn turn(&self) -> Option<Turn<'_>> {
+        (self.threads() > 2).then(|| self.turns.wait())
     }
 
     /// Calls `task` with every number below `tasks`, on any threads in any order, and waits.

@@ -88,6 +88,7 @@ impl<D: Device> Decoder<D> {
         proceed: &dyn Fn() -> Result<()>,
         cache: &mut D::Cache,
         workspace: &mut Workspace<D>,
+        layer_done: &mut dyn FnMut(),
         logits: &mut Vec<f32>,
     ) -> Result<()> {
         let (device, weights) = (&self.device, &self.weights);
@@ -99,6 +100,7 @@ impl<D: Device> Decoder<D> {
             let size = self.config.intermediate_size;
             let observe: Observe<'_, D> = &mut |_, _| Ok(());
             compute_layer(device, layer, index, pass, size, cache, workspace, observe)?;
+            layer_done();
         }
         if pass.wanted.is_empty() {
             return Ok(());
@@ -191,7 +193,9 @@ impl<D: Device> Engine for DecoderEngine<D> {
             cache,
             workspace,
         } = self;
-        decoder.compute(pass, proceed, cache, workspace, logits)
+        decoder.device.in_turn(|layer_done| {
+            decoder.compute(pass, proceed, cache, workspace, layer_done, logits)
+        })
     }
 }
 

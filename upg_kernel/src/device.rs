@@ -5,7 +5,6 @@ use crate::error::Result;
 use crate::inference::cache::CacheLayout;
 use crate::inference::pass::Pass;
 use crate::inference::rope::Rope;
-use crate::inference::weights::{Linear, Norm};
 use crate::matrix::Matrix;
 
 /// The effect of a product on its output.
@@ -15,6 +14,20 @@ pub(crate) enum Write {
     Set,
     /// Adds to it.
     Add,
+}
+
+/// A matrix `[outputs, inputs]` and, in some families, a bias `[outputs]`.
+#[derive(Debug, Clone)]
+pub(crate) struct Linear<W = Matrix, V = Vec<f32>> {
+    pub(crate) weight: W,
+    pub(crate) bias: Option<V>,
+}
+
+/// A root mean square norm (arXiv 1910.07467) with a gain for each element.
+#[derive(Debug, Clone)]
+pub(crate) struct Norm<V = Vec<f32>> {
+    pub(crate) gain: V,
+    pub(crate) eps: f32,
 }
 
 /// Hardware that computes the steps of a decoder layer.

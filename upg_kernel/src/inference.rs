@@ -28,6 +28,7 @@ mod scheduler;
 pub mod session;
 #[cfg(feature = "text")]
 pub mod tokenizer;
+mod tokenizer_config;
 #[cfg(feature = "text")]
 mod upg_model;
 pub mod weights;

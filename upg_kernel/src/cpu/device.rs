@@ -5,12 +5,11 @@ use super::Cpu;
 use super::attention::{Attention, Tasks};
 use super::cache::CpuCache;
 use super::product::{self, multiply};
-use crate::device::{Device, Heads, Write};
+use crate::device::{Device, Heads, Linear, Norm, Write};
 use crate::error::Result;
 use crate::inference::cache::CacheLayout;
 use crate::inference::pass::Pass;
 use crate::inference::rope::{Rope, RopeTable};
-use crate::inference::weights::{Linear, Norm};
 use crate::matrix::Matrix;
 
 /// Memory that the steps of a pass share.

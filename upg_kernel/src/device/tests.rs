@@ -5,12 +5,11 @@
 #[allow(dead_code, reason = "helpers of other tests")]
 mod common;
 
-use super::{Device, Heads, Write};
+use super::{Device, Heads, Linear, Norm, Write};
 use crate::error::{ErrorKind, Result};
 use crate::inference::cache::{BLOCK, CacheLayout, first_seen};
 use crate::inference::pass::Pass;
 use crate::inference::rope::Rope;
-use crate::inference::weights::{Linear, Norm};
 use crate::inference::{Context, Logits, Model, SessionOptions};
 use crate::matrix::Matrix;
 use common::tiny::{MODELS, cases, largest_difference};

@@ -17,8 +17,8 @@ use minijinja::value::Value;
 use minijinja::{Environment, context};
 
 use crate::format::json;
-use crate::inference::model_dir::default_template;
 use crate::inference::tokenizer::token_text;
+use crate::inference::tokenizer_config::default_template;
 use crate::{Error, ErrorKind, Result};
 
 pub use date::Date;

@@ -6,12 +6,13 @@ use super::ModelConfig;
 use super::chat_template::{ChatTemplate, MAX_TEMPLATE_BYTES};
 #[cfg(feature = "text")]
 use super::tokenizer::{SpecialIds, Tokenizer};
+use super::tokenizer_config::default_template;
 use crate::error::{Error, ErrorKind, Result};
 use crate::files;
 #[cfg(feature = "text")]
 use crate::format::check_tokenizer_bytes;
 use crate::format::{MAX_TOKENIZER_BYTES, TOKENIZER, json};
-use serde_json::{Map, Value};
+use serde_json::Value;
 use std::collections::BTreeMap;
 use std::io::ErrorKind as IoKind;
 use std::path::Path;
@@ -136,26 +137,6 @@ impl ModelFiles {
         }
         Ok(())
     }
-}
-
-/// The template in a parsed `tokenizer_config.json`: a text, or of several named ones `default`.
-///
-/// Errors: `Malformed` when `chat_template` is neither.
-pub(crate) fn default_template(config: &Map<String, Value>) -> Result<Option<&str>> {
-    let source = match config.get("chat_template") {
-        None | Some(Value::Null) => return Ok(None),
-        Some(Value::Array(named)) => named
-            .iter()
-            .find(|t| t.get("name").and_then(Value::as_str) == Some("default"))
-            .and_then(|t| t.get("template")),
-        other => other,
-    };
-    source.and_then(Value::as_str).map(Some).ok_or_else(|| {
-        Error::new(
-            ErrorKind::Malformed,
-            "tokenizer_config.json: chat_template is neither a text nor a list with a 'default'",
-        )
-    })
 }
 
 /// The error `e` of a tokenizer, with a way to compress the model without it.

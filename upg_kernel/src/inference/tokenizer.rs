@@ -94,7 +94,8 @@ impl Tokenizer {
         tokenizer_config: Option<&str>,
         special: SpecialIds,
     ) -> Result<Self> {
-        let (mut parts, growth) = file::parse(tokenizer_json)?;
+        let mut parts = file::parse(tokenizer_json)?;
+        let growth = parts.check()?;
         let mut inner = contained(|| parts.tokenizer())??;
         // Files saved after training carry these; a prompt must never be cut or filled up.
         inner.with_padding(None);

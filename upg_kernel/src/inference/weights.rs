@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::config::ModelConfig;
-use crate::device::Device;
+use crate::device::{Device, Linear, Norm};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::UpgFile;
 use crate::matrix::Matrix;
@@ -63,20 +63,6 @@ pub fn shape_mismatch(name: &str, found: &[usize], expected: &[usize]) -> Error 
         format!("has the shape {found:?}, config.json asks for {expected:?}"),
     )
     .tensor(name)
-}
-
-/// A matrix `[outputs, inputs]` and, in some families, a bias `[outputs]`.
-#[derive(Debug, Clone)]
-pub(crate) struct Linear<W = Matrix, V = Vec<f32>> {
-    pub(crate) weight: W,
-    pub(crate) bias: Option<V>,
-}
-
-/// A root mean square norm (arXiv 1910.07467) with a gain for each element.
-#[derive(Debug, Clone)]
-pub(crate) struct Norm<V = Vec<f32>> {
-    pub(crate) gain: V,
-    pub(crate) eps: f32,
 }
 
 /// The weights of a model: as the source has them, or as a device holds them.

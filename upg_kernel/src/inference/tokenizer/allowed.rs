@@ -6,10 +6,9 @@
 #![forbid(unsafe_code)]
 
 use super::expressions::examine;
-use super::file::{Added, Model, part};
+use super::file::Parts;
 use crate::format::json;
 use crate::{Error, ErrorKind, Result};
-use serde::Deserialize;
 use serde_json::Value;
 
 /// Most times that all replacements together may make a text longer.
@@ -69,30 +68,7 @@ const DECODERS: &[&str] = &[
     "Strip",
 ];
 
-/// The parts of a file.
-#[derive(Deserialize)]
-pub(super) struct Parts {
-    #[serde(default)]
-    pub(super) version: Option<String>,
-    #[serde(default, deserialize_with = "part")]
-    pub(super) normalizer: Value,
-    #[serde(default, deserialize_with = "part")]
-    pub(super) pre_tokenizer: Value,
-    #[serde(default, deserialize_with = "part")]
-    pub(super) post_processor: Value,
-    #[serde(default, deserialize_with = "part")]
-    pub(super) decoder: Value,
-    pub(super) model: Model,
-    #[serde(default)]
-    pub(super) added_tokens: Added,
-}
-
 impl Parts {
-    /// Returns whether a word that is a token is taken without merging.
-    pub(super) fn ignores_merges(&self) -> bool {
-        self.model.ignore_merges.unwrap_or(false)
-    }
-
     /// Returns by how much the normalizer may make a text longer.
     ///
     /// Errors (`Unsupported`): a part that is not known, or one with parameters of no use.

@@ -6,8 +6,8 @@
 #![forbid(unsafe_code)]
 
 use super::MAX_TEXT_BYTES;
-use super::allowed::Parts;
 use super::expressions::{Cuts, examine};
+use super::file::Parts;
 use crate::{Error, ErrorKind, Result};
 use serde_json::Value;
 use std::collections::HashSet;

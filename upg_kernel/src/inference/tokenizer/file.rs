@@ -5,7 +5,6 @@
 //! counted to the end and not kept. Memory: at most 16 times the file, and 4 MiB.
 #![forbid(unsafe_code)]
 
-use super::allowed::Parts;
 use super::wrapped;
 use crate::format::{check_tokenizer_bytes, json};
 use crate::{Error, ErrorKind, Result};
@@ -51,10 +50,10 @@ pub fn check_count(what: &str, found: usize, most: usize) -> Result<()> {
     }
 }
 
-/// Parses and checks the text of a `tokenizer.json`. Returns also by how much its normalizer may make a text longer.
+/// Parses the text of a `tokenizer.json`.
 ///
-/// Errors: `TooLarge` above a cap; `Malformed`; those of [`Parts::check`].
-pub(super) fn parse(tokenizer_json: &[u8]) -> Result<(Parts, usize)> {
+/// Errors: `TooLarge` above a cap; `Malformed`.
+pub(super) fn parse(tokenizer_json: &[u8]) -> Result<Parts> {
     check_tokenizer_bytes(tokenizer_json.len())?;
     let parts: Parts = serde_json::from_slice(tokenizer_json).map_err(refused)?;
     let (model, added) = (&parts.model, &parts.added_tokens);
@@ -70,11 +69,33 @@ pub(super) fn parse(tokenizer_json: &[u8]) -> Result<(Parts, usize)> {
         let message = format!("tokenizer.json: version, expected {VERSION}");
         return Err(Error::new(ErrorKind::Malformed, message));
     }
-    let growth = parts.check()?;
-    Ok((parts, growth))
+    Ok(parts)
+}
+
+/// The parts of a file.
+#[derive(Deserialize)]
+pub(super) struct Parts {
+    #[serde(default)]
+    pub(super) version: Option<String>,
+    #[serde(default, deserialize_with = "part")]
+    pub(super) normalizer: Value,
+    #[serde(default, deserialize_with = "part")]
+    pub(super) pre_tokenizer: Value,
+    #[serde(default, deserialize_with = "part")]
+    pub(super) post_processor: Value,
+    #[serde(default, deserialize_with = "part")]
+    pub(super) decoder: Value,
+    pub(super) model: Model,
+    #[serde(default)]
+    pub(super) added_tokens: Added,
 }
 
 impl Parts {
+    /// Returns whether a word that is a token is taken without merging.
+    pub(super) fn ignores_merges(&self) -> bool {
+        self.model.ignore_merges.unwrap_or(false)
+    }
+
     /// The tokenizer of these parts; takes the vocabulary out of them.
     ///
     /// Errors: `Malformed` for a part that the crate does not take; `Invalid` for merges of or into something that is no token.
@@ -407,12 +428,10 @@ mod tests {
             let part = format!("[{}0]", "0,".repeat(values - 2));
             let text =
                 format!(r#"{{"model":{{"type":"x"}},"normalizer":{part},"decoder":{part}}}"#);
-            parse(text.as_bytes()).map(|_| ()).unwrap_err()
+            parse(text.as_bytes()).map(|_| ())
         };
-        // It is read, and refused for its kind of model.
-        let e = parsed(MAX_PART_VALUES);
-        assert_eq!(e.kind(), ErrorKind::Unsupported, "{e}");
-        let e = parsed(MAX_PART_VALUES + 1);
+        assert!(parsed(MAX_PART_VALUES).is_ok());
+        let e = parsed(MAX_PART_VALUES + 1).unwrap_err();
         assert_eq!(e.kind(), ErrorKind::TooLarge, "{e}");
         assert!(e.to_string().contains("more than 16384 values"), "{e}");
     }

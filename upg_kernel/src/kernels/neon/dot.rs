@@ -1,6 +1,7 @@
 //! Sums of products of bytes.
 
-use super::*;
+use std::arch::aarch64::*;
+use std::arch::asm;
 use std::arch::is_aarch64_feature_detected;
 
 /// A way to add up products. A value is the proof that this machine has the instructions.

@@ -1,4 +1,4 @@
-//! The command line: every flag, its default and its help.
+//! The command line: every flag, its default and its help text.
 #![forbid(unsafe_code)]
 
 use clap::builder::PossibleValuesParser;
@@ -10,7 +10,7 @@ use upg_compress::{Choice, Override, Sparse, TuneOptions};
 use upg_kernel::format::Encoding;
 use upg_kernel::inference::CacheType;
 
-/// A number above 0.
+/// Parses a finite number above 0.
 fn positive(text: &str) -> Result<f64, String> {
     let number = text
         .parse()
@@ -19,25 +19,25 @@ fn positive(text: &str) -> Result<f64, String> {
     number.ok_or_else(|| "expected a number above 0".to_owned())
 }
 
-/// A whole number above 0.
+/// Parses an integer above 0.
 fn count(text: &str) -> Result<usize, String> {
     let number = text.parse::<NonZeroUsize>();
     number.map(NonZeroUsize::get).map_err(|e| e.to_string())
 }
 
-/// A number above 0 and below 1.
+/// Parses a number above 0 and below 1.
 fn share(text: &str) -> Result<f64, String> {
     let number = positive(text).ok().filter(|n| *n < 1.0);
     number.ok_or_else(|| "expected a number above 0 and below 1".to_owned())
 }
 
-/// A number of bytes, with or without a unit: `700MB`, `5.5 GB`, `2GiB`.
+/// Parses a number of bytes, with or without a unit: `700MB`, `5.5 GB`, `2GiB`.
 fn size(text: &str) -> Result<u64, String> {
     let size = text.parse::<bytesize::ByteSize>();
     size.map(|size| size.as_u64())
 }
 
-/// Compress language models into one memory-mapped file, and run them from it.
+/// Compress language models into one memory-mapped file and run them from it
 #[derive(Parser)]
 #[command(
     name = "upg",
@@ -50,25 +50,28 @@ Examples:
   upg run smollm2.safetensors -p 'The capital of France is' -n 20
   upg chat smollm2.safetensors
 
-Exit codes: 0 success, 1 an error in a file or the system, 2 a wrong option or argument, 3 a model file was cut
-short or overwritten while it was in use, 130, 143 or 129 after Ctrl-C, SIGTERM or SIGHUP. A second signal ends upg
-at once.
+Exit codes:
+  0    success
+  1    error in a file or the system
+  2    invalid option or argument
+  3    model file truncated or overwritten while in use
+  130  Ctrl-C (SIGTERM: 143, SIGHUP: 129); a second signal exits at once
 
-A terminal is shown control characters as \\u{1b}; a file or a pipe gets them as they are."
+Control characters are escaped on a terminal, as \\u{1b}, and unchanged in a file or a pipe."
 )]
 pub struct Cli {
-    /// Threads to use [default: one for each core that this process may use; for compress, decompress and
-    /// verify one for each hardware thread]
+    /// Number of threads [default: one per available core; one per hardware thread for all
+    /// commands except run, chat, eval and bench]
     #[arg(long, global = true, value_name = "N")]
     pub threads: Option<usize>,
-    /// Read model files into memory instead of mapping them, and check those of UPG against their checksums then: for
-    /// network disks, and for files that somebody may write meanwhile
+    /// Read model files into memory instead of mapping them, and verify the checksums of UPG
+    /// files while reading. For network drives and for files that may be written during use
     #[arg(long, global = true)]
     pub no_mmap: bool,
     /// Print the version
     #[arg(short = 'V', long)]
     pub version: bool,
-    /// With --version: also the kernels that this machine has, and which of them are used
+    /// With --version: also list the available kernels and the selected ones
     #[arg(long, requires = "version")]
     pub verbose: bool,
     #[command(subcommand)]
@@ -79,36 +82,40 @@ pub struct Cli {
 pub enum Command {
     /// Compress a model directory or a GGUF file into a UPG file
     Compress(CompressArgs),
-    /// Let the scales and norms of a UPG file learn from the original model
+    /// Fine-tune the scales and norms of a UPG file to match the original model
     Tune(TuneArgs),
-    /// Make a UPG file of one of version 1 (a Python pickle), without running anything of it
+    /// Convert a version 1 file (a Python pickle) to UPG, without executing the pickle
     Convert(ConvertArgs),
-    /// Rebuild a Hugging Face directory that transformers can load
+    /// Export a UPG file to a Hugging Face directory that transformers can load
     Decompress(DecompressArgs),
-    /// List what a UPG file holds
+    /// List the contents of a UPG file
     Inspect(InspectArgs),
-    /// Read a whole UPG file and check it against its checksums and rules
+    /// Verify the checksums and format rules of a UPG file
     Verify(FileArgs),
-    /// Continue one prompt, or compute logits for token ids
+    /// Generate text from a prompt, or compute logits for token ids
     Run(RunArgs),
-    /// Talk with a model
+    /// Chat with a model
     Chat(ChatArgs),
-    /// Measure perplexity on a text, and the distance to another file
+    /// Measure perplexity on a text, and the divergence from a reference model
     Eval(EvalArgs),
-    /// Measure speed and memory
+    /// Measure speed and memory use
     Bench(BenchArgs),
-    /// Print a completion script for a shell
+    /// Print a shell completion script
     Completions(CompletionsArgs),
 }
 
 #[derive(Args)]
 #[command(after_help = "\
 Encodings, with bits per weight:
-  keep   as the source has it       mdcsr  nearly lossless archive, 32
-  q8     8.13                       q4     4.26
-  t4     4.01  rotated, trellis     s8     zeros kept exactly: 1.1 + 8 per kept weight
-  t3     3.01  rotated, trellis     s4     zeros kept exactly: 1.2 + 4 per kept weight
-  t2     2.01  rotated, trellis
+  keep   uncompressed, as in the source
+  mdcsr  32    nearly lossless archive
+  q8     8.13
+  q4     4.26
+  t4     4.01  rotated, trellis-coded
+  t3     3.01  rotated, trellis-coded
+  t2     2.01  rotated, trellis-coded
+  s8     1.1, and 8 per nonzero weight; zeros are exact
+  s4     1.2, and 4 per nonzero weight; zeros are exact
 
 Examples:
   upg compress Phi-4/ -o phi4.safetensors --encoding t3
@@ -121,71 +128,79 @@ Examples:
   upg compress Phi-4/ -o phi4.safetensors --encoding t3 --calibrate --resume
   upg compress Phi-4/ -o phi4.safetensors --encoding t3 --dry-run")]
 pub struct CompressArgs {
-    /// Hugging Face directory (config.json, *.safetensors), GGUF file, or UPG file of version 1 (see convert)
+    /// Hugging Face directory (config.json, *.safetensors), GGUF file or version 1 UPG file (see
+    /// convert)
     pub source: PathBuf,
-    /// File to write; it appears whole or not at all, in the place of an older one
+    /// Output file, replaced atomically
     #[arg(short, long, value_name = "FILE")]
     pub output: PathBuf,
-    /// For the matrices of the transformer blocks
+    /// Encoding of the transformer block matrices
     #[arg(short, long, default_value = "q4")]
     pub encoding: Choice,
-    /// Choose t2, t3, t4 or q8 for each of these matrices, so that they have this many bits a weight on average, those
-    /// that --calibrate shows to need them most more than others
+    /// Target average bits per weight of the transformer block matrices: picks t2, t3, t4 or q8
+    /// per matrix, with more bits for the most sensitive ones
     #[arg(long, value_name = "BITS", value_parser = positive, group = "budget", requires = "calibrate", conflicts_with_all = ["encoding", "prune"])]
     pub bpw: Option<f64>,
-    /// As --bpw, so that the whole file is smaller than the weights in F32 by this factor
+    /// Like --bpw, with a target for the whole file: smaller than its weights in F32 by this
+    /// factor
     #[arg(long, value_name = "FACTOR", value_parser = positive, group = "budget", requires = "calibrate", conflicts_with_all = ["encoding", "prune"])]
     pub ratio: Option<f64>,
-    /// As --bpw, so that the whole file has at most this size, for example 5.5GB or 700MB
+    /// Like --bpw, with a maximum size of the whole file, for example 5.5GB or 700MB
     #[arg(long, value_name = "SIZE", value_parser = size, group = "budget", requires = "calibrate", conflicts_with_all = ["encoding", "prune"])]
     pub size: Option<u64>,
-    /// For the embeddings and the output head [default: q8; q4 with t2 or t3 where they are large]
+    /// Encoding of the embeddings and the output head [default: q8; q4 with t2 or t3 if q8
+    /// embeddings would exceed 20 % of the file; the same as --encoding for keep and mdcsr]
     #[arg(long, value_name = "ENCODING")]
     pub embedding: Option<Choice>,
-    /// Columns that share a prime index in q8 and q4: 32 or 64 [default: 64 in q8, 32 in q4]
+    /// Columns per group in q8 and q4 (they share a prime index): 32 or 64 [default: 64 for q8,
+    /// 32 for q4]
     #[arg(long, value_name = "COLUMNS")]
     pub group: Option<usize>,
-    /// For matrices whose name matches a pattern with * and ?; the last match counts
+    /// Encoding of the matrices whose name matches PATTERN (wildcards * and ?); repeatable, the
+    /// last match wins
     #[arg(long = "tensor", value_name = "PATTERN=ENCODING")]
     pub overrides: Vec<Override>,
-    /// Seed of the random rotation of the t encodings
+    /// Random seed of the rotation in t2, t3 and t4
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
-    /// Run the model over a text first: what it predicts there is kept rather than its weights.
-    /// For all encodings of the blocks but keep and mdcsr; takes many times as long. TEXT is UTF-8, or JSON lines
-    /// with a string "text" each if its name ends in .jsonl [without TEXT: one that comes with upg]
+    /// Calibrate on a text: minimize the change of the model's predictions instead of its
+    /// weights. Works with all block encodings except keep and mdcsr, and takes many times as long.
+    /// TEXT is UTF-8, or JSON lines with a string "text" each if its name ends in .jsonl [without
+    /// TEXT: a built-in text]
     #[arg(long, value_name = "TEXT", num_args = 0..=1)]
     pub calibrate: Option<Option<PathBuf>>,
-    /// Most tokens of that text to use, a sequence (512) at least: time grows with them [default: all of TEXT, 32768 of the one that comes
-    /// with upg]
+    /// Maximum number of calibration tokens, at least one sequence (512); time is proportional to
+    /// it [default: all of TEXT, 32768 of the built-in text]
     #[arg(long, value_name = "N", requires = "calibrate")]
     pub calibration_tokens: Option<NonZeroUsize>,
-    /// Store matrices with many zeros as s8 instead of q8 and s4 instead of q4: auto where it saves a tenth
-    /// (23 % and 33 % zeros), or never
+    /// Store matrices with many zeros as s8 instead of q8 and as s4 instead of q4: auto if that
+    /// saves 10 % (from 23 % and 33 % zeros), or never
     #[arg(long, value_name = "WHEN", default_value_t)]
     pub sparse: Sparse,
-    /// Set this share of the weights in the blocks to zero, those that --calibrate shows to matter least, and
-    /// store the others as s8 or s4. At equal size an encoding of fewer bits is better
+    /// Set this share of the block weights to zero, the least sensitive ones, and store the rest
+    /// as s8 or s4. At equal size an encoding with fewer bits is better
     #[arg(long, value_name = "SHARE", requires = "calibrate")]
     pub prune: Option<f64>,
-    /// Keep what is done in FILE.partial if this is stopped, however it is stopped, and go on from what an
-    /// earlier run has left there; the file is the same. FILE.partial.journal says what is done (of a FILE whose
-    /// name has over 239 bytes, both names begin with a part of it and a checksum)
+    /// Make the run restartable: after a stop of any kind the same command continues from
+    /// FILE.partial and FILE.partial.journal, and writes the same bytes. If the name of FILE is
+    /// longer than 239 bytes, both names are a prefix of it with a checksum
     #[arg(long)]
     pub resume: bool,
-    /// Print what becomes of each tensor, and the size, memory and time that it would take; write nothing
+    /// Print the encoding of each tensor and the estimated size, memory and time; write nothing
     #[arg(long)]
     pub dry_run: bool,
-    /// Write JSON: errors, zeros, bits and seconds of each tensor, with --calibrate also the errors of outputs and the
-    /// divergence that they predict, unless an earlier run without --report has done it, and how fast it went
+    /// Write a JSON report: error, zeros, bits and seconds per tensor, and speed; with
+    /// --calibrate also output errors and predicted divergence. Tensors finished by an earlier run
+    /// without --report have no errors in it
     #[arg(long, value_name = "FILE")]
     pub report: Option<PathBuf>,
 }
 
 #[derive(Args)]
 #[command(after_help = "\
-Codes stay as they are; norms are F32 afterwards. One sequence of 512 tokens in 16 is held out, and nothing is written if
-the divergence of those has not fallen. What is won shrinks with what was lost: tune t2 rather than q8.
+Only scales and norms change (norms become F32); codes stay the same. One in 16 sequences \
+of 512 tokens is held out, and no file is written unless the KL divergence on these falls. \
+The gain shrinks with the loss of the encoding: tune t2 rather than q8.
 
 Examples:
   upg tune phi4-t2.safetensors --original Phi-4/ -o phi4-t2-tuned.safetensors
@@ -193,52 +208,53 @@ Examples:
 pub struct TuneArgs {
     /// UPG file
     pub file: PathBuf,
-    /// What it was made of: Hugging Face directory or GGUF file
+    /// Original model of FILE: Hugging Face directory or GGUF file
     #[arg(long, value_name = "SOURCE")]
     pub original: PathBuf,
-    /// File to write; it appears whole or not at all, and may be the one that is tuned
+    /// Output file, replaced atomically; may be FILE itself
     #[arg(short, long, value_name = "FILE")]
     pub output: PathBuf,
-    /// Text to learn on: UTF-8, or JSON lines with a string "text" each if its name ends in .jsonl [default: one that
-    /// comes with upg]
+    /// Training text: UTF-8, or JSON lines with a string "text" each if its name ends in .jsonl
+    /// [default: a built-in text]
     #[arg(long, value_name = "TEXT")]
     pub text: Option<PathBuf>,
-    /// Most tokens of it to use [default: all of TEXT, 32768 of the one that comes with upg]
+    /// Maximum number of training tokens [default: all of TEXT, 32768 of the built-in text]
     #[arg(long, value_name = "N")]
     pub tokens: Option<NonZeroUsize>,
-    /// How often to go through the text; each time takes about as long as calibrating on it
+    /// Number of passes over the text; each takes about as long as calibrating on it
     #[arg(long, value_name = "N", default_value_t = TuneOptions::default().passes, value_parser = count)]
     pub passes: usize,
-    /// By which part of itself a scale moves in a step, about
+    /// Learning rate: approximate relative change of a scale per step
     #[arg(long, value_name = "RATE", default_value_t = TuneOptions::default().rate, value_parser = share)]
     pub rate: f64,
 }
 
 #[derive(Args)]
 #[command(after_help = "\
-The weights are those of the old file exactly, as mdcsr, or encoded again with --to. An old file has no config and no
-tokenizer; without --model its weights can be read and decompressed, but not run. For more choices than --to an old file is
-a source of `upg compress` too.
+The weights are stored exactly, as mdcsr, or re-encoded with --to. Version 1 files have no \
+config and no tokenizer: without --model the output can be inspected and decompressed, but \
+not run. `upg compress` also reads version 1 files and has more options than --to.
 
 Examples:
   upg convert old.upg -o new.safetensors --model Phi-4/
   upg convert old.upg -o new.safetensors --model Phi-4/ --to q4")]
 pub struct ConvertArgs {
-    /// UPG file of version 1
+    /// Version 1 UPG file
     pub file: PathBuf,
-    /// File to write; it appears whole or not at all, in the place of an older one
+    /// Output file, replaced atomically
     #[arg(short, long, value_name = "FILE", required_unless_present = "to_path")]
     pub output: Option<PathBuf>,
-    /// The same as --output
+    /// Same as --output
     #[arg(value_name = "NEW", conflicts_with = "output")]
     pub to_path: Option<PathBuf>,
-    /// Hugging Face directory of the model, whose config.json, tokenizer and chat template go into the file
+    /// Hugging Face directory of the model; its config.json, tokenizer and chat template are
+    /// stored in the file
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
-    /// Encode the matrices of the transformer blocks again, as `upg compress --encoding` does
+    /// Re-encode the transformer block matrices, as `upg compress --encoding` does
     #[arg(long, value_name = "ENCODING")]
     pub to: Option<Choice>,
-    /// Files of the out-of-band buffers of a pickle of protocol 5, in the order in which they were written; few have any
+    /// Out-of-band buffers of a protocol 5 pickle, in the order they were written; rarely needed
     #[arg(long, value_name = "FILE", num_args = 1..)]
     pub buffers: Vec<PathBuf>,
 }
@@ -250,13 +266,13 @@ Example:
 pub struct DecompressArgs {
     /// UPG file
     pub file: PathBuf,
-    /// Directory to write; made if need be
+    /// Output directory, created if missing
     #[arg(short, long, value_name = "DIR")]
     pub output: PathBuf,
-    /// Type of the decompressed matrices [default: what config.json says, else bf16]
+    /// Data type of the decompressed matrices [default: from config.json, else bf16]
     #[arg(long, value_enum)]
     pub dtype: Option<FloatArg>,
-    /// Replace a model that is in DIR already and was not written by this command
+    /// Overwrite a model in DIR that this command did not write
     #[arg(long)]
     pub force: bool,
 }
@@ -265,9 +281,9 @@ pub struct DecompressArgs {
 pub enum FloatArg {
     /// 2 bytes, the range of f32
     Bf16,
-    /// 2 bytes, 11 bits of precision
+    /// 2 bytes, 11-bit significand
     F16,
-    /// 4 bytes, exactly what the file says
+    /// 4 bytes, the exact decoded values
     F32,
 }
 
@@ -277,7 +293,7 @@ Examples:
   upg inspect model.safetensors
   upg inspect model.safetensors --json | jq '.layers[] | select(.encoding == \"q4\")'")]
 pub struct InspectArgs {
-    /// UPG file, also of version 1
+    /// UPG file, version 1 or 2
     pub file: PathBuf,
     /// Print JSON
     #[arg(long)]
@@ -295,22 +311,22 @@ pub struct FileArgs {
 
 #[derive(Args)]
 pub struct SamplingArgs {
-    /// Randomness; 0 always takes the most probable token
+    /// Sampling temperature; 0: greedy
     #[arg(short, long, default_value_t = 0.0, allow_negative_numbers = true)]
     pub temperature: f32,
-    /// Choose among this many most probable tokens; 0: all
+    /// Top-k sampling; 0: disabled
     #[arg(long, default_value_t = 0, value_name = "K")]
     pub top_k: usize,
-    /// Choose among the fewest tokens of this total probability
+    /// Top-p (nucleus) sampling; 1: disabled
     #[arg(long, default_value_t = 1.0, value_name = "P")]
     pub top_p: f32,
-    /// Choose among tokens of at least this probability, relative to the first
+    /// Min-p sampling, relative to the most probable token; 0: disabled
     #[arg(long, default_value_t = 0.0, value_name = "P")]
     pub min_p: f32,
-    /// Make tokens of the last 64 less probable; 1: no change
+    /// Repetition penalty on the last 64 tokens; 1: disabled
     #[arg(long, default_value_t = 1.0, value_name = "FACTOR")]
     pub repetition_penalty: f32,
-    /// Subtract this from the logit of a token for each time it is among the last 64
+    /// Frequency penalty on the last 64 tokens: logit reduction per occurrence; 0: disabled
     #[arg(
         long,
         default_value_t = 0.0,
@@ -318,7 +334,7 @@ pub struct SamplingArgs {
         allow_negative_numbers = true
     )]
     pub frequency_penalty: f32,
-    /// Subtract this from the logits of tokens that are among the last 64
+    /// Presence penalty on the last 64 tokens: logit reduction if present; 0: disabled
     #[arg(
         long,
         default_value_t = 0.0,
@@ -326,28 +342,28 @@ pub struct SamplingArgs {
         allow_negative_numbers = true
     )]
     pub presence_penalty: f32,
-    /// Seed of the random choice
+    /// Random seed
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
-    /// Stop at this text; may be given several times
+    /// Stop sequence; repeatable
     #[arg(long = "stop", value_name = "TEXT")]
     pub stop: Vec<String>,
-    /// Positions to keep room for [default: what the model allows]
+    /// Context size in tokens [default: the maximum of the model]
     #[arg(long, value_name = "N")]
     pub context: Option<usize>,
-    /// How the keys and values of attention are kept
+    /// Data type of the KV cache
     #[arg(long, value_enum, default_value_t)]
     pub cache_type: CacheArg,
 }
 
 #[derive(Clone, Copy, Default, ValueEnum)]
 pub enum CacheArg {
-    /// 4 bytes an element
+    /// 4 bytes per element
     F32,
-    /// 2 bytes an element
+    /// 2 bytes per element
     #[default]
     F16,
-    /// 1 byte an element, and 4 bytes of scale for 32 of them
+    /// 1 byte per element, and a 4-byte scale per 32 elements
     Int8,
 }
 
@@ -370,7 +386,7 @@ Examples:
 pub struct RunArgs {
     /// UPG file
     pub file: PathBuf,
-    /// Text to continue; - reads standard input. Special tokens in it count as such
+    /// Prompt text, or - to read it from standard input. Special tokens in it are recognized
     #[arg(
         short,
         long,
@@ -378,23 +394,24 @@ pub struct RunArgs {
         required_unless_present = "tokens"
     )]
     pub prompt: Option<String>,
-    /// Most tokens to generate
+    /// Maximum number of tokens to generate
     #[arg(short = 'n', long, default_value_t = 128, value_name = "N")]
     pub max_tokens: usize,
-    /// Put the prompt into the chat template of the model
+    /// Apply the chat template of the model to the prompt
     #[arg(long, conflicts_with = "tokens")]
     pub chat: bool,
     /// System message for --chat
     #[arg(long, requires = "chat", value_name = "TEXT")]
     pub system: Option<String>,
-    /// Token ids instead of a prompt, separated by commas; for --logits
+    /// Token ids instead of a prompt, comma-separated; for --logits
     #[arg(long, value_delimiter = ',', num_args = 1.., requires = "logits", value_name = "IDS",
         value_parser = |id: &str| id.trim().parse::<u32>())]
     pub tokens: Option<Vec<u32>>,
-    /// With --tokens: write the logits of every position, F32 [positions, vocab], as safetensors
+    /// With --tokens: write the logits of every position to a safetensors file, F32 [positions,
+    /// vocab]
     #[arg(long, requires = "tokens", value_name = "FILE")]
     pub logits: Option<PathBuf>,
-    /// No figures on speed and memory at the end
+    /// Don't print speed and memory use at the end
     #[arg(short, long)]
     pub quiet: bool,
     #[command(flatten)]
@@ -403,8 +420,8 @@ pub struct RunArgs {
 
 #[derive(Args)]
 #[command(after_help = "\
-Ctrl-C stops the answer; Ctrl-D, or Ctrl-C at the prompt, ends the program. So do SIGTERM and SIGHUP
-at any time. /clear forgets the talk.
+Ctrl-C stops the answer. Ctrl-D, or Ctrl-C at the prompt, exits; SIGTERM and SIGHUP exit at any \
+time. /clear resets the conversation.
 
 Example:
   upg chat model.safetensors --system 'You answer in one sentence.' --temperature 0.7")]
@@ -414,7 +431,7 @@ pub struct ChatArgs {
     /// System message
     #[arg(long, value_name = "TEXT")]
     pub system: Option<String>,
-    /// Most tokens of an answer
+    /// Maximum number of tokens per answer
     #[arg(short = 'n', long, default_value_t = 1024, value_name = "N")]
     pub max_tokens: usize,
     #[command(flatten)]
@@ -423,36 +440,37 @@ pub struct ChatArgs {
 
 #[derive(Args)]
 #[command(after_help = "\
-The text is cut into windows and the second half of each is scored, as llama.cpp does it.
+The text is split into windows and the second half of each is scored, as in llama.cpp.
 
 Examples:
   upg eval model.safetensors --text book.txt
   upg eval small.safetensors --text book.txt --against Phi-4/ --json
-  upg eval small.safetensors --text book.txt --against Phi-4/ --logits phi4.logits   # computed once")]
+  upg eval small.safetensors --text book.txt --against Phi-4/ --logits phi4.logits")]
 pub struct EvalArgs {
     /// UPG file
     pub file: PathBuf,
-    /// Text file, UTF-8
+    /// Text file (UTF-8)
     #[arg(long, value_name = "FILE")]
     pub text: PathBuf,
-    /// Reference to compare with, for KL divergence and agreement of the first choice: a UPG file, or an
-    /// original (Hugging Face directory, GGUF file), which is run in f32 with 4 bytes of memory a weight
+    /// Reference model, for KL divergence and top-1 agreement: a UPG file, or an original
+    /// (Hugging Face directory or GGUF file), which runs in f32 and takes 4 bytes of memory per
+    /// weight
     #[arg(long, value_name = "MODEL")]
     pub against: Option<PathBuf>,
-    /// Keep the logits of the reference in this file, and use them from there the next time. Made anew where
-    /// text, windows or reference are others; 2 bytes for each scored position and token of the vocabulary
+    /// Cache the reference logits in this file; recomputed if the text, windows or reference
+    /// changed. Takes 2 bytes per scored position and vocabulary entry
     #[arg(long, value_name = "FILE", requires = "against")]
     pub logits: Option<PathBuf>,
-    /// Tokens of a window
+    /// Window size in tokens
     #[arg(long, default_value_t = 512, value_name = "N")]
     pub window: usize,
-    /// Positions computed at once; 1 measures what generation computes, which may round otherwise
+    /// Positions per forward pass; 1 rounds exactly as generation does
     #[arg(long, value_name = "N")]
     pub chunk: Option<usize>,
-    /// How the keys and values of attention are kept
+    /// Data type of the KV cache
     #[arg(long, value_enum, default_value_t)]
     pub cache_type: CacheArg,
-    /// Use only this many windows of the text
+    /// Maximum number of windows [default: all]
     #[arg(long, value_name = "N")]
     pub windows: Option<NonZeroUsize>,
     /// Print JSON
@@ -465,10 +483,9 @@ pub struct EvalArgs {
     args_conflicts_with_subcommands = true,
     subcommand_negates_reqs = true,
     after_help = "\
-GB are 10^9 bytes. `read` is the speed at which the same threads add up memory: the limit of
-whatever reads weights. Products are timed matrix by matrix through the whole file, with a pass over
-that memory between two rounds, so that no cache holds the weights. Tokens are random. Figures are
-medians.
+1 GB is 10^9 bytes. `read` is the memory bandwidth of the same threads, the upper limit for \
+reading weights. Matrix-vector products are timed over the whole file; between rounds other \
+memory is read, so that no weights stay in a cache. Tokens are random. Figures are medians.
 
 Examples:
   upg bench model.safetensors
@@ -486,7 +503,7 @@ pub struct BenchArgs {
 
 #[derive(Subcommand)]
 pub enum BenchCommand {
-    /// Write a model of random weights in the shapes of a published one
+    /// Write a model with random weights in the shapes of a published model
     Synth(SynthArgs),
 }
 
@@ -494,25 +511,25 @@ pub enum BenchCommand {
 pub struct MeasureArgs {
     /// UPG file
     pub file: PathBuf,
-    /// Tokens of a prompt; 0: measure none
+    /// Prompt length in tokens; 0: skip
     #[arg(short, long, default_value_t = 512, value_name = "N")]
     pub prompt_tokens: usize,
-    /// Tokens to generate one by one; 0: measure none
+    /// Number of tokens to generate; 0: skip
     #[arg(short = 'n', long, default_value_t = 128, value_name = "N")]
     pub generate: usize,
-    /// Positions of context that are there when --generate begins
+    /// Context length in tokens before --generate starts
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub depth: usize,
-    /// Also generate with so many sequences at once; may be several numbers, separated by commas
+    /// Batch sizes: also generate this many sequences at once; comma-separated list
     #[arg(long, value_delimiter = ',', value_name = "N")]
     pub sequences: Vec<NonZeroUsize>,
-    /// How often each figure is measured, at least
+    /// Minimum number of repetitions per measurement
     #[arg(long, default_value = "5", value_name = "N")]
     pub repetitions: NonZeroUsize,
-    /// GGUF file to measure with llama.cpp in turn with this one; may be given several times
+    /// GGUF file to measure with llama.cpp in alternation with FILE; repeatable
     #[arg(long, value_name = "GGUF")]
     pub compare_llama: Vec<PathBuf>,
-    /// llama.cpp's llama-bench [default: the one on the PATH]
+    /// Path of llama.cpp's llama-bench [default: llama-bench on the PATH]
     #[arg(long, requires = "compare_llama", value_name = "PROGRAM")]
     pub llama_bench: Option<PathBuf>,
     /// Print JSON
@@ -522,30 +539,30 @@ pub struct MeasureArgs {
 
 #[derive(Args)]
 #[command(after_help = "\
-A strip of 64 rows is encoded for each width and repeated, so it takes little time. Size, layout and
-speed are those of a real model; there is no tokenizer.
+Size, layout and speed equal those of a real model; there is no tokenizer. Takes little time: \
+one strip of 64 rows is encoded per width and repeated.
 
 Example:
   upg bench synth --arch phi-4 --encoding t3 -o phi4-random.safetensors")]
 pub struct SynthArgs {
-    /// The model whose shapes it has
+    /// Published model to take the shapes from
     #[arg(long, value_parser = PossibleValuesParser::new(PUBLISHED.map(|(name, _)| name)))]
     pub arch: String,
-    /// For the matrices of the transformer blocks
+    /// Encoding of the transformer block matrices
     #[arg(short, long, value_enum, default_value = "q4")]
     pub encoding: SynthEncoding,
-    /// For the embeddings and the output head [default: as `upg compress`]
+    /// Encoding of the embeddings and the output head [default: as in `upg compress`]
     #[arg(long, value_enum)]
     pub embedding: Option<SynthEncoding>,
-    /// File to write; it appears whole or not at all, in the place of an older one
+    /// Output file, replaced atomically
     #[arg(short, long, value_name = "FILE")]
     pub output: PathBuf,
-    /// Seed of the weights
+    /// Random seed of the weights
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
 }
 
-/// The encodings of random models.
+/// Encodings of random models.
 #[derive(Clone, Copy, ValueEnum)]
 pub enum SynthEncoding {
     Q8,
@@ -572,7 +589,7 @@ impl From<SynthEncoding> for Choice {
 Example:
   upg completions bash > ~/.local/share/bash-completion/completions/upg")]
 pub struct CompletionsArgs {
-    /// The shell
+    /// Shell to generate the script for
     pub shell: clap_complete::Shell,
 }
 

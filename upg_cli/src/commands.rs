@@ -1,4 +1,4 @@
-//! One module a command.
+//! Commands of `upg`, one module each.
 #![forbid(unsafe_code)]
 
 pub mod bench;

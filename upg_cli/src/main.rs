@@ -1,4 +1,4 @@
-//! The `upg` command: flags in, library calls, exit codes out.
+//! The `upg` command: parses flags, calls the libraries and returns exit codes.
 mod bus_error;
 mod cli;
 mod commands;
@@ -18,12 +18,12 @@ use upg_kernel::{Error, ErrorKind, OpenOptions, Result};
 
 /// Exit code of an error in the input or the environment.
 const FAILED: u8 = 1;
-/// Exit code of a wrong option or argument, as clap has it.
+/// Exit code of a wrong option or argument, the same as clap's.
 const USAGE: u8 = 2;
-/// Exit code when a file was cut short or overwritten while it was mapped.
+/// Exit code when a mapped file was truncated or overwritten.
 const FILE_CHANGED: u8 = 3;
 
-/// Warnings of the libraries, in the form of the command's own messages.
+/// Logger that prints the libraries' warnings like messages of the command.
 struct Warnings;
 
 impl Log for Warnings {
@@ -41,7 +41,7 @@ impl Log for Warnings {
 }
 
 fn main() -> ExitCode {
-    // It fails only if there is one already.
+    // Fails only if a logger is already set.
     if log::set_logger(&Warnings).is_ok() {
         log::set_max_level(LevelFilter::Warn);
     }
@@ -53,27 +53,27 @@ fn main() -> ExitCode {
     end(run(cli))
 }
 
-/// Prints a help text, or what is wrong with the arguments; returns the exit code.
+/// Prints a help text or a usage error; returns the exit code.
 fn explain(e: &clap::Error) -> ExitCode {
     let plain = e.render().to_string();
     if !e.use_stderr() {
         return end(match std::io::stdout().is_terminal() {
-            // With the colours of clap.
+            // Keeps the colours of clap.
             true => e.print().map_err(terminal::output_error),
             false => terminal::print(&plain),
         });
     }
-    // Clap repeats arguments as they are, and those may be the names of any files.
+    // Clap echoes arguments unescaped, and they may be file names with control characters.
     let steer = |argument: OsString| argument.to_string_lossy().contains(steers);
     match std::env::args_os().any(steer) {
         true => terminal::note(plain.trim_end()),
-        // If nobody reads that any more, there is nobody to tell.
+        // If standard error is closed, nobody can be told.
         false => drop(e.print()),
     }
     ExitCode::from(USAGE)
 }
 
-/// Tells an error; returns the exit code.
+/// Prints an error; returns the exit code.
 fn end(result: Result<()>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -94,7 +94,7 @@ fn run(cli: cli::Cli) -> Result<()> {
         return print_version(cli.verbose);
     }
     signals::report_size_limit()?;
-    // A wrong name of kernels is told now, not after a model was loaded.
+    // An invalid kernel name is reported before a model is loaded.
     Kernels::from_env()?;
     threads::start(cli.threads, cli.command.as_ref().is_some_and(runs_a_model))?;
     let Some(command) = cli.command else {
@@ -118,7 +118,7 @@ fn run(cli: cli::Cli) -> Result<()> {
     }
 }
 
-/// Returns whether a command reads weights at the speed of memory.
+/// Returns whether a command reads weights at memory bandwidth.
 fn runs_a_model(command: &cli::Command) -> bool {
     matches!(
         command,

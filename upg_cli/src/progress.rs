@@ -1,4 +1,4 @@
-//! Progress over the weights of a model, with the time that is left.
+//! Progress bar over the weights of a model, with the remaining time.
 #![forbid(unsafe_code)]
 
 use crate::signals;
@@ -11,24 +11,26 @@ use std::time::{Duration, Instant};
 use upg_compress::Progress;
 use upg_kernel::Result;
 
-/// How often a line is written where no bar can be drawn.
+/// Interval between lines where no bar can be drawn.
 const LINES_EVERY: Duration = Duration::from_secs(60);
 
-/// What has to be done before the time that is left is told, as one part of so many of the weights.
+/// Divisor of the weights: this fraction must be done before a remaining time is shown.
 const LEAST_PART: u64 = 100;
 
-/// Bar over weights, with Ctrl-C. Where standard error is no terminal, a line a minute.
+/// Progress bar over weights that also checks for Ctrl-C.
+///
+/// Prints one line per minute if standard error is not a terminal.
 pub struct WeightsBar {
     bar: ProgressBar,
     interrupted: Arc<AtomicBool>,
     speed: Mutex<Speed>,
 }
 
-/// How fast the layers go by: what comes before them may be much faster.
+/// Speed of the layers; the phase before them may be much faster.
 struct Speed {
-    /// When the first layer of this run began, and how many weights were done then.
+    /// Start of the first layer of this run, and the weights done by then.
     first: Option<(Instant, u64)>,
-    /// When the last line was written.
+    /// Time of the last printed line.
     told: Instant,
 }
 
@@ -47,7 +49,8 @@ impl WeightsBar {
         })
     }
 
-    /// Seconds until the end, by the layers so far; `None` while that would be a guess.
+    /// Estimates the remaining seconds from the layers so far; `None` while that would be a
+    /// guess.
     fn left(&self, speed: &Speed) -> Option<f64> {
         let (started, before) = speed.first?;
         let position = self.bar.position();
@@ -64,7 +67,7 @@ impl WeightsBar {
 impl Progress for WeightsBar {
     fn start(&self, weights: u64) {
         self.bar.set_length(weights);
-        // What came before is not the work that is counted.
+        // The phase before is not the measured work.
         let mut speed = self.speed.lock().unwrap_or_else(|e| e.into_inner());
         speed.first = None;
     }
@@ -81,7 +84,7 @@ impl Progress for WeightsBar {
         if self.bar.is_hidden() && speed.told.elapsed() >= LINES_EVERY {
             speed.told = Instant::now();
             let done = match self.bar.length() {
-                // What comes before the first tensor is not counted.
+                // The phase before the first tensor is not counted.
                 None | Some(0) => String::new(),
                 Some(all) => format!("{:.1} %, ", 100.0 * self.bar.position() as f64 / all as f64),
             };

@@ -1,28 +1,33 @@
-//! Ctrl-C, SIGTERM and SIGHUP. The first signal asks the work to end and clean up; a later one, and one that comes while
-//! the command waits for a line, ends the process at once. A signal that was ignored at the start stays ignored.
+//! Handling of Ctrl-C, SIGTERM and SIGHUP.
+//!
+//! The first signal asks the work to stop and clean up. A later signal ends the process at once,
+//! and so does one that arrives while the command waits for a line. A signal that was ignored at
+//! the start stays ignored.
 #![forbid(unsafe_code)]
 
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::sync::{Arc, OnceLock};
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// Exit code of a process that a signal ended, as shells have it, less the number of the signal.
+/// Base of the exit codes of signals in shells: the code is this plus the signal number.
 const SHELL_BASE: i32 = 128;
 
-/// The number of Ctrl-C everywhere.
+/// Signal number of Ctrl-C, which is the same on all systems.
 const SIGINT: i32 = signal_hook::consts::SIGINT;
 
-/// The flag that signals raise. An answer of a chat that it ends lowers it again.
+/// Flag that signals set. `chat` clears it after an interrupted answer.
 static RAISED: OnceLock<Arc<AtomicBool>> = OnceLock::new();
 
-/// The signal that came last, but SIGINT only if no other came before; 0 if there was none.
+/// Last signal, or 0. SIGINT is recorded only if no other signal came before.
 static LAST: AtomicI32 = AtomicI32::new(0);
 
-/// Set while a line is waited for, when there is nothing to clean up.
+/// Flag that is set while a line is read, when there is nothing to clean up.
 static WAITS: AtomicBool = AtomicBool::new(false);
 
-/// Returns a flag that SIGINT (Ctrl-C), SIGTERM and SIGHUP raise. From then on the first of them no longer ends the
-/// process by itself, so that the work can clean up. Those that are ignored, as `nohup` has it, stay ignored.
+/// Returns a flag that SIGINT (Ctrl-C), SIGTERM and SIGHUP set.
+///
+/// From then on the first of these signals no longer ends the process, so that the work can clean
+/// up. Ignored signals, such as under `nohup`, stay ignored.
 pub fn interrupt_flag() -> Result<Arc<AtomicBool>> {
     if let Some(flag) = RAISED.get() {
         return Ok(Arc::clone(flag));
@@ -34,7 +39,8 @@ pub fn interrupt_flag() -> Result<Arc<AtomicBool>> {
     Ok(flag)
 }
 
-/// Returns the exit code after a signal, as shells have it: 130 for SIGINT, 143 for SIGTERM, 129 for SIGHUP.
+/// Returns the exit code after a signal, as in shells: 130 for SIGINT, 143 for SIGTERM, 129
+/// for SIGHUP.
 pub fn exit_code() -> u8 {
     let signal = match LAST.load(Ordering::SeqCst) {
         0 => SIGINT,
@@ -43,19 +49,21 @@ pub fn exit_code() -> u8 {
     u8::try_from(SHELL_BASE + signal).unwrap_or(u8::MAX)
 }
 
-/// Makes a write beyond the file size limit of the process an error in place of a signal that ends it without a word.
+/// Turns writes beyond the file size limit into errors. Otherwise a signal would silently end
+/// the process.
 pub fn report_size_limit() -> Result<()> {
     system::report_size_limit().map_err(|e| {
         Error::new(ErrorKind::Io, format!("cannot listen for signals: {e}")).with_source(e)
     })
 }
 
-/// Lowers `flag` after it has ended an answer of a chat, so that Ctrl-C does not end the next one too.
+/// Clears `flag` after an interrupted answer, so that Ctrl-C does not interrupt the next one
+/// too.
 pub fn start_again(flag: &AtomicBool) {
     flag.store(false, Ordering::SeqCst);
 }
 
-/// Returns an error of kind `Interrupted` if SIGTERM or SIGHUP has come.
+/// Returns an error of kind `Interrupted` if SIGTERM or SIGHUP has arrived.
 pub fn check_end() -> Result<()> {
     match LAST.load(Ordering::SeqCst) {
         0 | SIGINT => Ok(()),
@@ -63,12 +71,14 @@ pub fn check_end() -> Result<()> {
     }
 }
 
-/// Runs `read`, which waits for a line. A signal meanwhile ends the process, with the terminal as it was before.
+/// Runs `read`, which waits for a line.
+///
+/// A signal meanwhile restores the terminal and ends the process.
 pub fn while_waiting<T>(read: impl FnOnce() -> T) -> Result<T> {
     system::keep_terminal_mode();
     WAITS.store(true, Ordering::SeqCst);
-    // A signal from before that is not lost: either its thread sees that this waits, or this sees the flag. It is down
-    // unless a signal came that has ended nothing yet.
+    // A signal that arrived before is not lost: either its thread sees `WAITS`, or this thread sees
+    // the flag. The flag is down unless a signal came that has ended nothing yet.
     let is_raised = RAISED.get().is_some_and(|f| f.load(Ordering::SeqCst));
     let result = match is_raised {
         true => Err(Error::new(ErrorKind::Interrupted, "interrupted")),
@@ -90,17 +100,19 @@ mod system {
     use std::sync::{Arc, Mutex};
     use std::time::{Duration, Instant};
 
-    /// Time after the first signal in which others count as the same one. `timeout` signals a process and then its group;
-    /// the end of a terminal comes from the system and from the shell.
+    /// Time after the first signal during which further ones count as the same.
+    ///
+    /// `timeout` signals a process and then its group; for a closed terminal both the system and
+    /// the shell signal.
     const PAIR: Duration = Duration::from_millis(500);
 
-    /// Mode of the terminal before a line was asked for.
+    /// Terminal mode before a line was read.
     static MODE: Mutex<Option<Termios>> = Mutex::new(None);
 
-    /// Ends what the line editor asks of a terminal: that it marks text which is pasted.
+    /// Escape sequence that turns off the bracketed paste mode of the line editor.
     const NO_PASTE_MARKS: &[u8] = b"\x1b[?2004l\n";
 
-    /// Starts a thread that waits for signals: it may do what no handler may.
+    /// Starts a thread that waits for signals; it may do things that a handler may not.
     pub fn listen(flag: &Arc<AtomicBool>) -> std::io::Result<()> {
         let all = [SIGINT, SIGTERM, SIGHUP];
         let heard = all.into_iter().filter(|&s| !is_ignored(s));
@@ -110,7 +122,7 @@ mod system {
         thread.spawn(move || {
             let mut first = Instant::now();
             for signal in signals.forever() {
-                // Ctrl-C does not take back what another signal has asked for.
+                // Ctrl-C does not override another signal.
                 if signal != SIGINT || LAST.load(Ordering::SeqCst) == 0 {
                     LAST.store(signal, Ordering::SeqCst);
                 }
@@ -126,7 +138,7 @@ mod system {
                     restore_terminal();
                 }
                 if waits || is_second {
-                    // No code at exit: it could wait for a lock of a thread that does not get on.
+                    // No exit handlers: they could wait for a lock of a blocked thread.
                     signal_hook::low_level::exit(SHELL_BASE + signal);
                 }
             }
@@ -135,7 +147,7 @@ mod system {
     }
 
     pub fn report_size_limit() -> std::io::Result<()> {
-        // Nobody looks at the flag: that there is a handler lets the write return.
+        // Nobody reads the flag: the mere existence of a handler makes the write return.
         signal_hook::flag::register(SIGXFSZ, Arc::default()).map(drop)
     }
 
@@ -147,7 +159,7 @@ mod system {
     fn restore_terminal() {
         let mode = MODE.lock().unwrap_or_else(|e| e.into_inner());
         let Some(mode) = mode.as_ref() else { return };
-        // A failure here means that the terminal has gone.
+        // A failure here means that the terminal is gone.
         let _ = tcsetattr(std::io::stdin(), SetArg::TCSANOW, mode);
         let mut error = std::io::stderr();
         if error.is_terminal() {
@@ -164,17 +176,17 @@ mod system {
     use std::sync::atomic::AtomicBool;
 
     pub fn listen(raised: &Arc<AtomicBool>) -> std::io::Result<()> {
-        // In this order: the first signal finds the flag down.
+        // The order matters: the first signal must find the flag down.
         flag::register_conditional_shutdown(SIGINT, SHELL_BASE + SIGINT, Arc::clone(raised))?;
         flag::register(SIGINT, Arc::clone(raised))?;
         Ok(())
     }
 
-    /// There is no such signal.
+    /// Does nothing: this system has no such signal.
     pub fn report_size_limit() -> std::io::Result<()> {
         Ok(())
     }
 
-    /// The line editor restores the terminal.
+    /// Does nothing: the line editor restores the terminal.
     pub fn keep_terminal_mode() {}
 }

@@ -1,7 +1,8 @@
-//! Output, input of texts, progress bars and threads.
+//! Output, text input and progress bars.
 //!
-//! Whatever is shown on a terminal goes through here: a model's answer, and names and texts of files, may hold
-//! characters that would steer it. They are spelled out there, and written as they are to a file or a pipe.
+//! Everything printed to a terminal passes through here. A model's answer, and names and texts of
+//! files, may hold control characters. These are escaped on a terminal, and unchanged in a file or
+//! a pipe.
 #![forbid(unsafe_code)]
 
 use indicatif::{ProgressBar, ProgressStyle};
@@ -13,7 +14,8 @@ use std::time::Duration;
 use upg_kernel::support::{Shown, steers};
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// Writes to standard output and flushes; a closed pipe is an error that `main` takes as success.
+/// Writes to standard output and flushes. `main` treats the error of a closed pipe as
+/// success.
 pub fn print(text: &str) -> Result<()> {
     let mut out = std::io::stdout().lock();
     let text = match out.is_terminal() {
@@ -30,7 +32,7 @@ pub fn output_error(e: std::io::Error) -> Error {
     Error::new(ErrorKind::Io, format!("cannot write the output: {e}")).with_source(e)
 }
 
-/// Writes a line to standard error; if nobody reads that any more, there is nobody to tell.
+/// Writes a line to standard error; ignores failures, because nobody can be told.
 pub fn note(line: impl std::fmt::Display) {
     let mut out = std::io::stderr().lock();
     let line = line.to_string();
@@ -41,19 +43,19 @@ pub fn note(line: impl std::fmt::Display) {
     let _ = writeln!(out, "{line}");
 }
 
-/// Returns a name from a file for the message of a progress bar, in one line.
+/// Escapes a name from a file for the one-line message of a progress bar.
 pub fn label(name: &str) -> String {
     Shown(name).to_string()
 }
 
-/// Returns `text` with the characters that steer a terminal spelled out, as `\u{1b}`. A line end of two characters
+/// Returns `text` with control characters escaped, as `\u{1b}`. A two-character line end
 /// becomes one.
 fn harmless(text: &str) -> Cow<'_, str> {
     if !text.contains(steers) {
         return Cow::Borrowed(text);
     }
     let text = text.replace("\r\n", "\n");
-    // Line ends and tabs stay as they are.
+    // Line ends and tabs stay unescaped.
     let parts = text.split_inclusive(['\n', '\t']).map(|part| {
         let (inner, end) = part.split_at(part.trim_end_matches(['\n', '\t']).len());
         format!("{}{end}", Shown(inner))
@@ -61,7 +63,8 @@ fn harmless(text: &str) -> Cow<'_, str> {
     parts.collect::<String>().into()
 }
 
-/// Returns the text in a file of at most `most` bytes, which may be a pipe or a device without an end.
+/// Reads the text in a file of at most `most` bytes, which may be a pipe or an endless
+/// device.
 ///
 /// Errors: `Io`; `TooLarge`; `Malformed` if it is not UTF-8.
 pub fn read_text(path: &Path, most: usize) -> Result<String> {
@@ -70,13 +73,14 @@ pub fn read_text(path: &Path, most: usize) -> Result<String> {
     text_of(bytes, most).map_err(|e| e.at(path))
 }
 
-/// Returns standard input to its end. Errors: as [`read_text`].
+/// Reads standard input to its end. Errors: as [`read_text`].
 pub fn read_input(most: usize) -> Result<String> {
     let bytes = read_bounded(std::io::stdin().lock(), most).map_err(input_error)?;
     text_of(bytes, most)
 }
 
-/// Returns a line of `input` without its end; `None` where there are no more. Errors: as [`read_text`].
+/// Reads a line of `input` without its line end; `None` at the end of input. Errors: as
+/// [`read_text`].
 pub fn read_line(input: &mut impl BufRead, most: usize) -> Result<Option<String>> {
     let mut bytes = Vec::new();
     let limit = most as u64 + 1;
@@ -93,7 +97,7 @@ pub fn read_line(input: &mut impl BufRead, most: usize) -> Result<Option<String>
     text_of(bytes, most).map(Some)
 }
 
-/// Returns at most `most` bytes and one, which tells that there are more.
+/// Reads at most `most` bytes, plus one that shows that there are more.
 fn read_bounded(source: impl Read, most: usize) -> std::io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     source.take(most as u64 + 1).read_to_end(&mut bytes)?;
@@ -114,20 +118,20 @@ fn input_error(e: std::io::Error) -> Error {
     Error::new(ErrorKind::Io, format!("cannot read standard input: {e}")).with_source(e)
 }
 
-/// Returns whether `e` means that the reader of our output has gone.
+/// Returns whether `e` means that the reader of our output is gone.
 pub fn is_broken_pipe(e: &Error) -> bool {
     std::error::Error::source(e)
         .and_then(|e| e.downcast_ref::<std::io::Error>())
         .is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
 }
 
-/// A bar on standard error; invisible if that is no terminal.
+/// Creates a progress bar on standard error; invisible if that is not a terminal.
 pub fn bar(length: u64, template: &str) -> ProgressBar {
     let bar = ProgressBar::new(length);
     if let Ok(style) = ProgressStyle::with_template(template) {
         bar.set_style(style.progress_chars("=> "));
     }
-    // The ticks come from a thread of their own; the library panics where the system gives none.
+    // Ticks come from a separate thread; the library panics if it cannot be started.
     let can_tick = || std::thread::Builder::new().spawn(|| ()).is_ok();
     if std::io::stderr().is_terminal() && can_tick() {
         bar.enable_steady_tick(Duration::from_millis(200));
@@ -135,12 +139,12 @@ pub fn bar(length: u64, template: &str) -> ProgressBar {
     bar
 }
 
-/// `12.3 MB` and the like, in powers of 1,000.
+/// Formats bytes as `12.3 MB` and the like, in powers of 1,000.
 pub fn bytes(n: u64) -> String {
     indicatif::DecimalBytes(n).to_string()
 }
 
-/// `45 s`, `12 min` or `3.5 h`.
+/// Formats a duration as `45 s`, `12 min` or `3.5 h`.
 pub fn duration(seconds: f64) -> String {
     match seconds {
         s if s < 100.0 => format!("{s:.0} s"),

@@ -1,4 +1,4 @@
-//! How many threads to use.
+//! Number of threads.
 #![forbid(unsafe_code)]
 
 use std::collections::HashSet;
@@ -6,20 +6,22 @@ use std::fs;
 use std::path::Path;
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// Most threads that can be asked for: more than help anywhere.
+/// Maximum number of threads, more than is useful anywhere.
 const MOST_THREADS: usize = 1024;
 
-/// The environment variable of rayon for the number of threads.
+/// Environment variable of rayon for the number of threads.
 const VARIABLE: &str = "RAYON_NUM_THREADS";
 
-/// Starts the threads of the process: `asked` of them, else as many as the environment says, else one for each core if a
-/// model is run, else as many as the system offers.
+/// Starts the threads of the process.
 ///
-/// Errors: `Argument` (0, or above 1,024), `Io` (the system gives no threads).
+/// Their number is the first of: `asked`, the environment variable, one per core if a model is run,
+/// one per hardware thread.
+///
+/// Errors: `Argument` (0, or above 1,024), `Io` (threads cannot be started).
 pub fn start(asked: Option<usize>, runs_a_model: bool) -> Result<()> {
     let from_env = || {
         let threads: usize = std::env::var(VARIABLE).ok()?.parse().ok()?;
-        // As rayon reads it, 0 is no number of threads.
+        // 0 counts as unset, as in rayon.
         (threads > 0).then_some((threads, format!("{VARIABLE}={threads}")))
     };
     let asked = asked.map(|threads| (threads, format!("--threads {threads}")));
@@ -45,11 +47,12 @@ fn offered() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-/// Cores that this process may use: those of its affinity, a core with two hardware threads counted once,
-/// but no more than the quota of its control group. Where that cannot be found out, the threads that
-/// the system offers.
+/// Returns the number of cores that this process may use.
 ///
-/// Weights are read at the speed of memory: a second thread on a core adds nothing to that.
+/// Counts the cores of its CPU affinity (two hardware threads of a core count once), capped by the
+/// quota of its control group. Falls back to the number of available hardware threads.
+///
+/// Decoding is limited by memory bandwidth: a second thread on a core adds nothing to that.
 pub fn available_cores() -> usize {
     let offered = offered();
     let cores = fs::read_to_string("/proc/self/status")
@@ -58,7 +61,8 @@ pub fn available_cores() -> usize {
     cores.map_or(offered, |cores| cores.min(offered))
 }
 
-/// Cores of the processors that `status` allows, by the sibling lists below `topology`.
+/// Counts the cores among the processors that `status` allows, by the sibling lists below
+/// `topology`.
 fn distinct_cores(status: &str, topology: &Path) -> Option<usize> {
     let list = status
         .lines()
@@ -71,7 +75,7 @@ fn distinct_cores(status: &str, topology: &Path) -> Option<usize> {
     cores.map(|cores| cores.len()).filter(|&cores| cores > 0)
 }
 
-/// `0-2,8` as numbers.
+/// Parses a list such as `0-2,8`.
 fn cpu_numbers(list: &str) -> Option<Vec<usize>> {
     let mut numbers = Vec::new();
     for range in list.trim().split(',') {
@@ -108,7 +112,7 @@ mod tests {
         assert_eq!(cores("0-3"), Some(2));
         assert_eq!(cores("0,2"), Some(1));
         assert_eq!(cores("1"), Some(1));
-        // A processor that the folder says nothing of.
+        // A processor that the folder does not describe.
         assert_eq!(cores("0-4"), None);
         assert_eq!(distinct_cores("Name:\tupg\n", folder.path()), None);
     }

@@ -1,4 +1,4 @@
-//! `upg bench`: that every figure is there and of its kind. How large it is depends on the machine.
+//! `upg bench`: every figure is present and of its type; values depend on the machine.
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 mod common;
@@ -12,10 +12,10 @@ use upg_kernel::Matrix;
 use upg_kernel::format::{Encoding, FileWriter, LayerInfo, header_capacity};
 use upg_kernel::sparse::MdCSRMatrix;
 
-/// The reader of JSON may be off in the last bit of a number.
+/// Tolerance: the JSON parser may be off in the last bit of a number.
 const LAST_BITS: f64 = 4.0 * f64::EPSILON;
 
-/// Enough for the tiny models, and quick.
+/// Options that suffice for the tiny models and run fast.
 const SMALL: [&str; 7] = ["-p", "16", "-n", "4", "--repetitions", "2", "--json"];
 
 fn bench(file: &Path, more: &[&str]) -> Value {
@@ -30,7 +30,7 @@ fn positive(json: &Value, key: &str) -> f64 {
         .unwrap_or_else(|| panic!("{key} is {}", json[key]))
 }
 
-/// The figures of each kind of matrix by its shape and encoding.
+/// Lists the figures of each kind of matrix by shape and encoding.
 fn kinds(list: &Value) -> Vec<(u64, u64, String)> {
     let kind = |one: &Value| {
         for key in ["ms", "gbps", "bytes"] {
@@ -62,7 +62,7 @@ fn every_figure_is_there() {
     ] {
         positive(&json, key);
     }
-    // A file system in memory has no cold files, but then it is said.
+    // A file system in memory has no cold files; the report then says so.
     let cold = json["load_cold_s"].as_f64();
     assert_eq!(cold.is_none(), json["load_not_cold"].is_string());
     assert!(cold.is_none_or(|s| s > 0.0));
@@ -80,7 +80,7 @@ fn every_figure_is_there() {
     assert_eq!(json["depth"], 7);
     let kernels = upg_kernel::Cpu::shared().unwrap().kernels().name();
     assert_eq!(json["kernels"], kernels);
-    // More than there are is not to be used.
+    // At most all processors.
     if let Some(percent) = json["others_percent"].as_f64() {
         assert!((0.0..=100.0).contains(&percent), "{percent}");
     }
@@ -104,7 +104,7 @@ fn every_figure_is_there() {
         positive(product, "percent_of_read");
     }
 
-    // A token takes one row of the embedding and all else once.
+    // A token reads one row of the embedding, and everything else once.
     let inspect: Value =
         serde_json::from_str(&succeed(["inspect", file.to_str().unwrap(), "--json"])).unwrap();
     let bytes = |layer: &Value| {
@@ -253,11 +253,11 @@ fn random_models_are_sound_and_measured_like_others() {
     let json = bench(Path::new(&model), &[]);
     assert_eq!(json["model"], "synthetic-smollm2-135m");
     positive(&json, "decode_tps");
-    // Tied: the embedding is the head, and all of it is used.
+    // Tied: the embedding is also the head, so all of it is read.
     assert!(json["decode_token_bytes"].as_u64() > json["matvec_bytes"].as_u64());
 }
 
-/// Arguments, exit code, and what standard error has to say. `{}` is a folder.
+/// Arguments, exit code, and required parts of standard error. `{}` is a folder.
 #[rustfmt::skip]
 const BAD: &[(&[&str], i32, &[&str])] = &[
     (&["bench"], 2, &["<FILE>"]),

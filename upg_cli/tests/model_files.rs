@@ -1,4 +1,4 @@
-//! Model files that others write while they are in use: mapped, and read into memory.
+//! Model files that are overwritten during use, mapped or read into memory.
 #![cfg(unix)]
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
@@ -12,12 +12,13 @@ use std::path::Path;
 use std::process::{Child, ChildStdin, Command, Output, Stdio};
 use std::time::Duration;
 
-/// Bytes of the largest page of a system that upg runs on.
+/// Largest page size in bytes of the supported systems.
 const LARGEST_PAGE: usize = 1 << 16;
 
 const SIGBUS: i32 = if cfg!(target_os = "linux") { 7 } else { 10 };
 
-/// `upg run` on a prompt of standard input, once it has the model and waits for more of the prompt.
+/// Starts `upg run` on standard input; returns once it has the model and waits for more
+/// input.
 fn waiting_for_its_prompt(model: &Path, more: &[&str]) -> (Child, ChildStdin) {
     let run = [
         "run",
@@ -35,7 +36,8 @@ fn waiting_for_its_prompt(model: &Path, more: &[&str]) -> (Child, ChildStdin) {
         .spawn()
         .unwrap();
     let mut input = child.stdin.take().unwrap();
-    // More than a pipe holds: when this has been written, the most of it has been read. The model has no token for any of it.
+    // More than a pipe holds: once it is written, most of it has been read. The model has no token
+    // for any of it.
     input.write_all("x ".repeat(1 << 16).as_bytes()).unwrap();
     (child, input)
 }
@@ -51,7 +53,7 @@ fn a_file_that_is_cut_short_while_it_is_mapped_is_named() {
     let folder = tempfile::tempdir().unwrap();
     let model = model_of_two_letters(folder.path());
     let whole = fs::read(&model).unwrap();
-    // Weights that every token needs are in the pages that are cut off.
+    // The pages that are cut off hold weights that every token needs.
     assert!(whole.len() > 4 * LARGEST_PAGE);
     let undisturbed = {
         let (child, input) = waiting_for_its_prompt(&model, &[]);
@@ -75,7 +77,7 @@ fn a_file_that_is_cut_short_while_it_is_mapped_is_named() {
             fs::write(&model, &whole).unwrap();
         }
     }
-    // A renamed file is another one.
+    // A renamed file is a different file.
     let (child, input) = waiting_for_its_prompt(&model, &[]);
     fs::write(folder.path().join("other"), b"other").unwrap();
     fs::rename(folder.path().join("other"), &model).unwrap();
@@ -87,7 +89,7 @@ fn a_bus_error_elsewhere_does_what_it_did() {
     let folder = tempfile::tempdir().unwrap();
     let model = model_of_two_letters(folder.path());
     let (mut child, _input) = waiting_for_its_prompt(&model, &[]);
-    // The first ones restore what was there before, by and by.
+    // The first runs gradually restore the previous content.
     for _ in 0..1000 {
         let pid = child.id().to_string();
         let sent = Command::new("kill").args(["-BUS", &pid]).status().unwrap();
@@ -121,7 +123,7 @@ fn a_file_that_was_read_into_memory_may_change() {
     assert_eq!(found.stdout, undisturbed.stdout);
 }
 
-/// Every command gives the same with it.
+/// Every command gives the same result with it.
 #[test]
 fn what_is_read_into_memory_is_what_would_be_mapped() {
     let folder = tempfile::tempdir().unwrap();
@@ -171,7 +173,8 @@ fn what_is_read_into_memory_is_what_would_be_mapped() {
     }
 }
 
-/// Damage that nothing but a checksum shows: found when the file is read, in the words of `upg verify`.
+/// Damage that only a checksum shows is found when the file is read, with the message of
+/// `upg verify`.
 #[test]
 fn a_damaged_file_is_refused_when_it_is_read() {
     let folder = tempfile::tempdir().unwrap();
@@ -196,7 +199,7 @@ fn a_damaged_file_is_refused_when_it_is_read() {
         let (code, _, stderr) = output(&mut upg(args.iter().chain(&["--no-mmap"])));
         assert_eq!((code, &stderr), (Some(1), &verified), "{args:?}");
     }
-    // A map is read as far as it is needed, and no checksum is computed.
+    // A mapped file is read only as needed, and no checksum is computed.
     succeed(["inspect", model]);
     assert_eq!(names(folder.path()), ["model"]);
 }
@@ -209,7 +212,7 @@ fn a_file_that_does_not_fit_in_memory_is_refused() {
     let big = folder.path().join("big");
     File::create(&big).unwrap().set_len(BYTES).unwrap();
     let mut command = Command::new("sh");
-    // KiB of addresses, for the program and all its threads.
+    // Address space limit in KiB, for the program and all its threads.
     let limited = "ulimit -v 6000000; exec \"$0\" \"$@\"";
     command.args([
         "-c",

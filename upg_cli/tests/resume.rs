@@ -1,4 +1,4 @@
-//! Long compression: killed and continued, stated beforehand, reported afterwards.
+//! Long compression runs: killed and resumed, estimated beforehand, reported afterwards.
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 mod common;
@@ -13,18 +13,18 @@ use std::time::Duration;
 use upg_compress::Source;
 use upg_compress::source::SyntheticSource;
 
-/// Its 57 tensors take long enough to be interrupted between any two of the matrices.
+/// Model with 57 tensors, slow enough to be interrupted between any two matrices.
 const CONFIG: &str = r#"{"model_type": "llama", "hidden_size": 192, "intermediate_size": 256,
     "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 4,
     "max_position_embeddings": 64, "vocab_size": 512, "hidden_act": "silu",
     "rms_norm_eps": 1e-5, "tie_word_embeddings": false}"#;
 
-/// Tensors after which the process is killed.
+/// Number of tensors after which the process is killed.
 const KILLS: [usize; 20] = [
     0, 1, 2, 3, 5, 8, 11, 12, 15, 18, 21, 25, 29, 33, 37, 40, 44, 48, 52, 55,
 ];
 
-/// A random model as a Hugging Face directory.
+/// Creates a random model as a Hugging Face directory.
 fn directory(folder: &Path) -> PathBuf {
     let source = SyntheticSource::new(CONFIG, 1).unwrap();
     let path = folder.join("model");
@@ -45,14 +45,14 @@ fn directory(folder: &Path) -> PathBuf {
     path
 }
 
-/// Tensors that a journal has, by its lines: the first two are not of tensors.
+/// Counts the tensors in a journal by its lines; the first two lines are a header.
 fn journaled(path: &Path) -> usize {
     let text = fs::read(path).unwrap_or_default();
     let lines = text.iter().filter(|&&b| b == b'\n').count();
     lines.saturating_sub(2)
 }
 
-/// Waits until so many tensors are journaled; `false` if the process ended before.
+/// Waits until this many tensors are journaled; `false` if the process ended before.
 fn wait_for(child: &mut Child, journal: &Path, tensors: usize) -> bool {
     for _ in 0..120_000 {
         if journal.exists() && journaled(journal) >= tensors {
@@ -97,7 +97,7 @@ fn a_process_killed_at_any_point_goes_on_to_the_same_bytes() {
         command.stdout(Stdio::null()).stderr(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let running = wait_for(&mut child, &journal, tensors);
-        // SIGKILL, or what Windows has like it.
+        // SIGKILL, or its equivalent on Windows.
         child.kill().unwrap();
         child.wait().unwrap();
         if !running {
@@ -107,7 +107,7 @@ fn a_process_killed_at_any_point_goes_on_to_the_same_bytes() {
         assert!(!out.exists(), "after {tensors} tensors");
         assert!(journaled(&journal) >= tensors);
     }
-    // A process may be slow to die, and be through with it after the last.
+    // A process may die slowly and finish the last tensors first.
     assert!(killed >= KILLS.len() - 2, "killed {killed} times");
     let last = succeed(resume);
     assert!(last.contains("were there from an earlier run"), "{last}");
@@ -146,7 +146,7 @@ fn ctrl_c_keeps_what_is_done_if_asked_to() {
     assert!(stderr.contains("goes on from here"), "{stderr}");
     assert_eq!(names(&work), ["out.partial", "out.partial.journal"]);
 
-    // Another encoding is not mixed in; without --resume nothing of it is touched.
+    // A different encoding is not mixed in; without --resume the partial files stay untouched.
     let other = args.map(|arg| if arg == "t4" { "q8" } else { arg });
     let (code, _, stderr) = output(&mut upg(other.iter().copied().chain(["--resume"])));
     assert_eq!(code, Some(2), "{stderr}");
@@ -182,7 +182,7 @@ fn a_dry_run_says_what_would_be_and_writes_nothing() {
     assert_eq!(names(folder.path()), [""; 0]);
 }
 
-/// Loading a large tokenizer takes seconds: the texts of a model are checked once.
+/// The model's texts are checked once: loading a large tokenizer takes seconds.
 #[test]
 fn the_texts_of_a_model_are_checked_once() {
     let folder = tempfile::tempdir().unwrap();
@@ -237,7 +237,7 @@ fn a_report_has_every_tensor() {
     assert_eq!(json["totals"]["calibration"], Value::Null);
 }
 
-/// Returns whether the file system of `folder` has files without names, as far as that is known to `/proc`.
+/// Returns whether the file system of `folder` has unnamed files, as far as `/proc` shows.
 fn has_unnamed_files(folder: &Path) -> bool {
     #[cfg(target_os = "linux")]
     {
@@ -254,8 +254,10 @@ fn has_unnamed_files(folder: &Path) -> bool {
     }
 }
 
-/// Killed at any time without --resume, it leaves nothing: at once on Linux, but for the moment in which a file takes the
-/// place of another, and elsewhere after the next run.
+/// A process killed without --resume leaves nothing.
+///
+/// On Linux this holds at once, except for the moment when a file replaces another; elsewhere it
+/// holds after the next run.
 #[test]
 fn a_process_that_is_killed_leaves_no_hidden_file() {
     let folder = tempfile::tempdir().unwrap();
@@ -298,7 +300,7 @@ fn a_process_that_is_killed_leaves_no_hidden_file() {
             let is_temporary =
                 |name: &&String| name.starts_with(".upg-") && name.ends_with(".partial");
             assert!(hidden.iter().all(is_temporary), "{left:?}");
-            // The next run removes it, so that there is never more than one.
+            // The next run removes it, so there is never more than one.
             let most = if is_unnamed { old.iter().count() } else { 1 };
             assert!(hidden.len() <= most, "{left:?}");
             assert_eq!(fs::read_to_string(&out).ok().as_deref(), old);

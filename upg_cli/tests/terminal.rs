@@ -1,4 +1,4 @@
-//! The real `upg` command on a pseudo-terminal, and what signals do to it.
+//! The real `upg` command on a pseudo-terminal, and its reaction to signals.
 #![cfg(unix)]
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
@@ -19,8 +19,9 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-/// A model whose tokens are `token(0..=255)`, as byte-level tokenizers spell them, but `a` for 1. It answers with the token
-/// that it was asked, again and again.
+/// Creates a model that answers with the last token of the prompt, over and over.
+///
+/// Its tokens are `token(0..=255)`, in the spelling of byte-level tokenizers, except that 1 is `a`.
 fn model(folder: &Path, token: impl Fn(usize) -> String) -> PathBuf {
     let source = folder.join("source");
     fs::create_dir(&source).unwrap();
@@ -51,12 +52,12 @@ fn red(id: usize) -> String {
     format!("ě[31m{id}")
 }
 
-/// Tokens of which a hundred fill any pipe.
+/// Tokens so long that a hundred of them fill any pipe.
 fn long(id: usize) -> String {
     format!("{id:04}").repeat(1000)
 }
 
-/// A pseudo-terminal, with what was written to it.
+/// Pseudo-terminal with a record of the output.
 struct Terminal {
     slave: OwnedFd,
     keys: File,
@@ -91,7 +92,7 @@ impl Terminal {
         String::from_utf8_lossy(&self.shown.lock().unwrap()).into_owned()
     }
 
-    /// Returns whether lines are edited by the terminal and not by the program.
+    /// Returns whether the terminal, not the program, edits lines.
     fn is_cooked(&self) -> bool {
         tcgetattr(&self.slave)
             .unwrap()
@@ -125,7 +126,7 @@ fn send(child: &Child, signal: Signal) {
     kill(Pid::from_raw(child.id().try_into().unwrap()), signal).unwrap();
 }
 
-/// The exit code, or `None` if a signal ended it; never waits longer than a minute.
+/// Returns the exit code, or `None` if a signal ended the process. Waits a minute at most.
 fn code(child: &mut Child) -> Option<i32> {
     let mut status = None;
     wait_until("end", || {
@@ -135,10 +136,10 @@ fn code(child: &mut Child) -> Option<i32> {
     status.unwrap().code()
 }
 
-/// Waits until `child` has dealt with every signal sent to it and all its threads sleep.
+/// Waits until `child` has handled every signal and all its threads sleep.
 ///
-/// On Linux its state says so: no signal is pending, and twice in a row all threads sleep and none has run in between.
-/// Elsewhere it is given time.
+/// On Linux its state shows this: no signal is pending, and in two consecutive samples all threads
+/// sleep and none has run in between. Elsewhere it waits for a fixed time.
 fn settle(child: &Child) {
     if !cfg!(target_os = "linux") {
         return std::thread::sleep(Duration::from_millis(300));
@@ -170,7 +171,7 @@ fn settle(child: &Child) {
     });
 }
 
-/// Time after which another signal is a second one, which ends the process at once.
+/// Time after which another signal counts as a second one and ends the process at once.
 const SECOND: Duration = Duration::from_millis(500);
 
 const ENDS: [(Signal, i32); 3] = [
@@ -194,7 +195,7 @@ fn texts_and_names_do_not_steer_a_terminal() {
     let spelled = piped.replace('\u{1b}', r"\u{1b}").replace('\n', "\r\n");
     wait_until("answer", || terminal.text() == spelled);
 
-    // What a person says is shown again, and so is the name of a file.
+    // User input is echoed, and so is a file name.
     let terminal = Terminal::new();
     let mut child = terminal.start(&mut upg([
         "run",
@@ -219,7 +220,7 @@ fn texts_and_names_do_not_steer_a_terminal() {
 fn signals_at_the_prompt_end_a_chat_and_leave_the_terminal_as_it_was() {
     let folder = tempfile::tempdir().unwrap();
     let model = model(folder.path(), |id| format!("word{id}"));
-    // The echo of a question has one word, an answer two of them side by side.
+    // The echo of a question has one such word, an answer has two in a row.
     let has_answer = |text: &str| text.contains("word0word0");
     for (signal, expected) in ENDS {
         let terminal = Terminal::new();
@@ -234,7 +235,7 @@ fn signals_at_the_prompt_end_a_chat_and_leave_the_terminal_as_it_was() {
             has_answer(&terminal.text()) && !terminal.is_cooked()
         });
         send(&child, signal);
-        // Ctrl-C at the prompt is a way to leave, as Ctrl-D is.
+        // Ctrl-C at the prompt exits normally, as Ctrl-D does.
         let expected = if signal == Signal::SIGINT {
             0
         } else {
@@ -248,7 +249,7 @@ fn signals_at_the_prompt_end_a_chat_and_leave_the_terminal_as_it_was() {
         );
         assert!(terminal.is_cooked(), "{signal}");
     }
-    // A pipe that says nothing.
+    // A pipe that sends nothing.
     for (signal, expected) in ENDS {
         let mut command = upg(["chat", model.to_str().unwrap(), "-n", "2"]);
         let mut child = command
@@ -262,13 +263,14 @@ fn signals_at_the_prompt_end_a_chat_and_leave_the_terminal_as_it_was() {
             .read_line(&mut answer)
             .unwrap();
         assert!(answer.ends_with('\n'));
-        // Whether it waits for a line already or not.
+        // Independent of whether it already waits for a line.
         send(&child, signal);
         assert_eq!(code(&mut child), Some(expected), "{signal}");
     }
 }
 
-/// Starts a command whose answer fills a pipe that nobody reads: it is held up where it looks at no flag.
+/// Starts a command whose answer fills a pipe that nobody reads. It blocks where it checks no
+/// flag.
 fn hold_up(mut command: Command) -> (Child, PipeReader) {
     let (reader, writer): (PipeReader, PipeWriter) = std::io::pipe().unwrap();
     let child = command.stdout(writer.try_clone().unwrap()).spawn().unwrap();
@@ -276,7 +278,7 @@ fn hold_up(mut command: Command) -> (Child, PipeReader) {
         let mut room = [PollFd::new(writer.as_fd(), PollFlags::POLLOUT)];
         poll(&mut room, PollTimeout::ZERO).unwrap() == 0
     });
-    // The reader is to see the end of the answer: the command holds the other end too.
+    // The command holds the write end too; the reader must see the end of the answer.
     drop(command);
     settle(&child);
     (child, reader)
@@ -302,7 +304,7 @@ fn long_answer(model: &Path) -> Command {
     upg(["run", model, "-p", &long(0), "-n", "200", "--quiet"])
 }
 
-/// `timeout` signals a process and its group, and a terminal that is closed does so too.
+/// `timeout` signals a process and its group, and so does a closing terminal.
 #[test]
 fn signals_at_once_are_one() {
     let folder = tempfile::tempdir().unwrap();
@@ -320,7 +322,7 @@ fn signals_at_once_are_one() {
     }
 }
 
-/// Signals are ignored at the start by `nohup`, and by shells for what runs in the background.
+/// `nohup` and the background jobs of shells start with signals ignored.
 #[test]
 fn signals_that_are_ignored_stay_ignored() {
     let folder = tempfile::tempdir().unwrap();
@@ -360,7 +362,7 @@ fn sigterm_in_an_answer_ends_the_chat_and_ctrl_c_the_answer() {
         send(&child, signal);
         settle(&child);
         let reader = std::thread::spawn(move || answer.read_to_end(&mut Vec::new()).unwrap());
-        // Until then it could ask for more.
+        // Until then it could wait for more input.
         let input = expected.is_some().then_some(input);
         assert_eq!(code(&mut child), Some(expected.unwrap_or(0)), "{signal}");
         assert!(reader.join().unwrap() < 400_000, "the answer was not ended");

@@ -1,4 +1,4 @@
-//! `upg bench`: how fast this machine loads, multiplies, decompresses and generates.
+//! `upg bench`: measures how fast this machine loads, multiplies, decompresses and generates.
 #![forbid(unsafe_code)]
 
 mod figure;
@@ -37,14 +37,13 @@ fn measure(args: &MeasureArgs, open: OpenOptions) -> Result<()> {
     let llamas = Llama::find(args)?;
     let machine = Machine::here()?;
     let others = Others::watch();
-    // No model is kept: pages of the file can leave the cache only once nobody has them mapped.
+    // Drops the model: the page cache frees pages of the file only when nobody maps them.
     let unfit = match load::model(&args.file, open)? {
         Ok(model) => {
             generation::check(args, model.model().config().context)?;
             None
         }
         Err(e) if llamas.is_empty() => Some(e.to_string()),
-        // There is nothing to compare.
         Err(e) => return Err(e),
     };
     let loads = Loads::measure(args, open, unfit.is_none())?;

@@ -46,10 +46,10 @@ pub fn run(args: &ChatArgs, open: OpenOptions) -> Result<()> {
     Ok(())
 }
 
-/// Where questions come from.
+/// Source of the questions.
 enum Lines {
     Terminal(Box<DefaultEditor>),
-    /// A file or a pipe, whose lines may have no end.
+    /// File or pipe, whose lines may be unbounded.
     Piped,
 }
 
@@ -64,7 +64,7 @@ impl Lines {
         }
     }
 
-    /// The next one; `None` at the end, and after Ctrl-C at the prompt.
+    /// Returns the next line; `None` at the end of input, and after Ctrl-C at the prompt.
     fn next(&mut self) -> Result<Option<String>> {
         match self {
             Self::Terminal(editor) => match editor.readline("> ") {
@@ -76,16 +76,16 @@ impl Lines {
         }
     }
 
-    /// Remembers a line, to be found again with the arrow keys.
+    /// Adds a line to the history of the arrow keys.
     fn keep(&mut self, line: &str) {
         if let Self::Terminal(editor) = self {
-            // History is a comfort: a line that it refuses is no reason to stop.
+            // A line that the history refuses is no reason to stop.
             let _ = editor.add_history_entry(line);
         }
     }
 }
 
-/// A conversation so far.
+/// Conversation so far.
 struct Chat<'a> {
     model: &'a UPGModel,
     args: &'a ChatArgs,
@@ -103,13 +103,13 @@ impl Chat<'_> {
         self.messages = system.map(|text| Message::new("system", text)).collect();
     }
 
-    /// One question and its answer. An error in what was said is shown, and the question forgotten.
+    /// Processes one question. An error in its text is printed, and the question is removed.
     fn turn(&mut self, line: &str) -> Result<()> {
         self.messages.push(Message::new("user", line));
         let mut answer = String::new();
         match self.answer(&mut answer) {
             Ok(()) => {}
-            // Ctrl-C ends the answer, not the talk.
+            // Ctrl-C ends the answer, not the conversation.
             Err(e) if e.kind() == ErrorKind::Interrupted => signals::start_again(&self.interrupt),
             Err(e) if matches!(e.kind(), ErrorKind::Argument | ErrorKind::TooLarge) => {
                 terminal::note(format_args!("upg: {e}"));
@@ -125,7 +125,8 @@ impl Chat<'_> {
         Ok(())
     }
 
-    /// Prints the answer as it comes and keeps it in `answer`, also if it ends with an error.
+    /// Prints the answer as it is generated and appends it to `answer`, even if it ends with an
+    /// error.
     fn answer(&mut self, answer: &mut String) -> Result<()> {
         let text = self.template.render(&self.messages, true)?;
         let options = EncodeOptions {

@@ -17,13 +17,14 @@ use upg_kernel::inference::tokenizer::MAX_TEXT_BYTES;
 use upg_kernel::support::{AtomicFile, refuse_to_overwrite};
 use upg_kernel::{Error, ErrorKind, OpenOptions, Result};
 
-/// Work that is estimated to take fewer seconds starts without a word.
+/// Estimated seconds below which work starts without a notice.
 const WORTH_A_LINE: f64 = 10.0;
 
-/// Work that is estimated to take more seconds is worth going on with after a stop.
+/// Estimated seconds above which the notice recommends `--resume`.
 const WORTH_RESUMING: f64 = 600.0;
 
-/// Largest file of JSON lines to calibrate on, in bytes: each document may have as many as a text.
+/// Largest JSON lines file to calibrate on, in bytes; each document may be as long as a plain
+/// text.
 const LONGEST_LINES: usize = 256 << 20;
 
 pub fn run(args: &CompressArgs, open: OpenOptions) -> Result<()> {
@@ -41,7 +42,7 @@ pub fn run(args: &CompressArgs, open: OpenOptions) -> Result<()> {
     }
     let source = source::open_with(&args.source, open)?;
     let options = options(args, source.as_ref())?;
-    // Found out before the work: hours later nobody wants to hear that it cannot be written.
+    // Checked before the work: an error after hours would be too late.
     let report_file = match &args.report {
         Some(path) if !args.dry_run => Some(AtomicFile::create_from(path, source.own_files())?),
         _ => None,
@@ -98,7 +99,7 @@ fn budget(args: &CompressArgs, source: &dyn Source) -> Option<Budget> {
         .or(args.size.map(Budget::File))
 }
 
-/// What becomes of every tensor.
+/// Lists the encoding of every tensor.
 fn plan(preflight: &Preflight) -> String {
     let mut text = String::new();
     for group in &preflight.groups {
@@ -115,7 +116,7 @@ fn plan(preflight: &Preflight) -> String {
     text
 }
 
-/// In one line: size, memory and time.
+/// Formats size, memory and time in one line.
 fn cost(preflight: &Preflight) -> String {
     let memory_free = preflight.memory_free;
     format!(
@@ -129,7 +130,7 @@ fn cost(preflight: &Preflight) -> String {
     )
 }
 
-/// Says what is about to happen, if it takes long enough to be asked.
+/// Announces the work if it will take long enough.
 fn announce(args: &CompressArgs, preflight: &Preflight) -> Result<()> {
     let [data, journal] = partial_files(&args.output)?;
     if !args.resume && data.exists() && journal.exists() {
@@ -220,7 +221,7 @@ pub fn summary(output: &Path, source: &dyn Source, report: &CompressReport) -> S
     text
 }
 
-/// What the model is run over: the text in a file, or the one that comes with upg.
+/// Reads the calibration text from a file, or takes the built-in one.
 pub fn calibration(
     source: &dyn Source,
     path: Option<&Path>,

@@ -15,7 +15,7 @@ use upg_kernel::v1::{Converted, V1File, is_pickle};
 use upg_kernel::{Error, ErrorKind, Result};
 
 pub fn run(args: &ConvertArgs) -> Result<()> {
-    // The command line has one of the two.
+    // The command line guarantees one of the two.
     let output = args.output.as_deref().or(args.to_path.as_deref());
     let output = output.unwrap_or(Path::new(""));
     if !is_pickle(&args.file) {
@@ -47,7 +47,7 @@ fn convert(args: &ConvertArgs, output: &Path) -> Result<()> {
     let texts = args.model.as_deref().map(ModelFiles::read);
     let texts = texts.transpose()?.unwrap_or_default();
     let progress = WeightsBar::new()?;
-    // Sizes are not checked yet.
+    // Sizes are not validated yet.
     let sizes = file.catalogue().tensors.iter().map(|tensor| &tensor.shape);
     let weights = sizes.map(|shape| shape.iter().fold(1u64, |n, &d| n.saturating_mul(d)));
     progress.start(weights.fold(0, u64::saturating_add));

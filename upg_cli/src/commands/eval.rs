@@ -48,7 +48,7 @@ pub fn run(args: &EvalArgs, open: OpenOptions) -> Result<()> {
     report(args, &model, &result)
 }
 
-/// What is evaluated.
+/// Model and text to evaluate.
 struct Evaluated<'a> {
     model: &'a Arc<Model>,
     options: EvaluationOptions,
@@ -56,7 +56,7 @@ struct Evaluated<'a> {
 }
 
 impl Evaluated<'_> {
-    /// Against logits in the file `path`, which is made if it has others.
+    /// Evaluates against the logits in the file `path`, which is written first if it has others.
     fn against_file(
         &self,
         path: &Path,
@@ -77,7 +77,7 @@ impl Evaluated<'_> {
         terminal::note(format_args!(
             "{verb} the logits of the reference: {path}, {size}"
         ));
-        // Without this Ctrl-C would leave a part of the file behind.
+        // Without this, Ctrl-C would leave a partial file behind.
         let interrupted = signals::interrupt_flag()?;
         let result = self.measure(Some(&mut logits), &interrupted)?;
         logits.finish()?;

@@ -1,4 +1,4 @@
-//! `upg inspect` for files of version 1.
+//! `upg inspect` for version 1 files.
 #![forbid(unsafe_code)]
 
 use crate::cli::InspectArgs;
@@ -39,7 +39,8 @@ fn as_json(file: &V1File) -> Value {
     })
 }
 
-/// JSON leaves some control characters as they are, which would steer the terminal.
+/// Escapes the control characters that JSON leaves unescaped and that a terminal would
+/// interpret.
 fn plain(json: &str) -> String {
     let mut out = String::with_capacity(json.len());
     for c in json.chars() {
@@ -117,7 +118,7 @@ fn shape(tensor: &CatalogueEntry) -> String {
     sizes.collect::<Vec<_>>().join(" x ")
 }
 
-/// What is said of a tensor, without what would steer the terminal.
+/// Formats a description of a tensor, with control characters escaped.
 fn note(value: Option<&Value>) -> String {
     match value {
         None | Some(Value::Null) => "-".to_owned(),

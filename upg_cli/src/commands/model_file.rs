@@ -1,4 +1,4 @@
-//! UPG files to run or decompress, of version 1 too.
+//! UPG files to run or decompress, including version 1.
 #![forbid(unsafe_code)]
 
 use std::path::Path;
@@ -6,12 +6,14 @@ use std::sync::Arc;
 use upg_kernel::format::UpgFile;
 use upg_kernel::{OpenOptions, Result, UPGModel, v1};
 
-/// Opens a UPG file. One of version 1 is converted into a temporary file, with a warning.
+/// Opens a UPG file.
+///
+/// A version 1 file is converted into a temporary file, with a warning.
 pub fn open(path: &Path, options: OpenOptions) -> Result<Arc<UpgFile>> {
     v1::open_any_with(path, options).map(Arc::new)
 }
 
-/// Loads the model of a file that [`open`] takes.
+/// Loads the model of a file that [`open`] accepts.
 pub fn load(path: &Path, options: OpenOptions) -> Result<UPGModel> {
     UPGModel::new(open(path, options)?)
 }

@@ -36,7 +36,7 @@ pub fn run(args: &RunArgs, open: OpenOptions) -> Result<()> {
     if !args.chat {
         terminal::print(&text)?;
     }
-    // An interrupted answer still ends its line and tells its figures; one that failed tells why.
+    // An interrupted answer still ends its line and prints its figures; a failed one prints why.
     let finished = stream
         .by_ref()
         .try_for_each(|piece| terminal::print(&piece?));
@@ -55,7 +55,7 @@ pub fn run(args: &RunArgs, open: OpenOptions) -> Result<()> {
     finished
 }
 
-/// Says why an answer ends in the middle of it.
+/// Prints why an answer was cut off.
 pub fn note_end(reason: Option<FinishReason>) {
     if reason == Some(FinishReason::ContextFull) {
         terminal::note(

@@ -27,7 +27,7 @@ pub fn run(args: &TuneArgs, open: OpenOptions) -> Result<()> {
         &args.output,
         &progress,
     );
-    // What is wrong with the file says so itself.
+    // Errors about the UPG file name it already.
     let report = tuned.map_err(|e| match e.kind() {
         ErrorKind::Interrupted => e,
         _ => e.at(&args.original),

@@ -8,7 +8,7 @@ use upg_kernel::{OpenOptions, Result};
 
 pub fn run(args: &FileArgs, open: OpenOptions) -> Result<()> {
     let file = UpgFile::open_with(&args.file, open)?;
-    // A file that was read was verified then.
+    // A file that was read into memory was verified then.
     if open.mmap {
         let bar = terminal::bar(
             file.file_len(),

@@ -1,4 +1,4 @@
-//! `upg convert`, and what other commands make of files of version 1.
+//! `upg convert`, and other commands on version 1 files.
 
 use crate::common::{names, output, succeed, upg};
 use serde_json::Value;
@@ -18,7 +18,7 @@ fn v1(name: &str) -> PathBuf {
         .join(name)
 }
 
-/// The exit code, standard output and standard error.
+/// Runs a command; returns the exit code, standard output and standard error.
 fn run<const N: usize>(args: [&str; N]) -> (Option<i32>, String, String) {
     output(&mut upg(args))
 }
@@ -38,7 +38,7 @@ fn an_old_file_becomes_what_the_python_script_makes_of_it() {
     assert!(said.contains("cannot be run; --model DIR"), "{said}");
     let expected = fs::read(v1("rows.safetensors")).unwrap();
     assert!(fs::read(out).unwrap() == expected);
-    // Again, by the option, over what is there.
+    // Again with the option, over the existing file.
     succeed(["convert", old.to_str().unwrap(), "-o", out]);
     succeed(["verify", out]);
     assert_eq!(names(folder.path()), ["new.safetensors"]);
@@ -57,7 +57,7 @@ fn an_old_file_gets_its_config_and_another_encoding_in_one_go() {
         fs::read(out).unwrap()
     };
     let of_plain = logits(&at("plain"), &at("logits"));
-    // The old file as it is: the same, with a word of warning.
+    // The version 1 file gives the same output, with a warning.
     let args = [
         "run",
         old,
@@ -74,7 +74,7 @@ fn an_old_file_gets_its_config_and_another_encoding_in_one_go() {
     );
     assert_eq!(fs::read(at("logits of old")).unwrap(), of_plain);
 
-    // Three in ten weights are zero: as s8 that is less than as q8, as s4 not less than as q4.
+    // 30 % of the weights are zero: s8 is smaller than q8, s4 is not smaller than q4.
     for (to, embedding) in [("q4", "s8"), ("t3", "q4"), ("keep", "keep")] {
         let out = at(to);
         let said = succeed(["convert", old, &out, "--model", model, "--to", to]);
@@ -89,9 +89,9 @@ fn an_old_file_gets_its_config_and_another_encoding_in_one_go() {
         assert_eq!(encoding("model.embed_tokens.weight"), embedding);
         logits(&out, &at("logits"));
     }
-    // What is kept is what was in the old file.
+    // Uncompressed weights equal those of the old file.
     assert_eq!(fs::read(at("logits")).unwrap(), of_plain);
-    // Without a config too; and as a source of `compress`, with the config beside it.
+    // Works without a config, and as a source of `compress` with the config beside it.
     succeed(["convert", old, &at("no-config"), "--to", "q4"]);
     let (code, _, said) = run(["run", &at("no-config"), "-p", "x"]);
     assert_eq!(code, Some(1));
@@ -101,7 +101,7 @@ fn an_old_file_gets_its_config_and_another_encoding_in_one_go() {
     assert!(compressed == converted);
 }
 
-/// A command that is killed while it runs an old file leaves nothing where temporary files are.
+/// A command that is killed while it runs an old file leaves no temporary file.
 #[cfg(unix)]
 #[test]
 fn nothing_is_left_of_an_old_file_that_was_opened() {

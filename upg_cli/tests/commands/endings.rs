@@ -1,4 +1,4 @@
-//! Work that ends before it is done: by Ctrl-C, a full disk, a reader that goes away.
+//! Work that ends early: by Ctrl-C, a full disk or a closed pipe.
 
 use crate::common::{catches_interrupts, compress_tiny, names, output, succeed, tiny_model, upg};
 use crate::{gguf, smollm2};
@@ -32,7 +32,7 @@ fn ctrl_c_ends_an_answer_and_not_the_chat() {
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(0));
     assert_eq!(String::from_utf8_lossy(&output.stderr), "");
-    // Both were stopped: what is only the beginning of one answer is longer than the two.
+    // Both were stopped: the start of a single answer is longer than both.
     let beginning = [
         "run",
         smollm2(),
@@ -46,7 +46,7 @@ fn ctrl_c_ends_an_answer_and_not_the_chat() {
     assert!(text().len() < succeed(beginning).len(), "{}", text());
 }
 
-/// A limit on the size of files fails writes as a full disk does, and needs no rights to set up.
+/// A file size limit fails writes as a full disk does, and needs no privileges to set up.
 #[cfg(unix)]
 #[test]
 fn a_write_that_fails_leaves_nothing_behind() {
@@ -61,7 +61,7 @@ fn a_write_that_fails_leaves_nothing_behind() {
         vec!["decompress", model, "-o", "."],
         vec!["run", model, "--tokens", &ids, "--logits", "out"],
     ] {
-        // Blocks of 512 bytes.
+        // In blocks of 512 bytes.
         let mut command = Command::new("sh");
         command
             .args(["-c", "ulimit -f 64; exec \"$0\" \"$@\""])

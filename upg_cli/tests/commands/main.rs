@@ -1,6 +1,7 @@
-//! The real `upg` command: what it prints, what it leaves behind, how it ends.
+//! End-to-end tests of the `upg` command: its output, files and exit codes.
 //!
-//! `UPG_TEST_GGUF` is the path of SmolLM2-135M-Instruct as GGUF; `./test.sh` fetches it and sets it.
+//! `UPG_TEST_GGUF` is the path of SmolLM2-135M-Instruct as GGUF; `./test.sh` downloads it and sets
+//! the variable.
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 #[path = "../common/mod.rs"]
@@ -28,7 +29,7 @@ fn gguf() -> PathBuf {
     path.into()
 }
 
-/// SmolLM2 as q8, made once for all tests.
+/// SmolLM2 as q8, compressed once for all tests.
 fn smollm2() -> &'static str {
     static MODEL: LazyLock<(TempDir, String)> = LazyLock::new(|| {
         let folder = tempfile::tempdir().unwrap();
@@ -109,7 +110,8 @@ fn keys_and_values_are_kept_as_asked() {
     );
 }
 
-/// A prompt in one go and a matrix of every encoding: no bit of a logit depends on the number of threads.
+/// No bit of a logit depends on the number of threads, with a whole prompt and every
+/// encoding.
 #[test]
 fn logits_do_not_depend_on_the_number_of_threads() {
     let folder = tempfile::tempdir().unwrap();
@@ -189,7 +191,7 @@ fn a_real_model_answers_is_measured_and_goes_back_to_its_directory() {
         "{text}"
     );
     assert_eq!(succeed([&run[..], &["--temperature", "0"]].concat()), text);
-    // A seed says what comes out, another seed something else.
+    // The seed determines the output; another seed gives another output.
     let sampled = |seed| {
         succeed(
             [
@@ -258,7 +260,7 @@ fn a_real_model_answers_is_measured_and_goes_back_to_its_directory() {
 
     let exported = folder.path().join("exported");
     succeed(["decompress", model, "-o", exported.to_str().unwrap()]);
-    // A directory, which has not all of the files that a model may have.
+    // A directory that lacks some of the optional files.
     let of_directory = folder.path().join("logits of a directory");
     let kept = ["--logits", of_directory.to_str().unwrap()];
     let json = succeed([&eval(exported.to_str().unwrap())[..], &kept].concat());
@@ -277,9 +279,9 @@ fn a_real_model_answers_is_measured_and_goes_back_to_its_directory() {
     );
     let config: Value =
         serde_json::from_slice(&fs::read(exported.join("config.json")).unwrap()).unwrap();
-    // The source has no plain type, so nothing but F32 is without loss.
+    // The source has no uniform data type, so only F32 is lossless.
     assert_eq!(config["torch_dtype"], "float32");
-    // Its own export it may replace, and nothing of that stays that would be taken for the new one's.
+    // The command may replace its own export. No old file stays that could be taken for a new one.
     let tiny = compress_tiny(folder.path(), "tiny", "q8", &[]);
     let out = folder.path().join("replaced");
     for file in [model, tiny.to_str().unwrap()] {
@@ -289,7 +291,7 @@ fn a_real_model_answers_is_measured_and_goes_back_to_its_directory() {
         names(&out),
         ["config.json", "generation_config.json", "model.safetensors"]
     );
-    // A directory again: what was decompressed exactly gives the same text.
+    // A lossless export used as a source again gives the same text.
     let again = folder.path().join("again");
     let again = again.to_str().unwrap();
     succeed([
@@ -323,7 +325,7 @@ fn a_real_model_is_tuned_on_a_text() {
         "512",
         "--passes",
         "1",
-        // q8 has lost next to nothing, so that larger steps only add to it.
+        // q8 has lost almost nothing, so larger steps only add error.
         "--rate",
         "0.0001",
     ]);
@@ -390,7 +392,7 @@ fn kernels_are_shown_and_chosen_and_give_the_same_logits() {
             model.to_str().unwrap(),
             "--tokens",
             "5,6,7",
-            // Rounding keys and values would make steps of small differences.
+            // Rounded keys and values would turn small differences into steps.
             "--cache-type",
             "f32",
             "--logits",

@@ -1,4 +1,4 @@
-//! What is refused, with which words and exit code.
+//! Refused input: messages and exit codes.
 
 use crate::common::{compress_tiny, names, output, succeed, tiny_model, upg};
 use crate::{gguf, smollm2};
@@ -6,8 +6,9 @@ use serde_json::{Value, json};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Arguments, exit code, and what the one line on standard error has to say. `{}` is a folder with
-/// the files that `bad_inputs` makes.
+/// Arguments, exit code, and required parts of the one line on standard error.
+///
+/// `{}` is a folder with the files that `bad_inputs` creates.
 #[rustfmt::skip]
 const BAD: &[(&[&str], i32, &[&str])] = &[
     (&["compress", "{}/none", "-o", "{}/out"], 1, &["none", "No such file"]),
@@ -72,7 +73,7 @@ const BAD: &[(&[&str], i32, &[&str])] = &[
     (&["tune", "{smollm2}", "--original", "{smollm2-gguf}", "-o", "{}/text", "--text", "{}/text"], 2, &["overwrite"]),
 ];
 
-/// Everything that `BAD` names.
+/// Creates all files that `BAD` names.
 fn bad_inputs(folder: &Path) {
     let at = |name: &str| folder.join(name);
     let copy = |name: &str| {
@@ -122,7 +123,8 @@ fn bad_inputs(folder: &Path) {
     copy("large");
     let weights = at("large/model.safetensors");
     let mut bytes = fs::read(&weights).unwrap();
-    // 2^17 in each of the last weights, which are the final norm or a matrix, whichever comes last.
+    // Sets each of the last weights to 2^17. These belong to the final norm or a matrix, whichever
+    // is last.
     let start = bytes.len() - 96 * 320 * 2;
     for weight in bytes[start..].as_chunks_mut::<2>().0 {
         *weight = 0x4800u16.to_le_bytes();
@@ -154,7 +156,7 @@ fn bad_inputs(folder: &Path) {
     );
 }
 
-/// Adds a tensor of one value to a safetensors file.
+/// Adds a tensor with one value to a safetensors file.
 fn add_tensor(path: &Path, name: &str) {
     let mut bytes = fs::read(path).unwrap();
     let data = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;

@@ -1,4 +1,4 @@
-//! Runs the real `upg` command.
+//! Helpers that run the real `upg` command.
 #![allow(
     dead_code,
     clippy::unwrap_used,
@@ -10,10 +10,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
-/// Has commands start with the default actions of signals, whatever started the tests.
+/// Makes commands start with the default actions of signals, independent of the test runner.
 ///
-/// A signal that is ignored, as in a background job of a shell, stays ignored in a program that is started; one that is
-/// caught gets its default action there. The tests themselves end as they would have.
+/// An ignored signal, as in a background job of a shell, stays ignored in a child process. A caught
+/// signal is reset to its default action there. The tests themselves still end as before.
 fn default_signals() {
     #[cfg(unix)]
     {
@@ -47,7 +47,7 @@ pub fn output(command: &mut Command) -> (Option<i32>, String, String) {
     (status.code(), text(stdout), text(stderr))
 }
 
-/// Runs a command that has to succeed; returns what it printed.
+/// Runs a command that must succeed; returns its standard output.
 pub fn succeed<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> String {
     let mut command = upg(args);
     let (code, stdout, stderr) = output(&mut command);
@@ -61,7 +61,7 @@ pub fn tiny_model(name: &str) -> PathBuf {
         .join(name)
 }
 
-/// The tiny phi3 in this encoding, as `folder/NAME`.
+/// Compresses the tiny phi3 with this encoding to `folder/NAME`.
 pub fn compress_tiny(folder: &Path, name: &str, encoding: &str, more: &[&str]) -> PathBuf {
     let out = folder.join(name);
     let source = tiny_model("phi3");
@@ -77,7 +77,7 @@ pub fn compress_tiny(folder: &Path, name: &str, encoding: &str, more: &[&str]) -
     out
 }
 
-/// Names of what is in a folder, hidden files too.
+/// Returns the names of all files in a folder, including hidden ones.
 pub fn names(folder: &Path) -> Vec<String> {
     let entries = fs::read_dir(folder).unwrap();
     let mut names: Vec<String> = entries
@@ -87,8 +87,9 @@ pub fn names(folder: &Path) -> Vec<String> {
     names
 }
 
-/// Returns whether a process is far enough to end its work in order after Ctrl-C; where that is not to be seen, `true`
-/// after a second.
+/// Returns whether a process is ready to handle Ctrl-C.
+///
+/// Where this cannot be observed, waits a second and returns `true`.
 pub fn catches_interrupts(child: &Child) -> bool {
     const SIGINT: u32 = 2;
     let Ok(status) = fs::read_to_string(format!("/proc/{}/status", child.id())) else {
@@ -100,7 +101,7 @@ pub fn catches_interrupts(child: &Child) -> bool {
     caught.is_some_and(|mask| mask >> (SIGINT - 1) & 1 == 1)
 }
 
-/// The tiny phi3 with a tokenizer that knows two letters and takes no notice of others, compressed to q8.
+/// Compresses the tiny phi3 to q8, with a tokenizer of two letters that ignores all others.
 pub fn model_of_two_letters(folder: &Path) -> PathBuf {
     let (source, out) = (folder.join("source"), folder.join("model.safetensors"));
     fs::create_dir(&source).unwrap();

@@ -5,13 +5,13 @@ use std::num::NonZeroUsize;
 use std::time::{Duration, Instant};
 use upg_kernel::Result;
 
-/// What takes less is repeated until it has taken so long.
+/// Minimum total time of a measurement; shorter work is repeated.
 const LEAST_TIME: Duration = Duration::from_millis(500);
 
-/// Repetitions of what takes nearly no time.
+/// Maximum number of repetitions, for work that takes almost no time.
 const MOST_REPETITIONS: usize = 1000;
 
-/// The middle of several values, and their spread.
+/// Median and spread of several values.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Figure {
     pub median: f64,
@@ -20,7 +20,7 @@ pub struct Figure {
 }
 
 impl Figure {
-    /// NaN of no values.
+    /// Computes the median and spread of `values`; NaN if there are none.
     pub fn of(mut values: Vec<f64>) -> Self {
         values.sort_by(f64::total_cmp);
         let at = |index: usize| values.get(index).copied().unwrap_or(f64::NAN);
@@ -32,7 +32,7 @@ impl Figure {
         }
     }
 
-    /// Of seconds: how much of `amount` is done in one.
+    /// Converts seconds into a rate: `amount` per second.
     pub fn rate(self, amount: f64) -> Self {
         Self {
             median: amount / self.median,
@@ -42,7 +42,9 @@ impl Figure {
     }
 }
 
-/// The seconds that `work` takes: once to warm up, then `repetitions` times or for half a second.
+/// Measures the seconds that `work` takes.
+///
+/// Runs it once to warm up, then `repetitions` times, or more often until half a second has passed.
 pub fn repeat(repetitions: NonZeroUsize, mut work: impl FnMut() -> Result<()>) -> Result<Figure> {
     work()?;
     let mut times = Vec::new();
@@ -53,12 +55,12 @@ pub fn repeat(repetitions: NonZeroUsize, mut work: impl FnMut() -> Result<()>) -
     Ok(Figure::of(times))
 }
 
-/// Whether another repetition is due.
+/// Returns whether another repetition is needed.
 pub fn goes_on(done: usize, wanted: NonZeroUsize, elapsed: Duration) -> bool {
     done < wanted.get() || (elapsed < LEAST_TIME && done < MOST_REPETITIONS)
 }
 
-/// The seconds that `work` takes this time.
+/// Measures the seconds that one run of `work` takes.
 pub fn seconds(work: impl FnOnce() -> Result<()>) -> Result<f64> {
     let started = Instant::now();
     work()?;

@@ -1,4 +1,4 @@
-//! Prompts and tokens after them, of random ids, beside llama.cpp if that is wanted.
+//! Prefill and decode speed on random token ids, optionally in comparison with llama.cpp.
 #![forbid(unsafe_code)]
 
 use super::figure::{Figure, seconds};
@@ -9,7 +9,7 @@ use upg_kernel::format::UpgFile;
 use upg_kernel::inference::{Context, Logits, Sequence, SessionOptions};
 use upg_kernel::{Error, ErrorKind, OpenOptions, Result, UPGModel};
 
-/// Each has a KV cache of its own.
+/// Maximum number of sequences; each has its own KV cache.
 const MOST_SEQUENCES: usize = 1024;
 
 /// Tokens per second of one program.
@@ -18,16 +18,18 @@ pub struct Speeds {
     pub decode: Option<Figure>,
 }
 
-/// What was measured.
+/// Results of the measurement.
 pub struct Generation<'a> {
     pub speeds: Speeds,
-    /// With some sequences at once: how many, and tokens per second of all of them.
+    /// Batched decoding: the number of sequences, and the tokens per second of all of them.
     pub batches: Vec<(usize, Figure)>,
-    /// Of the weights that one token takes.
+    /// Bytes of weights read per token.
     pub token_bytes: u64,
     pub llamas: Vec<(&'a Llama, Speeds)>,
 }
 
+/// Checks the arguments.
+///
 /// Errors (`Argument`): more positions than the model has, or more than 1,024 sequences.
 pub fn check(args: &MeasureArgs, context: usize) -> Result<()> {
     let decoded = match args.generate {
@@ -51,7 +53,8 @@ pub fn check(args: &MeasureArgs, context: usize) -> Result<()> {
     }
 }
 
-/// One repetition of everything after the other, so that a change of the machine's speed meets all.
+/// Measures one repetition of every figure in turn, so that a change of clock speed affects
+/// all of them.
 pub fn measure<'a>(
     args: &MeasureArgs,
     open: OpenOptions,
@@ -80,7 +83,7 @@ pub fn measure<'a>(
         .map(|count| (count, Vec::new()))
         .collect();
     let mut theirs: Vec<Samples> = llamas.iter().map(|_| Samples::default()).collect();
-    // The first round warms up; llama-bench does that by itself each time.
+    // The first round warms up; llama-bench warms up by itself each time.
     for round in 0..=args.repetitions.get() {
         let counts = round > 0;
         if !prompt.is_empty() {
@@ -117,7 +120,7 @@ pub fn measure<'a>(
     })
 }
 
-/// Tokens per second, one value each repetition.
+/// Tokens per second, one value per repetition.
 #[derive(Default)]
 struct Samples {
     prefill: Vec<f64>,
@@ -134,7 +137,7 @@ impl Samples {
     }
 }
 
-/// Tokens per second of a prompt, from nothing.
+/// Measures the tokens per second of a prompt, from an empty cache.
 fn prefill(context: &mut Context, sequence: &mut Sequence, prompt: &[u32]) -> Result<f64> {
     sequence.truncate(0);
     let mut logits = Vec::new();
@@ -143,9 +146,10 @@ fn prefill(context: &mut Context, sequence: &mut Sequence, prompt: &[u32]) -> Re
     Ok(prompt.len() as f64 / took)
 }
 
-/// Returns the tokens per second of all sequences together.
+/// Measures the tokens per second of all sequences together.
 ///
-/// They generate `answer` one by one in the same passes, each after a `history` of its own, which is not timed.
+/// They decode `answer` token by token in the same passes. Each first gets its own `history`, which
+/// is not timed.
 fn decode(
     context: &mut Context,
     sequences: &mut [Sequence],
@@ -154,7 +158,7 @@ fn decode(
 ) -> Result<f64> {
     let mut logits = Vec::new();
     for sequence in &mut *sequences {
-        // What is there already are the same ids.
+        // The ids already in the cache are the same.
         sequence.truncate(history.len());
         let missing = &history[sequence.tokens().len()..];
         if !missing.is_empty() {
@@ -175,7 +179,7 @@ fn decode(
     Ok(count as f64 / took)
 }
 
-/// Always the same ids, without order (splitmix64).
+/// Returns pseudorandom token ids that are the same in every run (splitmix64).
 fn random_ids(count: usize, vocab: usize) -> Vec<u32> {
     let id = |i: usize| {
         let mut z = (i as u64 + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15);
@@ -186,8 +190,10 @@ fn random_ids(count: usize, vocab: usize) -> Vec<u32> {
     (0..count).map(id).collect()
 }
 
-/// Bytes of weights that a token takes: every tensor once, but of an embedding that is not the output
-/// head one row, and of a head that is not used nothing.
+/// Returns the bytes of weights that a token reads.
+///
+/// Counts every tensor once, except that an embedding that is not also the output head counts as
+/// one row, and an unused head as nothing.
 fn token_bytes(file: &UpgFile, tied: bool, vocab: usize) -> u64 {
     let layers = file.layers().iter().enumerate();
     let layers = layers.map(|(id, layer)| (layer.name.as_str(), file.layer_bytes(id)));
@@ -212,7 +218,7 @@ mod tests {
         let ids = random_ids(10_000, 100);
         assert!(ids.iter().all(|&id| id < 100));
         for id in 0..100 {
-            // A hundred each: ten standard deviations.
+            // Expected count: 100, with a standard deviation of 10.
             let count = ids.iter().filter(|&&found| found == id).count();
             assert!((1..200).contains(&count), "{id}: {count}");
         }

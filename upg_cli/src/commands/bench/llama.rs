@@ -1,4 +1,4 @@
-//! llama.cpp on the same machine: one run of its `llama-bench` for each figure.
+//! llama.cpp on the same machine: one run of its `llama-bench` per figure.
 #![forbid(unsafe_code)]
 
 use crate::cli::MeasureArgs;
@@ -10,14 +10,14 @@ use upg_kernel::{Error, ErrorKind, Result};
 
 const PROGRAM: &str = "llama-bench";
 
-/// A GGUF file and the program to measure it with.
+/// GGUF file, and the program to measure it with.
 pub struct Llama {
     pub gguf: PathBuf,
     program: PathBuf,
     about: RefCell<About>,
 }
 
-/// What `llama-bench` says of the model and of itself.
+/// Model and build as reported by `llama-bench`.
 #[derive(Clone, Default)]
 pub struct About {
     pub model: Option<String>,
@@ -26,8 +26,9 @@ pub struct About {
 }
 
 impl Llama {
-    /// One for each file to compare with. Errors: `Io` if there is no such file, `Missing` if there is no
-    /// such program.
+    /// Returns one value per file to compare with.
+    ///
+    /// Errors: `Io` if a file does not exist, `Missing` if the program does not.
     pub fn find(args: &MeasureArgs) -> Result<Vec<Self>> {
         let Some(first) = args.compare_llama.first() else {
             return Ok(Vec::new());
@@ -54,17 +55,17 @@ impl Llama {
         Ok(args.compare_llama.iter().map(with_program).collect())
     }
 
-    /// What it said in its last run.
+    /// Returns what `llama-bench` reported in its last run.
     pub fn about(&self) -> About {
         self.about.borrow().clone()
     }
 
-    /// Tokens per second of a prompt.
+    /// Measures the tokens per second of a prompt.
     pub fn prefill(&self, tokens: usize) -> Result<f64> {
         self.run(tokens, 0, 0)
     }
 
-    /// Tokens per second one by one, with `depth` positions of context before.
+    /// Measures the tokens per second of decoding, after `depth` positions of context.
     pub fn decode(&self, tokens: usize, depth: usize) -> Result<f64> {
         self.run(0, tokens, depth)
     }

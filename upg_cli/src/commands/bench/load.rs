@@ -1,4 +1,4 @@
-//! How long it takes to open a file, and until it gives a token.
+//! Time to open a file and to compute its first token.
 #![forbid(unsafe_code)]
 
 use super::figure::{Figure, repeat, seconds};
@@ -9,24 +9,29 @@ use upg_kernel::format::UpgFile;
 use upg_kernel::inference::SessionOptions;
 use upg_kernel::{ErrorKind, OpenOptions, Result, UPGModel};
 
-/// Seconds from nothing to a model (or, where the file is none that runs, to the open file), and to the
-/// logits of one token.
+/// Load times in seconds, up to the loaded model and up to the logits of one token.
+///
+/// If the file is not a runnable model, the load time ends with the open file.
 pub struct Loads {
-    /// With nothing of the file in the page cache. Or why that cannot be measured.
+    /// Load time with no page of the file in the page cache, or why it cannot be measured.
     pub cold: std::result::Result<Figure, String>,
     pub warm: Figure,
-    /// Once; `None` where `cold` is, or the file is no model that runs.
+    /// Time to the first token, measured once with a cold cache.
+    ///
+    /// `None` if `cold` is an error or the file is not a runnable model.
     pub first_token_cold: Option<f64>,
     pub first_token_warm: Option<Figure>,
 }
 
-/// The model of a file, or why it is none that runs: its config, or a tensor, is missing or not of a
-/// kind that is implemented. Errors: the file is no sound UPG file.
+/// Loads the model of a file, or returns why it cannot run.
+///
+/// A file cannot run if its config or a tensor is missing or of an unsupported kind. Errors: the
+/// file is not a valid UPG file.
 pub fn model(
     path: &Path,
     open: OpenOptions,
 ) -> Result<std::result::Result<UPGModel, upg_kernel::Error>> {
-    // What is wrong with the file itself is not wrong with the model only.
+    // An error of the file itself is returned as such.
     drop(UpgFile::open_with(path, open)?);
     match UPGModel::from_file_with(path, open) {
         Ok(model) => Ok(Ok(model)),
@@ -36,7 +41,9 @@ pub fn model(
 }
 
 impl Loads {
-    /// `runs`: the file is a model that runs. Nobody may have the file mapped.
+    /// Measures the load times.
+    ///
+    /// `runs`: the file is a runnable model. Nobody may have the file mapped.
     pub fn measure(args: &MeasureArgs, options: OpenOptions, runs: bool) -> Result<Self> {
         let path = &args.file;
         let open = || match runs {
@@ -68,7 +75,8 @@ impl Loads {
     }
 }
 
-/// The seconds of `work` on the file when no page of it is cached, or why there is no such figure.
+/// Returns the seconds of `work` on the file when none of its pages is cached, or why this
+/// cannot be measured.
 fn cold(
     path: &Path,
     work: impl FnOnce() -> Result<()>,
@@ -78,7 +86,7 @@ fn cold(
     }
     let before = pages_from_disk();
     let took = seconds(work)?;
-    // A file in memory only, or one that others have mapped, stays where it is.
+    // A file in a memory file system, or one that others have mapped, stays in memory.
     match before.zip(pages_from_disk()) {
         Some((before, after)) if after > before => Ok(Ok(took)),
         _ => Ok(Err("the pages of the file did not leave the cache".into())),

@@ -1,4 +1,4 @@
-//! The machine: what it is, how fast it reads memory, and its page cache.
+//! Properties of the machine: processor, memory bandwidth and page cache.
 #![forbid(unsafe_code)]
 
 use super::figure::seconds;
@@ -10,19 +10,21 @@ use upg_kernel::Cpu;
 use upg_kernel::support::sum_words;
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// Bytes that are read for the bandwidth, where there is room: far more than most caches hold.
+/// Bytes to read for the bandwidth, if there is room: far more than most caches hold.
 const READ_BYTES: u64 = 1 << 30;
 
-/// What is measured on. `None`: the system does not say.
+/// Machine that is measured; `None` where the system does not report a value.
 pub struct Machine {
     pub cpu: Option<String>,
     pub threads: usize,
     pub kernels: &'static str,
-    /// Of the minute before.
+    /// Load average of the last minute.
     pub load_average: Option<f64>,
 }
 
 impl Machine {
+    /// Describes this machine.
+    ///
     /// Errors: those of [`Cpu::shared`].
     pub fn here() -> Result<Self> {
         let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
@@ -36,27 +38,27 @@ impl Machine {
     }
 }
 
-/// The value of `key: value` or `key : value` in a text of such lines.
+/// Returns the value of `key: value` or `key : value` in a text of such lines.
 fn field<'a>(text: &'a str, key: &str) -> Option<&'a str> {
     let mut pairs = text.lines().filter_map(|line| line.split_once(':'));
     let (_, value) = pairs.find(|(found, _)| found.trim() == key)?;
     Some(value.trim())
 }
 
-/// The bytes of `123 kB`.
+/// Parses `123 kB` into bytes.
 fn kib(text: &str) -> Option<u64> {
     let number = text.trim().trim_end_matches(|c: char| !c.is_ascii_digit());
     number.parse::<u64>().ok()?.checked_mul(1024)
 }
 
-/// Finds out how much of the processors others use.
+/// Monitor of the processor time that other processes use.
 pub struct Others {
     started: Instant,
     own: Duration,
     all: Ticks,
 }
 
-/// Of all processors since the system started.
+/// Clock ticks of all processors since the system started.
 struct Ticks {
     processors: usize,
     total: u64,
@@ -64,7 +66,7 @@ struct Ticks {
 }
 
 impl Others {
-    /// Starts to look. `None`: the system does not say.
+    /// Starts to monitor; `None` if the system does not report ticks.
     pub fn watch() -> Option<Self> {
         Some(Self {
             started: Instant::now(),
@@ -73,8 +75,10 @@ impl Others {
         })
     }
 
-    /// Percent of all processors since then that were busy, but not for this process and those that it
-    /// started; what the hypervisor gave to other machines counts.
+    /// Returns the processor time used by others since the start, in percent of all processors.
+    ///
+    /// Excludes this process and its children; includes time that the hypervisor gave to other
+    /// machines.
     pub fn percent(&self) -> Option<f64> {
         let now = Ticks::of(&fs::read_to_string("/proc/stat").ok()?)?;
         let total = now.total.checked_sub(self.all.total).filter(|&n| n > 0)? as f64;
@@ -86,8 +90,10 @@ impl Others {
 }
 
 impl Ticks {
-    /// The sum over all processors in `/proc/stat`: user, nice, system, idle, waiting for a disk, two kinds
-    /// of interrupts, and what the hypervisor took. What follows is counted in the first two.
+    /// Parses `/proc/stat` and sums over all processors.
+    ///
+    /// Sums user, nice, system, idle, I/O wait, two kinds of interrupts, and stolen time. The
+    /// fields after these are already included in the first two.
     fn of(stat: &str) -> Option<Self> {
         let sum = stat.lines().next()?.strip_prefix("cpu ")?;
         let ticks: Vec<u64> = sum
@@ -106,7 +112,7 @@ impl Ticks {
     }
 }
 
-/// Processor time of this process and of those it started that have ended.
+/// Returns the processor time of this process and of its children that have ended.
 fn own_time() -> Option<Duration> {
     #[cfg(target_os = "linux")]
     {
@@ -135,7 +141,9 @@ fn own_time() -> Option<Duration> {
 pub struct Memory(Vec<u64>);
 
 impl Memory {
-    /// 1 GiB, or a quarter of what is free. Errors (`TooLarge`): not even that is to be had.
+    /// Allocates 1 GiB, or a quarter of the free memory if that is less.
+    ///
+    /// Errors (`TooLarge`): the memory cannot be allocated.
     pub fn new() -> Result<Self> {
         let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
         let free = field(&meminfo, "MemAvailable").and_then(kib);
@@ -146,7 +154,8 @@ impl Memory {
             let message = format!("no memory of {bytes} bytes to read: {e}");
             Error::new(ErrorKind::TooLarge, message)
         })?;
-        // Written, each word another: pages that were never written are all one page of zeros.
+        // Each word is written with a different value: pages that were never written all map to one
+        // page of zeros.
         memory.extend(0..words);
         Ok(Self(memory))
     }
@@ -155,7 +164,8 @@ impl Memory {
         size_of_val(&self.0[..]) as u64
     }
 
-    /// The seconds that all threads take to read it once; caches hold nothing else after that.
+    /// Returns the seconds that all threads take to read the memory once; afterwards caches hold
+    /// nothing else.
     pub fn read(&self) -> Result<f64> {
         seconds(|| {
             black_box(sum_words(black_box(&self.0)));
@@ -164,13 +174,13 @@ impl Memory {
     }
 }
 
-/// Takes the pages of a file out of the page cache. Errors: why it cannot be done.
+/// Drops the pages of a file from the page cache. Errors: why this is impossible.
 pub fn drop_page_cache(path: &Path) -> std::result::Result<(), String> {
     #[cfg(target_os = "linux")]
     {
         use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
         let file = fs::File::open(path).map_err(|e| e.to_string())?;
-        // Only pages that are on disk leave it.
+        // Only clean pages can be dropped.
         file.sync_all().map_err(|e| e.to_string())?;
         posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)
             .map_err(|e| e.to_string())
@@ -182,7 +192,7 @@ pub fn drop_page_cache(path: &Path) -> std::result::Result<(), String> {
     }
 }
 
-/// How many pages this process had to wait for until they came from a disk. `None`: unknown.
+/// Returns how many page faults of this process had to wait for a disk; `None` if unknown.
 pub fn pages_from_disk() -> Option<u64> {
     #[cfg(target_os = "linux")]
     {

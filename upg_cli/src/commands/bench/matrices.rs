@@ -1,4 +1,4 @@
-//! The matrices of a file: multiplied with one vector, and decompressed.
+//! Matrix-vector products and decompression of the matrices of a file.
 #![forbid(unsafe_code)]
 
 use super::figure::{Figure, goes_on, repeat, seconds};
@@ -11,59 +11,60 @@ use std::time::Instant;
 use upg_kernel::format::UpgFile;
 use upg_kernel::{Error, ErrorKind, Matrix, Result, UPGDecompressor};
 
-/// Every matrix of a file, in the order in which it lies there.
+/// All matrices of a file, in file order.
 pub struct Stored {
     matrices: Vec<One>,
     kinds: Vec<Kind>,
 }
 
 struct One {
-    /// `None`: not compressed.
+    /// Layer index; `None` if not compressed.
     layer: Option<usize>,
     matrix: Matrix,
     bytes: u64,
-    /// Position in the list of kinds.
+    /// Index into the list of kinds.
     kind: usize,
 }
 
-/// What matrices of one shape and encoding have in common.
+/// Shape and encoding that several matrices share.
 #[derive(Clone, PartialEq)]
 pub struct Kind {
     pub rows: usize,
     pub cols: usize,
-    /// Or the type, if they are not compressed.
+    /// Encoding, or the data type if not compressed.
     pub encoding: String,
 }
 
-/// Products of the matrices of a kind with one vector.
+/// Matrix-vector products of the matrices of one kind.
 pub struct Product {
     pub kind: Kind,
-    /// How many matrices, and bytes of all of them.
+    /// Number of matrices, and their total bytes.
     pub count: usize,
     pub bytes: u64,
-    /// Seconds for one matrix, and GB of all it is made of in a second.
+    /// Seconds per matrix, and GB of stored data per second.
     pub seconds: Figure,
     pub gbps: Figure,
 }
 
-/// The products of all kinds, and how many GB of memory the same threads read in a second between them.
+/// Products of all kinds, and the memory bandwidth in GB/s, measured between them on the same
+/// threads.
 pub struct Products {
     pub of_kinds: Vec<Product>,
     pub read: Figure,
 }
 
-/// The first layer of a kind, decompressed to BF16.
+/// First layer of a kind, decompressed to BF16.
 pub struct Decompressed {
     pub kind: Kind,
     pub layer: String,
-    /// Written each time.
+    /// Bytes written per run.
     pub bytes: u64,
     pub seconds: Figure,
     pub gbps: Figure,
 }
 
 impl Stored {
-    /// Errors: those of [`UpgFile::matrix`].
+    /// Lists the matrices of `file`. Errors: those of [`UpgFile::matrix`].
     pub fn of(file: &UpgFile) -> Result<Self> {
         let mut stored = Self {
             matrices: Vec::new(),
@@ -106,7 +107,7 @@ impl Stored {
         });
     }
 
-    /// Bytes of all matrices.
+    /// Returns the total bytes of all matrices.
     pub fn bytes(&self) -> u64 {
         self.matrices.iter().map(|one| one.bytes).sum()
     }
@@ -115,8 +116,9 @@ impl Stored {
         self.matrices.iter().filter(move |one| one.kind == kind)
     }
 
-    /// Every matrix times a vector, and a pass over `memory`, again and again: a matrix that is multiplied
-    /// over and over would come from a cache.
+    /// Times every matrix times a vector, and a pass over `memory`, in turn.
+    ///
+    /// If one matrix were multiplied repeatedly, it would come from a cache.
     pub fn products(&self, memory: &Memory, repetitions: NonZeroUsize) -> Result<Products> {
         let longest = |of: fn(&Kind) -> usize| self.kinds.iter().map(of).max().unwrap_or(0);
         let x: Vec<f32> = (0..longest(|k| k.cols))
@@ -159,7 +161,8 @@ impl Stored {
         })
     }
 
-    /// One layer of each kind that is compressed, to BF16, into memory that was written before.
+    /// Times the decompression of one compressed layer of each kind to BF16, into memory already
+    /// written.
     ///
     /// Errors: `TooLarge` if there is no memory for the largest, and those of
     /// [`UPGDecompressor::decompress_layer_into`].

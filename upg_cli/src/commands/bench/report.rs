@@ -1,4 +1,4 @@
-//! What was measured, as JSON and for people.
+//! Report of the measurements, as JSON and as text.
 #![forbid(unsafe_code)]
 
 use super::figure::Figure;
@@ -11,23 +11,23 @@ use crate::terminal::bytes;
 use serde_json::{Value, json};
 use upg_kernel::format::UpgFile;
 
-/// Everything that `upg bench FILE` measures.
+/// All results of `upg bench FILE`.
 pub struct Report<'a> {
     pub args: &'a MeasureArgs,
     pub machine: &'a Machine,
     pub file: &'a UpgFile,
-    /// Why the file is no model that runs.
+    /// Reason why the file is not a runnable model.
     pub unfit: Option<&'a str>,
     pub loads: &'a Loads,
     pub generation: Option<&'a Generation<'a>>,
     pub peak: Option<u64>,
-    /// Of memory, in each pass for the bandwidth.
+    /// Bytes of memory read per bandwidth pass.
     pub read_bytes: u64,
     pub products: &'a Products,
     pub decompressed: &'a [Decompressed],
-    /// Percent of the processors that others used meanwhile.
+    /// Processor time that others used meanwhile, in percent.
     pub others: Option<f64>,
-    /// Of all matrices, which are multiplied in turn.
+    /// Bytes of all matrices, which are multiplied in turn.
     pub swept_bytes: u64,
 }
 
@@ -36,7 +36,7 @@ impl Report<'_> {
         100.0 * gbps / self.products.read.median
     }
 
-    /// GB of weights that decoding reads in a second.
+    /// Returns the GB of weights that decoding reads per second.
     fn decode_gbps(&self) -> Option<f64> {
         let generation = self.generation?;
         let rate = generation.speeds.decode?.median;

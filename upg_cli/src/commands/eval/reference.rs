@@ -1,4 +1,4 @@
-//! What `upg eval` compares with: another UPG file, or an original.
+//! Reference of `upg eval`: another UPG file, or an original.
 #![forbid(unsafe_code)]
 
 use std::path::{Path, PathBuf};
@@ -9,7 +9,7 @@ use upg_kernel::inference::evaluate::{Computed, EvaluationOptions, Reference, Wi
 use upg_kernel::inference::{CacheType, Model};
 use upg_kernel::{Error, ErrorKind, OpenOptions, Result, UPGModel};
 
-/// A model that is loaded when its logits are asked for first.
+/// Reference model, loaded when its logits are first needed.
 pub struct Against {
     opened: Opened,
     options: EvaluationOptions,
@@ -22,7 +22,9 @@ enum Opened {
 }
 
 impl Against {
-    /// A UPG file, to be run with `options`, or a source, to be run in f32. Errors: those of opening it.
+    /// Opens a UPG file, to be run with `options`, or a source, to be run in f32.
+    ///
+    /// Errors: those of opening it.
     pub fn open(path: &Path, options: EvaluationOptions, open: OpenOptions) -> Result<Self> {
         let (opened, cache_type) = match source::is_upg(path) {
             true => (
@@ -44,7 +46,8 @@ impl Against {
         })
     }
 
-    /// Errors (`Argument`): its tokenizer cuts `text` into other windows.
+    /// Checks that its tokenizer splits `text` into the same windows. Errors (`Argument`): it
+    /// does not.
     pub fn check(&self, text: &str, windows: &Windows) -> Result<()> {
         let cut = |tokenizer| Windows::of_text(tokenizer, text, windows.window(), windows.count());
         let same = match &self.opened {
@@ -60,7 +63,7 @@ impl Against {
         }
     }
 
-    /// The files that it is read from.
+    /// Returns the files that the reference is read from.
     pub fn files(&self) -> Vec<PathBuf> {
         match &self.opened {
             Opened::Upg(model) => vec![model.file().path().to_path_buf()],
@@ -68,7 +71,10 @@ impl Against {
         }
     }
 
-    /// What the logits are known by: path, size and time of change of each file, and how they are computed.
+    /// Returns the identity of the logits.
+    ///
+    /// It consists of the path, size and modification time of each file, and the options of the
+    /// computation.
     ///
     /// Errors: `Io`.
     pub fn identity(&self) -> Result<String> {
@@ -77,7 +83,7 @@ impl Against {
         let mut identity = format!("{:?}", self.options);
         for path in files {
             let io = |e| Error::io("cannot read", &path, e);
-            // Files that could belong to a source need not be there.
+            // Optional files of a source may be missing.
             let Ok(metadata) = path.metadata() else {
                 continue;
             };

@@ -1,4 +1,4 @@
-//! The processor as a device: an instruction set and a team of threads.
+//! The CPU as a device: an instruction set and a thread pool.
 
 pub(crate) mod attention;
 pub(crate) mod cache;
@@ -12,9 +12,9 @@ use std::fmt;
 use std::sync::{Arc, LazyLock};
 use team::Team;
 
-/// The processor: kernels for one instruction set and the threads that run them.
+/// CPU device: kernels for one instruction set, and the threads that run them.
 ///
-/// Clones share the threads. Several of them can stand side by side: each has threads of its own.
+/// Clones share the threads. Several devices can coexist: each has its own threads.
 ///
 /// ```
 /// # fn main() -> upg_kernel::Result<()> {
@@ -33,9 +33,9 @@ pub struct Cpu {
 }
 
 impl Cpu {
-    /// Starts `threads` threads, the calling one counted as one of them.
+    /// Creates a device with `threads` threads, including the calling one.
     ///
-    /// There are fewer if the system gives no more, and at least the calling one.
+    /// There are fewer if the system provides no more, but always the calling one.
     pub fn new(kernels: Kernels, threads: usize) -> Self {
         Self {
             kernels,
@@ -43,10 +43,10 @@ impl Cpu {
         }
     }
 
-    /// Returns the device that everything uses which is given none, made at the first call.
+    /// Returns the default device, created at the first call.
     ///
-    /// It has the kernels of [`Kernels::from_env`] and as many threads as rayon's global pool, which starts if it has
-    /// not. Errors: those of [`Kernels::from_env`].
+    /// It has the kernels of [`Kernels::from_env`] and as many threads as rayon's global pool,
+    /// which is started if necessary. Errors: those of [`Kernels::from_env`].
     pub fn shared() -> Result<&'static Self> {
         static SHARED: LazyLock<std::result::Result<Cpu, String>> = LazyLock::new(|| {
             let kernels = Kernels::from_env().map_err(|e| e.to_string())?;
@@ -62,7 +62,7 @@ impl Cpu {
         self.kernels
     }
 
-    /// Returns the number of threads that work on one call.
+    /// Returns the number of threads that work on one call, including the calling one.
     pub fn threads(&self) -> usize {
         self.team.threads()
     }

@@ -1,4 +1,4 @@
-//! The one error type of UPG: an opaque value with a small kind, made to be printed in one line.
+//! Error type of UPG: an opaque value with a small kind, printed in one line.
 #![forbid(unsafe_code)]
 
 use crate::text::Shown;
@@ -9,36 +9,36 @@ use std::path::{Path, PathBuf};
 /// Result of every fallible operation in UPG.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What went wrong, coarse enough to act on.
+/// Category of an error, coarse enough to act on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
     /// The operating system refused (missing file, full disk, no permission).
     Io,
-    /// Not a safetensors, JSON, GGUF or tokenizer file at all, or cut short.
+    /// The data is no safetensors, JSON, GGUF or tokenizer file, or is truncated.
     Malformed,
-    /// Well-formed, but of a version, encoding, type or family that this build does not know.
+    /// Well-formed data of a version, encoding, type or family that this build does not support.
     Unsupported,
-    /// Something that has to be there is not: a tensor, a metadata key, a file of a directory.
+    /// A required tensor, metadata key or file of a directory is missing.
     Missing,
-    /// A tensor has another shape, dtype or length than its place asks for.
+    /// A tensor has an unexpected shape, dtype or length.
     Shape,
     /// A stored value breaks a rule of the format (index out of range, sums, counts).
     Invalid,
     /// The bytes differ from their recorded checksum.
     Checksum,
-    /// A declared size is above a cap, or does not fit into memory arithmetic.
+    /// A declared size exceeds a limit, or overflows memory arithmetic.
     TooLarge,
-    /// The caller passed something that cannot be used (wrong length, unknown name, bad option).
+    /// The caller passed an unusable value (wrong length, unknown name, bad option).
     Argument,
     /// The caller asked to stop.
     Interrupted,
 }
 
-/// Most bytes of a message, a name or a hint: what a file says must not fill a screen or memory.
+/// Maximum bytes of a message, name or hint, so that a file cannot fill a screen or memory.
 const LONGEST_PART: usize = 4096;
 
-/// An error with its kind, the file and tensor it concerns, and how to mend it.
+/// Error with its kind, the file and tensor concerned, and a hint how to fix it.
 ///
 /// `Display` is one line: `FILE: tensor 'NAME': MESSAGE (format rule N); HINT`.
 pub struct Error(Box<Inner>);
@@ -54,7 +54,9 @@ struct Inner {
 }
 
 impl Error {
-    /// A new error; `message` says what was found and what was expected, in 4,096 bytes at most.
+    /// Creates an error.
+    ///
+    /// `message` says what was found and what was expected, in at most 4,096 bytes.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
         Self(Box::new(Inner {
             kind,
@@ -67,7 +69,8 @@ impl Error {
         }))
     }
 
-    /// An operating system error while doing `what` (for example `"cannot open"`) to `path`.
+    /// Creates the error of a failed system call: doing `what` (for example `"cannot open"`) to
+    /// `path`.
     pub fn io(what: &str, path: impl AsRef<Path>, source: std::io::Error) -> Self {
         use std::io::ErrorKind as Cause;
         let mend = match source.kind() {
@@ -85,13 +88,13 @@ impl Error {
         }
     }
 
-    /// Names the rule of `upg_format_v2.md` that is broken.
+    /// Sets the rule of `upg_format_v2.md` that is broken.
     pub fn rule(mut self, rule: u8) -> Self {
         self.0.rule = Some(rule);
         self
     }
 
-    /// Names the file, unless an inner call already did.
+    /// Sets the file, unless an inner call already did.
     pub fn at(mut self, path: impl AsRef<Path>) -> Self {
         self.0
             .path
@@ -99,47 +102,47 @@ impl Error {
         self
     }
 
-    /// Names the tensor, unless an inner call already did.
+    /// Sets the tensor, unless an inner call already did.
     pub fn tensor(mut self, name: impl Into<String>) -> Self {
         self.0.tensor.get_or_insert_with(|| cut(name.into()));
         self
     }
 
-    /// Says where in the file it is, after the message.
+    /// Appends the place in the file to the message.
     pub fn place(mut self, place: impl Display) -> Self {
         let _ = write!(self.0.message, " ({place})");
         self
     }
 
-    /// Says how to mend it.
+    /// Sets a hint how to fix the problem.
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
         self.0.hint = Some(cut(hint.into()));
         self
     }
 
-    /// Keeps the error that caused this one.
+    /// Sets the error that caused this one.
     pub fn with_source(mut self, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
         self.0.source = Some(source.into());
         self
     }
 
-    /// The kind, for programs that react to it.
+    /// Returns the kind, for programs that react to it.
     pub fn kind(&self) -> ErrorKind {
         self.0.kind
     }
 
-    /// The number of the broken rule in `upg_format_v2.md`, if it is one of those.
+    /// Returns the number of the broken rule in `upg_format_v2.md`, if any.
     pub fn broken_rule(&self) -> Option<u8> {
         self.0.rule
     }
 
-    /// The tensor concerned, if one is.
+    /// Returns the name of the tensor concerned, if any.
     pub fn tensor_name(&self) -> Option<&str> {
         self.0.tensor.as_deref()
     }
 }
 
-/// The beginning of a text that is too long for a line.
+/// Truncates a text that is too long for a line.
 fn cut(mut text: String) -> String {
     if text.len() > LONGEST_PART {
         text.truncate(text.floor_char_boundary(LONGEST_PART));

@@ -1,7 +1,9 @@
-//! The arithmetic kernels: plain loops, a blocked matrix product for many vectors at once, and products
-//! with one vector that multiply packed weights as integers.
+//! Arithmetic kernels.
+//!
+//! They are plain reference loops, a blocked matrix product for many vectors, and integer products
+//! of packed weights with one vector.
 
-// What only the kernels of these two want stands idle on all other machines.
+// Parts that only the SIMD kernels of these two use are dead code on other machines.
 #![cfg_attr(
     not(any(target_arch = "x86_64", target_arch = "aarch64")),
     allow(dead_code)
@@ -42,10 +44,10 @@ use sparse::Entries;
 use std::env::VarError;
 use views::Strip;
 
-/// The environment variable that names the kernels to use instead of the fastest.
+/// Environment variable that selects kernels other than the fastest.
 const VARIABLE: &str = "UPG_KERNEL";
 
-/// Memory for [`Kernels::multiply_many`], used again from call to call.
+/// Memory for [`Kernels::multiply_many`], reused between calls.
 #[cfg(target_arch = "x86_64")]
 pub(crate) use many::Panel;
 #[cfg(target_arch = "aarch64")]
@@ -54,12 +56,12 @@ pub(crate) use neon::Panel;
 #[derive(Debug, Default)]
 pub(crate) struct Panel;
 
-/// What weights are decoded to: `f32`, `f16` or `bf16`.
+/// Number type that weights are decoded to: `f32`, `f16` or `bf16`.
 pub trait Float: Copy + Default + Element {
-    /// Each of `x`, rounded to nearest, ties to even. Panics if the lengths differ.
+    /// Rounds each element of `x` to nearest, ties to even. Panics if the lengths differ.
     fn round(kernels: Kernels, x: &[f32], out: &mut [Self]);
 
-    /// `None`, if these are not f32.
+    /// Returns the values if they are f32, else `None`.
     fn as_f32(_values: &mut [Self]) -> Option<&mut [f32]> {
         None
     }
@@ -92,7 +94,7 @@ impl Float for bf16 {
     }
 }
 
-/// Kernels for one instruction set. A value is the proof that this machine has it.
+/// Kernels for one instruction set. A value proves that this machine supports it.
 #[derive(Debug, Clone, Copy)]
 pub struct Kernels(Set);
 
@@ -107,7 +109,8 @@ enum Set {
     Neon(neon::Neon),
 }
 
-/// The first expression for the reference, the second for all other kernels, which have the same methods.
+/// Dispatches on the instruction set: `$scalar` for the reference, `$call` for all SIMD sets,
+/// which have the same methods.
 macro_rules! dispatch {
     ($set:expr, $scalar:expr, $kernels:ident => $call:expr) => {
         match $set {
@@ -123,7 +126,7 @@ macro_rules! dispatch {
 }
 
 impl Kernels {
-    /// All that this machine can run, the fastest last.
+    /// Returns all kernels that this machine can run, the fastest last.
     pub fn available() -> Vec<Self> {
         let all = [
             Some(Set::Scalar),
@@ -137,17 +140,19 @@ impl Kernels {
         all.into_iter().flatten().map(Self).collect()
     }
 
-    /// The plain loops.
+    /// Returns the reference kernels, plain loops.
     pub fn scalar() -> Self {
         Self(Set::Scalar)
     }
 
-    /// The fastest of this machine.
+    /// Returns the fastest kernels of this machine.
     pub fn best() -> Self {
         Self::available().pop().unwrap_or(Self(Set::Scalar))
     }
 
-    /// Errors (`Unsupported`): unknown, or this machine cannot run them.
+    /// Returns the kernels called `name`.
+    ///
+    /// Errors (`Unsupported`): the name is unknown, or this machine cannot run them.
     pub fn by_name(name: &str) -> Result<Self> {
         let all = Self::available();
         all.iter()
@@ -160,7 +165,7 @@ impl Kernels {
             })
     }
 
-    /// Returns the kernels that the environment variable `UPG_KERNEL` names, else the fastest of this machine.
+    /// Returns the kernels named by the environment variable `UPG_KERNEL`, else the fastest.
     ///
     /// Errors (`Unsupported`): as [`Kernels::by_name`], or the variable is not Unicode.
     pub fn from_env() -> Result<Self> {
@@ -174,7 +179,7 @@ impl Kernels {
             .map_err(|e| Error::new(ErrorKind::Unsupported, format!("{VARIABLE}: {e}")))
     }
 
-    /// `scalar`, `avx2`, `avx512` or `neon`.
+    /// Returns the name: `scalar`, `avx2`, `avx512` or `neon`.
     pub fn name(self) -> &'static str {
         match self.0 {
             Set::Scalar => "scalar",
@@ -187,12 +192,14 @@ impl Kernels {
         }
     }
 
-    /// Whether there are [`Kernels::multiply`] and [`Kernels::multiply_many`]; `scalar` products decode weights to f32 instead.
+    /// Returns whether [`Kernels::multiply`] and [`Kernels::multiply_many`] exist.
+    ///
+    /// Products with `scalar` decode weights to f32 instead.
     pub(crate) fn is_integer(self) -> bool {
         !matches!(self.0, Set::Scalar)
     }
 
-    /// [`scalar::transform`], the same to the bit; the length is a power of two.
+    /// Runs [`scalar::transform`], bit-identical; the length is a power of two.
     pub(crate) fn transform(self, x: &mut [f32], factor: f32, signs: Signs<'_>) {
         dispatch!(
             self.0,
@@ -201,29 +208,32 @@ impl Kernels {
         )
     }
 
-    /// [`Rotation::apply`], the same to the bit.
+    /// Runs [`Rotation::apply`], bit-identical.
     pub(crate) fn rotate(self, rotation: &Rotation, x: &mut [f32]) {
         rotation.apply_by(|x, factor, signs| self.transform(x, factor, signs), x);
     }
 
-    /// [`Rotation::invert`], the same to the bit.
+    /// Runs [`Rotation::invert`], bit-identical.
     pub(crate) fn rotate_back(self, rotation: &Rotation, x: &mut [f32]) {
         rotation.invert_by(|x, factor, signs| self.transform(x, factor, signs), x);
     }
 
-    /// [`scalar::rms_norm`], the same to the bit.
+    /// Runs [`scalar::rms_norm`], bit-identical.
     pub(crate) fn rms_norm(self, x: &mut [f32], gain: &[f32], eps: f32) {
         dispatch!(self.0, scalar::rms_norm(x, gain, eps), kernels => kernels.rms_norm(x, gain, eps))
     }
 
-    /// [`scalar::gated_silu`], the same to the bit.
+    /// Runs [`scalar::gated_silu`], bit-identical.
     pub(crate) fn gated_silu(self, gate: &[f32], up: &[f32], out: &mut [f32]) {
         dispatch!(self.0, scalar::gated_silu(gate, up, out), kernels => kernels.gated_silu(gate, up, out))
     }
 
-    /// `out [rows, cols]`: every row as [`crate::matrix::StoredMatrix::decode_rows`] gives it, to the bit, turned
-    /// back if there is a rotation, and rounded to nearest, ties to even. Past the caches if `streamed`. `false`
-    /// without doing anything: there is no such kernel.
+    /// Decodes a strip to `out [rows, cols]`; returns `false` without an effect if there is no
+    /// such kernel.
+    ///
+    /// The result is bit-identical to [`crate::matrix::StoredMatrix::decode_rows`], inverse-rotated
+    /// if there is a rotation, and rounded to nearest, ties to even. `streamed` bypasses the
+    /// caches.
     pub(crate) fn decode<T: Float>(
         self,
         strip: Strip<'_>,
@@ -250,9 +260,10 @@ impl Kernels {
         }
     }
 
-    /// `out [cols]`: row `row` of a strip, as [`crate::matrix::StoredMatrix::decode_rows`] gives it, to the bit.
+    /// Decodes row `row` of a strip to `out [cols]`.
     ///
-    /// Panics without [`Kernels::is_integer`], as do the two below.
+    /// The result is bit-identical to [`crate::matrix::StoredMatrix::decode_rows`]. Panics without
+    /// [`Kernels::is_integer`], as do the two methods below.
     pub(crate) fn decode_row(self, strip: Strip<'_>, row: usize, out: &mut [f32]) {
         dispatch!(
             self.0,
@@ -261,7 +272,7 @@ impl Kernels {
         )
     }
 
-    /// Whether entries of `mdcsr` are looked up sixteen at a time, not one by one.
+    /// Returns whether entries of `mdcsr` are gathered sixteen at a time instead of one by one.
     pub(crate) fn gathers_entries(self) -> bool {
         #[cfg(target_arch = "x86_64")]
         return matches!(self.0, Set::Avx512(_));
@@ -269,8 +280,10 @@ impl Kernels {
         false
     }
 
-    /// A row of `mdcsr`, as [`crate::matrix::StoredMatrix::decode_rows`] gives it, to the bit, rounded to nearest, ties to
-    /// even; `out` has its columns.
+    /// Decodes a row of `mdcsr` to all columns of `out`.
+    ///
+    /// The result is bit-identical to [`crate::matrix::StoredMatrix::decode_rows`], rounded to
+    /// nearest, ties to even.
     pub(crate) fn decode_entries<T: Float>(self, entries: Entries<'_>, out: &mut [T]) {
         dispatch!(
             self.0,
@@ -279,7 +292,7 @@ impl Kernels {
         )
     }
 
-    /// [`sparse::dot`], to rounding.
+    /// Runs [`sparse::dot`], equal up to rounding.
     pub(crate) fn dot_entries(self, entries: Entries<'_>, x: &[f32]) -> f32 {
         dispatch!(
             self.0,
@@ -288,7 +301,7 @@ impl Kernels {
         )
     }
 
-    /// [`bf16::from_f32`] of each, into as many.
+    /// Converts each element with [`bf16::from_f32`]; the lengths are equal.
     pub(crate) fn to_bf16(self, x: &[f32], out: &mut [bf16]) {
         assert_eq!(x.len(), out.len());
         match self.0 {
@@ -300,7 +313,7 @@ impl Kernels {
         }
     }
 
-    /// [`f16::from_f32`] of each, into as many.
+    /// Converts each element with [`f16::from_f32`]; the lengths are equal.
     pub(crate) fn to_f16(self, x: &[f32], out: &mut [f16]) {
         assert_eq!(x.len(), out.len());
         match self.0 {
@@ -312,19 +325,19 @@ impl Kernels {
         }
     }
 
-    /// [`attention::attend`].
+    /// Runs [`attention::attend`].
     pub(crate) fn attend(self, task: attention::Task<'_>) {
         dispatch!(self.0, attention::attend::<[f32; 16], 1>((), task), kernels => kernels.attend(task))
     }
 
-    /// [`activations::quantize`], the same to the bit.
+    /// Runs [`activations::quantize`], bit-identical.
     pub(crate) fn quantize(self, x: &[f32], out: &mut Activations) {
         dispatch!(self.0, activations::quantize(x, out), kernels => kernels.quantize(x, out))
     }
 
-    /// The rows of a strip times each vector; what stands past them means nothing.
+    /// Multiplies the rows of a strip by each vector; results past its rows are meaningless.
     ///
-    /// Panics if there are other kernels than [`Kernels::is_integer`] allows.
+    /// Panics without [`Kernels::is_integer`].
     pub(crate) fn multiply_many<'a>(
         self,
         strip: Strip<'_>,
@@ -338,9 +351,9 @@ impl Kernels {
         )
     }
 
-    /// `out[i] = ` row `i` of a strip times `x`.
+    /// Computes `out[i] = ` row `i` of a strip times `x`.
     ///
-    /// Panics if there are other kernels than [`Kernels::is_integer`] allows.
+    /// Panics without [`Kernels::is_integer`].
     pub(crate) fn multiply(self, strip: Strip<'_>, x: &Activations, out: &mut [f32]) {
         dispatch!(
             self.0,

@@ -1,7 +1,7 @@
 //! UPG: compressed language models, read in place from one memory-mapped `.safetensors` file.
 //!
-//! The file format is specified in `upg_format_v2.md`; files are made by the `upg_compress` crate or
-//! the `upg` command.
+//! The file format is specified in `upg_format_v2.md`. Files are written by the `upg_compress`
+//! crate or the `upg` command.
 //!
 //! # Generate text
 //!
@@ -13,9 +13,10 @@
 //! # }
 //! ```
 //!
-//! [`UPGModel::generate`] is greedy and keeps nothing. For sampling, streaming and conversations make a
-//! [`inference::Session`] and a [`inference::Sampler`] and pass both to [`UPGModel::stream`]. Several prompts at once are
-//! faster together: [`UPGModel::generate_batch`], and for servers [`inference::Scheduler`].
+//! [`UPGModel::generate`] is greedy and stateless. For sampling, streaming and conversations,
+//! create an [`inference::Session`] and an [`inference::Sampler`] and pass both to
+//! [`UPGModel::stream`]. Several prompts are faster in a batch: see [`UPGModel::generate_batch`],
+//! and [`inference::Scheduler`] for servers.
 //!
 //! # Decompress or multiply single matrices
 //!
@@ -47,42 +48,48 @@
 //! # }
 //! ```
 //!
-//! # What is where
+//! # Modules
 //!
-//! - [`UPGModel`]: a whole model; [`inference`] has its parts (config, tokenizer, chat template,
-//!   decoder, KV cache, sampling, [`mod@inference::evaluate`]).
-//! - [`UPGDecompressor`]: layers as candle tensors or into the caller's buffer; [`UpgLinear`]: a layer of candle whose
-//!   weights stay compressed.
-//! - [`mod@format`]: opening, checking and writing files; `v1`: files of version 1.
+//! - [`UPGModel`]: a whole model. [`inference`] has its parts: config, tokenizer, chat template,
+//!   decoder, KV cache, sampling and [`mod@inference::evaluate`].
+//! - [`UPGDecompressor`]: layers as candle tensors, or decoded into the caller's buffer.
+//! - [`UpgLinear`]: a candle layer with compressed weights.
+//! - [`mod@format`]: opening, validating and writing files. `v1`: version 1 files.
 //! - [`matrix`], [`sparse`], [`rotation`], [`prime_lut`]: the encodings. All decode by one formula,
 //!   `scale * prime * value`.
-//! - [`kernels`]: the arithmetic; [`metal_kernels`]: products on Apple GPUs.
+//! - [`kernels`]: CPU kernels. [`metal_kernels`]: products on Apple GPUs.
 //! - [`support`]: files and memory, for the sister crates.
 //!
 //! # Features
 //!
-//! Without any the crate opens, checks and writes files, decodes and multiplies matrices, and runs the decoder on token ids
-//! ([`inference::Model`], [`inference::Session`], [`inference::Sampler`]).
+//! Without any feature the crate opens, validates and writes files, decodes and multiplies
+//! matrices, and runs the decoder on token ids ([`inference::Model`], [`inference::Session`],
+//! [`inference::Sampler`]).
 //!
-//! | feature | |
+//! | feature | adds |
 //! |---|---|
 //! | `candle` (default) | layers as tensors, [`UpgLinear`], logits of [`UPGModel`] as a tensor |
 //! | `text` (default) | tokenizer, chat template, [`UPGModel`] |
-//! | `metal` | products on Apple GPUs; turns on `candle`. On other systems it compiles, and says that there is no Metal |
-//! | `v1` | files of version 1, Python pickles |
+//! | `metal` | products on Apple GPUs; enables `candle`; elsewhere it builds and reports no Metal |
+//! | `v1` | version 1 files, Python pickles |
 //!
-//! # What to rely on
+//! # Guarantees
 //!
-//! A file is untrusted: it is checked when it is opened and when a layer is first used (the list is in
-//! the format document), and after that nothing in it can make a read go out of bounds. Damaged
-//! weights are found by [`format::UpgFile::verify`] only. That holds as long as nobody changes a mapped file in place
-//! ([`MappedFile`] says what happens then); with [`OpenOptions::in_memory`] a file is read and verified instead of mapped.
-//! Every error is an [`Error`]: one line that
-//! names the file, the tensor and the broken rule. Arithmetic is on the CPU, in f32 or as good as that
-//! (`docs/numerics.md`), in parallel: products and the forward pass on threads of their own, as many as rayon's
-//! global pool has when the first product is computed, everything else on that pool. Results do not depend
-//! on the number of threads. One caller at a time has the threads; the products of others meanwhile run on
-//! the thread that asks for them.
+//! **Safety.** A file is untrusted. It is validated when it is opened and when a layer is first
+//! used (the format document lists the checks). After that nothing in it can cause an out-of-bounds
+//! read. This holds as long as nobody changes a mapped file in place ([`MappedFile`] describes what
+//! happens then). With [`OpenOptions::in_memory`] a file is read and verified instead of mapped.
+//!
+//! **Damage.** Only [`format::UpgFile::verify`] detects damaged weights.
+//!
+//! **Errors.** Every error is an [`Error`]: one line with the file, the tensor and the broken rule.
+//!
+//! **Precision.** Arithmetic is on the CPU, in f32 or as good as that (`docs/numerics.md`). Results
+//! do not depend on the number of threads.
+//!
+//! **Threads.** Matrix products and the forward pass run on a process-wide pool, sized like rayon's
+//! global pool when the first product is computed. Everything else uses rayon. The pool serves one
+//! caller at a time: a second thread that calls in meanwhile computes single-threaded.
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
@@ -92,7 +99,7 @@ compile_error!("UPG maps little-endian files in place: big-endian targets are no
 #[cfg(not(target_pointer_width = "64"))]
 compile_error!("UPG maps files of many gigabytes: only 64-bit targets are supported");
 
-// Helpers of tests name the crate as its users do.
+// Test helpers refer to the crate by its public name.
 #[cfg(test)]
 extern crate self as upg_kernel;
 

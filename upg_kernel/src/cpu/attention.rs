@@ -1,4 +1,4 @@
-//! Causal attention with grouped key/value heads over the caches of some sequences.
+//! Causal attention with grouped key/value heads over the KV caches of several sequences.
 #![forbid(unsafe_code)]
 
 use super::Cpu;
@@ -11,26 +11,29 @@ use std::cell::RefCell;
 use std::iter::repeat_n;
 use std::ops::Range;
 
-/// From this many positions of a sequence on a task takes some of them with all heads; before, one head of one
-/// position.
+/// Minimum positions of a sequence for tasks of several positions and all heads.
+///
+/// With fewer positions a task is one head of one position.
 const MANY: usize = 8;
 
-/// Positions of a task, then.
+/// Positions per task in that case.
 const TOGETHER: usize = 16;
 
-/// Positions whose values are summed up with one softmax; the sums of such pieces of a context are joined in order.
-/// Pieces begin at multiples of this in the sequence, so that a result does not depend on who computes them.
+/// Positions of a context that share one softmax.
+///
+/// The partial results of a context are joined in order. Pieces start at multiples of this number
+/// in the sequence, so that a result does not depend on which thread computes them.
 const PIECE: usize = 512;
 
-/// Pieces are tasks of their own where there are fewer tasks than this for each thread: one more or less would make
-/// a difference.
+/// Tasks per thread below which each piece becomes a task: with so few, one task more or less
+/// makes a difference.
 const TASKS_PER_THREAD: usize = 4;
 
-/// Memory of one thread.
+/// Scratch memory of one thread.
 #[derive(Default)]
 struct TaskScratch {
     queries: Vec<f32>,
-    /// What the queries see in all, and in a piece.
+    /// Positions that the queries attend to, in total and within a piece.
     seen: Vec<Range<usize>>,
     seen_here: Vec<Range<usize>>,
     totals: Vec<Total>,
@@ -44,19 +47,20 @@ thread_local! {
     static SCRATCH: RefCell<TaskScratch> = RefCell::default();
 }
 
-/// The tasks of an attention, the same for all layers.
+/// Tasks of an attention pass, the same for all layers.
 #[derive(Debug, Default)]
 pub(crate) struct Tasks {
     cuts: Vec<Cut>,
-    /// Where each of them ends in the output.
+    /// End of each task in the output.
     ends: Vec<usize>,
-    /// Whether each is one row and one head.
+    /// Flag: each task is one row and one head.
     is_single: bool,
-    /// Of each task and piece: sums of the values, the largest scores and the sums of weights.
+    /// Partial results of each task and piece: weighted sums of values, maximum scores and sums
+    /// of weights.
     sums: Vec<f32>,
 }
 
-/// A task: some rows of a segment and some key/value heads, which lie together in the output.
+/// Task: some rows of a segment and some key/value heads, contiguous in the output.
 #[derive(Debug, Clone)]
 struct Cut {
     segment: usize,
@@ -65,7 +69,7 @@ struct Cut {
 }
 
 impl Tasks {
-    /// Replaces what it was by tasks for these segments, which follow one another.
+    /// Replaces the tasks by new ones for these segments, which are consecutive.
     pub(crate) fn make(&mut self, segments: &[Segment], shape: Heads) {
         self.cuts.clear();
         self.ends.clear();
@@ -93,9 +97,10 @@ impl Tasks {
     }
 }
 
-/// Queries of some sequences, at consecutive positions of each, of all heads.
+/// Attention of the queries of all heads, at consecutive positions of each of several
+/// sequences.
 pub(crate) struct Attention<'a, F> {
-    /// The cache of each segment.
+    /// Cache of each segment.
     pub(crate) cache: F,
     pub(crate) segments: &'a [Segment],
     /// Queries, keys and values side by side, `[n, width]`.
@@ -104,11 +109,12 @@ pub(crate) struct Attention<'a, F> {
 }
 
 impl<'a, F: Fn(usize) -> LayerView<'a> + Sync> Attention<'_, F> {
-    /// `softmax(q K^T / sqrt(head_dim)) V` for each query and head.
+    /// Computes `softmax(q K^T / sqrt(head_dim)) V` for each query and head.
     ///
-    /// The caches already hold the keys and values of all positions; every element of `out [n, num_heads *
-    /// head_dim]` is overwritten. `plan` was made for the segments. Neither the number of threads nor `n` changes the
-    /// result. Memory of a thread: 64 bytes for each position of a piece.
+    /// The caches already hold the keys and values of all positions. Every element of
+    /// `out [n, num_heads * head_dim]` is overwritten. `plan` was made for the segments. Neither
+    /// the number of threads nor `n` changes the result. Memory per thread: 64 bytes per position
+    /// of a piece.
     pub(crate) fn compute(&self, cpu: &Cpu, plan: &mut Tasks, out: &mut [f32]) {
         let threads = cpu.threads();
         let is_few = threads > 1 && plan.cuts.len() < threads * TASKS_PER_THREAD;
@@ -119,12 +125,12 @@ impl<'a, F: Fn(usize) -> LayerView<'a> + Sync> Attention<'_, F> {
         }
     }
 
-    /// Every task with all that it sees.
+    /// Computes every task over all positions it attends to.
     fn whole(&self, cpu: &Cpu, plan: &Tasks, out: &mut [f32]) {
         let of_kv_head = self.shape.group() * self.shape.dim;
         cpu.team().pieces(out, &plan.ends, |index, out| {
             let cut = &plan.cuts[index];
-            // Elements between two rows, of which a cut with some heads only has one.
+            // Elements between two rows; a cut with only some of the heads has a single row.
             let row = self.shape.query_size();
             SCRATCH.with_borrow_mut(|scratch| {
                 for (head, kv_head) in cut.kv_heads.clone().enumerate() {
@@ -142,7 +148,8 @@ impl<'a, F: Fn(usize) -> LayerView<'a> + Sync> Attention<'_, F> {
         });
     }
 
-    /// Every piece of a task by itself, at most `pieces` of them, then joined as [`Attention::attend`] does it.
+    /// Computes at most `pieces` pieces of a task separately, then joins them as
+    /// [`Attention::attend`] does.
     fn split(&self, cpu: &Cpu, plan: &mut Tasks, pieces: usize, out: &mut [f32]) {
         let Tasks {
             cuts, ends, sums, ..
@@ -182,7 +189,7 @@ impl<'a, F: Fn(usize) -> LayerView<'a> + Sync> Attention<'_, F> {
         });
     }
 
-    /// The pieces of the sequence that the rows of a cut see.
+    /// Returns the pieces of the sequence that the rows of a cut attend to.
     fn pieces(&self, cut: &Cut) -> Range<usize> {
         let cache = (self.cache)(cut.segment);
         let start = cache.seen(self.position(cut, cut.rows.start)).start;
@@ -190,14 +197,15 @@ impl<'a, F: Fn(usize) -> LayerView<'a> + Sync> Attention<'_, F> {
         (cache.first() + start) / PIECE..(cache.first() + end).div_ceil(PIECE)
     }
 
-    /// Where a row of a cut is in its sequence.
+    /// Returns the position in its sequence of a row of a cut.
     fn position(&self, cut: &Cut, row: usize) -> usize {
         let segment = &self.segments[cut.segment];
         segment.first + row - segment.rows.start
     }
 
-    /// Sums and totals, into `scratch`, of the query heads that share `kv_head` in the rows of a cut, over what they
-    /// see in some pieces.
+    /// Computes the query heads that share `kv_head` in the rows of a cut over some pieces.
+    ///
+    /// Writes sums and totals to `scratch`.
     fn attend(
         &self,
         kernels: Kernels,

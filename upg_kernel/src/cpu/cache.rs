@@ -1,4 +1,4 @@
-//! The memory of the KV cache on the processor.
+//! Memory of the KV cache on the CPU.
 #![forbid(unsafe_code)]
 
 use super::team::Team;
@@ -11,21 +11,25 @@ use bytemuck::Pod;
 use half::f16;
 use std::ops::Range;
 
-/// From this many rows on, keys and values are stored in parallel.
+/// Minimum rows for storing keys and values in parallel.
 const MANY: usize = 16;
 
-/// Keys and values of all layers. Memory comes in slabs of [`SLAB`] blocks, when a pass first refers to one of them.
+/// Keys and values of all layers.
+///
+/// Memory is allocated in slabs of [`SLAB`] blocks, when a pass first refers to one of their
+/// blocks.
 #[derive(Debug)]
 pub(crate) struct CpuCache {
     layout: CacheLayout,
     rotation: Option<Rotation>,
-    /// For each group of layers.
+    /// Blocks of each group of layers.
     groups: Vec<Blocks>,
-    /// Places of the rows of the pass, for each group of layers; those of a slab follow one another.
+    /// Destinations of the rows of the pass for each group of layers; those in the same slab are
+    /// consecutive.
     writes: Vec<Vec<Write>>,
 }
 
-/// The rows of a pass that go to one block.
+/// Rows of a pass that are written to one block.
 #[derive(Debug)]
 struct Write {
     block: usize,
@@ -34,7 +38,7 @@ struct Write {
     rows: Range<usize>,
 }
 
-/// The cache of a sequence for one layer.
+/// KV cache of a sequence for one layer.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct LayerView<'a> {
     blocks: &'a Blocks,
@@ -63,7 +67,7 @@ impl<'a> LayerView<'a> {
         self.first
     }
 
-    /// Returns which entries the query at `position` sees.
+    /// Returns the range of entries that the query at `position` attends to.
     pub(crate) fn seen(&self, position: usize) -> Range<usize> {
         first_seen(self.window, position) - self.first..position + 1 - self.first
     }
@@ -87,14 +91,15 @@ impl CpuCache {
         }
     }
 
-    /// Returns the rotation of queries, keys and values before they are stored as integers.
+    /// Returns the rotation of queries, keys and values before they are stored as int8.
     pub(crate) fn rotation(&self) -> Option<&Rotation> {
         self.rotation.as_ref()
     }
 
-    /// Allocates the slabs of a pass, copies blocks that were shared, and finds out where its rows go.
+    /// Allocates the slabs of a pass, copies shared blocks, and computes where its rows are
+    /// stored.
     ///
-    /// Errors (`TooLarge`): no memory.
+    /// Errors (`TooLarge`): out of memory.
     pub(crate) fn begin(&mut self, pass: &Pass) -> Result<()> {
         for group in 0..self.groups.len() {
             self.writes[group].clear();
@@ -147,7 +152,7 @@ impl CpuCache {
         .ok_or_else(too_large)
     }
 
-    /// Stores keys and values of `layer`: the last elements of each row of `rows [n, width]`.
+    /// Stores the keys and values of `layer`: the last elements of each row of `rows [n, width]`.
     pub(crate) fn append(&mut self, team: &Team, layer: usize, rows: &[f32], width: usize) {
         let (group, index) = self.layout.layers[layer];
         let rows = Rows {
@@ -191,18 +196,22 @@ impl CpuCache {
     }
 }
 
-/// Returns the rotation of heads of `dim` elements: one that spreads the few large elements that keys have in
-/// models with biases, which would leave the other elements few steps of an integer. It changes no product of a query
-/// and a key. Source: QuaRot (arXiv 2404.00456). `None`: no elements.
+/// Returns the rotation of heads of `dim` elements; `None` for no elements.
+///
+/// Models with biases have keys with a few large elements, which would leave few integer steps for
+/// the others. The rotation spreads these large elements. It changes no product of a query and a
+/// key. Source: QuaRot (arXiv 2404.00456).
 fn head_rotation(dim: usize) -> Option<Rotation> {
-    // The first digits of pi after the point.
+    // The first fractional digits of pi.
     let signs = 0x243f_6a88_85a3_08d3_1319_8a2e_0370_7344_u128.to_le_bytes();
     let size = 1usize << dim.checked_ilog2()?;
     let signs: Vec<u8> = signs.into_iter().cycle().take(size.div_ceil(8)).collect();
     Rotation::new(dim, size, signs.into()).ok()
 }
 
-/// Allocates the slabs of the blocks `numbers` that are not there; a block has `size` elements. `None`: no memory.
+/// Allocates the missing slabs of the blocks `numbers`.
+///
+/// A block has `size` elements. `None`: out of memory.
 fn allocate<T: Pod>(slabs: &mut Vec<Slab<T>>, numbers: &[u32], size: usize) -> Option<()> {
     for &number in numbers {
         let slab = number as usize / SLAB;
@@ -218,7 +227,9 @@ fn allocate<T: Pod>(slabs: &mut Vec<Slab<T>>, numbers: &[u32], size: usize) -> O
     Some(())
 }
 
-/// Copies what all heads have in a block; each has `size` elements of keys and of values there.
+/// Copies the entries of all heads from one block to another.
+///
+/// Each head has `size` elements of keys and of values in a block.
 fn copy_block<T: Pod>(slabs: &mut [Slab<T>], heads: usize, size: usize, from: usize, to: usize) {
     for head in 0..heads {
         for is_key in [true, false] {
@@ -229,7 +240,7 @@ fn copy_block<T: Pod>(slabs: &mut [Slab<T>], heads: usize, size: usize, from: us
                     target_slab.as_mut_slice()[target]
                         .copy_from_slice(&source_slab.as_slice()[source]);
                 }
-                // The same slab.
+                // Both blocks are in the same slab.
                 Err(_) => {
                     let slab = slabs[from / SLAB].as_mut_slice();
                     slab.copy_within(source, target.start);
@@ -241,7 +252,7 @@ fn copy_block<T: Pod>(slabs: &mut [Slab<T>], heads: usize, size: usize, from: us
 
 /// Rows of keys and values of one layer.
 struct Rows<'a> {
-    /// `[n, width]`: keys and then values are the last elements of a row.
+    /// Rows `[n, width]`, whose last elements are the keys and then the values.
     rows: &'a [f32],
     width: usize,
     heads: usize,
@@ -259,7 +270,7 @@ impl Rows<'_> {
         [part(self.width - 2 * kv), part(self.width - kv)]
     }
 
-    /// Stores the rows of one slab. Heads are tasks where there are many rows.
+    /// Stores the rows of one slab. If there are many rows, each head is a task.
     fn store<T: Stored>(&self, team: &Team, slab: &mut [T], writes: &[Write]) {
         let size = BLOCK * self.dim;
         let of_head = 2 * SLAB * size;
@@ -290,7 +301,7 @@ impl Rows<'_> {
         }
     }
 
-    /// Stores the rows of one slab as integers.
+    /// Stores the rows of one slab as int8.
     fn quantize(&self, slab: &mut [i8], scales: &mut [f32], writes: &[Write]) {
         let (dim, groups) = (self.dim, self.dim.div_ceil(SCALED));
         for (head, write) in (0..self.heads).flat_map(|head| writes.iter().map(move |w| (head, w)))
@@ -328,7 +339,7 @@ impl Rows<'_> {
     }
 }
 
-/// A number that keys and values are rounded to.
+/// Number type that keys and values are rounded to.
 trait Stored: Pod + Send {
     fn from_f32(x: f32) -> Self;
 }
@@ -345,23 +356,23 @@ impl Stored for f16 {
     }
 }
 
-/// Stores the elements of `x` in every `step`-th place of `out`.
+/// Stores the elements of `x` at every `step`-th position of `out`.
 fn put<T>(x: &[f32], out: &mut [T], step: usize, convert: impl Fn(f32) -> T) {
     for (out, &x) in out.iter_mut().step_by(step).zip(x) {
         *out = convert(x);
     }
 }
 
-/// Returns the scale of some values and what rounds them to multiples of it.
+/// Returns the scale of some values, and a function that quantizes them.
 fn quantizer(x: &[f32]) -> (f32, impl Fn(f32) -> i8) {
     let largest = x.iter().fold(0.0f32, |m, x| m.max(x.abs()));
     let scale = largest / 127.0;
-    // A scale of which there is no inverse belongs to values that are as good as 0.
+    // A scale whose inverse overflows belongs to values that are practically 0.
     let inverse = match scale >= f32::MIN_POSITIVE {
         true => 1.0 / scale,
         false => 0.0,
     };
-    // What is not finite stays so.
+    // Non-finite values stay non-finite.
     let scale = match x.iter().all(|x| x.is_finite()) {
         true => scale,
         false => f32::NAN,

@@ -1,4 +1,4 @@
-//! The steps of a decoder layer on the processor: each is computed when it is called.
+//! Steps of a decoder layer on the CPU; each is computed when it is called.
 #![forbid(unsafe_code)]
 
 use super::Cpu;
@@ -12,7 +12,7 @@ use crate::inference::pass::Pass;
 use crate::inference::rope::{Rope, RopeTable};
 use crate::matrix::Matrix;
 
-/// Memory that the steps of a pass share.
+/// Scratch memory shared by the steps of a pass.
 #[derive(Debug, Default)]
 pub(crate) struct Scratch {
     heads: Option<Heads>,
@@ -172,10 +172,11 @@ pub(crate) fn norm_rows(cpu: &Cpu, norm: &Norm, x: &[f32], out: &mut Vec<f32>) {
     });
 }
 
-/// The most matrices with one input: queries, keys and values.
+/// Maximum matrices with a common input: queries, keys and values.
 const MOST_PARTS: usize = 3;
 
-/// Multiplies `x [n, inputs]` by some matrices, `out [n, outputs of all]`, and adds their biases.
+/// Multiplies `x [n, inputs]` by several matrices and adds their biases:
+/// `out [n, outputs of all]`.
 pub(crate) fn linear(
     cpu: &Cpu,
     parts: &[Linear],
@@ -211,7 +212,8 @@ pub(crate) fn gated_silu(cpu: &Cpu, gate_up: &[f32], size: usize, out: &mut Vec<
     });
 }
 
-/// Normalizes the heads of queries and keys of a row, where there are norms, and rotates them to position number `index`.
+/// Applies the query and key norms, if any, and RoPE for position number `index` to the heads
+/// of a row.
 pub(crate) fn rotate(
     cpu: &Cpu,
     heads: Heads,

@@ -1,4 +1,4 @@
-//! Products of matrices that have the same input, one or several vectors of it.
+//! Products of matrices that share their input, with one or several vectors.
 #![forbid(unsafe_code)]
 
 use super::Cpu;
@@ -14,29 +14,31 @@ use crate::matrix::{Matrix, StoredMatrix};
 use std::cell::RefCell;
 use std::ops::Range;
 
-/// From this many vectors on, decoding levels once for all of them pays. With SmolLM2 on two cores with AVX-512 the
-/// two ways met at 3 vectors as t3 and above 6 as q4 and q8 (`upg eval FILE --text emma.txt --windows 1 --chunk N` with
-/// this at 2 and at 1000, November 2026).
+/// Minimum vectors for decoding levels once for all of them.
+///
+/// With SmolLM2 on two cores with AVX-512 the break-even was at 3 vectors for t3, and above 6 for
+/// q4 and q8 (`upg eval FILE --text emma.txt --windows 1 --chunk N` with this constant at 2 and at
+/// 1000, November 2026).
 const MANY: usize = 8;
 
-/// From this many vectors on, the blocked product beats one dot product after the other.
+/// Minimum vectors for the blocked product instead of separate dot products.
 const BLOCKED_VECTORS: usize = 4;
 
-/// Tasks for each thread, where there are few strips and many vectors: a thread that is late leaves its share to
-/// others.
+/// Tasks per thread with few strips and many vectors, so that others can take over the share
+/// of a late thread.
 const TASKS_PER_THREAD: usize = 8;
 
-/// The fewest vectors of a task that decodes a tile for itself.
+/// Minimum vectors of a task that decodes its own tile.
 const SMALLEST_BAND: usize = 96;
 
-/// Memory for the prepared input of a product, used again from product to product.
+/// Memory for the prepared input of a product, reused between products.
 #[derive(Debug, Default)]
 pub(crate) struct Scratch {
     rotated: Vec<f32>,
     vectors: Vec<Activations>,
 }
 
-/// Memory of one thread for the tile it works on.
+/// Memory of one thread for its current tile.
 #[derive(Default)]
 struct TileScratch {
     panel: Panel,
@@ -48,11 +50,13 @@ thread_local! {
     static TILE: RefCell<TileScratch> = RefCell::default();
 }
 
-/// The product of every part with `n` vectors `x [n, cols]`, side by side: `out [n, rows of all parts]`.
+/// Multiplies all parts by `n` vectors `x [n, cols]`, side by side:
+/// `out [n, rows of all parts]`.
 ///
-/// `N` is the most parts there can be. Tiles of up to 64 rows in parallel; no sum is cut, so that the
-/// result does not depend on the number of threads. Allocates only where `scratch` and that of the threads
-/// (260 bytes a column and 260 a vector) are too small. Errors: `Argument` if a length does not fit.
+/// `N` is the maximum number of parts. Tiles of up to 64 rows run in parallel. No sum is split, so
+/// the result does not depend on the number of threads. Allocates only if `scratch` and the scratch
+/// of the threads (260 bytes per column and 260 per vector) are too small. Errors: `Argument` if a
+/// length does not match.
 pub(crate) fn multiply<const N: usize>(
     cpu: &Cpu,
     parts: [Option<&Matrix>; N],
@@ -119,17 +123,17 @@ fn check(
     ))
 }
 
-/// Whether two matrices want their input prepared in the same way.
+/// Returns whether two matrices need their input prepared in the same way.
 fn same_input(a: &dyn StoredMatrix, b: &dyn StoredMatrix) -> bool {
     is_packed(a) == is_packed(b) && a.rotation() == b.rotation()
 }
 
-/// Whether there are kernels for the weights as they are.
+/// Returns whether there are kernels for the packed weights.
 fn is_packed(matrix: &dyn StoredMatrix) -> bool {
     matrix.strip(0).is_some()
 }
 
-/// Some of the parts of a product, which want the same input.
+/// Parts of a product that need the same input.
 struct Parts<'a> {
     stored: &'a [Option<&'a dyn StoredMatrix>],
     rows: &'a [usize],
@@ -185,7 +189,7 @@ impl Parts<'_> {
         strip.expect("a strip for all rows of a packed matrix")
     }
 
-    /// Few vectors: kernels that multiply packed weights as they are.
+    /// Multiplies few vectors with kernels for packed weights.
     fn multiply_packed(&self, cpu: &Cpu, vectors: &[Activations], write: Write, out: &mut [f32]) {
         let (kernels, team) = (cpu.kernels(), cpu.team());
         team.tiles(out, vectors.len(), &self.tiles(), |tile, mut out| {
@@ -199,11 +203,12 @@ impl Parts<'_> {
         });
     }
 
-    /// Levels that are decoded once for all vectors.
+    /// Multiplies many vectors with levels decoded once for all of them.
     fn multiply_many(&self, cpu: &Cpu, vectors: &[Activations], write: Write, out: &mut [f32]) {
         let (kernels, team) = (cpu.kernels(), cpu.team());
         let tiles = self.tiles();
-        // Few tiles are shared out better if each is a task for some of the vectors.
+        // With few tiles, the load is balanced better if a task is one tile with some of the
+        // vectors.
         let wanted = (team.threads() * TASKS_PER_THREAD).div_ceil(tiles.count().max(1));
         let height = vectors.len().div_ceil(wanted).max(SMALLEST_BAND);
         team.tiles(out, height, &tiles, |tile, mut out| {
@@ -218,7 +223,7 @@ impl Parts<'_> {
         });
     }
 
-    /// Weights that are decoded once for all vectors, or of which only those that are stored are touched.
+    /// Multiplies with weights decoded once for all vectors, or entry by entry for sparse tiles.
     fn multiply_decoded(&self, cpu: &Cpu, x: &[f32], n: usize, write: Write, out: &mut [f32]) {
         let kernels = cpu.kernels();
         let tiles = self.tiles();
@@ -232,7 +237,7 @@ impl Parts<'_> {
                 scratch.weights.resize(tile.rows * cols, 0.0);
                 let rows = Rows {
                     stored: part,
-                    // The input is.
+                    // The input is already rotated.
                     rotation: None,
                     kernels,
                     first: tile.first,
@@ -256,13 +261,13 @@ impl Parts<'_> {
     }
 }
 
-/// Whether products of a tile with `n` vectors take less time entry by entry than with decoded rows.
+/// Returns whether a tile times `n` vectors is faster entry by entry than with decoded rows.
 ///
-/// The two ways met where as many entries are multiplied as the tile has weights (with all, half and a tenth of them
-/// stored at 1, 2 and 8 to 10 vectors), without gathers at a fourth of that (strips of 5,120 columns, AVX-512 and AVX2 of
-/// one Xeon, November 2026).
+/// The break-even was at as many multiplied entries as the tile has weights (with all, half and a
+/// tenth of them stored at 1, 2 and 8 to 10 vectors), and without gathers at a fourth of that
+/// (strips of 5,120 columns, AVX-512 and AVX2 on one Xeon, November 2026).
 fn is_sparse(kernels: Kernels, part: &dyn StoredMatrix, tile: &Tile, n: usize) -> bool {
-    // Kernels gather by i32.
+    // The kernels gather with i32 indices.
     if i32::try_from(part.cols()).is_err() {
         return false;
     }
@@ -272,7 +277,7 @@ fn is_sparse(kernels: Kernels, part: &dyn StoredMatrix, tile: &Tile, n: usize) -
     stored.is_some_and(|stored| stored.saturating_mul(n * cost) <= tile.rows * part.cols())
 }
 
-/// `out [n, rows]`: the rows of a tile, whose entries are stored one by one, times every vector.
+/// Multiplies the rows of a sparse tile by every vector, entry by entry: `out [n, rows]`.
 fn multiply_entries(
     kernels: Kernels,
     part: &dyn StoredMatrix,
@@ -322,8 +327,9 @@ mod tests {
     use crate::sparse::MdCSRMatrix;
     use crate::test_data::{noise, signed};
 
-    /// Relative to the sum of the magnitudes of all products: half a step of activations (1/16,254 of the
-    /// largest of 64 neighbours) and f32 sums.
+    /// Tolerance relative to the sum of the magnitudes of all products.
+    ///
+    /// Covers half a step of activations (1/16,254 of the largest of 64 neighbours) and f32 sums.
     const TOLERANCE: f64 = 1e-4;
 
     fn dense(rows: usize, cols: usize) -> Matrix {
@@ -340,7 +346,7 @@ mod tests {
         Matrix::Grouped(GroupedMatrix::new(rows, cols, 64, levels, primes, scales).unwrap())
     }
 
-    /// `seed` is that of the signs.
+    /// Creates a `t3` matrix; `seed` is the seed of the signs.
     fn t3(rows: usize, cols: usize, seed: u64) -> Matrix {
         let size = 1 << cols.ilog2();
         let signs = noise(usize::div_ceil(size, 8), seed).into();
@@ -353,7 +359,7 @@ mod tests {
         Matrix::Trellis(TrellisMatrix::new(rows, cols, 3, parts).unwrap())
     }
 
-    /// Weights in every `step`-th column.
+    /// Creates a matrix with weights in every `step`-th column.
     fn mdcsr(rows: usize, cols: usize, step: usize) -> Matrix {
         let value = |i: usize| match i % cols % step {
             0 => (i * 7919 % 1009) as f32 / 504.5 - 1.0,
@@ -363,7 +369,7 @@ mod tests {
         Matrix::MdCsr(MdCSRMatrix::from_dense(&weights, rows, cols).unwrap())
     }
 
-    /// Parts that want their input alike and parts that do not, in every way of multiplying.
+    /// Parts with equal and with different input preparation, in every way of multiplying.
     #[test]
     fn parts_of_any_encoding_stand_side_by_side() {
         let cols = 200;
@@ -418,7 +424,7 @@ mod tests {
         }
     }
 
-    /// A sequence in a batch gets what it gets alone.
+    /// A sequence in a batch gets the same result as alone.
     #[test]
     fn packed_products_with_many_vectors_are_those_with_one() {
         let (cpu, cols) = (Cpu::shared().unwrap(), 200);

@@ -1,9 +1,9 @@
-//! A team of threads for the many short loops of a forward pass.
+//! Thread pool for the many short parallel loops of a forward pass.
 //!
-//! A token of a small model takes a few hundred parallel loops of some microseconds. Waking threads up for
-//! each of them, as a general pool does, takes longer than the loops. The threads of a team spin for a
-//! while before they sleep, and take tasks one by one: a thread that the system does not run takes none,
-//! and nobody waits for it.
+//! One token of a small model takes a few hundred parallel loops of some microseconds. A general
+//! pool wakes its threads for each of them, which takes longer than the loops. The threads of a
+//! team spin for a while before they sleep, and take tasks one by one. A thread that the system has
+//! descheduled takes no task, so nobody waits for it.
 
 mod handover;
 mod sync;
@@ -18,35 +18,42 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use turns::{Turn, Turns};
 
-/// How long an idle thread looks for work before it sleeps: longer than what lies between two loops of a
-/// token, and two tokens, so that waking up is paid once a generation.
+/// Time for which an idle thread spins before it sleeps.
+///
+/// It is longer than the gap between two loops of a token and between two tokens, so that waking up
+/// is paid once per generation.
 const AWAKE: Duration = Duration::from_millis(2);
 
-/// Looks for work between two looks at the clock, a microsecond or so.
+/// Polls for work between two looks at the clock, about a microsecond.
 const SPINS: u32 = 32;
 
-/// Looks for the end of the tasks of others between two looks at the clock, some ten microseconds.
+/// Polls for the end of the other threads' tasks between two looks at the clock, about ten
+/// microseconds.
 const SPINS_AT_THE_END: u32 = 256;
 
-/// A wait beyond what two tasks take that nothing explains but this: the system runs something else in place
-/// of a thread that has a task.
+/// Waiting time beyond two task durations that counts as a stall.
+///
+/// The only explanation for it is that the system runs something else in place of a thread that has
+/// a task.
 const STALL: Duration = Duration::from_micros(300);
 
-/// For so many times as long as a stall the caller works alone. With one other busy process on the machine a
-/// thread loses its processor for milliseconds every few milliseconds: waiting for it each time would be
-/// slower than to do without it.
+/// Factor between the duration of a stall and the time during which the caller then works
+/// alone.
+///
+/// With one other busy process on the machine a thread loses its processor for milliseconds every
+/// few milliseconds. Waiting for it each time would be slower than working without it.
 const ALONE_AFTER_STALL: u32 = 16;
 
 /// Threads that work on the loops of one caller at a time.
 pub(crate) struct Team {
     shared: Arc<Handover>,
-    /// Held by the caller whose loop the team works on: until when it does without the others.
+    /// Lock held by the caller whose loop runs. The value is the time until which it works alone.
     caller: Mutex<Option<Instant>>,
     turns: Turns,
     threads: Vec<JoinHandle<()>>,
 }
 
-/// Waits for work and does it until the team ends: the life of thread `own`.
+/// Body of thread `own`: waits for work and does it until the team ends.
 fn serve(shared: &Handover, own: usize) {
     let mut seen = 0;
     while !shared.ends() {
@@ -69,7 +76,8 @@ fn serve(shared: &Handover, own: usize) {
     }
 }
 
-/// Waits until every task is finished; returns until when to do without the others, if that was a stall.
+/// Waits until every task is finished; after a stall, returns the time until which to work
+/// alone.
 fn wait(shared: &Handover, stall: Duration) -> Option<Instant> {
     if (0..SPINS_AT_THE_END).any(|_| shared.is_finished()) {
         return None;
@@ -77,7 +85,7 @@ fn wait(shared: &Handover, stall: Duration) -> Option<Instant> {
     let started = Instant::now();
     while !(0..SPINS_AT_THE_END).any(|_| shared.is_finished()) {
         if started.elapsed() > stall {
-            // Whom this processor is left to may be the one that is waited for.
+            // The thread that this processor is yielded to may be the one that is waited for.
             std::thread::yield_now();
         }
     }
@@ -86,7 +94,8 @@ fn wait(shared: &Handover, stall: Duration) -> Option<Instant> {
 }
 
 impl Team {
-    /// A team of so many threads, the caller included; of fewer if the system gives no more.
+    /// Creates a team of this many threads, including the caller, or of fewer if the system
+    /// provides no more.
     pub(crate) fn new(threads: usize) -> Self {
         let shared = Arc::new(Handover::new(threads));
         let spawn = |index| {
@@ -104,7 +113,7 @@ impl Team {
         }
     }
 
-    /// How many threads work on a loop.
+    /// Returns the number of threads that work on a loop.
     pub(crate) fn threads(&self) -> usize {
         self.threads.len() + 1
     }
@@ -120,9 +129,9 @@ impl Team {
 
     /// Calls `task` with every number below `tasks`, on any threads in any order, and waits.
     ///
-    /// If another caller has the team, or this is called from within a task, the calling thread does all
-    /// of it. Takes about a microsecond beside the tasks. A panic in a task comes out of this call after
-    /// all tasks are finished. Panics for 2^32 tasks and more.
+    /// If another caller uses the team, or if this is called from within a task, the calling thread
+    /// does all the work. Overhead: about a microsecond. A panic in a task is propagated after all
+    /// tasks are finished. Panics for 2^32 tasks or more.
     pub(crate) fn run(&self, tasks: usize, task: impl Fn(usize) + Sync) {
         assert!(u32::try_from(tasks).is_ok(), "{tasks} tasks");
         let free = match self.caller.try_lock() {
@@ -140,10 +149,12 @@ impl Team {
         let started = Instant::now();
         let shared = &*self.shared;
         let task: &(dyn Fn(usize) + Sync) = &task;
-        // SAFETY: only the lifetime changes. The pointer is used by threads that have a task of this
-        // loop, and this function does not return, nor unwind, before all of them are finished.
+        // SAFETY: only the lifetime changes. The pointer is used only by threads that have a task
+        // of this loop, and this function does not return, nor unwind, before all tasks are
+        // finished.
         let task: &'static (dyn Fn(usize) + Sync) = unsafe { std::mem::transmute(task) };
-        // SAFETY: the guard of `caller` makes this the only caller, which has waited for the loop before.
+        // SAFETY: the guard of `caller` makes this the only caller, and it has waited for the
+        // previous loop.
         unsafe { shared.open(tasks, task) };
         while shared.work(0) {}
         let a_task = started.elapsed() * self.threads() as u32 / tasks as u32;
@@ -153,7 +164,7 @@ impl Team {
         }
     }
 
-    /// [`Team::run`] over the chunks of `size` elements of `out`, the last one maybe shorter.
+    /// Runs [`Team::run`] over chunks of `size` elements of `out`; the last one may be shorter.
     pub(crate) fn chunks<T: Send>(
         &self,
         out: &mut [T],
@@ -164,15 +175,16 @@ impl Team {
         let out = Pieces::new(out);
         self.run(len.div_ceil(size), |index| {
             let range = index * size..len.min((index + 1) * size);
-            // SAFETY: the ranges of different chunks have no element in common, and `run` calls with
-            // each number once.
+            // SAFETY: the ranges of different chunks are disjoint, and `run` calls with each number
+            // once.
             task(index, unsafe { out.get(range) });
         });
     }
 
-    /// [`Team::run`] over pieces of `out`: each ends at its number of `ends` and begins where the one before ends.
+    /// Runs [`Team::run`] over pieces of `out`.
     ///
-    /// Panics if one ends before it begins, or beyond `out`.
+    /// Each piece ends at its number in `ends` and starts where the previous one ends. Panics if a
+    /// piece ends before it starts, or beyond `out`.
     pub(crate) fn pieces<T: Send>(
         &self,
         out: &mut [T],
@@ -183,15 +195,16 @@ impl Team {
         let out = Pieces::new(out);
         self.run(ends.len(), |index| {
             let start = index.checked_sub(1).map_or(0, |before| ends[before]);
-            // SAFETY: ends rise, so that no two of the ranges have an element in common, and `run` calls with
+            // SAFETY: the ends are increasing, so the ranges are disjoint, and `run` calls with
             // each number once.
             task(index, unsafe { out.get(start..ends[index]) });
         });
     }
 
-    /// [`Team::run`] over tiles of `out [n, rows of all matrices]`.
+    /// Runs [`Team::run`] over tiles of `out [n, rows of all matrices]`.
     ///
-    /// A task gets `height` rows of `out`, the last ones maybe fewer, and there the columns of one tile.
+    /// A task gets `height` rows of `out` (the last one may get fewer), and in them the columns of
+    /// one tile.
     pub(crate) fn tiles(
         &self,
         out: &mut [f32],
@@ -227,14 +240,15 @@ impl Drop for Team {
     }
 }
 
-/// A slice that tasks write at places that no two of them share.
+/// Slice that tasks write at disjoint ranges.
 struct Pieces<'a, T> {
     start: *mut T,
     len: usize,
     of: PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: a piece is an exclusive borrow of some elements, which may go to another thread if they may.
+// SAFETY: a piece is an exclusive borrow of some elements; it may go to another thread if the
+// elements may.
 unsafe impl<T: Send> Sync for Pieces<'_, T> {}
 
 impl<'a, T> Pieces<'a, T> {
@@ -251,13 +265,13 @@ impl<'a, T> Pieces<'a, T> {
     #[expect(clippy::mut_from_ref)]
     unsafe fn get(&self, range: Range<usize>) -> &mut [T] {
         assert!(range.start <= range.end && range.end <= self.len);
-        // SAFETY: inside of the slice by the assertion; the slice is borrowed exclusively for as long as
-        // `self` lives, and the caller keeps pieces apart.
+        // SAFETY: the range is in bounds by the assertion. The slice is borrowed exclusively for as
+        // long as `self` lives, and the caller keeps pieces disjoint.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
     }
 }
 
-/// Some columns of some rows of a matrix `[n, width]`, for one task alone.
+/// Some columns of some rows of a matrix `[n, width]`, exclusive to one task.
 pub(crate) struct Region<'a> {
     out: &'a Pieces<'a, f32>,
     width: usize,
@@ -266,17 +280,17 @@ pub(crate) struct Region<'a> {
 }
 
 impl Region<'_> {
-    /// The rows of the matrix that it has a part of.
+    /// Returns the rows of the matrix that the region has a part of.
     pub(crate) fn rows(&self) -> Range<usize> {
         self.rows.clone()
     }
 
-    /// Its part of row `index` of the matrix.
+    /// Returns the region's part of row `index` of the matrix.
     pub(crate) fn row(&mut self, index: usize) -> &mut [f32] {
         assert!(self.rows.contains(&index));
         let start = index * self.width;
-        // SAFETY: different tasks have different tiles, whose columns have none in common, or different
-        // rows; and the borrow of `self` lets this task have one row at a time.
+        // SAFETY: different tasks have different tiles, whose columns are disjoint, or different
+        // rows. The borrow of `self` gives this task one row at a time.
         unsafe {
             self.out
                 .get(start + self.columns.start..start + self.columns.end)
@@ -284,30 +298,32 @@ impl Region<'_> {
     }
 }
 
-/// Some of the matrices whose rows are, one after the other, the columns of a common output, cut into
-/// tiles that lie in one matrix each.
+/// Partition of several matrices into tiles.
+///
+/// The rows of the matrices are the columns of a common output, one matrix after the other. Each
+/// tile lies within one matrix.
 pub(crate) struct Tiles<'a> {
-    /// Of each matrix.
+    /// Number of rows of each matrix.
     rows: &'a [usize],
     parts: Range<usize>,
-    /// Rows of a tile, those at the end of a matrix excepted.
+    /// Rows of a tile, except at the end of a matrix.
     size: usize,
 }
 
-/// A tile of [`Tiles`].
+/// Tile of [`Tiles`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Tile {
-    /// The number of the matrix.
+    /// Index of the matrix.
     pub(crate) part: usize,
-    /// Its first row.
+    /// First row in the matrix.
     pub(crate) first: usize,
     pub(crate) rows: usize,
-    /// The column of the first row.
+    /// Output column of the first row.
     pub(crate) at: usize,
 }
 
 impl<'a> Tiles<'a> {
-    /// Of the matrices `parts`; `rows` has the number of rows of all of them.
+    /// Creates the tiles of the matrices `parts`; `rows` has the number of rows of every matrix.
     pub(crate) fn new(rows: &'a [usize], parts: Range<usize>, size: usize) -> Self {
         Self { rows, parts, size }
     }
@@ -419,7 +435,7 @@ mod tests {
         assert_eq!(sum_of_squares(&team, 10), 295);
     }
 
-    /// A payload that panics again when it is dropped.
+    /// Panic payload that panics again when dropped.
     struct Bomb;
 
     impl Drop for Bomb {
@@ -440,23 +456,24 @@ mod tests {
         }
     }
 
-    /// The one thread beside the caller loses its processor for a while, with a task in hand.
+    /// The only thread beside the caller is descheduled for a while during a task.
     #[test]
     fn a_thread_that_stalls_is_done_without_for_a_while() {
         let team = Team::new(2);
         let caller = std::thread::current().id();
-        // Tasks that each of them has begun. Many tasks, so that one on the average is short beside the stall.
+        // Tasks started by each of them. There are many, so that an average task is short compared
+        // with the stall.
         let [own, others] = [0, 0].map(AtomicUsize::new);
         let tasks = 1000;
         team.run(tasks, |_| {
             if std::thread::current().id() == caller {
                 own.fetch_add(1, Ordering::SeqCst);
-                // Not before the other thread has its task.
+                // Waits until the other thread has its task.
                 while others.load(Ordering::SeqCst) == 0 {
                     std::thread::yield_now();
                 }
             } else if others.fetch_add(1, Ordering::SeqCst) == 0 {
-                // Until the caller has nothing left to do but wait.
+                // Continues until the caller can only wait.
                 while own.load(Ordering::SeqCst) < tasks - 1 {
                     std::thread::yield_now();
                 }
@@ -471,7 +488,7 @@ mod tests {
         };
         team.run(tasks, |_| count_others());
         assert_eq!(others.load(Ordering::SeqCst), 0);
-        // And after that it is back.
+        // Afterwards it takes part again.
         *lock(&team.caller) = None;
         team.run(tasks, |_| {
             count_others();

@@ -1,18 +1,20 @@
-//! Activations as integers.
+//! Quantized activations.
 #![forbid(unsafe_code)]
 
 /// Columns that share a scale.
 pub(crate) const GROUP: usize = 64;
 
-/// The largest magnitude of a quantized activation, `128 * 63 + 63`: both planes are within -64 and 63, so
-/// that instructions that add up two products `level * plane` in int16 never saturate.
+/// Largest magnitude of a quantized activation, `128 * 63 + 63`.
+///
+/// Both planes are then within -64 and 63, so that instructions that add two products
+/// `level * plane` in int16 never saturate.
 const LARGEST: f32 = 8_127.0;
 
-/// 64 quantized activations: 64 bytes for each plane.
+/// Block of 64 quantized activations: 64 bytes per plane.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(C, align(64))]
 pub(crate) struct Block {
-    /// The value is `128 * high + low`.
+    /// High plane; the value is `128 * high + low`.
     pub high: [i8; GROUP],
     pub low: [i8; GROUP],
 }
@@ -24,22 +26,23 @@ impl Block {
     };
 }
 
-/// A vector of activations, quantized to 14 bits with one scale for each 64 columns.
+/// Vector of activations, quantized to 14 bits with one scale per 64 columns.
 ///
-/// Two planes of int8 let every kernel use dot products of bytes; the error (at most 1/16,254 of the
-/// largest of 64 neighbours) is far below that of any encoding.
+/// Two planes of int8 let every kernel use dot products of bytes. The error (at most 1/16,254 of
+/// the largest of 64 neighbours) is far below that of any encoding.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Activations {
-    /// What is past the last column is 0.
+    /// Blocks; values past the last column are 0.
     pub blocks: Vec<Block>,
-    /// -128 times the sum of each half of a block: what is too much when levels are read as `level + 128`.
+    /// Corrections: -128 times the sum of each half of a block, for kernels that read levels as
+    /// `level + 128`.
     pub offsets: Vec<[i32; 2]>,
-    /// One for each block.
+    /// Scale of each block.
     pub scales: Vec<f32>,
 }
 
 impl Activations {
-    /// [`quantize`] into new memory.
+    /// Runs [`quantize`] into new memory.
     #[cfg(test)]
     pub(crate) fn new(x: &[f32]) -> Self {
         let mut activations = Self::default();
@@ -47,7 +50,7 @@ impl Activations {
         activations
     }
 
-    /// Gives every part the length for so many columns; what is past them is 0, all else anything.
+    /// Resizes every part for this many columns; values past them are 0, all others arbitrary.
     pub(super) fn resize(&mut self, cols: usize) {
         let blocks = cols.div_ceil(GROUP);
         self.blocks.resize(blocks, Block::ZERO);
@@ -59,7 +62,7 @@ impl Activations {
     }
 }
 
-/// Rounds `x` to nearest, ties to even. Values that are not finite give results that are not.
+/// Rounds `x` to nearest, ties to even. Non-finite values give non-finite results.
 #[inline(always)]
 pub(super) fn quantize(x: &[f32], out: &mut Activations) {
     out.resize(x.len());
@@ -80,8 +83,9 @@ pub(super) fn quantize(x: &[f32], out: &mut Activations) {
     }
 }
 
-/// The factor from values to activations, and the one that goes back; `None` where all activations of
-/// a group are as good as 0.
+/// Returns the factors from integers to values and back.
+///
+/// `None` if all activations of a group are practically 0.
 pub(super) fn scales_for(largest: f32) -> Option<(f32, f32)> {
     let scale = largest / LARGEST;
     // The inverse of a subnormal scale is infinite.
@@ -91,7 +95,7 @@ pub(super) fn scales_for(largest: f32) -> Option<(f32, f32)> {
 /// Rounds one group; returns its scale.
 #[inline(always)]
 fn quantize_group(x: &[f32], values: &mut [i16]) -> f32 {
-    // Adding 1.5 * 2^23 leaves no bits for a fraction: two additions that every vector unit has.
+    // Adding 1.5 * 2^23 leaves no bits for a fraction. Every vector unit has these two additions.
     const NO_FRACTION: f32 = 12_582_912.0;
     if !x.iter().all(|x| x.is_finite()) {
         return f32::NAN;
@@ -110,10 +114,10 @@ fn quantize_group(x: &[f32], values: &mut [i16]) -> f32 {
 mod tests {
     use super::*;
 
-    /// Values within half a step, and zeros after the last.
+    /// Checks that values are within half a step, and that zeros follow the last.
     #[test]
     fn both_planes_give_the_values_back() {
-        // One buffer, so that nothing of a longer vector may be left.
+        // One buffer, to show that nothing of a longer vector is left.
         let mut a = Activations::default();
         for cols in [576usize, 200, 128, 65, 64, 63, 1] {
             let x: Vec<f32> = (0..cols)

@@ -1,7 +1,7 @@
-//! Attention of some queries to the keys and values of one head.
+//! Attention of several queries to the keys and values of one head.
 //!
-//! Written once over sixteen numbers side by side ([`Lanes`]), which every instruction set holds in its own
-//! way; what is not f32 is widened a block at a time before.
+//! Written once over vectors of sixteen numbers ([`Lanes`]), which every instruction set represents
+//! in its own way. Values that are not f32 are first widened block by block.
 #![forbid(unsafe_code)]
 
 use super::lanes::Lanes;
@@ -15,22 +15,25 @@ pub(crate) use slab::Slab;
 
 pub(crate) use crate::inference::cache::{BLOCK, SCALED};
 
-/// Blocks that are allocated together, so that those of one head lie one after the other.
+/// Blocks that are allocated together, so that those of one head are contiguous.
 pub(crate) const SLAB: usize = 16;
 
-/// Keys and values in blocks of 16 positions, [`SLAB`] blocks in an allocation.
+/// Keys and values in blocks of 16 positions, with [`SLAB`] blocks per allocation.
 ///
-/// A slab has for each head the keys of its blocks, `[SLAB, dim, 16]`, so that 16 scores are computed side by side, and then
-/// the values, `[SLAB, 16, dim]`. Slabs that are not allocated are empty.
+/// A slab has for each head the keys of its blocks, `[SLAB, dim, 16]`, so that 16 scores are
+/// computed side by side, and then the values, `[SLAB, 16, dim]`. Slabs that are not allocated are
+/// empty.
 #[derive(Debug)]
 pub(crate) enum Blocks {
     F32(Vec<Slab<f32>>),
     F16(Vec<Slab<f16>>),
-    /// Integers, and a scale for each 32 elements: `[SLAB, dim / 32, 16]` of keys, `[SLAB, 16, dim / 32]` of values.
+    /// Integers with a scale per 32 elements: `[SLAB, dim / 32, 16]` for keys,
+    /// `[SLAB, 16, dim / 32]` for values.
     Int8(Vec<Slab<i8>>, Vec<Slab<f32>>),
 }
 
-/// Returns where the keys or values of a block are in its slab, for a head with `size` elements in a block.
+/// Returns the range of the keys or values of a block in its slab, for a head with `size`
+/// elements per block.
 pub(crate) fn place_in_slab(head: usize, is_key: bool, block: usize, size: usize) -> Range<usize> {
     let start = ((2 * head + usize::from(!is_key)) * SLAB + block % SLAB) * size;
     start..start + size
@@ -40,7 +43,7 @@ pub(crate) fn place_in_slab(head: usize, is_key: bool, block: usize, size: usize
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Head<'a> {
     pub blocks: &'a Blocks,
-    /// Numbers of the blocks of the sequence.
+    /// Block numbers of the sequence.
     pub table: &'a [u32],
     /// Index of the head in each block.
     pub index: usize,
@@ -48,21 +51,21 @@ pub(crate) struct Head<'a> {
     pub dim: usize,
 }
 
-/// Some queries of the heads that share one head of keys and values.
+/// Queries of the heads that share one key/value head.
 pub(crate) struct Task<'a> {
     pub head: Head<'a>,
-    /// `[n, head_dim]`, scaled.
+    /// Queries `[n, head_dim]`, scaled.
     pub queries: &'a [f32],
-    /// The positions that each query sees. Values that are not finite may spoil what queries beside it get.
+    /// Positions that each query attends to. Non-finite values may affect neighbouring queries.
     pub seen: &'a [Range<usize>],
     pub scratch: &'a mut Scratch,
-    /// Of each query; overwritten.
+    /// Softmax total of each query; overwritten.
     pub totals: &'a mut [Total],
-    /// `[n, head_dim]`; every element is overwritten.
+    /// Output `[n, head_dim]`; every element is overwritten.
     pub out: &'a mut [f32],
 }
 
-/// What the weights of the values in a sum add up to. A weight is `exp(score - largest)`.
+/// Sum of the softmax weights of some values. A weight is `exp(score - largest)`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Total {
     pub largest: f32,
@@ -70,16 +73,17 @@ pub(crate) struct Total {
 }
 
 impl Total {
-    /// Of no values.
+    /// Total of no values.
     pub(crate) const NONE: Self = Self {
         largest: f32::NEG_INFINITY,
         sum: 0.0,
     };
 
-    /// Adds `found`, a sum over other positions with weights of their own, to `out`, whose total this is.
+    /// Adds `found`, a sum over other positions with its own total, to `out`, whose total this
+    /// is.
     ///
-    /// Flash-Decoding, <https://crfm.stanford.edu/2023/10/12/flashdecoding.html>. The result depends on the order of
-    /// the calls to rounding.
+    /// Source: Flash-Decoding, <https://crfm.stanford.edu/2023/10/12/flashdecoding.html>. The order
+    /// of the calls changes the result by rounding.
     pub(crate) fn join(&mut self, out: &mut [f32], other: Self, found: &[f32]) {
         if other.sum == 0.0 {
             return;
@@ -101,17 +105,18 @@ impl Total {
         *self = Self { largest, sum };
     }
 
-    /// Makes the sum `out` the average.
+    /// Divides the sum `out` by the total, which gives the average.
     pub(crate) fn divide(self, out: &mut [f32]) {
         let inverse = 1.0 / self.sum;
         out.iter_mut().for_each(|out| *out *= inverse);
     }
 }
 
-/// The most queries that share what is widened: with pieces of 512 positions their scores are 32 KiB.
+/// Maximum queries that share widened blocks: with pieces of 512 positions their scores take
+/// 32 KiB.
 const QUERIES: usize = 16;
 
-/// Memory of [`attend`], used again from call to call.
+/// Memory of [`attend`], reused between calls.
 #[derive(Debug, Default)]
 pub(crate) struct Scratch {
     columns: Vec<f32>,
@@ -119,10 +124,12 @@ pub(crate) struct Scratch {
     block: Vec<f32>,
 }
 
-/// `out[i] / totals[i].sum = softmax(queries[i] K^T) V` over the positions `seen[i]`; zeros and a sum of 0 if there are none.
+/// Computes `out[i] / totals[i].sum = softmax(queries[i] K^T) V` over the positions
+/// `seen[i]`.
 ///
-/// `MOST` queries, a power of two up to 8, are taken together: as many as there are registers for their sums. Groups of
-/// them share what is widened.
+/// Without positions, `out[i]` is zeros and the sum 0. `MOST` queries, a power of two up to 8, are
+/// processed together: as many as there are registers for their sums. Groups of them share widened
+/// blocks.
 #[inline(always)]
 pub(crate) fn attend<L: Lanes, const MOST: usize>(proof: L::Proof, task: Task<'_>) {
     let Task {
@@ -157,7 +164,7 @@ pub(crate) fn attend<L: Lanes, const MOST: usize>(proof: L::Proof, task: Task<'_
     }
 }
 
-/// Whole groups of `ROWS` queries.
+/// Processes whole groups of `ROWS` queries.
 #[inline(always)]
 fn attend_rows<L: Lanes, const ROWS: usize>(
     proof: L::Proof,
@@ -173,7 +180,7 @@ fn attend_rows<L: Lanes, const ROWS: usize>(
     let end = seen.iter().map(|seen| seen.end).max().unwrap_or(0);
     let blocks = start / BLOCK..end.div_ceil(BLOCK);
     let width = blocks.len();
-    // All that these queries see may lie in other pieces.
+    // All positions that these queries see may lie in other pieces.
     if width == 0 {
         totals.fill(Total::NONE);
         out.fill(0.0);
@@ -184,7 +191,7 @@ fn attend_rows<L: Lanes, const ROWS: usize>(
         scores,
         block,
     } = scratch;
-    // The same element of every query of a group side by side.
+    // Transposed: the same element of every query of a group is contiguous.
     columns.resize(queries.len(), 0.0);
     let groups = columns.chunks_exact_mut(dim * ROWS);
     for (columns, queries) in groups.zip(queries.chunks_exact(dim * ROWS)) {
@@ -222,7 +229,7 @@ fn attend_rows<L: Lanes, const ROWS: usize>(
     out.fill(0.0);
     for (i, number) in blocks.enumerate() {
         let values = widened::<L>(proof, head, number, false, block);
-        // Positions of the block that no query sees are not looked at.
+        // Skips positions of the block that no query sees.
         let seen = start.saturating_sub(number * BLOCK)..(end - number * BLOCK).min(BLOCK);
         let groups = out.chunks_exact_mut(dim * ROWS);
         for (out, scores) in groups.zip(scores.chunks_exact(ROWS * width)) {
@@ -251,7 +258,7 @@ fn attend_rows<L: Lanes, const ROWS: usize>(
     }
 }
 
-/// Up to 16 numbers, zeros after them.
+/// Loads up to 16 numbers and fills the rest with zeros.
 #[inline(always)]
 fn load_some<L: Lanes>(proof: L::Proof, values: &[f32]) -> L {
     match values.first_chunk() {
@@ -264,7 +271,7 @@ fn load_some<L: Lanes>(proof: L::Proof, values: &[f32]) -> L {
     }
 }
 
-/// The first of them, up to 16.
+/// Stores the first numbers, up to 16.
 #[inline(always)]
 fn store_some<L: Lanes>(lanes: L, out: &mut [f32]) {
     match out.first_chunk_mut() {
@@ -277,7 +284,7 @@ fn store_some<L: Lanes>(lanes: L, out: &mut [f32]) {
     }
 }
 
-/// Replaces scores by `exp(score - largest)`, those that are not seen by 0; returns their total.
+/// Replaces scores by `exp(score - largest)`, and unseen ones by 0; returns their total.
 #[inline(always)]
 fn softmax(scores: &mut [[f32; BLOCK]], seen: Range<usize>) -> Total {
     let flat = scores.as_flattened_mut();
@@ -286,7 +293,8 @@ fn softmax(scores: &mut [[f32; BLOCK]], seen: Range<usize>) -> Total {
     let mut largest = [f32::NEG_INFINITY; BLOCK];
     for block in &*scores {
         for lane in 0..BLOCK {
-            // Unlike `f32::max` one instruction; a NaN comes out of the exponentials in any case.
+            // Unlike `f32::max` this is one instruction; a NaN propagates through the exponentials
+            // in any case.
             largest[lane] = match block[lane] > largest[lane] {
                 true => block[lane],
                 false => largest[lane],
@@ -312,7 +320,7 @@ fn softmax(scores: &mut [[f32; BLOCK]], seen: Range<usize>) -> Total {
     Total { largest, sum }
 }
 
-/// A block of keys or values as f32, in `memory` if it is stored otherwise.
+/// Returns a block of keys or values as f32, widened into `memory` if it is stored otherwise.
 #[inline(always)]
 fn widened<'a, L: Lanes>(
     proof: L::Proof,
@@ -371,14 +379,15 @@ mod tests {
     use super::*;
     use crate::kernels::Kernels;
 
-    /// Of an average of values up to 1 whose weights are exponentials of sums of up to 128 products; measured: 3e-6.
+    /// Tolerance for an average of values up to 1 with exponentials of sums of up to 128 products
+    /// as weights; measured: 3e-6.
     const TOLERANCE: f64 = 1e-5;
 
     fn value(i: usize) -> f32 {
         ((i * 7919 % 1009) as f32 / 504.5) - 1.0
     }
 
-    /// In f64 from rows `[positions, dim]`.
+    /// Computes the result in f64 from rows `[positions, dim]`.
     fn expected(query: &[f32], keys: &[f32], values: &[f32], seen: Range<usize>) -> Vec<f64> {
         let dim = query.len();
         let row = |all: &[f32], p: usize| -> Vec<f64> {
@@ -418,7 +427,7 @@ mod tests {
                 let blocks = positions.div_ceil(BLOCK);
                 let keys: Vec<f32> = (0..positions * dim).map(value).collect();
                 let values: Vec<f32> = (0..positions * dim).map(|i| value(i + 5)).collect();
-                // Nothing that is not seen may be looked at.
+                // Unseen values must not be read.
                 let size = BLOCK * dim;
                 let slab = |_| {
                     let mut slab = Slab::zeros(4 * SLAB * size).unwrap();

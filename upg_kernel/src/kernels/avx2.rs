@@ -1,9 +1,10 @@
-//! AVX2, FMA and F16C (Haswell, Zen and later).
+//! AVX2, FMA and F16C kernels (Haswell, Zen and later).
 //!
-//! As in [`super::avx512`], weights become `level + 128` as unsigned bytes and activations are two planes of
-//! signed bytes ([`Activations`](super::activations::Activations)). `vpmaddubsw` adds up two products in int16,
-//! which cannot saturate: 255 * 64 * 2 = 32,640. `vpmaddwd` adds up two of those in int32, those of the high
-//! plane times 128, so that every sum is exact. A step is 64 columns, which share a scale of the activations.
+//! As in [`super::avx512`], weights become unsigned bytes `level + 128`, and activations are two
+//! planes of signed bytes ([`Activations`](super::activations::Activations)). `vpmaddubsw` adds two
+//! products in int16, which cannot saturate: 255 * 64 * 2 = 32,640. `vpmaddwd` adds two of those
+//! sums in int32, those of the high plane times 128, so that every sum is exact. A step is 64
+//! columns, which share a scale of the activations.
 
 mod decode;
 mod hadamard;
@@ -39,12 +40,12 @@ static PRIMES: [f32; 256] = {
     primes
 };
 
-/// A value is the proof that this machine has the instructions.
+/// AVX2 kernels. A value proves that this machine has the instructions.
 #[derive(Debug, Clone, Copy)]
 pub struct Avx2(());
 
 impl Avx2 {
-    /// `None` where the processor or the system lacks one of AVX2, FMA, F16C, POPCNT, BMI2.
+    /// Returns `None` if the processor or the system lacks one of AVX2, FMA, F16C, POPCNT, BMI2.
     pub fn new() -> Option<Self> {
         let has = is_x86_feature_detected!("avx2")
             && is_x86_feature_detected!("fma")
@@ -54,13 +55,13 @@ impl Avx2 {
         has.then_some(Self(()))
     }
 
-    /// `out[i] = ` row `i` of a strip times `x`.
+    /// Computes `out[i] = ` row `i` of a strip times `x`.
     pub(crate) fn multiply(self, strip: Strip<'_>, x: &Activations, out: &mut [f32]) {
         // SAFETY: `self` proves that the processor has the features.
         unsafe { product::multiply(strip, x, out) }
     }
 
-    /// The rows of a strip times each vector.
+    /// Multiplies the rows of a strip by each vector.
     pub(crate) fn multiply_many<'a>(
         self,
         strip: Strip<'_>,
@@ -71,19 +72,19 @@ impl Avx2 {
         unsafe { many::multiply(strip, vectors, panel) }
     }
 
-    /// As [`super::activations::quantize`], the same to the bit.
+    /// Runs [`super::activations::quantize`], bit-identical.
     pub(crate) fn quantize(self, x: &[f32], out: &mut Activations) {
         // SAFETY: as above.
         unsafe { quantize::quantize(x, out) }
     }
 
-    /// As [`super::scalar::transform`].
+    /// Runs [`super::scalar::transform`].
     pub(crate) fn transform(self, x: &mut [f32], factor: f32, signs: Signs<'_>) {
         // SAFETY: as above.
         unsafe { hadamard::transform(self, x, factor, signs) }
     }
 
-    /// As [`super::Kernels::decode`].
+    /// Runs [`super::Kernels::decode`].
     pub(crate) fn decode<T: Element>(
         self,
         strip: Strip<'_>,
@@ -95,19 +96,19 @@ impl Avx2 {
         unsafe { decode::decode(self, strip, rotation, streamed, out) }
     }
 
-    /// [`bf16::from_f32`] of each, into as many.
+    /// Converts each element with [`bf16::from_f32`]; the lengths are equal.
     pub(crate) fn to_bf16(self, x: &[f32], out: &mut [bf16]) {
         // SAFETY: as above.
         unsafe { decode::to_bf16(x, out) }
     }
 
-    /// [`f16::from_f32`] of each, into as many.
+    /// Converts each element with [`f16::from_f32`]; the lengths are equal.
     pub(crate) fn to_f16(self, x: &[f32], out: &mut [f16]) {
         // SAFETY: as above.
         unsafe { decode::to_f16(x, out) }
     }
 
-    /// As [`sparse::dot`].
+    /// Runs [`sparse::dot`].
     pub(crate) fn dot_entries(self, entries: Entries<'_>, x: &[f32]) -> f32 {
         #[target_feature(enable = "avx2,fma")]
         fn compiled(proof: Avx2, entries: Entries<'_>, x: &[f32]) -> f32 {
@@ -117,7 +118,7 @@ impl Avx2 {
         unsafe { compiled(self, entries, x) }
     }
 
-    /// As [`attention::attend`].
+    /// Runs [`attention::attend`].
     pub(crate) fn attend(self, task: attention::Task<'_>) {
         #[target_feature(enable = "avx2,fma,f16c")]
         fn compiled(proof: Avx2, task: attention::Task<'_>) {
@@ -128,11 +129,11 @@ impl Avx2 {
     }
 }
 
-/// Sixteen f32. A value is the proof that this machine has the instructions.
+/// Vector of sixteen f32. A value proves that this machine has the instructions.
 #[derive(Clone, Copy)]
 struct Registers([__m256; 2]);
 
-// These are always put in their place, in a function that is compiled for the instructions.
+// Always inlined, into a function that is compiled for the instructions.
 impl Lanes for Registers {
     type Proof = Avx2;
 
@@ -145,7 +146,8 @@ impl Lanes for Registers {
     #[inline(always)]
     fn load(_: Avx2, values: &[f32; 16]) -> Self {
         let start = values.as_ptr();
-        // SAFETY: as above; the reference is to 16 readable floats, and the loads need no alignment.
+        // SAFETY: as above; the reference is to 16 readable floats, and the loads need no
+        // alignment.
         Self(unsafe { [_mm256_loadu_ps(start), _mm256_loadu_ps(start.add(8))] })
     }
 
@@ -180,7 +182,7 @@ impl Lanes for Registers {
     }
 }
 
-/// All 32 bytes.
+/// Loads all 32 bytes.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn load(bytes: &[u8; 32]) -> __m256i {
@@ -194,7 +196,7 @@ fn load_i32(values: &[i32; 8]) -> __m256i {
     load(bytemuck::cast_ref(values))
 }
 
-/// All 16 bytes.
+/// Loads all 16 bytes.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn load_half(bytes: &[u8; 16]) -> __m128i {
@@ -202,29 +204,30 @@ fn load_half(bytes: &[u8; 16]) -> __m128i {
     unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) }
 }
 
-/// Asks for the cache line `at` bytes after the start of `bytes`, which may lie past its end.
+/// Prefetches the cache line `at` bytes after the start of `bytes`, which may lie past its
+/// end.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn prefetch(bytes: &[u8], at: usize) {
-    // A prefetch reads nothing that a program could see and never faults.
+    // A prefetch has no observable effect and never faults.
     _mm_prefetch::<_MM_HINT_T0>(bytes.as_ptr().wrapping_add(at).cast());
 }
 
-/// Levels as unsigned bytes, `level + 128`.
+/// Converts levels to unsigned bytes, `level + 128`.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn biased(levels: __m256i) -> __m256i {
     _mm256_xor_si256(levels, _mm256_set1_epi8(-128))
 }
 
-/// 16 bytes in both halves of a register.
+/// Copies 16 bytes into both halves of a register.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn twice(bytes: &[u8; 16]) -> __m256i {
     _mm256_broadcastsi128_si256(load_half(bytes))
 }
 
-/// Sums of four products a lane, `sum((level + 128) * x)`, for 32 biased levels. Exact.
+/// Sums four products per lane, `sum((level + 128) * x)`, for 32 biased levels. Exact.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn dot(levels: __m256i, high: __m256i, low: __m256i) -> __m256i {
@@ -234,8 +237,8 @@ fn dot(levels: __m256i, high: __m256i, low: __m256i) -> __m256i {
         _mm256_madd_epi16(high, _mm256_set1_epi16(128)),
         _mm256_madd_epi16(low, _mm256_set1_epi16(1)),
     );
-    // SAFETY: there is no instruction. It keeps the compiler from adding all high parts first and the low ones later,
-    // for which it would need twice as many registers.
+    // SAFETY: there is no instruction. It keeps the compiler from adding all high parts first and
+    // the low ones later, which would need twice as many registers.
     unsafe {
         asm!("/* {} */", inout(ymm_reg) sums, options(pure, nomem, nostack, preserves_flags))
     };
@@ -249,7 +252,7 @@ fn store(register: __m256i, bytes: &mut [u8; 32]) {
     unsafe { _mm256_storeu_si256(bytes.as_mut_ptr().cast(), register) }
 }
 
-/// Past the caches; `out` is aligned.
+/// Stores past the caches; `out` is aligned.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn stream(register: __m256i, out: &mut [u8; 32]) {
@@ -278,7 +281,7 @@ fn store_f32(register: __m256, values: &mut [f32; 8]) {
     unsafe { _mm256_storeu_ps(values.as_mut_ptr(), register) }
 }
 
-/// The primes of some indices.
+/// Gathers the primes of eight indices.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn primes(indices: &[u8; 8]) -> __m256 {

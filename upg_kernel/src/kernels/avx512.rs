@@ -1,8 +1,8 @@
-//! AVX-512 with VBMI, VBMI2 and VNNI (Ice Lake, Zen 4 and later).
+//! AVX-512 kernels with VBMI, VBMI2 and VNNI (Ice Lake, Zen 4 and later).
 //!
-//! Weights become `level + 128` as unsigned bytes, activations are two planes of signed bytes
-//! ([`Activations`]), and one `vpdpbusd` a plane multiplies 64 pairs. Sums of up to 64 products are exact;
-//! what the 128 adds is taken off again by the offsets that come with the activations.
+//! Weights become unsigned bytes `level + 128`, and activations are two planes of signed bytes
+//! ([`Activations`]). One `vpdpbusd` per plane multiplies 64 pairs. Sums of up to 64 products are
+//! exact. The offsets that come with the activations subtract the contribution of the 128.
 
 mod decode;
 mod hadamard;
@@ -27,7 +27,7 @@ use std::arch::asm;
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-/// The first 256 primes as 16-bit numbers, a register of them in each row.
+/// The first 256 primes as 16-bit numbers, one register per row.
 static PRIMES: PrimeTable = PrimeTable({
     let mut rows = [[0; 32]; 8];
     let mut i = 0;
@@ -41,15 +41,16 @@ static PRIMES: PrimeTable = PrimeTable({
 #[repr(align(64))]
 struct PrimeTable([[u16; 32]; 8]);
 
-/// A value is the proof that this machine has the instructions.
+/// AVX-512 kernels. A value proves that this machine has the instructions.
 #[derive(Debug, Clone, Copy)]
 pub struct Avx512 {
-    /// Whether it can also round to BF16 in one instruction.
+    /// Flag: the processor can also round to BF16 in one instruction.
     bf16: bool,
 }
 
 impl Avx512 {
-    /// `None` where the processor or the system lacks one of AVX-512 F, BW, VL, VBMI, VBMI2, VNNI.
+    /// Returns `None` if the processor or the system lacks one of AVX-512 F, BW, VL, VBMI, VBMI2,
+    /// VNNI.
     pub fn new() -> Option<Self> {
         let has = is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
@@ -62,19 +63,19 @@ impl Avx512 {
         has.then_some(Self { bf16 })
     }
 
-    /// The same without the instruction for BF16.
+    /// Returns the same kernels without the BF16 instruction.
     #[cfg(test)]
     pub(super) fn without_bf16(self) -> Self {
         Self { bf16: false }
     }
 
-    /// `out[i] = ` row `i` of a strip times `x`.
+    /// Computes `out[i] = ` row `i` of a strip times `x`.
     pub(crate) fn multiply(self, strip: Strip<'_>, x: &Activations, out: &mut [f32]) {
         // SAFETY: `self` proves that the processor has the features.
         unsafe { product::multiply(strip, x, out) }
     }
 
-    /// The rows of a strip times each vector.
+    /// Multiplies the rows of a strip by each vector.
     pub(crate) fn multiply_many<'a>(
         self,
         strip: Strip<'_>,
@@ -85,7 +86,7 @@ impl Avx512 {
         unsafe { many::multiply(strip, vectors, panel) }
     }
 
-    /// As [`super::Kernels::decode`].
+    /// Runs [`super::Kernels::decode`].
     pub(crate) fn decode<T: Element>(
         self,
         strip: Strip<'_>,
@@ -97,31 +98,31 @@ impl Avx512 {
         unsafe { decode::decode(self, strip, rotation, streamed, out) }
     }
 
-    /// As [`super::sparse::decode`].
+    /// Runs [`super::sparse::decode`].
     pub(crate) fn decode_entries<T: Element>(self, entries: Entries<'_>, out: &mut [T]) {
         // SAFETY: as above.
         unsafe { sparse::decode(self, entries, out) }
     }
 
-    /// As [`super::sparse::dot`] to rounding.
+    /// Runs [`super::sparse::dot`], equal up to rounding.
     pub(crate) fn dot_entries(self, entries: Entries<'_>, x: &[f32]) -> f32 {
         // SAFETY: as above.
         unsafe { sparse::dot(entries, x) }
     }
 
-    /// [`bf16::from_f32`] of each, into as many.
+    /// Converts each element with [`bf16::from_f32`]; the lengths are equal.
     pub(crate) fn to_bf16(self, x: &[f32], out: &mut [bf16]) {
         // SAFETY: as above.
         unsafe { decode::to_bf16(x, out) }
     }
 
-    /// [`f16::from_f32`] of each, into as many.
+    /// Converts each element with [`f16::from_f32`]; the lengths are equal.
     pub(crate) fn to_f16(self, x: &[f32], out: &mut [f16]) {
         // SAFETY: as above.
         unsafe { decode::to_f16(x, out) }
     }
 
-    /// As [`attention::attend`].
+    /// Runs [`attention::attend`].
     pub(crate) fn attend(self, task: attention::Task<'_>) {
         #[target_feature(enable = "avx512f")]
         fn compiled(proof: Avx512, task: attention::Task<'_>) {
@@ -131,24 +132,24 @@ impl Avx512 {
         unsafe { compiled(self, task) }
     }
 
-    /// As [`super::activations::quantize`].
+    /// Runs [`super::activations::quantize`].
     pub(crate) fn quantize(self, x: &[f32], out: &mut Activations) {
         // SAFETY: `self` proves that the processor has the features.
         unsafe { quantize::quantize(x, out) }
     }
 
-    /// As [`super::scalar::transform`].
+    /// Runs [`super::scalar::transform`].
     pub(crate) fn transform(self, x: &mut [f32], factor: f32, signs: Signs<'_>) {
         // SAFETY: `self` proves that the processor has the features.
         unsafe { hadamard::transform(self, x, factor, signs) }
     }
 }
 
-/// Sixteen f32. A value is the proof that this machine has the instructions.
+/// Vector of sixteen f32. A value proves that this machine has the instructions.
 #[derive(Clone, Copy)]
 struct Register(__m512);
 
-// These are always put in their place, in a function that is compiled for the instructions.
+// Always inlined, into a function that is compiled for the instructions.
 impl Lanes for Register {
     type Proof = Avx512;
 
@@ -183,7 +184,7 @@ impl Lanes for Register {
     }
 }
 
-/// All 64 bytes.
+/// Loads all 64 bytes.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn load(bytes: &[u8; 64]) -> __m512i {
@@ -216,7 +217,7 @@ fn store(out: &mut [u8; 64], bytes: __m512i) {
     unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), bytes) };
 }
 
-/// Past the caches; `out` lies where a cache line starts.
+/// Stores past the caches; `out` is aligned to a cache line.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn stream(bytes: __m512i, out: &mut [u8; 64]) {
@@ -225,7 +226,7 @@ fn stream(bytes: __m512i, out: &mut [u8; 64]) {
     unsafe { _mm512_stream_si512(out.as_mut_ptr().cast(), bytes) };
 }
 
-/// All 32 bytes.
+/// Loads all 32 bytes.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn load_half(bytes: &[u8; 32]) -> __m256i {
@@ -233,23 +234,25 @@ fn load_half(bytes: &[u8; 32]) -> __m256i {
     unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) }
 }
 
-/// Asks for the cache line `at` bytes after the start of `bytes`, which may lie past its end: `HINT` says for which
-/// cache.
+/// Prefetches the cache line `at` bytes after the start of `bytes`, which may lie past its
+/// end.
+///
+/// `HINT` selects the cache.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn prefetch<const HINT: i32>(bytes: &[u8], at: usize) {
-    // A prefetch reads nothing that a program could see and never faults.
+    // A prefetch has no observable effect and never faults.
     _mm_prefetch::<HINT>(bytes.as_ptr().wrapping_add(at).cast());
 }
 
-/// Levels as unsigned bytes, `level + 128`.
+/// Converts levels to unsigned bytes, `level + 128`.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn biased(levels: __m512i) -> __m512i {
     _mm512_xor_si512(levels, _mm512_set1_epi8(-128))
 }
 
-/// A codebook of 16 biased levels in each quarter of a register.
+/// Copies a codebook of 16 biased levels into each quarter of a register.
 #[inline]
 #[target_feature(enable = "avx512f,avx512vl")]
 fn codebook_register(codebook: &[i8; 16]) -> __m512i {
@@ -258,7 +261,7 @@ fn codebook_register(codebook: &[i8; 16]) -> __m512i {
     biased(load(&bytes))
 }
 
-/// The primes of 64 indices.
+/// Looks up the primes of 64 indices.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 fn primes_of(indices: &[u8; 64]) -> [__m512; 4] {
@@ -278,12 +281,12 @@ fn to_floats(values: __m256i) -> __m512 {
     _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(values))
 }
 
-/// The primes of 32 indices, as 16-bit numbers.
+/// Looks up the primes of 32 indices, as 16-bit numbers.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 fn primes_of_half(indices: &[u8; 32]) -> __m512i {
     let indices = _mm512_cvtepu8_epi16(load_half(indices));
-    // Four tables of 64 entries each; bits 6 and 7 of an index say which.
+    // Four tables of 64 entries each; bits 6 and 7 of an index select the table.
     let bit6 = _mm512_test_epi16_mask(indices, _mm512_set1_epi16(64));
     let bit7 = _mm512_test_epi16_mask(indices, _mm512_set1_epi16(128));
     let mut halves = [indices; 2];

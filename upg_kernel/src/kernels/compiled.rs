@@ -1,5 +1,6 @@
-//! Plain loops of the reference, compiled for the instructions of each set of kernels: the same results to the
-//! bit, more of them at a time.
+//! Plain loops of the reference, compiled for the instructions of each kernel set.
+//!
+//! The results are bit-identical; the compiler vectorizes the loops.
 
 #[cfg(target_arch = "aarch64")]
 use super::activations::{self, Activations};
@@ -7,7 +8,7 @@ use super::views::Strip;
 use super::{Float, Kernels, Set, rows, scalar, sparse};
 use sparse::Entries;
 
-/// Methods that call plain loops which are always put in their place, from functions with these features.
+/// Defines methods that call inlined plain loops from functions with these features.
 macro_rules! compiled {
     ($kernels:ty, $features:literal, [$($path:path => $name:ident($($arg:ident: $type:ty),*);)*]) => {
         impl $kernels {$(
@@ -46,7 +47,7 @@ compiled!(super::neon::Neon, "neon", [
     activations::quantize => quantize(x: &[f32], out: &mut Activations);
 ]);
 
-/// [`sparse::decode`] with the kernels that `$set` makes of a value.
+/// Defines [`sparse::decode`] with the kernels that `$set` makes of a value.
 macro_rules! decode_entries {
     ($kernels:ty, $features:literal, $set:path) => {
         impl $kernels {

@@ -1,4 +1,4 @@
-//! Packed weights to floats, written once for the instruction sets of x86-64.
+//! Decoding of packed weights to floats, written once for the instruction sets of x86-64.
 #![forbid(unsafe_code)]
 
 use super::Kernels;
@@ -10,22 +10,22 @@ use bytemuck::{Pod, Zeroable};
 use half::{bf16, f16};
 use std::cell::RefCell;
 
-/// Tiles of so many columns.
+/// Tiles per group of columns.
 pub(super) const TILES: usize = GROUP / 4;
 
-/// 64 bytes in one cache line: levels of a row, signed, or numbers.
+/// One cache line of 64 bytes: signed levels of a row, or numbers.
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C, align(64))]
 pub(super) struct Line(pub [u8; GROUP]);
 
-/// Memory for a strip.
+/// Scratch memory for a strip.
 #[derive(Default)]
 pub(super) struct Memory {
-    /// The levels, row by row: `[64, blocks]`.
+    /// Levels, row by row: `[64, blocks]`.
     rows: Vec<Line>,
-    /// A row that is turned back.
+    /// Row after the inverse rotation.
     turned: Vec<Line>,
-    /// A row on its way past the caches.
+    /// Rounded row, before it is streamed past the caches.
     rounded: Vec<Line>,
 }
 
@@ -33,21 +33,23 @@ thread_local! {
     static MEMORY: RefCell<Memory> = RefCell::default();
 }
 
-/// Calls `decode` with memory of this thread.
+/// Calls `decode` with the scratch memory of this thread.
 pub(super) fn with_memory(decode: impl FnOnce(&mut Memory)) {
     MEMORY.with_borrow_mut(decode);
 }
 
 impl Memory {
-    /// The levels of a strip of so many columns.
+    /// Returns the rows for the levels of a strip with this many columns.
     pub(super) fn rows(&mut self, cols: usize) -> &mut [Line] {
         self.rows
             .resize(cols.div_ceil(GROUP) * 64, Line([0; GROUP]));
         &mut self.rows
     }
 
-    /// `out [rows, cols]`: every row as the reference decodes it, to the bit, from the levels that are here, and
-    /// turned back if there is a rotation. Past the caches if `streamed`.
+    /// Decodes the levels in this memory to `out [rows, cols]`.
+    ///
+    /// The result is bit-identical to the reference, and inverse-rotated if there is a rotation.
+    /// `streamed` bypasses the caches.
     #[inline(always)]
     pub(super) fn put<W: Weights, T: Element>(
         &mut self,
@@ -81,7 +83,7 @@ impl Memory {
     }
 }
 
-/// The weights of a row, turned back if there is a rotation.
+/// Writes the weights of a row, inverse-rotated if there is a rotation.
 #[inline(always)]
 fn put<W: Weights, T: Element>(
     proof: W::Proof,
@@ -99,13 +101,13 @@ fn put<W: Weights, T: Element>(
     }
 }
 
-/// So many numbers of any value.
+/// Returns `len` numbers of arbitrary value.
 fn numbers<T: Element>(memory: &mut Vec<Line>, len: usize) -> &mut [T] {
     memory.resize((len * size_of::<T>()).div_ceil(GROUP), Line([0; GROUP]));
     &mut bytemuck::cast_slice_mut(memory)[..len]
 }
 
-/// Copies into memory past the caches: nothing is read there to be overwritten.
+/// Copies into memory past the caches, so that the destination is not read first.
 #[inline(always)]
 fn stream<W: Weights>(proof: W::Proof, from: &[u8], to: &mut [u8]) {
     let start = to.as_ptr().align_offset(GROUP).min(to.len());
@@ -127,7 +129,7 @@ pub(super) struct Row<'a> {
     pub i: usize,
 }
 
-/// [`Weights::put_turned`] for any rotation.
+/// Runs [`Weights::put_turned`] for any rotation.
 #[inline(always)]
 pub(super) fn put_turned<W: Weights, T: Element>(
     proof: W::Proof,
@@ -141,7 +143,7 @@ pub(super) fn put_turned<W: Weights, T: Element>(
     convert::<W, T>(proof, turned, out);
 }
 
-/// The weights of a row.
+/// Writes the weights of a row.
 #[inline(always)]
 pub(super) fn put_row<W: Weights, T: Element>(
     proof: W::Proof,
@@ -184,7 +186,7 @@ pub(super) fn convert<W: Weights, T: Element>(proof: W::Proof, row: &[f32], out:
     }
 }
 
-/// [`Element::put`] of up to 64 weights.
+/// Runs [`Element::put`] for up to 64 weights.
 #[inline(always)]
 fn put_block<T: Element>(weights: impl Weights, out: &mut [T]) {
     match out.first_chunk_mut() {
@@ -197,22 +199,26 @@ fn put_block<T: Element>(weights: impl Weights, out: &mut [T]) {
     }
 }
 
-/// 64 finite weights in registers. Methods are always put in their place, in a function that is compiled for the
-/// instructions.
+/// Vector of 64 finite weights.
+///
+/// Methods are always inlined, into a function that is compiled for the instructions.
 pub(super) trait Weights: Numbers<GROUP> {
-    /// A value is the proof that this machine has the instructions.
+    /// Proof that this machine has the instructions.
     type Proof: Copy;
 
-    /// `scale * (prime * level)` with one rounding, the primes those of the first and of the second 32 signed levels.
+    /// Computes `scale * (prime * level)` with one rounding.
+    ///
+    /// The primes belong to the first and the second 32 signed levels.
     fn new(proof: Self::Proof, levels: &[u8; GROUP], primes: [f32; 2], scale: f32) -> Self;
 
-    /// As they lie in memory.
+    /// Loads weights as they are in memory.
     fn load(proof: Self::Proof, weights: &[f32; GROUP]) -> Self;
 
-    /// The kernels that go with these registers.
+    /// Returns the kernels that belong to these registers.
     fn kernels(proof: Self::Proof) -> Kernels;
 
-    /// `out [cols]`: the weights of a row, turned back and rounded. `turned [cols]` is memory.
+    /// Writes the weights of a row to `out [cols]`, inverse-rotated and rounded. `turned [cols]`
+    /// is scratch memory.
     #[inline(always)]
     fn put_turned<T: Element>(
         proof: Self::Proof,
@@ -224,28 +230,28 @@ pub(super) trait Weights: Numbers<GROUP> {
         put_turned::<Self, T>(proof, row, rotation, turned, out);
     }
 
-    /// Copies into a line of memory past the caches; it lies where a line starts.
+    /// Copies into an aligned cache line of memory, past the caches.
     fn stream(proof: Self::Proof, from: &[u8; 64], to: &mut [u8; 64]);
 
-    /// What was streamed is seen by other threads before anything that is written from here on.
+    /// Fence: other threads see streamed data before anything that is written afterwards.
     fn end_stream(proof: Self::Proof);
 }
 
-/// `N` finite numbers in registers. Methods are always put in their place, as those of [`Weights`].
+/// Vector of `N` finite numbers. Methods are always inlined, as those of [`Weights`].
 pub trait Numbers<const N: usize>: Copy {
-    /// As they are.
+    /// Stores the numbers unchanged.
     fn put_f32(self, out: &mut [f32; N]);
 
-    /// Rounded to nearest, ties to even.
+    /// Stores the numbers rounded to nearest, ties to even.
     fn put_f16(self, out: &mut [f16; N]);
 
-    /// The same.
+    /// Stores the numbers rounded to nearest, ties to even.
     fn put_bf16(self, out: &mut [bf16; N]);
 }
 
-/// What a weight can be rounded to.
+/// Number type that weights can be rounded to.
 pub trait Element: Copy + Default + Pod {
-    /// Numbers, rounded to nearest, ties to even.
+    /// Stores numbers, rounded to nearest, ties to even.
     fn put<const N: usize>(numbers: impl Numbers<N>, out: &mut [Self; N]);
 }
 

@@ -1,8 +1,8 @@
-//! Blocked matrix product by the `gemm` crate (run-time choice of instruction set).
+//! Blocked matrix product by the `gemm` crate, which selects the instruction set at run time.
 
 use std::ops::Range;
 
-/// A matrix in a slice: element `[i, j]` is number `i * row_stride + j * col_stride`.
+/// Matrix view of a slice: element `[i, j]` is at `i * row_stride + j * col_stride`.
 #[derive(Debug, Clone, Copy)]
 pub struct View<'a> {
     values: &'a [f32],
@@ -13,7 +13,7 @@ pub struct View<'a> {
 }
 
 impl<'a> View<'a> {
-    /// `[rows, cols]` row by row, of which each begins `stride` elements after the one before.
+    /// Creates a row-major view `[rows, cols]`, whose rows start every `stride` elements.
     ///
     /// Panics if `values` ends before the matrix does, or if rows overlap (`stride < cols`).
     pub fn new(values: &'a [f32], rows: usize, cols: usize, stride: usize) -> Self {
@@ -26,7 +26,7 @@ impl<'a> View<'a> {
                 col_stride: 0,
             };
         }
-        // Overlapping rows would let small slices stand for sizes whose products wrap.
+        // Overlapping rows would allow a small slice to have sizes whose product wraps.
         assert!(rows == 1 || stride >= cols, "rows of {cols} every {stride}");
         let stride = if rows == 1 { cols } else { stride };
         let end = (rows - 1)
@@ -46,19 +46,19 @@ impl<'a> View<'a> {
         }
     }
 
-    /// Columns.
+    /// Returns the number of columns.
     pub fn cols(self) -> usize {
         self.cols
     }
 
-    /// Some of its rows. Panics if there are fewer.
+    /// Returns some of its rows. Panics if there are fewer.
     pub fn rows_of(self, rows: Range<usize>) -> Self {
         assert!(
             rows.start <= rows.end && rows.end <= self.rows,
             "rows {rows:?} of {}",
             self.rows
         );
-        // Does not wrap where there is a row, whose elements are in the slice.
+        // Cannot wrap if there is a row, because its elements are in the slice.
         let start = rows.start.saturating_mul(self.row_stride);
         Self {
             values: self.values.get(start..).unwrap_or(&[]),
@@ -67,7 +67,7 @@ impl<'a> View<'a> {
         }
     }
 
-    /// Its columns as rows.
+    /// Returns the transposed view.
     pub fn transposed(self) -> Self {
         Self {
             values: self.values,
@@ -79,9 +79,10 @@ impl<'a> View<'a> {
     }
 }
 
-/// `out [n, rows] = x [n, cols] * weights [rows, cols]^T` in f32, on the calling thread.
+/// Computes `out [n, rows] = x [n, cols] * weights [rows, cols]^T` in f32 on the calling
+/// thread.
 ///
-/// `rows` is `weights.len() / cols`, `n` is `x.len() / cols`. Panics if the lengths do not fit.
+/// `rows` is `weights.len() / cols`, `n` is `x.len() / cols`. Panics if the lengths do not match.
 pub fn multiply(weights: &[f32], x: &[f32], cols: usize, out: &mut [f32]) {
     let (rows, n) = (weights.len() / cols, x.len() / cols);
     assert!(
@@ -97,9 +98,9 @@ pub fn multiply(weights: &[f32], x: &[f32], cols: usize, out: &mut [f32]) {
     );
 }
 
-/// `out = a b`, or with `add` that added to `out [rows of a, columns of b]`; on the calling thread.
+/// Computes `out = a b`, or `out += a b` with `add`, on the calling thread.
 ///
-/// Panics if the sizes do not fit.
+/// `out` is `[rows of a, columns of b]`. Panics if the sizes do not match.
 pub fn product(a: View<'_>, b: View<'_>, add: bool, out: &mut [f32]) {
     assert!(
         a.cols == b.rows && a.rows.checked_mul(b.cols) == Some(out.len()),
@@ -119,10 +120,11 @@ pub fn product(a: View<'_>, b: View<'_>, add: bool, out: &mut [f32]) {
         }
         return;
     }
-    // SAFETY: all three matrices have elements. The largest one touched of `a` and `b` is in its slice, as `View::new`
-    // has checked without wrapping, so that strides are below `isize::MAX`; transposing does not change that, and
-    // `rows_of` only leaves rows out. The largest one of `out`, row-major, is its last one, by the assertion above.
-    // Borrows keep `out` apart from the inputs. All three are passed transposed.
+    // SAFETY: all three matrices have elements. The largest index touched in `a` and `b` is in its
+    // slice, as `View::new` has checked without wrapping, so strides are below `isize::MAX`.
+    // Transposing does not change that, and `rows_of` only leaves rows out. The largest index of
+    // the row-major `out` is its last one, by the assertion above. Borrows keep `out` apart from
+    // the inputs. All three are passed transposed.
     unsafe {
         gemm::gemm(
             b.cols,
@@ -153,7 +155,8 @@ mod tests {
     use super::super::scalar;
     use super::{View, product};
 
-    /// Sums of up to 67 products of values up to 1: orders differ by a few units in the last place.
+    /// Tolerance for sums of up to 67 products of values up to 1: the order of addition changes a
+    /// few units in the last place.
     const TOLERANCE: f32 = 1e-5;
 
     #[test]
@@ -191,7 +194,7 @@ mod tests {
         }
     }
 
-    /// Sizes whose product is 0, or that of a small slice, once it wraps.
+    /// Sizes whose product wraps to 0, or to the size of a small slice.
     #[test]
     fn sizes_that_wrap_are_refused() {
         let panics = |run: &dyn Fn()| {
@@ -200,18 +203,19 @@ mod tests {
         };
         let one = [1.0; 4];
         let huge = 1 << (usize::BITS - 2);
-        // As many rows that are all the same element.
+        // Rows that all refer to the same element.
         assert!(panics(&|| _ = View::new(&one, huge, 1, 0)));
         assert!(panics(&|| _ = View::new(&one, 2, 2, 1)));
         assert!(panics(&|| _ = View::new(&one, huge, 1, 1)));
         assert!(panics(&|| _ = View::new(&one, 3, 1, usize::MAX / 2 + 1)));
-        // Matrices without an element may have any size beside 0, so that the output alone says how many there are.
+        // A matrix without elements may have any other dimension, so the output alone determines
+        // the number of elements.
         let [tall, wide] = [
             View::new(&[], huge, 0, 0),
             View::new(&[], 4, 0, 0).transposed(),
         ];
         assert!(panics(&|| product(tall, wide, false, &mut [])));
-        // The rows of one row: no stride that is only a number.
+        // A single row: its stride is never used as an offset.
         let row = View::new(&one, 1, 4, usize::MAX);
         let mut out = [f32::NAN];
         product(row, row.transposed(), false, &mut out);

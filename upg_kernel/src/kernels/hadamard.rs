@@ -1,36 +1,38 @@
-//! The transform of a rotation, written once over registers of any width.
+//! Hadamard transform of a rotation, written once over registers of any width.
 #![forbid(unsafe_code)]
 
 use super::scalar::{self, Signs};
 
-/// A register of f32.
+/// Vector register of f32.
 pub(super) trait Register: Copy {
-    /// A value is the proof that this machine has the instructions.
+    /// Proof that this machine has the instructions.
     type Proof: Copy;
-    /// What it holds.
+    /// Array with the content of a register.
     type Block;
-    /// The most that are transformed at once, 8 or 16: as many as there are beside what a transform needs.
+    /// Maximum registers that are transformed at once, 8 or 16: those left beside what a
+    /// transform needs.
     const TOGETHER: usize = 16;
 
     fn load(proof: Self::Proof, block: &Self::Block) -> Self;
     fn store(self, block: &mut Self::Block);
     fn add(self, other: Self) -> Self;
     fn sub(self, other: Self) -> Self;
-    /// Every element times `factor`.
+    /// Multiplies every element by `factor`.
     fn scale(self, factor: f32) -> Self;
-    /// As [`scalar::flip`] for register `index` of what the signs belong to.
+    /// Flips signs as [`scalar::flip`] does, for register `index` of the vector that the signs
+    /// belong to.
     fn flip(self, signs: &[u8], index: usize) -> Self;
 
-    /// The transforms of each register by itself.
+    /// Transforms each register by itself.
     fn within<const N: usize>(registers: &mut [Self; N]);
 }
 
-/// Where the first pass over memory finds the registers of a vector.
+/// Source of the registers of a vector in the first pass over memory.
 pub(super) trait Source<R: Register> {
     fn load(&self, proof: R::Proof, blocks: &[R::Block], index: usize) -> R;
 }
 
-/// Where the last pass over memory leaves them.
+/// Destination of the registers in the last pass over memory.
 pub(super) trait Sink<R: Register> {
     fn store(&mut self, blocks: &mut [R::Block], index: usize, register: R);
 }
@@ -38,13 +40,13 @@ pub(super) trait Sink<R: Register> {
 /// The vector itself.
 pub(super) struct Same;
 
-/// The same with changed signs, which [`Register::flip`] knows.
+/// Sign flips with [`Register::flip`].
 struct Flipped<'a>(&'a [u8]);
 
-/// Every element times a factor.
+/// Multiplication of every element by a factor.
 struct Scaled(f32);
 
-/// With changed signs after that.
+/// Multiplication by a factor, then sign flips.
 pub(super) struct ScaledAndFlipped<'a>(pub(super) f32, pub(super) &'a [u8]);
 
 impl<R: Register> Source<R> for Same {
@@ -83,7 +85,7 @@ impl<R: Register> Sink<R> for ScaledAndFlipped<'_> {
     }
 }
 
-/// As [`scalar::transform`] of so many blocks, or of what is too short for one.
+/// Runs [`scalar::transform`] on blocks, or on a rest too short for one.
 #[inline(always)]
 pub(super) fn transform_in_place<R: Register>(
     proof: R::Proof,
@@ -105,10 +107,11 @@ pub(super) fn transform_in_place<R: Register>(
     }
 }
 
-/// The unscaled Walsh-Hadamard transform, with the additions of the reference in its order. In between registers lie
-/// in `blocks`, a power of two of them.
+/// Computes the unscaled Walsh-Hadamard transform, with the additions in the order of the
+/// reference.
 ///
-/// As many spans as [`Register::TOGETHER`] registers allow are done in one pass over memory.
+/// Between passes the registers are in `blocks`, whose number is a power of two. One pass over
+/// memory handles as many spans as [`Register::TOGETHER`] registers allow.
 #[inline(always)]
 pub(super) fn transform<R: Register>(
     proof: R::Proof,
@@ -141,7 +144,7 @@ pub(super) fn transform<R: Register>(
     }
 }
 
-/// Spans in each register, and those between `N` registers.
+/// Transforms over the spans within each register, and between `N` registers.
 #[inline(always)]
 fn first_pass<R: Register, const N: usize>(
     proof: R::Proof,
@@ -162,7 +165,7 @@ fn first_pass<R: Register, const N: usize>(
     }
 }
 
-/// `N` registers at a distance of `span` registers each.
+/// Transforms `N` registers at a distance of `span` registers each.
 #[inline(always)]
 fn pass<R: Register, const N: usize>(
     proof: R::Proof,
@@ -184,10 +187,10 @@ fn pass<R: Register, const N: usize>(
     }
 }
 
-/// The transform across registers, lane by lane.
+/// Transforms across registers, lane by lane.
 #[inline(always)]
 fn between<R: Register, const N: usize>(registers: &mut [R; N]) {
-    // Spans that are constants: only then all of it stays in registers.
+    // Spans are constants: otherwise not everything stays in registers.
     if N > 1 {
         between_at::<R, N, 1>(registers);
     }

@@ -1,26 +1,26 @@
-//! Sixteen numbers side by side.
+//! Vectors of sixteen numbers.
 #![forbid(unsafe_code)]
 
 use half::f16;
 
-/// Sixteen f32, in as many registers as an instruction set needs for them.
+/// Vector of sixteen f32, in as many registers as the instruction set needs.
 pub(crate) trait Lanes: Copy {
-    /// A value is the proof that this machine has the instructions.
+    /// Proof that this machine has the instructions.
     type Proof: Copy;
 
-    /// The same number in every lane.
+    /// Returns the same number in every lane.
     fn splat(proof: Self::Proof, value: f32) -> Self;
 
-    /// As they lie in memory.
+    /// Loads numbers from memory.
     fn load(proof: Self::Proof, values: &[f32; 16]) -> Self;
 
-    /// The same from half precision.
+    /// Loads numbers from memory and widens them from half precision.
     fn widen(proof: Self::Proof, values: &[f16; 16]) -> Self;
 
-    /// `self * b + c`; whether the product is rounded depends on the instruction set.
+    /// Computes `self * b + c`; the instruction set determines whether the product is rounded.
     fn mul_add(self, b: Self, c: Self) -> Self;
 
-    /// As they lie in memory.
+    /// Stores the numbers to memory.
     fn store(self, out: &mut [f32; 16]);
 }
 

@@ -1,4 +1,5 @@
-//! Packed weights times many vectors, written once for the instruction sets of x86-64.
+//! Products of packed weights with many vectors, written once for the instruction sets of
+//! x86-64.
 //!
 //! A panel has the tiles of a strip, decoded once for all vectors.
 #![forbid(unsafe_code)]
@@ -12,51 +13,51 @@ const TILE: usize = 4;
 /// Tiles of a block of columns.
 pub(super) const TILES: usize = GROUP / TILE;
 
-/// The most vectors that are multiplied together.
+/// Maximum vectors that are multiplied together.
 const TOGETHER: usize = 6;
 
 /// Bytes of a cache line.
 const LINE: usize = 64;
 
-/// What each row of a strip has.
+/// One number per row of a strip.
 pub(crate) type Rows = [f32; 64];
 
 /// Memory for a panel.
 #[derive(Debug, Default)]
 pub(crate) struct Panel {
-    /// From the first cache line on: no register of levels lies on two.
+    /// Levels, from the first cache line on: no register of levels spans two lines.
     levels: Vec<u8>,
-    /// The primes of a group of columns.
+    /// Primes of a group of columns.
     factors: Vec<Rows>,
-    /// Of each vector, in the end its products.
+    /// Sums of each vector, at the end its products.
     sums: Vec<Rows>,
 }
 
 /// Whole blocks of columns, decoded.
 #[derive(Clone, Copy)]
 pub(super) struct Decoded<'a> {
-    /// `TILES *` [`Many::TILE`] for each block.
+    /// Levels, `TILES *` [`Many::TILE`] bytes per block.
     pub levels: &'a [u8],
-    /// Of each group of columns: one or two groups to a block.
+    /// Factors of each group of columns: one or two groups per block.
     pub factors: &'a [Rows],
-    /// The number of the first block.
+    /// Index of the first block.
     pub first: usize,
 }
 
-/// The kernels of an instruction set for the levels of one strip.
+/// Kernels of an instruction set for the levels of one strip.
 pub(super) trait Many {
     /// Bytes of the levels of a tile.
     const TILE: usize;
-    /// Blocks of columns that are decoded at once: with what they are multiplied with they stay in the L2 cache.
+    /// Blocks of columns that are decoded at once. With their factors they stay in the L2 cache.
     const BLOCKS: usize;
 
-    /// The next so many tiles; of any levels those that fill up the last block.
+    /// Decodes the next `tiles` tiles; those that pad the last block have arbitrary levels.
     fn decode(&mut self, tiles: usize, levels: &mut [u8]);
 
-    /// The primes of a group.
+    /// Returns the primes of a group.
     fn primes(&self, indices: &[u8; 64]) -> Rows;
 
-    /// The sums of a vector in the order of the rows, if that of the levels of a tile is another one.
+    /// Returns the sums of a vector in row order, if the levels of a tile have another order.
     fn in_order(&self, sums: &Rows) -> Rows {
         *sums
     }
@@ -70,7 +71,7 @@ pub(super) trait Many {
     );
 }
 
-/// Every row of a strip times every vector.
+/// Multiplies every row of a strip by every vector.
 pub(super) fn multiply<'a>(
     mut many: impl Many,
     strip: &Strip<'_>,
@@ -88,7 +89,7 @@ pub(super) fn multiply<'a>(
     &panel.sums
 }
 
-/// The sums of every vector.
+/// Adds up the sums of every vector.
 fn add_panels<M: Many>(
     many: &mut M,
     strip: &Strip<'_>,
@@ -117,7 +118,7 @@ fn add_panels<M: Many>(
         let groups = indices.iter().skip(first * per_block);
         factors.clear();
         factors.extend(groups.take(blocks * per_block).map(|i| many.primes(i)));
-        // Those of rows come later; past the last group all sums are 0.
+        // Factors of rows are applied later; past the last group all sums are 0.
         factors.resize(blocks * per_block, [1.0; 64]);
         let decoded = Decoded {
             levels,

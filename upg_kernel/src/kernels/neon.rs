@@ -1,9 +1,11 @@
-//! NEON, which every 64-bit ARM has, with dot products of bytes (`sdot`: Apple M1, Neoverse N1, Cortex-A55 and
-//! later) where the processor has them.
+//! NEON kernels, for every 64-bit ARM processor.
 //!
-//! A register is four rows of a tile. Levels and both planes of the activations ([`Activations`]) are signed bytes:
-//! one `sdot` a plane multiplies 16 levels with the four activations of their columns, taken from a register that has
-//! those of four tiles. Each plane has sums of its own, and a group ends with `128 * high + low`; all of it is exact.
+//! They use the byte dot product `sdot` where the processor has it (Apple M1, Neoverse N1,
+//! Cortex-A55 and later). A register holds four rows of a tile. Levels and both planes of the
+//! activations ([`Activations`]) are signed bytes. One `sdot` per plane multiplies 16 levels by the
+//! four activations of their columns, which are a lane of a register with the activations of four
+//! tiles. Each plane has its own sums, and a group ends with `128 * high + low`. All of this is
+//! exact.
 
 mod dot;
 mod hadamard;
@@ -26,29 +28,29 @@ use std::arch::aarch64::*;
 use std::arch::asm;
 use std::ops::Range;
 
-/// A value is the proof that this machine has the instructions.
+/// NEON kernels. A value proves that this machine has the instructions.
 #[derive(Debug, Clone, Copy)]
 pub struct Neon {
-    /// Dot products, if this machine has them.
+    /// Byte dot products, if this machine has them.
     sdot: Option<Sdot>,
     widened: Widened,
 }
 
 impl Neon {
-    /// `None` where the processor or the system lacks NEON.
+    /// Returns `None` if the processor or the system lacks NEON.
     pub fn new() -> Option<Self> {
         let widened = Widened::new()?;
         let sdot = Sdot::new();
         Some(Self { sdot, widened })
     }
 
-    /// Whether products are made with `sdot`.
+    /// Returns whether products use `sdot`.
     #[cfg(all(test, target_os = "linux"))]
     pub(super) fn has_sdot(self) -> bool {
         self.sdot.is_some()
     }
 
-    /// `out[i] = ` row `i` of a strip times `x`.
+    /// Computes `out[i] = ` row `i` of a strip times `x`.
     pub(crate) fn multiply(self, strip: Strip<'_>, x: &Activations, out: &mut [f32]) {
         // SAFETY: `self` proves that the processor has NEON.
         unsafe {
@@ -59,7 +61,7 @@ impl Neon {
         }
     }
 
-    /// The rows of a strip times each vector.
+    /// Multiplies the rows of a strip by each vector.
     pub(crate) fn multiply_many<'a>(
         self,
         strip: Strip<'_>,
@@ -75,13 +77,13 @@ impl Neon {
         }
     }
 
-    /// As [`super::scalar::transform`].
+    /// Runs [`super::scalar::transform`].
     pub(crate) fn transform(self, x: &mut [f32], factor: f32, signs: Signs<'_>) {
         // SAFETY: as above.
         unsafe { hadamard::transform(self, x, factor, signs) }
     }
 
-    /// As [`sparse::dot`].
+    /// Runs [`sparse::dot`].
     pub(crate) fn dot_entries(self, entries: Entries<'_>, x: &[f32]) -> f32 {
         #[target_feature(enable = "neon")]
         fn compiled(proof: Neon, entries: Entries<'_>, x: &[f32]) -> f32 {
@@ -91,7 +93,7 @@ impl Neon {
         unsafe { compiled(self, entries, x) }
     }
 
-    /// As [`attention::attend`].
+    /// Runs [`attention::attend`].
     pub(crate) fn attend(self, task: attention::Task<'_>) {
         #[target_feature(enable = "neon")]
         fn compiled(proof: Neon, task: attention::Task<'_>) {
@@ -102,11 +104,11 @@ impl Neon {
     }
 }
 
-/// Sixteen f32. A value is the proof that this machine has the instructions.
+/// Vector of sixteen f32. A value proves that this machine has the instructions.
 #[derive(Clone, Copy)]
 struct Registers([float32x4_t; 4]);
 
-// These are always put in their place, in a function that is compiled for the instructions.
+// Always inlined, into a function that is compiled for the instructions.
 impl Lanes for Registers {
     type Proof = Neon;
 
@@ -158,7 +160,7 @@ impl Lanes for Registers {
     }
 }
 
-/// All 16 bytes.
+/// Loads all 16 bytes.
 #[inline]
 #[target_feature(enable = "neon")]
 fn load(bytes: &[u8; 16]) -> uint8x16_t {
@@ -193,18 +195,19 @@ fn store_f32(out: &mut [f32; 4], values: float32x4_t) {
     unsafe { vst1q_f32(out.as_mut_ptr(), values) }
 }
 
-/// Asks for the cache line `at` bytes after the start of `bytes`, which may lie past its end.
+/// Prefetches the cache line `at` bytes after the start of `bytes`, which may lie past its
+/// end.
 #[inline]
 #[target_feature(enable = "neon")]
 fn prefetch(bytes: &[u8], at: usize) {
     let address = bytes.as_ptr().wrapping_add(at);
-    // SAFETY: a prefetch reads nothing that a program could see and never faults.
+    // SAFETY: a prefetch has no observable effect and never faults.
     unsafe {
         asm!("prfm pldl1keep, [{}]", in(reg) address, options(nostack, preserves_flags, readonly));
     }
 }
 
-/// The primes of four indices.
+/// Looks up the primes of four indices.
 #[inline]
 #[target_feature(enable = "neon")]
 fn primes_of(indices: &[u8; 4]) -> float32x4_t {

@@ -1,12 +1,13 @@
-//! Codes of kept weights: where they are, and whole loads of them.
+//! Codes of stored sparse weights: their places, and full-width loads of them.
 #![forbid(unsafe_code)]
 
-/// Where each of 16 weights finds its level among those that are stored: one register for the first eight
-/// bits, one for the next eight, which added up are the control of a shuffle.
+/// Shuffle tables that move the stored levels of 16 weights to their places.
 ///
-/// The first has the places of eight weights (those that are not stored get a byte with its highest bit set,
-/// which is 0 after the shuffle), and in the other half the number of stored ones. The second has nothing
-/// and the places of the next eight weights, counted from the first of them.
+/// One register belongs to the first eight bits, one to the next eight; their sum controls the
+/// shuffle. The first has the places of eight weights, and in the other half the number of stored
+/// ones. A weight that is not stored gets a byte with its highest bit set, which gives 0 in the
+/// shuffle. The second has nothing in the first half, and then the places of the next eight
+/// weights, counted from the first of them.
 pub(super) static PLACES: Places = Places({
     let mut places = [[[0; 16]; 256]; 2];
     let mut bits = 0;
@@ -31,7 +32,7 @@ pub(super) static PLACES: Places = Places({
 #[repr(align(64))]
 pub(super) struct Places(pub [[[u8; 16]; 256]; 2]);
 
-/// 16 codes of 4 bits from the first (0) or the second (1) on.
+/// Returns 16 codes of 4 bits, from the first (0) or the second (1) nibble on.
 #[cfg(target_arch = "aarch64")]
 #[inline(always)]
 pub(super) fn sixteen_codes([low, high]: [u64; 2], first: usize) -> u64 {
@@ -39,7 +40,8 @@ pub(super) fn sixteen_codes([low, high]: [u64; 2], first: usize) -> u64 {
     low >> bits | high << 1 << (63 - bits)
 }
 
-/// The first `N` bytes; where there are fewer, those and any others, in `end`.
+/// Returns the first `N` bytes. If there are fewer, copies them to `end`, followed by
+/// arbitrary bytes.
 #[inline(always)]
 pub(super) fn window<'a, const N: usize>(bytes: &'a [u8], end: &'a mut [u8; N]) -> &'a [u8; N] {
     match bytes.first_chunk() {

@@ -1,5 +1,7 @@
-//! Single rows of a strip, as embeddings want them: plain loops that read nothing of other rows but the bits that say
-//! where the codes of this one are, compiled for each instruction set.
+//! Decoding of single rows of a strip, for embeddings.
+//!
+//! These are plain loops, compiled for each instruction set. They read nothing of other rows except
+//! the bits that locate the codes of this one.
 #![forbid(unsafe_code)]
 
 use super::activations::GROUP;
@@ -20,7 +22,9 @@ const WORDS: usize = STRIP_ROWS / WORD_ROWS;
 
 type Tile = [i8; TILE_COLS];
 
-/// `out [cols]`: row `row` of a strip, as [`crate::matrix::StoredMatrix::decode_rows`] gives it, to the bit.
+/// Decodes row `row` of a strip to `out [cols]`.
+///
+/// The result is bit-identical to [`crate::matrix::StoredMatrix::decode_rows`].
 #[inline(always)]
 pub(super) fn decode(strip: Strip<'_>, row: usize, out: &mut [f32]) {
     let scale = strip.scales[row];
@@ -67,7 +71,7 @@ pub(super) fn decode(strip: Strip<'_>, row: usize, out: &mut [f32]) {
     }
 }
 
-/// The levels of a row in the tiles from `first` on, of one byte each.
+/// Decodes one-byte levels of a row in the tiles from `first` on.
 #[inline(always)]
 fn bytes(codes: &[u8], first: usize, row: usize, tiles: &mut [Tile]) {
     for (tile, levels) in (first..).zip(tiles) {
@@ -81,7 +85,7 @@ fn bytes(codes: &[u8], first: usize, row: usize, tiles: &mut [Tile]) {
     }
 }
 
-/// The same of half a byte each; tiles share their bytes in pairs.
+/// Decodes half-byte levels; tiles share their bytes in pairs.
 #[inline(always)]
 fn nibbles(codes: &[u8], codebook: &[i8; 16], first: usize, row: usize, tiles: &mut [Tile]) {
     for (tile, levels) in (first..).zip(tiles) {
@@ -92,7 +96,9 @@ fn nibbles(codes: &[u8], codebook: &[i8; 16], first: usize, row: usize, tiles: &
     }
 }
 
-/// The same of those weights whose bit is set; others are 0. Returns how many bytes the codes of all rows take.
+/// Decodes levels of the weights whose bit is set; others are 0.
+///
+/// Returns the number of code bytes of all rows.
 #[inline(always)]
 fn kept_codes(
     bitmap: &[[u8; 8]],
@@ -110,7 +116,8 @@ fn kept_codes(
                 let mut place = (bits & ((1 << below) - 1)).count_ones() as usize;
                 for (col, level) in levels.iter_mut().enumerate() {
                     let is_kept = bits >> (below + col) & 1;
-                    // Without a branch, which nobody could predict: past the last code is no level that is kept.
+                    // Branchless, because no branch predictor could predict it; past the last code
+                    // no level is used.
                     let found = match codebook {
                         None => codes.get(start + place).map_or(0, |code| *code as i8),
                         Some(codebook) => codes.get(start + place / 2).map_or(0, |pair| {
@@ -128,14 +135,14 @@ fn kept_codes(
     start
 }
 
-/// The same of the states of a stream of `k` bits a weight.
+/// Decodes levels from the states of a stream of `k` bits per weight.
 #[inline(always)]
 fn states(k: u8, stream: &[u8], first: usize, row: usize, tiles: &mut [Tile]) {
     let all = trellis_code::levels(k).expect("2, 3 or 4 bits");
     let k = usize::from(k);
     for (tile, levels) in (first..).zip(tiles) {
-        // 4 k bits a row: states begin at a half byte at most, and four of them end inside of 32 bits, which the
-        // end of a strip has room for.
+        // A row has 4 k bits. States start at a multiple of half a byte, and four of them end
+        // within 32 bits, for which the end of a strip has room.
         let bit = k * (tile * TILE_WEIGHTS + row * TILE_COLS);
         let bytes = stream[bit / 8..].first_chunk().expect("the end of a strip");
         let bits = u32::from_le_bytes(*bytes) >> (bit % 8);

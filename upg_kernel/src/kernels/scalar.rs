@@ -1,10 +1,11 @@
-//! Plain loops: the reference that one can check by eye.
+//! Reference kernels: plain loops that can be checked by eye.
 #![forbid(unsafe_code)]
 
 /// Partial sums of a dot product: enough for a compiler to use its widest registers.
 const LANES: usize = 16;
 
-/// `sum(a[i] * b[i])` over the shorter length, in f32, as 16 interleaved partial sums.
+/// Computes `sum(a[i] * b[i])` over the shorter length, in f32, as 16 interleaved partial
+/// sums.
 #[inline(always)]
 pub fn dot(a: &[f32], b: &[f32]) -> f32 {
     let n = a.len().min(b.len());
@@ -23,7 +24,8 @@ pub fn dot(a: &[f32], b: &[f32]) -> f32 {
     sums.iter().sum()
 }
 
-/// `out [n, rows] = x [n, cols] * weights [rows, cols]^T`; `cols` and `rows` are not 0.
+/// Computes `out [n, rows] = x [n, cols] * weights [rows, cols]^T`; `cols` and `rows` are not
+/// 0.
 pub fn multiply(weights: &[f32], x: &[f32], cols: usize, out: &mut [f32]) {
     let rows = weights.len() / cols;
     for (row, weights) in weights.chunks_exact(cols).enumerate() {
@@ -33,7 +35,8 @@ pub fn multiply(weights: &[f32], x: &[f32], cols: usize, out: &mut [f32]) {
     }
 }
 
-/// Changes the signs of the elements whose bit is set, one bit each, least significant first.
+/// Flips the signs of the elements whose bit is set; bits are in order, least significant
+/// first.
 #[inline(always)]
 pub fn flip(x: &mut [f32], signs: &[u8]) {
     for (x, &signs) in x.chunks_mut(8).zip(signs) {
@@ -44,16 +47,16 @@ pub fn flip(x: &mut [f32], signs: &[u8]) {
     }
 }
 
-/// What a [`transform`] does with the signs of those elements whose bit is set.
+/// Sign flips of a [`transform`], for the elements whose bit is set.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Signs<'a> {
-    /// Changes them before.
+    /// Flips before the transform.
     FlippedBefore(&'a [u8]),
-    /// Changes them after it.
+    /// Flips after the transform.
     FlippedAfter(&'a [u8]),
 }
 
-/// [`hadamard`] from span 1 on, times `factor`, with changes of signs as in [`flip`].
+/// Runs [`hadamard`] from span 1 on, times `factor`, with sign flips as in [`flip`].
 pub(crate) fn transform(x: &mut [f32], factor: f32, signs: Signs<'_>) {
     if let Signs::FlippedBefore(signs) = signs {
         flip(x, signs);
@@ -65,13 +68,13 @@ pub(crate) fn transform(x: &mut [f32], factor: f32, signs: Signs<'_>) {
     }
 }
 
-/// Multiplies every element with `factor`.
+/// Multiplies every element by `factor`.
 #[inline(always)]
 pub fn scale(x: &mut [f32], factor: f32) {
     x.iter_mut().for_each(|x| *x *= factor);
 }
 
-/// `gain * x / sqrt(mean(x^2) + eps)` in place, element by element.
+/// Computes `gain * x / sqrt(mean(x^2) + eps)` in place, element by element.
 #[inline(always)]
 pub fn rms_norm(x: &mut [f32], gain: &[f32], eps: f32) {
     let mean_square = dot(x, x) / x.len() as f32;
@@ -81,7 +84,7 @@ pub fn rms_norm(x: &mut [f32], gain: &[f32], eps: f32) {
     }
 }
 
-/// `out = silu(gate) * up`, where `silu(x) = x / (1 + exp(-x))`.
+/// Computes `out = silu(gate) * up`, where `silu(x) = x / (1 + exp(-x))`.
 #[inline(always)]
 pub fn gated_silu(gate: &[f32], up: &[f32], out: &mut [f32]) {
     for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
@@ -89,18 +92,18 @@ pub fn gated_silu(gate: &[f32], up: &[f32], out: &mut [f32]) {
     }
 }
 
-/// `exp(x)`, as operations that every vector unit has; `x` is taken as at least -87 and at most 88.
+/// Computes `exp(x)` with operations that every vector unit has; `x` is clamped to -87 to 88.
 ///
-/// The error is at most 2e-7 of the result. Source: `x = n ln 2 + r` with `|r| <= ln(2) / 2`, and the Taylor
-/// series of `exp(r)` up to the seventh power.
+/// The error is at most 2e-7 of the result. Method: `x = n ln 2 + r` with `|r| <= ln(2) / 2`, and
+/// the Taylor series of `exp(r)` up to the seventh power.
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
     /// 1.5 * 2^23: a sum with it has no bits for a fraction, and its low bits are the integer.
     const NO_FRACTION: f32 = 12_582_912.0;
-    /// `ln 2` in two parts, of which the first has so few bits that its product with `n` is exact.
+    /// `ln 2` in two parts. The first has so few bits that its product with `n` is exact.
     const LN_2_HIGH: f32 = 0.693_359_4;
     const LN_2_LOW: f32 = -2.121_944_4e-4;
-    // Not `clamp`, which has another order of comparisons: a NaN stays one here.
+    // Not `clamp`, whose comparisons have another order: here a NaN stays a NaN.
     let x = if x < -87.0 { -87.0 } else { x };
     let x = if x > 88.0 { 88.0 } else { x };
     let shifted = x * std::f32::consts::LOG2_E + NO_FRACTION;
@@ -122,10 +125,10 @@ pub fn exp(x: f32) -> f32 {
     sum * power_of_two
 }
 
-/// The unscaled Walsh-Hadamard transform in natural order, from spans of `span` on; `x.len()` is a power
-/// of two.
+/// Computes the unscaled Walsh-Hadamard transform in natural order, from spans of `span` on.
 ///
-/// The order of the additions is part of the format: spans 1, 2, 4, ... and `(a + b, a - b)`.
+/// `x.len()` is a power of two. The order of the additions is part of the format: spans 1, 2, 4,
+/// ... and `(a + b, a - b)`.
 #[inline]
 pub fn hadamard(x: &mut [f32], mut span: usize) {
     while span < x.len() {

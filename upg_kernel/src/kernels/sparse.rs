@@ -1,15 +1,19 @@
-//! Rows of `mdcsr`, in blocks of 64 entries: plain loops, compiled for each instruction set that has no kernel of its own.
+//! Rows of `mdcsr`, in blocks of 64 entries.
+//!
+//! These are plain loops, compiled for each instruction set that has no kernel of its own.
 #![forbid(unsafe_code)]
 
 use super::lanes::Lanes;
 use super::{Float, Kernels};
 use crate::prime_lut::PRIME_LUT;
 
-/// Entries that are taken together.
+/// Entries that are processed together.
 pub(super) const BLOCK: usize = 64;
 
-/// A row of a [`crate::sparse::MdCSRMatrix`], which has checked it: as many deltas and prime indices as values, every
-/// index in the table, columns that ascend and are inside of the matrix.
+/// Row of a validated [`crate::sparse::MdCSRMatrix`].
+///
+/// It has as many deltas and prime indices as values, every index is in the table, and columns are
+/// increasing and inside the matrix.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Entries<'a> {
     pub scale: f32,
@@ -18,33 +22,33 @@ pub(crate) struct Entries<'a> {
     pub primes: &'a [u16],
 }
 
-/// Neighbours among the entries of a row.
+/// Consecutive entries of a row.
 pub(super) struct Block<'a> {
     pub values: &'a [i8; BLOCK],
     pub deltas: &'a [u8; BLOCK],
     pub primes: &'a [u16; BLOCK],
-    /// How many there are. What comes after them has value 0, delta 1 and prime index 0.
+    /// Number of entries. The rest is padded with value 0, delta 1 and prime index 0.
     pub len: usize,
     pub place: Place,
 }
 
-/// Where the entries of a block are.
+/// Columns of the entries of a block.
 #[derive(Clone, Copy)]
 pub(super) enum Place {
-    /// Side by side from this column on.
+    /// Consecutive columns from this one on.
     From(usize),
-    /// Each its delta after the one before.
+    /// Columns given by the deltas to the previous entry.
     Apart,
 }
 
-/// The entries of a row, block by block.
+/// Entries of a row, block by block.
 pub(super) struct Blocks<'a> {
     entries: Entries<'a>,
-    /// Whether every column has an entry.
+    /// Flag: every column has an entry.
     pub is_full: bool,
-    /// Entries before the next block.
+    /// Number of entries before the next block.
     before: usize,
-    /// What stands in for a last block that is not whole.
+    /// Padded copy of a partial last block.
     ends: ([i8; BLOCK], [u8; BLOCK], [u16; BLOCK]),
 }
 
@@ -53,15 +57,19 @@ impl<'a> Blocks<'a> {
     pub fn new(entries: Entries<'a>, cols: usize) -> Self {
         Self {
             entries,
-            // Columns ascend: as many entries as columns leave none out.
+            // Columns are increasing: as many entries as columns leave none out.
             is_full: entries.values.len() == cols,
             before: 0,
             ends: ([0; BLOCK], [1; BLOCK], [0; BLOCK]),
         }
     }
 
-    /// `column` is that of the last entry before; where the entries of a block lie apart, who walks along them moves it.
-    // Neither an iterator nor a function that takes a closure: all of it is compiled for the instructions of the caller.
+    /// Returns the next block.
+    ///
+    /// `column` is the column of the previous entry. If the entries of the block are not
+    /// consecutive, the caller advances it.
+    // Neither an iterator nor a function with a closure argument: all of it must be compiled for
+    // the instructions of the caller.
     #[inline(always)]
     pub fn next(&mut self, column: &mut usize) -> Option<Block<'_>> {
         let before = self.before;
@@ -91,14 +99,17 @@ impl<'a> Blocks<'a> {
     }
 }
 
-/// Whether all entries but the first come right after the one before.
+/// Returns whether all entries except the first directly follow the previous one.
 #[inline(always)]
 fn is_run(deltas: &[u8; BLOCK]) -> bool {
     let odd = |delta: u8| u32::from(delta ^ 1);
     deltas.iter().fold(0, |sum, delta| sum + odd(*delta)) == odd(deltas[0])
 }
 
-/// As [`crate::matrix::StoredMatrix::decode_rows`] gives this row, to the bit, rounded to nearest, ties to even.
+/// Decodes a row.
+///
+/// The result is bit-identical to [`crate::matrix::StoredMatrix::decode_rows`], rounded to nearest,
+/// ties to even.
 #[inline(always)]
 pub(super) fn decode<T: Float>(kernels: Kernels, entries: Entries<'_>, out: &mut [T]) {
     let mut blocks = Blocks::new(entries, out.len());
@@ -122,10 +133,10 @@ pub(super) fn decode<T: Float>(kernels: Kernels, entries: Entries<'_>, out: &mut
     }
 }
 
-/// Stores the weights of a block, whose entries lie apart, from the column of the entry before on. Returns the last
-/// column.
+/// Stores the weights of a block with gaps; returns the last column.
 ///
-/// Each store checks its column: another process may change the deltas of a mapped file while they are read.
+/// `column` is the column of the previous entry. Each store checks its column: another process may
+/// change the deltas of a mapped file while they are read.
 #[inline(always)]
 pub(super) fn put_apart<T: Copy>(
     block: &Block<'_>,
@@ -133,7 +144,7 @@ pub(super) fn put_apart<T: Copy>(
     column: usize,
     out: &mut [T],
 ) -> usize {
-    // As many turns as can be unrolled, where there are so many.
+    // A constant trip count where possible, so that the loop is unrolled.
     match block.len {
         BLOCK => put_entries(block.deltas, weights, column, out),
         len => put_entries(&block.deltas[..len], &weights[..len], column, out),
@@ -149,7 +160,9 @@ fn put_entries<T: Copy>(deltas: &[u8], weights: &[T], mut column: usize, out: &m
     column
 }
 
-/// The product with `x [cols]`, in f32: 64 partial sums, of which each gets every 64th entry in order.
+/// Computes the product with `x [cols]` in f32.
+///
+/// There are 64 partial sums; each adds every 64th entry in order.
 #[inline(always)]
 pub(super) fn dot<L: Lanes>(proof: L::Proof, entries: Entries<'_>, x: &[f32]) -> f32 {
     let mut blocks = Blocks::new(entries, x.len());
@@ -174,7 +187,7 @@ pub(super) fn dot<L: Lanes>(proof: L::Proof, entries: Entries<'_>, x: &[f32]) ->
                         }
                     }
                 }
-                // A weight of 0 would not make 0 of what is left of the block before, if that is not finite.
+                // A weight of 0 would not cancel a leftover non-finite value of the previous block.
                 picked[block.len..].fill(0.0);
                 &picked
             }
@@ -191,7 +204,7 @@ pub(super) fn dot<L: Lanes>(proof: L::Proof, entries: Entries<'_>, x: &[f32]) ->
     lanes.as_flattened().iter().sum()
 }
 
-/// The other way round: what is in their columns.
+/// Inverse of [`put_entries`]: gathers the elements of `x` in the columns of the entries.
 #[inline(always)]
 fn pick_apart(deltas: &[u8], x: &[f32], mut column: usize, picked: &mut [f32]) -> usize {
     for (delta, picked) in deltas.iter().zip(picked) {
@@ -201,7 +214,7 @@ fn pick_apart(deltas: &[u8], x: &[f32], mut column: usize, picked: &mut [f32]) -
     column
 }
 
-/// The weights of a block.
+/// Computes the weights of a block.
 #[inline(always)]
 fn put_weights(
     block: &Block<'_>,
@@ -218,7 +231,8 @@ fn put_weights(
     }
 }
 
-/// The first [`BLOCK`] elements; where there are fewer, those and then what is in `end`.
+/// Returns the first [`BLOCK`] elements. If there are fewer, copies them to `end` before its
+/// content.
 #[inline(always)]
 fn window<'a, T: Copy>(slice: &'a [T], end: &'a mut [T; BLOCK]) -> &'a [T; BLOCK] {
     match slice.first_chunk() {

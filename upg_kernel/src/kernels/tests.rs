@@ -1,4 +1,5 @@
-//! Every kernel of this machine against sums in f64 over the weights that the reference decodes.
+//! Every kernel of this machine, compared with sums in f64 over the weights that the
+//! reference decodes.
 
 #[cfg(unix)]
 mod changed;
@@ -9,19 +10,20 @@ use crate::matrix::{GroupedMatrix, Levels, StoredMatrix, strips::STRIP_ROWS};
 use crate::rotation::Rotation;
 use crate::test_data::{bitmap, grouped, noise, signed, trellis};
 
-/// Relative to the sum of the magnitudes of all products. Sums of four products are exact, those of up
-/// to 64 groups are added in f32; measured: 3e-7.
+/// Tolerance relative to the sum of the magnitudes of all products.
+///
+/// Sums of four products are exact, and those of up to 64 groups are added in f32. Measured: 3e-7.
 const TOLERANCE: f64 = 2e-6;
 
-/// Around the edges of registers (64 and 128 columns), of groups, and of chunks of 32 groups.
+/// Columns around the edges of registers (64 and 128), of groups, and of chunks of 32 groups.
 const COLS: [usize; 14] = [
     1, 5, 31, 32, 33, 63, 64, 65, 127, 129, 576, 1023, 2048, 2115,
 ];
 
-/// Around the edges of strips.
+/// Rows around the edges of strips.
 const ROWS: [usize; 4] = [1, 3, 64, 67];
 
-/// Those of this machine, and what they would be on machines with fewer instructions.
+/// Kernels of this machine, and their variants for machines with fewer instructions.
 fn with_fallbacks() -> Vec<Kernels> {
     let all = Kernels::available();
     #[cfg(target_arch = "x86_64")]
@@ -53,7 +55,7 @@ fn activations(cols: usize) -> Vec<f32> {
     random.iter().enumerate().map(value).collect()
 }
 
-/// What the quantized activations stand for.
+/// Returns the values that the quantized activations represent.
 fn dequantized(x: &Activations, cols: usize) -> Vec<f64> {
     let value = |column: usize| {
         let (block, i) = (&x.blocks[column / 64], column % 64);
@@ -79,7 +81,7 @@ fn check(kernels: Kernels, matrix: &dyn StoredMatrix, what: &str) {
     }
 }
 
-/// [`Kernels::decode_row`] of every row.
+/// Checks [`Kernels::decode_row`] of every row.
 fn check_rows(kernels: Kernels, matrix: &dyn StoredMatrix, what: &str) {
     let cols = matrix.cols();
     let (mut expected, mut found) = (vec![0.0; cols], vec![f32::NAN; cols]);
@@ -97,7 +99,7 @@ fn check_rows(kernels: Kernels, matrix: &dyn StoredMatrix, what: &str) {
     }
 }
 
-/// `out` are the products of as many rows of `weights` with `x`.
+/// Compares `out` with the products of as many rows of `weights` with `x`.
 fn compare(weights: &[f32], x: &[f64], out: &[f32], what: &str) {
     for (i, (row, &found)) in weights.chunks_exact(x.len()).zip(out).enumerate() {
         let products = || row.iter().zip(x).map(|(&w, x)| f64::from(w) * x);
@@ -113,7 +115,7 @@ fn compare(weights: &[f32], x: &[f64], out: &[f32], what: &str) {
     }
 }
 
-/// [`Kernels::multiply_many`] with so many different vectors.
+/// Checks [`Kernels::multiply_many`] with `n` different vectors.
 fn check_many(kernels: Kernels, matrix: &dyn StoredMatrix, n: usize, what: &str) {
     let (rows, cols) = (matrix.rows(), matrix.cols());
     let x = activations(cols + n);
@@ -137,7 +139,8 @@ fn check_many(kernels: Kernels, matrix: &dyn StoredMatrix, n: usize, what: &str)
 
 #[test]
 fn every_kernel_multiplies_many_vectors_as_the_reference_does() {
-    // Around the edges of panels (1024 or 2048 columns), with every number of vectors that are taken together.
+    // Around the edges of panels (1024 or 2048 columns), with every number of vectors that are
+    // multiplied together.
     let sizes = [
         (1, 1),
         (3, 33),
@@ -165,7 +168,8 @@ fn every_kernel_multiplies_many_vectors_as_the_reference_does() {
     }
 }
 
-/// [`Kernels::decode`] against [`StoredMatrix::decode_rows`], turned back and not, in every type.
+/// Checks [`Kernels::decode`] against [`StoredMatrix::decode_rows`], with and without inverse
+/// rotation, in every type.
 fn check_decode(kernels: Kernels, matrix: &dyn StoredMatrix, what: &str) {
     let (rows, cols) = (matrix.rows(), matrix.cols());
     let size = 1 << cols.ilog2();
@@ -198,7 +202,7 @@ fn check_decode_to<T: Float + bytemuck::Pod>(
         T::round(Kernels::scalar(), weights, &mut expected);
         for streamed in [false, true] {
             let mut out = vec![T::default(); weights.len()];
-            // Not what any weight is.
+            // A pattern that no weight has.
             bytemuck::cast_slice_mut::<T, u8>(&mut out).fill(0xFF);
             let strip = matrix.strip(strip).unwrap();
             let is_done = kernels.decode(strip, rotation, streamed, &mut out);
@@ -215,7 +219,7 @@ fn check_decode_to<T: Float + bytemuck::Pod>(
     }
 }
 
-/// What a processor may take for zero.
+/// Numbers that a processor may treat as zero.
 #[test]
 fn subnormal_weights_are_decoded_as_the_reference_does() {
     let scales = [
@@ -291,7 +295,7 @@ fn every_kernel_multiplies_every_encoding_as_the_reference_does() {
     }
 }
 
-/// The largest levels and activations in every column: nothing wraps around.
+/// With the largest levels and activations in every column nothing wraps around.
 #[test]
 fn extreme_values_are_exact() {
     let cols = 128;
@@ -324,7 +328,7 @@ fn every_kernel_rounds_activations_as_the_reference_does() {
     let mut wild = activations(300);
     (wild[3], wild[70], wild[299]) = (f32::NAN, f32::INFINITY, f32::NEG_INFINITY);
     let tiny = vec![1e-44; 65];
-    // A scale of 1, so that halves are ties; and groups around the least and the greatest scale.
+    // A scale of 1, so that halves are ties, and groups around the smallest and the largest scale.
     let mut ties = vec![8_127.0, -0.0, 1e-44];
     for tie in [0.5, 1.5, 63.5, 64.5, 127.5, 8_126.5] {
         ties.extend([tie, -tie]);
@@ -335,7 +339,7 @@ fn every_kernel_rounds_activations_as_the_reference_does() {
         ties.extend((0..64).map(|i| largest / 64.0 * (i as f32 - 31.0) * 2.0));
     }
     for kernels in Kernels::available() {
-        // One buffer for all: nothing of a longer vector may be left.
+        // One buffer for all, to show that nothing of a longer vector is left.
         let mut found = Activations::default();
         let sizes = COLS.into_iter().rev().map(activations);
         for x in sizes.chain([wild.clone(), tiny.clone(), ties.clone()]) {
@@ -409,8 +413,8 @@ fn norms_and_gates_are_the_same_to_the_bit_with_every_kernel() {
     }
 }
 
-/// What Linux says of the processor is a witness beside the detection of the standard library: kernels
-/// that this machine must have are not left out in silence.
+/// `/proc/cpuinfo` of Linux is a second source beside the detection of the standard library.
+/// Kernels that this machine must have are not silently left out.
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 #[test]
 fn kernels_that_the_processor_can_run_are_available() {
@@ -440,7 +444,8 @@ fn kernels_that_the_processor_can_run_are_available() {
     }
 }
 
-/// The same on 64-bit ARM. An emulator shows the processor of its host: its caller knows what the last line has to be.
+/// The same on 64-bit ARM. An emulator reports the processor of its host: its caller knows
+/// the expected last line.
 #[cfg(all(target_os = "linux", target_arch = "aarch64"))]
 #[test]
 fn kernels_that_the_processor_can_run_are_available() {

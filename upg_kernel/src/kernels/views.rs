@@ -1,4 +1,4 @@
-//! What a kernel sees of a matrix: slices whose lengths the matrix has checked.
+//! Views of a matrix for the kernels: slices whose lengths the matrix has checked.
 #![forbid(unsafe_code)]
 
 use super::activations::GROUP;
@@ -11,33 +11,32 @@ use std::ops::Range;
 /// Pairs of tiles in a block of activations.
 pub(super) const PAIRS: usize = GROUP / 8;
 
-/// A strip of a packed matrix: 64 rows, or those that are left, in tiles of 4 columns
-/// ([`crate::matrix::strips`]).
+/// Strip of a packed matrix: up to 64 rows in tiles of 4 columns ([`crate::matrix::strips`]).
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Strip<'a> {
     pub codes: Codes<'a>,
     pub cols: usize,
     pub primes: Primes<'a>,
-    /// One for each row that the strip really has.
+    /// Scale of each row that the strip really has.
     pub scales: &'a [f32],
 }
 
-/// Columns that are multiplied before their sums become floats: they share a prime index and a scale.
+/// Columns with a common prime index and scale, whose products are summed as integers.
 #[cfg(target_arch = "x86_64")]
 pub(super) struct Group<'a> {
-    /// Their activations, and which pairs of tiles of this block they are.
+    /// Activations of the columns, and the pairs of tiles of this block that they are.
     pub block: &'a Block,
     pub pairs: Range<usize>,
-    /// What is too much when levels are read as `level + 128`, with its sign changed.
+    /// Correction for levels that are read as `level + 128`, to be added.
     pub offset: i32,
-    /// Of the activations.
+    /// Scale of the activations.
     pub scale: f32,
-    /// Of the rows; `None` where a row has one for all columns.
+    /// Prime indices of the rows; `None` if a row has one for all columns.
     pub primes: Option<&'a [u8; 64]>,
 }
 
 impl<'a> Strip<'a> {
-    /// The groups of a product with `x`, in the order of their columns.
+    /// Returns the groups of a product with `x`, in column order.
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     pub(super) fn groups(&self, x: &'a Activations) -> impl Iterator<Item = Group<'a>> {
@@ -63,7 +62,7 @@ impl<'a> Strip<'a> {
         })
     }
 
-    /// What all of a row is multiplied with, for many products.
+    /// Returns the factors common to a whole row, for many products.
     pub(super) fn row_factors(&self) -> RowFactors {
         let mut factors = RowFactors {
             primes: [1.0; 64],
@@ -78,7 +77,8 @@ impl<'a> Strip<'a> {
         factors
     }
 
-    /// The rows of one product, given their sums without what all of a row is multiplied with.
+    /// Computes the rows of one product from their sums, which lack the factor common to a whole
+    /// row.
     pub(super) fn put_rows(&self, sums: &[f32; 64], out: &mut [f32]) {
         let sums = sums.iter().zip(self.scales);
         match self.primes {
@@ -96,21 +96,21 @@ impl<'a> Strip<'a> {
     }
 }
 
-/// A row of a product from its sum: always rounded in this order.
+/// Computes a row of a product from its sum, always rounded in this order.
 #[inline(always)]
 fn row(scale: f32, prime: f32, sum: f32) -> f32 {
     scale * (prime * sum)
 }
 
-/// What all of a row is multiplied with, or anything where a strip has no such row.
+/// Factors common to a whole row; arbitrary where the strip has no such row.
 pub(super) struct RowFactors {
-    /// 1 where they belong to groups of columns.
+    /// Primes; 1 if they belong to groups of columns.
     primes: [f32; 64],
     scales: [f32; 64],
 }
 
 impl RowFactors {
-    /// As [`Strip::put_rows`].
+    /// Runs [`Strip::put_rows`].
     pub(super) fn apply(&self, rows: &mut [f32; 64]) {
         for ((out, prime), scale) in rows.iter_mut().zip(&self.primes).zip(&self.scales) {
             *out = row(*scale, *prime, *out);
@@ -118,40 +118,42 @@ impl RowFactors {
     }
 }
 
-/// What stands for the levels of a strip.
+/// Packed codes of the levels of a strip.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Codes<'a> {
-    /// A level for each weight, whole groups of columns.
+    /// One byte per weight, the level; whole groups of columns.
     Bytes(&'a [u8]),
-    /// Two codes a byte into this codebook, whole groups of columns.
+    /// Two codes per byte, indices into this codebook; whole groups of columns.
     Nibbles(&'a [u8], &'a [i8; 16]),
-    /// Codes of those weights only whose bit is set.
+    /// Codes of only those weights whose bit is set.
     Kept {
-        /// Sixteen rows of a tile each, whole groups of 64 columns.
+        /// Bitmap words of sixteen rows of a tile; whole groups of 64 columns.
         bitmap: &'a [[u8; 8]],
-        /// From the first of this strip to the end of the matrix.
+        /// Codes from the first of this strip to the end of the matrix.
         codes: &'a [u8],
-        /// `None`: the levels themselves.
+        /// Codebook; `None` if the codes are the levels.
         codebook: Option<&'a [i8; 16]>,
     },
-    /// A stream of `k` = 2, 3 or 4 bits a weight.
+    /// Stream of `k` = 2, 3 or 4 bits per weight.
     Trellis { k: u8, stream: &'a [u8] },
 }
 
-/// The prime indices of a strip.
+/// Prime indices of a strip.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Primes<'a> {
-    /// One for each row that the strip really has.
+    /// Prime index of each row that the strip really has.
     Rows(&'a [u8]),
-    /// One for each row of each group of so many columns, 32 or 64.
+    /// Prime index of each row per group of 32 or 64 columns.
     Groups {
         indices: &'a [[u8; 64]],
         cols: usize,
     },
 }
 
-/// Evaluates the second expression with the levels of a strip, by the types of the module `levels`, which are named
-/// alike for each instruction set of x86-64.
+/// Evaluates the second expression with the levels of a strip.
+///
+/// It uses the types of the module `levels`, which have the same names for each instruction set of
+/// x86-64.
 #[cfg(target_arch = "x86_64")]
 macro_rules! with_levels {
     ($strip:expr, $levels:ident => $call:expr) => {{

@@ -53,7 +53,7 @@ pub fn check(args: &MeasureArgs, context: usize) -> Result<()> {
     }
 }
 
-/// Measures one repetition of every figure in turn, so that a change of clock speed affects
+/// Measures one repetition of every figure in turn, so that a change of machine speed affects
 /// all of them.
 pub fn measure<'a>(
     args: &MeasureArgs,

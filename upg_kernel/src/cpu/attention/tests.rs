@@ -5,7 +5,7 @@ use crate::inference::cache::{BlockPool, BlockTables, CacheLayout, CacheType, La
 use crate::inference::pass::Pass;
 use std::sync::Arc;
 
-/// Of averages of values up to 1; measured: 3e-7.
+/// Tolerance for averages of values up to 1; measured: 3e-7.
 const TOLERANCE: f64 = 3e-6;
 
 const SHAPE: Heads = Heads {
@@ -14,21 +14,21 @@ const SHAPE: Heads = Heads {
     dim: 2,
 };
 
-/// Elements of a row of queries, keys and values.
+/// Elements per row of queries, keys and values.
 const WIDTH: usize = 16;
 
 const WINDOW: usize = 700;
 
-/// Rows of each sequence.
+/// Rows per sequence.
 const MOST: usize = 40;
 
-/// Queries, keys and values of a position: each head is as long as it is wide.
+/// Queries, keys and values of a position, one row.
 fn row(position: usize) -> [f32; 16] {
     std::array::from_fn(|i| ((position * 16 + i) * 7919 % 1009) as f32 / 504.5 - 1.0)
 }
 
-/// Sequences of so many positions in one cache, and the pass over the last of them; the second of two layers has a
-/// window.
+/// Creates a cache with sequences of these lengths, and the pass over their last positions.
+/// The second of the two layers has a window.
 fn caches(lens: &[usize]) -> (CpuCache, Pass) {
     let layout = Arc::new(CacheLayout {
         cache_type: CacheType::F32,
@@ -46,7 +46,7 @@ fn caches(lens: &[usize]) -> (CpuCache, Pass) {
     let limits = (4096, 100);
     for (&len, tables) in lens.iter().zip(&mut tables) {
         let positions: Vec<_> = (0..len).collect();
-        // A window keeps what those see that come together.
+        // A window keeps the positions that rows of the same pass attend to.
         let (before, end) = positions.split_at(len - MOST);
         for positions in before.chunks(100).chain([end]) {
             pass.clear();
@@ -68,7 +68,7 @@ fn caches(lens: &[usize]) -> (CpuCache, Pass) {
     (cache, last)
 }
 
-/// Of query head `head` at a position, in f64.
+/// Returns the expected output of query head `head` at a position, in f64.
 fn expected(position: usize, first: usize, head: usize) -> [f64; 2] {
     let part = |p: usize, start: usize| [0, 1].map(|i| f64::from(row(p)[start + i]));
     let [a, b] = part(position, head * 2);
@@ -84,7 +84,7 @@ fn expected(position: usize, first: usize, head: usize) -> [f64; 2] {
 
 #[test]
 fn pieces_and_tasks_do_not_change_a_result() {
-    // Some queries of a task, or all that are taken together, may see nothing of a piece.
+    // Some queries of a task, or a whole group, may see no position of a piece.
     let lens = [
         1300,
         45,
@@ -118,7 +118,7 @@ fn pieces_and_tasks_do_not_change_a_result() {
             };
             let mut plan = Tasks::default();
             plan.make(&segments, SHAPE);
-            // What is left from before must not matter.
+            // Stale values must not matter.
             plan.sums = vec![f32::NAN; 1000];
             let mut out = vec![f32::NAN; lens.len() * n * SHAPE.query_size()];
             match split {

@@ -3,7 +3,7 @@ use crate::inference::cache::{BlockPool, BlockTables, LayerGroup};
 use crate::inference::pass::Segment;
 use std::sync::Arc;
 
-/// Elements of a head: more than share a scale, and not a multiple of that.
+/// Elements of a head: more than a scale group, and not a multiple of it.
 const DIM: usize = 40;
 
 /// One layer with two key/value heads.
@@ -20,7 +20,7 @@ fn layout(cache_type: CacheType) -> Arc<CacheLayout> {
     })
 }
 
-/// A cache with one sequence, which `append` makes longer.
+/// Cache with one sequence, which `append` extends.
 struct Fixture {
     pool: BlockPool,
     tables: BlockTables,
@@ -84,7 +84,8 @@ impl Fixture {
     }
 }
 
-/// Keys and values of both heads at a position; the first of the 32 that share a scale is the largest.
+/// Keys and values of both heads at a position. The first of the 32 that share a scale is the
+/// largest.
 fn row(position: usize) -> Vec<f32> {
     let value = |i: usize| {
         let size = if (i % DIM).is_multiple_of(SCALED) {
@@ -99,7 +100,7 @@ fn row(position: usize) -> Vec<f32> {
 
 #[test]
 fn every_type_gives_back_what_was_stored() {
-    // Half a step of 8, 11 and 24 bits of precision, for the largest of the values that share a scale.
+    // Half a step of 8, 11 and 24 bits of precision, for the largest value of a scale group.
     for (cache_type, step) in [
         (CacheType::Int8, 1.0 / 254.0),
         (CacheType::F16, 1.0 / 2048.0),
@@ -138,13 +139,13 @@ fn int8_keeps_zeros_and_what_is_not_a_number() {
     fixture.append(&row);
     assert!((0..DIM).all(|d| fixture.element(0, 0, true, d) == 0.0));
     assert!((0..SCALED).all(|d| fixture.element(1, 0, true, d).is_nan()));
-    // Only what shares its scale.
+    // Only values with the same scale change.
     assert_eq!(fixture.element(1, 0, true, SCALED), 5.0);
 }
 
 #[test]
 fn a_fork_writes_to_a_block_of_its_own() {
-    // The last block is copied within a slab, and to the next one.
+    // The last block is copied within a slab, and to the next slab.
     for (positions, blocks) in [(20, 2), (250, 16)] {
         for cache_type in [CacheType::F16, CacheType::F32] {
             let mut fixture = Fixture::new(cache_type);
@@ -154,7 +155,7 @@ fn a_fork_writes_to_a_block_of_its_own() {
             let original = fixture.tables.clone();
             assert_eq!(fixture.pool.used_bytes(), used);
             fixture.append(&row(77));
-            // Only the last block is not shared any more.
+            // Only the last block is no longer shared.
             assert_eq!(fixture.pool.used_bytes(), used / blocks * (blocks + 1));
             let stored = |position: usize, i: usize| match cache_type {
                 CacheType::F16 => f16::from_f32(row(position)[i]).to_f32(),

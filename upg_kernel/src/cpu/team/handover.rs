@@ -1,7 +1,8 @@
-//! The hand-over of a loop from the caller of a team to its threads.
+//! Hand-over of a loop from the caller of a team to its threads.
 //!
-//! One caller opens a loop of tasks, every thread takes tasks one by one, and the caller learns when all of them are
-//! finished. All shared state of a team is here, and no clock, so that a model checker can try every order of events.
+//! One caller opens a loop of tasks, every thread takes tasks one by one, and the caller learns
+//! when all of them are finished. This file holds all shared state of a team and no clock, so that
+//! a model checker can try every order of events.
 
 use super::sync::{
     AtomicBool, AtomicU64, AtomicUsize, Condvar, Mutex, MutexGuard, Ordering, PoisonError,
@@ -10,25 +11,28 @@ use super::sync::{
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-/// A payload of `panic!`.
+/// Payload of a panic.
 pub(super) type Panic = Box<dyn Any + Send>;
 
-/// A value on cache lines of its own: what all threads write must not slow down what they only read.
+/// Value on separate cache lines: data that all threads write must not slow down data they
+/// only read.
 #[repr(align(128))]
 struct Padded<T>(T);
 
-/// The state that the caller and the threads of a team share.
+/// State shared by the caller and the threads of a team.
 pub(super) struct Handover {
-    /// The number of the loop: all that an idle thread looks at.
+    /// Number of the loop, the only thing an idle thread polls.
     number: Padded<AtomicU64>,
-    /// One entry for the share of each thread, shares following one another: in the upper half the low half of the
-    /// number of the loop, in the lower half how many tasks are not taken. Neighbours in memory are so read by one
-    /// thread; a thread that has finished its share takes from the others.
+    /// Open tasks in the share of each thread; shares are consecutive ranges of tasks.
+    ///
+    /// The upper half of an entry is the low half of the loop number, the lower half is the number
+    /// of tasks not yet taken. Thus one thread reads neighbouring memory. A thread that has
+    /// finished its share takes from the others.
     open: Box<[Padded<AtomicU64>]>,
-    /// Tasks of the loop that are not finished.
+    /// Number of unfinished tasks of the loop.
     unfinished: Padded<AtomicUsize>,
     job: UnsafeCell<Job>,
-    /// The payload of the first task that panicked.
+    /// Payload of the first task that panicked.
     panic: Mutex<Option<Panic>>,
     sleepers: AtomicUsize,
     asleep: Mutex<()>,
@@ -36,8 +40,9 @@ pub(super) struct Handover {
     ends: AtomicBool,
 }
 
-// SAFETY: `job` is the only part that is not `Sync` by itself. `open` alone writes it, while no task is unfinished, and
-// only a thread that has taken a task and not finished it reads it; the closure that it points to is `Sync`.
+// SAFETY: `job` is the only part that is not `Sync` by itself. Only `open` writes it, while no task
+// is unfinished. Only a thread that has taken a task and not finished it reads it. The closure that
+// it points to is `Sync`.
 unsafe impl Sync for Handover {}
 // SAFETY: as above; the pointer in `job` is not used once all tasks of its loop are finished.
 unsafe impl Send for Handover {}
@@ -49,7 +54,7 @@ struct Job {
 }
 
 impl Handover {
-    /// The state for so many shares, without a loop.
+    /// Creates the state for this many shares, without a loop.
     pub(super) fn new(shares: usize) -> Self {
         let nothing: &(dyn Fn(usize) + Sync) = &|_| {};
         Self {
@@ -70,15 +75,16 @@ impl Handover {
         }
     }
 
-    /// Opens a loop of fewer than 2^32 tasks and wakes the sleepers.
+    /// Opens a loop of fewer than 2^32 tasks and wakes the sleeping threads.
     ///
     /// # Safety
-    /// One caller at a time, after [`Handover::is_finished`] of the loop before. `task` lives until
-    /// [`Handover::is_finished`] of this loop.
+    /// One caller at a time, after [`Handover::is_finished`] of the previous loop. `task` lives
+    /// until [`Handover::is_finished`] of this loop.
     pub(super) unsafe fn open(&self, tasks: usize, task: *const (dyn Fn(usize) + Sync)) {
         self.unfinished.0.store(tasks, Ordering::Relaxed);
         self.job.with_mut(|job| {
-            // SAFETY: the caller is the only writer, and no task of an earlier loop is unfinished, so that nobody reads.
+            // SAFETY: the caller is the only writer, and no task of an earlier loop is unfinished,
+            // so nobody reads.
             unsafe { *job = Job { task, tasks } }
         });
         let number = self.number.0.load(Ordering::Relaxed) + 1;
@@ -94,9 +100,10 @@ impl Handover {
         self.wake_sleepers();
     }
 
-    /// Takes a task of the present loop that nobody has, and does it. Thread `own` looks at its share first.
+    /// Takes an open task of the current loop and runs it. Thread `own` looks at its own share
+    /// first.
     ///
-    /// Returns whether there was one. A panic of the task is kept for [`Handover::take_panic`].
+    /// Returns whether there was one. A panic of the task is stored for [`Handover::take_panic`].
     pub(super) fn work(&self, own: usize) -> bool {
         let shares = self.open.len();
         let taken = (own..own + shares).find_map(|share| {
@@ -106,8 +113,8 @@ impl Handover {
         let Some((share, left)) = taken else {
             return false;
         };
-        // SAFETY: the task just taken is unfinished, so that the job of its loop stays; it was written before the share
-        // was opened, which the exchange in `take` has seen.
+        // SAFETY: the task just taken is unfinished, so the job of its loop stays. It was written
+        // before the share was opened, which the exchange in `take` has observed.
         let job = self.job.with(|job| unsafe { *job });
         // SAFETY: the closure lives until all tasks are finished, and this one is not.
         let task = unsafe { &*job.task };
@@ -116,14 +123,15 @@ impl Handover {
         }));
         let second = done.err().and_then(|panic| self.keep_panic(panic));
         self.unfinished.0.fetch_sub(1, Ordering::Release);
-        // Only now: whatever its destructor does, the loop has one task less to wait for.
+        // Only now, because the destructor may do anything: the loop already has one task less to
+        // wait for.
         if let Some(panic) = second {
             drop_panic(panic);
         }
         true
     }
 
-    /// Keeps the first payload of a loop, gives later ones back.
+    /// Stores the first payload of a loop and returns later ones.
     fn keep_panic(&self, panic: Panic) -> Option<Panic> {
         let mut first = lock(&self.panic);
         match *first {
@@ -135,14 +143,16 @@ impl Handover {
         }
     }
 
-    /// The payload of the first task of the loop that panicked, once all tasks are finished.
+    /// Takes the payload of the first task of the loop that panicked, once all tasks are
+    /// finished.
     pub(super) fn take_panic(&self) -> Option<Panic> {
         lock(&self.panic).take()
     }
 
-    /// How many tasks of a share were left before this thread took one of them.
+    /// Takes a task of a share; returns how many were left before.
     ///
-    /// The exchange fails if the share belongs to another loop by now (all 2^32 loops the numbers repeat).
+    /// The exchange fails if the share belongs to another loop by now (the numbers repeat after
+    /// 2^32 loops).
     fn take(&self, share: usize) -> Option<usize> {
         let mut open = self.open[share].0.load(Ordering::Acquire);
         loop {
@@ -163,22 +173,23 @@ impl Handover {
         }
     }
 
-    /// The number of the present loop.
+    /// Returns the number of the current loop.
     pub(super) fn number(&self) -> u64 {
         self.number.0.load(Ordering::Acquire)
     }
 
-    /// Returns whether every task of the loop is finished, after a moment's pause.
+    /// Returns whether every task of the loop is finished, after a brief pause.
     pub(super) fn is_finished(&self) -> bool {
         spin_loop();
         self.unfinished.0.load(Ordering::Acquire) == 0
     }
 
-    /// Sleeps until there is another loop than `seen`, or the team ends.
+    /// Sleeps until there is a loop other than `seen`, or until the team ends.
     pub(super) fn sleep(&self, seen: u64) {
         let mut guard = lock(&self.asleep);
         self.sleepers.fetch_add(1, Ordering::Relaxed);
-        // Pairs with the fence of `wake_sleepers`: either this thread sees the new loop, or its caller sees a sleeper.
+        // Pairs with the fence in `wake_sleepers`: either this thread sees the new loop, or its
+        // caller sees a sleeping thread.
         fence(Ordering::SeqCst);
         while self.number() == seen && !self.ends() {
             guard = self
@@ -203,25 +214,25 @@ impl Handover {
         self.wake_sleepers();
     }
 
-    /// Returns whether the threads of the team are to end.
+    /// Returns whether the threads of the team have to end.
     pub(super) fn ends(&self) -> bool {
         self.ends.load(Ordering::Acquire)
     }
 }
 
-/// One past the last task of a share.
+/// Returns the end of the task range of a share.
 fn share_end(tasks: usize, share: usize, shares: usize) -> usize {
     tasks * (share + 1) / shares
 }
 
-/// Drops a payload, whose destructor may panic in its turn: that one is leaked.
+/// Drops a payload. If its destructor panics too, that second payload is leaked.
 fn drop_panic(panic: Panic) {
     if let Err(panic) = catch_unwind(AssertUnwindSafe(|| drop(panic))) {
         std::mem::forget(panic);
     }
 }
 
-/// Locks a mutex whose content is whole whenever it is free, also after a panic.
+/// Locks a mutex whose content is consistent whenever it is unlocked, also after a panic.
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

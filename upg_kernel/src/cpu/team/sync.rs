@@ -1,12 +1,12 @@
-//! The primitives of [`super::handover`]: those of the standard library.
+//! Synchronization primitives of [`super::handover`]: those of the standard library.
 //!
-//! `fuzz/loom` compiles `handover.rs` with those of the model checker loom in their place.
+//! `fuzz/loom` compiles `handover.rs` with the primitives of the model checker loom instead.
 
 pub(super) use std::hint::spin_loop;
 pub(super) use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
 pub(super) use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
-/// [`std::cell::UnsafeCell`] with the methods of loom's, which watches every access.
+/// [`std::cell::UnsafeCell`] with the methods of loom's version, which checks every access.
 pub(super) struct UnsafeCell<T>(std::cell::UnsafeCell<T>);
 
 impl<T> UnsafeCell<T> {

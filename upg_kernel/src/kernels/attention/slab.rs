@@ -9,16 +9,16 @@ use std::marker::PhantomData;
 /// Size of a huge page on x86-64 and, with pages of 4 KiB, on 64-bit ARM.
 const HUGE_PAGE: usize = 2 << 20;
 
-/// Fixed number of elements, zero at first.
+/// Array of fixed length, initially zero.
 ///
-/// Larger slabs start at a huge page, and ask Linux for such pages. Attention over a long context reads from
-/// so many places that it otherwise waits for the translation of addresses (SmolLM2 at 4096 positions, one
-/// Zen 4 core: 62 tokens/s, 70 with huge pages).
+/// Larger slabs start at a huge page, and ask Linux for such pages. Attention over a long context
+/// reads from so many places that it is otherwise limited by address translation (SmolLM2 at 4096
+/// positions, one Zen 4 core: 62 tokens/s, 70 with huge pages).
 #[derive(Debug)]
 pub(crate) struct Slab<T> {
-    /// `None`: no elements.
+    /// Mapping; `None` if there are no elements.
     memory: Option<MmapMut>,
-    /// First element in `memory`, in bytes.
+    /// Byte offset of the first element in `memory`.
     start: usize,
     /// Size of the elements in bytes.
     size: usize,
@@ -26,7 +26,7 @@ pub(crate) struct Slab<T> {
 }
 
 impl<T> Default for Slab<T> {
-    /// Returns a slab without elements; it takes no memory.
+    /// Returns a slab without elements, which takes no memory.
     fn default() -> Self {
         Self {
             memory: None,
@@ -40,12 +40,12 @@ impl<T> Default for Slab<T> {
 impl<T: Pod> Slab<T> {
     /// Allocates `len` zeros.
     ///
-    /// Errors: no memory, or more bytes than a `usize` counts.
+    /// Errors: out of memory, or more bytes than a `usize` holds.
     pub(crate) fn zeros(len: usize) -> Result<Self> {
         let no_memory = || std::io::Error::from(std::io::ErrorKind::OutOfMemory);
         let size = len.checked_mul(size_of::<T>()).ok_or_else(no_memory)?;
         let is_large = size >= HUGE_PAGE;
-        // Pages that nothing writes to take no memory.
+        // Untouched pages take no memory.
         let spare = if is_large { HUGE_PAGE } else { 0 };
         let mapped = size.checked_add(spare).ok_or_else(no_memory)?;
         let memory = MmapOptions::new().len(mapped).map_anon()?;
@@ -55,7 +55,7 @@ impl<T: Pod> Slab<T> {
         };
         #[cfg(target_os = "linux")]
         if is_large {
-            // Where the kernel has none, small pages do.
+            // Without huge pages in the kernel, small pages work too.
             let _ = memory.advise(memmap2::Advice::HugePage);
         }
         Ok(Self {

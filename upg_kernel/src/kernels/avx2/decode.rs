@@ -1,11 +1,13 @@
-//! Packed weights to floats, and f32 to 16-bit floats.
+//! Decoding of packed weights to floats, and conversion of f32 to 16-bit floats.
 
 use super::levels::{self, Levels};
 use super::*;
 use crate::kernels::decode::{self, Element, Line, Numbers, TILES, Weights};
 use crate::kernels::{Kernels, Set};
 
-/// `out [rows, cols]`: every row as the reference decodes it, to the bit, and turned back if there is a rotation.
+/// Decodes a strip to `out [rows, cols]`.
+///
+/// The result is bit-identical to the reference, and inverse-rotated if there is a rotation.
 #[target_feature(enable = "avx2,f16c,popcnt,bmi2")]
 pub(super) fn decode<T: Element>(
     proof: Avx2,
@@ -20,7 +22,7 @@ pub(super) fn decode<T: Element>(
     });
 }
 
-/// The levels of a strip, row by row: `[64, blocks]`.
+/// Unpacks the levels of a strip row by row: `[64, blocks]`.
 #[target_feature(enable = "avx2,popcnt,bmi2")]
 fn put_in_rows<L: Levels>(mut levels: L, cols: usize, rows: &mut [Line]) {
     let blocks = cols.div_ceil(GROUP);
@@ -52,7 +54,8 @@ fn put_in_rows<L: Levels>(mut levels: L, cols: usize, rows: &mut [Line]) {
     }
 }
 
-/// 8 registers of 8 lanes: lane `j` of register `i` becomes lane `i` of register `j`.
+/// Transposes 8 registers of 8 lanes: lane `j` of register `i` becomes lane `i` of register
+/// `j`.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn transpose(r: [__m256i; 8]) -> [__m256i; 8] {
@@ -61,7 +64,7 @@ fn transpose(r: [__m256i; 8]) -> [__m256i; 8] {
         t[2 * i] = _mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
         t[2 * i + 1] = _mm256_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
     }
-    // Of each four registers the lanes of one column in each half.
+    // Each group of four registers now has the lanes of one column in each half.
     let mut quads = t;
     for i in 0..2 {
         let [a, b, c, d] = [t[4 * i], t[4 * i + 1], t[4 * i + 2], t[4 * i + 3]];
@@ -77,7 +80,7 @@ fn transpose(r: [__m256i; 8]) -> [__m256i; 8] {
     t
 }
 
-/// 64 weights. A value is the proof that this machine has the instructions.
+/// Vector of 64 weights. A value proves that this machine has the instructions.
 #[derive(Clone, Copy)]
 struct Eights([__m256; 8]);
 
@@ -93,7 +96,7 @@ impl Weights for Eights {
             for i in 0..8 {
                 let levels = _mm_cvtsi64_si128(i64::from_le_bytes(levels.as_chunks().0[i]));
                 let levels = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(levels));
-                // Exact: there is one rounding, that of the scale.
+                // Exact: the only rounding is that of the scale.
                 let product = _mm256_mul_ps(_mm256_set1_ps(primes[i / 4]), levels);
                 weights[i] = _mm256_mul_ps(scale, product);
             }
@@ -170,7 +173,7 @@ impl Numbers<GROUP> for Eights {
     }
 }
 
-/// The bits of finite numbers, of which the upper half is rounded to nearest, ties to even.
+/// Rounds the bits of finite numbers to nearest, ties to even, in the upper half.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn rounded(bits: __m256i) -> __m256i {
@@ -179,7 +182,7 @@ fn rounded(bits: __m256i) -> __m256i {
     _mm256_add_epi32(bits, _mm256_add_epi32(half_less, is_odd))
 }
 
-/// The upper halves of the bits of sixteen numbers.
+/// Stores the upper halves of the bits of sixteen numbers.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn store_bf16([a, b]: [__m256i; 2], out: &mut [bf16; 16]) {
@@ -196,7 +199,7 @@ fn store_f16(values: __m256, out: &mut [f16; 8]) {
     store_half(halves, bytemuck::cast_mut(out));
 }
 
-/// [`half::bf16::from_f32`] of each.
+/// Converts each element with [`half::bf16::from_f32`].
 #[target_feature(enable = "avx2")]
 pub(super) fn to_bf16(x: &[f32], out: &mut [bf16]) {
     let (blocks, rest) = x.as_chunks::<16>();
@@ -206,7 +209,7 @@ pub(super) fn to_bf16(x: &[f32], out: &mut [bf16]) {
         for (register, x) in registers.iter_mut().zip(x.as_chunks().0) {
             let values = load_f32(x);
             let bits = _mm256_castps_si256(values);
-            // Rounding could turn a NaN into an infinity: it only becomes a quiet one.
+            // Rounding could turn a NaN into an infinity; here it only becomes quiet.
             let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(values, values));
             let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x0040_0000));
             *register = _mm256_blendv_epi8(rounded(bits), quiet, nan);
@@ -218,7 +221,7 @@ pub(super) fn to_bf16(x: &[f32], out: &mut [bf16]) {
     }
 }
 
-/// [`half::f16::from_f32`] of each.
+/// Converts each element with [`half::f16::from_f32`].
 #[target_feature(enable = "avx2,f16c")]
 pub(super) fn to_f16(x: &[f32], out: &mut [f16]) {
     let (blocks, rest) = x.as_chunks::<8>();

@@ -1,30 +1,31 @@
-//! The transform of a rotation.
+//! Hadamard transform of a rotation.
 
 use super::*;
 use crate::kernels::hadamard;
 use crate::kernels::scalar::Signs;
 
-/// As [`crate::kernels::scalar::transform`]; 4,096 elements take three passes over memory.
+/// Runs [`crate::kernels::scalar::transform`]; 4,096 elements take three passes over memory.
 #[target_feature(enable = "avx2,fma")]
 pub(super) fn transform(proof: Avx2, x: &mut [f32], factor: f32, signs: Signs<'_>) {
     let (blocks, rest) = x.as_chunks_mut::<8>();
     hadamard::transform_in_place::<Eight>(proof, blocks, rest, factor, signs);
 }
 
-/// Eight f32. A value is the proof that this machine has the instructions.
+/// Vector of eight f32. A value proves that this machine has the instructions.
 #[derive(Clone, Copy)]
 struct Eight(__m256);
 
-// These are always put in their place, in a function that is compiled for the instructions.
+// Always inlined, into a function that is compiled for the instructions.
 impl hadamard::Register for Eight {
     type Proof = Avx2;
     type Block = [f32; 8];
-    /// Half of all: sums and differences take one more.
+    /// Half of all registers: sums and differences take one more.
     const TOGETHER: usize = 8;
 
     #[inline(always)]
     fn load(_: Avx2, block: &[f32; 8]) -> Self {
-        // SAFETY: the argument proves that the processor has the features, and below `self` or an element does.
+        // SAFETY: the argument proves that the processor has the features, and below `self` or an
+        // element does.
         Self(unsafe { load_f32(block) })
     }
 
@@ -58,7 +59,7 @@ impl hadamard::Register for Eight {
         Self(unsafe { flip_register(self.0, signs[index]) })
     }
 
-    /// Spans 1, 2 and 4.
+    /// Transforms over spans 1, 2 and 4.
     #[inline(always)]
     fn within<const N: usize>(registers: &mut [Self; N]) {
         for Self(v) in registers {
@@ -75,15 +76,17 @@ impl hadamard::Register for Eight {
 #[inline]
 #[target_feature(enable = "avx2")]
 fn flip_register(v: __m256, signs: u8) -> __m256 {
-    // Bit `i` becomes the highest of lane `i`.
+    // Bit `i` becomes the highest bit of lane `i`.
     let places = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
     let bits = _mm256_sllv_epi32(_mm256_set1_epi32(i32::from(signs)), places);
     let sign = _mm256_and_si256(bits, _mm256_set1_epi32(i32::MIN));
     _mm256_xor_ps(v, _mm256_castsi256_ps(sign))
 }
 
-/// `v + other`; in lanes whose bit is set, which are the second of their pair, `other - v`. A product with 1 or -1
-/// is exact: there is one rounding, that of the sum.
+/// Computes `v + other`, and `other - v` in lanes whose bit in `SECOND` is set, the second of
+/// each pair.
+///
+/// A product with 1 or -1 is exact: the only rounding is that of the sum.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 fn pairs<const SECOND: i32>(v: __m256, other: __m256) -> __m256 {

@@ -1,25 +1,27 @@
-//! The levels of a strip from each kind of code; [`Trellis`] has its own file.
+//! Levels of a strip from each kind of code; [`Trellis`] has its own file.
 
 pub(super) use super::trellis::{END as TRELLIS_END, Trellis};
 use super::*;
 use crate::kernels::places::PLACES;
 
-/// Bytes of codes that are asked for ahead of their use.
+/// Prefetch distance for codes, in bytes.
 const AHEAD: usize = 4096;
 
-/// The tiles of a strip in their order, two at a time.
+/// Tiles of a strip in order, two at a time.
 ///
-/// A value exists only where the processor has the features: every constructor asks for them.
+/// A value exists only where the processor has the features: every constructor requires them.
 pub(super) trait Levels {
-    /// Goes on to the next two tiles, if there are.
+    /// Advances to the next two tiles, if any.
     fn next(&mut self);
 
-    /// `level + 128` of sixteen rows, a quarter of one of these tiles (0 or 1), eight in each register. Each quarter
-    /// once, in their order.
+    /// Returns `level + 128` of sixteen rows, eight per register.
+    ///
+    /// They are a quarter of one of the two tiles (0 or 1). Each quarter is requested once, in
+    /// order.
     fn sixteen_rows(&mut self, tile: usize, quarter: usize) -> [__m256i; 2];
 }
 
-/// Takes the next `N` bytes of the rest, if there are.
+/// Takes the next `N` bytes of the rest, if there are as many.
 #[inline(always)]
 fn go_on<'a, const N: usize>(now: &mut &'a [u8; N], rest: &mut &'a [u8]) {
     if let Some((first, after)) = rest.split_first_chunk() {
@@ -27,7 +29,7 @@ fn go_on<'a, const N: usize>(now: &mut &'a [u8; N], rest: &mut &'a [u8]) {
     }
 }
 
-/// `q8`.
+/// Levels of `q8`.
 pub(super) struct Bytes<'a> {
     now: &'a [u8; 512],
     rest: &'a [u8],
@@ -61,11 +63,11 @@ impl Levels for Bytes<'_> {
     }
 }
 
-/// `q4`.
+/// Levels of `q4`.
 pub(super) struct Nibbles<'a> {
     now: &'a [u8; 256],
     rest: &'a [u8],
-    /// Biased.
+    /// Codebook, biased.
     codebook: __m256i,
 }
 
@@ -107,8 +109,9 @@ impl Levels for Nibbles<'_> {
     }
 }
 
-/// Makes `now` the first `N` bytes of the rest. Where there are fewer, the rest goes on in `end`, once, with any bytes
-/// after it.
+/// Sets `now` to the first `N` bytes of the rest.
+///
+/// If there are fewer, the rest is copied once to `end`, followed by arbitrary bytes.
 #[inline(always)]
 pub(super) fn look_at<'a, const N: usize, const END: usize>(
     now: &mut &'a [u8; N],
@@ -121,31 +124,31 @@ pub(super) fn look_at<'a, const N: usize, const END: usize>(
         end[..rest.len()].copy_from_slice(rest);
         *rest = end;
     }
-    // There are as many: at the end half of the bytes or more are not of the rest.
+    // There are as many: at the end, at least half of the bytes are not part of the rest.
     if let Some(first) = rest.first_chunk() {
         *now = first;
     }
 }
 
-/// Bytes for the codes of the last words, and any others after them.
+/// Buffer size for the codes of the last words, followed by arbitrary bytes.
 pub(super) const END: usize = 2 * CODES;
 
-/// The most codes of two tiles.
+/// Maximum code bytes of two tiles.
 const CODES: usize = 512;
 
-/// `s8`, or with `NIBBLES` `s4`.
+/// Levels of `s8`, or with `NIBBLES` of `s4`.
 pub(super) struct Kept<'a, const NIBBLES: bool> {
-    /// Of two tiles.
+    /// Bitmap words of two tiles.
     now: &'a [[u8; 8]; 8],
     bitmap: &'a [[u8; 8]],
-    /// From the first of these tiles on.
+    /// Codes from the first of these tiles on.
     codes: &'a [u8],
-    /// Those of these tiles, and any others after them.
+    /// Codes of these tiles, followed by arbitrary bytes.
     window: &'a [u8; CODES],
-    /// How many of them are taken.
+    /// Number of codes taken so far.
     taken: usize,
     codebook: __m256i,
-    /// The levels that `s4` stores for each word of two tiles.
+    /// Stored `s4` levels for each word of two tiles.
     stored: [[u8; 64]; 8],
     end: Option<&'a mut [u8; END]>,
 }
@@ -186,14 +189,16 @@ impl<'a, const NIBBLES: bool> Kept<'a, NIBBLES> {
         }
     }
 
-    /// All words before the first is expanded: a load that begins in one store and ends in another waits for both.
+    /// Looks up all words before the first is expanded: a load that spans two recent stores waits
+    /// for both.
     #[inline]
     #[target_feature(enable = "avx2,popcnt,bmi2")]
     fn look_up(&mut self) {
         for (word, stored) in self.now.iter().zip(&mut self.stored) {
             let n = u64::from_le_bytes(*word).count_ones() as usize;
             prefetch(self.codes, self.taken + AHEAD);
-            // SAFETY: each of at most 7 words before took at most 32 bytes: 32 from there on end inside of the window.
+            // SAFETY: each of at most 7 words before took at most 32 bytes, so 32 bytes from there
+            // on are inside the window.
             let codes = unsafe { &*self.window.as_ptr().add(self.taken).cast() };
             look_up(codes, self.codebook, stored);
             self.taken += n.div_ceil(2);
@@ -218,7 +223,8 @@ impl<const NIBBLES: bool> Levels for Kept<'_, NIBBLES> {
             }
             assert!(self.taken <= CODES - 64, "each quarter once");
             prefetch(self.codes, self.taken + AHEAD);
-            // SAFETY: each of at most 7 words before took at most 64 bytes: 64 from there on end inside of the window.
+            // SAFETY: each of at most 7 words before took at most 64 bytes, so 64 bytes from there
+            // on are inside the window.
             let stored = &*self.window.as_ptr().add(self.taken).cast();
             let (levels, n) = expand(word, stored);
             self.taken += n;
@@ -227,11 +233,12 @@ impl<const NIBBLES: bool> Levels for Kept<'_, NIBBLES> {
     }
 }
 
-/// The levels of 64 codes of 4 bits.
+/// Looks up the levels of 64 codes of 4 bits.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn look_up(codes: &[u8; 32], codebook: __m256i, levels: &mut [u8; 64]) {
-    // Unpacking works within halves: the second eight bytes become the first ones of the upper half.
+    // Unpacking works within halves: the second eight bytes must become the first ones of the upper
+    // half.
     let codes = _mm256_permute4x64_epi64::<0b11_01_10_00>(load(codes));
     let half = _mm256_set1_epi8(15);
     let even = _mm256_shuffle_epi8(codebook, _mm256_and_si256(codes, half));
@@ -242,15 +249,17 @@ fn look_up(codes: &[u8; 32], codebook: __m256i, levels: &mut [u8; 64]) {
     store(_mm256_unpackhi_epi8(even, odd), second);
 }
 
-/// 64 times `level + 128`: of the kept weights, whose bits are those of `word`, the `stored` levels in their order,
-/// of all others level 0. Also how many were kept.
+/// Expands 64 weights to `level + 128`; also returns the number of nonzero ones.
+///
+/// A weight whose bit is set in `word` takes the next level of `stored`; all others have level 0.
 #[inline]
 #[target_feature(enable = "avx2,popcnt,bmi2")]
 fn expand(word: &[u8; 8], stored: &[u8; 64]) -> ([__m256i; 2], usize) {
-    // SAFETY: the reference is to 8 readable bytes. Volatile, so that the bytes below are loaded one by one, which
-    // takes half as many instructions as getting them out of this number.
+    // SAFETY: the reference is to 8 readable bytes. The read is volatile, so that the bytes below
+    // are loaded one by one. This takes half as many instructions as extracting them from this
+    // number.
     let kept = u64::from_le(unsafe { word.as_ptr().cast::<Unaligned>().read_volatile() }.0);
-    // How many are stored before each sixteen weights.
+    // Number of stored levels before each sixteen weights.
     let before = [
         0,
         (kept as u16).count_ones() as usize,
@@ -259,8 +268,8 @@ fn expand(word: &[u8; 8], stored: &[u8; 64]) -> ([__m256i; 2], usize) {
     ];
     let place = |eight: usize| load_half(&PLACES.0[eight % 2][usize::from(word[eight])]);
     let levels = |sixteen: usize| {
-        // SAFETY: these count up to 48 of 64 bits: the 16 bytes from there on end inside of the 64 of the reference.
-        // The load needs no alignment.
+        // SAFETY: these count up to 48 of 64 bits, so the 16 bytes from there on are inside the 64
+        // of the reference. The load needs no alignment.
         unsafe { _mm_loadu_si128(stored.as_ptr().add(before[sixteen]).cast()) }
     };
     let mut halves = [_mm256_setzero_si256(); 2];
@@ -275,7 +284,7 @@ fn expand(word: &[u8; 8], stored: &[u8; 64]) -> ([__m256i; 2], usize) {
     (halves, kept.count_ones() as usize)
 }
 
-/// A number at any address.
+/// Number at any address.
 #[derive(Clone, Copy)]
 #[repr(C, packed)]
 struct Unaligned(u64);

@@ -1,14 +1,14 @@
-//! A strip times many vectors.
+//! Products of a strip with many vectors.
 //!
-//! Levels and activations are multiplied as 16-bit numbers: `vpmaddwd` adds up two products in int32, which is half of
-//! what two planes of bytes take. Of the four columns of a tile it adds up the first and third, and the second and
-//! fourth, because that takes shifts only.
+//! Levels and activations are multiplied as 16-bit numbers: `vpmaddwd` adds two products in int32,
+//! which takes half the work of two planes of bytes. Of the four columns of a tile it adds the
+//! first and third, and the second and fourth, because separating these takes only shifts.
 
 use super::levels::{self, Levels};
 use super::*;
 use crate::kernels::many::{self, Decoded, Many, Panel, Rows, TILES};
 
-/// Every row times every vector.
+/// Multiplies every row by every vector.
 #[target_feature(enable = "avx2,fma,popcnt,bmi2")]
 pub(super) fn multiply<'a>(
     strip: Strip<'_>,
@@ -18,16 +18,17 @@ pub(super) fn multiply<'a>(
     with_levels!(strip, levels => many::multiply(Multiplier(levels), &strip, vectors, panel))
 }
 
-/// The kernels for some levels. Those exist only where the processor has the features.
+/// Kernels for one kind of levels, which exist only where the processor has the features.
 struct Multiplier<L>(L);
 
-/// Levels of a tile: sixteen rows in each part, of them the odd and the even columns, of these two registers of
-/// eight rows.
+/// Levels of a tile.
+///
+/// Dimensions: sixteen rows per part; odd and even columns; two registers of eight rows.
 type Tile = [[[[u8; 32]; 2]; 2]; 4];
 
 impl<L: Levels> Many for Multiplier<L> {
     const TILE: usize = size_of::<Tile>();
-    /// 128 KiB.
+    /// Blocks of decoded levels, 128 KiB.
     const BLOCKS: usize = 16;
 
     fn decode(&mut self, tiles: usize, levels: &mut [u8]) {
@@ -57,7 +58,7 @@ impl<L: Levels> Many for Multiplier<L> {
 
 #[target_feature(enable = "avx2,fma,popcnt,bmi2")]
 fn decode<L: Levels>(levels: &mut L, tiles: usize, out: &mut [Tile]) {
-    // What is past the last pair is multiplied with zeros.
+    // Levels past the last pair are multiplied by zeros.
     for pair in &mut out.as_chunks_mut::<2>().0[..tiles.div_ceil(2)] {
         levels.next();
         for (tile, out) in pair.iter_mut().enumerate() {
@@ -73,7 +74,7 @@ fn decode<L: Levels>(levels: &mut L, tiles: usize, out: &mut [Tile]) {
     }
 }
 
-/// Signed bytes as 16-bit numbers, those in even places and those in odd ones.
+/// Widens signed bytes to 16 bits: those at even places and those at odd ones.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn widen(bytes: __m256i) -> [__m256i; 2] {
@@ -83,7 +84,7 @@ fn widen(bytes: __m256i) -> [__m256i; 2] {
     ]
 }
 
-/// The activations of a block, two in each number: those of even, then those of odd columns.
+/// Activations of a block, two per number: those of even columns, then those of odd columns.
 type Pairs = [[i32; TILES]; 2];
 
 #[inline]
@@ -102,7 +103,7 @@ fn pairs(block: &Block) -> Pairs {
     bytemuck::cast(pairs)
 }
 
-/// [`Many::add`].
+/// Implements [`Many::add`].
 #[target_feature(enable = "avx2,fma")]
 fn add<const T: usize>(decoded: Decoded<'_>, vectors: &[Activations; T], sums: &mut [Rows; T]) {
     let tiles: &[Tile] = bytemuck::cast_slice(decoded.levels);
@@ -130,8 +131,8 @@ fn add<const T: usize>(decoded: Decoded<'_>, vectors: &[Activations; T], sums: &
     }
 }
 
-/// The sums of the products of sixteen rows of some tiles with `T` blocks, whose activations start at number `first`.
-/// Exact.
+/// Sums the products of sixteen rows of some tiles with `T` blocks, from activation `first`
+/// on. Exact.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 fn products<const T: usize>(
@@ -152,7 +153,7 @@ fn products<const T: usize>(
             }
         }
     }
-    // Not the sums themselves, which would be stored each time.
+    // Registers instead of the sums themselves, which would be stored each time.
     let mut products = [[_mm256_setzero_si256(); 2]; T];
     for (products, sums) in products.iter_mut().zip(sums) {
         *products = sums;

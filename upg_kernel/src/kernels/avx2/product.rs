@@ -1,4 +1,4 @@
-//! A strip times a vector.
+//! Products of a strip with one vector.
 
 use super::levels::{self, Levels};
 use super::*;
@@ -10,7 +10,7 @@ pub(super) fn multiply(strip: Strip<'_>, x: &Activations, out: &mut [f32]) {
     strip.put_rows(bytemuck::cast_ref(&sums), out);
 }
 
-/// The rows times `x`, without what all of a row is multiplied with.
+/// Multiplies the rows by `x`, without the factor common to a whole row.
 #[target_feature(enable = "avx2,fma,popcnt,bmi2")]
 fn sums<L: Levels>(mut levels: L, strip: &Strip<'_>, x: &Activations) -> [[f32; 8]; 8] {
     let mut sums = [[0.0; 8]; 8];
@@ -21,7 +21,7 @@ fn sums<L: Levels>(mut levels: L, strip: &Strip<'_>, x: &Activations) -> [[f32; 
     sums
 }
 
-/// The sums of the products of some pairs of tiles with their columns of a block. Exact.
+/// Sums the products of some pairs of tiles with their columns of a block. Exact.
 #[inline]
 #[target_feature(enable = "avx2,fma,popcnt,bmi2")]
 fn products<L: Levels>(
@@ -41,7 +41,9 @@ fn products<L: Levels>(
     sums
 }
 
-/// Adds the products of a tile. Not a loop, of which the compiler would leave the sums in memory.
+/// Adds the products of a tile.
+///
+/// This is not a loop, in which the compiler would keep the sums in memory.
 #[inline(always)]
 fn add_tile<L: Levels, const TILE: usize>(
     levels: &mut L,

@@ -1,11 +1,11 @@
-//! Activations to integers.
+//! Quantization of activations.
 #![forbid(unsafe_code)]
 
 use super::{load_f32, store, store_f32};
 use crate::kernels::activations::{Activations, Block, GROUP, scales_for};
 use std::arch::x86_64::*;
 
-/// As [`crate::kernels::activations::quantize`], to the bit.
+/// Runs [`crate::kernels::activations::quantize`], bit-identical.
 #[target_feature(enable = "avx2")]
 pub(super) fn quantize(x: &[f32], out: &mut Activations) {
     out.resize(x.len());
@@ -33,7 +33,7 @@ fn quantize_group(x: &[f32; GROUP], block: &mut Block, offsets: &mut [i32; 2]) -
     let mut sums = [_mm256_setzero_si256(); 2];
     for i in 0..4 {
         let pair = [rounded(&x[2 * i], inverse), rounded(&x[2 * i + 1], inverse)];
-        // Each half of the registers on its own: 0 to 3 and 8 to 11, 4 to 7 and 12 to 15.
+        // Each half of the registers separately: 0 to 3 and 8 to 11, 4 to 7 and 12 to 15.
         let values = _mm256_packs_epi32(pair[0], pair[1]);
         sums[i / 2] =
             _mm256_add_epi32(sums[i / 2], _mm256_madd_epi16(values, _mm256_set1_epi16(1)));
@@ -46,7 +46,7 @@ fn quantize_group(x: &[f32; GROUP], block: &mut Block, offsets: &mut [i32; 2]) -
     scale
 }
 
-/// The scale of a group and its inverse, which is 0 where the values are to be 0.
+/// Returns the scale of a group and its inverse. The inverse is 0 if the values become 0.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn scales_of(x: &[[f32; 8]; 8]) -> (f32, f32) {
@@ -66,18 +66,21 @@ fn scales_of(x: &[[f32; 8]; 8]) -> (f32, f32) {
     }
 }
 
-/// `x * inverse` rounded to nearest, ties to even.
+/// Computes `x * inverse`, rounded to nearest, ties to even.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn rounded(x: &[f32; 8], inverse: f32) -> __m256i {
     let inverse = _mm256_set1_ps(inverse);
-    // Zeros, also where the activations are not finite: their product with 0 is NaN.
+    // Zeros also for non-finite activations, whose product with 0 is NaN.
     let finite = _mm256_cmp_ps::<_CMP_NEQ_OQ>(inverse, _mm256_setzero_ps());
     let values = _mm256_cvtps_epi32(_mm256_mul_ps(load_f32(x), inverse));
     _mm256_and_si256(values, _mm256_castps_si256(finite))
 }
 
-/// A plane, of which a register has 16 values: those from 0 and 8 in the first half, those from 4 and 12 in the second.
+/// Stores a plane of 64 values.
+///
+/// A register has 16 of them: those from 0 and 8 in the first half, those from 4 and 12 in the
+/// second.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn put(plane: &[__m256i; 4], out: &mut [i8; GROUP]) {

@@ -1,28 +1,29 @@
-//! `t2`, `t3` and `t4`.
+//! Levels of `t2`, `t3` and `t4`.
 //!
-//! A row of a tile is four weights whose states lie in 32 bits, so that a lane of a register decodes a row. A shuffle
-//! brings its bytes there; then columns 0 and 2 are the halves of the lanes of one register, and columns 1 and 3 those of
-//! another. A multiplier that is a multiple of 8 shifts out what is above a state, else that has to be cleared. The upper
-//! bytes of the products stand side by side in the order of the columns once both registers are laid over each other.
+//! A row of a tile is four weights whose states lie in 32 bits, so each lane of a register decodes
+//! one row. A shuffle moves its bytes there. Then columns 0 and 2 are the halves of the lanes of
+//! one register, and columns 1 and 3 those of another. A multiplier that is a multiple of 8 shifts
+//! out the bits above a state; otherwise they are masked. Once both registers are blended, the
+//! upper bytes of the products are in column order.
 //!
-//! That is 15 instructions for 32 levels from the multiplication on, and 8 or 9 up to there.
+//! This takes 15 instructions per 32 levels from the multiplication on, and 8 or 9 before it.
 
 use super::levels::{Levels, look_at};
 use super::*;
 use crate::trellis_code::{STATES, code};
 
-/// Bytes for the end of the stream, and any others after it.
+/// Buffer size for the end of the stream, followed by arbitrary bytes.
 pub(super) const END: usize = 2 * WINDOW;
 
-/// The most bytes of two tiles, and 16 more.
+/// Maximum bytes of two tiles, plus 16.
 const WINDOW: usize = 272;
 
-/// Bytes of the stream that are asked for ahead of their use.
+/// Prefetch distance in the stream, in bytes.
 const AHEAD: usize = 2048;
 
-/// `t2`, `t3` and `t4`.
+/// Decoder for `t2`, `t3` and `t4`.
 pub(super) struct Trellis<'a, const K: usize> {
-    /// From the first of the two current tiles on.
+    /// Stream from the first of the two current tiles on.
     now: &'a [u8; WINDOW],
     rest: &'a [u8],
     end: Option<&'a mut [u8; END]>,
@@ -56,7 +57,7 @@ impl<const K: usize> Levels for Trellis<'_, K> {
 
     #[inline(always)]
     fn sixteen_rows(&mut self, tile: usize, quarter: usize) -> [__m256i; 2] {
-        // The remainders show that no bound has to be checked.
+        // The remainders prove that no bounds check is needed.
         let first = 32 * K * (tile % 2) + 8 * K * (quarter % 4);
         let [a, b] = [first, first + 4 * K].map(|at| self.now[at..].first_chunk());
         let (a, b) = (a.expect("24 bytes of 272"), b.expect("24 bytes of 272"));
@@ -65,13 +66,13 @@ impl<const K: usize> Levels for Trellis<'_, K> {
     }
 }
 
-/// What turns the bits of 32 weights into their levels.
+/// Constants that turn the bits of 32 weights into their levels.
 struct Decoder {
-    /// The bytes of a row for each lane.
+    /// Byte indices of a row for each lane.
     rows: __m256i,
-    /// By how many bits a row starts later than its first byte.
+    /// Bit offset of a row from its first byte.
     starts: __m256i,
-    /// With 4 bits a weight: the bytes of columns 0 and 2.
+    /// Byte indices of columns 0 and 2, for 4 bits per weight.
     even: __m256i,
     multiplier: __m256i,
     coarse: __m256i,
@@ -103,7 +104,8 @@ impl Decoder {
         }
     }
 
-    /// The biased levels of 32 weights whose bits start with those of `bytes`, in the order of the stream.
+    /// Returns the biased levels of 32 weights in stream order, whose bits start at the start of
+    /// `bytes`.
     #[inline]
     #[target_feature(enable = "avx2")]
     fn levels<const K: usize>(&self, bytes: &[u8; 24]) -> __m256i {
@@ -123,7 +125,7 @@ impl Decoder {
         let mirror = _mm256_cmpgt_epi8(_mm256_setzero_si256(), points);
         let depth = _mm256_xor_si256(points, mirror);
         let coarse = _mm256_and_si256(_mm256_srli_epi16::<3>(depth), _mm256_set1_epi8(15));
-        // The place in `fine`: the depth if that is below 8, else 8 + depth % 8, the smaller of the two.
+        // Index into `fine`: the depth if it is below 8, else 8 + depth % 8, whichever is smaller.
         let inner = _mm256_or_si256(
             _mm256_and_si256(depth, _mm256_set1_epi8(7)),
             _mm256_set1_epi8(8),
@@ -136,8 +138,9 @@ impl Decoder {
         _mm256_xor_si256(levels, mirror)
     }
 
-    /// The states of the weights of eight rows, those in columns 0 and 2 and those in 1 and 3, with other bits above
-    /// them.
+    /// Returns the states of the weights of eight rows, with other bits above them.
+    ///
+    /// The first register has columns 0 and 2, the second columns 1 and 3.
     #[inline]
     #[target_feature(enable = "avx2")]
     fn states<const K: usize>(&self, bytes: __m256i) -> [__m256i; 2] {
@@ -173,7 +176,7 @@ impl Decoder {
     }
 }
 
-/// The bits of four rows, and in the other half those of the next four.
+/// Loads the bits of four rows, and in the other half those of the next four.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn both_halves<const K: usize>(bytes: &[u8; 24]) -> __m256i {

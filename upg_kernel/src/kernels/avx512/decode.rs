@@ -1,4 +1,4 @@
-//! Packed weights to floats, and f32 to 16-bit floats.
+//! Decoding of packed weights to floats, and conversion of f32 to 16-bit floats.
 
 use super::levels::{self, Levels};
 use super::*;
@@ -7,8 +7,10 @@ use crate::kernels::hadamard::{self, Register as _, Same, ScaledAndFlipped, Sink
 use crate::kernels::views::Primes;
 use crate::kernels::{Kernels, Set};
 
-/// `out [rows, cols]`: every row as the reference decodes it, to the bit, and turned back if there is a rotation. Past
-/// the caches if `streamed`.
+/// Decodes a strip to `out [rows, cols]`.
+///
+/// The result is bit-identical to the reference, and inverse-rotated if there is a rotation.
+/// `streamed` bypasses the caches.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,popcnt")]
 pub(super) fn decode<T: Element>(
     proof: Avx512,
@@ -23,7 +25,7 @@ pub(super) fn decode<T: Element>(
     });
 }
 
-/// The levels of a strip, row by row: `[64, blocks]`.
+/// Unpacks the levels of a strip row by row: `[64, blocks]`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,popcnt")]
 fn put_in_rows<L: Levels>(mut levels: L, cols: usize, rows: &mut [Line]) {
     let blocks = cols.div_ceil(GROUP);
@@ -51,7 +53,8 @@ fn put_in_rows<L: Levels>(mut levels: L, cols: usize, rows: &mut [Line]) {
     }
 }
 
-/// 16 registers of 16 lanes: lane `j` of register `i` becomes lane `i` of register `j`.
+/// Transposes 16 registers of 16 lanes: lane `j` of register `i` becomes lane `i` of register
+/// `j`.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn transpose(r: &mut [__m512i; 16]) {
@@ -60,7 +63,7 @@ fn transpose(r: &mut [__m512i; 16]) {
         t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
         t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
     }
-    // Of each four registers the lanes of one column in each quarter.
+    // Each group of four registers now has the lanes of one column in each quarter.
     for i in 0..4 {
         let [a, b, c, d] = [t[4 * i], t[4 * i + 1], t[4 * i + 2], t[4 * i + 3]];
         r[4 * i] = _mm512_unpacklo_epi64(a, c);
@@ -86,16 +89,17 @@ fn transpose(r: &mut [__m512i; 16]) {
     *r = t;
 }
 
-/// 64 weights. A value is the proof that this machine has the instructions.
+/// Vector of 64 weights. A value proves that this machine has the instructions.
 #[derive(Clone, Copy)]
 pub(super) struct Sixteens {
     weights: [__m512; 4],
-    /// Whether the processor can round them to BF16: it takes subnormal numbers for zero.
+    /// Flag: the processor can round these weights to BF16. Its instruction treats subnormal
+    /// numbers as zero.
     has_bf16: bool,
 }
 
 impl Sixteens {
-    /// Weights `scale * (prime * level)`.
+    /// Wraps weights `scale * (prime * level)`.
     #[inline(always)]
     pub(super) fn of(proof: Avx512, weights: [__m512; 4], scale: f32) -> Self {
         Self {
@@ -233,7 +237,7 @@ impl Numbers<GROUP> for Sixteens {
     }
 }
 
-/// Weights of a row, before it is turned back.
+/// Weights of a row before the inverse rotation.
 struct Decoded<'a> {
     levels: &'a [Line],
     prime: f32,
@@ -255,7 +259,7 @@ impl Source<Register> for Decoded<'_> {
     }
 }
 
-/// Weights that were turned back, with the signs of the columns, and rounded.
+/// Weights after the inverse rotation, with the signs of the columns, and rounded.
 struct Rounded<'a, T> {
     norm: f32,
     signs: &'a [u8],
@@ -270,14 +274,14 @@ impl<T: Element> Sink<Register> for Rounded<'_, T> {
     }
 }
 
-/// `scale * (prime * level)` for sixteen levels.
+/// Computes `scale * (prime * level)` for sixteen levels.
 #[inline]
 #[target_feature(enable = "avx512f,avx512vl")]
 fn sixteen_weights(levels: &[u8; 16], prime: __m512, scale: __m512) -> __m512 {
     // SAFETY: the reference is to 16 readable bytes; the load needs no alignment.
     let levels = unsafe { _mm_loadu_si128(levels.as_ptr().cast()) };
     let levels = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(levels));
-    // The product of integers is exact: there is one rounding, that of the scale.
+    // The product of integers is exact: the only rounding is that of the scale.
     _mm512_mul_ps(scale, _mm512_mul_ps(prime, levels))
 }
 
@@ -303,10 +307,10 @@ impl Numbers<16> for Register {
     }
 }
 
-/// To nearest, ties to even.
+/// Rounding mode: to nearest, ties to even.
 const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
 
-/// Finite numbers so that their upper halves are them, rounded to BF16.
+/// Adds to the bits of finite numbers, so that their upper halves are the BF16 values.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn rounded_up(weights: __m512) -> __m512i {
@@ -316,15 +320,17 @@ fn rounded_up(weights: __m512) -> __m512i {
     _mm512_add_epi32(half_less, is_odd)
 }
 
-/// Normal numbers and zeros, rounded to BF16 by the instruction for it, which takes all others for 0.
+/// Rounds normal numbers and zeros to BF16 with one instruction, which treats all others as
+/// 0.
 ///
 /// Only for processors that have it, avx512bf16.
 #[inline]
 #[target_feature(enable = "avx512f")]
 unsafe fn rounded([low, high]: [__m512; 2]) -> __m512i {
     let halves;
-    // Not the intrinsic: it is only put in its place in functions that are compiled for nothing but such processors.
-    // SAFETY: registers only; the caller has made sure that the processor has the instruction.
+    // Not the intrinsic: it is inlined only into functions that are compiled for such processors
+    // alone. SAFETY: registers only; the caller has made sure that the processor has the
+    // instruction.
     unsafe {
         asm!(
             "vcvtne2ps2bf16 {halves}, {high}, {low}",
@@ -337,7 +343,7 @@ unsafe fn rounded([low, high]: [__m512; 2]) -> __m512i {
     halves
 }
 
-/// Finite numbers, rounded to BF16.
+/// Rounds finite numbers to BF16.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
 fn upper_halves(weights: [__m512; 2]) -> __m512i {
@@ -349,7 +355,7 @@ fn upper_halves(weights: [__m512; 2]) -> __m512i {
     _mm512_permutex2var_epi16(rounded[0], load_u16(&odd), rounded[1])
 }
 
-/// [`half::bf16::from_f32`] of each.
+/// Converts each element with [`half::bf16::from_f32`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 pub(super) fn to_bf16(x: &[f32], out: &mut [bf16]) {
     let (blocks, rest) = x.as_chunks::<16>();
@@ -358,7 +364,7 @@ pub(super) fn to_bf16(x: &[f32], out: &mut [bf16]) {
         let values = load_f32(x);
         let bits = _mm512_castps_si512(values);
         let rounded = rounded_up(values);
-        // Rounding could turn a NaN into an infinity: it only becomes a quiet one.
+        // Rounding could turn a NaN into an infinity; here it only becomes quiet.
         let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(values, values);
         let quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x0040_0000));
         let rounded = _mm512_mask_blend_epi32(nan, rounded, quiet);
@@ -372,7 +378,7 @@ pub(super) fn to_bf16(x: &[f32], out: &mut [bf16]) {
     }
 }
 
-/// [`half::f16::from_f32`] of each.
+/// Converts each element with [`half::f16::from_f32`].
 #[target_feature(enable = "avx512f")]
 pub(super) fn to_f16(x: &[f32], out: &mut [f16]) {
     let (blocks, rest) = x.as_chunks::<16>();

@@ -1,24 +1,25 @@
-//! The transform of a rotation.
+//! Hadamard transform of a rotation.
 
 use super::*;
 use crate::kernels::hadamard;
 use crate::kernels::scalar::Signs;
 
-/// As [`crate::kernels::scalar::transform`]; 4,096 elements take two passes over memory.
+/// Runs [`crate::kernels::scalar::transform`]; 4,096 elements take two passes over memory.
 #[target_feature(enable = "avx512f")]
 pub(super) fn transform(proof: Avx512, x: &mut [f32], factor: f32, signs: Signs<'_>) {
     let (blocks, rest) = x.as_chunks_mut::<16>();
     hadamard::transform_in_place::<Register>(proof, blocks, rest, factor, signs);
 }
 
-// These are always put in their place, in a function that is compiled for the instructions.
+// Always inlined, into a function that is compiled for the instructions.
 impl hadamard::Register for Register {
     type Proof = Avx512;
     type Block = [f32; 16];
 
     #[inline(always)]
     fn load(_: Avx512, block: &[f32; 16]) -> Self {
-        // SAFETY: the argument proves that the processor has the features, and below `self` or an element does.
+        // SAFETY: the argument proves that the processor has the features, and below `self` or an
+        // element does.
         Self(unsafe { load_f32(block) })
     }
 
@@ -53,7 +54,7 @@ impl hadamard::Register for Register {
         Self(unsafe { flip_register(self.0, signs) })
     }
 
-    /// Spans 1, 2, 4 and 8.
+    /// Transforms over spans 1, 2, 4 and 8.
     #[inline(always)]
     fn within<const N: usize>(registers: &mut [Self; N]) {
         // SAFETY: as above.
@@ -82,8 +83,10 @@ fn flip_register(v: __m512, signs: u16) -> __m512 {
     _mm512_castsi512_ps(_mm512_mask_xor_epi32(bits, signs, bits, sign))
 }
 
-/// `v + other`; in lanes whose bit is set, which are the second of their pair, `other - v`. A product with 1 or -1
-/// is exact: there is one rounding, that of the sum.
+/// Computes `v + other`, and `other - v` in lanes whose bit in `SECOND` is set, the second of
+/// each pair.
+///
+/// A product with 1 or -1 is exact: the only rounding is that of the sum.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn pairs<const SECOND: u16>(v: __m512, other: __m512) -> __m512 {

@@ -1,36 +1,40 @@
-//! The levels of a strip from each kind of code.
+//! Levels of a strip from each kind of code.
 
 use super::*;
 use crate::kernels::places::window;
 use crate::trellis_code::{SHIFTS, STATE_BITS, code};
 
-/// Asks for what lies `at` bytes and some more after the start of `codes`, for the second cache: on Zen 4 a core gets
-/// 16 to 17 GB/s into its first cache and 25 into its second, which counts where little is done for each byte. Farther
-/// ahead than a page was slower there.
+/// Prefetches the codes somewhat more than `at` bytes after the start of `codes`, into the L2
+/// cache.
+///
+/// On Zen 4 a core loads 16 to 17 GB/s into its L1 cache and 25 into its L2 cache. This matters
+/// where little is computed per byte. Prefetching more than a page ahead was slower there.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn prefetch_second(codes: &[u8], at: usize) {
     prefetch::<_MM_HINT_T1>(codes, at + 3072);
 }
 
-/// Four columns of 64 rows as `level + 128`, sixteen rows in each register.
+/// Four columns of 64 rows as `level + 128`, sixteen rows per register.
 pub(super) type Tile = [__m512i; 4];
 
 /// Level 0.
 const ZERO: i8 = -128;
 
-/// The tiles of a strip in their order.
+/// Tiles of a strip in order.
 ///
-/// A value exists only where the processor has the features: every constructor asks for them.
+/// A value exists only where the processor has the features: every constructor requires them.
 pub(super) trait Levels {
-    /// Whether the lanes of the registers 0 and 1, and those of 2 and 3, have two of their rows each in turn:
-    /// 0, 1, 4, 5, 8 ... and 2, 3, 6, 7, 10 ... instead of sixteen in a row. See [`Levels::row`].
+    /// Flag for an interleaved row order.
+    ///
+    /// The lanes of registers 0 and 1, and those of 2 and 3, then alternate in pairs of rows: 0, 1,
+    /// 4, 5, 8 ... and 2, 3, 6, 7, 10 ... instead of sixteen consecutive ones. See [`Levels::row`].
     const IN_TURN: bool = false;
 
-    /// The next two tiles; of any levels where a tile starts past the last column.
+    /// Returns the next two tiles; levels are arbitrary where a tile starts past the last column.
     fn next(&mut self) -> [Tile; 2];
 
-    /// The row of a lane of a register.
+    /// Returns the row of a lane of a register.
     #[inline(always)]
     fn row(register: usize, lane: usize) -> usize {
         match Self::IN_TURN {
@@ -40,7 +44,7 @@ pub(super) trait Levels {
     }
 }
 
-/// Numbers of the 64 rows, from the order in which `L` has them.
+/// Reorders numbers of the 64 rows from the order of `L` to row order.
 #[inline]
 #[target_feature(enable = "avx512f")]
 pub(super) fn in_order_of_rows<L: Levels>(registers: [__m512; 4]) -> [f32; 64] {
@@ -63,7 +67,7 @@ pub(super) fn in_order_of_rows<L: Levels>(registers: [__m512; 4]) -> [f32; 64] {
     bytemuck::cast(rows)
 }
 
-/// `q8`.
+/// Levels of `q8`.
 pub(super) struct Bytes<'a>(&'a [u8]);
 
 impl<'a> Bytes<'a> {
@@ -92,7 +96,7 @@ impl Levels for Bytes<'_> {
     }
 }
 
-/// `q4`.
+/// Levels of `q4`.
 pub(super) struct Nibbles<'a> {
     codes: &'a [u8],
     codebook: __m512i,
@@ -129,10 +133,10 @@ impl Levels for Nibbles<'_> {
     }
 }
 
-/// Bytes for the codes of the last words, and any others after them.
+/// Buffer size for the codes of the last words, followed by arbitrary bytes.
 pub(super) const END: usize = 512;
 
-/// `s8`, or with `NIBBLES` `s4`.
+/// Levels of `s8`, or with `NIBBLES` of `s4`.
 pub(super) struct Kept<'a, const NIBBLES: bool> {
     bitmap: &'a [[u8; 8]],
     codes: &'a [u8],
@@ -172,10 +176,11 @@ impl<const NIBBLES: bool> Levels for Kept<'_, NIBBLES> {
                     let kept = u64::from_le_bytes(*word);
                     let n = kept.count_ones() as usize;
                     prefetch_second(codes, at);
-                    // SAFETY: each of at most 7 words before took at most 64 bytes: 64 from there on end inside of
-                    // the 512 of the reference. The loads need no alignment.
+                    // SAFETY: each of at most 7 words before took at most 64 bytes, so 64 bytes
+                    // from there on are inside the 512 of the reference. The loads need no
+                    // alignment.
                     let start = codes.as_ptr().add(at);
-                    // What lies after the codes of this word is not expanded.
+                    // Bytes after the codes of this word are not expanded.
                     let levels = if NIBBLES {
                         at += n.div_ceil(2);
                         let codes = in_order(_mm256_loadu_si256(start.cast()));
@@ -184,7 +189,7 @@ impl<const NIBBLES: bool> Levels for Kept<'_, NIBBLES> {
                         at += n;
                         biased(_mm512_loadu_si512(start.cast()))
                     };
-                    // What is not stored is level 0.
+                    // A weight without a stored code has level 0.
                     let zero = _mm512_set1_epi8(ZERO);
                     tiles[i / 4][i % 4] = _mm512_mask_expand_epi8(zero, kept, levels);
                 }
@@ -195,7 +200,7 @@ impl<const NIBBLES: bool> Levels for Kept<'_, NIBBLES> {
     }
 }
 
-/// The codes in 32 bytes, low halves first.
+/// Unpacks the codes in 32 bytes, low halves first.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
 fn in_order(codes: __m256i) -> __m512i {
@@ -205,10 +210,10 @@ fn in_order(codes: __m256i) -> __m512i {
     _mm512_and_si512(pairs, _mm512_set1_epi8(15))
 }
 
-/// Bytes for the end of the stream, and any others after it.
+/// Buffer size for the end of the stream, followed by arbitrary bytes.
 pub(super) const TRELLIS_END: usize = 320;
 
-/// `t2`, `t3` and `t4`.
+/// Levels of `t2`, `t3` and `t4`.
 pub(super) struct Trellis<'a, const K: usize> {
     stream: &'a [u8],
     decoder: Decoder,
@@ -226,30 +231,30 @@ impl<'a, const K: usize> Trellis<'a, K> {
     }
 }
 
-/// Of the bits of a state, those of them that are looked up in the shift table.
+/// Number of state bits that index the shift table.
 const SHIFT_BITS: usize = SHIFTS.ilog2() as usize;
 
-/// What turns the bits of weights into their levels.
+/// Constants that turn the bits of weights into their levels.
 struct Decoder {
-    /// Where the bytes of each word of 64 bits come from: the bits of eight weights, or of sixteen.
+    /// Source of the bytes of each 64-bit word, which has the bits of eight or sixteen weights.
     spread: __m512i,
-    /// Of the first eight weights of each word, and of the next eight.
+    /// Positions of the first eight weights of each word, and of the next eight.
     cuts: [Cut; 2],
     shifts: __m512i,
-    /// Biased.
+    /// Levels, biased.
     levels: [__m512i; 4],
 }
 
-/// Where the bits of eight weights are in their word.
+/// Bit positions of eight weights in their word.
 #[derive(Clone, Copy)]
 struct Cut {
     /// Bit `k * j` of its word for byte `j`: the low bits of the state.
     low: __m512i,
-    /// Six bits on: the high bits.
+    /// The same plus six bits: the high bits.
     high: __m512i,
 }
 
-/// How many eights of weights are cut from a word of 64 bits: two, if the last state ends in it.
+/// Returns how many groups of eight weights a 64-bit word holds: two if the last state fits.
 const fn together(k: usize) -> usize {
     if 15 * k + STATE_BITS as usize <= 64 {
         2
@@ -258,7 +263,8 @@ const fn together(k: usize) -> usize {
     }
 }
 
-/// Byte `j` of word `i` is `step_of_word * i + step_of_byte * j + first`.
+/// Returns the indices `step_of_word * i + step_of_byte * j + first` for byte `j` of word
+/// `i`.
 const fn places(step_of_word: usize, step_of_byte: usize, first: usize) -> [u8; 64] {
     let mut places = [0; 64];
     let mut i = 0;
@@ -291,20 +297,20 @@ impl Decoder {
         }
     }
 
-    /// The bits of 64 weights, or of 128, which start with those of `bytes`.
+    /// Returns the bits of 64 or 128 weights, which start at the start of `bytes`.
     #[inline]
     #[target_feature(enable = "avx512f,avx512vbmi")]
     fn words(&self, bytes: &[u8; 64]) -> __m512i {
         _mm512_permutexvar_epi8(self.spread, load(bytes))
     }
 
-    /// The levels of eight weights of each word.
+    /// Returns the levels of eight weights of each word.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
     fn levels<const K: usize>(&self, words: __m512i, cut: Cut) -> __m512i {
         let low = _mm512_multishift_epi64_epi8(cut.low, words);
         let high = _mm512_multishift_epi64_epi8(cut.high, words);
-        // The look-ups take the low 6 and 7 bits of each byte and ignore the rest.
+        // The look-ups use the low 6 and 7 bits of each byte and ignore the rest.
         let shift = _mm512_permutexvar_epi8(low, self.shifts);
         let [a, b, c, d] = self.levels;
         if code::<K>().levels() == 128 {

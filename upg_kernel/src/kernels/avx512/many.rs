@@ -1,16 +1,16 @@
-//! Packed weights times many vectors.
+//! Products of packed weights with many vectors.
 
 use super::levels::{self, Levels};
 use super::*;
 use crate::kernels::many::{self, Decoded, Many, Panel, Rows, TILES};
 
-/// Registers of a tile.
+/// Registers per tile.
 const QUARTERS: usize = 4;
 
 /// Four columns of 64 rows, as `level + 128`.
 type Quad = [[u8; 64]; QUARTERS];
 
-/// Every row times every vector.
+/// Multiplies every row by every vector.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,popcnt")]
 pub(super) fn multiply<'a>(
     strip: Strip<'_>,
@@ -20,12 +20,12 @@ pub(super) fn multiply<'a>(
     with_levels!(strip, levels => many::multiply(Multiplier(levels), &strip, vectors, panel))
 }
 
-/// The kernels for some levels. Those exist only where the processor has the features.
+/// Kernels for one kind of levels, which exist only where the processor has the features.
 struct Multiplier<L>(L);
 
 impl<L: Levels> Many for Multiplier<L> {
     const TILE: usize = size_of::<Quad>();
-    /// 128 KiB.
+    /// Blocks of decoded levels, 128 KiB.
     const BLOCKS: usize = 32;
 
     fn decode(&mut self, tiles: usize, levels: &mut [u8]) {
@@ -57,7 +57,7 @@ impl<L: Levels> Many for Multiplier<L> {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,popcnt")]
 fn decode<L: Levels>(levels: &mut L, tiles: usize, quads: &mut [Quad]) {
     let (pairs, _) = quads.as_chunks_mut::<2>();
-    // What is past the last pair is multiplied with zeros.
+    // Levels past the last pair are multiplied by zeros.
     for pair in &mut pairs[..tiles.div_ceil(2)] {
         for (quad, tile) in pair.iter_mut().zip(levels.next()) {
             for (quarter, levels) in quad.iter_mut().zip(tile) {
@@ -86,7 +86,7 @@ fn in_order<L: Levels>(sums: &Rows) -> Rows {
     levels::in_order_of_rows::<L>(registers)
 }
 
-/// [`Many::add`]. 24 registers hold the sums of six vectors.
+/// Implements [`Many::add`]. 24 registers hold the sums of six vectors.
 #[target_feature(enable = "avx512f,avx512vnni")]
 fn add<const T: usize>(decoded: Decoded<'_>, vectors: &[Activations; T], sums: &mut [Rows; T]) {
     let quads: &[Quad] = bytemuck::cast_slice(decoded.levels);
@@ -128,7 +128,7 @@ fn add<const T: usize>(decoded: Decoded<'_>, vectors: &[Activations; T], sums: &
     }
 }
 
-/// Adds the products of quads with one plane of `T` blocks, of which they start at element `half`.
+/// Adds the products of quads with one plane of `T` blocks, from element `half` on.
 #[inline]
 #[target_feature(enable = "avx512f,avx512vnni")]
 fn add_quads<const T: usize>(

@@ -1,4 +1,4 @@
-//! A strip times a vector.
+//! Products of a strip with one vector.
 #![forbid(unsafe_code)]
 
 use super::levels::{self, Levels};
@@ -28,7 +28,7 @@ fn multiply_levels<L: Levels>(mut levels: L, strip: &Strip<'_>, x: &Activations,
     strip.put_rows(&rows, out);
 }
 
-/// The sums of the products of some pairs of tiles with their columns of a block. Exact.
+/// Sums the products of some pairs of tiles with their columns of a block. Exact.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,popcnt")]
 fn products<L: Levels>(
@@ -59,7 +59,7 @@ fn products<L: Levels>(
     products
 }
 
-/// The primes of a group times the scale of its activations.
+/// Returns the primes of a group times the scale of its activations.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 fn factors(indices: &[u8; 64], scale: __m512) -> [__m512; 4] {

@@ -1,4 +1,4 @@
-//! Activations to integers.
+//! Quantization of activations.
 
 use super::load_i8;
 use crate::kernels::activations::{Activations, Block, GROUP, scales_for};
@@ -16,7 +16,7 @@ pub(super) fn quantize(x: &[f32], out: &mut Activations) {
         let inverse;
         (*scale, inverse) = scales_of(&quarters);
         for (i, quarter) in quarters.into_iter().enumerate() {
-            // Zeros, also where the activations are not finite: their product with 0 is NaN.
+            // Zeros also for non-finite activations, whose product with 0 is NaN.
             let finite =
                 _mm512_cmp_ps_mask::<_CMP_NEQ_OQ>(_mm512_set1_ps(inverse), _mm512_setzero_ps());
             let values =
@@ -30,7 +30,7 @@ pub(super) fn quantize(x: &[f32], out: &mut Activations) {
     }
 }
 
-/// Up to 16 floats, zeros after them.
+/// Loads up to 16 floats and fills the rest with zeros.
 #[target_feature(enable = "avx512f")]
 fn load_floats(x: &[f32]) -> __m512 {
     let n = x.len().min(16);
@@ -39,7 +39,7 @@ fn load_floats(x: &[f32]) -> __m512 {
     unsafe { _mm512_maskz_loadu_ps(mask, x.as_ptr()) }
 }
 
-/// The scale of a group and its inverse, which is 0 where the values are to be 0.
+/// Returns the scale of a group and its inverse. The inverse is 0 if the values become 0.
 #[target_feature(enable = "avx512f")]
 fn scales_of(quarters: &[__m512; 4]) -> (f32, f32) {
     let mut largest = _mm512_setzero_ps();
@@ -62,7 +62,7 @@ fn store_16(plane: &mut [i8; GROUP], at: usize, values: __m128i) {
     unsafe { _mm_storeu_si128(out.as_mut_ptr().cast(), values) };
 }
 
-/// -128 times the sum of each half.
+/// Returns -128 times the sum of each half.
 #[target_feature(enable = "avx512f,avx512vnni")]
 fn offsets_of(block: &Block) -> [i32; 2] {
     let ones = _mm512_set1_epi8(1);

@@ -1,14 +1,16 @@
-//! Rows of `mdcsr`: an entry takes 4 bytes to read (3 in rows without holes), a weight 2 or 4 to write.
+//! Rows of `mdcsr`.
 //!
-//! Primes are gathered from their table of 40 kB. One of 20 kB with what differs from ten times the index was no faster
-//! (0.20 instead of 0.19 ns a weight from L2), 64 look-ups that are stored and loaded again a little slower (0.24).
+//! An entry takes 4 bytes to read (3 in rows without gaps), and a weight 2 or 4 to write. Primes
+//! are gathered from their table of 40 kB. A table of 20 kB with the difference from ten times the
+//! index was no faster (0.20 instead of 0.19 ns per weight from L2). 64 look-ups that are stored
+//! and loaded again were slightly slower (0.24).
 
 use super::decode::Sixteens;
 use super::*;
 use crate::kernels::sparse::{BLOCK, Block, Blocks, Entries, Place, put_apart};
 use crate::prime_lut::PRIME_COUNT;
 
-/// As [`crate::kernels::sparse::decode`].
+/// Runs [`crate::kernels::sparse::decode`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 pub(super) fn decode<T: Element>(proof: Avx512, entries: Entries<'_>, out: &mut [T]) {
     let mut blocks = Blocks::new(entries, out.len());
@@ -35,7 +37,9 @@ pub(super) fn decode<T: Element>(proof: Avx512, entries: Entries<'_>, out: &mut 
     }
 }
 
-/// The product with `x [cols]`, in f32: 64 partial sums, of which each gets every 64th entry in order.
+/// Computes the product with `x [cols]` in f32.
+///
+/// There are 64 partial sums; each adds every 64th entry in order.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 pub(super) fn dot(entries: Entries<'_>, x: &[f32]) -> f32 {
     assert!(
@@ -74,7 +78,7 @@ pub(super) fn dot(entries: Entries<'_>, x: &[f32]) -> f32 {
     _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(a, b), _mm512_add_ps(c, d)))
 }
 
-/// The weights of a block.
+/// Computes the weights of a block.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 fn weights(block: &Block<'_>, scale: __m512) -> [__m512; 4] {
@@ -91,19 +95,21 @@ fn weights(block: &Block<'_>, scale: __m512) -> [__m512; 4] {
         // SAFETY: the reference is to 16 readable bytes; the load needs no alignment.
         let values = unsafe { _mm_loadu_si128(values[i].as_ptr().cast()) };
         let values = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(values));
-        // Exact: there is one rounding, that of the scale.
+        // Exact: the only rounding is that of the scale.
         let product = _mm512_mul_ps(_mm512_cvtepi32_ps(primes), values);
         weights[i] = _mm512_mul_ps(scale, product);
     }
     weights
 }
 
-/// Returns the elements of `x` in the columns of a block, zeros after them, and the last of these columns.
+/// Returns the elements of `x` in the columns of a block, then zeros, and the last of these
+/// columns.
 ///
-/// `before` is the column of the entry before the block. Panics if it or the last column is past the end of `x`.
+/// `before` is the column of the entry before the block. Panics if it or the last column is past
+/// the end of `x`.
 ///
-/// Another process may change the deltas of a mapped file between two reads of them. So they are read once, into
-/// registers, and the columns that are checked are the columns that are gathered.
+/// Another process may change the deltas of a mapped file between two reads. So they are read once,
+/// into registers, and the columns that are checked are the columns that are gathered.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 fn pick(block: &Block<'_>, before: usize, x: &[f32]) -> ([__m512; 4], usize) {
@@ -127,8 +133,9 @@ fn pick(block: &Block<'_>, before: usize, x: &[f32]) -> ([__m512; 4], usize) {
     let mut picked = [_mm512_setzero_ps(); 4];
     for i in 0..4 {
         let valid = (valid >> (16 * i)) as u16;
-        // SAFETY: only lanes of entries are gathered. Their columns ascend, in these registers, from `before` to `last`,
-        // and both are columns of `x`. They do not wrap: `before` is below 2^31, and 64 deltas add up to less than 2^14.
+        // SAFETY: only lanes of entries are gathered. Their columns ascend, in these registers,
+        // from `before` to `last`, and both are columns of `x`. They do not wrap: `before` is below
+        // 2^31, and 64 deltas add up to less than 2^14.
         picked[i] = unsafe {
             let (none, x) = (_mm512_setzero_ps(), x.as_ptr().cast());
             _mm512_mask_i32gather_ps::<4>(none, valid, columns[i], x)
@@ -137,13 +144,13 @@ fn pick(block: &Block<'_>, before: usize, x: &[f32]) -> ([__m512; 4], usize) {
     (picked, last)
 }
 
-/// Returns 16 bytes as integers of 32 bits. Reads them exactly once, which no intrinsic promises.
+/// Widens 16 bytes to 32-bit integers. Reads them exactly once, which no intrinsic promises.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 fn widened_once(bytes: &[u8; 16]) -> __m512i {
     let widened;
-    // SAFETY: the reference is to 16 readable bytes, and the instruction needs no alignment. Without `pure` the
-    // compiler runs it as often as it is written.
+    // SAFETY: the reference is to 16 readable bytes, and the instruction needs no alignment.
+    // Without `pure` the compiler keeps every execution that is written.
     unsafe {
         asm!(
             "vpmovzxbd {widened}, xmmword ptr [{bytes}]",

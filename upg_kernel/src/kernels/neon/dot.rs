@@ -4,14 +4,16 @@ use std::arch::aarch64::*;
 use std::arch::asm;
 use std::arch::is_aarch64_feature_detected;
 
-/// A way to add up products. A value is the proof that this machine has the instructions.
+/// Method of adding up products. A value proves that this machine has the instructions.
 pub(super) trait Dot: Copy {
-    /// Adds to each lane the products of its four levels, which are a row of a tile, with the activations in lane
-    /// `TILE` of `x`, which are of -64 to 63. Exact.
+    /// Adds to each lane the products of its four levels with the activations in lane `TILE` of
+    /// `x`.
+    ///
+    /// The four levels are a row of a tile; the activations are from -64 to 63. Exact.
     fn add<const TILE: i32>(self, sums: int32x4_t, levels: int8x16_t, x: int8x16_t) -> int32x4_t;
 }
 
-/// `sdot`.
+/// Products with `sdot`.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Sdot(());
 
@@ -30,8 +32,9 @@ impl Dot for Sdot {
         levels: int8x16_t,
         x: int8x16_t,
     ) -> int32x4_t {
-        // The intrinsic is not stable. The directive tells only the assembler that there is this instruction.
-        // SAFETY: `self` proves that the processor has it, and it changes nothing but `sums`.
+        // The intrinsic is not stable. The directive only tells the assembler that the instruction
+        // exists. SAFETY: `self` proves that the processor has it, and it changes nothing but
+        // `sums`.
         unsafe {
             asm!(
                 ".arch_extension dotprod",
@@ -47,7 +50,7 @@ impl Dot for Sdot {
     }
 }
 
-/// Products in int16, of which two are added up there.
+/// Products in int16, which are added in pairs there.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Widened(());
 

@@ -1,28 +1,29 @@
-//! The transform of a rotation.
+//! Hadamard transform of a rotation.
 
 use super::*;
 use crate::kernels::hadamard;
 use crate::kernels::scalar::Signs;
 
-/// As [`crate::kernels::scalar::transform`]; 4,096 elements take three passes over memory.
+/// Runs [`crate::kernels::scalar::transform`]; 4,096 elements take three passes over memory.
 #[target_feature(enable = "neon")]
 pub(super) fn transform(proof: Neon, x: &mut [f32], factor: f32, signs: Signs<'_>) {
     let (blocks, rest) = x.as_chunks_mut::<4>();
     hadamard::transform_in_place::<Four>(proof, blocks, rest, factor, signs);
 }
 
-/// Four f32. A value is the proof that this machine has the instructions.
+/// Vector of four f32. A value proves that this machine has the instructions.
 #[derive(Clone, Copy)]
 struct Four(float32x4_t);
 
-// These are always put in their place, in a function that is compiled for the instructions.
+// Always inlined, into a function that is compiled for the instructions.
 impl hadamard::Register for Four {
     type Proof = Neon;
     type Block = [f32; 4];
 
     #[inline(always)]
     fn load(_: Neon, block: &[f32; 4]) -> Self {
-        // SAFETY: the argument proves that the processor has the features, and below `self` or an element does.
+        // SAFETY: the argument proves that the processor has the features, and below `self` or an
+        // element does.
         Self(unsafe { load_f32(block) })
     }
 
@@ -55,7 +56,7 @@ impl hadamard::Register for Four {
         let signs = u32::from(signs[index / 2] >> (4 * (index % 2)));
         // SAFETY: as above; four places are readable.
         unsafe {
-            // The bit of each element in the place of its sign.
+            // Shifts the bit of each element to its sign.
             let places = vld1q_s32([31, 30, 29, 28].as_ptr());
             let bits = vshlq_u32(vdupq_n_u32(signs), places);
             let sign = vandq_u32(bits, vdupq_n_u32(1 << 31));
@@ -64,13 +65,13 @@ impl hadamard::Register for Four {
         }
     }
 
-    /// Spans 1 and 2.
+    /// Transforms over spans 1 and 2.
     #[inline(always)]
     fn within<const N: usize>(registers: &mut [Self; N]) {
         for Self(v) in registers {
             // SAFETY: as above.
             unsafe {
-                // a + b, a - b, c + d, c - d of a, b, c, d, and then the same of a, c and b, d.
+                // a + b, a - b, c + d, c - d from a, b, c, d, and then the same with a, c and b, d.
                 let (even, odd) = (vtrn1q_f32(*v, *v), vtrn2q_f32(*v, *v));
                 let sums = vtrn1q_f32(vaddq_f32(even, odd), vsubq_f32(even, odd));
                 let (low, high) = (vget_low_f32(sums), vget_high_f32(sums));

@@ -1,31 +1,32 @@
-//! The levels of a strip from each kind of code; [`Trellis`] has its own file.
+//! Levels of a strip from each kind of code; [`Trellis`] has its own file.
 
 pub(super) use super::trellis::Trellis;
 use super::*;
 use crate::kernels::places::{PLACES, sixteen_codes, window};
 
-/// Bytes of codes that are asked for ahead of their use.
+/// Prefetch distance for codes, in bytes.
 const AHEAD: usize = 4096;
 
-/// The levels of a strip, a block of 64 columns at a time.
+/// Levels of a strip, one block of 64 columns at a time.
 ///
-/// A value exists only where the processor has the features: every constructor asks for them.
+/// A value exists only where the processor has the features: every constructor requires them.
 pub(super) trait Levels {
-    /// Goes on to the next block of columns.
+    /// Advances to the next block of columns.
     fn next(&mut self);
 
-    /// Four rows, number `quad` of the 16 in a strip, of two tiles, number `pair` of the 8 in a block; of any levels
-    /// where a tile starts past the last column.
+    /// Returns four rows of two tiles.
     ///
-    /// Panics where there is no group of columns.
+    /// `quad` is one of the 16 groups of four rows in a strip, `pair` one of the 8 pairs of tiles
+    /// in a block. Levels are arbitrary where a tile starts past the last column. Panics if there
+    /// is no group of columns.
     fn pair(&self, pair: usize, quad: usize) -> [int8x16_t; 2];
 
-    /// Asks for what lies ahead of this and the next three quads.
+    /// Prefetches the data ahead of this and the next three quads.
     #[inline(always)]
     fn prefetch(&self, _pair: usize, _quad: usize) {}
 }
 
-/// The next up to `N` of some elements.
+/// Takes the next elements, up to `n`.
 #[inline(always)]
 pub(super) fn take<'a, T>(n: usize, rest: &mut &'a [T]) -> &'a [T] {
     let (now, after) = rest.split_at(n.min(rest.len()));
@@ -65,10 +66,10 @@ pub(super) use with_levels;
 
 pub(super) use crate::kernels::views::PAIRS;
 
-/// The levels of two tiles.
+/// Levels of two tiles.
 pub(super) type Pair = [u8; 512];
 
-/// `q8`; `STREAMED` if it comes from memory.
+/// Levels of `q8`; `STREAMED` if they come from memory.
 pub(super) struct Bytes<'a, const STREAMED: bool> {
     now: &'a [Pair],
     rest: &'a [Pair],
@@ -108,7 +109,7 @@ impl<const STREAMED: bool> Levels for Bytes<'_, STREAMED> {
     }
 }
 
-/// `q4`.
+/// Levels of `q4`.
 pub(super) struct Nibbles<'a> {
     now: &'a [[u8; 256]],
     rest: &'a [[u8; 256]],
@@ -152,13 +153,13 @@ impl Levels for Nibbles<'_> {
     }
 }
 
-/// `s8`, or with `NIBBLES` `s4`.
+/// Levels of `s8`, or with `NIBBLES` of `s4`.
 pub(super) struct Kept<'a, const NIBBLES: bool> {
     bitmap: &'a [[u8; 8]],
     codes: &'a [u8],
     codebook: int8x16_t,
     now: [[[u8; 64]; 8]; PAIRS],
-    /// For the codes of the last words.
+    /// Buffer for the codes of the last words.
     end: [u8; 64],
 }
 
@@ -211,8 +212,9 @@ impl<const NIBBLES: bool> Levels for Kept<'_, NIBBLES> {
     }
 }
 
-/// 64 levels: those of the kept weights, whose bits are those of `word`, from `codes` in their order, and 0. Returns
-/// how many were kept.
+/// Expands 64 weights to levels; returns the number of stored ones.
+///
+/// A weight whose bit is set in `word` takes the next level of `codes`; all others are 0.
 #[inline]
 #[target_feature(enable = "neon")]
 fn expand<const NIBBLES: bool>(
@@ -236,8 +238,8 @@ fn expand<const NIBBLES: bool>(
             load(&PLACES.0[1][usize::from(word[2 * i + 1])]),
         );
         let levels = if NIBBLES {
-            // SAFETY: `before` is at most 16 * i, and i at most 3: the 16 bytes from half of it on end inside of the
-            // 64 of the reference.
+            // SAFETY: `before` is at most 16 * i, and i at most 3, so the 16 bytes from half of it
+            // on are inside the 64 of the reference.
             let codes = unsafe {
                 codes
                     .as_ptr()
@@ -250,7 +252,7 @@ fn expand<const NIBBLES: bool>(
             let codes = vcombine_u8(vzip1_u8(low, high), vzip2_u8(low, high));
             vreinterpretq_u8_s8(vqtbl1q_s8(codebook, codes))
         } else {
-            // SAFETY: as above; from `before` on, too.
+            // SAFETY: as above, also from `before` on.
             unsafe { vld1q_u8(codes.as_ptr().add(before)) }
         };
         store(out, vqtbl1q_u8(levels, places));

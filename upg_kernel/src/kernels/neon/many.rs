@@ -1,4 +1,4 @@
-//! A strip times many vectors.
+//! Products of a strip with many vectors.
 //!
 //! The levels of some blocks of columns are decoded once for all vectors, to the form of `q8`.
 #![forbid(unsafe_code)]
@@ -14,13 +14,13 @@ const BLOCKS: usize = 16;
 #[derive(Debug, Default)]
 pub(crate) struct Panel {
     pairs: Vec<Pair>,
-    /// Of each group of columns.
+    /// Primes of each group of columns.
     primes: Vec<Rows>,
-    /// Of each vector, in the end its products.
+    /// Sums of each vector, at the end its products.
     sums: Vec<Rows>,
 }
 
-/// Every row times every vector.
+/// Multiplies every row by every vector.
 #[target_feature(enable = "neon")]
 pub(super) fn multiply<'a>(
     dot: impl Dot,
@@ -39,7 +39,7 @@ pub(super) fn multiply<'a>(
     products
 }
 
-/// The sums of every vector.
+/// Adds up the sums of every vector.
 #[target_feature(enable = "neon")]
 fn add_panels(
     mut levels: impl Levels,
@@ -80,11 +80,11 @@ fn add_panels(
     }
 }
 
-/// The next so many pairs of tiles, and some to fill up the last block of columns.
+/// Decodes the next `n` pairs of tiles, and some to pad the last block of columns.
 #[target_feature(enable = "neon")]
 fn decode<L: Levels>(levels: &mut L, n: usize, pairs: &mut Vec<Pair>) {
     pairs.resize(n.next_multiple_of(PAIRS), [0; 512]);
-    // What is past the last pair is multiplied with zeros.
+    // Levels past the last pair are multiplied by zeros.
     for pairs in pairs[..n].chunks_mut(PAIRS) {
         levels.next();
         for (i, pair) in pairs.iter_mut().enumerate() {

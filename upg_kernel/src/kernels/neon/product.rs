@@ -1,16 +1,16 @@
-//! A strip times a vector.
+//! Products of a strip with one vector.
 #![forbid(unsafe_code)]
 
 use super::levels::{self, Levels, with_levels};
 use super::*;
 
-/// Registers of four rows each to a strip.
+/// Registers of four rows per strip.
 pub(super) const QUADS: usize = 16;
 
-/// Those of them that are taken together: as many as there is room for beside what the levels need.
+/// Registers that are processed together: those left beside what the levels need.
 const TOGETHER: usize = 8;
 
-/// What each row of a strip has.
+/// One number per row of a strip.
 pub(super) type Rows = [[f32; 4]; QUADS];
 
 #[target_feature(enable = "neon")]
@@ -28,8 +28,9 @@ pub(super) fn multiply(dot: impl Dot, strip: Strip<'_>, x: &Activations, out: &m
     strip.put_rows(bytemuck::cast_ref(&sums), out);
 }
 
-/// Adds the products of some blocks of columns, whose levels come first, without what all of a row is multiplied
-/// with. `primes` are those of four rows of a group of columns.
+/// Adds the products of some blocks of columns, whose levels come first.
+///
+/// Leaves out the factor common to a whole row. `primes` belong to four rows of a group of columns.
 #[inline]
 #[target_feature(enable = "neon")]
 pub(super) fn add_blocks(
@@ -69,7 +70,10 @@ pub(super) fn add_blocks(
     }
 }
 
-/// Adds the products of some tiles, four at a time, with their columns of a block, times the factors of the rows.
+/// Adds the products of some tiles with their columns of a block, times the factors of the
+/// rows.
+///
+/// Processes four tiles at a time.
 #[inline]
 #[target_feature(enable = "neon")]
 fn add_group<L: Levels>(
@@ -90,7 +94,7 @@ fn add_group<L: Levels>(
     }
 }
 
-/// The products of some registers of rows from `first` on. Exact.
+/// Sums the products of some registers of rows from `first` on. Exact.
 #[inline(never)]
 #[target_feature(enable = "neon")]
 fn products<L: Levels>(

@@ -1,22 +1,23 @@
-//! The levels of a `t2`, `t3` or `t4` strip.
+//! Levels of a `t2`, `t3` or `t4` strip.
 //!
-//! As with AVX2: a row of a tile is four weights whose states lie in 32 bits, so that a lane of a register decodes a
-//! row. Columns 0 and 2 become the halves of the lanes of one register, columns 1 and 3 those of another, and the upper
-//! bytes of their products with the multiplier of the code ([`crate::trellis_code`]) stand in the order of the columns.
+//! As with AVX2, a row of a tile is four weights whose states lie in 32 bits, so each lane of a
+//! register decodes one row. Columns 0 and 2 become the halves of the lanes of one register,
+//! columns 1 and 3 those of another. The upper bytes of their products with the multiplier of the
+//! code ([`crate::trellis_code`]) are in column order.
 
 use super::levels::{Levels, PAIRS};
 use super::*;
 use crate::trellis_code::{STATES, code};
 
-/// Bytes of the stream that are asked for ahead of their use.
+/// Prefetch distance in the stream, in bytes.
 const AHEAD: usize = 2048;
 
-/// Bytes of the stream for a block if `K` is 4, and up to a whole vector more.
+/// Bytes of the stream for a block if `K` is 4, plus up to one vector.
 const MOST: usize = 512 * 4 + 16;
 
-/// `t2`, `t3` and `t4`.
+/// Decoder for `t2`, `t3` and `t4`.
 pub(super) struct Trellis<'a, const K: usize> {
-    /// Of this block.
+    /// Stream of this block.
     now: [u8; MOST],
     rest: &'a [u8],
     decoder: Decoder,
@@ -41,7 +42,7 @@ impl<const K: usize> Levels for Trellis<'_, K> {
             // SAFETY: `self` proves that the processor has the features.
             unsafe { prefetch(self.rest, line + AHEAD) };
         }
-        // After the last tile a strip has 16 bytes more. What is past them is multiplied with zeros.
+        // A strip has 16 more bytes after the last tile. Levels past them are multiplied by zeros.
         let bytes = self.rest.len().min(size + 16);
         self.now[..bytes].copy_from_slice(&self.rest[..bytes]);
         self.rest = self.rest.get(size..).unwrap_or_default();
@@ -49,7 +50,7 @@ impl<const K: usize> Levels for Trellis<'_, K> {
 
     #[inline(always)]
     fn pair(&self, pair: usize, quad: usize) -> [int8x16_t; 2] {
-        // The remainders show that no bound has to be checked.
+        // The remainders prove that no bounds check is needed.
         let first = 64 * K * (pair % PAIRS) + 2 * K * (quad % 16);
         [first, first + 32 * K].map(|at| {
             let bytes = self.now[at..].first_chunk().expect("a vector more");
@@ -59,11 +60,11 @@ impl<const K: usize> Levels for Trellis<'_, K> {
     }
 }
 
-/// What turns the bits of 16 weights into their levels.
+/// Constants that turn the bits of 16 weights into their levels.
 struct Decoder {
-    /// The bytes of a row for each lane.
+    /// Byte indices of a row for each lane.
     rows: uint8x16_t,
-    /// By how many bits a row starts later than its first byte, as shifts to the left.
+    /// Bit offset of a row from its first byte, as left shifts.
     starts: int32x4_t,
     multiplier: uint16x8_t,
     coarse: uint8x16_t,
@@ -93,7 +94,8 @@ impl Decoder {
         }
     }
 
-    /// The levels of 16 weights whose bits start with those of `bytes`, in the order of the stream.
+    /// Returns the levels of 16 weights in stream order, whose bits start at the start of
+    /// `bytes`.
     #[inline]
     #[target_feature(enable = "neon")]
     fn levels<const K: usize>(&self, bytes: uint8x16_t) -> int8x16_t {
@@ -108,17 +110,18 @@ impl Decoder {
         let points = vtrn2q_u8(even, odd);
         let mirror = vcltzq_s8(vreinterpretq_s8_u8(points));
         let depth = veorq_u8(points, mirror);
-        // The place in `fine`: the depth if that is below 8, else 8 + depth % 8, the smaller of the two.
+        // Index into `fine`: the depth if it is below 8, else 8 + depth % 8, whichever is smaller.
         let inner = vorrq_u8(vandq_u8(depth, vdupq_n_u8(7)), vdupq_n_u8(8));
         let fine = vqtbl1q_u8(self.fine, vminq_u8(depth, inner));
         let coarse = vqtbl1q_u8(self.coarse, vshrq_n_u8::<3>(depth));
-        // 128 less, and mirrored.
+        // Subtracts 128, and mirrors.
         let unbiased = veorq_u8(mirror, vdupq_n_u8(128));
         vreinterpretq_s8_u8(veorq_u8(vaddq_u8(coarse, fine), unbiased))
     }
 
-    /// The states of the weights of four rows, those in columns 0 and 2 and those in 1 and 3, with other bits above
-    /// them.
+    /// Returns the states of the weights of four rows, with other bits above them.
+    ///
+    /// The first register has columns 0 and 2, the second columns 1 and 3.
     #[inline]
     #[target_feature(enable = "neon")]
     fn states<const K: usize>(&self, rows: uint8x16_t) -> [uint16x8_t; 2] {

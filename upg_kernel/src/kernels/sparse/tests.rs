@@ -1,4 +1,5 @@
-//! Rows of entries with every kernel of this machine, against the reference and sums in f64.
+//! Rows of entries with every kernel of this machine, compared with the reference and sums in
+//! f64.
 
 use super::*;
 use crate::matrix::StoredMatrix;
@@ -7,13 +8,14 @@ use crate::test_data::{noise, signed};
 use half::{bf16, f16};
 use std::fmt::Debug;
 
-/// Relative to the sum of the magnitudes of all products: 64 sums of up to 20 products. Measured: 3e-7.
+/// Tolerance relative to the sum of the magnitudes of all products: 64 sums of up to 20
+/// products. Measured: 3e-7.
 const TOLERANCE: f64 = 2e-6;
 
-/// Around the edges of blocks.
+/// Sizes around the edges of blocks.
 const COLS: [usize; 11] = [1, 2, 63, 64, 65, 127, 128, 129, 300, 700, 1283];
 
-/// Sizes that round to zero, to subnormals and to infinities of 16 bits.
+/// Scales that round to zero, to subnormals and to infinities in 16 bits.
 const SCALES: [f32; 8] = [
     0.0,
     1e-4,
@@ -25,8 +27,10 @@ const SCALES: [f32; 8] = [
     -1.8446744e19,
 ];
 
-/// The columns of rows of every kind: empty, full, one run, runs that begin and end within blocks or between them, every
-/// other column, any columns, wide gaps, the last column alone.
+/// Columns of rows of every kind.
+///
+/// Empty, full, one run, runs that start and end within blocks or between them, every other column,
+/// arbitrary columns, wide gaps, and the last column alone.
 fn rows(cols: usize) -> Vec<Vec<usize>> {
     let random = noise(cols, 1);
     let all = || 0..cols;
@@ -49,7 +53,8 @@ fn rows(cols: usize) -> Vec<Vec<usize>> {
     rows
 }
 
-/// Entries in these columns with any levels, the largest ones among them; gaps above 255 are bridged.
+/// Creates entries in these columns with arbitrary levels, including the largest; gaps above
+/// 255 are bridged.
 fn matrix(cols: usize, rows: &[Vec<usize>]) -> MdCSRMatrix {
     let (mut deltas, mut values, mut row_pointers) = (Vec::new(), Vec::new(), vec![0]);
     let levels = signed(noise(cols, 2));
@@ -121,7 +126,7 @@ fn every_kernel_decodes_entries_as_the_reference_does() {
     }
 }
 
-/// The same bits, whatever was there before.
+/// Checks for the same bits, independent of the previous content.
 fn check_decode<T: Float, B: PartialEq + Debug>(
     kernels: Kernels,
     entries: Entries<'_>,
@@ -147,7 +152,7 @@ fn every_kernel_multiplies_entries_close_to_exact_sums() {
             let entries = m.entries(row).unwrap();
             let mut weights = vec![f32::NAN; m.cols()];
             m.decode_rows(row, &mut weights);
-            // Columns without an entry are not touched.
+            // Columns without an entry must not be touched.
             let mut x = x.clone();
             let mut column = 0;
             let mut is_stored = vec![false; m.cols()];

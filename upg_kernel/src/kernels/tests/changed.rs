@@ -1,8 +1,8 @@
 //! Kernels on a mapped file that is changed while they read it.
 //!
-//! A second map of the same file stands for another process. Results mean nothing then, and a kernel may panic, but it
-//! may not touch memory outside of its slices: outputs and inputs lie between pages that cannot be accessed, so that
-//! an access there ends the process.
+//! A second map of the same file simulates another process. Results are meaningless then, and a
+//! kernel may panic, but it must not touch memory outside its slices. Outputs and inputs lie
+//! between inaccessible pages, so an access there ends the process.
 
 use super::super::*;
 use crate::format::{Encoding, FileWriter, LayerInfo, UpgFile, header_capacity};
@@ -25,20 +25,21 @@ use std::sync::Once;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// The environment variable with the seconds for each instruction set.
+/// Environment variable with the seconds per instruction set.
 const SECONDS: &str = "UPG_STRESS_SECONDS";
 
-/// Enough for the old faults to show; `tools/sanitize.sh` takes longer.
+/// Enough for known faults to show; `tools/sanitize.sh` takes longer.
 const DEFAULT_SECONDS: f64 = 2.0;
 
-/// Two strips, the second one with a row; columns that are no multiple of a group.
+/// Two strips, the second one with one row; the columns are no multiple of a group.
 const ROWS: usize = 65;
 const COLS: usize = 4090;
 
-/// More than a row of deltas can lead past its end: 64 entries times 255 columns times 4 bytes, and more rows of them.
+/// Guard size: more than a row of deltas can lead past its end (64 entries times 255 columns
+/// times 4 bytes, and more rows of them).
 const GUARD: usize = 4 << 20;
 
-/// Bytes that the writer changes at once.
+/// Maximum bytes that the writer changes at once.
 const LARGEST_CHANGE: usize = 512;
 
 #[test]
@@ -113,7 +114,7 @@ fn write(path: &Path, layer: &LayerInfo, matrix: &Matrix) {
 }
 
 thread_local! {
-    /// Set while a panic of this thread is none that anybody should read of: a message for each would drown all others.
+    /// Flag for expected panics of this thread, whose messages would drown all others.
     static IS_SILENT: Cell<bool> = const { Cell::new(false) };
 }
 
@@ -129,7 +130,9 @@ fn silence_panics_of_passes() {
     });
 }
 
-/// Every kernel on the matrix in `path` while its arrays are changed: how many passes returned, and how many panicked.
+/// Runs every kernel on the matrix in `path` while its arrays are changed.
+///
+/// Returns how many passes returned and how many panicked.
 fn race(path: &Path, kernels: Kernels, time: Duration) -> [usize; 2] {
     let file = UpgFile::open(path).unwrap();
     let matrix = file.matrix(0).unwrap();
@@ -151,14 +154,14 @@ fn race(path: &Path, kernels: Kernels, time: Duration) -> [usize; 2] {
     passes
 }
 
-/// Changes a few bytes of an array and puts them back, again and again.
+/// Repeatedly changes a few bytes of an array and restores them.
 fn change(path: &Path, stop: &AtomicBool) {
     let file = std::fs::OpenOptions::new()
         .read(true)
         .write(true)
         .open(path)
         .unwrap();
-    // SAFETY: the test is about what others make of these bytes; here they are written only.
+    // SAFETY: the test examines what others do with these bytes; here they are only written.
     let mut map = unsafe { MmapMut::map_mut(&file) }.unwrap();
     let good = map.to_vec();
     let arrays = arrays(&good);
@@ -170,7 +173,7 @@ fn change(path: &Path, stop: &AtomicBool) {
         let array = &arrays[turn % arrays.len()];
         let choice = noise(8, turn as u64);
         let len = array.len().min(1 + usize::from(choice[0]) * 2);
-        // The end is what the last row has, from which the way out is short.
+        // The end belongs to the last row, from which out of bounds is near.
         let start = match choice[1] % 2 {
             0 => array.end - len,
             _ => array.start + (array.len() - len) * usize::from(choice[2]) / 255,
@@ -193,7 +196,7 @@ fn wait(spins: u8) {
     }
 }
 
-/// Places of the arrays of a file.
+/// Returns the byte ranges of the arrays of a file.
 fn arrays(file: &[u8]) -> Vec<Range<usize>> {
     let (header_len, header) = SafeTensors::read_metadata(file).unwrap();
     let start = 8 + header_len;
@@ -204,7 +207,7 @@ fn arrays(file: &[u8]) -> Vec<Range<usize>> {
     places.filter(|range| !range.is_empty()).collect()
 }
 
-/// Outputs and an input, each of which ends where nothing can be accessed.
+/// Outputs and an input, each followed by inaccessible memory.
 struct Memory {
     x: Guarded<f32>,
     row: Guarded<f32>,
@@ -231,7 +234,7 @@ impl Memory {
     }
 }
 
-/// The last row and the last strip, in every way.
+/// Runs every kernel on the last row and the last strip.
 fn run_all(matrix: &Matrix, kernels: Kernels, memory: &mut Memory) {
     let last = ROWS - 1;
     decode(matrix, kernels, last, &mut memory.row);
@@ -267,7 +270,7 @@ fn decode<T: Decode>(matrix: &Matrix, kernels: Kernels, first: usize, out: &mut 
     matrix.decode(kernels, first, false, out, &mut Vec::new());
 }
 
-/// Numbers between two stretches of memory that cannot be accessed, of which the second begins where they end.
+/// Numbers between two inaccessible ranges of memory; the second starts where they end.
 struct Guarded<T> {
     start: NonNull<c_void>,
     /// Bytes of all pages.
@@ -282,7 +285,7 @@ impl<T: bytemuck::Pod> Guarded<T> {
         let bytes = len * size_of::<T>();
         let middle = bytes.next_multiple_of(PAGE);
         let size = GUARD + middle + GUARD;
-        // SAFETY: new memory, that nothing else has; the middle is made accessible below.
+        // SAFETY: new memory that nothing else uses; the middle is made accessible below.
         unsafe {
             let start = mmap_anonymous(
                 None,
@@ -308,7 +311,7 @@ impl<T> Deref for Guarded<T> {
     type Target = [T];
 
     fn deref(&self) -> &[T] {
-        // SAFETY: `new` has made so many accessible, all zeros, which any plain number may be.
+        // SAFETY: `new` has made this many accessible, all zeros, which any plain number may be.
         unsafe { std::slice::from_raw_parts(self.first.as_ptr(), self.len) }
     }
 }
@@ -322,7 +325,7 @@ impl<T> DerefMut for Guarded<T> {
 
 impl<T> Drop for Guarded<T> {
     fn drop(&mut self) {
-        // SAFETY: the memory of `new`, which no borrow is left of.
+        // SAFETY: the memory of `new`, to which no borrow is left.
         unsafe { munmap(self.start, self.size) }.unwrap();
     }
 }

@@ -1,4 +1,4 @@
-//! One-dimensional typed storage that is either owned or a part of a mapped file.
+//! One-dimensional typed storage, either owned or a range of a mapped file.
 #![forbid(unsafe_code)]
 
 use crate::error::{Error, ErrorKind, Result};
@@ -7,10 +7,11 @@ use bytemuck::Pod;
 use std::ops::{Deref, Range};
 use std::sync::Arc;
 
-/// A read-only `[T]` that lives in a `Vec` or in a [`MappedFile`] (mapped or read), without a lifetime parameter.
+/// Read-only `[T]` in a `Vec` or in a [`MappedFile`] (mapped or read), without a lifetime
+/// parameter.
 ///
-/// Cloning one of a file copies nothing. The file is little-endian, as every platform that UPG
-/// supports is.
+/// A clone of an array in a file copies nothing. The file is little-endian, as is every platform
+/// that UPG supports.
 #[derive(Clone)]
 pub struct Array<T: Pod>(Storage<T>);
 
@@ -21,7 +22,7 @@ enum Storage<T> {
 }
 
 impl<T: Pod> Array<T> {
-    /// The bytes `range` of `file` as values of `T`, in place.
+    /// Returns the bytes `range` of `file` as values of `T`, in place.
     ///
     /// Errors (`Malformed`): the range is outside the file, not aligned to `T`, or not a whole
     /// number of `T`s.
@@ -47,7 +48,7 @@ impl<T: Pod> Array<T> {
         Ok(Self(Storage::Mapped(Arc::clone(file), range)))
     }
 
-    /// The file that it is a part of, and its first byte there; `None` if it is in memory of its own.
+    /// Returns the file and the offset of the first byte in it; `None` for owned memory.
     pub(crate) fn place(&self) -> Option<(&Arc<MappedFile>, usize)> {
         match &self.0 {
             Storage::Owned(_) => None,
@@ -62,7 +63,7 @@ impl<T: Pod> From<Vec<T>> for Array<T> {
     }
 }
 
-/// The same values, wherever they are.
+/// Compares values, independent of their storage.
 impl<T: Pod + PartialEq> PartialEq for Array<T> {
     fn eq(&self, other: &Self) -> bool {
         **self == **other
@@ -75,7 +76,7 @@ impl<T: Pod> Deref for Array<T> {
     fn deref(&self) -> &[T] {
         match &self.0 {
             Storage::Owned(values) => values,
-            // Range, length and alignment were checked by `mapped`; the memory of a file never moves.
+            // `mapped` has checked range, length and alignment; the memory of a file never moves.
             Storage::Mapped(file, range) => bytemuck::cast_slice(&file[range.clone()]),
         }
     }

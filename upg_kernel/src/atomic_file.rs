@@ -1,4 +1,4 @@
-//! Files that appear whole or not at all.
+//! Files that are replaced atomically.
 #![forbid(unsafe_code)]
 
 mod temporary;
@@ -12,44 +12,50 @@ use std::io::{self, BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use tempfile::TempPath;
 
-/// Bytes that are written at once.
+/// Size of the write buffer in bytes.
 const BUFFER: usize = 1 << 20;
 
-/// Most bytes of a file name. File systems that count otherwise (UTF-16, characters) allow at least as much.
+/// Maximum bytes of a file name.
+///
+/// File systems with other units (UTF-16, characters) allow at least as much.
 const LONGEST_NAME: usize = 255;
-/// Bytes that are kept free for a suffix, so that all files beside one have names of the same kind.
+/// Bytes reserved for a suffix, so that all files beside one have names of the same form.
 const LONGEST_SUFFIX: usize = ".partial.journal".len();
-/// Most bytes of a long name that a shortened one begins with.
+/// Maximum bytes of the prefix of a long name that a shortened name keeps.
 const BEGINNING: usize = 160;
 
 /// Permissions of a new file on Unix, before the umask.
 const NEW_FILE: u32 = 0o666;
 
-/// A file on its way to `path`: written in the same folder, put in its place by [`AtomicFile::commit`]. If that is
-/// never reached, nothing is left, and what was at `path` stays.
+/// File that is written in the folder of `path` and renamed to it by [`AtomicFile::commit`].
 ///
-/// The same holds for a process that is killed: on Linux the file has no name before [`AtomicFile::commit`] where the file
-/// system allows it, but for a moment of a commit that replaces a file. Elsewhere it is named `.upg-*.partial` and locked, and the next [`AtomicFile::create`] in the folder
-/// removes such files that nobody has locked. (Over a network that takes locks that all machines see.)
+/// If `commit` is never reached, nothing is left, and the file at `path` stays.
+///
+/// The same holds for a process that is killed. On Linux, if the file system allows it, the file
+/// has no name before [`AtomicFile::commit`], except for a moment in a commit that replaces a file.
+/// Elsewhere it is named `.upg-*.partial` and locked, and the next [`AtomicFile::create`] in the
+/// folder removes such files that nobody has locked. (On a network drive this needs locks that all
+/// machines see.)
 #[derive(Debug)]
 pub struct AtomicFile {
     out: BufWriter<File>,
-    /// `None`: the file has no name yet.
+    /// Temporary name; `None` if the file has no name yet.
     temporary: Option<TempPath>,
     path: PathBuf,
-    /// Where `path` leads to, if it is a link.
+    /// Target of `path`, if it is a link.
     target: PathBuf,
-    /// The file that was there at the start.
+    /// Metadata of the file that existed at the start.
     replaced: Option<Box<Metadata>>,
 }
 
 impl AtomicFile {
-    /// Starts a file in the folder of `path`. A link is followed: the file that it leads to is replaced.
+    /// Starts a file in the folder of `path`. A link is followed: its target is replaced.
     ///
-    /// A file that takes the place of another gets its permissions, without set-user-id and set-group-id, and where the
-    /// system allows it its owner and group. (A group that it cannot have gives the permissions of everybody to the
-    /// group that it has.) A new one gets the permissions that new files get. Writes go through a buffer of 1 MiB.
-    /// Errors: `Io` if the folder cannot be written to, or `path` is something else than a file, such as a device.
+    /// A file that replaces another gets its permissions, without set-user-id and set-group-id, and
+    /// its owner and group where the system allows it. (If the group cannot be set, the current
+    /// group gets the permissions of others.) A new file gets the default permissions. Writes go
+    /// through a buffer of 1 MiB. Errors: `Io` if the folder is not writable, or `path` is not a
+    /// regular file, such as a device.
     pub fn create(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let target = checked_target(path)?;
@@ -69,9 +75,9 @@ impl AtomicFile {
         }
     }
 
-    /// Does what [`AtomicFile::create`] does, for an output made from the files `read`.
+    /// Starts a file like [`AtomicFile::create`], for an output made from the files `read`.
     ///
-    /// Errors: also `Argument` if it would take the place of one of them, by whatever path.
+    /// Errors: also `Argument` if it would replace one of them, by whatever path.
     pub fn create_from<P: AsRef<Path>>(
         path: impl AsRef<Path>,
         read: impl IntoIterator<Item = P>,
@@ -80,11 +86,13 @@ impl AtomicFile {
         Self::create(path)
     }
 
-    /// Does what [`AtomicFile::create`] does, for work that may resume after a stop: until [`AtomicFile::commit`] the file has the
-    /// name [`AtomicFile::partial`], under which it stays if that is never reached, and what is there already is opened
-    /// with what it holds.
+    /// Opens a file like [`AtomicFile::create`], for work that can resume after a stop.
     ///
-    /// Two at once would write over each other: the caller has to have a lock. Errors: as [`AtomicFile::create`].
+    /// Until [`AtomicFile::commit`] the file is named [`AtomicFile::partial`], and it stays there
+    /// if `commit` is never reached. An existing partial file is opened with its content.
+    ///
+    /// Two writers would overwrite each other: the caller must hold a lock. Errors: as
+    /// [`AtomicFile::create`].
     pub fn resume(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let target = checked_target(path)?;
@@ -98,9 +106,9 @@ impl AtomicFile {
         Ok(Self::new(file, Some(temporary), path, target))
     }
 
-    /// Starts a file without a name, where temporary files are, that is never put in a place. Messages name `path`.
+    /// Starts an unnamed file in the system's folder for temporary files. It is never committed.
     ///
-    /// However the process ends, nothing is left of it. Errors: `Io`.
+    /// Messages name `path`. Nothing is left of it however the process ends. Errors: `Io`.
     #[cfg(feature = "v1")]
     pub(crate) fn temporary(path: &Path) -> Result<Self> {
         let file = tempfile::tempfile();
@@ -108,7 +116,9 @@ impl AtomicFile {
         Ok(Self::new(file, None, path, PathBuf::new()))
     }
 
-    /// The file as it was written, at its start. Nothing keeps a file that has no name yet. Errors: `Io`.
+    /// Returns the written file, positioned at its start.
+    ///
+    /// A file without a name then vanishes when it is closed. Errors: `Io`.
     #[cfg(feature = "v1")]
     pub(crate) fn into_file(self) -> Result<File> {
         let Self { out, path, .. } = self;
@@ -120,18 +130,19 @@ impl AtomicFile {
         rewound().map_err(|e| Error::io("cannot write", &path, e))
     }
 
-    /// Where the file that [`AtomicFile::resume`] opens for `path` is: beside it, with `.partial` after its name, which
-    /// [`AtomicFile::beside`] shortens.
+    /// Returns the path of the file that [`AtomicFile::resume`] opens for `path`.
     ///
-    /// Errors: `Io` if `path` cannot be written to.
+    /// It is beside it, with the suffix `.partial`; [`AtomicFile::beside`] may shorten the name.
+    /// Errors: `Io` if `path` is not writable.
     pub fn partial(path: impl AsRef<Path>) -> Result<PathBuf> {
         Self::beside(path, ".partial")
     }
 
-    /// The file beside the one that `path` is, through links, with `suffix` after its name.
+    /// Returns the path beside the target of `path` (through links) with `suffix` after its name.
     ///
-    /// A name of more than 239 bytes leaves no room for that: of it come the first characters, up to 160 bytes, `~` and
-    /// a checksum of the whole name. Errors: `Io` if `path` cannot be written to.
+    /// A name of more than 239 bytes leaves no room for that. It is shortened to its first
+    /// characters, up to 160 bytes, `~` and a checksum of the whole name. Errors: `Io` if `path` is
+    /// not writable.
     pub fn beside(path: impl AsRef<Path>, suffix: &str) -> Result<PathBuf> {
         let mut path = checked_target(path.as_ref())?;
         let name = path.file_name().unwrap_or_default();
@@ -139,13 +150,14 @@ impl AtomicFile {
         Ok(path)
     }
 
-    /// Where the file will be.
+    /// Returns the final path of the file.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Brings everything to disk, so that [`AtomicFile::commit`] has only the name to change: for several
-    /// files of which none may appear without the others. Errors: `Io`.
+    /// Syncs all data to disk, so that [`AtomicFile::commit`] only has to rename.
+    ///
+    /// Useful for several files of which none may appear without the others. Errors: `Io`.
     pub fn sync(&mut self) -> Result<()> {
         self.out
             .flush()
@@ -153,7 +165,7 @@ impl AtomicFile {
             .map_err(|e| Error::io("cannot write", &self.path, e))
     }
 
-    /// Ends the file after `len` bytes and goes there. Errors: `Io`.
+    /// Truncates the file to `len` bytes and seeks there. Errors: `Io`.
     pub fn truncate(&mut self, len: u64) -> Result<()> {
         self.out
             .flush()
@@ -163,12 +175,12 @@ impl AtomicFile {
             .map_err(|e| Error::io("cannot write", &self.path, e))
     }
 
-    /// Brings everything to disk, then puts the file in its place. Errors: `Io`.
+    /// Syncs all data to disk, then moves the file to its path. Errors: `Io`.
     pub fn commit(mut self) -> Result<()> {
         self.sync()?;
         let replaced = std::fs::metadata(&self.target).ok();
         if let Some(old) = replaced.as_ref().or(self.replaced.as_deref()) {
-            // Late: a file that can only be read could not be resumed.
+            // Done late: a read-only file could not be resumed.
             resemble(self.out.get_ref(), old)
                 .map_err(|e| Error::io("cannot write", &self.path, e))?;
             self.sync()?;
@@ -181,7 +193,7 @@ impl AtomicFile {
             ..
         } = self;
         let finish = || -> io::Result<()> {
-            // Opened first: once the file has its name, nothing of this may fail for lack of rights.
+            // Opened first: once the file has its name, no step may fail for lack of permissions.
             let folder = open_folder_of(&target);
             temporary::put(out.get_mut(), temporary, &target)?;
             sync_folder(folder)
@@ -190,7 +202,7 @@ impl AtomicFile {
     }
 }
 
-/// What was written; the place for reading and writing is the same.
+/// Reads the written data; reading and writing share one position.
 impl Read for AtomicFile {
     fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
         self.out.flush()?;
@@ -214,7 +226,7 @@ impl Seek for AtomicFile {
     }
 }
 
-/// Brings the name of a new or removed file to disk. Errors: those of the system.
+/// Syncs the directory entry of a new or removed file to disk. Errors: those of the system.
 pub fn sync_folder_of(path: &Path) -> io::Result<()> {
     sync_folder(open_folder_of(path))
 }
@@ -223,7 +235,9 @@ fn open_folder_of(path: &Path) -> Option<File> {
     File::open(folder_of(path)).ok().filter(|_| cfg!(unix))
 }
 
-/// A name is on disk only when its folder is; some file systems know no such thing.
+/// Syncs a folder.
+///
+/// A name is on disk only when its folder is; some file systems do not support this.
 fn sync_folder(folder: Option<File>) -> io::Result<()> {
     match folder.map_or(Ok(()), |folder| folder.sync_all()) {
         Err(e) if e.kind() == io::ErrorKind::InvalidInput => Ok(()),
@@ -232,10 +246,10 @@ fn sync_folder(folder: Option<File>) -> io::Result<()> {
     }
 }
 
-/// Opens the file at `path` for reading and writing, and makes it if need be.
+/// Opens the file at `path` for reading and writing, and creates it if necessary.
 ///
-/// Errors: those of the system; the path is a link, something other than a regular file, or a file with another name, which
-/// would change too.
+/// Errors: those of the system; the path is a link, not a regular file, or a file with another
+/// name, which would change too.
 pub fn open_regular_file(path: &Path) -> io::Result<File> {
     open_regular(path, NEW_FILE)
 }
@@ -252,7 +266,7 @@ fn open_regular(path: &Path, mode: u32) -> io::Result<File> {
                 false => Ok(file),
             }
         }
-        // The system has a code for each kind of thing that it does not open.
+        // The system has a different error code for each kind of irregular file.
         Err(e) => Err(match std::fs::symlink_metadata(path) {
             Ok(found) if !found.is_file() => files::irregular(),
             _ => e,
@@ -271,7 +285,7 @@ fn has_other_names(metadata: &Metadata) -> bool {
     }
 }
 
-/// Permissions for a file that is made.
+/// Sets the permissions of a file to create.
 fn with_mode(options: &mut OpenOptions, mode: u32) -> &mut OpenOptions {
     #[cfg(unix)]
     std::os::unix::fs::OpenOptionsExt::mode(options, mode);
@@ -280,7 +294,9 @@ fn with_mode(options: &mut OpenOptions, mode: u32) -> &mut OpenOptions {
     options
 }
 
-/// Returns whether `path` is this open file, not through a link. `false` too if that cannot be found out.
+/// Returns whether `path` is this open file, not through a link.
+///
+/// Also `false` if that cannot be determined.
 pub fn is_at(file: &File, path: &Path) -> bool {
     #[cfg(unix)]
     {
@@ -297,8 +313,9 @@ pub fn is_at(file: &File, path: &Path) -> bool {
     }
 }
 
-/// Permissions that a file is made with which is to take the place of `replaced`: its owner can write it, and nobody
-/// reads it meanwhile who may not read that one.
+/// Returns the permissions of the temporary file that is to replace `replaced`.
+///
+/// Its owner can write it, and nobody can read it meanwhile who cannot read the replaced file.
 fn mode_of(replaced: Option<&Metadata>) -> u32 {
     #[cfg(unix)]
     if let Some(replaced) = replaced {
@@ -317,7 +334,7 @@ fn resemble(file: &File, old: &Metadata) -> io::Result<()> {
     let (uid, gid) = (old.uid(), old.gid());
     let new = file.metadata()?;
     if (new.uid(), new.gid()) != (uid, gid) && fchown(file, Some(uid), Some(gid)).is_err() {
-        // Not everybody may give files away, but members of a group may give them to the group.
+        // Only privileged users may change the owner, but members of a group may set the group.
         let _ = fchown(file, None, Some(gid));
     }
     let mut mode = old.mode() & 0o777;
@@ -325,7 +342,7 @@ fn resemble(file: &File, old: &Metadata) -> io::Result<()> {
         mode = mode & 0o707 | mode & (mode & 0o007) << 3;
     }
     match file.set_permissions(Permissions::from_mode(mode)) {
-        // File systems of other systems have no permissions to set.
+        // Foreign file systems have no permissions to set.
         Err(e) if e.kind() == io::ErrorKind::PermissionDenied => Ok(()),
         Err(e) if e.kind() == io::ErrorKind::Unsupported => Ok(()),
         set => set,
@@ -337,7 +354,8 @@ fn resemble(_: &File, _: &Metadata) -> io::Result<()> {
     Ok(())
 }
 
-/// `name` and `suffix`, shortened to what file systems take; see [`AtomicFile::beside`].
+/// Joins `name` and `suffix`, shortened to the limit of file systems; see
+/// [`AtomicFile::beside`].
 fn name_beside(name: &OsStr, suffix: &str) -> OsString {
     if name.len() + suffix.len().max(LONGEST_SUFFIX) <= LONGEST_NAME {
         let mut name = name.to_os_string();
@@ -350,7 +368,9 @@ fn name_beside(name: &OsStr, suffix: &str) -> OsString {
     format!("{beginning}~{checksum}{suffix}").into()
 }
 
-/// Errors (`Argument`): a file at `path` would take the place of one of the files `read`, by whatever path.
+/// Checks that a file at `path` replaces none of the files `read`, by whatever path.
+///
+/// Errors (`Argument`): it would replace one.
 pub fn refuse_to_overwrite<P: AsRef<Path>>(
     path: &Path,
     read: impl IntoIterator<Item = P>,
@@ -368,7 +388,7 @@ pub fn refuse_to_overwrite<P: AsRef<Path>>(
     .hint("choose another output"))
 }
 
-/// [`target_of`] `path`, in a folder that is there.
+/// Returns [`target_of`] `path`; its folder must exist.
 fn checked_target(path: &Path) -> Result<PathBuf> {
     let io = |e| Error::io("cannot write", path, e);
     let target = target_of(path).map_err(io)?;
@@ -380,8 +400,9 @@ fn checked_target(path: &Path) -> Result<PathBuf> {
     Ok(target)
 }
 
-/// What a file at `path` would replace: `path`, or what it leads to. Renaming would put a file in the
-/// place of anything, a device too.
+/// Returns the path that a file at `path` would replace: `path`, or its link target.
+///
+/// A rename would replace anything, even a device, so irregular files are an error.
 fn target_of(path: &Path) -> io::Result<PathBuf> {
     let Ok(metadata) = std::fs::symlink_metadata(path) else {
         return Ok(path.to_path_buf());
@@ -393,7 +414,7 @@ fn target_of(path: &Path) -> io::Result<PathBuf> {
     files::check_regular(&std::fs::metadata(&target)?).map(|()| target)
 }
 
-/// The file that `path` is, through links; of one that is not there yet, the place where it would be.
+/// Resolves links in `path`; for a file that does not exist yet, returns its future location.
 fn place_of(path: &Path) -> Option<PathBuf> {
     let place = || Some(folder_of(path).canonicalize().ok()?.join(path.file_name()?));
     path.canonicalize().ok().or_else(place)

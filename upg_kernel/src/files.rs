@@ -1,16 +1,17 @@
-//! Regular files, opened without waiting and read within bounds.
+//! Regular files: non-blocking open and bounded reads.
 #![forbid(unsafe_code)]
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Read};
 use std::path::Path;
 
-/// Opens the regular file at `path` for reading, through links. Returns also its metadata.
+/// Opens the regular file at `path` for reading, through links; also returns its metadata.
 ///
-/// Never waits: a pipe or a device that takes the place of the file at any moment is refused.
-/// Errors: those of the system, and "not a regular file".
+/// Never blocks: a pipe or a device that replaces the file at any moment is refused. Errors: those
+/// of the system, and "not a regular file".
 pub fn open_regular(path: &Path) -> io::Result<(File, Metadata)> {
-    // Opening a device may do something, so the path is looked at before. What counts is what was opened.
+    // Opening a device may have an effect, so the path is checked before. The check of the opened
+    // file decides.
     check_regular(&std::fs::metadata(path)?)?;
     open_and_check(path)
 }
@@ -22,9 +23,9 @@ fn open_and_check(path: &Path) -> io::Result<(File, Metadata)> {
     Ok((file, metadata))
 }
 
-/// Reads `from` to its end. Returns `None` if there are more than `most` bytes.
+/// Reads `from` to its end; returns `None` if there are more than `most` bytes.
 ///
-/// `expected` is the length that it is said to have; memory for that is taken at once. Errors: those of `from`.
+/// `expected` is the declared length; memory for it is allocated at once. Errors: those of `from`.
 pub fn read_at_most(from: impl Read, expected: u64, most: u64) -> io::Result<Option<Vec<u8>>> {
     if expected > most {
         return Ok(None);
@@ -43,7 +44,7 @@ pub fn folder_of(path: &Path) -> &Path {
     }
 }
 
-/// Fails unless `metadata` is that of a regular file.
+/// Returns an error unless `metadata` belongs to a regular file.
 pub(crate) fn check_regular(metadata: &Metadata) -> io::Result<()> {
     match metadata.is_file() {
         true => Ok(()),
@@ -55,7 +56,8 @@ pub(crate) fn irregular() -> io::Error {
     io::Error::other("not a regular file")
 }
 
-/// Options that open a file without waiting for the other end of a pipe and, with `no_follow`, not through a link.
+/// Returns options that open a file without blocking on a pipe and, with `no_follow`, without
+/// following a link.
 pub(crate) fn options(no_follow: bool) -> OpenOptions {
     let mut options = OpenOptions::new();
     #[cfg(unix)]
@@ -94,7 +96,7 @@ mod tests {
         assert_eq!(e.kind(), io::ErrorKind::NotFound);
     }
 
-    /// A pipe that comes into the place of a file after the file was looked at.
+    /// A pipe that replaces a file after the file was checked.
     #[cfg(unix)]
     #[test]
     fn a_pipe_that_nobody_writes_is_refused_at_once() {
@@ -112,7 +114,7 @@ mod tests {
         let read = |expected, most| read_at_most(&b"abcd"[..], expected, most).unwrap();
         assert_eq!(read(4, 4).unwrap(), b"abcd");
         assert_eq!(read(0, 4).unwrap(), b"abcd");
-        // It has grown, and it is said to be too long.
+        // The file has grown, or its declared length is too large.
         assert_eq!(read(3, 3), None);
         assert_eq!(read(5, 4), None);
     }

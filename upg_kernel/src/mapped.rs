@@ -1,4 +1,4 @@
-//! The only memory map of the project.
+//! Memory map of a file, the only one of the project.
 
 mod live;
 
@@ -13,13 +13,15 @@ use std::path::{Path, PathBuf};
 
 pub use live::{MAPPED_PATH_BYTES, mapped_path_at};
 
-/// How files of weights are opened. The default maps them.
+/// Options for opening weight files. The default maps them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct OpenOptions {
-    /// Maps files if true: nothing is read before it is used, and memory that the system can take away again is
-    /// all that it costs. Else a file is read into memory as a whole, and a UPG file is checked against its checksums
-    /// then: for files that others may write, and for network disks.
+    /// Maps files if true, else reads them into memory.
+    ///
+    /// A map reads nothing before it is used, and costs only memory that the system can reclaim. A
+    /// file in memory is read as a whole, and a UPG file is then verified against its checksums.
+    /// Use this for network drives and for files that others may write.
     pub mmap: bool,
 }
 
@@ -30,20 +32,22 @@ impl Default for OpenOptions {
 }
 
 impl OpenOptions {
-    /// Options with which a file is read into memory.
+    /// Returns options that read a file into memory.
     pub fn in_memory() -> Self {
         Self { mmap: false }
     }
 }
 
-/// A file in memory, read-only: mapped, so that its pages are read from disk when first touched, or read as a whole.
+/// Read-only file in memory, mapped or read as a whole.
 ///
-/// A mapped file must not be changed in place: on most systems a reader then sees the new bytes, and touching a part
-/// that was cut off ends the process with a bus error. Copying another file over it does both. Replace it by renaming:
-/// an open map keeps the old one. UPG's own writer does so. [`MappedFile::read`] is for files with which that cannot be
-/// relied on.
+/// The pages of a mapped file are read from disk when first touched.
+///
+/// A mapped file must not be changed in place. On most systems a reader then sees the new bytes,
+/// and touching a part that was cut off ends the process with a bus error. Copying another file
+/// over it does both. Replace it by renaming, as UPG's own writer does: an open map keeps the old
+/// file. Use [`MappedFile::read`] for files where that is not guaranteed.
 pub struct MappedFile {
-    /// Before the map: it leaves the list before its addresses are free for others.
+    /// First field: it leaves the list before its addresses are free for other maps.
     _listed: Option<Listed>,
     map: Mmap,
     path: PathBuf,
@@ -56,15 +60,17 @@ impl MappedFile {
     }
 
     fn map(file: &File, path: &Path) -> Result<Self> {
-        // SAFETY: `map` asks that the file does not change while it is mapped. No process can promise that for others: a
-        // private map shares its pages with whoever writes the file in place, and a `&[u8]` or `&[T]` whose bytes change is
-        // outside of Rust's model. This is what UPG relies on instead. The map is private to this value, never written
-        // through, and lent only for its life. Values read from it have types of which all bits are values (`Pod`), so
-        // no read makes an invalid one. An index is computed from one read and bounded where it is used, whatever was
-        // found when the file was checked. Texts are copied before they are parsed, so that none changes after it was
-        // found to be UTF-8. A change then gives wrong numbers or an error, and no access outside of an array; a part
-        // that was cut off ends the process with a bus error (documented above). Who cannot rule changes out has
-        // `MappedFile::read`.
+        // SAFETY: `map` requires that the file does not change while it is mapped. No process can
+        // promise that for others: a private map shares its pages with a process that writes the
+        // file in place, and a `&[u8]` or `&[T]` whose bytes change is outside Rust's model. UPG
+        // relies on the following instead. The map is private to this value, never written through,
+        // and lent only for its life. Values read from it have types for which all bit patterns are
+        // valid (`Pod`), so no read creates an invalid value. An index is computed from one read
+        // and bounded where it is used, independent of earlier checks of the file. Texts are copied
+        // before they are parsed, so none changes after it was found to be UTF-8. A change then
+        // gives wrong numbers or an error, but no access outside an array. A part that was cut off
+        // ends the process with a bus error (documented above). Callers that cannot rule out
+        // changes have `MappedFile::read`.
         let map = unsafe { Mmap::map(file) }.map_err(|e| Error::io("cannot open", path, e))?;
         Ok(Self {
             _listed: Listed::new(&map, path),
@@ -73,10 +79,11 @@ impl MappedFile {
         })
     }
 
-    /// Reads `path` into memory of its own, which starts at a page.
+    /// Reads `path` into page-aligned memory.
     ///
-    /// Cost: the memory and the time to read the whole file. Errors: `Io`, also if the file changes meanwhile, as far
-    /// as its length and time of change tell; `TooLarge` if the memory is not to be had.
+    /// Cost: the memory and the time to read the whole file. Errors: `Io`, also if the file changes
+    /// meanwhile, as far as its length and modification time show; `TooLarge` if the memory cannot
+    /// be allocated.
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
         Self::open_with(path, OpenOptions { mmap: false })
     }
@@ -107,14 +114,15 @@ impl MappedFile {
         })
     }
 
-    /// [`MappedFile::open`] or [`MappedFile::read`].
+    /// Runs [`MappedFile::open`] or [`MappedFile::read`].
     pub fn open_with(path: impl AsRef<Path>, options: OpenOptions) -> Result<Self> {
         let path = path.as_ref();
         let (file, _) = files::open_regular(path).map_err(|e| Error::io("cannot open", path, e))?;
         Self::of_open_file(&file, path, options)
     }
 
-    /// [`MappedFile::open_with`] for an open file, read from its position on. Messages name `path`.
+    /// Runs [`MappedFile::open_with`] on an open file, read from its position on. Messages name
+    /// `path`.
     pub(crate) fn of_open_file(file: &File, path: &Path, options: OpenOptions) -> Result<Self> {
         match options.mmap {
             true => Self::map(file, path),
@@ -122,7 +130,7 @@ impl MappedFile {
         }
     }
 
-    /// The path it was opened with.
+    /// Returns the path it was opened with.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -138,7 +146,7 @@ fn fill(memory: &mut [u8], from: &mut impl Read) -> io::Result<bool> {
     Ok(from.take(1).read_to_end(&mut Vec::new())? == 0)
 }
 
-/// Length and time of change, which differ after most changes of a file.
+/// Returns length and modification time, which differ after most changes of a file.
 fn state(metadata: &Metadata) -> (u64, Option<std::time::SystemTime>) {
     (metadata.len(), metadata.modified().ok())
 }

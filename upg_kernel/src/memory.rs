@@ -1,11 +1,11 @@
-//! How much memory this process takes, and how fast this machine reads it.
+//! Memory use of this process and memory bandwidth of this machine.
 #![forbid(unsafe_code)]
 
 use rayon::prelude::*;
 
-/// The largest resident size of this process so far, in bytes; mapped pages that were touched count.
+/// Returns the peak resident size of this process in bytes, including touched mapped pages.
 ///
-/// `None` where the system does not say (Windows).
+/// `None` where the system does not report it (Windows).
 pub fn peak_memory() -> Option<u64> {
     #[cfg(unix)]
     {
@@ -23,11 +23,13 @@ pub fn peak_memory() -> Option<u64> {
     None
 }
 
-/// Words that one thread adds up at a time: 1 MiB.
+/// Words that one thread sums at a time: 1 MiB.
 const PART: usize = 1 << 17;
 
-/// The sum of `words`, wrapping, by all threads: over far more than the caches hold it takes what reading
-/// memory takes, which is what the time of a product with packed weights is measured against.
+/// Returns the wrapping sum of `words`, computed by all threads.
+///
+/// For far more words than the caches hold, its time is that of reading memory. The time of a
+/// product with packed weights is compared with it.
 pub fn sum_words(words: &[u64]) -> u64 {
     let sum = |part: &[u64]| part.iter().fold(0, |sum: u64, w| sum.wrapping_add(*w));
     words
@@ -57,7 +59,7 @@ mod tests {
         let block = vec![1u8; TOUCHED];
         let peak = super::peak_memory().unwrap();
         assert!(peak > TOUCHED as u64, "{peak}");
-        // A unit mistaken for another would be far off.
+        // A wrong unit would be far off.
         assert!(peak < (64 << 30) + block.len() as u64, "{peak}");
     }
 }

@@ -1,9 +1,11 @@
-//! Matrix-vector products on Apple GPUs: the kernels of `kernels/spmv.metal`, and what calls them.
+//! Matrix-vector products on Apple GPUs: the kernels of `kernels/spmv.metal`, and their
+//! callers.
 //!
 //! - [`source`] is the text of the kernels, [`KERNELS`] their names.
-//! - [`Plan`] says which of them multiply a matrix, with which buffers, arguments and threads. It knows nothing of a
-//!   device, so that the tests can run it on any system, on a CPU.
-//! - With the feature `metal`, `MetalSpMV` runs plans on the GPU, and [`crate::UpgLinear`] does on candle's Metal device.
+//! - [`Plan`] lists the kernel calls that multiply a matrix, with buffers, arguments and threads.
+//!   It is independent of a device, so that the tests can run it on any system, on a CPU.
+//! - With the feature `metal`, `MetalSpMV` runs plans on the GPU, and so does [`crate::UpgLinear`]
+//!   on candle's Metal device.
 //!
 //! `docs/gpu.md` says what was checked, and how; **no Apple GPU has run this yet**.
 
@@ -33,8 +35,10 @@ pub use spmv::MetalSpMV;
 #[cfg(all(feature = "metal", target_vendor = "apple"))]
 pub use spmv::{MetalFloat, MetalMatrix, MetalPass, MetalVector};
 
-/// Every kernel of [`source`] by name: those of matrices also with `_batch` for four vectors at once, all with the type
-/// of their input.
+/// Names of all kernels of [`source`].
+///
+/// Matrix kernels also exist with `_batch`, for four vectors at once. Each name ends with the input
+/// type.
 pub const KERNELS: [&str; 39] = [
     "mdcsr_row_f32",
     "mdcsr_row_f16",
@@ -77,10 +81,11 @@ pub const KERNELS: [&str; 39] = [
     "rotate_across",
 ];
 
-/// The kernels in the Metal Shading Language, one text: what `spmv.metal` includes stands in it.
+/// Returns the kernels in the Metal Shading Language as one text, with the includes of
+/// `spmv.metal` expanded.
 pub fn source() -> String {
     const INCLUDE: &str = "#include \"spmv_args.h\"\n";
-    // Once only, in a text that nothing includes.
+    // Allowed only in an included file.
     let args = include_str!("../kernels/spmv_args.h").replace("#pragma once\n", "");
     include_str!("../kernels/spmv.metal").replace(INCLUDE, &args)
 }

@@ -1,4 +1,4 @@
-//! The rotation of the trellis encodings: random signs, then Hadamard transforms.
+//! Rotation of the trellis encodings: random signs, then Hadamard transforms.
 #![forbid(unsafe_code)]
 
 use crate::array::Array;
@@ -6,56 +6,62 @@ use crate::error::Result;
 use crate::format::rules;
 use crate::kernels::scalar::{self, Signs};
 
-/// A pass over columns 0 to `size - 1`, then, if there are more columns, one over the last `size` of them. A pass flips the
-/// sign of its column `i` if bit `i` is 1, then multiplies by an orthogonal Hadamard matrix.
+/// Rotation of vectors in one or two passes.
 ///
-/// With `size` the largest power of two up to the columns every column is mixed with nearly all others, whatever their number.
-/// Both passes need signs: what a transform made of a single column is a row of its matrix, and the columns of another transform
-/// at a distance would bring most of that together again. A matrix in the rotated basis holds `W R^T`, so
-/// `W x = (W R^T)(R x)`. Source: QuaRot (arXiv 2404.00456), QuIP# (arXiv 2402.04396).
+/// The first pass covers columns 0 to `size - 1`. If there are more columns, a second pass covers
+/// the last `size` of them. A pass flips the sign of its column `i` if bit `i` is 1, then
+/// multiplies by an orthogonal Hadamard matrix.
+///
+/// `size` is usually the largest power of two up to the number of columns; every column is then
+/// mixed with nearly all others. Both passes need signs: a transform turns a single column into a
+/// row of its matrix, and the columns of another transform at a distance would largely undo that. A
+/// matrix in the rotated basis holds `W R^T`, so `W x = (W R^T)(R x)`. Source: QuaRot (arXiv
+/// 2404.00456), QuIP# (arXiv 2402.04396).
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rotation {
     cols: usize,
     size: usize,
-    /// One bit a column of a pass, least significant first; 1 flips the sign.
+    /// Sign bits of the columns of a pass, least significant first; 1 flips the sign.
     signs: Array<u8>,
 }
 
 impl Rotation {
-    /// Errors (`Invalid`): `size` is neither 1 (changes of signs only) nor a power of two from `cols / 2` to
-    /// `cols`; (`Shape`): `signs` is not `ceil(size / 8)` bytes.
+    /// Creates a rotation.
+    ///
+    /// Errors (`Invalid`): `size` is neither 1 (sign flips only) nor a power of two from `cols / 2`
+    /// to `cols`; (`Shape`): `signs` is not `ceil(size / 8)` bytes.
     pub fn new(cols: usize, size: usize, signs: Array<u8>) -> Result<Self> {
         rules::hadamard(cols, size)?;
         rules::length("signs", signs.len(), &[size.div_ceil(8)])?;
         Ok(Self { cols, size, signs })
     }
 
-    /// The columns it is made for.
+    /// Returns the number of columns.
     pub fn cols(&self) -> usize {
         self.cols
     }
 
-    /// Columns of each transform: a power of two.
+    /// Returns the columns of each transform, a power of two.
     pub fn size(&self) -> usize {
         self.size
     }
 
-    /// The sign bits, `ceil(size / 8)` bytes, least significant first.
+    /// Returns the sign bits, `ceil(size / 8)` bytes, least significant first.
     pub fn signs(&self) -> &[u8] {
         &self.signs
     }
 
-    /// The same, with where they are.
+    /// Returns the sign bits with their storage.
     pub(crate) fn sign_array(&self) -> &Array<u8> {
         &self.signs
     }
 
-    /// `x <- R x`; `x` has `cols` values.
+    /// Computes `x <- R x`; `x` has `cols` values.
     pub fn apply(&self, x: &mut [f32]) {
         self.apply_by(scalar::transform, x);
     }
 
-    /// [`Rotation::apply`] by another [`scalar::transform`].
+    /// Runs [`Rotation::apply`] with another [`scalar::transform`].
     pub(crate) fn apply_by(&self, transform: impl Fn(&mut [f32], f32, Signs<'_>), x: &mut [f32]) {
         let signs = Signs::FlippedBefore(&self.signs);
         transform(&mut x[..self.size], self.norm(), signs);
@@ -64,12 +70,12 @@ impl Rotation {
         }
     }
 
-    /// `x <- R^T x`, the inverse of [`Rotation::apply`] up to rounding.
+    /// Computes `x <- R^T x`, the inverse of [`Rotation::apply`] up to rounding.
     pub fn invert(&self, x: &mut [f32]) {
         self.invert_by(scalar::transform, x);
     }
 
-    /// [`Rotation::invert`] by another [`scalar::transform`].
+    /// Runs [`Rotation::invert`] with another [`scalar::transform`].
     pub(crate) fn invert_by(&self, transform: impl Fn(&mut [f32], f32, Signs<'_>), x: &mut [f32]) {
         let signs = Signs::FlippedAfter(&self.signs);
         if self.size < self.cols {
@@ -78,7 +84,7 @@ impl Rotation {
         transform(&mut x[..self.size], self.norm(), signs);
     }
 
-    /// What makes a transform orthogonal.
+    /// Returns the factor that makes a transform orthogonal.
     pub(crate) fn norm(&self) -> f32 {
         (1.0 / (self.size as f64).sqrt()) as f32
     }
@@ -107,7 +113,8 @@ mod tests {
         let r = Rotation::new(6, 4, vec![0b0001].into()).unwrap();
         let mut x = [-2.0, 0.0, 0.0, 0.0, 4.0, 8.0];
         r.apply(&mut x);
-        // Columns 0 to 3 (2, 0, 0, 0) become 1, 1, 1, 1; then columns 2 to 5 (-1, 1, 4, 8) are transformed.
+        // Columns 0 to 3 (2, 0, 0, 0) become 1, 1, 1, 1; then columns 2 to 5 (-1, 1, 4, 8) are
+        // transformed.
         assert_eq!(x, [1.0, 1.0, 6.0, -3.0, -6.0, 1.0]);
         r.invert(&mut x);
         assert_eq!(x, [-2.0, 0.0, 0.0, 0.0, 4.0, 8.0]);
@@ -127,7 +134,7 @@ mod tests {
         }
     }
 
-    /// No column, and no sum of two, comes out much larger anywhere than spread evenly.
+    /// No column, and no sum of two, gives elements much larger than if it were spread evenly.
     #[test]
     fn single_columns_are_spread() {
         for (cols, size) in [(576, 512), (96, 64), (1536, 1024), (1024, 1024)] {

@@ -1,6 +1,6 @@
-//! Files, memory and text that is shown, for the sister crates `upg_compress` and `upg_cli`.
+//! Files, memory and displayed text, for the sister crates `upg_compress` and `upg_cli`.
 //!
-//! Nothing here is promised to others: any version may change it.
+//! This module has no stability guarantee: any version may change it.
 #![forbid(unsafe_code)]
 
 pub use crate::atomic_file::{

@@ -1,13 +1,15 @@
-//! Text that is shown to people: names, paths and messages may hold characters that steer a terminal.
+//! Text shown to people: names, paths and messages may hold characters that steer a terminal.
 #![forbid(unsafe_code)]
 
 use std::fmt::{self, Display, Write};
 
-/// Returns whether a terminal takes `c` as a command, or shows other text than there is.
+/// Returns whether a terminal interprets `c` as a command, or displays other text because of
+/// it.
 ///
-/// These are all control characters but line end and tab; characters that turn the direction of a line around; line ends
-/// that only some terminals know; and tags and the byte order mark, which hide text from who reads or copies it. Joiners
-/// and variation selectors are not among them: emoji and many scripts are written with them.
+/// These are all control characters except line end and tab; characters that change the direction
+/// of a line; line ends that only some terminals know; and tags and the byte order mark, which hide
+/// text from readers and copies. Joiners and variation selectors are not among them: emoji and many
+/// scripts need them.
 pub fn steers(c: char) -> bool {
     match c {
         '\n' | '\t' => false,
@@ -19,8 +21,9 @@ pub fn steers(c: char) -> bool {
     }
 }
 
-/// A text that is displayed in one line: what [`steers`] a terminal is spelled out, as `\u{1b}`, and so are line ends
-/// and tabs, as `\n` and `\t`.
+/// Text displayed in one line.
+///
+/// Characters that [`steers`] reports are escaped as `\u{1b}`, line ends and tabs as `\n` and `\t`.
 #[derive(Debug, Clone, Copy)]
 pub struct Shown<T>(pub T);
 
@@ -30,7 +33,7 @@ impl<T: Display> Display for Shown<T> {
     }
 }
 
-/// Spells out what is written to it.
+/// Writer that escapes its input.
 struct OneLine<'a, 'b>(&'a mut fmt::Formatter<'b>);
 
 impl Write for OneLine<'_, '_> {

@@ -1,23 +1,28 @@
-//! What a state of the trellis encodings stands for: a level, computed with one multiplication.
+//! Levels of the states of the trellis encodings, computed with one multiplication.
 //!
-//! A state has 13 bits, the newest on top. `state * multiplier` in 16 bits is a point on a ring: states that differ in
-//! their newest `k` bits stand at equal distances on it (at about equal ones with 4), as the ways on from a state should,
-//! and those that differ in their oldest bits are spread by the multiplier. The upper byte of the product then becomes a
-//! level that is close to the quantile of a Gaussian at that point. Sources: the trellis and computed codes are those of
-//! QTIP (arXiv 2406.11235); this code is our own. It needs 16 bits and shuffles of 16 bytes, and is also
-//! `T[(S[state % 64] + state / 64) % len]` with two tables, which is faster where registers hold them.
+//! A state has 13 bits, the newest on top. `state * multiplier` in 16 bits is a point on a ring.
+//! States that differ in their newest `k` bits are equidistant on it (about equidistant with 4), as
+//! the successors of a state should be. The multiplier spreads states that differ in their oldest
+//! bits. The upper byte of the product then becomes a level that is close to the quantile of a
+//! Gaussian at that point.
+//!
+//! Sources: the trellis and computed codes are those of QTIP (arXiv 2406.11235); this code is our
+//! own. It needs 16 bits and shuffles of 16 bytes. It also equals
+//! `T[(S[state % 64] + state / 64) % len]` with two tables, which is faster where registers hold
+//! them.
 #![forbid(unsafe_code)]
 
 /// Bits of the stream that select one level.
 pub const STATE_BITS: u32 = 13;
 
-/// How many states there are.
+/// Number of states.
 pub const STATES: usize = 1 << STATE_BITS;
 
-/// Entries of [`TrellisCode::shift_table`]: one for each value of the oldest six bits of a state.
+/// Entries of [`TrellisCode::shift_table`]: one for each value of the oldest six bits of a
+/// state.
 pub const SHIFTS: usize = 64;
 
-/// The code of a trellis encoding: the level of each state.
+/// Code of a trellis encoding: the level of each state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TrellisCode {
     multiplier: u16,
@@ -26,14 +31,15 @@ pub struct TrellisCode {
 }
 
 impl TrellisCode {
-    /// A code from its parts.
+    /// Creates a code from its parts.
     ///
-    /// - `multiplier` is 8 or 4 times an odd number, for levels that 7 or 8 bits of a point tell apart.
-    /// - `coarse[depth / 8] + fine[..]` is `128 + level` at a depth of 0 (outermost) to 127; the first 8 entries of
-    ///   `fine` are for depths below 8, the others for the rest.
+    /// - `multiplier` is 8 or 4 times an odd number, for levels that depend on 7 or 8 bits of a
+    ///   point.
+    /// - `coarse[depth / 8] + fine[..]` is `128 + level` at a depth of 0 (outermost) to 127. The
+    ///   first 8 entries of `fine` are for depths below 8, the others for the rest.
     ///
-    /// Panics, when evaluated at compile time as an error, if the multiplier is another, a sum is above 127, or
-    /// depths that 7 bits do not tell apart have different levels.
+    /// Panics, at compile time as an error, if the multiplier is another, a sum is above 127, or
+    /// depths that differ only beyond 7 bits have different levels.
     pub const fn new(multiplier: u16, coarse: [u8; 16], fine: [u8; 16]) -> Self {
         let zeros = multiplier.trailing_zeros();
         assert!(zeros == 2 || zeros == 3);
@@ -56,7 +62,7 @@ impl TrellisCode {
         code
     }
 
-    /// The code of the encoding with `k` bits a weight; `None` if `k` is not 2, 3 or 4.
+    /// Returns the code of the encoding with `k` bits per weight; `None` if `k` is not 2, 3 or 4.
     pub const fn of(k: u8) -> Option<&'static Self> {
         match k {
             2 => Some(&T2),
@@ -66,18 +72,18 @@ impl TrellisCode {
         }
     }
 
-    /// The level of a state, of which the upper three bits do not count. This is the reference.
+    /// Returns the level of a state; its upper three bits are ignored. This is the reference.
     pub const fn level(&self, state: u16) -> i8 {
         self.level_at(self.point(state))
     }
 
-    /// Where on the ring a state stands: the upper byte of its product.
+    /// Returns the point of a state on the ring: the upper byte of its product.
     pub const fn point(&self, state: u16) -> u8 {
         let state = state % STATES as u16;
         (state.wrapping_mul(self.multiplier) >> 8) as u8
     }
 
-    /// The level at a point of the ring, given by its upper 8 bits.
+    /// Returns the level at a point of the ring, given by its upper 8 bits.
     pub(crate) const fn level_at(&self, point: u8) -> i8 {
         let mirror = if point < 128 { 0 } else { 255 };
         let depth = point ^ mirror;
@@ -85,39 +91,40 @@ impl TrellisCode {
         (level ^ mirror ^ 128) as i8
     }
 
-    /// What a state is multiplied with.
+    /// Returns the multiplier of a state.
     pub const fn multiplier(&self) -> u16 {
         self.multiplier
     }
 
-    /// `128 + level` at depths 0, 8, ... 120, less what [`Self::fine`] adds.
+    /// Returns `128 + level` at depths 0, 8, ... 120, less the part in [`Self::fine`].
     pub const fn coarse(&self) -> &[u8; 16] {
         &self.coarse
     }
 
-    /// What the low three bits of a depth add: below 8 the first eight, else the others.
+    /// Returns the part of the low three bits of a depth: the first eight entries below 8, else
+    /// the others.
     pub const fn fine(&self) -> &[u8; 16] {
         &self.fine
     }
 
-    /// Bits of a point that its level depends on: 7 or 8.
+    /// Returns the number of bits of a point that its level depends on: 7 or 8.
     pub const fn bits(&self) -> u32 {
         10 - self.multiplier.trailing_zeros()
     }
 
-    /// Entries of the [`Self::level_table`]: 128 or 256.
+    /// Returns the number of entries of the [`Self::level_table`]: 128 or 256.
     pub const fn levels(&self) -> usize {
         1 << self.bits()
     }
 
-    /// `S` of `level = T[(S[state % 64] + state / 64) % len]`.
+    /// Returns `S` of `level = T[(S[state % 64] + state / 64) % len]`.
     pub const fn shift_table(&self) -> [u8; SHIFTS] {
         let mut table = [0; SHIFTS];
         let mut low = 0;
         let inverse = self.inverse();
         while low < SHIFTS {
             let point = (low as u16).wrapping_mul(self.multiplier) >> (16 - self.bits());
-            // In steps of the new bits, which their inverse counts.
+            // In units of the new bits, by the inverse of their step.
             let shift = point as usize * inverse % self.levels();
             table[low] = shift as u8;
             low += 1;
@@ -125,7 +132,7 @@ impl TrellisCode {
         table
     }
 
-    /// `T` of the same, in its first [`Self::levels`] entries.
+    /// Returns `T` of the same, in its first [`Self::levels`] entries.
     pub const fn level_table(&self) -> [i8; 256] {
         let mut table = [0; 256];
         let mut i = 0;
@@ -137,12 +144,12 @@ impl TrellisCode {
         table
     }
 
-    /// By how much seven new bits that are higher by 1 move a state on.
+    /// Returns the distance on the ring between states whose seven newest bits differ by 1.
     const fn step(&self) -> usize {
         (self.multiplier << 6 >> (16 - self.bits())) as usize
     }
 
-    /// What the step has to be multiplied with to be 1.
+    /// Returns the inverse of the step modulo the number of levels.
     const fn inverse(&self) -> usize {
         let mut inverse = 1;
         while inverse * self.step() % self.levels() != 1 {
@@ -169,7 +176,7 @@ const fn fine_index(depth: u8) -> usize {
 
 // Found by `upg_compress/examples/train_trellis_codes.rs`.
 
-/// -11.61 dB on Gaussian weights.
+/// Code of `t2`: -11.61 dB on Gaussian weights.
 const T2: TrellisCode = TrellisCode::new(
     16920,
     [
@@ -178,7 +185,7 @@ const T2: TrellisCode = TrellisCode::new(
     [0, 0, 23, 23, 27, 27, 34, 34, 0, 0, 1, 1, 3, 3, 4, 4],
 );
 
-/// -17.46 dB on Gaussian weights.
+/// Code of `t3`: -17.46 dB on Gaussian weights.
 const T3: TrellisCode = TrellisCode::new(
     8680,
     [
@@ -187,7 +194,7 @@ const T3: TrellisCode = TrellisCode::new(
     [0, 0, 21, 21, 33, 33, 38, 38, 0, 0, 1, 1, 3, 3, 4, 4],
 );
 
-/// -23.19 dB on Gaussian weights.
+/// Code of `t4`: -23.19 dB on Gaussian weights.
 const T4: TrellisCode = TrellisCode::new(
     4292,
     [
@@ -196,15 +203,15 @@ const T4: TrellisCode = TrellisCode::new(
     [0, 21, 32, 39, 44, 48, 51, 52, 0, 1, 1, 2, 3, 3, 4, 4],
 );
 
-/// The code of the encoding with `K` = 2, 3 or 4 bits a weight, for kernels.
+/// Returns the code of the encoding with `K` = 2, 3 or 4 bits per weight, for kernels.
 pub(crate) const fn code<const K: usize>() -> &'static TrellisCode {
     TrellisCode::of(K as u8).expect("2, 3 or 4 bits")
 }
 
-/// The level of every state.
+/// Level of every state.
 static LEVELS: [[i8; STATES]; 3] = [T2.all_levels(), T3.all_levels(), T4.all_levels()];
 
-/// The level of every state with `k` bits a weight; `None` if `k` is not 2, 3 or 4.
+/// Returns the level of every state with `k` bits per weight; `None` if `k` is not 2, 3 or 4.
 pub fn levels(k: u8) -> Option<&'static [i8; STATES]> {
     LEVELS.get(usize::from(k).checked_sub(2)?)
 }

@@ -1,4 +1,4 @@
-//! A layer of candle whose weights stay compressed.
+//! Linear layer for candle whose weights stay compressed.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::matrix::Matrix;
@@ -12,12 +12,13 @@ use candle_core::{
 use half::{bf16, f16};
 use std::sync::Arc;
 
-/// `y = W x + b` for any model of candle, as `candle_nn::Linear` is, with `W` in one of the encodings of UPG.
+/// Linear layer `y = W x + b` for candle models, like `candle_nn::Linear`, with `W` in a UPG
+/// encoding.
 ///
-/// The input is `[.., cols]` in F32, F16 or BF16, the output `[.., rows]` in the same type; sums are taken in f32. On the
-/// CPU products are those of [`Matrix::spmm`] (`docs/numerics.md`), on candle's Metal device, with the feature `metal`, those
-/// of [`crate::metal_kernels`], for which a matrix has to be compressed. Nothing is decompressed. There is no gradient. A
-/// clone shares the weights.
+/// The input is `[.., cols]` in F32, F16 or BF16, the output `[.., rows]` in the same type; sums
+/// are in f32. On the CPU products are those of [`Matrix::spmm`] (`docs/numerics.md`). On candle's
+/// Metal device, with the feature `metal`, they are those of [`crate::metal_kernels`], which need a
+/// compressed matrix. Nothing is decompressed. There is no gradient. Clones share the weights.
 ///
 /// ```
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -38,7 +39,9 @@ pub struct UpgLinear {
 }
 
 impl UpgLinear {
-    /// A layer of this matrix. A matrix of a mapped file stays there. Errors (`Shape`): `bias` is not `[rows]`.
+    /// Creates a layer of this matrix. A matrix of a mapped file stays there.
+    ///
+    /// Errors (`Shape`): `bias` is not `[rows]`.
     pub fn new(matrix: Matrix, bias: Option<Tensor>) -> Result<Self> {
         if let Some(bias) = &bias
             && bias.dims() != [matrix.rows()]
@@ -57,26 +60,30 @@ impl UpgLinear {
         })
     }
 
-    /// Layer `id` of an open file, without a bias. Errors: those of [`UPGDecompressor::layer`].
+    /// Creates a layer from layer `id` of an open file, without a bias.
+    ///
+    /// Errors: those of [`UPGDecompressor::layer`].
     pub fn from_file<'a>(file: &UPGDecompressor, id: impl Into<LayerId<'a>>) -> Result<Self> {
         let (_, matrix) = file.layer(id)?;
         Self::new(matrix.clone(), None)
     }
 
-    /// The weights.
+    /// Returns the weights.
     pub fn matrix(&self) -> &Matrix {
         &self.product.matrix
     }
 
-    /// The bias.
+    /// Returns the bias.
     pub fn bias(&self) -> Option<&Tensor> {
         self.bias.as_ref()
     }
 }
 
 impl Module for UpgLinear {
-    /// Errors: another last dimension than the matrix has columns, a type other than F32, F16 and BF16, and what the device
-    /// says.
+    /// Computes `W x + b`.
+    ///
+    /// Errors: the last dimension is not the columns of the matrix, a type other than F32, F16 and
+    /// BF16, and those of the device.
     fn forward(&self, x: &Tensor) -> CandleResult<Tensor> {
         let cols = self.product.matrix.cols();
         if x.dims().last() != Some(&cols) {
@@ -90,7 +97,7 @@ impl Module for UpgLinear {
             *dims.last_mut().expect("checked above") = self.product.matrix.rows();
             return Tensor::zeros(dims, x.dtype(), x.device());
         }
-        // Kernels on a GPU have no bf16.
+        // GPU kernels have no bf16.
         let dtype = x.dtype();
         let is_wide = x.device().is_metal() && dtype == DType::BF16;
         let x = if is_wide {
@@ -121,7 +128,7 @@ impl Product {
         Shape::from(dims)
     }
 
-    /// `[vectors, rows]`, rounded to the type of `x`.
+    /// Computes `[vectors, rows]`, rounded to the type of `x`.
     fn on_cpu<T: WeightFloat>(&self, x: &[T], layout: &Layout) -> CandleResult<Vec<T>> {
         let (start, end) = layout.contiguous_offsets().expect("made contiguous before");
         let x: Vec<f32> = x[start..end].iter().map(|&x| x.into()).collect();
@@ -177,7 +184,7 @@ mod tests {
         let (rows, cols) = (67, 130);
         let q8 = Matrix::Grouped(grouped(rows, cols, 64, false));
         let t3 = Matrix::Trellis(trellis(rows, cols, 3, 128));
-        // As trained weights are: the scales of the test data are of any size.
+        // Like the scales of trained weights; those of the test data have any size.
         let scales: Vec<f32> = (0..rows).map(|r| 1e-6 * (1 + r % 7) as f32).collect();
         [q8, t3].map(|m| UpgLinear::new(m.with_scales(scales.clone()).unwrap(), None).unwrap())
     }

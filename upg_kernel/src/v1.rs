@@ -1,11 +1,12 @@
-//! Files of version 1, Python pickles: reading and converting them, without running anything of them.
+//! Version 1 files, Python pickles: reading and converting them without executing them.
 //!
-//! `docs/migrating-from-v1.md` has the schema. A pickle is a program, which Python's `pickle` runs with all that it
-//! imports. Here a small machine ([`V1File::open`]) knows the opcodes and the globals of numpy and scipy that such a file
-//! needs, and takes what would be a call as a description of an array; the first other one ends it. Arrays are never in
+//! `docs/migrating-from-v1.md` has the schema. A pickle is a program, which Python's `pickle` runs
+//! together with everything it imports. Here a restricted machine ([`V1File::open`]) knows only the
+//! opcodes and the globals of numpy and scipy that such a file needs. It interprets a call as the
+//! description of an array. The first unknown opcode or global is an error. Arrays are never in
 //! memory as a whole: they stay in the file until they are converted.
 //!
-//! `convert_pickle_to_safetensors.py` does the same in Python, to the same bytes.
+//! `convert_pickle_to_safetensors.py` does the same in Python, byte for byte.
 #![forbid(unsafe_code)]
 
 mod bytes;
@@ -31,14 +32,15 @@ use bytes::Files;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-/// A file of version 1: what it lists, and where its arrays are.
+/// Version 1 file: its catalogue and the location of its arrays.
 pub struct V1File {
     path: PathBuf,
     files: Files,
     catalogue: Catalogue,
 }
 
-/// Returns whether `path` begins as a pickle of protocol 2 to 5 does. `false` too if it cannot be read.
+/// Returns whether `path` starts like a pickle of protocol 2 to 5; also `false` if it cannot
+/// be read.
 pub fn is_pickle(path: &Path) -> bool {
     let start = || -> Option<Vec<u8>> {
         let mut start = Vec::new();
@@ -50,13 +52,16 @@ pub fn is_pickle(path: &Path) -> bool {
 }
 
 impl V1File {
-    /// Reads what a file lists. `buffers` are the files of its out-of-band buffers (protocol 5), in the order in which they
+    /// Reads the catalogue of a file.
+    ///
+    /// `buffers` are the files of its out-of-band buffers (protocol 5), in the order in which they
     /// were written; most files have none.
     ///
-    /// Cost: the opcodes of the pickle; arrays, and the numbers of long lists, are passed over. Memory: at most some 200 MB,
-    /// whatever the file says. Errors: `Io`; `Malformed` for what is no whole pickle; `Unsupported` for an opcode or a global that no version 1 file has;
-    /// `TooLarge` for more than 524,288 objects or 2,097,152 opcodes; `Missing`, `Invalid`, `Shape` or `Unsupported`
-    /// for what is not in the schema.
+    /// Cost: the opcodes of the pickle; arrays, and the numbers of long lists, are skipped. Memory:
+    /// at most about 200 MB for any file. Errors: `Io`; `Malformed` for an incomplete pickle;
+    /// `Unsupported` for an opcode or a global that no version 1 file has; `TooLarge` for more than
+    /// 524,288 objects or 2,097,152 opcodes; `Missing`, `Invalid`, `Shape` or `Unsupported` for
+    /// deviations from the schema.
     pub fn open(path: impl AsRef<Path>, buffers: &[PathBuf]) -> Result<Self> {
         let path = path.as_ref();
         let read = || {
@@ -72,27 +77,30 @@ impl V1File {
         read().map_err(|e: Error| e.at(path))
     }
 
-    /// What it lists.
+    /// Returns the catalogue of the file.
     pub fn catalogue(&self) -> &Catalogue {
         &self.catalogue
     }
 
-    /// The path it was opened with.
+    /// Returns the path it was opened with.
     pub fn path(&self) -> &Path {
         &self.path
     }
 }
 
-/// Opens a UPG file, of version 1 too: that is converted into a temporary file without a name, with a warning to `log`. The
-/// texts of the model (`config.json` and so on) are taken from the folder it is in.
+/// Opens a UPG file of version 1 or 2.
 ///
-/// Cost: of version 1 that of [`V1File::convert`], and room where temporary files are. However the process ends, nothing
-/// is left there. Errors: those of [`UpgFile::open`], [`V1File::open`], [`V1File::convert`] and [`ModelFiles::read`].
+/// A version 1 file is converted into an unnamed temporary file, with a warning to `log`. The texts
+/// of the model (`config.json` and so on) come from its folder.
+///
+/// Cost for version 1: that of [`V1File::convert`], and space in the folder for temporary files.
+/// Nothing is left there however the process ends. Errors: those of [`UpgFile::open`],
+/// [`V1File::open`], [`V1File::convert`] and [`ModelFiles::read`].
 pub fn open_any(path: impl AsRef<Path>) -> Result<UpgFile> {
     open_any_with(path, OpenOptions::default())
 }
 
-/// [`open_any`] with options. Errors: also those of [`UpgFile::open_with`].
+/// Runs [`open_any`] with options. Errors: also those of [`UpgFile::open_with`].
 pub fn open_any_with(path: impl AsRef<Path>, options: OpenOptions) -> Result<UpgFile> {
     let path = path.as_ref();
     if !is_pickle(path) {

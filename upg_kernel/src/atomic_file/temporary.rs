@@ -1,8 +1,9 @@
-//! The file behind a [`AtomicFile`](super::AtomicFile) until it is in its place.
+//! Temporary file of an [`AtomicFile`](super::AtomicFile) until it is committed.
 //!
-//! On Linux it has no name where the file system allows that (`O_TMPFILE`): however the process ends, nothing is left.
-//! Elsewhere its name says what it is, and a lock says that somebody is writing it. Making the next temporary file in
-//! a folder removes those of this name that nobody has locked.
+//! On Linux it has no name where the file system allows that (`O_TMPFILE`): nothing is left however
+//! the process ends. Elsewhere its name marks it as temporary, and a lock marks it as in use.
+//! Creating the next temporary file in a folder removes those with such a name that nobody has
+//! locked.
 #![forbid(unsafe_code)]
 
 use super::{is_at, with_mode};
@@ -13,17 +14,20 @@ use std::io::{self, Seek, SeekFrom};
 use std::path::Path;
 use tempfile::TempPath;
 
-/// Beginning of the names of temporary files.
+/// Prefix of the names of temporary files.
 const PREFIX: &str = ".upg-";
-/// End of the names of temporary files.
+/// Suffix of the names of temporary files.
 const SUFFIX: &str = ".partial";
-/// Random letters and digits between the two. Other programs have other numbers of them, and do not lock their files.
+/// Number of random letters and digits between the two.
+///
+/// Other programs use other numbers of them, and do not lock their files.
 const RANDOM: usize = 16;
 
-/// Makes a file in `folder` for reading and writing; its name, or `None` if it has none.
+/// Creates a file in `folder` for reading and writing; returns its name, or `None` if it has
+/// none.
 ///
-/// `mode` is what Unix gives it, less the umask. Cost: reads the list of files of the folder. Errors: those of the
-/// system.
+/// `mode` is its Unix mode before the umask. Cost: lists the files of the folder. Errors: those of
+/// the system.
 pub(super) fn create(folder: &Path, mode: u32) -> io::Result<(File, Option<TempPath>)> {
     remove_abandoned(folder);
     #[cfg(target_os = "linux")]
@@ -34,7 +38,8 @@ pub(super) fn create(folder: &Path, mode: u32) -> io::Result<(File, Option<TempP
     Ok((file, Some(name)))
 }
 
-/// Puts a file of [`create`] at `target`, in the place of what is there. Errors: those of the system.
+/// Moves a file of [`create`] to `target`, replacing an existing one. Errors: those of the
+/// system.
 pub(super) fn put(file: &mut File, name: Option<TempPath>, target: &Path) -> io::Result<()> {
     match name {
         Some(name) => name.persist(target).map_err(|e| e.error),
@@ -45,7 +50,7 @@ pub(super) fn put(file: &mut File, name: Option<TempPath>, target: &Path) -> io:
     }
 }
 
-/// A locked file with a name of the known form.
+/// Creates a locked file with a name of the known form.
 fn named(folder: &Path, mode: u32) -> io::Result<(File, TempPath)> {
     let create = |path: &Path| {
         let mut options = OpenOptions::new();
@@ -54,14 +59,16 @@ fn named(folder: &Path, mode: u32) -> io::Result<(File, TempPath)> {
         if is_held(&file, path) {
             return Ok(file);
         }
-        // Another process took it for an abandoned one before it was locked. This error has the next name tried.
+        // Another process took it for an abandoned file before it was locked. This error makes the
+        // caller try the next name.
         let _ = fs::remove_file(path);
         Err(io::ErrorKind::AlreadyExists.into())
     };
     Ok(builder_in(folder, create)?.into_parts())
 }
 
-/// Locks a file; `false` if another process has the lock, or has removed the file from `path`.
+/// Locks a file; `false` if another process has the lock, or has removed the file from
+/// `path`.
 fn is_held(file: &File, path: &Path) -> bool {
     match file.try_lock() {
         Err(TryLockError::WouldBlock) => false,
@@ -79,7 +86,7 @@ fn builder_in<R>(
     builder.make_in(folder, make)
 }
 
-/// Copies a file that cannot be given a name into one that has one, and puts that at `target`.
+/// Copies a file that cannot be given a name to a named one, and moves that to `target`.
 fn put_copy(file: &mut File, target: &Path) -> io::Result<()> {
     let (mut copy, name) = named(folder_of(target), 0o600)?;
     file.seek(SeekFrom::Start(0))?;
@@ -97,7 +104,8 @@ fn is_temporary(name: &OsStr) -> bool {
     })
 }
 
-/// Removes the temporary files in `folder` that no process is writing. What fails is left to the next time.
+/// Removes the temporary files in `folder` that no process is writing; failures are left to
+/// the next call.
 fn remove_abandoned(folder: &Path) {
     let Ok(entries) = fs::read_dir(folder) else {
         return;
@@ -111,13 +119,13 @@ fn remove_abandoned(folder: &Path) {
 }
 
 fn remove_if_abandoned(path: &Path) -> io::Result<()> {
-    // Locks on network disks need a file that can be written; a finished file may allow reading only.
+    // Locks on network drives need a writable file; a finished file may be read-only.
     let open = |write| {
         let mut options = files::options(true);
         options.read(true).write(write).open(path)
     };
     let file = open(true).or_else(|_| open(false))?;
-    // The check comes after the lock: who had it may have renamed the file meanwhile.
+    // Checked after the lock: its previous holder may have renamed the file meanwhile.
     let is_abandoned = file.try_lock().is_ok() && file.metadata()?.is_file() && is_at(&file, path);
     match is_abandoned {
         true => fs::remove_file(path),
@@ -125,7 +133,7 @@ fn remove_if_abandoned(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Files without names.
+/// Unnamed files.
 #[cfg(target_os = "linux")]
 mod unnamed {
     use super::{builder_in, folder_of, put_copy, with_mode};
@@ -137,13 +145,15 @@ mod unnamed {
     use std::os::unix::fs::OpenOptionsExt;
     use std::path::{Path, PathBuf};
 
-    /// `None` where the file system has no files without names, or there is no `/proc` to give them one.
+    /// Creates an unnamed file.
+    ///
+    /// `None` if the file system has none, or if there is no `/proc` to name it later.
     pub(super) fn create(folder: &Path, mode: u32) -> Option<File> {
         let mut options = OpenOptions::new();
         options.read(true).write(true);
         options.custom_flags(OFlag::O_TMPFILE.bits());
         let file = with_mode(&mut options, mode).open(folder).ok()?;
-        // For the moment in which it has a temporary name: then it is locked from the start.
+        // Locked from the start, because it gets a temporary name for a moment.
         let _ = file.try_lock();
         let opened = same_file(&file.metadata().ok()?);
         let through_proc = same_file(&std::fs::metadata(in_proc(&file)).ok()?);
@@ -164,7 +174,10 @@ mod unnamed {
         Ok(linkat(AT_FDCWD, &in_proc(file), AT_FDCWD, path, follow)?)
     }
 
-    /// A link cannot take the place of a file, a renamed one can: only then the file has a temporary name, for a moment.
+    /// Moves the file to `target`.
+    ///
+    /// A link cannot replace a file, but a rename can. Only in that case the file gets a temporary
+    /// name, for a moment.
     pub(super) fn put(file: &mut File, target: &Path) -> io::Result<()> {
         let linked = match link(file, target) {
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
@@ -175,10 +188,10 @@ mod unnamed {
         };
         match linked {
             Ok(renamed) => renamed?,
-            // The file system gives no names after all: hours of work may be in the file.
+            // The file system cannot name the file after all; hours of work may be in it.
             Err(_) => return put_copy(file, target),
         }
-        // Some file systems note a new name with the file, not with the folder only.
+        // Some file systems store a new name with the file, not only with the folder.
         file.sync_all()
     }
 }
@@ -190,7 +203,7 @@ mod tests {
     use std::io::Write;
     use std::sync::atomic::{AtomicBool, Ordering};
 
-    /// Makes a file as a process that was killed leaves it.
+    /// Creates a file in the state that a killed process leaves.
     fn abandoned(folder: &Path, mode: u32) -> std::path::PathBuf {
         let (file, name) = named(folder, mode).unwrap();
         drop(file);
@@ -201,7 +214,7 @@ mod tests {
     fn files_that_nobody_writes_are_removed_and_others_are_left() {
         let dir = tempfile::tempdir().unwrap();
         let folder = dir.path();
-        // Of another program, of another kind, of another name.
+        // Files of another program, of another kind, and with other names.
         let others = [
             ".upg-0123abcd.partial",
             ".upg-0123456789abcde-.partial",
@@ -227,7 +240,7 @@ mod tests {
         assert_eq!(names(folder), left);
     }
 
-    /// Some make files with names, others remove what is abandoned, at the same time: no file in use is lost.
+    /// Some threads create named files, others remove abandoned ones: no file in use is lost.
     #[test]
     fn a_file_in_use_is_never_taken_for_an_abandoned_one() {
         let dir = tempfile::tempdir().unwrap();

@@ -62,7 +62,7 @@ fn no_file_of_the_input_is_overwritten_by_any_path() {
     };
     assert!(refused(dir.path().join("f"), &read));
     assert!(refused(dir.path().join("d/../f"), &read));
-    // A name of the input that is not there yet.
+    // A name of the input that does not exist yet.
     assert!(refused(dir.path().join("d/../g"), &dir.path().join("g")));
     assert!(!refused(dir.path().join("d/f"), &read));
     #[cfg(unix)]
@@ -118,7 +118,7 @@ fn a_folder_that_is_not_there_is_an_io_error() {
     assert_eq!(e.kind(), ErrorKind::Io);
 }
 
-/// Returns whether files without names can be made in `folder` and found in `/proc`.
+/// Returns whether unnamed files can be created in `folder` and found in `/proc`.
 #[cfg(target_os = "linux")]
 fn has_unnamed_files(folder: &Path) -> bool {
     use nix::fcntl::OFlag;
@@ -163,7 +163,7 @@ fn the_last_of_several_that_write_the_same_file_wins() {
     first.commit().unwrap();
     assert_eq!(std::fs::read(&path).unwrap(), b"first");
 
-    // At the same time: each is whole, and nothing but one of them is there.
+    // Concurrently: each file is complete, and exactly one of them is there.
     let texts: Vec<String> = (0..8).map(|i| i.to_string().repeat(50_000)).collect();
     std::thread::scope(|scope| {
         for text in &texts {
@@ -180,7 +180,7 @@ fn a_replaced_file_keeps_its_permissions() {
     use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
     let dir = tempfile::tempdir().unwrap();
     let at = |name: &str| dir.path().join(name);
-    // Only root may give files away; elsewhere the owner is the same anyway.
+    // Only root may change the owner; otherwise the owner is the same anyway.
     let root = std::fs::metadata(dir.path()).unwrap().uid() == 0;
     let partial = |path: &Path| AtomicFile::partial(path).unwrap();
     for mode in [0o600, 0o640, 0o444, 0o755, 0o666] {
@@ -201,7 +201,7 @@ fn a_replaced_file_keeps_its_permissions() {
                 false => AtomicFile::create(&path).unwrap(),
             };
             file.write_all(b"new").unwrap();
-            // Not even while it is written others may read what they may not read in the end.
+            // Even during the write, others must not read what they may not read in the end.
             let written = file.out.get_ref().metadata().unwrap();
             assert_eq!(written.mode() & 0o077 & !mode, 0, "{mode:o}");
             file.commit().unwrap();
@@ -264,7 +264,7 @@ fn long_names_have_room_for_all_that_is_beside_them() {
     let mut seen = std::collections::HashSet::new();
     for character in ["a", "ü", "語", "🦀"] {
         for bytes in [100, 239, 240, 254, 255] {
-            // They differ in their last bytes only.
+            // The names differ only in their last bytes.
             for end in ["1", "2"] {
                 let name = long(character, bytes, end);
                 assert_eq!(name.len(), bytes);
@@ -290,7 +290,7 @@ fn long_names_have_room_for_all_that_is_beside_them() {
     }
 }
 
-/// Names need not be text.
+/// Names need not be valid text.
 #[cfg(target_os = "linux")]
 #[test]
 fn long_names_that_are_no_text_differ_too() {
@@ -311,7 +311,7 @@ fn long_names_that_are_no_text_differ_too() {
 fn a_folder_that_cannot_be_written_to_is_an_io_error() {
     use std::os::unix::fs::PermissionsExt;
     let dir = tempfile::tempdir().unwrap();
-    // Of the kernel: root cannot write there either.
+    // A folder of the kernel, where even root cannot write.
     let of_kernel = Path::new("/proc");
     let set = std::fs::Permissions::from_mode(0o555);
     std::fs::set_permissions(dir.path(), set).unwrap();

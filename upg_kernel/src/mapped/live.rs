@@ -1,23 +1,26 @@
-//! The list of mapped files and their addresses: a list that the handler of a signal can read.
+//! List of mapped files and their addresses, which a signal handler can read.
 #![forbid(unsafe_code)]
 
 use crate::text::Shown;
 use std::path::Path;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering, fence};
 
-/// Maps that are listed at the same time. Others work, but [`mapped_path_at`] does not find them.
+/// Maximum number of listed maps. Further maps work, but [`mapped_path_at`] does not find
+/// them.
 const SLOTS: usize = 1024;
 
-/// Most bytes of a path that are listed; a longer path is listed by its end.
+/// Maximum bytes of a listed path; a longer path is listed by its end.
 pub const MAPPED_PATH_BYTES: usize = 512;
 
-/// [`Slot::start`] of a slot without a map.
+/// Value of [`Slot::start`] for a slot without a map.
 const FREE: usize = 0;
-/// [`Slot::start`] of a slot that is being written.
+/// Value of [`Slot::start`] for a slot that is being written.
 const TAKEN: usize = 1;
 
-/// One map. Its fields are atomic so that reading them at any moment is defined; they belong together if `generation`
-/// is the same before and after.
+/// Entry of one map.
+///
+/// The fields are atomic, so that reading them at any moment is defined. They belong together if
+/// `generation` is the same before and after.
 struct Slot {
     /// Number of maps that the slot has had.
     generation: AtomicUsize,
@@ -27,7 +30,7 @@ struct Slot {
     path: [AtomicU8; MAPPED_PATH_BYTES],
 }
 
-/// All zero, so that the program has no bytes for it and the system gives no memory before it is used.
+/// All zero, so that it takes no space in the program file and no memory before it is used.
 static LIVE: [Slot; SLOTS] = [const {
     Slot {
         generation: AtomicUsize::new(0),
@@ -38,7 +41,7 @@ static LIVE: [Slot; SLOTS] = [const {
     }
 }; SLOTS];
 
-/// A place in the list, for as long as this lives.
+/// Entry in the list, for as long as this lives.
 #[derive(Debug)]
 pub(super) struct Listed(usize);
 
@@ -52,8 +55,8 @@ impl Listed {
         };
         let index = LIVE.iter().position(take)?;
         let slot = &LIVE[index];
-        // Who sees the new generation also sees that the slot is taken; who sees anything of the new content also sees
-        // the new generation.
+        // A thread that sees the new generation also sees that the slot is taken; one that sees any
+        // of the new content also sees the new generation.
         slot.generation.fetch_add(1, Ordering::Release);
         fence(Ordering::Release);
         let path = shown(path);
@@ -73,7 +76,7 @@ impl Drop for Listed {
     }
 }
 
-/// Returns a path as a line shows it; its end if it is long.
+/// Returns a path as displayed in one line; only its end if it is long.
 fn shown(path: &Path) -> String {
     const CUT: &str = "..";
     let mut text = Shown(path.display()).to_string();
@@ -84,11 +87,14 @@ fn shown(path: &Path) -> String {
     text
 }
 
-/// Copies the path of the mapped file that has this address to the start of `path`, as text for a message, and returns
-/// the number of its bytes. `None`: no file is known to be mapped there, or `path` is too short.
+/// Copies the path of the file mapped at this address to the start of `path`, as text for a
+/// message.
 ///
-/// For the handler of a signal: takes no lock, allocates nothing, does not panic. Only files that are mapped, not read
-/// ([`OpenOptions`](crate::OpenOptions)), have addresses here, and of those the first 1,024.
+/// Returns its number of bytes. `None`: no known file is mapped there, or `path` is too short.
+///
+/// For signal handlers: takes no lock, allocates nothing, does not panic. Only files that are
+/// mapped, not read ([`OpenOptions`](crate::OpenOptions)), have addresses here, and only the first
+/// 1,024 of them.
 pub fn mapped_path_at(address: usize, path: &mut [u8]) -> Option<usize> {
     LIVE.iter().find_map(|slot| slot.path_at(address, path))
 }
@@ -105,7 +111,8 @@ impl Slot {
         for (to, from) in path.get_mut(..len)?.iter_mut().zip(&self.path) {
             *to = from.load(Ordering::Relaxed);
         }
-        // An equal address is no proof: the slot may have got another map there meanwhile.
+        // An equal address proves nothing: the slot may have been given to another map there
+        // meanwhile.
         fence(Ordering::Acquire);
         (self.generation.load(Ordering::Relaxed) == generation).then_some(len)
     }
@@ -154,7 +161,7 @@ mod tests {
         );
     }
 
-    /// While slots are taken and given back, nobody finds a path of another map.
+    /// While slots are taken and released, nobody finds the path of another map.
     #[test]
     fn what_is_found_belongs_together() {
         use std::sync::atomic::AtomicBool;

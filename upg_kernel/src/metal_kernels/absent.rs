@@ -1,4 +1,4 @@
-//! [`MetalSpMV`] on a system without Metal: it can be named and asked for, and says that there is none.
+//! Stub of [`MetalSpMV`] for systems without Metal: it can be named, but not created.
 #![forbid(unsafe_code)]
 
 use crate::error::{Error, ErrorKind, Result};
@@ -6,12 +6,17 @@ use crate::matrix::Matrix;
 use candle_core::Tensor;
 use std::convert::Infallible;
 
-/// Products of compressed matrices with vectors on an Apple GPU, which this system does not have: there is no value of
-/// this type here. On macOS and iOS it also has `load`, `vector` and `pass`, for many products at once.
+/// Products of compressed matrices with vectors on an Apple GPU, which this system does not
+/// have.
+///
+/// There is no value of this type here. On macOS and iOS it also has `load`, `vector` and `pass`,
+/// for many products at once.
 pub struct MetalSpMV(Infallible);
 
 impl MetalSpMV {
-    /// Errors (`Unsupported`): always, on this system.
+    /// Always returns an error on this system.
+    ///
+    /// Errors (`Unsupported`): always.
     pub fn new() -> Result<Self> {
         let message = format!(
             "there is no Metal on {}, only on macOS and iOS",
@@ -20,7 +25,7 @@ impl MetalSpMV {
         Err(Error::new(ErrorKind::Unsupported, message).hint("multiply on the CPU: `Matrix::spmv`"))
     }
 
-    /// `W x`; never called, for want of a value to call it on.
+    /// Computes `W x`; can never be called, because no value exists.
     pub fn execute(&self, _matrix: &Matrix, _vector: &Tensor) -> Result<Tensor> {
         match self.0 {}
     }

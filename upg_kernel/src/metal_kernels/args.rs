@@ -1,10 +1,10 @@
-//! The arguments of the kernels: `kernels/spmv_args.h` in Rust, where they are described.
+//! Arguments of the kernels: the Rust version of `kernels/spmv_args.h`, which describes them.
 #![forbid(unsafe_code)]
 
 use bytemuck::{Pod, Zeroable};
 use std::mem::{offset_of, size_of};
 
-/// A struct with the offsets of its fields, which are asserted.
+/// Defines a struct and asserts the offsets of its fields.
 macro_rules! arguments {
     ($(#[$doc:meta])* $name:ident: $size:literal { $($field:ident: $type:ty = $offset:literal,)* }) => {
         $(#[$doc])*
@@ -21,7 +21,7 @@ macro_rules! arguments {
         };
 
         impl $name {
-            /// What the header has to say of it.
+            /// Assertions that the header must contain.
             #[cfg(test)]
             const ASSERTED: &[&str] = &[
                 concat!("UPG_SIZE(Upg", stringify!($name), ", ", stringify!($size), ");"),
@@ -34,7 +34,7 @@ macro_rules! arguments {
 }
 
 arguments! {
-    /// `UpgSparseArgs`, of `mdcsr_*`.
+    /// Arguments of `mdcsr_*` (`UpgSparseArgs`).
     SparseArgs: 28 {
         rows: u32 = 0,
         cols: u32 = 4,
@@ -47,7 +47,7 @@ arguments! {
 }
 
 arguments! {
-    /// `UpgStripArgs`, of all packed encodings.
+    /// Arguments of all packed encodings (`UpgStripArgs`).
     StripArgs: 40 {
         rows: u32 = 0,
         cols: u32 = 4,
@@ -63,7 +63,7 @@ arguments! {
 }
 
 arguments! {
-    /// `UpgRotateArgs`, of `rotate_*`.
+    /// Arguments of `rotate_*` (`UpgRotateArgs`).
     RotateArgs: 36 {
         first: u32 = 0,
         size: u32 = 4,

@@ -11,13 +11,14 @@ use objc2::Message;
 use objc2_metal::{MTLDevice, MTLSize};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Things by the registry number of the device that they are for.
+/// Values by the registry number of their device.
 type ByDevice<T> = Mutex<Vec<(u64, Arc<T>)>>;
 
-/// The device of each number, with its compiled kernels: one for all layers of all models.
+/// Device of each number with its compiled kernels, shared by all layers of all models.
 static GPUS: ByDevice<Gpu> = Mutex::new(Vec::new());
 
-/// What is there for the device, or made for it. Others wait meanwhile.
+/// Returns the value for the device, and creates it if necessary; other callers wait
+/// meanwhile.
 fn of_device<T>(
     all: &ByDevice<T>,
     device: u64,
@@ -32,7 +33,7 @@ fn of_device<T>(
     Ok(made)
 }
 
-/// A matrix on the devices that it was multiplied on.
+/// Matrix on the devices that it was multiplied on.
 #[derive(Default)]
 pub(crate) struct OnMetal(ByDevice<Resident>);
 
@@ -44,9 +45,10 @@ impl std::fmt::Debug for OnMetal {
 }
 
 impl OnMetal {
-    /// `W x` for each of the vectors that `layout` has one after the other in `x`: `[vectors, rows]` of the same type.
+    /// Computes `W x` for each of the consecutive vectors that `layout` describes in `x`.
     ///
-    /// Errors: `Unsupported` for a type other than F32 and F16, and those of [`Gpu`] and of candle.
+    /// Returns `[vectors, rows]` of the same type. Errors: `Unsupported` for a type other than F32
+    /// and F16, and those of [`Gpu`] and of candle.
     pub fn product(
         &self,
         matrix: &Matrix,
@@ -95,7 +97,7 @@ fn run(
     let encoder = device.command_encoder()?;
     let mut encoder = Candle(encoder.as_ref());
     encode(gpu, resident, &plan.dispatches, buffers, &mut encoder)?;
-    // It stays in the encoder, and candle's kernels may have as much of their own.
+    // It stays in the encoder, and candle's kernels may allocate as much.
     encoder.threadgroup_memory(16);
     Ok(())
 }
@@ -104,7 +106,8 @@ fn shared(buffer: &Buffer, offset: usize) -> GpuBuffer {
     GpuBuffer::of(buffer.as_ref().retain(), offset)
 }
 
-/// candle's encoder puts barriers between calls by what they read and write.
+/// Encoder of candle, which inserts barriers between calls according to what they read and
+/// write.
 struct Candle<'a>(&'a ComputeCommandEncoder);
 
 impl Encoder for Candle<'_> {

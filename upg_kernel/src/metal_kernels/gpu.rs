@@ -1,4 +1,6 @@
-//! What both ways to a GPU share: compiled kernels, buffers of weights, and how the calls of a plan are encoded.
+//! Code that both ways to a GPU share.
+//!
+//! It has the compiled kernels, the buffers of weights, and the encoding of the calls of a plan.
 
 use super::plan::{Dispatch, Element, Operand, Plan, SparseKernel, Weights};
 use super::source;
@@ -28,7 +30,7 @@ pub(super) type Pipeline = Retained<ProtocolObject<dyn MTLComputePipelineState>>
 
 type RawBuffer = Retained<ProtocolObject<dyn MTLBuffer>>;
 
-/// A buffer, from so many bytes on; cheap to clone.
+/// Buffer from a byte offset on; cheap to clone.
 #[derive(Clone)]
 pub(super) struct GpuBuffer {
     shared: Arc<SharedBuffer>,
@@ -37,10 +39,10 @@ pub(super) struct GpuBuffer {
 
 struct SharedBuffer(RawBuffer);
 
-// SAFETY: Metal lets any thread retain, release and bind a buffer. What is in one is touched by `read` only, which says
-// when, and by kernels, in the order of their encoder.
+// SAFETY: Metal allows any thread to retain, release and bind a buffer. Its content is accessed
+// only by `read`, which documents when, and by kernels, in the order of their encoder.
 unsafe impl Send for SharedBuffer {}
-// SAFETY: as above; no method changes what another thread may look at.
+// SAFETY: as above; no method changes data that another thread may read.
 unsafe impl Sync for SharedBuffer {}
 
 impl GpuBuffer {
@@ -52,7 +54,7 @@ impl GpuBuffer {
         Ok(Self::of(raw, 0))
     }
 
-    /// A buffer that somebody else has made.
+    /// Wraps a buffer that someone else created.
     pub fn of(raw: RawBuffer, offset: usize) -> Self {
         Self {
             shared: Arc::new(SharedBuffer(raw)),
@@ -60,10 +62,10 @@ impl GpuBuffer {
         }
     }
 
-    /// These bytes, of which there are some, copied.
+    /// Creates a buffer with a copy of these bytes, at least one.
     fn copied(device: &Device, bytes: &[u8]) -> Result<Self> {
         let start = NonNull::from(bytes).cast::<c_void>();
-        // SAFETY: `start` has as many bytes, which are copied before the call returns.
+        // SAFETY: `start` points to that many bytes, which are copied before the call returns.
         let raw = unsafe {
             device.newBufferWithBytes_length_options(
                 start,
@@ -74,9 +76,9 @@ impl GpuBuffer {
         Self::new(device, raw, bytes.len())
     }
 
-    /// Whether nobody else has it, nor reads any more what was in it.
+    /// Returns whether no one else holds it, or still reads its old content.
     pub fn is_held_here_only(&mut self) -> bool {
-        // Not the count, which says nothing of when others were done.
+        // Not the count, which does not synchronize with the reads of others.
         Arc::get_mut(&mut self.shared).is_some()
     }
 
@@ -84,14 +86,14 @@ impl GpuBuffer {
         &self.shared.0
     }
 
-    /// The first `len` bytes.
+    /// Returns the first `len` bytes.
     ///
     /// # Safety
     ///
-    /// The buffer has as many, in memory that the CPU shares, and no kernel that writes them is running or will be while
-    /// the slice lives.
+    /// The buffer has at least `len` bytes in memory shared with the CPU. No kernel that writes
+    /// them is running, or will be while the slice lives.
     pub unsafe fn read(&self, len: usize) -> &[u8] {
-        // SAFETY: by the caller; a buffer has a place for as long as it lives.
+        // SAFETY: by the caller; a buffer has an address for as long as it lives.
         unsafe {
             let bytes = self.raw().contents().cast::<u8>().add(self.offset);
             std::slice::from_raw_parts(bytes.as_ptr(), len)
@@ -99,22 +101,24 @@ impl GpuBuffer {
     }
 }
 
-/// A device with the kernels of this crate.
+/// Device with the kernels of this crate.
 pub(super) struct Gpu {
     pub device: Device,
     library: Retained<ProtocolObject<dyn MTLLibrary>>,
     pipelines: Mutex<HashMap<String, Pipeline>>,
     primes: GpuBuffer,
-    /// Of `t2`, `t3` and `t4`.
+    /// Levels of `t2`, `t3` and `t4`.
     levels: [GpuBuffer; 3],
-    /// Pages of mapped files, by their place and length, that somebody has a buffer of.
+    /// Pages of mapped files with a live buffer, by address and length.
     files: Mutex<Vec<(usize, usize, Weak<SharedBuffer>)>>,
 }
 
 impl Gpu {
-    /// Compiles the kernels: some tenths of a second, the first time on a machine; then Metal has them in its cache.
+    /// Compiles the kernels.
     ///
-    /// Errors (`Unsupported`): the device has no SIMD-group functions (before M1 and A14), or does not compile the kernels.
+    /// This takes some tenths of a second the first time on a machine; afterwards Metal has them in
+    /// its cache. Errors (`Unsupported`): the device has no SIMD-group functions (before M1 and
+    /// A14), or does not compile the kernels.
     pub fn new(device: Device) -> Result<Self> {
         let name = device.name();
         if !device.supportsFamily(MTLGPUFamily::Apple7) {
@@ -136,7 +140,7 @@ impl Gpu {
         })
     }
 
-    /// The kernel of this name, compiled once.
+    /// Returns the kernel of this name, compiled once.
     pub fn pipeline(&self, name: &str) -> Result<Pipeline> {
         let mut pipelines = self
             .pipelines
@@ -167,7 +171,7 @@ impl Gpu {
         Ok(pipeline)
     }
 
-    /// A plan with as many threads as the pipelines of this device may have.
+    /// Creates a plan with as many threads as the pipelines of this device allow.
     pub fn plan<'a>(
         &self,
         matrix: &'a Matrix,
@@ -190,7 +194,8 @@ impl Gpu {
         }
     }
 
-    /// An empty buffer that the CPU shares. Errors (`TooLarge`): the device has none of this size.
+    /// Creates an empty buffer shared with the CPU. Errors (`TooLarge`): the device cannot
+    /// allocate this size.
     pub fn empty(&self, bytes: usize) -> Result<GpuBuffer> {
         let raw = self
             .device
@@ -198,12 +203,12 @@ impl Gpu {
         GpuBuffer::new(&self.device, raw, bytes)
     }
 
-    /// A buffer with these bytes, of which there are some, copied.
+    /// Creates a buffer with a copy of these bytes, at least one.
     pub fn copied(&self, bytes: &[u8]) -> Result<GpuBuffer> {
         GpuBuffer::copied(&self.device, bytes)
     }
 
-    /// Weights for kernels: those of a mapped file where they are, others copied.
+    /// Returns a buffer of weights: in place for a mapped file, otherwise copied.
     fn weights(&self, weights: &Weights<'_>) -> Result<GpuBuffer> {
         match weights.in_file() {
             Some((file, first)) => {
@@ -214,10 +219,12 @@ impl Gpu {
         }
     }
 
-    /// Bytes of a file in place: the whole file is one buffer, or, if that is more than the device takes, the pages of these
-    /// bytes are.
+    /// Returns bytes of a file in place.
+    ///
+    /// The whole file is one buffer. If it exceeds the limit of the device, the buffer has the
+    /// pages of these bytes.
     fn view(&self, file: &Arc<MappedFile>, bytes: Range<usize>) -> Result<GpuBuffer> {
-        // Buffers are of whole pages, as maps are.
+        // Buffers consist of whole pages, as maps do.
         let page = page_size()?;
         let most = self.device.maxBufferLength();
         let mut pages = 0..file.len().next_multiple_of(page);
@@ -244,13 +251,15 @@ impl Gpu {
             return Ok(GpuBuffer { shared, offset });
         }
         let start = NonNull::from(&file[pages.start..]).cast::<c_void>();
-        // The map stays until Metal lets go of the buffer, which is after the last command that reads it.
+        // The map stays until Metal releases the buffer, which is after the last command that reads
+        // it.
         let map = Mutex::new(Some(Arc::clone(file)));
         let unmap = RcBlock::new(move |_: NonNull<c_void>, _: usize| {
             map.lock().unwrap_or_else(PoisonError::into_inner).take();
         });
-        // SAFETY: `start` is the first byte of a page of a map, which begins a page and has all bytes of its last one; the
-        // block keeps it, and may run on any thread. Kernels only read it.
+        // SAFETY: `start` is the first byte of a page of a map, so it is page-aligned, and the map
+        // has all bytes of its last page. The block keeps the map alive and may run on any thread.
+        // Kernels only read it.
         let raw = unsafe {
             self.device
                 .newBufferWithBytesNoCopy_length_options_deallocator(
@@ -266,7 +275,7 @@ impl Gpu {
     }
 }
 
-/// The kernels: as the build has compiled them, or from their source.
+/// Loads the kernels, precompiled by the build or from source.
 fn library(device: &Device) -> Result<Retained<ProtocolObject<dyn MTLLibrary>>> {
     #[cfg(upg_metallib)]
     {
@@ -293,7 +302,7 @@ fn library(device: &Device) -> Result<Retained<ProtocolObject<dyn MTLLibrary>>> 
     })
 }
 
-/// Of this process: under Rosetta it is another than that of the machine.
+/// Returns the page size of this process; under Rosetta it differs from that of the machine.
 fn page_size() -> Result<usize> {
     let size = sysconf(SysconfVar::PAGE_SIZE).ok().flatten();
     let size = size.and_then(|size| usize::try_from(size).ok());
@@ -304,15 +313,16 @@ fn unsupported(message: String) -> Error {
     Error::new(ErrorKind::Unsupported, message)
 }
 
-/// A matrix whose weights are in buffers.
+/// Matrix whose weights are in buffers.
 pub(super) struct Resident {
     matrix: Matrix,
-    /// By the place of the first byte, of arrays that have one.
+    /// Buffers by the address of the first byte, for arrays that have one.
     buffers: HashMap<usize, GpuBuffer>,
 }
 
 impl Resident {
-    /// Weights that a kernel can read in their file stay there, all others are copied.
+    /// Creates the buffers. Weights that a kernel can read in their file stay there, all others
+    /// are copied.
     pub fn new(gpu: &Gpu, matrix: &Matrix) -> Result<Self> {
         let mut resident = Self {
             matrix: matrix.clone(),
@@ -341,7 +351,7 @@ impl Resident {
         &self.matrix
     }
 
-    /// `None` for an array of no bytes.
+    /// Returns the buffer; `None` for an array of no bytes.
     fn buffer(&self, weights: &Weights<'_>) -> Option<&GpuBuffer> {
         if weights.bytes().is_empty() {
             return None;
@@ -352,20 +362,20 @@ impl Resident {
     }
 }
 
-/// What a plan reads and writes besides weights.
+/// Buffers that a plan reads and writes besides the weights.
 pub(super) struct Vectors {
     pub x: GpuBuffer,
     pub y: GpuBuffer,
-    /// `None` where the plan has no rotated input.
+    /// Rotated input; `None` if the plan has none.
     pub rotated: Option<GpuBuffer>,
 }
 
-/// Calls of kernels, each after those that have written what it reads.
+/// Encoder of kernel calls, each of which runs after those that wrote its inputs.
 pub(super) trait Encoder {
     fn pipeline(&mut self, pipeline: &Pipeline);
     fn bytes(&mut self, index: usize, bytes: &[u8]);
     fn buffer(&mut self, index: usize, buffer: &GpuBuffer, is_written: bool);
-    /// At index 0, where it stays for the calls after it.
+    /// Sets the threadgroup memory at index 0, where it stays for the following calls.
     fn threadgroup_memory(&mut self, bytes: usize);
     fn dispatch(&mut self, threadgroups: MTLSize, threads: MTLSize);
 }
@@ -381,7 +391,7 @@ pub(super) fn encode(
     for dispatch in dispatches {
         encoder.pipeline(&gpu.pipeline(&dispatch.kernel)?);
         encoder.bytes(0, &dispatch.args);
-        // The one that is written comes last.
+        // The last operand is the one that is written.
         let last = dispatch.operands.len();
         for (index, operand) in (1..).zip(&dispatch.operands) {
             let buffer = match operand {
@@ -390,7 +400,7 @@ pub(super) fn encode(
                 Operand::X => &vectors.x,
                 Operand::Y => &vectors.y,
                 Operand::Rotated => vectors.rotated.as_ref().expect("made for the plan"),
-                // Nothing reads it, but the validation of Metal wants something there.
+                // Nothing reads it, but Metal's validation requires a buffer.
                 Operand::Primes | Operand::Unused => &gpu.primes,
             };
             encoder.buffer(index, buffer, index == last);

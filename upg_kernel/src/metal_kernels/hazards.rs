@@ -1,20 +1,20 @@
-//! Which calls of a concurrent encoder have to wait for those before.
+//! Dependencies between the calls of a concurrent encoder.
 #![forbid(unsafe_code)]
 
 use std::collections::HashSet;
 
-/// What calls have bound since the last barrier, by any number that tells buffers apart.
+/// Buffers that calls have bound since the last barrier, identified by any distinct number.
 #[derive(Debug, Default)]
 pub(super) struct Hazards {
     read: HashSet<usize>,
     written: HashSet<usize>,
-    /// Of the next call.
+    /// Buffers that the next call reads.
     reads: Vec<usize>,
     writes: Vec<usize>,
 }
 
 impl Hazards {
-    /// The next call has this buffer.
+    /// Records that the next call binds this buffer.
     pub fn bind(&mut self, buffer: usize, is_written: bool) {
         match is_written {
             true => self.writes.push(buffer),
@@ -22,8 +22,9 @@ impl Hazards {
         }
     }
 
-    /// All buffers of the next call are bound. Whether there has to be a barrier before it: it reads or writes what was
-    /// written, or writes what was read.
+    /// Returns whether the next call, whose buffers are all bound, needs a barrier before it.
+    ///
+    /// It does if it reads or writes what was written, or writes what was read.
     pub fn call(&mut self) -> bool {
         let is_dependent = self
             .reads
@@ -47,7 +48,7 @@ impl Hazards {
 mod tests {
     use super::*;
 
-    /// Calls as what they read and what they write; whether each waits.
+    /// Returns whether each call waits; a call is its read buffers and its written buffer.
     fn waits(calls: &[(&[usize], usize)]) -> Vec<bool> {
         let mut hazards = Hazards::default();
         let wait = |(reads, write): &(&[usize], usize)| {
@@ -62,7 +63,7 @@ mod tests {
     fn calls_wait_for_what_they_read_and_overwrite_and_for_nothing_else() {
         // Three products of one input.
         assert_eq!(waits(&[(&[1], 2), (&[1], 3), (&[1], 4)]), [false; 3]);
-        // A chain; after a barrier all before it has finished.
+        // A chain; after a barrier everything before it has finished.
         let chain = waits(&[(&[1], 2), (&[2], 3), (&[2], 4), (&[3], 5)]);
         assert_eq!(chain, [false, true, false, true]);
         // Written again, and written after it was read.

@@ -1,7 +1,7 @@
-//! Which kernels multiply a matrix: names, buffers, arguments, threads.
+//! Kernel calls that multiply a matrix: names, buffers, arguments, threads.
 //!
-//! All that depends on the shape of a matrix is decided here, in plain arithmetic, and nothing of it in the code that
-//! talks to a device.
+//! Every decision that depends on the shape of a matrix is made here in plain arithmetic. The code
+//! that talks to a device makes none.
 #![forbid(unsafe_code)]
 
 use super::args::{RotateArgs, SparseArgs, StripArgs};
@@ -26,33 +26,37 @@ const SIMD: usize = 32;
 /// Vectors of a kernel with `_batch` (`BATCH` of the kernels).
 const BATCH: usize = 4;
 
-/// Columns that one threadgroup transforms (16 KiB of floats), or copies (`COPIED` of the kernels).
+/// Columns that one threadgroup transforms (16 KiB of floats), or copies (`COPIED` of the
+/// kernels).
 const BLOCK: usize = 4096;
 
-/// Elements of a thread in a rotation (`RADIX` of the kernels).
+/// Elements per thread in a rotation (`RADIX` of the kernels).
 const RADIX: usize = 16;
 
-/// Columns of x that `mdcsr_row_shared` holds at a time: 16 KiB of floats, half of what a threadgroup may have.
+/// Columns of x that `mdcsr_row_shared` holds at a time.
+///
+/// They take 16 KiB of floats, half of the limit of a threadgroup.
 const WINDOW: usize = 4096;
 
-/// Columns that the 32-bit arithmetic of the kernels has room for, steps past the last one included.
+/// Maximum columns for the 32-bit arithmetic of the kernels, including steps past the last
+/// one.
 const MOST_COLS: usize = 1 << 30;
 
-/// What weights that are read as words are aligned to.
+/// Alignment of weights that are read as words.
 const ALIGNMENT: usize = 16;
 
-/// The type of inputs and outputs on a GPU; sums are f32 in both cases.
+/// Type of inputs and outputs on a GPU; sums are f32 in both cases.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Element {
-    /// f32.
+    /// 32-bit float.
     F32,
-    /// f16.
+    /// 16-bit float.
     F16,
 }
 
 impl Element {
-    /// As the names of kernels end.
+    /// Returns the suffix of kernel names.
     fn suffix(self) -> &'static str {
         match self {
             Self::F32 => "f32",
@@ -60,7 +64,7 @@ impl Element {
         }
     }
 
-    /// Bytes.
+    /// Returns the size in bytes.
     pub fn size(self) -> usize {
         match self {
             Self::F32 => 4,
@@ -69,22 +73,22 @@ impl Element {
     }
 }
 
-/// Which kernel multiplies `mdcsr`.
+/// Kernel variant for `mdcsr`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum SparseKernel {
-    /// A thread a row.
+    /// One thread per row.
     Row,
-    /// A thread a row, with the input in threadgroup memory.
+    /// One thread per row, with the input in threadgroup memory.
     RowShared,
-    /// A thread a row and four vectors.
+    /// One thread per row and four vectors.
     RowBatch,
-    /// A SIMD-group a row: meant to be the fastest, for any number of vectors.
+    /// One SIMD-group per row: expected to be the fastest, for any number of vectors.
     #[default]
     Simd,
 }
 
-/// An array of a matrix, as its bytes and where they are.
+/// Array of a matrix: its bytes and their location.
 #[derive(Debug, Clone, Copy)]
 #[non_exhaustive]
 pub struct Weights<'a> {
@@ -94,7 +98,7 @@ pub struct Weights<'a> {
 }
 
 impl<'a> Weights<'a> {
-    /// Read element by element.
+    /// Wraps an array that is read element by element.
     fn new<T: Pod>(array: &'a Array<T>) -> Self {
         Self {
             bytes: cast_slice(array),
@@ -103,7 +107,7 @@ impl<'a> Weights<'a> {
         }
     }
 
-    /// Read as words of up to 16 bytes.
+    /// Wraps an array that is read in words of up to 16 bytes.
     fn words<T: Pod>(array: &'a Array<T>) -> Self {
         Self {
             alignment: ALIGNMENT,
@@ -111,48 +115,49 @@ impl<'a> Weights<'a> {
         }
     }
 
-    /// Puts as many other bytes in the place of these.
+    /// Replaces the bytes by as many others.
     #[cfg(test)]
     pub(super) fn change(&mut self, bytes: &'a [u8]) {
         assert_eq!(bytes.len(), self.bytes.len());
         self.bytes = bytes;
     }
 
-    /// The bytes, which may be mapped.
+    /// Returns the bytes, which may be mapped.
     pub fn bytes(&self) -> &'a [u8] {
         self.bytes
     }
 
-    /// What the first byte has to be a multiple of, for the kernel that reads them.
+    /// Returns the alignment that the kernel needs for these bytes.
     pub fn alignment(&self) -> usize {
         self.alignment
     }
 
-    /// The file that they are mapped from and their first byte there, if a kernel can read them in place: files of other
-    /// writers need not align their tensors (rule 8).
+    /// Returns the mapped file and the offset in it, if a kernel can read the bytes in place.
+    ///
+    /// Other writers need not align their tensors (rule 8).
     pub fn in_file(&self) -> Option<(&'a Arc<MappedFile>, usize)> {
         self.place
             .filter(|(_, first)| first.is_multiple_of(self.alignment))
     }
 }
 
-/// What is bound to an argument of a kernel.
+/// Binding of a kernel argument.
 #[derive(Debug, Clone, Copy)]
 #[non_exhaustive]
 pub enum Operand<'a> {
     /// Bytes of the matrix.
     Weights(Weights<'a>),
-    /// [`crate::prime_lut::PRIME_LUT`], 10,000 `u32`.
+    /// Table [`crate::prime_lut::PRIME_LUT`], 10,000 `u32`.
     Primes,
-    /// [`Plan::levels`] of the encoding with so many bits.
+    /// Table [`Plan::levels`] of the encoding with this many bits.
     Levels(u8),
-    /// The input.
+    /// Input.
     X,
-    /// The output, `[vectors, rows]`.
+    /// Output, `[vectors, rows]`.
     Y,
-    /// The rotated input, `[vectors, cols]` of f32.
+    /// Rotated input, `[vectors, cols]` of f32.
     Rotated,
-    /// Nothing reads it.
+    /// Argument that nothing reads.
     Unused,
 }
 
@@ -160,43 +165,45 @@ pub enum Operand<'a> {
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Dispatch<'a> {
-    /// One of [`super::KERNELS`].
+    /// Name, one of [`super::KERNELS`].
     pub kernel: String,
-    /// Its argument 0.
+    /// Argument 0.
     pub args: Vec<u8>,
-    /// Its arguments from 1 on; it writes the last one, and nothing else.
+    /// Arguments from 1 on; the call writes only the last one.
     pub operands: Vec<Operand<'a>>,
-    /// Bytes of threadgroup memory, all of it at index 0: a multiple of 16, 32 KiB at most; 0 if it has none.
+    /// Bytes of threadgroup memory, all at index 0: a multiple of 16, at most 32 KiB; 0 if
+    /// unused.
     pub threadgroup_bytes: usize,
-    /// Threadgroups in two dimensions.
+    /// Number of threadgroups in two dimensions.
     pub threadgroups: [usize; 2],
-    /// Threads of each, in the first dimension: whole SIMD-groups.
+    /// Threads per threadgroup, in the first dimension: whole SIMD-groups.
     pub threads: usize,
 }
 
 impl<'a> Dispatch<'a> {
-    /// What it writes.
+    /// Returns the operand that the call writes.
     pub fn written(&self) -> &Operand<'a> {
         self.operands.last().expect("every kernel writes something")
     }
 }
 
-/// The calls that compute `Y = W X`, in their order: each reads what those before it have written.
+/// Calls that compute `Y = W X`, in order: each reads what earlier ones have written.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Plan<'a> {
-    /// At least one.
+    /// Calls, at least one.
     pub dispatches: Vec<Dispatch<'a>>,
     /// Elements of [`Operand::Rotated`], 0 if there is none.
     pub rotated: usize,
 }
 
 impl<'a> Plan<'a> {
-    /// The product of `matrix` with `vectors` inputs, one after the other, of type `element`; `max_threads` says how many
-    /// threads a threadgroup of a kernel may have, by its name.
+    /// Plans the product of `matrix` with `vectors` consecutive inputs of type `element`.
     ///
-    /// Errors: `Unsupported` for a matrix that is not compressed; `Argument` for no vectors; `TooLarge` for sizes that the
-    /// arguments of the kernels cannot hold.
+    /// `max_threads` returns the maximum threads per threadgroup of a kernel, given its name.
+    ///
+    /// Errors: `Unsupported` for a matrix that is not compressed; `Argument` for no vectors;
+    /// `TooLarge` for sizes that the arguments of the kernels cannot hold.
     pub fn new(
         matrix: &'a Matrix,
         vectors: usize,
@@ -212,7 +219,7 @@ impl<'a> Plan<'a> {
         )
     }
 
-    /// [`Plan::new`] with this kernel, if the matrix is `mdcsr`.
+    /// Creates [`Plan::new`] with this kernel, if the matrix is `mdcsr`.
     pub fn with_kernel(
         matrix: &'a Matrix,
         vectors: usize,
@@ -249,8 +256,9 @@ impl<'a> Plan<'a> {
         }
     }
 
-    /// The levels of `t2`, `t3` and `t4` by the bits of a point that they depend on: 128, 128 and 256. `None` if `k` is
-    /// not 2, 3 or 4.
+    /// Returns the levels of `t2`, `t3` and `t4`, indexed by the significant bits of a point.
+    ///
+    /// There are 128, 128 and 256 levels. `None` if `k` is not 2, 3 or 4.
     pub fn levels(k: u8) -> Option<Vec<f16>> {
         let code = TrellisCode::of(k)?;
         let points = (0..=255u8).step_by(256 / code.levels());
@@ -265,7 +273,7 @@ struct Planner<'p> {
     max_threads: &'p dyn Fn(&str) -> usize,
 }
 
-/// What a kernel has besides the arrays of its matrix.
+/// Kernel parameters besides the arrays of its matrix.
 struct Strips {
     name: String,
     threads: usize,
@@ -277,7 +285,7 @@ impl Planner<'_> {
         format!("{name}_{}", self.element.suffix())
     }
 
-    /// As many threads as wanted, or as many as the device lets the kernel have, in whole SIMD-groups.
+    /// Returns `wanted` threads, or the limit of the device for the kernel, in whole SIMD-groups.
     fn threads(&self, kernel: &str, wanted: usize) -> usize {
         let most = (self.max_threads)(kernel) / SIMD * SIMD;
         wanted.next_multiple_of(SIMD).min(most).max(SIMD)
@@ -337,7 +345,8 @@ impl Planner<'_> {
         })
     }
 
-    /// A threadgroup has a strip. More SIMD-groups share it where there are few strips, so that there is work for a GPU.
+    /// Assigns one strip to a threadgroup. With few strips more SIMD-groups share each, so that
+    /// the GPU is occupied.
     fn strips(&self, encoding: &str, rows: usize) -> Strips {
         let batch = if self.vectors == 1 { 1 } else { BATCH };
         let name = self.name(&match batch {
@@ -371,7 +380,9 @@ impl Planner<'_> {
         })
     }
 
-    /// The call of a kernel for strips whose tables have so many halves, and which counts so many bytes in each SIMD-group.
+    /// Returns the kernel call for strips.
+    ///
+    /// The parameters are the halves of its tables and the bytes per SIMD-group that it counts.
     fn strip_dispatch<'a>(
         &self,
         strips: Strips,
@@ -446,7 +457,8 @@ impl Planner<'_> {
                 ("s4", Weights::new(codes), codebook, LEVELS + PRIMES)
             }
         };
-        // The length of the array, not the last pointer, which may have changed since it was checked.
+        // The length of the array, not the last pointer, which may have changed since it was
+        // checked.
         let stored = number(codes.bytes().len(), "bytes of codes")?;
         let args = StripArgs {
             group: number(BITMAP_GROUP, "columns")?,
@@ -502,7 +514,7 @@ impl Planner<'_> {
         })
     }
 
-    /// [`Operand::X`] rotated into [`Operand::Rotated`].
+    /// Rotates [`Operand::X`] into [`Operand::Rotated`].
     fn rotation<'a>(&self, rotation: &'a Rotation) -> Result<Vec<Dispatch<'a>>> {
         let is_all = rotation.size() == rotation.cols();
         let mut dispatches = self.pass(rotation, 0, self.element, Operand::X)?;
@@ -513,7 +525,8 @@ impl Planner<'_> {
         Ok(dispatches)
     }
 
-    /// A pass over the columns from `first` on; what it leaves alone is copied if it reads X.
+    /// Returns a pass over the columns from `first` on. If it reads X, the other columns are
+    /// copied.
     fn pass<'a>(
         &self,
         rotation: &'a Rotation,
@@ -582,7 +595,7 @@ impl Planner<'_> {
 const LEVELS: usize = 16;
 const PRIMES: usize = 256;
 
-/// Threadgroup memory comes in units of 16 bytes.
+/// Rounds up to 16 bytes, the unit of threadgroup memory.
 fn memory(bytes: usize) -> usize {
     bytes.next_multiple_of(16)
 }

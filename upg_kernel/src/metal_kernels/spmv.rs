@@ -1,4 +1,4 @@
-//! [`MetalSpMV`] on a system that has Metal.
+//! Implementation of [`MetalSpMV`] on systems with Metal.
 
 use super::gpu::{Device, Encoder, Gpu, GpuBuffer, Pipeline, Resident, Vectors, encode};
 use super::hazards::Hazards;
@@ -36,7 +36,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 /// let x = Tensor::ones(info.cols, candle_core::DType::F32, &Device::Cpu)?;
 /// let y = metal.execute(matrix, &x)?; // [rows]
 ///
-/// // Many products, with weights that stay on the GPU and results that do too:
+/// // Many products, with weights and results that stay on the GPU:
 /// let matrix = metal.load(matrix)?;
 /// let x = metal.vector(&vec![1.0f32; info.cols], 1)?;
 /// let mut pass = metal.pass()?;
@@ -49,21 +49,22 @@ use std::sync::{Arc, Mutex, PoisonError};
 pub struct MetalSpMV {
     device: Gpu,
     command_queue: Retained<ProtocolObject<dyn MTLCommandQueue>>,
-    /// Buffers of results, by their size; those that nobody else holds are used again. They stay until this is dropped.
+    /// Buffers of results by size; unused ones are recycled. They stay until this is dropped.
     free: Mutex<Vec<(usize, GpuBuffer)>>,
 }
 
-// What `MTLCreateSystemDefaultDevice` needs to find one.
+// Framework that `MTLCreateSystemDefaultDevice` needs to find a device.
 #[cfg(target_os = "macos")]
 #[link(name = "CoreGraphics", kind = "framework")]
 unsafe extern "C" {}
 
 impl MetalSpMV {
-    /// With the default device; compiles the kernels (some tenths of a second the first time).
+    /// Opens the default device and compiles the kernels (some tenths of a second the first
+    /// time).
     ///
-    /// Errors (`Unsupported`): there is no device, or it lacks what the kernels need: the message says what.
+    /// Errors (`Unsupported`): there is no device, or it lacks a feature that the message names.
     pub fn new() -> Result<Self> {
-        // There is no default device for a process without a window, in ssh for example.
+        // A process without a window, for example in ssh, has no default device.
         let device = MTLCreateSystemDefaultDevice();
         #[cfg(target_os = "macos")]
         let device = device.or_else(|| objc2_metal::MTLCopyAllDevices().firstObject());
@@ -71,7 +72,7 @@ impl MetalSpMV {
             Error::new(ErrorKind::Unsupported, "there is no Metal device here")
                 .hint("multiply on the CPU: `Matrix::spmv`")
         })?;
-        // What Metal returns belongs to a pool, which a thread of Rust does not have.
+        // Metal's results belong to an autorelease pool, which a Rust thread does not have.
         autoreleasepool(|_| Self::on(device))
     }
 
@@ -87,22 +88,25 @@ impl MetalSpMV {
         })
     }
 
-    /// The name of the device.
+    /// Returns the name of the device.
     pub fn device_name(&self) -> String {
         self.device.device.name().to_string()
     }
 
-    /// How many bytes of weights and vectors the device has room for with good speed.
+    /// Returns the recommended maximum bytes of weights and vectors on the device for good speed.
     pub fn working_set(&self) -> u64 {
         self.device.device.recommendedMaxWorkingSetSize()
     }
 
-    /// `W x` for a vector `[cols]`, or for each row of `[n, cols]`: a tensor `[rows]` or `[n, rows]` of the same type on
-    /// the CPU, wherever `vector` is. Waits for the GPU, and makes buffers of the weights (a copy of those that are not mapped) that
-    /// it forgets again: [`MetalSpMV::load`] makes them once.
+    /// Computes `W x` for a vector `[cols]`, or for each row of `[n, cols]`.
     ///
-    /// Errors: `Unsupported` for a type other than F32 and F16 or a matrix that is not compressed; `Shape` for a tensor
-    /// of another shape, `Argument` for one of no vectors; `TooLarge` if the device has no room.
+    /// The result is a tensor `[rows]` or `[n, rows]` of the same type on the CPU, on whatever
+    /// device `vector` is. Waits for the GPU. Creates temporary buffers of the weights (a copy of
+    /// those that are not mapped): [`MetalSpMV::load`] creates them once.
+    ///
+    /// Errors: `Unsupported` for a type other than F32 and F16 or a matrix that is not compressed;
+    /// `Shape` for a tensor of another shape, `Argument` for one of no vectors; `TooLarge` if the
+    /// device is out of memory.
     pub fn execute(&self, matrix: &Matrix, vector: &Tensor) -> Result<Tensor> {
         match vector.dtype() {
             DType::F32 => self.execute_as::<f32>(matrix, vector),
@@ -140,7 +144,7 @@ impl MetalSpMV {
         )?)
     }
 
-    /// Products of vectors and results as bytes, for tests of all kernels.
+    /// Computes products of vectors, with results as bytes, for tests of all kernels.
     #[cfg(test)]
     pub(super) fn products(
         &self,
@@ -166,14 +170,17 @@ impl MetalSpMV {
         })
     }
 
-    /// The matrix for kernels: weights of a mapped file stay where they are, others are copied.
+    /// Prepares the matrix for kernels: mapped weights stay in place, others are copied.
     ///
-    /// Errors: `Unsupported` for a matrix that is not compressed; `TooLarge` if the device has no room.
+    /// Errors: `Unsupported` for a matrix that is not compressed; `TooLarge` if the device is out
+    /// of memory.
     pub fn load(&self, matrix: &Matrix) -> Result<MetalMatrix> {
         Ok(MetalMatrix(Arc::new(Resident::new(&self.device, matrix)?)))
     }
 
-    /// Copies `n` vectors, one after the other, to the GPU. Errors (`Argument`): `values` is not as many of equal length.
+    /// Copies `n` consecutive vectors to the GPU.
+    ///
+    /// Errors (`Argument`): `values` is not `n` vectors of equal length.
     pub fn vector<T: MetalFloat>(&self, values: &[T], n: usize) -> Result<MetalVector> {
         if n == 0 || values.is_empty() || !values.len().is_multiple_of(n) {
             let message = format!("{} values are not {n} vectors", values.len());
@@ -188,8 +195,10 @@ impl MetalSpMV {
         })
     }
 
-    /// Begins a pass: products that run without the CPU in between, those that do not depend on each other side by side.
-    /// The queue has room for 64 that were begun and neither finished nor dropped; the next one waits, for ever on one thread.
+    /// Starts a pass: products that run without the CPU in between.
+    ///
+    /// Independent products run concurrently. The queue holds 64 passes that were started and
+    /// neither finished nor dropped; the next call blocks, for ever on one thread.
     pub fn pass(&self) -> Result<MetalPass<'_>> {
         let none = || Error::new(ErrorKind::TooLarge, "the device has no room for commands");
         autoreleasepool(|_| {
@@ -211,7 +220,7 @@ impl MetalSpMV {
         })
     }
 
-    /// A buffer of at least so many bytes that nobody else holds.
+    /// Returns a buffer of at least this many bytes that no one else holds.
     fn result(&self, bytes: usize) -> Result<GpuBuffer> {
         let size = bytes
             .checked_next_power_of_two()
@@ -228,9 +237,9 @@ impl MetalSpMV {
     }
 }
 
-/// A type of vectors on the GPU: `f32` or `f16`.
+/// Type of vectors on the GPU: `f32` or `f16`.
 pub trait MetalFloat: Pod {
-    /// As plans call it.
+    /// Element type in plans.
     const ELEMENT: Element;
 }
 
@@ -242,30 +251,30 @@ impl MetalFloat for f16 {
     const ELEMENT: Element = Element::F16;
 }
 
-/// A matrix that kernels can read; cheap to clone.
+/// Matrix that kernels can read; cheap to clone.
 #[derive(Clone)]
 pub struct MetalMatrix(Arc<Resident>);
 
 impl MetalMatrix {
-    /// The matrix.
+    /// Returns the matrix.
     pub fn matrix(&self) -> &Matrix {
         self.0.matrix()
     }
 }
 
-/// `n` vectors on the GPU, all f32 or all f16; cheap to clone.
+/// Vectors on the GPU, all f32 or all f16; cheap to clone.
 #[derive(Clone)]
 pub struct MetalVector {
     buffer: GpuBuffer,
     n: usize,
     len: usize,
     element: Element,
-    /// Whether the pass that writes it has finished.
+    /// Flag: the pass that writes it has finished.
     is_ready: Arc<AtomicBool>,
 }
 
 impl MetalVector {
-    /// How many vectors, and of how many elements.
+    /// Returns the number of vectors and their length.
     pub fn shape(&self) -> (usize, usize) {
         (self.n, self.len)
     }
@@ -274,13 +283,14 @@ impl MetalVector {
         self.is_ready.load(Ordering::Acquire)
     }
 
-    /// Whether it is this one, and not another with the same values.
+    /// Returns whether it is the same value, not another one with equal elements.
     fn is_same(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.is_ready, &other.is_ready)
     }
 
-    /// The values, vector by vector. Errors (`Argument`): `T` is not their type, or the pass that computes them has
-    /// not finished.
+    /// Returns the elements, vector by vector.
+    ///
+    /// Errors (`Argument`): `T` is not their type, or the pass that computes them has not finished.
     pub fn to_vec<T: MetalFloat>(&self) -> Result<Vec<T>> {
         if T::ELEMENT != self.element {
             let message = format!("vectors of {:?} read as {:?}", self.element, T::ELEMENT);
@@ -290,35 +300,39 @@ impl MetalVector {
             let message = "the pass that computes this vector has not finished";
             return Err(Error::new(ErrorKind::Argument, message).hint("call `finish` on it"));
         }
-        // SAFETY: made with so many bytes, in shared memory; the only pass that writes it has finished.
+        // SAFETY: created with this many bytes, in shared memory; the only pass that writes it has
+        // finished.
         let bytes = unsafe { self.buffer.read(self.n * self.len * size_of::<T>()) };
         Ok(cast_slice(bytes).to_vec())
     }
 }
 
-/// Products that are encoded but not computed before [`MetalPass::finish`]. Dropped without it nothing is computed.
+/// Products that are encoded, but computed only by [`MetalPass::finish`]. Dropping it
+/// computes nothing.
 pub struct MetalPass<'a> {
     spmv: &'a MetalSpMV,
     commands: Retained<ProtocolObject<dyn MTLCommandBuffer>>,
     encoder: Raw,
     is_encoding: bool,
     results: Vec<MetalVector>,
-    /// With the results, all buffers of the pass: while it holds them they are not used for anything else.
+    /// Inputs; with the results these are all buffers of the pass, which are not recycled while
+    /// it holds them.
     inputs: Vec<MetalVector>,
-    /// Inputs that were rotated, and the result: matrices that share an input share the rotation.
+    /// Inputs that were rotated, and the result: matrices that share an input share its rotation.
     rotated: Vec<(MetalVector, Rotation, GpuBuffer)>,
 }
 
 impl MetalPass<'_> {
-    /// `W x` for each vector of `x`, which may be the result of a product of this pass.
+    /// Computes `W x` for each vector of `x`, which may be a result of this pass.
     ///
-    /// Errors: `Shape` if the vectors have another length than the matrix has columns; `Argument` if `x` is of another pass,
-    /// which has not finished; `TooLarge` if the device has no room.
+    /// Errors: `Shape` if the vectors have another length than the matrix has columns; `Argument`
+    /// if `x` belongs to another pass that has not finished; `TooLarge` if the device is out of
+    /// memory.
     pub fn spmv(&mut self, matrix: &MetalMatrix, x: &MetalVector) -> Result<MetalVector> {
         self.spmv_with(matrix, x, SparseKernel::default())
     }
 
-    /// [`MetalPass::spmv`] with this kernel, if the matrix is `mdcsr`.
+    /// Runs [`MetalPass::spmv`] with this kernel, if the matrix is `mdcsr`.
     pub fn spmv_with(
         &mut self,
         matrix: &MetalMatrix,
@@ -355,7 +369,7 @@ impl MetalPass<'_> {
                     .find(|(input, known, _)| input.is_same(x) && known == rotation);
                 Some(match known {
                     Some((_, _, buffer)) => {
-                        // The product only, which is the last.
+                        // The product only, which is the last call.
                         dispatches = &dispatches[dispatches.len() - 1..];
                         buffer.clone()
                     }
@@ -387,7 +401,7 @@ impl MetalPass<'_> {
         Ok(y)
     }
 
-    /// Runs the products and waits for them. Errors (`Io`): what the device says.
+    /// Runs the products and waits for them. Errors (`Io`): those of the device.
     pub fn finish(mut self) -> Result<()> {
         self.end_encoding();
         autoreleasepool(|_| {
@@ -417,12 +431,12 @@ impl MetalPass<'_> {
 
 impl Drop for MetalPass<'_> {
     fn drop(&mut self) {
-        // Metal wants it before it lets go of an encoder.
+        // Metal requires it before an encoder is released.
         self.end_encoding();
     }
 }
 
-/// An encoder whose calls run side by side, but for those that depend on others.
+/// Encoder whose calls run concurrently, except for those that depend on others.
 struct Raw {
     encoder: Retained<ProtocolObject<dyn MTLComputeCommandEncoder>>,
     hazards: Hazards,
@@ -435,7 +449,7 @@ impl Encoder for Raw {
 
     fn bytes(&mut self, index: usize, bytes: &[u8]) {
         let start = NonNull::from(bytes).cast::<c_void>();
-        // SAFETY: so many bytes, fewer than 4 KiB, which are copied.
+        // SAFETY: this many bytes, fewer than 4 KiB, are copied.
         unsafe {
             self.encoder
                 .setBytes_length_atIndex(start, bytes.len(), index)
@@ -445,7 +459,8 @@ impl Encoder for Raw {
     fn buffer(&mut self, index: usize, buffer: &GpuBuffer, is_written: bool) {
         let place = Retained::as_ptr(buffer.raw()).addr();
         self.hazards.bind(place, is_written);
-        // SAFETY: the plan binds what the kernel declares at this index, and the offset is inside of the buffer.
+        // SAFETY: the plan binds what the kernel declares at this index, and the offset is inside
+        // the buffer.
         unsafe {
             self.encoder
                 .setBuffer_offset_atIndex(Some(buffer.raw()), buffer.offset, index)

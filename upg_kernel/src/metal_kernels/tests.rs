@@ -1,7 +1,9 @@
-//! Every kernel of `spmv.metal` on the CPU, against sums in f64 over the weights that the reference decodes.
+//! Every kernel of `spmv.metal` on the CPU, compared with sums in f64 over the weights that
+//! the reference decodes.
 //!
-//! They need clang, `UPG_CLANG` or one that is found, and say so where there is none; with `UPG_REQUIRE_CLANG` set they
-//! fail there. What it is that runs them: `tests/metal_on_cpu/machine.h`.
+//! The tests need clang: `UPG_CLANG` or one that is found. Without it they print that they did not
+//! run, or fail if `UPG_REQUIRE_CLANG` is set. `tests/metal_on_cpu/machine.h` describes the
+//! emulation.
 
 mod cases;
 mod on_cpu;
@@ -19,13 +21,15 @@ use rayon::prelude::*;
 use std::io::Write;
 use std::sync::OnceLock;
 
-/// Of the sum of the magnitudes of all products: sums are in f32, in pieces, but for rows of `mdcsr` with a thread each.
+/// Tolerance relative to the sum of the magnitudes of all products.
+///
+/// Sums are in f32 and in pieces, except for rows of `mdcsr` with one thread each.
 const TOLERANCE: f64 = 2e-6;
 
-/// Forwards, backwards, and two at random.
+/// Thread schedules: forwards, backwards, and two at random.
 const SCHEDULES: [u32; 4] = [0, 1, 2, 3];
 
-/// The kernels as they are, with as few liberties as clang knows and with all of them.
+/// Two builds of the kernels: with minimal and with maximal optimization freedom of clang.
 fn programs() -> Option<&'static [Program; 2]> {
     static PROGRAMS: OnceLock<Option<[Program; 2]>> = OnceLock::new();
     let made = PROGRAMS.get_or_init(|| {
@@ -49,13 +53,14 @@ fn clang() -> Option<String> {
     found
 }
 
-/// Fails if the variable is set; else says why a test does nothing, where the harness of tests does not hide it.
+/// Fails if the variable is set; otherwise prints why a test does nothing, past the test
+/// harness.
 fn not_run(why: &str, required: &str) {
     assert!(std::env::var_os(required).is_none(), "{why}");
     writeln!(std::io::stderr(), "NOT RUN: {why}").expect("standard error");
 }
 
-/// Inputs of a moderate size, as bytes of an element and exactly.
+/// Returns inputs of moderate size, as bytes of elements and as exact values.
 fn input(len: usize, element: Element, seed: u64) -> (Vec<u8>, Vec<f32>) {
     let values = noise(len * 2, seed);
     let value = |bytes: &[u8; 2]| f32::from(i16::from_le_bytes(*bytes)) / 16384.0;
@@ -70,21 +75,21 @@ fn input(len: usize, element: Element, seed: u64) -> (Vec<u8>, Vec<f32>) {
     }
 }
 
-/// What an output has to be.
+/// Expected output.
 struct Expected {
     value: f64,
-    /// The sum of the magnitudes of all products, and the same without the scale of the row.
+    /// Sum of the magnitudes of all products, with and without the scale of the row.
     size: f64,
     unscaled: f64,
-    /// How many products there are.
+    /// Number of products.
     terms: usize,
 }
 
 impl Expected {
-    /// Every output, vector by vector.
+    /// Computes every output, vector by vector.
     fn all(matrix: &Matrix, x: &[f32]) -> Vec<Self> {
         let cols = matrix.cols();
-        // As they are stored, not turned back.
+        // As stored, without inverse rotation.
         let decoded = |matrix: &Matrix| {
             let mut weights = vec![0.0; matrix.rows() * cols];
             matrix.stored().decode_rows(0, &mut weights);
@@ -114,10 +119,10 @@ impl Expected {
         all
     }
 
-    /// The error in units of what is allowed; NaN and all that no rounding explains are far above 1.
+    /// Returns the error relative to the allowed error.
     ///
-    /// Allowed are roundings of sums in f32, a scale that counts as 0 because it is too small for an exponent, and the
-    /// rounding of the output.
+    /// NaN and all errors beyond rounding are far above 1. Allowed are rounding of f32 sums, a
+    /// scale that counts as 0 because it is too small for an exponent, and rounding of the output.
     fn error(&self, found: f64, case: &Case, element: Element) -> f64 {
         let one_by_one = case.sparse != SparseKernel::Simd;
         let roundings = if one_by_one {
@@ -140,7 +145,7 @@ impl Expected {
     }
 }
 
-/// The input as the stored weights want it.
+/// Returns the input rotated for the stored weights.
 fn rotated(matrix: &Matrix, x: &[f32]) -> Vec<f32> {
     let mut x = x.to_vec();
     if let Matrix::Trellis(m) = matrix {
@@ -149,7 +154,8 @@ fn rotated(matrix: &Matrix, x: &[f32]) -> Vec<f32> {
     x
 }
 
-/// Runs the case with all schedules and compares. The largest error in units of what is allowed.
+/// Runs the case with all schedules and compares; returns the largest error relative to the
+/// allowed one.
 fn check(
     program: &Program,
     case: &Case,
@@ -177,7 +183,7 @@ fn check(
     .map_err(|e| format!("{e} (up to {max_threads} threads)"))
 }
 
-/// Compares the outputs, as bytes, that `run` makes of an input, as bytes.
+/// Compares the outputs that `run` computes from an input, both as bytes.
 fn compare(
     case: &Case,
     matrix: &Matrix,
@@ -220,7 +226,8 @@ const VECTORS: [usize; 2] = [1, 5];
 
 const ELEMENTS: [Element; 2] = [Element::F32, Element::F16];
 
-/// All cases with both programs, one and some vectors of both types; panics with what is wrong.
+/// Checks all cases with both programs, with one and several vectors of both types; panics on
+/// failures.
 fn check_all(cases: &[Case], max_threads: usize) {
     let Some(programs) = programs() else { return };
     let mut jobs = Vec::new();
@@ -238,7 +245,7 @@ fn check_all(cases: &[Case], max_threads: usize) {
     report(jobs.par_iter().map(run).collect());
 }
 
-/// Panics with what is wrong, or prints the largest errors.
+/// Panics on failures, or prints the largest errors.
 fn report(results: Vec<Result<(Element, f64), String>>) {
     let wrong: Vec<_> = results.iter().filter_map(|r| r.as_ref().err()).collect();
     let (some, count) = (&wrong[..wrong.len().min(5)], wrong.len());
@@ -256,7 +263,7 @@ fn report(results: Vec<Result<(Element, f64), String>>) {
 fn test_metal_spmv_on_the_device() {
     let metal = match super::MetalSpMV::new() {
         Ok(metal) => metal,
-        // A virtual machine, most likely.
+        // Most likely a virtual machine.
         Err(e) => return not_run(&e.to_string(), "UPG_REQUIRE_METAL"),
     };
     println!("{}", metal.device_name());
@@ -279,11 +286,12 @@ fn test_metal_spmv_on_the_device() {
     report(results);
 }
 
-/// Of the largest output: that of BF16, and of an input that the CPU rounds to 14 bits.
+/// Tolerance relative to the largest output: for BF16, and for an input that the CPU rounds
+/// to 14 bits.
 #[cfg(all(feature = "metal", target_vendor = "apple"))]
 const CANDLE_TOLERANCE: f32 = 1e-2;
 
-/// candle's Metal device gives what its CPU gives.
+/// candle's Metal device gives the same results as its CPU.
 #[cfg(all(feature = "metal", target_vendor = "apple"))]
 #[test]
 fn test_metal_spmv_in_candle() {
@@ -328,7 +336,7 @@ fn test_metal_spmv_in_candle() {
 fn test_metal_spmv_source_has_the_types_of_metal() {
     let Some(clang) = clang() else { return };
     on_cpu::check(&clang, &source()).unwrap_or_else(|e| panic!("{e}"));
-    // What only address spaces tell apart.
+    // Errors that only address spaces reveal.
     let wrong = [
         (
             "threadgroup const half *levels = table",
@@ -401,7 +409,7 @@ fn test_metal_spmv_many_rows() {
     errors.unwrap_or_else(|e| panic!("{e}"));
 }
 
-/// What is not stored is not multiplied, not even with an infinity.
+/// Weights that are not stored are not multiplied, not even by an infinity.
 #[test]
 fn test_metal_spmv_infinities_where_nothing_is_stored() {
     let Some([program, _]) = programs() else {
@@ -410,7 +418,7 @@ fn test_metal_spmv_infinities_where_nothing_is_stored() {
     let cols = 600;
     let matrix = sparse(5, cols);
     let mut stored = vec![false; cols];
-    // Of row 0, which is full, nothing.
+    // Row 0 is full, so it has none.
     for (i, weight) in matrix.to_dense().iter().enumerate().skip(cols) {
         stored[i % cols] |= *weight != 0.0;
     }
@@ -437,7 +445,8 @@ fn test_metal_spmv_infinities_where_nothing_is_stored() {
     }
 }
 
-/// A mapped file may change after its matrices were checked: no kernel reads outside of a buffer then.
+/// A mapped file may change after its matrices were checked. No kernel reads outside a buffer
+/// then.
 #[test]
 fn test_metal_spmv_arrays_that_changed_lead_nowhere_else() {
     let Some([program, _]) = programs() else {
@@ -485,7 +494,7 @@ fn test_metal_spmv_arrays_that_changed_lead_nowhere_else() {
     cases.par_iter().for_each(check);
 }
 
-/// The rotated input is that of the CPU to the bit.
+/// The rotated input is bit-identical to that of the CPU.
 #[test]
 fn test_metal_spmv_rotations() {
     let Some([program, _]) = programs() else {
@@ -513,7 +522,7 @@ fn test_metal_spmv_rotations() {
         let matrix = Matrix::Trellis(trellis(1, cols, 2, size));
         for (element, vectors) in [(Element::F32, 1), (Element::F32, 2), (Element::F16, 2)] {
             let what = format!("{size} of {cols} columns x {vectors} {element:?}");
-            // Threads that are no divisor of the work, too.
+            // Also with a number of threads that does not divide the work.
             let max_threads = if vectors == 2 { 96 } else { 1024 };
             let mut plan = Plan::new(&matrix, vectors, element, |_| max_threads).unwrap();
             // Without the product, which takes long for so many columns.

@@ -1,4 +1,5 @@
-//! Bytes that stay in their files until they are converted: a pickle of many gigabytes is never in memory.
+//! Bytes that stay in their files until conversion: a pickle of many gigabytes is never in
+//! memory.
 #![forbid(unsafe_code)]
 
 use crate::error::{Error, ErrorKind, Result};
@@ -8,20 +9,22 @@ use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-/// Bytes that are read at once.
+/// Size of the read buffer in bytes.
 const BUFFER: usize = 1 << 17;
 
-/// Where bytes lie: in the pickle (file 0) or in a file of an out-of-band buffer.
+/// Range of bytes in the pickle (file 0) or in a file of an out-of-band buffer.
 #[derive(Debug, Clone)]
 pub(super) struct Bytes {
     pub file: usize,
     pub start: u64,
     pub len: u64,
-    /// Protocol 2 has no bytes: they are text there, each byte a character up to U+00FF, in UTF-8.
+    /// Flag for protocol 2, which has no bytes: each byte is a character up to U+00FF, in UTF-8.
     pub latin1: bool,
 }
 
-/// The pickle and the files of its out-of-band buffers. Read, not mapped: pages of a map would count as memory.
+/// The pickle and the files of its out-of-band buffers.
+///
+/// They are read, not mapped: pages of a map would count as memory.
 pub(super) struct Files(Vec<OpenFile>);
 
 struct OpenFile {
@@ -31,25 +34,25 @@ struct OpenFile {
 }
 
 impl Files {
-    /// Errors: `Io`.
+    /// Opens the files. Errors: `Io`.
     pub(super) fn open(pickle: &Path, buffers: &[PathBuf]) -> Result<Self> {
         let paths = std::iter::once(pickle).chain(buffers.iter().map(PathBuf::as_path));
         paths.map(OpenFile::new).collect::<Result<_>>().map(Self)
     }
 
-    /// Files of out-of-band buffers.
+    /// Returns the number of files of out-of-band buffers.
     pub(super) fn buffers(&self) -> usize {
         self.0.len() - 1
     }
 
-    /// Of all files together.
+    /// Returns the total bytes of all files.
     pub(super) fn bytes(&self) -> u64 {
         self.0
             .iter()
             .fold(0, |sum, file| sum.saturating_add(file.len))
     }
 
-    /// The whole of a file; panics for one that is not there.
+    /// Returns the whole of a file; panics if it does not exist.
     pub(super) fn whole(&self, file: usize) -> Bytes {
         Bytes {
             file,
@@ -63,7 +66,7 @@ impl Files {
         self.0.iter().map(|file| file.path.as_path())
     }
 
-    /// The bytes as they lie in the file.
+    /// Returns a reader of the raw bytes in the file.
     pub(super) fn buffered(&self, bytes: &Bytes) -> BufReader<Span<'_>> {
         let span = Span {
             file: &self.0[bytes.file],
@@ -74,7 +77,7 @@ impl Files {
         BufReader::with_capacity(BUFFER.min(bytes.len as usize).max(64), span)
     }
 
-    /// The bytes as they are meant.
+    /// Returns a reader of the decoded bytes.
     pub(super) fn reader(&self, bytes: &Bytes) -> BytesReader<'_> {
         BytesReader {
             bytes: self.buffered(bytes),
@@ -96,7 +99,7 @@ impl OpenFile {
     }
 }
 
-/// A part of a file, to be read by itself.
+/// Range of a file with its own read position.
 pub(super) struct Span<'a> {
     file: &'a OpenFile,
     start: u64,
@@ -132,7 +135,7 @@ impl Seek for Span<'_> {
     }
 }
 
-/// Reads [`Bytes`] from first to last.
+/// Reader of [`Bytes`] from first to last.
 pub(super) struct BytesReader<'a> {
     bytes: BufReader<Span<'a>>,
     latin1: bool,
@@ -140,9 +143,9 @@ pub(super) struct BytesReader<'a> {
 }
 
 impl BytesReader<'_> {
-    /// The next bytes, as many as `out` holds.
+    /// Reads the next bytes and fills `out`.
     ///
-    /// Errors: `Io`; `Malformed` if there are fewer, or characters that are no bytes.
+    /// Errors: `Io`; `Malformed` if there are fewer, or characters that are not bytes.
     pub(super) fn fill(&mut self, out: &mut [u8]) -> Result<()> {
         let filled = match self.latin1 {
             false => self.bytes.read_exact(out),
@@ -151,7 +154,7 @@ impl BytesReader<'_> {
         filled.map_err(|e| self.error(e))
     }
 
-    /// Errors (`Malformed`): not all of the bytes were read.
+    /// Checks that all bytes were read. Errors (`Malformed`): some were not.
     pub(super) fn finish(mut self) -> Result<()> {
         match self.bytes.fill_buf().map(<[u8]>::is_empty) {
             Ok(true) => Ok(()),
@@ -178,10 +181,10 @@ impl BytesReader<'_> {
     }
 }
 
-/// Characters up to U+00FF, in UTF-8, as bytes.
+/// Decodes characters up to U+00FF, in UTF-8, to bytes.
 fn fill_latin1(text: &mut impl BufRead, out: &mut [u8]) -> io::Result<()> {
     let mut filled = 0;
-    // The first byte of a character whose second is behind the end of the buffer.
+    // First byte of a character whose second one is past the end of the buffer.
     let mut lead = None;
     while filled < out.len() {
         let available = text.fill_buf()?;

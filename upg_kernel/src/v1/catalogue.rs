@@ -1,4 +1,4 @@
-//! What a version 1 file says of its tensors.
+//! Catalogue of a version 1 file: the descriptions of its tensors.
 #![forbid(unsafe_code)]
 
 use super::lists::NumberList;
@@ -11,10 +11,10 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
-/// The arithmetic of version 1: `scale * prime * value`, entry by entry.
+/// Name of the version 1 arithmetic: `scale * prime * value`, entry by entry.
 const METHOD: &str = "prime_sparse_v1";
 
-/// Keys of the whole, of a file in it and of a tensor that say something about it.
+/// Informative keys of the whole, of a file in it and of a tensor.
 const TOP_KEYS: [&str; 5] = [
     "model_type",
     "source",
@@ -35,52 +35,53 @@ const TENSOR_KEYS: [&str; 9] = [
     "manifold_encoded",
 ];
 
-/// The parts of compressed sparse rows, each with the names that it goes by.
+/// Parts of compressed sparse rows, each with its possible names.
 const VALUES: &[&str] = &["values", "data"];
 const INDICES: &[&str] = &["indices", "col_indices"];
 const POINTERS: &[&str] = &["indptr", "row_pointers"];
 const PRIMES: &[&str] = &["prime_indices"];
 const SCALES: &[&str] = &["scale", "scales"];
 
-/// What a version 1 file lists.
+/// Catalogue of a version 1 file.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Catalogue {
-    /// What kind of model it is, for example `phi-4-upg`.
+    /// Kind of model, for example `phi-4-upg`.
     pub model_type: Option<String>,
-    /// The model it was made of.
+    /// Name of the source model.
     pub source: Option<String>,
-    /// How: `prime_sparse_v1`.
+    /// Compression method: `prime_sparse_v1`.
     pub compression_method: Option<String>,
-    /// What its writer was after; anything but a container.
+    /// Target compression of the writer, any value that is not a container.
     pub target_compression: Value,
-    /// Every tensor, in the order of the file.
+    /// Every tensor, in file order.
     pub tensors: Vec<CatalogueEntry>,
 }
 
-/// One tensor of a [`Catalogue`].
+/// Tensor of a [`Catalogue`].
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct CatalogueEntry {
-    /// The file of the source model that it is from.
+    /// File of the source model that it comes from.
     pub file: Option<Arc<str>>,
-    /// Its Hugging Face name.
+    /// Hugging Face name.
     pub name: String,
-    /// `[rows, cols]` of a matrix, `[n]` of a vector.
+    /// Shape: `[rows, cols]` of a matrix, `[n]` of a vector.
     pub shape: Vec<u64>,
-    /// What else is said of it (`dtype`, `original_bytes` and so on): nothing that the weights depend on.
+    /// Other properties (`dtype`, `original_bytes` and so on), which the weights do not depend
+    /// on.
     pub notes: BTreeMap<&'static str, Value>,
     pub(super) parts: Option<Parts>,
 }
 
 impl CatalogueEntry {
-    /// Whether the file has its weights.
+    /// Returns whether the file has its weights.
     pub fn has_weights(&self) -> bool {
         self.parts.is_some()
     }
 }
 
-/// The weights of a tensor: compressed sparse rows.
+/// Weights of a tensor: compressed sparse rows.
 #[derive(Debug, Clone)]
 pub(super) struct Parts {
     pub values: Numbers,
@@ -90,20 +91,20 @@ pub(super) struct Parts {
     pub scale: Scale,
 }
 
-/// What rows are multiplied by.
+/// Scale of the rows.
 #[derive(Debug, Clone)]
 pub(super) enum Scale {
-    /// All by the same.
+    /// One scale for all rows.
     One(f64),
     /// One number, or one for each row.
     Many(Numbers),
 }
 
 impl Catalogue {
-    /// Reads what the pickle has made.
+    /// Reads the catalogue from the objects of the pickle.
     ///
-    /// Errors: `Invalid`, `Missing`, `Shape` or `Unsupported` for anything that is not as the schema has it, with
-    /// what was found.
+    /// Errors: `Invalid`, `Missing`, `Shape` or `Unsupported` for any deviation from the schema,
+    /// with what was found.
     pub(super) fn read(objects: &Objects, top: Id) -> Result<Self> {
         let reader = Reader {
             objects,
@@ -149,7 +150,7 @@ impl Catalogue {
         })
     }
 
-    /// Whether the file lists tensors without the weights of any.
+    /// Returns whether the file lists tensors, but has no weights.
     pub fn is_list_only(&self) -> bool {
         self.tensors.iter().all(|t| t.parts.is_none())
     }
@@ -157,17 +158,17 @@ impl Catalogue {
 
 type Dict<'a> = BTreeMap<&'a str, Id>;
 
-/// Bytes of a text that is only shown.
+/// Maximum bytes of a text that is only displayed.
 const LONGEST_NOTE: usize = 256;
 
 struct Reader<'a> {
     objects: &'a Objects,
-    /// Lists of numbers that were read: tensors can share them at no cost.
+    /// Number lists that were read: tensors can share them at no cost.
     lists: RefCell<HashMap<Id, Arc<NumberList>>>,
 }
 
 impl<'a> Reader<'a> {
-    /// A dict whose keys are all among these. A key with the value None is as one that is not there.
+    /// Reads a dict whose keys must all be known. A key with the value None counts as missing.
     fn dict(&self, id: Id, what: &str, known: &[&str], parts: &[&[&str]]) -> Result<Dict<'a>> {
         let Object::Dict(items) = self.objects.get(id) else {
             let message = format!("{what} is {}, expected a dict", self.objects.describe(id));
@@ -213,7 +214,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// A number, a text or a truth value; null if it is not there.
+    /// Returns a number, a text or a boolean; null if the key is missing.
     fn note(&self, dict: &Dict<'_>, key: &str) -> Result<Value> {
         let Some(&id) = dict.get(key) else {
             return Ok(Value::Null);
@@ -240,7 +241,7 @@ impl<'a> Reader<'a> {
         method: Option<&str>,
     ) -> Result<CatalogueEntry> {
         let all_parts = [VALUES, INDICES, POINTERS, PRIMES, SCALES];
-        // Before its name is known.
+        // The name is not known yet.
         let unnamed = self.dict(id, "a tensor", &TENSOR_KEYS, &all_parts);
         let tensor = unnamed.map_err(|e| match self.name_of(id) {
             Some(name) => e.tensor(name),
@@ -344,7 +345,7 @@ impl<'a> Reader<'a> {
             Object::Float(n) => Scale::One(*n),
             _ => Scale::Many(self.numbers(scale_name, scale, "a number or an array")?),
         };
-        // A csr_matrix in the place of values has the columns and pointers too.
+        // A csr_matrix in place of the values also has the columns and pointers.
         let csr = found[0].and_then(|(_, id)| match self.objects.get(id) {
             Object::Csr(csr) => Some(csr),
             _ => None,
@@ -375,14 +376,14 @@ impl<'a> Reader<'a> {
         }))
     }
 
-    /// An array or list of integers, of one dimension.
+    /// Reads a one-dimensional array or list of integers.
     fn integers(&self, name: &str, id: Id) -> Result<Numbers> {
         let numbers = self.numbers(name, id, "an array")?;
         numbers.check_integers(name)?;
         Ok(numbers)
     }
 
-    /// An array, or a list or tuple in the place of one.
+    /// Reads an array, or a list or tuple in place of one.
     fn numbers(&self, name: &str, id: Id, expected: &str) -> Result<Numbers> {
         match self.objects.get(id) {
             Object::Array(array) => return Ok(Numbers::Array(array.as_ref().clone())),

@@ -1,4 +1,4 @@
-//! From the arrays of version 1 to `mdcsr`: indices become gaps, all else stays as it is.
+//! Conversion of version 1 arrays to `mdcsr`: indices become gaps, everything else stays.
 #![forbid(unsafe_code)]
 
 use super::V1File;
@@ -22,37 +22,39 @@ use serde_json::json;
 use std::fs::File;
 use std::path::Path;
 
-/// Entries with those that bridge gaps, for each byte that is read, and in addition: far columns, and arrays that tensors
-/// share, must not make gigabytes of kilobytes.
+/// Maximum entries, including those that bridge gaps: per byte read, plus a constant.
+///
+/// Far columns and arrays shared by tensors must not turn kilobytes into gigabytes.
 const MOST_ENTRIES: (u64, u64) = (16, 1 << 25);
 
-/// What was converted.
+/// Statistics of a conversion.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Converted {
-    /// Matrices, in `mdcsr`.
+    /// Number of matrices, in `mdcsr`.
     pub matrices: usize,
-    /// Vectors, in F32.
+    /// Number of vectors, in F32.
     pub vectors: usize,
-    /// Entries that are stored, without those that bridge gaps: weights that are not zero.
+    /// Stored entries without those that bridge gaps: nonzero weights.
     pub entries: u64,
-    /// Weights, zeros too.
+    /// Number of weights, including zeros.
     pub weights: u64,
     /// Bytes of the new file.
     pub file_bytes: u64,
 }
 
 impl V1File {
-    /// Writes the weights as a file of version 2.0 to `out`, which appears whole or not at all, with `texts` as the config,
-    /// tokenizer and chat template of the model. `proceed` hears before each tensor of its name and its weights; its error ends
-    /// the work.
+    /// Writes the weights as a version 2.0 file to `out`, which is replaced atomically.
     ///
-    /// Memory: about 5 bytes an entry of the largest tensor. The bytes depend on the file and `texts` only. Errors:
-    /// `Missing` if the weights of all tensors or of some are not in the file; `Shape`, `Invalid` or `Unsupported` for
-    /// arrays that do not fit each other or what version 2 can hold; `TooLarge` for sizes that it cannot, and where
-    /// more entries have to bridge gaps than 16 for each byte that is read and 33 million, or tensors that share arrays have more
-    /// rows and entries together; `Malformed`, `Io`; `Argument` if `out` is a file that
-    /// is read.
+    /// `texts` become the config, tokenizer and chat template of the model. `proceed` is called
+    /// before each tensor with its name and its number of weights; its error ends the work.
+    ///
+    /// Memory: about 5 bytes per entry of the largest tensor. The output depends only on the file
+    /// and `texts`. Errors: `Missing` if the file lacks the weights of all or some tensors;
+    /// `Shape`, `Invalid` or `Unsupported` for arrays that do not match each other or that version
+    /// 2 cannot hold; `TooLarge` for sizes beyond its limits, if more entries have to bridge gaps
+    /// than 16 per byte read plus 33 million, or if tensors that share arrays have more rows and
+    /// entries together; `Malformed`, `Io`; `Argument` if `out` is an input file.
     pub fn convert(
         &self,
         out: impl AsRef<Path>,
@@ -69,7 +71,7 @@ impl V1File {
         convert().map_err(|e: Error| e.at(&self.path))
     }
 
-    /// [`V1File::convert`] into a temporary file without a name.
+    /// Runs [`V1File::convert`] into an unnamed temporary file.
     pub(super) fn convert_to_temporary(&self, texts: &ModelFiles) -> Result<File> {
         let convert = || {
             self.check_weights()?;
@@ -80,9 +82,9 @@ impl V1File {
         convert().map_err(|e: Error| e.at(&self.path))
     }
 
-    /// The matrix or vector number `index` of the catalogue, as a matrix; a vector is one row.
+    /// Returns the tensor number `index` of the catalogue as a matrix; a vector is one row.
     ///
-    /// Memory and errors as [`V1File::convert`]; panics if there is none of that number.
+    /// Memory and errors: as [`V1File::convert`]. Panics if there is no such number.
     pub fn matrix(&self, index: usize) -> Result<MdCSRMatrix> {
         let entry = &self.catalogue.tensors[index];
         let read = || {
@@ -93,12 +95,14 @@ impl V1File {
         read().map_err(|e: Error| e.tensor(&entry.name).at(&self.path))
     }
 
-    /// That may be made of the whole file.
+    /// Returns the maximum entries that the whole file may produce.
     fn most_entries(&self) -> u64 {
         MOST_ENTRIES.0 * self.files.bytes() + MOST_ENTRIES.1
     }
 
-    /// Errors (`Missing`): the file is only a list, or has not the weights of all tensors.
+    /// Checks that the weights are there.
+    ///
+    /// Errors (`Missing`): the file is only a list, or lacks the weights of some tensors.
     pub fn check_weights(&self) -> Result<()> {
         let tensors = &self.catalogue.tensors;
         if self.catalogue.is_list_only() {
@@ -121,7 +125,9 @@ impl V1File {
         }
     }
 
-    /// Errors (`Shape`, `TooLarge`): a tensor that is neither a matrix nor a vector, or larger than one can be.
+    /// Checks the sizes.
+    ///
+    /// Errors (`Shape`, `TooLarge`): a tensor is neither a matrix nor a vector, or too large.
     pub fn check_sizes(&self) -> Result<()> {
         let mut tensors = self.catalogue.tensors.iter();
         tensors.try_for_each(|entry| {
@@ -130,7 +136,9 @@ impl V1File {
         })
     }
 
-    /// The model it was made of, if that can stand in a command as it is: nothing in a file may tempt anybody to run more.
+    /// Returns the source model if its name can be displayed in a command line unquoted.
+    ///
+    /// Nothing in a file may lure anyone into running more.
     fn source_to_show(&self) -> Option<&str> {
         let source = self.catalogue.source.as_deref()?;
         let is_plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '/' | '-');
@@ -145,8 +153,10 @@ impl V1File {
         format!("{}.safetensors", last.unwrap_or("model"))
     }
 
-    /// Errors (`TooLarge`): tensors that share arrays have more rows and entries together than may be made of a file of this
-    /// size. Entries of value 0 count too: they are read, though left out.
+    /// Checks tensors that share arrays.
+    ///
+    /// Errors (`TooLarge`): together they have more rows and entries than a file of this size may
+    /// produce. Entries of value 0 count too: they are read, though left out.
     fn check_shared(&self) -> Result<()> {
         let mut left = self.most_entries();
         for entry in &self.catalogue.tensors {
@@ -229,7 +239,7 @@ impl V1File {
     }
 }
 
-/// A matrix as it will be in the file; `None` for a vector. Errors: sizes and names that no file may have.
+/// Describes a matrix of the new file; `None` for a vector. Errors: invalid sizes and names.
 fn described(entry: &CatalogueEntry) -> Result<Option<LayerInfo>> {
     let (rows, cols) = sizes(entry)?;
     if entry.shape.len() == 1 {
@@ -250,7 +260,9 @@ fn shape(message: String) -> Error {
     Error::new(ErrorKind::Shape, message)
 }
 
-/// `[rows, cols]`; a vector is one row. Errors (`Shape`, `TooLarge`): other dimensions, or sizes no file may have.
+/// Returns `[rows, cols]`; a vector is one row.
+///
+/// Errors (`Shape`, `TooLarge`): other dimensions, or sizes that no file may have.
 fn sizes(entry: &CatalogueEntry) -> Result<(usize, usize)> {
     let (rows, cols) = match *entry.shape.as_slice() {
         [cols] => (1, cols),
@@ -315,7 +327,7 @@ fn read_rows(
     for (number, &scale) in scales.iter().enumerate() {
         pointers.take(1, &mut pointer)?;
         let end = pointer[0];
-        // Columns are all different: no row has more.
+        // Columns are distinct, so no row has more.
         if end < start || end - start > cols as i64 || end as u64 > nnz {
             let message = format!(
                 "row {number} has the entries {start} to {end} of {nnz}, in {cols} columns"
@@ -370,7 +382,7 @@ fn scales(files: &Files, scale: &Scale, rows: usize) -> Result<Vec<f32>> {
     Ok(scales)
 }
 
-/// The entries of one row after the other.
+/// Reader of the entries of one row after the other.
 struct Row<'a> {
     values: Integers<'a>,
     indices: Integers<'a>,
@@ -381,7 +393,7 @@ struct Row<'a> {
 }
 
 impl Row<'_> {
-    /// The next `n` entries, in the order of their columns, into `out`.
+    /// Reads the next `n` entries, in column order, into `out`.
     fn read(&mut self, n: usize, out: &mut RowBuilder) -> Result<()> {
         let [indices, values, primes] = &mut self.entries;
         self.indices.take(n, indices)?;

@@ -1,4 +1,6 @@
-//! The globals that a version 1 file may name, and what stands for a call of one: nothing is imported or called.
+//! Globals that a version 1 file may name, and the meaning of a call of one.
+//!
+//! Nothing is imported or called.
 #![forbid(unsafe_code)]
 
 use super::bytes::Bytes;
@@ -7,13 +9,13 @@ use super::objects::{Csr, Id, Object, Objects};
 use crate::error::{Error, ErrorKind, Result};
 use std::fmt;
 
-/// A global that is on the list.
+/// Allowed global.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Global {
     OrderedDict,
-    /// Protocol 2 makes empty bytes by calling their type.
+    /// Type of empty bytes, which protocol 2 creates by calling it.
     EmptyBytes,
-    /// Protocol 2 makes bytes of a text.
+    /// Function by which protocol 2 makes bytes of a text.
     Encode,
     NdArray,
     Dtype,
@@ -23,8 +25,10 @@ pub(super) enum Global {
     CsrMatrix,
 }
 
-/// Module and name, exactly. The modules of numpy have moved with version 2, those of scipy with 1.8, and protocol 2
-/// names those of Python 2.
+/// Exact module and name of each allowed global.
+///
+/// The modules of numpy have moved with version 2, those of scipy with 1.8, and protocol 2 uses the
+/// names of Python 2.
 const ALLOWED: [(&str, &str, Global); 15] = [
     ("collections", "OrderedDict", Global::OrderedDict),
     ("__builtin__", "bytes", Global::EmptyBytes),
@@ -54,7 +58,7 @@ impl fmt::Display for Global {
     }
 }
 
-/// Errors (`Unsupported`): the global is not on the list.
+/// Returns the allowed global. Errors (`Unsupported`): it is not on the list.
 pub(super) fn find(module: &str, name: &str) -> Result<Global> {
     let listed = ALLOWED.iter().find(|(m, n, _)| (*m, *n) == (module, name));
     listed.map(|(.., global)| *global).ok_or_else(|| {
@@ -67,9 +71,9 @@ pub(super) fn find(module: &str, name: &str) -> Result<Global> {
     })
 }
 
-/// What a call of `global` with `arguments` stands for.
+/// Returns the object that a call of `global` with `arguments` stands for.
 ///
-/// Errors (`Unsupported`): it is not called so by any version 1 file; those of [`NdArray::new`].
+/// Errors (`Unsupported`): no version 1 file has such a call; those of [`NdArray::new`].
 pub(super) fn call(
     objects: &Objects,
     global: Global,
@@ -100,7 +104,7 @@ pub(super) fn call(
                 && matches!(objects.get(code), Object::Bytes(_));
             is_plain.then_some(Object::NewArray)
         }
-        // Newer ones name the order of the axes too, where there is more than one.
+        // Newer versions also name the order of the axes, if there is more than one.
         (Global::FromBuffer, &[bytes, dtype, shape, order])
         | (Global::FromBuffer, &[bytes, dtype, shape, order, _]) => {
             from_buffer(objects, bytes, dtype, shape, order)?
@@ -151,7 +155,7 @@ fn dtype(objects: &Objects, code: Id, align: Id, copy: Id) -> Result<Option<Obje
     }
 }
 
-/// `_frombuffer(bytes, dtype, shape, order)`: an array from protocol 5 on.
+/// Handles `_frombuffer(bytes, dtype, shape, order)`: an array from protocol 5 on.
 fn from_buffer(
     objects: &Objects,
     bytes: Id,
@@ -172,7 +176,7 @@ fn from_buffer(
     }
 }
 
-/// A number of numpy is an array without dimensions.
+/// Reads a numpy number, which is an array without dimensions.
 fn scalar(objects: &Objects, dtype: Id, bytes: Id) -> Result<Option<Object>> {
     match (objects.get(dtype), objects.get(bytes)) {
         (Object::Dtype(dtype), Object::Bytes(bytes)) => {
@@ -187,9 +191,9 @@ fn array(dtype: Dtype, shape: Vec<u64>, fortran: bool, bytes: &Bytes) -> Result<
     Ok(Object::Array(Box::new(array)))
 }
 
-/// BUILD: what becomes of the object `target` when it gets its `state`.
+/// Handles BUILD: returns the object `target` with its `state`.
 ///
-/// Errors (`Unsupported`): it is not built so in any version 1 file; those of [`NdArray::new`].
+/// Errors (`Unsupported`): no version 1 file has such a state; those of [`NdArray::new`].
 pub(super) fn build(objects: &Objects, target: Id, state: Id) -> Result<Object> {
     let built = match objects.get(target) {
         Object::Dtype(dtype) => built_dtype(objects, *dtype, state),
@@ -207,7 +211,8 @@ pub(super) fn build(objects: &Objects, target: Id, state: Id) -> Result<Object> 
     })
 }
 
-/// `(3, byte order, None, None, None, -1, -1, 0)`: no fields, no subarray, no metadata.
+/// Handles `(3, byte order, None, None, None, -1, -1, 0)`: no fields, no subarray, no
+/// metadata.
 fn built_dtype(objects: &Objects, dtype: Dtype, state: Id) -> Option<Object> {
     let state = objects.tuple(state)?;
     let &[version, order, a, b, c, size, alignment, flags] = state else {
@@ -224,7 +229,7 @@ fn built_dtype(objects: &Objects, dtype: Dtype, state: Id) -> Option<Object> {
     dtype.ordered(order).map(Object::Dtype)
 }
 
-/// `(1, shape, dtype, is_fortran, bytes)`.
+/// Handles `(1, shape, dtype, is_fortran, bytes)`.
 fn built_array(objects: &Objects, state: Id) -> Result<Option<Object>> {
     let Some(&[version, shape, dtype, fortran, bytes]) = objects.tuple(state) else {
         return Ok(None);
@@ -241,10 +246,11 @@ fn built_array(objects: &Objects, state: Id) -> Result<Option<Object>> {
     }
 }
 
-/// Keys of the state of a csr_matrix.
+/// Maximum keys of the state of a csr_matrix.
 const MOST_OF_A_STATE: usize = 64;
 
-/// A dict with `_shape`, `data`, `indices` and `indptr`; what else is in it is scipy's own.
+/// Handles a dict with `_shape`, `data`, `indices` and `indptr`; its other keys are internal
+/// to scipy.
 fn built_csr(objects: &Objects, state: Id) -> Option<Object> {
     let Object::Dict(state) = objects.get(state) else {
         return None;

@@ -1,6 +1,6 @@
-//! Lists of numbers, which plain Python has where numpy has arrays.
+//! Lists of numbers, which plain Python has in place of numpy arrays.
 //!
-//! Long ones stay in their file, as arrays do: a run of numbers is in memory as its place in the pickle.
+//! Long ones stay in their file, as arrays do: a run of numbers is kept as its place in the pickle.
 #![forbid(unsafe_code)]
 
 use super::bytes::{Bytes, BytesReader, Files};
@@ -9,7 +9,7 @@ use crate::error::{Error, ErrorKind, Result};
 use std::fmt;
 use std::sync::Arc;
 
-/// A number that an opcode puts on the stack.
+/// Number that an opcode pushes on the stack.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Number {
     Bool(bool),
@@ -22,8 +22,10 @@ impl Number {
         matches!(opcode, b'J' | b'K' | b'M' | b'G' | 0x88..=0x8A)
     }
 
-    /// Reads the number of `opcode`, whose bytes `fill` has. Errors: those of `fill`; `TooLarge` for more than 8 bytes;
-    /// `Malformed` if the opcode has no number.
+    /// Reads the number of `opcode`, whose bytes `fill` supplies.
+    ///
+    /// Errors: those of `fill`; `TooLarge` for more than 8 bytes; `Malformed` if the opcode has no
+    /// number.
     pub(super) fn read(opcode: u8, mut fill: impl FnMut(&mut [u8]) -> Result<()>) -> Result<Self> {
         let mut bytes = [0; 8];
         let mut read = |len: usize| -> Result<[u8; 8]> {
@@ -44,7 +46,7 @@ impl Number {
                     return Err(Error::new(ErrorKind::TooLarge, message));
                 }
                 let bytes = read(len.into())?;
-                // The sign is extended.
+                // Sign extension.
                 let unused = 64 - 8 * u32::from(len);
                 let shifted = i64::from_le_bytes(bytes).checked_shl(unused);
                 Self::Int(shifted.map_or(0, |n| n >> unused))
@@ -54,7 +56,7 @@ impl Number {
     }
 }
 
-/// Numbers that follow one another in the pickle, each with its opcode.
+/// Consecutive numbers in the pickle, each with its opcode.
 #[derive(Debug, Clone)]
 pub(super) struct Run {
     pub bytes: Bytes,
@@ -64,7 +66,7 @@ pub(super) struct Run {
 }
 
 impl Run {
-    /// A run that begins at `start`.
+    /// Creates a run that starts at `start`.
     pub(super) fn new(start: u64) -> Self {
         let bytes = Bytes {
             file: 0,
@@ -100,14 +102,15 @@ impl fmt::Display for Run {
     }
 }
 
-/// A list or tuple in the place of an array: of numbers, of one list of them, or of lists of one number each.
+/// List or tuple in place of an array: of numbers, of one list of them, or of lists of one
+/// number each.
 #[derive(Debug)]
 pub(super) struct NumberList {
     items: Vec<Item>,
     len: u64,
     has_floats: bool,
     is_flat: bool,
-    /// The list in a few words.
+    /// Short description of the list.
     described: String,
 }
 
@@ -115,14 +118,14 @@ pub(super) struct NumberList {
 enum Item {
     Int(i64),
     Float(f64),
-    // In a box, as a list may name one number two million times.
+    // Boxed, because a list may contain one number two million times.
     Run(Box<Run>),
 }
 
 impl NumberList {
     /// Reads the list or tuple `id`; `name` is for errors.
     ///
-    /// Memory: 16 bytes an item. Errors (`Unsupported`): it has something else in it than numbers.
+    /// Memory: 16 bytes per item. Errors (`Unsupported`): an item is not a number.
     pub(super) fn new(objects: &Objects, id: Id, name: &str) -> Result<Self> {
         let outer = objects.items(id).unwrap_or(&[]);
         let is_flat = outer.iter().all(|&item| objects.items(item).is_none());
@@ -150,7 +153,7 @@ impl NumberList {
         Ok(list)
     }
 
-    /// Returns `false` if the object is no number.
+    /// Adds an object; returns `false` if it is not a number.
     fn push(&mut self, object: &Object) -> bool {
         let (item, count) = match object {
             Object::Int(n) => (Item::Int(*n), 1),
@@ -178,7 +181,9 @@ impl NumberList {
         self.len
     }
 
-    /// Errors (`Shape`): a list of lists; (`Unsupported`): not integers only.
+    /// Checks for a list of integers.
+    ///
+    /// Errors (`Shape`): a list of lists; (`Unsupported`): not only integers.
     pub(super) fn check_integers(&self, name: &str) -> Result<()> {
         let (kind, expected) = match (self.is_flat, self.has_floats) {
             (true, false) => return Ok(()),
@@ -191,7 +196,8 @@ impl NumberList {
         Err(Error::new(kind, format!("'{name}' is {self} {expected}")))
     }
 
-    /// All of its numbers, each rounded by itself. Memory: 4 bytes each. Errors: those of reading.
+    /// Returns all numbers, each rounded separately. Memory: 4 bytes each. Errors: those of
+    /// reading.
     pub(super) fn floats(self: &Arc<Self>, files: &Files) -> Result<Vec<f32>> {
         let mut reader = ListReader::new(self, files);
         let rounded = |number| match number {
@@ -209,13 +215,13 @@ impl fmt::Display for NumberList {
     }
 }
 
-/// The numbers of a list, from first to last.
+/// Reader of the numbers of a list, from first to last.
 pub(super) struct ListReader<'a> {
     files: &'a Files,
     list: Arc<NumberList>,
-    /// Items that are begun.
+    /// Number of items begun.
     begun: usize,
-    /// The run that is being read, and how many of its numbers are left.
+    /// Current run, and the remaining count of its numbers.
     run: Option<(BytesReader<'a>, u64)>,
 }
 
@@ -249,7 +255,7 @@ impl<'a> ListReader<'a> {
         }
     }
 
-    /// Puts the next `n` in the place of what `out` has. Errors: those of reading.
+    /// Replaces the content of `out` by the next `n` numbers. Errors: those of reading.
     pub(super) fn take(&mut self, n: usize, out: &mut Vec<i64>) -> Result<()> {
         out.clear();
         for _ in 0..n {
@@ -262,7 +268,7 @@ impl<'a> ListReader<'a> {
     }
 }
 
-/// Every number was looked at before: another one there now is not what was checked.
+/// Returns the error for a number that differs from the one that was checked before.
 fn changed() -> Error {
     let message = "a list was changed while it was read";
     Error::new(ErrorKind::Malformed, message)

@@ -1,4 +1,4 @@
-//! The numbers of a part of a tensor: those of an array, or of a list.
+//! Numbers of a part of a tensor, in an array or a list.
 #![forbid(unsafe_code)]
 
 use super::bytes::Files;
@@ -8,7 +8,7 @@ use crate::error::Result;
 use std::fmt;
 use std::sync::Arc;
 
-/// An array, or a list in the place of one.
+/// Array, or a list in place of one.
 #[derive(Debug, Clone)]
 pub(super) enum Numbers {
     Array(NdArray),
@@ -23,7 +23,8 @@ impl Numbers {
         }
     }
 
-    /// Returns whether no more than one of its dimensions is other than 1. A list of lists has no others.
+    /// Returns whether at most one of its dimensions differs from 1. A list of lists has no
+    /// others.
     pub(super) fn is_row(&self) -> bool {
         match self {
             Self::Array(array) => array.shape.iter().filter(|&&d| d != 1).count() <= 1,
@@ -31,7 +32,9 @@ impl Numbers {
         }
     }
 
-    /// Errors (`Shape`): not one dimension; (`Unsupported`): no integers.
+    /// Checks for one dimension of integers.
+    ///
+    /// Errors (`Shape`): not one dimension; (`Unsupported`): not integers.
     pub(super) fn check_integers(&self, name: &str) -> Result<()> {
         match self {
             Self::Array(array) => array.check_integers(name),
@@ -39,7 +42,7 @@ impl Numbers {
         }
     }
 
-    /// Its integers, a part after the other.
+    /// Returns a reader of its integers.
     pub(super) fn integers<'a>(&self, files: &'a Files) -> Integers<'a> {
         match self {
             Self::Array(array) => Integers::Array(array.integers(files)),
@@ -47,7 +50,7 @@ impl Numbers {
         }
     }
 
-    /// All of its numbers. Memory: 4 bytes each. Errors: those of reading.
+    /// Returns all numbers. Memory: 4 bytes each. Errors: those of reading.
     pub(super) fn floats(&self, files: &Files) -> Result<Vec<f32>> {
         match self {
             Self::Array(array) => array.floats(files),
@@ -65,14 +68,14 @@ impl fmt::Display for Numbers {
     }
 }
 
-/// The integers of [`Numbers`], from first to last.
+/// Reader of the integers of [`Numbers`], from first to last.
 pub(super) enum Integers<'a> {
     Array(ArrayReader<'a>),
     List(ListReader<'a>),
 }
 
 impl Integers<'_> {
-    /// Puts the next `n` in the place of what `out` has. Errors: those of reading.
+    /// Replaces the content of `out` by the next `n` integers. Errors: those of reading.
     pub(super) fn take(&mut self, n: usize, out: &mut Vec<i64>) -> Result<()> {
         match self {
             Self::Array(reader) => reader.take(n, out),
@@ -80,7 +83,10 @@ impl Integers<'_> {
         }
     }
 
-    /// Errors (`Malformed`): the bytes of an array are more than its numbers. A list has no length but the number of its items.
+    /// Checks that nothing is left.
+    ///
+    /// Errors (`Malformed`): an array has more bytes than its numbers. The length of a list is the
+    /// number of its items.
     pub(super) fn finish(self) -> Result<()> {
         match self {
             Self::Array(reader) => reader.finish(),

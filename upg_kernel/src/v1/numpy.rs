@@ -1,4 +1,4 @@
-//! The arrays of a pickle: what numpy says of them, and their numbers.
+//! numpy arrays of a pickle: their descriptions and numbers.
 #![forbid(unsafe_code)]
 
 use super::bytes::{Bytes, BytesReader, Files};
@@ -14,11 +14,11 @@ enum Kind {
     Int,
     Uint,
     Float,
-    /// Only numbers by themselves.
+    /// Boolean, only as a single number.
     Bool,
 }
 
-/// The type of an array's numbers.
+/// Data type of an array.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Dtype {
     kind: Kind,
@@ -27,7 +27,8 @@ pub(super) struct Dtype {
 }
 
 impl Dtype {
-    /// From numpy's code, for example `i4`; `None` for all but integers and floats of 1 to 8 bytes.
+    /// Parses numpy's code, for example `i4`; `None` except for integers and floats of 1 to 8
+    /// bytes.
     pub(super) fn parse(code: &str) -> Option<Self> {
         let (kind, size) = match code {
             "i1" => (Kind::Int, 1),
@@ -51,7 +52,7 @@ impl Dtype {
         })
     }
 
-    /// With the byte order that numpy's sign means; `None` for no such sign.
+    /// Sets the byte order of numpy's sign; `None` for an unknown sign.
     pub(super) fn ordered(mut self, sign: &str) -> Option<Self> {
         self.big_endian = match sign {
             "<" | "=" | "|" => false,
@@ -65,7 +66,7 @@ impl Dtype {
         matches!(self.kind, Kind::Int | Kind::Uint)
     }
 
-    /// A number of `bytes`, which are as many as it has.
+    /// Returns a number of `bytes`, which has the size of the type.
     fn little_endian(self, bytes: &[u8]) -> [u8; 8] {
         let mut out = [0; 8];
         out[..self.size].copy_from_slice(bytes);
@@ -75,9 +76,9 @@ impl Dtype {
         out
     }
 
-    /// Integers; those above the largest i64 as that one.
+    /// Appends integers; those above the largest i64 are clamped.
     fn integers(self, bytes: &[u8], out: &mut Vec<i64>) {
-        // The usual ones by themselves: they are most of a file.
+        // Fast paths for the usual types, which are most of a file.
         match (self.kind, self.size, self.big_endian) {
             (Kind::Int, 1, _) => out.extend(bytes.iter().map(|&b| i64::from(b as i8))),
             (Kind::Uint, 2, false) => {
@@ -97,12 +98,12 @@ impl Dtype {
         if self.kind != Kind::Int {
             return i64::try_from(bits).unwrap_or(i64::MAX);
         }
-        // The sign is extended.
+        // Sign extension.
         let unused = 64 - 8 * self.size as u32;
         (bits << unused) as i64 >> unused
     }
 
-    /// The number, in the precision of the scales of a UPG file.
+    /// Converts the number to the precision of the scales of a UPG file.
     fn float(self, bytes: &[u8]) -> f32 {
         let raw = self.little_endian(bytes);
         match (self.kind, self.size) {
@@ -127,7 +128,7 @@ impl fmt::Display for Dtype {
     }
 }
 
-/// An array whose numbers are still in their file.
+/// Array whose numbers are still in their file.
 #[derive(Debug, Clone)]
 pub(super) struct NdArray {
     pub dtype: Dtype,
@@ -136,8 +137,10 @@ pub(super) struct NdArray {
 }
 
 impl NdArray {
-    /// Errors (`Malformed`): the bytes are not as many as type and shape ask for; (`Unsupported`): an array
-    /// of columns, of more than one of them.
+    /// Creates an array.
+    ///
+    /// Errors (`Malformed`): the number of bytes does not match type and shape; (`Unsupported`): a
+    /// column-major array with more than one column.
     pub(super) fn new(dtype: Dtype, shape: Vec<u64>, fortran: bool, bytes: Bytes) -> Result<Self> {
         let numbers = match shape.contains(&0) {
             true => Some(0),
@@ -164,7 +167,7 @@ impl NdArray {
         })
     }
 
-    /// Number of its numbers.
+    /// Returns the number of elements.
     pub(super) fn len(&self) -> u64 {
         match self.shape.contains(&0) {
             true => 0,
@@ -172,7 +175,7 @@ impl NdArray {
         }
     }
 
-    /// Its only number, as Python has it.
+    /// Returns its only number as a Python object.
     pub(super) fn scalar(&self, files: &Files) -> Result<Object> {
         let mut bytes = vec![0; self.dtype.size];
         let mut reader = files.reader(&self.bytes);
@@ -187,7 +190,9 @@ impl NdArray {
         })
     }
 
-    /// Errors (`Shape`): not one dimension; (`Unsupported`): no integers.
+    /// Checks for one dimension of integers.
+    ///
+    /// Errors (`Shape`): not one dimension; (`Unsupported`): not integers.
     pub(super) fn check_integers(&self, name: &str) -> Result<()> {
         if !self.dtype.is_integer() {
             let message = format!("'{name}' is {self}, expected integers");
@@ -200,7 +205,7 @@ impl NdArray {
         Ok(())
     }
 
-    /// Its integers, a part after the other.
+    /// Returns a reader of its integers.
     pub(super) fn integers<'a>(&self, files: &'a Files) -> ArrayReader<'a> {
         ArrayReader {
             reader: files.reader(&self.bytes),
@@ -209,7 +214,7 @@ impl NdArray {
         }
     }
 
-    /// All of its numbers. Memory: 4 bytes each. Errors: those of reading.
+    /// Returns all numbers. Memory: 4 bytes each. Errors: those of reading.
     pub(super) fn floats(&self, files: &Files) -> Result<Vec<f32>> {
         if self.dtype.kind == Kind::Bool {
             let message = format!("{self}, expected numbers");
@@ -237,7 +242,7 @@ impl fmt::Display for NdArray {
     }
 }
 
-/// The integers of an array, from first to last.
+/// Reader of the integers of an array, from first to last.
 pub(super) struct ArrayReader<'a> {
     reader: BytesReader<'a>,
     dtype: Dtype,
@@ -245,7 +250,7 @@ pub(super) struct ArrayReader<'a> {
 }
 
 impl ArrayReader<'_> {
-    /// Puts the next `n` in the place of what `out` has. Errors: those of reading.
+    /// Replaces the content of `out` by the next `n` integers. Errors: those of reading.
     pub(super) fn take(&mut self, n: usize, out: &mut Vec<i64>) -> Result<()> {
         out.clear();
         self.bytes.resize(n * self.dtype.size, 0);
@@ -254,7 +259,7 @@ impl ArrayReader<'_> {
         Ok(())
     }
 
-    /// Errors (`Malformed`): there are more.
+    /// Checks that nothing is left. Errors (`Malformed`): there are more bytes.
     pub(super) fn finish(self) -> Result<()> {
         self.reader.finish()
     }

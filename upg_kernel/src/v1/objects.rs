@@ -1,7 +1,7 @@
-//! What a pickle makes.
+//! Objects that a pickle creates.
 //!
-//! Objects are numbers into one list, so that a file can neither nest them deeper than a stack nor tie them to a knot
-//! that is never freed; and a list that holds itself a million times is one list.
+//! Objects are indices into one list. So a file can neither nest them deeper than a stack nor
+//! create a cycle that is never freed, and a list that holds itself a million times is one list.
 #![forbid(unsafe_code)]
 
 use super::bytes::Bytes;
@@ -10,39 +10,39 @@ use super::lists::{Number, Run};
 use super::numpy::{Dtype, NdArray};
 use std::sync::Arc;
 
-/// No array of a version 1 file has more.
+/// Maximum dimensions of an array of a version 1 file.
 const MOST_DIMENSIONS: usize = 4;
 
-/// The number of an object in the list of [`Objects`].
+/// Index of an object in the list of [`Objects`].
 pub(super) type Id = usize;
 
-/// What a pickle has made.
+/// Object of a pickle.
 #[derive(Debug)]
 pub(super) enum Object {
     None,
     Bool(bool),
     Int(i64),
     Float(f64),
-    /// Numbers that follow one another in a list or tuple.
+    /// Consecutive numbers of a list or tuple.
     Run(Box<Run>),
     Text {
         text: Arc<str>,
-        /// Where it stands.
+        /// Location in the file.
         place: Bytes,
     },
-    /// A text that is too long to be read.
+    /// Text that is too long to be read.
     LongText(Bytes),
     Bytes(Bytes),
     Tuple(Vec<Id>),
     List(Vec<Id>),
-    /// In the order of the file; no key twice.
+    /// Dict in file order; keys are unique.
     Dict(Vec<(Arc<str>, Id)>),
     Global(Global),
     Dtype(Dtype),
-    /// An array before its numbers come.
+    /// Array before its state is set.
     NewArray,
     Array(Box<NdArray>),
-    /// A csr_matrix before its parts come.
+    /// A csr_matrix before its state is set.
     NewCsr,
     Csr(Box<Csr>),
 }
@@ -57,17 +57,17 @@ impl From<Number> for Object {
     }
 }
 
-/// The parts of a scipy.sparse.csr_matrix.
+/// Parts of a scipy.sparse.csr_matrix.
 #[derive(Debug, Clone)]
 pub(super) struct Csr {
     pub shape: Vec<u64>,
-    /// Arrays, as the two others.
+    /// Index of an array, as are the two others.
     pub data: Id,
     pub indices: Id,
     pub indptr: Id,
 }
 
-/// Everything that a pickle has made, by number.
+/// All objects of a pickle, by index.
 #[derive(Default)]
 pub(super) struct Objects(Vec<Object>);
 
@@ -99,7 +99,7 @@ impl Objects {
         }
     }
 
-    /// The items of a list or tuple.
+    /// Returns the items of a list or tuple.
     pub(super) fn items(&self, id: Id) -> Option<&[Id]> {
         match self.get(id) {
             Object::Tuple(items) | Object::List(items) => Some(items),
@@ -107,7 +107,7 @@ impl Objects {
         }
     }
 
-    /// Length of a list or tuple with these items, each number of a run counted.
+    /// Returns the length of a list or tuple with these items, counting each number of a run.
     fn count(&self, items: &[Id]) -> u64 {
         let count = |&id: &Id| match self.get(id) {
             Object::Run(run) => run.count,
@@ -123,7 +123,7 @@ impl Objects {
         }
     }
 
-    /// The numbers of a tuple or list of them, none of which is negative.
+    /// Returns the numbers of a tuple or list of non-negative numbers.
     pub(super) fn sizes(&self, id: Id) -> Option<Vec<u64>> {
         let items = self.items(id)?;
         if items.len() > MOST_DIMENSIONS {
@@ -136,7 +136,7 @@ impl Objects {
         items.iter().map(size).collect()
     }
 
-    /// An object in a few words, for messages.
+    /// Describes an object briefly, for messages.
     pub(super) fn describe(&self, id: Id) -> String {
         match self.get(id) {
             Object::None => "None".to_owned(),

@@ -1,7 +1,7 @@
-//! A pickle machine that calls nothing: it knows the opcodes and globals that a version 1 file needs, and refuses a
-//! file at the first other one.
+//! Pickle machine that calls nothing.
 //!
-//! Large strings stay in the file.
+//! It knows the opcodes and globals that a version 1 file needs, and refuses a file at the first
+//! unknown one. Large strings stay in the file.
 #![forbid(unsafe_code)]
 
 use super::bytes::{Bytes, Files, Span};
@@ -13,26 +13,29 @@ use std::collections::{HashMap, HashSet};
 use std::io::{BufRead, BufReader, Read};
 use std::sync::Arc;
 
-/// Objects that a pickle may make. A tensor takes about 50 to 100.
+/// Maximum objects of a pickle. A tensor takes about 50 to 100.
 const MOST_OBJECTS: usize = 1 << 19;
-/// Opcodes that it may have.
+/// Maximum opcodes of a pickle.
 const MOST_OPCODES: u32 = 1 << 21;
-/// Bytes of a text that is read; a longer one can only stand for bytes, which are left where they are.
+/// Maximum bytes of a text that is read. A longer one can only represent bytes, which stay in
+/// the file.
 const LONGEST_TEXT: u64 = 1 << 12;
-/// Bytes of all texts that are read.
+/// Maximum total bytes of all texts that are read.
 const MOST_TEXT: u64 = 1 << 26;
-/// Numbers in a row that are left in the file. A shape, or the state of a type, has fewer.
+/// Minimum consecutive numbers that are left in the file. A shape, or the state of a type,
+/// has fewer.
 const SHORTEST_RUN: u64 = 16;
-/// Bytes of the name of a global.
+/// Maximum bytes of the name of a global.
 const LONGEST_NAME: usize = 256;
-/// What PyTorch writes at the start of an old checkpoint: a number.
+/// Magic number of an old PyTorch checkpoint.
 const TORCH: [u8; 14] = *b"\x80\x02\x8A\x0Al\xFC\x9CF\xF9 j\xA8P\x19";
 
-/// Runs the pickle and returns what it has made: all objects, and the one that it stands for.
+/// Runs the pickle; returns all its objects and its result.
 ///
-/// Cost: its opcodes, of which there are at most two million; arrays, and the numbers of long lists, are passed over. Memory: at most about 200 MB
-/// more than at the start. Errors: `Io`; `Malformed` (cut short, a stack that does not work out, bytes after the end);
-/// `Unsupported` (an opcode or a global that no version 1 file has); `TooLarge`.
+/// Cost: its opcodes, at most two million; arrays, and the numbers of long lists, are skipped.
+/// Memory: at most about 200 MB more than at the start. Errors: `Io`; `Malformed` (truncated, stack
+/// underflow, bytes after the end); `Unsupported` (an opcode or a global that no version 1 file
+/// has); `TooLarge`.
 pub(super) fn read(files: &Files) -> Result<(Objects, Id)> {
     let whole = files.whole(0);
     let mut machine = Machine {
@@ -60,12 +63,12 @@ struct Machine<'a> {
     input: BufReader<Span<'a>>,
     len: u64,
     position: u64,
-    /// Where the opcode that is executed stands.
+    /// Position of the current opcode.
     opcode_at: u64,
     files: &'a Files,
     objects: Objects,
     stack: Vec<Id>,
-    /// Heights of the stack.
+    /// Stack heights.
     marks: Vec<usize>,
     memo: HashMap<u32, Id>,
     /// Every key of every dict.
@@ -75,7 +78,7 @@ struct Machine<'a> {
 }
 
 impl Machine<'_> {
-    /// The two bytes that every pickle from protocol 2 on begins with.
+    /// Reads the two bytes that every pickle from protocol 2 on starts with.
     fn protocol(&mut self) -> Result<()> {
         if self
             .input
@@ -130,7 +133,7 @@ impl Machine<'_> {
 
     fn step(&mut self, opcode: u8) -> Result<()> {
         match opcode {
-            // FRAME: how much a reader may read at once. What is in it is what counts.
+            // FRAME: how much a reader may read at once. Only its content matters.
             0x95 => {
                 let len = self.u64()?;
                 self.check_left(len)
@@ -148,7 +151,7 @@ impl Machine<'_> {
                 self.push(Object::Bytes(bytes))
             }
             0x97 => self.next_buffer(),
-            // READONLY_BUFFER: nothing here writes to them.
+            // READONLY_BUFFER: nothing here writes to buffers.
             0x98 => match self.stack.last().map(|&id| self.objects.get(id)) {
                 Some(Object::Bytes(_)) => Ok(()),
                 _ => Err(malformed("no buffer to make read-only")),
@@ -208,7 +211,7 @@ impl Machine<'_> {
         }
     }
 
-    /// The next bytes of the file.
+    /// Reads the next bytes of the file.
     fn bytes<const N: usize>(&mut self) -> Result<[u8; N]> {
         let mut out = [0; N];
         self.fill(&mut out)?;
@@ -241,7 +244,7 @@ impl Machine<'_> {
         }
     }
 
-    /// A text up to the end of its line: a part of the name of a global.
+    /// Reads a text up to the end of its line: a part of the name of a global.
     fn line(&mut self) -> Result<String> {
         let mut line = Vec::new();
         loop {
@@ -256,7 +259,7 @@ impl Machine<'_> {
         String::from_utf8(line).map_err(|_| malformed("the name of a global is not UTF-8"))
     }
 
-    /// The length that a string says of itself; the size of that number depends on the opcode.
+    /// Reads the length of a string; the size of that number depends on the opcode.
     fn length(&mut self, opcode: u8) -> Result<u64> {
         Ok(match opcode {
             b'C' | 0x8C => u8::from_le_bytes(self.bytes()?).into(),
@@ -278,8 +281,10 @@ impl Machine<'_> {
         Number::read(opcode, |out| self.fill(out))
     }
 
-    /// Passes over the numbers of a list or tuple, `opcode` being that of the first of them. Returns `false`, at the
-    /// place where it was, if they are few or not all that is put into the list.
+    /// Skips the numbers of a list or tuple, whose first opcode is `opcode`.
+    ///
+    /// Returns `false`, at the original position, if they are few or not the whole content of the
+    /// list.
     fn run_of_numbers(&mut self, opcode: u8) -> Result<bool> {
         let (mut opcode, first) = (opcode, self.position);
         let mut run = Run::new(self.opcode_at);
@@ -310,7 +315,7 @@ impl Machine<'_> {
         sought.map_err(|e| Error::new(ErrorKind::Io, format!("cannot read: {e}")).with_source(e))
     }
 
-    /// Bytes that stay where they are.
+    /// Skips bytes and returns their location.
     fn pass_over(&mut self, len: u64) -> Result<Bytes> {
         self.check_left(len)?;
         let bytes = Bytes {
@@ -377,7 +382,7 @@ impl Machine<'_> {
         Ok(())
     }
 
-    /// The height of the stack above which objects may be taken.
+    /// Returns the stack height above which objects may be popped.
     fn floor(&self) -> usize {
         self.marks.last().copied().unwrap_or(0)
     }
@@ -402,7 +407,7 @@ impl Machine<'_> {
         Ok(self.stack.split_off(mark))
     }
 
-    /// The object at the top of the stack, which stays there.
+    /// Returns the object at the top of the stack without popping it.
     fn top(&self) -> Result<Id> {
         match self.stack.last() {
             Some(&id) if self.stack.len() > self.floor() => Ok(id),
@@ -483,7 +488,7 @@ impl Machine<'_> {
         self.push(Object::Global(globals::find(module, name)?))
     }
 
-    /// REDUCE and NEWOBJ: what would be a call is a look at what was asked for.
+    /// Handles REDUCE and NEWOBJ: instead of a call, looks at what was requested.
     fn call(&mut self, is_new: bool) -> Result<()> {
         let ids = self.pop_many(2)?;
         let Object::Global(global) = *self.objects.get(ids[0]) else {

@@ -1,21 +1,21 @@
-//! A `mdcsr` matrix, built row by row.
+//! Row-by-row builder of a `mdcsr` matrix.
 #![forbid(unsafe_code)]
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::sparse::{MdCSRArrays, MdCSRMatrix, StoredEntries};
 
-/// Puts a matrix together from entries that have values and primes already, row by row.
+/// Builder of a matrix from entries that already have values and primes, row by row.
 pub(super) struct RowBuilder {
     cols: usize,
     entries: StoredEntries,
     row_pointers: Vec<u32>,
     scales: Vec<f32>,
-    /// The column of the last entry of this row.
+    /// Column of the last entry of this row.
     last: usize,
 }
 
 impl RowBuilder {
-    /// A matrix without rows yet.
+    /// Creates a matrix without rows.
     pub(super) fn new(cols: usize) -> Self {
         Self {
             cols,
@@ -26,7 +26,9 @@ impl RowBuilder {
         }
     }
 
-    /// Adds an entry to the row, in a later column than those before. One of value 0 is left out: the weight is 0.
+    /// Adds an entry to the row, in a later column than the previous ones.
+    ///
+    /// An entry of value 0 is left out: the weight is 0.
     pub(super) fn push(&mut self, column: usize, value: i8, prime: u16) {
         if value != 0 {
             self.entries.push(column - self.last, value, prime);
@@ -47,12 +49,12 @@ impl RowBuilder {
         Ok(())
     }
 
-    /// Entries so far, with those that bridge gaps.
+    /// Returns the number of entries so far, including those that bridge gaps.
     pub(super) fn entries(&self) -> usize {
         self.entries.values.len()
     }
 
-    /// The matrix. Errors: those of [`MdCSRMatrix::new`].
+    /// Returns the matrix. Errors: those of [`MdCSRMatrix::new`].
     pub(super) fn finish(self) -> Result<MdCSRMatrix> {
         let arrays = MdCSRArrays {
             values: self.entries.values.into(),

@@ -1,4 +1,4 @@
-//! Matrices of every encoding at every edge.
+//! Test matrices of every encoding at every edge.
 
 use super::SparseKernel;
 use crate::array::Array;
@@ -8,12 +8,12 @@ use crate::prime_lut::PRIME_COUNT;
 use crate::sparse::{MdCSRArrays, MdCSRMatrix};
 use crate::test_data::{bitmap, grouped, noise, scales, trellis};
 
-/// A matrix and what to call it.
+/// Matrix with a name.
 pub(super) struct Case {
     pub(super) name: String,
     pub(super) matrix: Matrix,
     pub(super) sparse: SparseKernel,
-    /// Whether its scales are what it is about.
+    /// Flag: the case tests its scales.
     has_scales: bool,
 }
 
@@ -27,7 +27,7 @@ impl Case {
         }
     }
 
-    /// With scales of every size; for f16 with those that make outputs of its size.
+    /// Returns the matrix with scales of every size; for f16, scales that keep outputs in range.
     pub(super) fn scaled(&self, element: Element) -> Matrix {
         if self.has_scales {
             return self.matrix.clone();
@@ -49,7 +49,7 @@ impl Case {
     }
 }
 
-/// The size of a rotation as compressed files have it.
+/// Returns the size of a rotation in compressed files.
 pub(super) fn hadamard(cols: usize) -> usize {
     1 << cols.ilog2()
 }
@@ -90,7 +90,8 @@ pub(super) fn every_sparse_kernel(name: &str, matrix: &MdCSRMatrix) -> Vec<Case>
     all.into_iter().map(case).collect()
 }
 
-/// Rows of every kind: empty, full, with every gap up to 300 columns, with an entry in the last column only.
+/// Rows of every kind: empty, full, with every gap up to 300 columns, with only the last
+/// column.
 pub(super) fn sparse(rows: usize, cols: usize) -> MdCSRMatrix {
     let mut arrays = (Vec::new(), Vec::new(), vec![0u32]);
     let (values, deltas, pointers) = (&mut arrays.0, &mut arrays.1, &mut arrays.2);
@@ -181,7 +182,8 @@ pub(super) fn many_rows() -> Vec<Case> {
     cases
 }
 
-/// `mdcsr` with rows of every kind, without entries, and with a last block that is not whole, of every length.
+/// Cases of `mdcsr`: rows of every kind, without entries, and with a partial last block of
+/// every length.
 pub(super) fn sparse_rows() -> Vec<Case> {
     let mut cases = Vec::new();
     for (rows, cols) in [
@@ -208,7 +210,7 @@ pub(super) fn sparse_rows() -> Vec<Case> {
     cases
 }
 
-/// The largest and smallest scales that a file may have, and nothing but zeros.
+/// The largest and smallest scales that a file may have, and only zeros.
 pub(super) fn extremes() -> Vec<Case> {
     let (rows, cols) = (66, 130);
     let tiny = f32::from_bits(1);

@@ -1,4 +1,4 @@
-//! Compiles a `.metal` file with clang and runs its kernels on the CPU: see `machine.h`.
+//! Compiler and runner of `.metal` files on the CPU with clang: see `machine.h`.
 
 mod translate;
 
@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 use tempfile::TempDir;
 
-/// The oldest that the options below work with.
+/// Oldest version that the options below work with.
 const OLDEST_CLANG: u32 = 15;
 
 const NAMES: [&str; 9] = [
@@ -26,7 +26,8 @@ const NAMES: [&str; 9] = [
     "clang++-15",
 ];
 
-/// The C++ compiler of clang: `UPG_CLANG`, or what the system has; `None` if there is none from 15 on.
+/// Returns the C++ compiler of clang: `UPG_CLANG`, or one of the system; `None` below version
+/// 15.
 pub(super) fn clang() -> Option<String> {
     match std::env::var("UPG_CLANG")
         .ok()
@@ -47,7 +48,7 @@ pub(super) fn clang() -> Option<String> {
     }
 }
 
-/// The major version, of a compiler that is clang.
+/// Returns the major version of a compiler that is clang.
 fn version(clang: &str) -> Option<u32> {
     let macros = ["-dM", "-E", "-x", "c++", "/dev/null"];
     let defined = Command::new(clang).args(macros).output().ok()?.stdout;
@@ -56,24 +57,24 @@ fn version(clang: &str) -> Option<u32> {
     major.split_whitespace().next()?.parse().ok()
 }
 
-/// A compiled `.metal` file.
+/// Compiled `.metal` file.
 pub(super) struct Program {
     executable: PathBuf,
 }
 
-/// What the kernels of a job have left, for one schedule.
+/// Outputs of the kernels of a job, for one schedule.
 pub(super) struct Left {
     pub(super) y: Vec<u8>,
     pub(super) rotated: Vec<f32>,
 }
 
-/// What a run is about.
+/// Input of a run.
 pub(super) struct Job<'a> {
     pub(super) plan: &'a Plan<'a>,
-    /// The input as bytes.
+    /// Input vectors as bytes.
     pub(super) x: &'a [u8],
     pub(super) element: Element,
-    /// How many elements the output has.
+    /// Number of output elements.
     pub(super) outputs: usize,
     pub(super) schedules: &'a [u32],
 }
@@ -90,7 +91,7 @@ fn checked(command: &mut Command) -> Result<Vec<u8>, String> {
     }
 }
 
-/// The file as C++, in `folder`.
+/// Translates the file to C++, in `folder`.
 fn translated(
     clang: &str,
     source: &str,
@@ -111,7 +112,7 @@ fn translated(
                 "-I",
             ])
             .arg(here().join("stub"))
-            // So that the text does not say where it was.
+            // Keeps the path out of the text.
             .current_dir(folder)
             .arg(NAME),
     )?;
@@ -125,7 +126,9 @@ fn translated(
     Ok(path)
 }
 
-/// Options for all of it: Metal's compiler knows the attributes that clang does not, and its `char` has a sign everywhere.
+/// Options for all compilations.
+///
+/// Metal's compiler knows attributes that clang does not, and its `char` is always signed.
 const OPTIONS: [&str; 4] = [
     "-std=c++17",
     "-fsigned-char",
@@ -133,14 +136,14 @@ const OPTIONS: [&str; 4] = [
     "-Wno-unknown-pragmas",
 ];
 
-/// Checks the types of a `.metal` file, address spaces among them. Errors: what clang says.
+/// Checks the types of a `.metal` file, including address spaces. Errors: those of clang.
 pub(super) fn check(clang: &str, source: &str) -> Result<(), String> {
     let folder = TempDir::new().map_err(|e| e.to_string())?;
     let cpp = translated(clang, source, |_| true, true, folder.path())?;
     checked(
         Command::new(clang)
             .args(OPTIONS)
-            // Metal is C++14; what the headers here have of C++17 does not count.
+            // Metal is C++14; the C++17 in the headers here does not count.
             .args([
                 "-Wall",
                 "-Wextra",
@@ -158,7 +161,7 @@ pub(super) fn check(clang: &str, source: &str) -> Result<(), String> {
     .map(|_| ())
 }
 
-/// The names of the kernels of a `.metal` file.
+/// Returns the names of the kernels of a `.metal` file.
 pub(super) fn kernels(clang: &str, source: &str) -> Result<Vec<String>, String> {
     let names = std::cell::RefCell::new(Vec::new());
     let folder = TempDir::new().map_err(|e| e.to_string())?;
@@ -183,7 +186,9 @@ fn compile(clang: &str, options: &[&str], from: &Path, to: PathBuf) -> Result<Pa
     checked(&mut command).map(|_| to)
 }
 
-/// A folder for what depends on these texts only, filled by `make` if it is not there: among what cargo builds.
+/// Returns a folder for results that depend only on these texts, in cargo's build folder.
+///
+/// `make` fills it if it does not exist.
 fn built(
     texts: &[&[u8]],
     make: impl FnOnce(&Path) -> Result<(), String>,
@@ -203,7 +208,7 @@ fn built(
         std::fs::create_dir_all(&all).map_err(|e| e.to_string())?;
         let new = TempDir::new_in(&all).map_err(|e| e.to_string())?;
         make(new.path())?;
-        // Another test may have been faster, with the same.
+        // Another test may have been faster, with the same result.
         if std::fs::rename(new.path(), &folder).is_ok() {
             let _moved = new.keep();
         }
@@ -211,12 +216,12 @@ fn built(
     Ok(folder)
 }
 
-/// What a compiler calls itself: another one makes other programs.
+/// Returns the compiler's version text: another compiler makes other programs.
 fn called(clang: &str) -> Result<Vec<u8>, String> {
     checked(Command::new(clang).arg("--version"))
 }
 
-/// What is linked to the kernels, compiled once.
+/// Compiles the code that is linked to the kernels, once.
 fn machine(clang: &str) -> Result<PathBuf, String> {
     static LOCK: Mutex<()> = Mutex::new(());
     let _alone = LOCK.lock().unwrap_or_else(PoisonError::into_inner);
@@ -238,7 +243,9 @@ fn machine(clang: &str) -> Result<PathBuf, String> {
 }
 
 impl Program {
-    /// Compiles the kernels of a `.metal` file whose names are `chosen`, with `options`. Errors: what clang says.
+    /// Compiles the kernels of a `.metal` file whose names are `chosen`, with `options`.
+    ///
+    /// Errors: those of clang.
     pub(super) fn new(
         clang: &str,
         source: &str,
@@ -247,8 +254,8 @@ impl Program {
     ) -> Result<Self, String> {
         let folder = TempDir::new().map_err(|e| e.to_string())?;
         let cpp = translated(clang, source, chosen, false, folder.path())?;
-        // The hooks before accesses to memory, which machine.cpp defines, and traps where something is undefined.
-        // Locals that nothing was assigned to are not 0.
+        // Hooks before memory accesses, which machine.cpp defines, and traps on undefined behavior.
+        // Uninitialized locals are not 0.
         let kernels = [
             "-O1",
             "-fsanitize=thread",
@@ -264,7 +271,7 @@ impl Program {
         let texts = [
             read(&cpp)?,
             options.concat().into_bytes(),
-            // It stands for the compiler, and for what is linked.
+            // Identifies the compiler and the linked code.
             machine.as_os_str().as_encoded_bytes().to_vec(),
             read(&here().join("include/metal_stdlib"))?,
         ];
@@ -283,7 +290,7 @@ impl Program {
         })
     }
 
-    /// What is left with each schedule. Errors: what is wrong in the first of them where something is.
+    /// Returns the outputs with each schedule. Errors: the first failure of any of them.
     pub(super) fn run(&self, job: &Job<'_>) -> Result<Vec<Left>, String> {
         let input = Encoded::job(job);
         let mut child = Command::new(&self.executable)
@@ -293,7 +300,7 @@ impl Program {
             .spawn()
             .map_err(|e| e.to_string())?;
         let mut stdin = child.stdin.take().expect("piped");
-        // It reads all before it writes; if it ends early its status says so.
+        // It reads everything before it writes; if it ends early, its status shows that.
         let _ = stdin.write_all(&input);
         drop(stdin);
         let out = child.wait_with_output().map_err(|e| e.to_string())?;
@@ -329,7 +336,7 @@ impl Program {
     }
 }
 
-/// So many bytes, or as many as a number before them says.
+/// Takes `size` bytes, or as many as a number before them says.
 fn taken(from: &mut &[u8], size: Option<usize>) -> Vec<u8> {
     let size = size.unwrap_or_else(|| {
         let mut size = [0; 4];
@@ -341,7 +348,7 @@ fn taken(from: &mut &[u8], size: Option<usize>) -> Vec<u8> {
     bytes
 }
 
-/// A job in the format of `job.cpp`.
+/// Job in the format of `job.cpp`.
 #[derive(Default)]
 struct Encoded {
     buffers: Vec<u8>,
@@ -361,7 +368,7 @@ impl Encoded {
         for dispatch in &job.plan.dispatches {
             put(&mut dispatches, dispatch.kernel.len());
             dispatches.extend(dispatch.kernel.as_bytes());
-            // Argument 0 is no buffer.
+            // Argument 0 is not a buffer.
             put(&mut dispatches, dispatch.operands.len() + 1);
             dispatches.extend(u32::MAX.to_le_bytes());
             for operand in &dispatch.operands {
@@ -408,7 +415,9 @@ impl Encoded {
         bytes
     }
 
-    /// Its number; with bytes to read, or so many that kernels write.
+    /// Adds a buffer and returns its number.
+    ///
+    /// `content` is bytes to read, or the number of bytes that kernels write.
     fn buffer(&mut self, alignment: usize, content: Result<&[u8], usize>) -> u32 {
         put(
             &mut self.buffers,

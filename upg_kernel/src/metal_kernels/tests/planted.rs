@@ -1,9 +1,12 @@
-//! Tests of the tests: kernels with a bug in them, each of which has to be found.
+//! Mutation tests: kernels with a planted bug, each of which must be found.
 
 use super::*;
 
-/// A bug: what stands in the source, once or more, and what in its first place; the kernels that it is in; and a part of
-/// the message if it is not just another result.
+/// Planted bug.
+///
+/// It has the original text in the source, which may occur repeatedly; the replacement of its first
+/// occurrence; the affected kernels; and a part of the message, unless the bug only changes
+/// results.
 struct Bug {
     name: &'static str,
     from: &'static str,
@@ -13,7 +16,8 @@ struct Bug {
 }
 
 const WRONG: &str = "of vector";
-/// Two threads at a byte with no barrier between, or the reader of it was first.
+/// Message part for two threads at a byte without a barrier between, or if the reader was
+/// first.
 const NO_BARRIER: &str = "of threadgroup memory, which";
 
 const BUGS: &[Bug] = &[
@@ -299,7 +303,8 @@ const BUGS: &[Bug] = &[
     },
 ];
 
-/// What is run for a kernel: matrices of its encoding at every edge that a bug of it may be at.
+/// Returns the cases for a kernel: matrices of its encoding at every edge that a bug may
+/// affect.
 fn cases(kernel: &str) -> Vec<Case> {
     let mut cases = Vec::new();
     for (rows, cols) in [(7, 65), (65, 63), (66, 300)] {
@@ -309,7 +314,7 @@ fn cases(kernel: &str) -> Vec<Case> {
     cases.extend(every_sparse_kernel("", &sparse(5, 4999)));
     cases.extend(every_sparse_kernel("", &wide()));
     cases.extend(packed(3, 4999));
-    // Of a rotation that a threadgroup alone cannot do.
+    // A rotation that needs more than one threadgroup.
     let rotated = trellis(1, 12_000, 2, 8192);
     cases.push(Case::new("t2", Matrix::Trellis(rotated)));
     let encoding = kernel.split_once('_').expect("a type").0;
@@ -323,7 +328,7 @@ fn cases(kernel: &str) -> Vec<Case> {
     cases
 }
 
-/// What is found first.
+/// Returns the first failure.
 fn found(program: &Program, kernel: &str) -> Result<(), String> {
     let (_, element) = kernel.rsplit_once('_').expect("a type");
     let element = if element == "f16" {
@@ -333,7 +338,7 @@ fn found(program: &Program, kernel: &str) -> Result<(), String> {
     };
     let vectors = if kernel.contains("batch") { 5 } else { 1 };
     for case in cases(kernel) {
-        // So many threads that the last threadgroup of a rotation is not whole.
+        // A number of threads for which the last threadgroup of a rotation is partial.
         let max_threads = if kernel.starts_with("rotate") {
             96
         } else {
@@ -355,7 +360,7 @@ fn test_metal_spmv_every_planted_bug_is_found() {
             bug.name
         );
         let wrong = right.replacen(bug.from, bug.to, 1);
-        // The product needs the rotation, and the rotation shows in the product.
+        // The product needs the rotation, and a bug of the rotation shows in the product.
         let is_used = |name: &str| {
             name == bug.kernel || name.starts_with("rotate") || name.starts_with("t2_f")
         };
@@ -370,7 +375,7 @@ fn test_metal_spmv_every_planted_bug_is_found() {
     assert!(missed.is_empty(), "{missed:#?}");
 }
 
-/// What is run for a bug finds nothing where there is none.
+/// The same runs find nothing without a bug.
 #[test]
 fn test_metal_spmv_nothing_is_found_where_no_bug_is() {
     let Some([program, _]) = programs() else {

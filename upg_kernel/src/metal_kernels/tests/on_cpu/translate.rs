@@ -1,20 +1,23 @@
-//! From the Metal Shading Language to C++ that clang compiles: only how kernels are declared differs.
+//! Translator from the Metal Shading Language to C++ for clang; only kernel declarations
+//! differ.
 //!
-//! After the preprocessor, so that kernels which macros make are seen. What is taken away is replaced by spaces, and
-//! lines stay where they are: errors of clang name a place in the `.metal` file.
+//! It runs after the preprocessor, so that kernels made by macros are seen. Removed text is
+//! replaced by spaces, and lines keep their numbers, so that clang's errors name a place in the
+//! `.metal` file.
 
 use std::fmt::Write;
 
-/// A kernel: its name for the host, and the function or the instance of a template that it is.
+/// Kernel: its host name, and its function or template instance.
 struct Kernel {
     name: String,
     function: String,
 }
 
-/// C++ of a preprocessed `.metal` file, with the kernels whose names are `chosen`: to be run with `machine.h`, or, if
-/// `is_checked`, for its types only.
+/// Translates a preprocessed `.metal` file to C++, with the kernels whose names are `chosen`.
 ///
-/// Errors: what in the file is not understood.
+/// The result runs with `machine.h` or, if `is_checked`, is only for type checking.
+///
+/// Errors: the text that is not understood.
 pub(super) fn to_cpp(
     preprocessed: &str,
     chosen: impl Fn(&str) -> bool,
@@ -65,7 +68,9 @@ pub(super) fn to_cpp(
     Ok(out)
 }
 
-/// `float4(x)`, which clang does not have, becomes a call of `make`; a declaration like `float4 (&x)[2]` is none.
+/// Replaces `float4(x)`, which clang does not have, by a call of `make`.
+///
+/// A declaration like `float4 (&x)[2]` stays.
 fn with_constructors(text: &str) -> String {
     const VECTORS: [&str; 12] = [
         "char2", "char4", "uchar2", "uchar4", "short4", "ushort4", "int2", "int4", "uint2",
@@ -91,7 +96,7 @@ fn with_constructors(text: &str) -> String {
     out
 }
 
-/// Takes `template [[host_name("NAME")]] [[kernel]] decltype(F) F;` away.
+/// Removes `template [[host_name("NAME")]] [[kernel]] decltype(F) F;`.
 fn instances(text: &mut String) -> Result<Vec<Kernel>, String> {
     let mut kernels = Vec::new();
     while let Some(start) = text.find("template [[host_name(") {
@@ -120,7 +125,8 @@ fn instances(text: &mut String) -> Result<Vec<Kernel>, String> {
     Ok(kernels)
 }
 
-/// Names and parameters of the functions that are kernels, and whether they are templates; takes `[[kernel]]` away.
+/// Returns names and parameters of kernel functions, and whether they are templates; removes
+/// `[[kernel]]`.
 #[allow(clippy::type_complexity, reason = "of two uses")]
 fn definitions(text: &mut String) -> Result<Vec<(String, Vec<String>, bool)>, String> {
     const KERNEL: &str = "[[kernel]]";
@@ -159,7 +165,7 @@ fn definitions(text: &mut String) -> Result<Vec<(String, Vec<String>, bool)>, St
     Ok(found)
 }
 
-/// A parameter as the C++ of `metal_on_cpu::Parameter`, by its attribute.
+/// Returns a parameter as C++ of `metal_on_cpu::Parameter`, by its attribute.
 fn described(parameter: &str, kernel: &str) -> Result<String, String> {
     let (_, attribute) = parameter.split_once("[[").ok_or_else(|| {
         format!(
@@ -202,7 +208,7 @@ fn described(parameter: &str, kernel: &str) -> Result<String, String> {
     Ok(format!("{{Kind::{kind}, 0}}"))
 }
 
-/// Where the parenthesis closes that `text` begins with.
+/// Returns the position of the parenthesis that closes the first one of `text`.
 fn closing(text: &str) -> Result<usize, String> {
     let mut depth = 0;
     for (i, c) in text.char_indices() {
@@ -217,10 +223,10 @@ fn closing(text: &str) -> Result<usize, String> {
     ))
 }
 
-/// The parts between commas that stand in no parentheses.
+/// Splits at commas outside of parentheses.
 fn at_top(list: &str) -> Vec<String> {
     let (mut parts, mut depth) = (vec![String::new()], 0);
-    // Lines of the preprocessor: where the next line comes from.
+    // Line markers of the preprocessor.
     for line in list.lines().filter(|line| !line.starts_with('#')) {
         for c in line.chars() {
             depth += i32::from("([<".contains(c)) - i32::from(")]>".contains(c));
@@ -238,7 +244,7 @@ fn squeezed(text: &str) -> String {
     text.split_whitespace().collect()
 }
 
-/// Spaces in place of all but ends of lines.
+/// Replaces everything except line ends by spaces.
 fn blank(text: &mut String, start: usize, end: usize) {
     let spaces: String = text[start..end]
         .chars()

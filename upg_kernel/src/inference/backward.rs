@@ -1,4 +1,5 @@
-//! A decoder taken backwards, layer by layer: what its predictions ask of the outputs of every matrix.
+//! Backward pass through a decoder, layer by layer: the gradients of the outputs of every
+//! matrix.
 #![forbid(unsafe_code)]
 
 use super::config::ModelConfig;
@@ -28,47 +29,55 @@ const LOGITS_TOGETHER: usize = 256;
 /// Rows of a product that one task computes.
 const TASK_ROWS: usize = 64;
 
-/// Sees a matrix product of a layer: which input, its rows `x [n, cols]`, and the gradients `[n, outputs]` of what is made
-/// of them, those of all matrices with this input side by side. An error ends the pass.
+/// Callback for the inputs and gradients of a layer.
+///
+/// It gets the kind of input, its rows `x [n, cols]`, and the gradients `[n, outputs]` of the
+/// outputs of all matrices with this input, side by side. An error ends the pass.
 pub type GradientObserver<'a> = &'a mut dyn FnMut(LayerInput, &[f32], &[f32]) -> Result<()>;
 
-/// Gradients of the hidden states of some sequences on their way back through a decoder, the partner of
-/// [`Layerwise`](super::Layerwise).
+/// Gradients of the hidden states of several sequences in a backward pass through a decoder.
 ///
-/// They are those of the logits of all positions, added up with random factors `c = p * sum(s * e) - s * e`: `p` are the
-/// probabilities that the model predicts at a position, `s` their square roots, and `e` random signs. The covariance of `c`
-/// is that of the gradients of the likelihood of a token drawn by `p`, `diag(p) - p p^T`, so that the second moments of
-/// these gradients are the Fisher information: half of `d^T F d` is, to second order, what a change `d` makes the
-/// Kullback-Leibler divergence from the model's predictions. But `c` is about as large as it is on average each time, where a
-/// token that is nearly certain would be drawn nearly always and say nothing.
+/// This is the partner of [`Layerwise`](super::Layerwise).
 ///
-/// The signs are the bits of ChaCha8 seeded with `ChaCha8Rng::seed_from_u64(seed)`, 64 at a time from the least significant
-/// one on, 1 for `e = -1`; every position begins with new ones. All arithmetic is f32.
+/// The pass starts from the logits of all positions, summed with random factors
+/// `c = p * sum(s * e) - s * e`. Here `p` are the probabilities that the model predicts at a
+/// position, `s` their square roots, and `e` random signs. The covariance of `c` is
+/// `diag(p) - p p^T`. That is the covariance of the log-likelihood gradient when the token is
+/// sampled from `p`. So the second moments of these gradients are the Fisher information `F`: to
+/// second order, a change `d` causes a Kullback-Leibler divergence of half of `d^T F d` from the
+/// model's predictions. Unlike the gradient of a sampled token, `c` is about as large as its
+/// average each time. A token that is nearly certain would be sampled nearly always and carry no
+/// information.
+///
+/// The signs are the bits of ChaCha8 seeded with `ChaCha8Rng::seed_from_u64(seed)`, 64 at a time
+/// from the least significant one on, 1 for `e = -1`. Every position starts with new bits. All
+/// arithmetic is f32.
 #[derive(Debug)]
 pub struct Backward {
     cpu: Cpu,
     config: ModelConfig,
-    /// Of the positions of one sequence.
+    /// RoPE table of the positions of one sequence.
     rope: RopeTable,
     /// Tokens of each sequence.
     len: usize,
-    /// `[sequences, len, hidden]`.
+    /// Gradients `[sequences, len, hidden]`.
     gradients: Vec<f32>,
-    /// Of the gains of the last norm.
+    /// Gradients of the gains of the last norm.
     of_gain: Vec<f32>,
     scratch: Scratch,
 }
 
-/// Gradients of the gains of the norms of a layer, `[hidden]` each, added up over all positions.
+/// Gradients of the gains of the norms of a layer, `[hidden]` each, summed over all
+/// positions.
 #[derive(Debug, Clone)]
 pub struct GainGradients {
-    /// Before attention.
+    /// Gradients of the norm before attention.
     pub input: Vec<f32>,
-    /// Before gate and up.
+    /// Gradients of the norm before gate and up.
     pub feed_forward: Vec<f32>,
 }
 
-/// What makes predictions of the hidden states after the last layer: the last norm and the output head.
+/// Last norm and output head, which turn the last hidden states into logits.
 #[derive(Debug)]
 pub struct Head {
     cpu: Cpu,
@@ -76,7 +85,9 @@ pub struct Head {
 }
 
 impl Head {
-    /// That of the model in `source`. Errors: those of loading ([`Model::load`](super::Model::load)).
+    /// Loads the head of the model in `source`.
+    ///
+    /// Errors: those of loading ([`Model::load`](super::Model::load)).
     pub fn new(config: &ModelConfig, source: &dyn WeightSource) -> Result<Self> {
         Ok(Self {
             cpu: Cpu::shared()?.clone(),
@@ -84,7 +95,7 @@ impl Head {
         })
     }
 
-    /// Of `hidden [n, hidden]`: `[n, vocab]`.
+    /// Computes the logits of `hidden [n, hidden]`: `[n, vocab]`.
     fn logits(&self, hidden: &[f32], scratch: &mut Scratch, out: &mut Vec<f32>) -> Result<()> {
         let Self { cpu, weights } = self;
         let HeadWeights { norm, matrix } = weights;
@@ -110,12 +121,13 @@ impl Head {
 }
 
 impl Backward {
-    /// After the last layer, whose output is `hidden [sequences, len, hidden]`: norm and head of `source`, and signs
-    /// drawn with `seed`.
+    /// Starts after the last layer, whose output is `hidden [sequences, len, hidden]`.
     ///
-    /// Memory: as many values as `hidden` has, the head as f32 twice, and the logits of 512 positions.
-    /// Errors: `Argument` if `hidden` is not whole sequences; `Invalid` for logits that are not finite; those of loading
-    /// ([`Model::load`](super::Model::load)).
+    /// Uses norm and head of `source`, and signs drawn with `seed`.
+    ///
+    /// Memory: as many values as `hidden` has, the head as f32 twice, and the logits of 512
+    /// positions. Errors: `Argument` if `hidden` is not whole sequences; `Invalid` for logits that
+    /// are not finite; those of loading ([`Model::load`](super::Model::load)).
     pub fn new(
         config: ModelConfig,
         source: &dyn WeightSource,
@@ -130,12 +142,15 @@ impl Backward {
         })
     }
 
-    /// [`Backward::new`] for the gradients of the Kullback-Leibler divergence from what another model predicts, the
-    /// sum over all positions, in nats: of the logits they are `q - p`. That model's `wanted_hidden` are of the same
-    /// tokens. Returns the divergence too.
+    /// Starts like [`Backward::new`], with the gradients of the divergence from another model's
+    /// predictions.
     ///
-    /// Memory: also the logits of 256 positions. Errors: also `Argument` if there are not as many of its hidden states
-    /// or tokens of its vocabulary.
+    /// This is the Kullback-Leibler divergence, summed over all positions, in nats. The gradients
+    /// of the logits are `q - p`. That model's `wanted_hidden` belong to the same tokens. Also
+    /// returns the divergence.
+    ///
+    /// Memory: also the logits of 256 positions. Errors: also `Argument` if the numbers of hidden
+    /// states or the vocabulary sizes differ.
     pub fn toward(
         config: ModelConfig,
         source: &dyn WeightSource,
@@ -157,14 +172,17 @@ impl Backward {
             let divergences: Vec<f64> = divergences
                 .map(|(q, p)| part_from(q, p))
                 .collect::<Result<_>>()?;
-            // In order: the same for any number of threads.
+            // Summed in order, so that the number of threads does not change the result.
             divergence += divergences.iter().sum::<f64>();
             Ok(())
         })?;
         Ok((back, divergence))
     }
 
-    /// `gradient` gets the number of a position and logits from there on, and turns these into their gradients.
+    /// Starts from logits.
+    ///
+    /// `gradient` gets the index of a position and the logits from there on, and turns these into
+    /// their gradients.
     fn from_logits(
         config: ModelConfig,
         source: &dyn WeightSource,
@@ -210,22 +228,28 @@ impl Backward {
         })
     }
 
-    /// Of the gains of the last norm, `[hidden]`.
+    /// Returns the gradients of the gains of the last norm, `[hidden]`.
     pub fn of_last_gain(&self) -> &[f32] {
         &self.of_gain
     }
 
-    /// `[sequences, len, hidden]`: of the input of the last layer that was passed, or of the output of the model.
+    /// Returns the gradients `[sequences, len, hidden]`.
+    ///
+    /// They belong to the input of the last layer that was passed, or to the output of the model
+    /// before the first.
     pub fn gradients(&self) -> &[f32] {
         &self.gradients
     }
 
-    /// Takes the gradients back through layer `index`, whose input was `hidden [sequences, len, hidden]`. `observe` sees, for
-    /// some sequences at a time, the four [`Input`](super::Input)s from the last to the first. Returns the gradients of the gains of its
-    /// norms. Cost: about three times that of the layer forwards.
+    /// Propagates the gradients back through layer `index`, whose input was
+    /// `hidden [sequences, len, hidden]`.
     ///
-    /// Errors: `Argument` for another number of values; those of loading the layer and of `observe`. The gradients are of
-    /// no use after one.
+    /// `observe` sees the four [`Input`](super::Input)s from the last to the first, for a few
+    /// sequences at a time. Returns the gradients of the gains of its norms. Cost: about three
+    /// times a forward pass of the layer.
+    ///
+    /// Errors: `Argument` for another number of values; those of loading the layer and of
+    /// `observe`. After an error the gradients are unusable.
     pub fn layer(
         &mut self,
         index: usize,
@@ -266,19 +290,21 @@ impl Backward {
     }
 }
 
-/// Some sequences and the layer they pass.
+/// Several sequences and the layer they pass.
 struct Pass<'a> {
     cpu: &'a Cpu,
     config: &'a ModelConfig,
     layer: &'a Layer,
     rope: &'a RopeTable,
     len: usize,
-    /// Positions that a query sees.
+    /// Positions that a query attends to.
     window: usize,
 }
 
 impl Pass<'_> {
-    /// For the input `x [n, hidden]`: `gradients` are those of the output before and those of `x` afterwards.
+    /// Processes the input `x [n, hidden]`.
+    ///
+    /// On entry `gradients` are those of the output, on return those of `x`.
     fn run(
         &self,
         x: &[f32],
@@ -295,7 +321,7 @@ impl Pass<'_> {
         let width = heads.width();
         let (query, size) = (config.query_size(), config.intermediate_size);
 
-        // Forwards.
+        // Forward.
         let mut normed = Vec::new();
         norm_rows(cpu, &layer.input_norm, x, &mut normed);
         let mut qkv = vec![0.0; n * width];
@@ -332,7 +358,7 @@ impl Pass<'_> {
         let mut gated = Vec::new();
         gated_silu(cpu, &gate_up, size, &mut gated);
 
-        // Backwards: `gradients` are of the output, then of `middle`, then of `x`.
+        // Backward: `gradients` are of the output, then of `middle`, then of `x`.
         observe(LayerInput::Down, &gated, gradients)?;
         let hidden = config.hidden_size;
         let of_gated = &mut gated;
@@ -390,7 +416,7 @@ impl Pass<'_> {
     }
 }
 
-/// Logits of a position become the factors `c` of [`Backward`].
+/// Turns the logits of a position into the factors `c` of [`Backward`].
 ///
 /// Errors (`Invalid`): a logit is not finite.
 fn fluctuate(logits: &mut [f32], random: &mut ChaCha8Rng) -> Result<()> {
@@ -418,8 +444,10 @@ fn fluctuate(logits: &mut [f32], random: &mut ChaCha8Rng) -> Result<()> {
     Ok(())
 }
 
-/// For the logits of a position: `q` becomes the gradients of the divergence from the predictions of the logits `p`, of which
-/// nothing is left. Returns the divergence, in nats.
+/// Turns the logits `q` of a position into the gradients of the divergence from `p`; returns
+/// the divergence.
+///
+/// `p` are the logits of the target predictions and are overwritten. The divergence is in nats.
 ///
 /// Errors (`Invalid`): a logit is not finite.
 fn part_from(q: &mut [f32], p: &mut [f32]) -> Result<f64> {
@@ -435,7 +463,7 @@ fn part_from(q: &mut [f32], p: &mut [f32]) -> Result<f64> {
     Ok(divergence)
 }
 
-/// What is to be taken from logits, so that they are the logarithms of probabilities.
+/// Returns the log-sum-exp of the logits, which subtracted from them gives log-probabilities.
 fn log_sum(logits: &[f32]) -> Result<f32> {
     check_finite(logits)?;
     let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
@@ -454,7 +482,8 @@ fn check_finite(logits: &[f32]) -> Result<()> {
     }
 }
 
-/// `out [n, inputs] = gradients [n, outputs] * weights [outputs, inputs]`, or that added.
+/// Computes `out [n, inputs] = gradients [n, outputs] * weights [outputs, inputs]`, or adds
+/// it with `add`.
 fn back(cpu: &Cpu, gradients: View<'_>, weights: &[f32], add: bool, out: &mut [f32]) {
     let outputs = gradients.cols();
     let inputs = weights.len() / outputs;
@@ -466,7 +495,7 @@ fn back(cpu: &Cpu, gradients: View<'_>, weights: &[f32], add: bool, out: &mut [f
     });
 }
 
-/// [`back`] through matrices with the same input, whose gradients are side by side.
+/// Runs [`back`] through matrices with the same input, whose gradients are side by side.
 fn joint_back(cpu: &Cpu, joint: &[Linear], gradients: &[f32], n: usize, out: &mut [f32]) {
     let width = gradients.len() / n.max(1);
     let mut first = 0;
@@ -478,7 +507,9 @@ fn joint_back(cpu: &Cpu, joint: &[Linear], gradients: &[f32], n: usize, out: &mu
     }
 }
 
-/// For the inputs `x` of a norm: `gradients` are those of its outputs before and those of `x` afterwards.
+/// Propagates back through a norm with the inputs `x`.
+///
+/// On entry `gradients` are those of its outputs, on return those of `x`.
 fn norm_back(cpu: &Cpu, norm: &Norm, x: &[f32], gradients: &mut [f32]) {
     let len = norm.gain.len().max(1);
     cpu.team().chunks(gradients, len, |row, gradients| {
@@ -486,7 +517,8 @@ fn norm_back(cpu: &Cpu, norm: &Norm, x: &[f32], gradients: &mut [f32]) {
     });
 }
 
-/// Of the gains of a norm, for its inputs `x` and the gradients of its outputs: `sum of dy * x * r`.
+/// Computes the gradients of the gains of a norm from its inputs `x` and output gradients:
+/// `sum of dy * x * r`.
 fn gain_gradients(norm: &Norm, x: &[f32], gradients: &[f32]) -> Vec<f32> {
     let len = norm.gain.len().max(1);
     let mut sums = vec![0.0; len];
@@ -500,13 +532,15 @@ fn gain_gradients(norm: &Norm, x: &[f32], gradients: &[f32]) -> Vec<f32> {
     sums
 }
 
-/// `1 / sqrt(mean(x^2) + eps)`.
+/// Computes `1 / sqrt(mean(x^2) + eps)`.
 fn one_over_size(norm: &Norm, x: &[f32]) -> f64 {
     let squares: f64 = x.iter().map(|&x| f64::from(x).powi(2)).sum();
     1.0 / (squares / x.len() as f64 + f64::from(norm.eps)).sqrt()
 }
 
-/// With `y = gain * x * r`, `r = 1 / sqrt(mean(x^2) + eps)`: `r * gain * dy - x * r^3 * mean(gain * dy * x)`.
+/// Computes `r * gain * dy - x * r^3 * mean(gain * dy * x)` for one row.
+///
+/// This is the gradient of `y = gain * x * r` with `r = 1 / sqrt(mean(x^2) + eps)`.
 fn norm_back_row(norm: &Norm, x: &[f32], gradients: &mut [f32]) {
     let (len, r) = (x.len() as f64, one_over_size(norm, x));
     let mut along = 0.0;
@@ -520,7 +554,9 @@ fn norm_back_row(norm: &Norm, x: &[f32], gradients: &mut [f32]) {
     }
 }
 
-/// Rows `[gate | up]` of `gate_up` become their gradients; `gradients [n, size]` are those of `silu(gate) * up`.
+/// Turns rows `[gate | up]` of `gate_up` into their gradients.
+///
+/// `gradients [n, size]` are those of `silu(gate) * up`.
 fn gated_silu_back(cpu: &Cpu, gate_up: &mut [f32], size: usize, gradients: &[f32]) {
     cpu.team().chunks(gate_up, 2 * size.max(1), |row, gate_up| {
         let (gate, up) = gate_up.split_at_mut(size);

@@ -1,7 +1,9 @@
-//! The block tables of the KV cache: which blocks of memory hold the keys and values of a sequence.
+//! Block tables of the KV cache: the memory blocks that hold the keys and values of a
+//! sequence.
 //!
-//! Keys and values are stored in blocks of 16 positions (PagedAttention, arXiv 2309.06180). Blocks are counted by
-//! reference, so sequences with a common beginning share them. Only numbers are here: the memory belongs to the device.
+//! Keys and values are stored in blocks of 16 positions (PagedAttention, arXiv 2309.06180). Blocks
+//! are reference-counted, so sequences with a common prefix share them. Only block numbers are
+//! here: the memory belongs to the device.
 #![forbid(unsafe_code)]
 
 use super::config::ModelConfig;
@@ -12,35 +14,35 @@ use std::collections::BinaryHeap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Positions of a block.
+/// Positions per block.
 pub(crate) const BLOCK: usize = 16;
 
-/// Values that share a scale in a cache of 8-bit integers.
+/// Values that share a scale in an int8 cache.
 pub(crate) const SCALED: usize = 32;
 
-/// The way keys and values are stored.
+/// Data type of keys and values in the cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum CacheType {
-    /// 4 bytes an element, as they were computed.
+    /// 4 bytes per element, unrounded.
     F32,
-    /// 2 bytes an element.
+    /// 2 bytes per element.
     #[default]
     F16,
-    /// 1 byte an element, and a scale of 4 bytes for each 32 of them.
+    /// 1 byte per element, and a 4-byte scale per 32 elements.
     Int8,
 }
 
-/// The layers that see the same positions and so have one table of blocks.
+/// Layers with the same attention window, which share one table of blocks.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct LayerGroup {
-    /// Positions that a query sees, its own included; `None` is all before it.
+    /// Positions that a query attends to, including its own; `None`: all before it.
     pub(crate) window: Option<usize>,
     /// Number of layers.
     pub(crate) layers: usize,
 }
 
-/// The sizes of a KV cache.
+/// Sizes of a KV cache.
 #[derive(Debug, Clone)]
 pub(crate) struct CacheLayout {
     pub(crate) cache_type: CacheType,
@@ -52,7 +54,7 @@ pub(crate) struct CacheLayout {
 }
 
 impl CacheLayout {
-    /// Sorts the layers of a model by their windows.
+    /// Groups the layers of a model by their windows.
     pub(crate) fn new(config: &ModelConfig, cache_type: CacheType) -> Self {
         let mut groups: Vec<LayerGroup> = Vec::new();
         let mut place = |&window: &Option<usize>| {
@@ -74,7 +76,8 @@ impl CacheLayout {
         }
     }
 
-    /// Returns the number of values in a block of `group`: keys and values of all layers and heads.
+    /// Returns the number of values in a block of `group`: keys and values of all layers and
+    /// heads.
     ///
     /// `None`: overflow.
     pub(crate) fn block_values(&self, group: usize) -> Option<usize> {
@@ -98,9 +101,10 @@ impl CacheLayout {
         }
     }
 
-    /// Returns the most bytes that a sequence of `context` positions takes, which come at most `chunk` at a time.
+    /// Returns the maximum bytes of a sequence of `context` positions, appended at most `chunk`
+    /// at a time.
     ///
-    /// Errors (`TooLarge`): more than fit into a number of this machine.
+    /// Errors (`TooLarge`): overflow of a `usize`.
     pub(crate) fn sequence_bytes(&self, context: usize, chunk: usize) -> Result<usize> {
         let bytes = |group: usize| {
             let blocks = most_blocks(self.groups[group].window, context, chunk)?;
@@ -112,27 +116,28 @@ impl CacheLayout {
     }
 }
 
-/// The blocks of a cache: which are free, and how many bytes there may be.
+/// Blocks of a cache: the free ones, and the limit of their bytes.
 #[derive(Debug)]
 pub(crate) struct BlockPool {
     layout: Arc<CacheLayout>,
-    /// For each group of layers.
+    /// Free blocks of each group of layers.
     groups: Vec<Arc<Free>>,
     /// Bytes of a block of each group.
     bytes: Vec<usize>,
     max_bytes: usize,
 }
 
-/// The numbers of the blocks that nobody refers to, the lowest first: the blocks of a sequence then lie side by side.
+/// Numbers of the unreferenced blocks, lowest first, so that the blocks of a sequence are
+/// contiguous.
 #[derive(Debug, Default)]
 struct Free {
     numbers: Mutex<BinaryHeap<Reverse<u32>>>,
-    /// Blocks that were ever used: the next new number.
+    /// Number of blocks ever used, which is the next new number.
     ever: AtomicUsize,
     used: AtomicUsize,
 }
 
-/// A reference to a block. The block is free when the last one is dropped.
+/// Reference to a block. The block is free when the last one is dropped.
 #[derive(Debug)]
 struct Block {
     number: u32,
@@ -150,9 +155,9 @@ impl Drop for Block {
 }
 
 impl BlockPool {
-    /// Makes a pool for at most `max_bytes`; `None` is no limit.
+    /// Creates a pool for at most `max_bytes`; `None`: no limit.
     ///
-    /// Errors (`TooLarge`): a block has more bytes than fit into a number of this machine.
+    /// Errors (`TooLarge`): the bytes of a block overflow a `usize`.
     pub(crate) fn new(layout: Arc<CacheLayout>, max_bytes: Option<usize>) -> Result<Self> {
         let bytes = |group| layout.block_bytes(group).ok_or_else(|| too_large(BLOCK));
         let groups = 0..layout.groups.len();
@@ -169,7 +174,7 @@ impl BlockPool {
         &self.layout
     }
 
-    /// Returns the bytes of all blocks that are referred to.
+    /// Returns the bytes of all referenced blocks.
     pub(crate) fn used_bytes(&self) -> usize {
         let groups = self.groups.iter().zip(&self.bytes);
         groups
@@ -198,14 +203,15 @@ impl BlockPool {
     }
 }
 
-/// The blocks of one sequence, a table for each group of layers.
+/// Blocks of one sequence, with a table for each group of layers.
 #[derive(Debug, Clone)]
 pub(crate) struct BlockTables {
     layout: Arc<CacheLayout>,
     tables: Vec<Table>,
-    /// Positions that the blocks hold, counted from the first of the sequence.
+    /// Number of positions that the blocks hold, from the start of the sequence.
     len: usize,
-    /// First position of a block that the pass under way copies: lost if the pass fails before.
+    /// First position of a block that the current pass copies. It is lost if the pass fails
+    /// before the copy.
     copied_from: Option<usize>,
 }
 
@@ -217,7 +223,7 @@ struct Table {
 }
 
 impl BlockTables {
-    /// Makes the tables of an empty sequence.
+    /// Creates the tables of an empty sequence.
     pub(crate) fn new(pool: &BlockPool) -> Self {
         Self {
             layout: Arc::clone(&pool.layout),
@@ -227,21 +233,23 @@ impl BlockTables {
         }
     }
 
-    /// Returns whether the blocks are of this pool.
+    /// Returns whether the blocks belong to this pool.
     pub(crate) fn are_of(&self, pool: &BlockPool) -> bool {
         Arc::ptr_eq(&self.layout, &pool.layout)
     }
 
-    /// Returns the number of positions that are held.
+    /// Returns the number of stored positions.
     pub(crate) fn len(&self) -> usize {
         self.len
     }
 
-    /// Makes room for `n` more positions, and says in `pass` where they and those before them are.
+    /// Reserves room for `n` more positions, and writes to `pass` where they and the earlier ones
+    /// are.
     ///
-    /// A block that is shared and will be written is copied. A window gives back what no query sees any more where
-    /// more than a window and `chunk` positions would be held. Errors (`TooLarge`): beyond `context`, or the pool has
-    /// no block left; [`BlockTables::truncate`] then takes back what was taken.
+    /// A shared block that will be written is copied. If more than a window and `chunk` positions
+    /// would be held, a window releases the blocks that no query attends to any more. Errors
+    /// (`TooLarge`): beyond `context`, or the pool is out of blocks; [`BlockTables::truncate`] then
+    /// releases the reserved ones.
     pub(crate) fn reserve(
         &mut self,
         pool: &BlockPool,
@@ -285,16 +293,17 @@ impl BlockTables {
         Ok(())
     }
 
-    /// Counts `n` positions that a pass has computed.
+    /// Adds `n` positions that a pass has computed.
     pub(crate) fn commit(&mut self, n: usize) {
         self.len += n;
         self.copied_from = None;
     }
 
-    /// Keeps the first `len` positions, or none if a window has given back what the next query would see.
+    /// Keeps the first `len` positions, or none if a window has released some that the next query
+    /// needs.
     ///
-    /// Also gives back what was reserved and not committed, and the positions of a block whose copy was not committed: the
-    /// pass may have failed before it.
+    /// Also releases blocks that were reserved and not committed, and the positions of a block
+    /// whose copy was not committed: the pass may have failed before it.
     pub(crate) fn truncate(&mut self, len: usize) {
         let copied = self.copied_from.take().unwrap_or(self.len);
         let len = len.min(self.len).min(copied);
@@ -313,7 +322,7 @@ impl BlockTables {
 }
 
 impl Table {
-    /// Gives back the blocks before `first`, if more than `most` would be needed up to `end`.
+    /// Releases the blocks before `first` if more than `most` would be needed up to `end`.
     fn drop_unseen(&mut self, first: usize, end: usize, most: usize) {
         if (end - self.first).div_ceil(BLOCK) > most && first > self.first {
             let blocks = (first - self.first) / BLOCK;
@@ -323,12 +332,13 @@ impl Table {
     }
 }
 
-/// Returns the first position that a query at `position` sees.
+/// Returns the first position that a query at `position` attends to.
 pub(crate) fn first_seen(window: Option<usize>, position: usize) -> usize {
     window.map_or(0, |window| (position + 1).saturating_sub(window))
 }
 
-/// Returns the most blocks of a sequence: also what lies in the block of the first position that is seen.
+/// Returns the maximum blocks of a sequence, including the rest of the block of the first
+/// visible position.
 ///
 /// `None`: overflow.
 fn most_blocks(window: Option<usize>, context: usize, chunk: usize) -> Option<usize> {

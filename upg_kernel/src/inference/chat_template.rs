@@ -1,9 +1,9 @@
-//! Chat messages to the text that a model was trained on, by the Jinja template it brings along.
+//! Chat messages to prompt text, by the Jinja template of the model.
 //!
-//! Renders as transformers' `apply_chat_template` does, without tools or documents. A template is
-//! a program from a file that nobody checked: it can read nothing but the messages, has no files
-//! or other templates, and is stopped by fuel (work and memory), an output cap and a recursion
-//! limit. Templates see no clock, but the date they are told: the same messages give the same text.
+//! Renders like transformers' `apply_chat_template`, without tools or documents. A template is a
+//! program from an unchecked file. It can read only the messages, has no access to files or other
+//! templates, and is limited by fuel (work and memory), an output limit and a recursion limit.
+//! Templates see no clock except the date they are given, so the same messages give the same text.
 #![forbid(unsafe_code)]
 
 mod date;
@@ -23,39 +23,42 @@ use crate::{Error, ErrorKind, Result};
 
 pub use date::Date;
 
-/// Largest template source, in bytes: the largest published ones have about 30 kB.
+/// Maximum size of the template source in bytes: the largest published ones have about 30 kB.
 pub const MAX_TEMPLATE_BYTES: usize = 256 << 10;
 
-/// Largest rendered text, in bytes (as much as the tokenizer takes in one call).
+/// Maximum rendered text in bytes, the limit of one tokenizer call.
 pub const MAX_OUTPUT_BYTES: usize = 16 << 20;
 
-/// Work that every render may do: one unit an instruction, and one for 64 bytes made or read.
+/// Fuel of every render: one unit per instruction, and one per 64 bytes created or read.
 const BASE_FUEL: u64 = 2_000_000;
 
-/// More of it for each byte of the messages.
+/// Additional fuel per byte of the messages.
 const FUEL_PER_BYTE: u64 = 1;
 
-/// Nesting of macros, loops and conditions while rendering, as the engine counts it.
+/// Maximum nesting of macros, loops and conditions while rendering, as counted by the engine.
 const MAX_RECURSION: usize = 100;
 
-/// Stack for the engine, whose parser and interpreter call themselves. Without optimizations what the limits allow takes
-/// 8 to 12 MiB; threads have 2 MiB by default. Only what is touched takes memory.
+/// Stack size for the engine, whose parser and interpreter are recursive.
+///
+/// In debug builds the limits allow a use of 8 to 12 MiB; threads have 2 MiB by default. Only
+/// touched pages take memory.
 const STACK_BYTES: usize = 64 << 20;
 
-/// Characters of a template's own message (`raise_exception`) that an error repeats.
+/// Maximum characters of a template's own message (`raise_exception`) in an error.
 const MAX_MESSAGE_CHARS: usize = 300;
 
 /// One turn of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Message {
-    /// Who speaks: `system`, `user`, `assistant`, or what else the template knows.
+    /// Role of the speaker: `system`, `user`, `assistant`, or another one that the template
+    /// knows.
     pub role: String,
-    /// What is said.
+    /// Text of the message.
     pub content: String,
 }
 
 impl Message {
-    /// A message of `role`.
+    /// Creates a message of `role`.
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
         Self {
             role: role.into(),
@@ -81,12 +84,14 @@ pub struct ChatTemplate {
 }
 
 impl ChatTemplate {
-    /// Checks and keeps a template. `bos_token` and `eos_token` are the spellings that the
-    /// template may ask for; without them the names are undefined, as in transformers.
+    /// Checks and stores a template.
+    ///
+    /// `bos_token` and `eos_token` are the spellings that the template may ask for; without them
+    /// the names are undefined, as in transformers.
     ///
     /// # Errors
-    /// `TooLarge` above [`MAX_TEMPLATE_BYTES`]; `Malformed` when it is no Jinja template or uses
-    /// what a chat template must not (other templates).
+    /// `TooLarge` above [`MAX_TEMPLATE_BYTES`]; `Malformed` if it is not a Jinja template or uses a
+    /// feature that a chat template must not use (other templates).
     pub fn new(source: &str, bos_token: Option<&str>, eos_token: Option<&str>) -> Result<Self> {
         if source.len() > MAX_TEMPLATE_BYTES {
             return Err(Error::new(
@@ -113,12 +118,13 @@ impl ChatTemplate {
         Ok(template)
     }
 
-    /// The template of a `tokenizer_config.json`, or `None` if there is none in it. Of several
-    /// named templates the one called `default` is taken.
+    /// Reads the template of a `tokenizer_config.json`; `None` if it has none.
+    ///
+    /// If there are several named templates, `default` is used.
     ///
     /// # Errors
-    /// `Malformed` when it is no JSON, or `chat_template` is neither a text nor such a list; and
-    /// as [`ChatTemplate::new`].
+    /// `Malformed` if it is not JSON, or if `chat_template` is neither a text nor such a list;
+    /// those of [`ChatTemplate::new`].
     pub fn from_tokenizer_config(config: &str) -> Result<Option<Self>> {
         let keys = ["chat_template", "bos_token", "eos_token"];
         let config = json::fields("tokenizer_config.json", config, &keys)?;
@@ -130,22 +136,22 @@ impl ChatTemplate {
         Self::new(source, bos.as_deref(), eos.as_deref()).map(Some)
     }
 
-    /// Lets the template ask for the date (`strftime_now`), and answers with this one at
-    /// midnight. Without it that function is not defined, and templates fall back to a date of
-    /// their own.
+    /// Defines `strftime_now` for the template, with this date at midnight.
+    ///
+    /// Without it that function is undefined, and templates fall back to a date of their own.
     pub fn with_date(mut self, date: Date) -> Self {
         self.date = Some(date);
         self
     }
 
-    /// The text of a conversation. `add_generation_prompt` ends it with the start of the
-    /// assistant's turn.
+    /// Renders the text of a conversation.
     ///
-    /// The template is compiled each time: published ones are short.
+    /// `add_generation_prompt` appends the start of the assistant's turn. The template is compiled
+    /// each time: published ones are short.
     ///
     /// # Errors
-    /// `Argument` when the template refuses the messages (`raise_exception`), with its words;
-    /// `TooLarge` when it runs out of fuel or above [`MAX_OUTPUT_BYTES`]; `Invalid` for any other
+    /// `Argument` if the template rejects the messages (`raise_exception`), with its message;
+    /// `TooLarge` if it runs out of fuel or above [`MAX_OUTPUT_BYTES`]; `Invalid` for any other
     /// failure in it.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
         let bytes: usize = messages
@@ -158,7 +164,7 @@ impl ChatTemplate {
         with_stack(|| self.render_here(messages, add_generation_prompt, bytes))
     }
 
-    /// [`ChatTemplate::render`] of messages of `bytes` bytes in all.
+    /// Runs [`ChatTemplate::render`] for messages of `bytes` bytes in total.
     fn render_here(
         &self,
         messages: &[Message],
@@ -184,7 +190,8 @@ impl ChatTemplate {
         }
     }
 
-    /// The language as transformers sets it up, for messages of `bytes` bytes in all.
+    /// Returns the environment as transformers sets it up, for messages of `bytes` bytes in
+    /// total.
     fn environment(&self, bytes: usize) -> Environment<'_> {
         let mut env = Environment::new();
         let messages_fuel = (bytes as u64).saturating_mul(FUEL_PER_BYTE);
@@ -209,18 +216,19 @@ impl ChatTemplate {
     }
 }
 
-/// Jinja's delimiters, with the white space rules of transformers.
+/// Returns Jinja's delimiters with the whitespace rules of transformers.
 fn syntax() -> SyntaxConfig {
     SyntaxConfig::builder()
         .trim_blocks(true)
         .lstrip_blocks(true)
         .build()
-        // Only unusual delimiters can be wrong, and these are not set.
+        // Only unusual delimiters can be invalid, and these are not set.
         .unwrap_or_default()
 }
 
-/// Calls the engine on a thread with [`STACK_BYTES`]: how much of a stack it needs depends on how it was compiled, and
-/// the end of one ends the process.
+/// Calls the engine on a thread with [`STACK_BYTES`].
+///
+/// Its stack use depends on the build, and a stack overflow would end the process.
 fn with_stack<T: Send>(call: impl FnOnce() -> Result<T> + Send) -> Result<T> {
     std::thread::scope(|scope| {
         let thread = std::thread::Builder::new().stack_size(STACK_BYTES);
@@ -238,7 +246,7 @@ fn with_stack<T: Send>(call: impl FnOnce() -> Result<T> + Send) -> Result<T> {
     })
 }
 
-/// Marks the errors that the template raised itself.
+/// Marker of the errors that the template raised itself.
 #[derive(Debug)]
 struct Raised;
 
@@ -255,7 +263,7 @@ fn raise_exception(message: &str) -> Result<Value, minijinja::Error> {
     Err(minijinja::Error::new(minijinja::ErrorKind::InvalidOperation, short).with_source(Raised))
 }
 
-/// A buffer that refuses to grow above the cap.
+/// Buffer that refuses to grow above the limit.
 struct Capped(Vec<u8>);
 
 impl Write for Capped {
@@ -313,16 +321,18 @@ fn template_error(kind: ErrorKind, e: &minijinja::Error) -> Error {
     )
 }
 
-/// The detail of an error, cut: it may repeat whatever the template computed.
+/// Returns the detail of an error, truncated: it may contain any text that the template
+/// computed.
 fn short(e: &minijinja::Error) -> String {
     let detail = e.detail().unwrap_or("no detail");
     detail.chars().take(MAX_MESSAGE_CHARS).collect()
 }
 
-/// `{% generation %}` marks what the assistant said, for training; it renders what is inside.
+/// Replaces `{% generation %}`, which marks the assistant's text for training and renders its
+/// content.
 ///
-/// The language here does not know the tag, so it becomes an `if` that is always true, with the
-/// same control of white space.
+/// The engine does not know the tag, so it becomes an `if` that is always true, with the same
+/// whitespace control.
 fn without_generation_tags(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
@@ -338,7 +348,7 @@ fn without_generation_tags(source: &str) -> String {
             "generation" => out.push_str(&body.replacen(word, "if true", 1)),
             "endgeneration" => out.push_str(&body.replacen(word, "endif", 1)),
             _ => {
-                // The body may hold the start of another tag (inside a string): look again.
+                // The body may contain the start of another tag (inside a string), so search again.
                 rest = tag;
                 continue;
             }

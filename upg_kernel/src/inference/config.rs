@@ -1,7 +1,7 @@
-//! `config.json` of a model, checked: what the forward pass has to compute, as data.
+//! Validated `config.json` of a model: the computation of the forward pass, as data.
 //!
-//! The text is untrusted. Everything that would change the arithmetic and is not implemented is
-//! refused (`Unsupported`), never ignored; every size has a cap.
+//! The text is untrusted. Every setting that would change the arithmetic and is not implemented is
+//! refused (`Unsupported`), never ignored. Every size has a limit.
 #![forbid(unsafe_code)]
 
 mod family;
@@ -17,34 +17,34 @@ use family::{BiasRule, WindowRule};
 use fields::Fields;
 use serde_json::{Map, Value};
 
-/// Most decoder layers that a config may ask for.
+/// Maximum decoder layers of a config.
 pub const MAX_LAYERS: usize = 1024;
-/// Most attention heads.
+/// Maximum attention heads.
 pub const MAX_HEADS: usize = 1024;
-/// Longest head.
+/// Maximum head dimension.
 pub const MAX_HEAD_DIM: usize = 4096;
-/// Widest hidden state.
+/// Maximum hidden size.
 pub const MAX_HIDDEN: usize = 1 << 17;
-/// Widest feed-forward layer.
+/// Maximum feed-forward size.
 pub const MAX_INTERMEDIATE: usize = 1 << 20;
-/// Largest vocabulary.
+/// Maximum vocabulary size.
 pub const MAX_VOCAB: usize = 1 << 22;
-/// Longest context.
+/// Maximum context length.
 pub const MAX_CONTEXT: usize = 1 << 24;
-/// Most end-of-sequence ids.
+/// Maximum end-of-sequence ids.
 const MAX_EOS_IDS: usize = 256;
 
-/// What the decoder of one model computes. Made and checked by [`ModelConfig::from_json`].
+/// Configuration of a decoder, created and validated by [`ModelConfig::from_json`].
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct ModelConfig {
-    /// The model family.
+    /// Model family.
     pub family: &'static Family,
     /// Number of token ids.
     pub vocab_size: usize,
-    /// Length of the hidden state.
+    /// Size of the hidden state.
     pub hidden_size: usize,
-    /// Length of the feed-forward state.
+    /// Size of the feed-forward state.
     pub intermediate_size: usize,
     /// Number of decoder layers.
     pub num_layers: usize,
@@ -52,41 +52,40 @@ pub struct ModelConfig {
     pub num_heads: usize,
     /// Number of key and value heads; divides `num_heads`.
     pub num_kv_heads: usize,
-    /// Length of one head.
+    /// Elements of one head.
     pub head_dim: usize,
-    /// Most positions that the model was made for.
+    /// Maximum positions of the model.
     pub context: usize,
-    /// Added to the mean square before its root is taken.
+    /// Constant added to the mean square before its root is taken.
     pub rms_norm_eps: f32,
     /// Rotary position embedding.
     pub rope: RopeConfig,
-    /// For each layer, how many positions (its own included) a query sees; `None` is all of them.
+    /// Positions that a query attends to in each layer, including its own; `None`: all.
     pub windows: Vec<Option<usize>>,
-    /// Whether the output head is the embedding matrix.
+    /// Flag: the output head is the embedding matrix.
     pub tie_word_embeddings: bool,
-    /// Whether q, k and v have a bias.
+    /// Flag: q, k and v have a bias.
     pub qkv_bias: bool,
-    /// Whether the attention output has a bias.
+    /// Flag: the attention output has a bias.
     pub output_bias: bool,
-    /// Whether gate, up and down have a bias.
+    /// Flag: gate, up and down have a bias.
     pub mlp_bias: bool,
-    /// The ids that end a sequence, from `generation_config.json` if that names any.
+    /// End-of-sequence ids, from `generation_config.json` if that names any.
     pub eos_ids: Vec<u32>,
-    /// The id that begins a sequence, if the config names one.
+    /// Begin-of-sequence id, if the config names one.
     pub bos_id: Option<u32>,
 }
 
 impl ModelConfig {
     /// Reads `config.json` and, for the end-of-sequence ids, `generation_config.json`.
     ///
-    /// Both spellings of the rotary embedding are read: `rope_theta` with `rope_scaling` and
-    /// `rope_parameters`. Absent keys have the defaults of Hugging Face transformers, but sizes
-    /// have to be there.
+    /// Both spellings of the rotary embedding are accepted: `rope_theta` with `rope_scaling`, and
+    /// `rope_parameters`. Absent keys have the defaults of Hugging Face transformers, but sizes are
+    /// required.
     ///
-    /// Errors: `Malformed` (no JSON object), `Missing` (a size), `Invalid` (a value of the wrong
-    /// type, zero, or sizes that do not fit together), `TooLarge` (above a cap of a size, or of
-    /// [`json::value`]), `Unsupported`
-    /// (another family, or arithmetic that is not implemented).
+    /// Errors: `Malformed` (not a JSON object), `Missing` (a size), `Invalid` (a value of the wrong
+    /// type, zero, or inconsistent sizes), `TooLarge` (above the limit of a size, or of
+    /// [`json::value`]), `Unsupported` (another family, or arithmetic that is not implemented).
     pub fn from_json(config_json: &str, generation_config: Option<&str>) -> Result<Self> {
         let config = parse_object("config.json", config_json)?;
         let generation = generation_config
@@ -140,18 +139,19 @@ impl ModelConfig {
         Ok(config)
     }
 
-    /// Rows of the query projection.
+    /// Returns the rows of the query projection.
     pub fn query_size(&self) -> usize {
         self.num_heads * self.head_dim
     }
 
-    /// Rows of the key projection, and of the value projection.
+    /// Returns the rows of the key projection, and of the value projection.
     pub fn kv_size(&self) -> usize {
         self.num_kv_heads * self.head_dim
     }
 
-    /// The relations that the forward pass relies on. Run again when a model is made from a config,
-    /// because its fields are public.
+    /// Checks the relations that the forward pass relies on.
+    ///
+    /// Runs again when a model is created from a config, because its fields are public.
     pub(crate) fn check(&self) -> Result<()> {
         let sizes = [
             ("vocab_size", self.vocab_size, MAX_VOCAB),
@@ -214,8 +214,10 @@ fn parse_object(document: &str, text: &str) -> Result<Map<String, Value>> {
     }
 }
 
-/// Keys of other architectures that change the arithmetic, and the number (if any) at which they
-/// do not. `null`, `false`, an empty text, list or object are always harmless.
+/// Keys of other architectures that change the arithmetic, each with its neutral number, if
+/// any.
+///
+/// `null`, `false`, and an empty text, list or object are always neutral.
 const FOREIGN_KEYS: &[(&str, Option<f64>)] = &[
     ("alibi", None),
     ("attention_chunk_size", None),
@@ -308,7 +310,7 @@ fn head_dim(
     }
 }
 
-/// The attention window of each layer. One that is at least the context hides nothing.
+/// Returns the attention window of each layer. A window of at least the context is none.
 fn windows(
     fields: &Fields<'_>,
     family: &Family,
@@ -340,7 +342,7 @@ fn windows(
             .map(|windows| windows.into_iter().map(|w| w.and(narrow)).collect()),
         None if matches!(family.window, WindowRule::ByLayer) => {
             let first = match fields.map.get("max_window_layers") {
-                // Zero is a good value here, unlike for a size.
+                // Zero is valid here, unlike for a size.
                 Some(value) => value.as_u64().ok_or_else(|| {
                     fields.error(
                         ErrorKind::Invalid,
@@ -357,7 +359,7 @@ fn windows(
     }
 }
 
-/// `layer_types`: a name for each layer.
+/// Reads `layer_types`: a name for each layer.
 fn windows_of_types(
     fields: &Fields<'_>,
     family: &Family,

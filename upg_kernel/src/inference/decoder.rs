@@ -1,4 +1,4 @@
-//! The decoder: what a layer does, written once over the steps of a [`Device`].
+//! Decoder: the computation of a layer, written once over the steps of a [`Device`].
 #![forbid(unsafe_code)]
 
 use super::cache::CacheLayout;
@@ -11,7 +11,7 @@ use crate::device::{Device, Heads, Write};
 use crate::error::Result;
 use std::sync::Arc;
 
-/// The weights of a decoder on a device. Read-only, so that several engines can share it.
+/// Weights of a decoder on a device. Read-only, so that several engines can share them.
 pub(crate) struct Decoder<D: Device> {
     device: D,
     config: ModelConfig,
@@ -19,12 +19,12 @@ pub(crate) struct Decoder<D: Device> {
     weights: Weights<D::Weight, D::Vector>,
 }
 
-/// Computes forward passes: the weights of a decoder and a KV cache.
+/// Engine of forward passes: the weights of a decoder and a KV cache.
 pub(crate) trait Engine: Send {
-    /// Computes a pass and appends the logits `[wanted, vocab]` of the rows that it wants to `logits`.
+    /// Computes a pass and appends the logits `[wanted, vocab]` of its wanted rows to `logits`.
     ///
-    /// Looks at `proceed` before each layer. Errors: those of `proceed`; `TooLarge` without memory for the cache. The cache
-    /// then has no more than before of any sequence whose positions are counted.
+    /// Calls `proceed` before each layer. Errors: those of `proceed`; `TooLarge` if there is no
+    /// memory for the cache. The cache then has no additional positions of any sequence.
     fn forward(
         &mut self,
         pass: &Pass,
@@ -33,19 +33,19 @@ pub(crate) trait Engine: Send {
     ) -> Result<()>;
 }
 
-/// Makes engines: a [`Decoder`], whatever device it is for.
+/// Factory of engines: a [`Decoder`] for any device.
 pub(crate) trait MakeEngine: Send + Sync {
-    /// Makes an engine with an empty cache. Errors: those of [`Device::cache`].
+    /// Creates an engine with an empty cache. Errors: those of [`Device::cache`].
     fn engine(self: Arc<Self>, layout: &CacheLayout) -> Result<Box<dyn Engine>>;
 }
 
-/// The hidden states and activations of a pass, used again from layer to layer and from pass to pass.
+/// Hidden states and activations of a pass, reused between layers and passes.
 pub(crate) struct Workspace<D: Device> {
     /// Hidden states, `[n, hidden]`.
     pub(crate) x: D::Buffer,
     /// Normalized hidden states, `[n, hidden]`.
     normed: D::Buffer,
-    /// Queries, keys and values, or gates and ups.
+    /// Queries, keys and values, or gate and up outputs.
     wide: D::Buffer,
     /// Attention output, or gated activation.
     narrow: D::Buffer,
@@ -67,12 +67,12 @@ impl<D: Device> Default for Workspace<D> {
     }
 }
 
-/// Sees every input of a layer before the product. An error ends the pass.
+/// Callback for every input of a layer before its product. An error ends the pass.
 pub(crate) type Observe<'a, D> =
     &'a mut dyn FnMut(LayerInput, &<D as Device>::Buffer) -> Result<()>;
 
 impl<D: Device> Decoder<D> {
-    /// Makes the weights known to `device`. Errors: those of the device.
+    /// Uploads the weights to `device`. Errors: those of the device.
     pub(crate) fn new(device: D, config: ModelConfig, weights: Weights) -> Result<Self> {
         Ok(Self {
             weights: weights.on(&device)?,
@@ -121,9 +121,9 @@ impl<D: Device> Decoder<D> {
     }
 }
 
-/// Takes the hidden states `workspace.x [n, hidden]` through a layer, whose keys and values are those of layer `index` of
-/// the cache.
+/// Computes a layer on the hidden states `workspace.x [n, hidden]`.
 ///
+/// Its keys and values are those of layer `index` of the cache. It computes
 /// `x += o_proj(attention(norm(x)))`, then `x += down(silu(gate(norm(x))) * up(norm(x)))`.
 #[expect(clippy::too_many_arguments, reason = "one call in each of two places")]
 pub(crate) fn compute_layer<D: Device>(
@@ -174,7 +174,7 @@ impl<D: Device> MakeEngine for Decoder<D> {
     }
 }
 
-/// A [`Decoder`] with a cache and memory of its own.
+/// Engine of a [`Decoder`] with its own cache and memory.
 struct DecoderEngine<D: Device> {
     decoder: Arc<Decoder<D>>,
     cache: D::Cache,

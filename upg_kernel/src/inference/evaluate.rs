@@ -1,4 +1,4 @@
-//! How well a model predicts a text: perplexity, and the distance to a reference.
+//! Evaluation of a model on a text: perplexity, and the divergence from a reference.
 #![forbid(unsafe_code)]
 
 mod logit_file;
@@ -12,29 +12,33 @@ pub use windows::{Window, Windows};
 use crate::error::{Error, ErrorKind, Result};
 use rayon::prelude::*;
 
-/// What [`evaluate`] measured. Averages are over the scored positions; standard errors take these to be independent.
+/// Results of [`evaluate`].
+///
+/// Averages are over the scored positions; standard errors treat these as independent.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Evaluation {
     /// `exp` of the mean negative log-likelihood of the next token.
     pub perplexity: f64,
-    /// Standard error of the perplexity, from the spread over positions.
+    /// Standard error of the perplexity, from the variance over positions.
     pub perplexity_error: f64,
-    /// Positions scored.
+    /// Number of scored positions.
     pub positions: usize,
-    /// Against a reference only.
+    /// Comparison, if there is a reference.
     pub comparison: Option<Comparison>,
 }
 
-/// A model against a reference, on the same positions.
+/// Comparison of a model with a reference, on the same positions.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Comparison {
     /// Perplexity of the reference.
     pub reference_perplexity: f64,
     /// Standard error of `reference_perplexity`.
     pub reference_perplexity_error: f64,
-    /// Perplexity of the model by that of the reference.
+    /// Perplexity of the model divided by that of the reference.
     pub perplexity_ratio: f64,
-    /// Standard error of `perplexity_ratio`, from the spread of the differences: far below those of the two.
+    /// Standard error of `perplexity_ratio`, from the variance of the differences.
+    ///
+    /// It is far below the errors of the two perplexities.
     pub perplexity_ratio_error: f64,
     /// Mean Kullback-Leibler divergence, reference from model, in nats.
     pub kl_mean: f64,
@@ -46,7 +50,8 @@ pub struct Comparison {
     pub top1_error: f64,
 }
 
-/// Called after each window with how many are done and how many there are; an error of it ends the evaluation.
+/// Callback after each window with the numbers of finished and of all windows. An error ends
+/// the evaluation.
 pub type EvaluationProgress<'a> = &'a dyn Fn(usize, usize) -> Result<()>;
 
 /// One scored position.
@@ -57,11 +62,12 @@ struct Scored {
     same_top: bool,
 }
 
-/// Measures `model` on `windows`, against `reference` if there is one. `progress` is called after each window.
+/// Evaluates `model` on `windows`, against `reference` if there is one.
 ///
-/// Memory: `4 * scored * vocab` bytes for the logits of each. Errors: `Argument` if the window is beyond the context of
-/// the model, a token is not in its vocabulary, or the reference has a vocabulary of another size; those of the
-/// reference, of a session and of `progress`.
+/// `progress` is called after each window. Memory: `4 * scored * vocab` bytes for the logits of
+/// each. Errors: `Argument` if the window exceeds the context of the model, a token is not in its
+/// vocabulary, or the reference has another vocabulary size; those of the reference, of a session
+/// and of `progress`.
 pub fn evaluate(
     model: &mut Computed,
     windows: &Windows,
@@ -133,7 +139,7 @@ fn log_sum_exp(logits: &[f32]) -> f64 {
         .ln()
 }
 
-/// Index of the largest logit, the first among equal ones.
+/// Returns the index of the largest logit, the first among equal ones.
 fn top(logits: &[f32]) -> usize {
     let better = |best: usize, i: usize| if logits[i] > logits[best] { i } else { best };
     (0..logits.len()).reduce(better).unwrap_or(0)
@@ -165,7 +171,7 @@ fn summary(scored: &[Scored], compared: bool) -> Evaluation {
     }
 }
 
-/// The mean of a figure and its standard error.
+/// Returns the mean of a figure and its standard error.
 fn mean(scored: &[Scored], figure: fn(&Scored) -> f64) -> (f64, f64) {
     let n = scored.len() as f64;
     let mean = scored.iter().map(figure).sum::<f64>() / n;

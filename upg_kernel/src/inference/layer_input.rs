@@ -1,9 +1,9 @@
-//! The four activations that the matrices of a layer are multiplied with.
+//! The four activations that the matrices of a layer are multiplied by.
 #![forbid(unsafe_code)]
 
 use super::config::ModelConfig;
 
-/// The activation that some matrices of a layer are multiplied with.
+/// Activation that some matrices of a layer are multiplied by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum LayerInput {
     /// Input of queries, keys and values: `[n, hidden]`.
@@ -17,7 +17,8 @@ pub enum LayerInput {
 }
 
 impl LayerInput {
-    /// Returns the layer of a matrix and its input, by its Hugging Face name; `None` for a matrix outside of the layers.
+    /// Returns the layer and the input of a matrix, given its Hugging Face name; `None` outside
+    /// the layers.
     pub fn of(name: &str) -> Option<(usize, Self)> {
         let (index, part) = name.strip_prefix("model.layers.")?.split_once('.')?;
         let input = match part {

@@ -1,4 +1,4 @@
-//! A decoder taken layer by layer over texts that are known from the start.
+//! Layer-by-layer forward pass of a decoder over texts that are known from the start.
 #![forbid(unsafe_code)]
 
 use super::cache::{BlockPool, BlockTables, CacheLayout, CacheType};
@@ -15,38 +15,39 @@ use crate::matrix::Matrix;
 use std::fmt;
 use std::sync::Arc;
 
-/// Sees every input of a layer before the product: which one, its number of rows, and the rows `[n, cols]`.
+/// Callback for every input of a layer before its product.
 ///
-/// An error ends the pass.
+/// It gets the kind of input, its number of rows, and the rows `[n, cols]`. An error ends the pass.
 pub type Observer<'a> = &'a mut dyn FnMut(LayerInput, usize, &[f32]) -> Result<()>;
 
 /// Positions that are computed at once, unless a sequence is longer.
 pub const POSITIONS_TOGETHER: usize = 2048;
 
-/// The hidden states of some sequences on their way through a decoder.
+/// Hidden states of several sequences in a forward pass through a decoder.
 ///
-/// One layer is in memory at a time, so that models larger than memory can be looked at: what their matrices are
-/// multiplied with is what a compressor calibrates on. Products are those of a [`Session`](super::Session) with f32
-/// keys and values; with uncompressed weights all arithmetic is f32.
+/// One layer is in memory at a time, so that models larger than memory can be processed. A
+/// compressor calibrates on the inputs of the matrices. Products are those of a
+/// [`Session`](super::Session) with f32 keys and values; with uncompressed weights all arithmetic
+/// is f32.
 pub struct Layerwise {
     cpu: Cpu,
     config: ModelConfig,
     rope: Rope,
     /// Tokens of each sequence.
     len: usize,
-    /// `[sequences, len, hidden]`.
+    /// Hidden states `[sequences, len, hidden]`.
     hidden: Vec<f32>,
     workspace: Workspace<Cpu>,
     pass: Pass,
 }
 
 impl Layerwise {
-    /// Before the first layer: the embeddings of `tokens`, which are sequences of `len` each.
+    /// Starts before the first layer, with the embeddings of `tokens`, sequences of `len` each.
     ///
-    /// Memory: `4 * hidden` bytes a token, and what passes over 2,048 positions take. Errors: `Invalid` (sizes of
-    /// the config); `Argument` if `len` is 0 or beyond the context, the tokens are not whole sequences or one is not
-    /// in the vocabulary; `TooLarge` without memory for them; those of [`Matrix::gather`] for an embedding of
-    /// another shape.
+    /// Memory: `4 * hidden` bytes per token, and that of passes over 2,048 positions. Errors:
+    /// `Invalid` (sizes of the config); `Argument` if `len` is 0 or beyond the context, the tokens
+    /// are not whole sequences, or one is not in the vocabulary; `TooLarge` if there is no memory
+    /// for them; those of [`Matrix::gather`] for an embedding of another shape.
     pub fn new(
         config: ModelConfig,
         embedding: &Matrix,
@@ -94,21 +95,23 @@ impl Layerwise {
         })
     }
 
-    /// `[sequences, len, hidden]`: what the last layer gave.
+    /// Returns the hidden states `[sequences, len, hidden]`, the output of the last layer passed.
     pub fn hidden(&self) -> &[f32] {
         &self.hidden
     }
 
-    /// [`Layerwise::hidden`] at the end.
+    /// Returns [`Layerwise::hidden`] by value.
     pub fn into_hidden(self) -> Vec<f32> {
         self.hidden
     }
 
-    /// Takes all sequences through layer `index` with the weights of `source`. `observe` sees the inputs of all
-    /// positions, some sequences at a time: for each of these the four [`Input`](super::Input)s in their order.
+    /// Passes all sequences through layer `index` with the weights of `source`.
     ///
-    /// Errors: those of loading the layer ([`Model::load`](super::Model::load)) and of `observe`; the hidden states
-    /// are of no use after one.
+    /// `observe` sees the inputs of all positions, a few sequences at a time: for these the four
+    /// [`Input`](super::Input)s in order.
+    ///
+    /// Errors: those of loading the layer ([`Model::load`](super::Model::load)) and of `observe`.
+    /// After an error the hidden states are unusable.
     pub fn layer(
         &mut self,
         index: usize,
@@ -120,7 +123,7 @@ impl Layerwise {
             return Err(Error::new(ErrorKind::Argument, message));
         };
         let weights = Layer::load(&self.config, source, index)?;
-        // The cache has this layer only.
+        // The cache has only this layer.
         let mut of_layer = self.config.clone();
         of_layer.windows = vec![window];
         let layout = Arc::new(CacheLayout::new(&of_layer, CacheType::F32));

@@ -1,4 +1,5 @@
-//! Logits between the model and the sampler: [`LogitsProcessor`]s change them, [`LogProbs`] report them.
+//! Logits between model and sampler: [`LogitsProcessor`]s change them, [`LogProbs`] report
+//! them.
 #![forbid(unsafe_code)]
 
 use crate::error::{Error, ErrorKind, Result};
@@ -6,7 +7,7 @@ use std::cmp::Ordering;
 use std::collections::HashMap;
 use std::fmt;
 
-/// Changes logits before a token is chosen: a bias, a penalty, a grammar.
+/// Modifier of logits before a token is chosen: a bias, a penalty, a grammar.
 pub trait LogitsProcessor: fmt::Debug + Send {
     /// Changes the logits `[vocab]` of the token that follows `history`, prompt included.
     ///
@@ -14,14 +15,14 @@ pub trait LogitsProcessor: fmt::Debug + Send {
     fn process(&mut self, history: &[u32], logits: &mut [f32]) -> Result<()>;
 }
 
-/// Adds a bias to the logits of some tokens.
+/// Bias on the logits of some tokens.
 #[derive(Debug, Clone)]
 pub struct LogitBias(Vec<(u32, f32)>);
 
 impl LogitBias {
-    /// Makes a bias for each of these tokens; ids beyond the vocabulary have no effect.
+    /// Creates a bias for each of these tokens; ids beyond the vocabulary have no effect.
     ///
-    /// Errors (`Argument`): a bias that is NaN or plus infinity.
+    /// Errors (`Argument`): a bias is NaN or plus infinity.
     pub fn new(biases: Vec<(u32, f32)>) -> Result<Self> {
         let is_wild = |&&(_, bias): &&(u32, f32)| bias.is_nan() || bias == f32::INFINITY;
         match biases.iter().find(is_wild) {
@@ -45,16 +46,17 @@ impl LogitsProcessor for LogitBias {
     }
 }
 
-/// Penalizes the tokens among the last ones of a sequence.
+/// Penalties on the last tokens of a sequence.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Penalties {
-    /// Divides a logit above 0 and multiplies others (CTRL, arXiv 1909.05858); 1 changes nothing.
+    /// Repetition penalty: divides positive logits and multiplies others (CTRL, arXiv
+    /// 1909.05858); 1: none.
     pub repetition: f32,
-    /// Is subtracted once for each time that a token is there.
+    /// Frequency penalty, subtracted for each occurrence of a token.
     pub frequency: f32,
-    /// Is subtracted once from tokens that are there.
+    /// Presence penalty, subtracted once from tokens that occur.
     pub presence: f32,
-    /// Number of the last tokens, prompt included, that are looked at.
+    /// Number of last tokens that are penalized, prompt included.
     pub last_n: usize,
 }
 
@@ -85,22 +87,24 @@ impl LogitsProcessor for Penalties {
     }
 }
 
-/// The log-probability of a chosen token, and of the most probable ones.
+/// Log-probabilities of a chosen token and of the most probable ones.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct LogProbs {
     /// Natural logarithm of the probability of the chosen token.
     pub chosen: f32,
-    /// The most probable tokens with theirs, in descending order; the lower id first among equal ones.
+    /// Most probable tokens with their log-probabilities, in descending order; at a tie the lower
+    /// id first.
     pub top: Vec<(u32, f32)>,
 }
 
 impl LogProbs {
-    /// Computes the log-probabilities of token `chosen` and of the `n` most probable ones from `logits [vocab]`.
+    /// Computes the log-probabilities of token `chosen` and of the `n` most probable ones from
+    /// `logits [vocab]`.
     ///
-    /// They are those of the model at temperature 1: what changed the logits afterwards does not count. Costs a pass over
-    /// the vocabulary. Errors (`Invalid`): `chosen` is beyond the vocabulary; no logit is above minus infinity, or one is
-    /// NaN or plus infinity.
+    /// They are those of the model at temperature 1, before any change of the logits. Cost: a pass
+    /// over the vocabulary. Errors (`Invalid`): `chosen` is beyond the vocabulary; no logit is
+    /// above minus infinity, or one is NaN or plus infinity.
     pub fn new(logits: &[f32], chosen: u32, n: usize) -> Result<Self> {
         let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let sum: f64 = logits.iter().map(|&l| f64::from(l - largest).exp()).sum();
@@ -174,7 +178,7 @@ mod tests {
     #[test]
     fn log_probabilities_by_hand() {
         let p = [0.1f32, 0.4, 0.3, 0.2];
-        // A constant on all logits changes nothing.
+        // Adding a constant to all logits changes nothing.
         let logits: Vec<f32> = p.iter().map(|p| p.ln() + 7.0).collect();
         let found = LogProbs::new(&logits, 3, 2).unwrap();
         let close = |a: f32, b: f32| (a - b.ln()).abs() < 1e-6;

@@ -1,4 +1,4 @@
-//! A [`Model`]: a decoder that any number of [`Context`](super::Context)s share.
+//! Model: a decoder that any number of [`Context`](super::Context)s share.
 #![forbid(unsafe_code)]
 
 use super::cache::CacheLayout;
@@ -12,7 +12,7 @@ use crate::error::Result;
 use std::fmt;
 use std::sync::Arc;
 
-/// A decoder: its weights on a device and what to compute with them.
+/// Decoder: its weights on a device and its configuration.
 ///
 /// Read-only: share it in an [`Arc`].
 pub struct Model {
@@ -22,16 +22,16 @@ pub struct Model {
 }
 
 impl Model {
-    /// Loads the weights that `config` asks for from `source`, to run on [`Cpu::shared`].
+    /// Loads the weights that `config` requires from `source`, to run on [`Cpu::shared`].
     ///
     /// Errors: those of [`Cpu::shared`] and [`Model::load_on`].
     pub fn load(config: ModelConfig, source: &dyn WeightSource) -> Result<Self> {
         Self::load_on(Cpu::shared()?.clone(), config, source)
     }
 
-    /// Loads the weights that `config` asks for from `source`, to run on `cpu`.
+    /// Loads the weights that `config` requires from `source`, to run on `cpu`.
     ///
-    /// Costs what the source costs: nothing is copied here, and tied embeddings share one matrix.
+    /// Cost: that of the source. Nothing is copied here, and tied embeddings share one matrix.
     /// Errors: `Invalid` (sizes of the config), `Missing`, `Shape` (prints both shapes), and
     /// `Unsupported` for a tensor that this family would have to ignore.
     pub fn load_on(cpu: Cpu, config: ModelConfig, source: &dyn WeightSource) -> Result<Self> {
@@ -52,7 +52,7 @@ impl Model {
         })
     }
 
-    /// Returns what this model computes.
+    /// Returns the configuration.
     pub fn config(&self) -> &ModelConfig {
         &self.config
     }
@@ -61,7 +61,7 @@ impl Model {
         &self.rope
     }
 
-    /// Makes an engine with a cache of its own. Errors: those of the device.
+    /// Creates an engine with its own cache. Errors: those of the device.
     pub(super) fn engine(&self, layout: &CacheLayout) -> Result<Box<dyn Engine>> {
         Arc::clone(&self.decoder).engine(layout)
     }

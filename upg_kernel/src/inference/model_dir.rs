@@ -1,4 +1,4 @@
-//! The texts of a model directory: config, tokenizer and chat template, and how they are read.
+//! Texts of a model directory: config, tokenizer and chat template.
 #![forbid(unsafe_code)]
 
 use super::ModelConfig;
@@ -17,10 +17,10 @@ use std::collections::BTreeMap;
 use std::io::ErrorKind as IoKind;
 use std::path::Path;
 
-/// Largest config-like text that is read: the real ones stay under 1 MB.
+/// Maximum bytes of a text other than the tokenizer; real ones stay under 1 MB.
 const MAX_TEXT: u64 = 16 << 20;
 
-/// The files of a directory that are not weights.
+/// Files of a directory that are not weights.
 pub const TEXTS: [&str; 6] = [
     "config.json",
     "generation_config.json",
@@ -30,10 +30,11 @@ pub const TEXTS: [&str; 6] = [
     "chat_template.jinja",
 ];
 
-/// The texts that travel with the weights, as transformers names them.
+/// Texts that accompany the weights, with their names in transformers.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ModelFiles {
-    /// `config.json`: a JSON object; rebuilt from the metadata for GGUF. Without one a model cannot be run.
+    /// `config.json`, a JSON object; rebuilt from the metadata for GGUF. Without it a model
+    /// cannot run.
     pub config_json: Option<String>,
     /// `generation_config.json`.
     pub generation_config_json: Option<String>,
@@ -43,15 +44,16 @@ pub struct ModelFiles {
     pub tokenizer_config_json: Option<String>,
     /// `special_tokens_map.json`.
     pub special_tokens_map_json: Option<String>,
-    /// The Jinja text of the default chat template.
+    /// Jinja text of the default chat template.
     pub chat_template: Option<String>,
 }
 
 impl ModelFiles {
-    /// Reads the texts of a directory. The chat template may be in the config of the tokenizer.
+    /// Reads the texts of a directory.
     ///
-    /// Errors: `Io`; `Malformed` for what is not UTF-8, or JSON where it has to be; `TooLarge` above
-    /// [`MAX_TOKENIZER_BYTES`], or 16 MiB for all but the tokenizer.
+    /// The chat template may be in the config of the tokenizer. Errors: `Io`; `Malformed` if a text
+    /// is not UTF-8, or not JSON where required; `TooLarge` above [`MAX_TOKENIZER_BYTES`], or 16
+    /// MiB for all texts except the tokenizer.
     pub fn read(dir: &Path) -> Result<Self> {
         let text = |name: &str| read_text(&dir.join(name), MAX_TEXT);
         let tokenizer_config_json = text("tokenizer_config.json")?;
@@ -72,7 +74,7 @@ impl ModelFiles {
         })
     }
 
-    /// The texts that are metadata of a UPG file, by their keys.
+    /// Returns the texts that are metadata of a UPG file, by their keys.
     pub fn metadata(&self) -> BTreeMap<String, String> {
         let texts = [
             ("config.json", &self.config_json),
@@ -87,8 +89,9 @@ impl ModelFiles {
             .collect()
     }
 
-    /// The configuration of the model, checked. Errors: `Missing` if there is
-    /// none; those of [`ModelConfig::from_json`].
+    /// Returns the validated configuration.
+    ///
+    /// Errors: `Missing` if there is none; those of [`ModelConfig::from_json`].
     pub fn config(&self) -> Result<ModelConfig> {
         let config_json = self.config_json.as_deref().ok_or_else(|| {
             Error::new(ErrorKind::Missing, "the model has no config.json")
@@ -100,7 +103,9 @@ impl ModelFiles {
 
 #[cfg(feature = "text")]
 impl ModelFiles {
-    /// The tokenizer of the model. Errors: `Missing` if it has none; those of [`Tokenizer::from_json`].
+    /// Returns the tokenizer.
+    ///
+    /// Errors: `Missing` if there is none; those of [`Tokenizer::from_json`].
     pub fn tokenizer(&self) -> Result<Tokenizer> {
         let json = self.tokenizer_json.as_deref().ok_or_else(|| {
             Error::new(ErrorKind::Missing, "the model has no tokenizer")
@@ -110,11 +115,13 @@ impl ModelFiles {
         Tokenizer::from_json(json, self.tokenizer_config_json.as_deref(), special)
     }
 
-    /// Checks what a finished file is opened with: everything that the reader of a file to run would refuse. A model without
-    /// config is weights only; of its tokenizer the size is checked.
+    /// Checks the texts for everything that a reader of the finished file would refuse.
     ///
-    /// Cost: loads the tokenizer. Errors: those of [`ModelFiles::config`] and [`Tokenizer::from_json`]; `TooLarge` for a
-    /// chat template above [`MAX_TEMPLATE_BYTES`]. One that is no template is a warning in the log: the model can do without.
+    /// A model without config is only weights; then only the size of the tokenizer is checked.
+    ///
+    /// Cost: loads the tokenizer. Errors: those of [`ModelFiles::config`] and
+    /// [`Tokenizer::from_json`]; `TooLarge` for a chat template above [`MAX_TEMPLATE_BYTES`]. An
+    /// invalid template is a warning in the log, because the model works without.
     pub fn check(&self) -> Result<()> {
         let template = self.chat_template.as_deref();
         if let Some(len) = template.map(str::len).filter(|&n| n > MAX_TEMPLATE_BYTES) {
@@ -139,7 +146,7 @@ impl ModelFiles {
     }
 }
 
-/// The error `e` of a tokenizer, with a way to compress the model without it.
+/// Adds to the error `e` of a tokenizer how to compress the model without it.
 #[cfg(feature = "text")]
 fn no_tokenizer(e: Error) -> Error {
     Error::new(e.kind(), e.to_string())
@@ -147,7 +154,9 @@ fn no_tokenizer(e: Error) -> Error {
         .hint("the weights alone can be compressed: pass a copy of the model's directory without tokenizer.json")
 }
 
-/// A JSON object: `text`, which is that of `path`. Errors: those of [`json::value`]; `Malformed` if it is something else.
+/// Parses `text`, the content of `path`, as a JSON object.
+///
+/// Errors: those of [`json::value`]; `Malformed` if it is not an object.
 pub fn parse_object(text: &str, path: &Path) -> Result<Value> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let value = json::value(&name, text).map_err(|e| e.at(path))?;
@@ -157,9 +166,9 @@ pub fn parse_object(text: &str, path: &Path) -> Result<Value> {
     }
 }
 
-/// A UTF-8 file of at most `cap` bytes; `None` if there is none.
+/// Reads a UTF-8 file of at most `cap` bytes; `None` if there is none.
 ///
-/// Errors: `Io`; `TooLarge`; `Malformed` if it is something else.
+/// Errors: `Io`; `TooLarge`; `Malformed` if it is not UTF-8.
 pub fn read_text(path: &Path, cap: u64) -> Result<Option<String>> {
     let Some(bytes) = read_capped(path, cap)? else {
         return Ok(None);
@@ -169,7 +178,7 @@ pub fn read_text(path: &Path, cap: u64) -> Result<Option<String>> {
         .map_err(|_| Error::new(ErrorKind::Malformed, "not UTF-8 text").at(path))
 }
 
-/// A whole file of at most `cap` bytes; `None` if there is none.
+/// Reads a whole file of at most `cap` bytes; `None` if there is none.
 fn read_capped(path: &Path, cap: u64) -> Result<Option<Vec<u8>>> {
     let io = |e| Error::io("cannot read", path, e);
     let (file, metadata) = match files::open_regular(path) {

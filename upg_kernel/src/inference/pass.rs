@@ -1,17 +1,18 @@
-//! A forward pass as plain data: which tokens of which sequences, and where their keys and values are.
+//! Forward pass as plain data: tokens of several sequences, and where their keys and values
+//! are.
 #![forbid(unsafe_code)]
 
 use std::ops::Range;
 
-/// The rows of one forward pass.
+/// Rows of one forward pass.
 #[derive(Debug, Default, Clone)]
 pub(crate) struct Pass {
     /// Token of each row, `[n]`.
     pub(crate) tokens: Vec<u32>,
     pub(crate) segments: Vec<Segment>,
-    /// Tables of blocks, `[segments, groups of layers]`.
+    /// Block tables, `[segments, groups of layers]`.
     pub(crate) views: Vec<TableView>,
-    /// Numbers of blocks, which [`TableView::blocks`] has ranges of.
+    /// Block numbers, in which [`TableView::blocks`] are ranges.
     pub(crate) tables: Vec<u32>,
     /// Blocks to copy before anything is computed.
     pub(crate) copies: Vec<Copy>,
@@ -19,18 +20,18 @@ pub(crate) struct Pass {
     pub(crate) wanted: Vec<usize>,
 }
 
-/// The rows of one sequence within a pass.
+/// Rows of one sequence within a pass.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Segment {
-    /// Rows of the pass, one after the other; may be empty.
+    /// Rows of the pass, consecutive; may be empty.
     pub(crate) rows: Range<usize>,
     /// Position of the first row in the sequence.
     pub(crate) first: usize,
-    /// Set if positions are rotated with the frequencies for long sequences.
+    /// Flag: RoPE uses the frequencies for long sequences.
     pub(crate) long: bool,
 }
 
-/// The blocks of a sequence for a group of layers.
+/// Blocks of a sequence for a group of layers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct TableView {
     /// Position of the first entry of the first block.
@@ -39,7 +40,7 @@ pub(crate) struct TableView {
     pub(crate) blocks: Range<usize>,
 }
 
-/// A block that gets the content of another one.
+/// Copy of one block to another.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Copy {
     pub(crate) group: usize,
@@ -48,7 +49,7 @@ pub(crate) struct Copy {
 }
 
 impl Pass {
-    /// Removes everything; the memory stays.
+    /// Removes everything, but keeps the memory.
     pub(crate) fn clear(&mut self) {
         self.tokens.clear();
         self.segments.clear();

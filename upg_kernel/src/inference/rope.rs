@@ -1,18 +1,19 @@
-//! Rotary position embedding (RoFormer, arXiv 2104.09864) with the extensions of [`RopeScaling`].
+//! Rotary position embedding (RoFormer, arXiv 2104.09864) with the extensions of
+//! [`RopeScaling`].
 //!
 //! Element `i` of the first half of the rotated part of a head and element `i` of the second half
-//! are one point of a plane, turned by `position * frequency[i]`. Frequencies and angles are
-//! computed in f64 and only cos and sin are rounded to f32.
+//! are one point of a plane, which is rotated by `position * frequency[i]`. Frequencies and angles
+//! are computed in f64; only cos and sin are rounded to f32.
 #![forbid(unsafe_code)]
 
 use super::config::{RopeConfig, RopeScaling};
 use std::f64::consts::PI;
 
-/// The frequencies of a model.
+/// Frequencies of a model.
 #[derive(Debug, Clone)]
 pub struct Rope {
     short: Vec<f64>,
-    /// From which sequence length on other frequencies hold, and those.
+    /// Sequence length above which other frequencies apply, and these frequencies.
     long: Option<(usize, Vec<f64>)>,
     attention_factor: f64,
 }
@@ -26,7 +27,7 @@ pub struct RopeTable {
 }
 
 impl Rope {
-    /// The frequencies that `config` asks for.
+    /// Computes the frequencies that `config` specifies.
     pub fn new(config: &RopeConfig) -> Self {
         let frequencies = |divisor: &dyn Fn(usize) -> f64| -> Vec<f64> {
             base_frequencies(config)
@@ -65,17 +66,16 @@ impl Rope {
         }
     }
 
-    /// Whether a sequence of `len` tokens (all of it, from its first token on) has the frequencies
-    /// for long sequences.
+    /// Returns whether a sequence of `len` tokens in total uses the frequencies for long
+    /// sequences.
     ///
     /// As in transformers, the length of the whole sequence decides for every position in it. When
-    /// a sequence grows past the switch, what was computed before does not fit any more and has to
-    /// be computed again.
+    /// a sequence grows past the switch, its earlier keys become invalid and must be recomputed.
     pub fn is_long(&self, len: usize) -> bool {
         self.long.as_ref().is_some_and(|(limit, _)| len > *limit)
     }
 
-    /// Radians per position, `[dim / 2]`.
+    /// Returns the radians per position, `[dim / 2]`.
     pub fn frequencies(&self, long: bool) -> &[f64] {
         match &self.long {
             Some((_, frequencies)) if long => frequencies,
@@ -83,19 +83,20 @@ impl Rope {
         }
     }
 
-    /// What cos and sin are multiplied by.
+    /// Returns the factor of cos and sin.
     pub fn attention_factor(&self) -> f64 {
         self.attention_factor
     }
 
-    /// Cos and sin for the positions `first..first + n`. Costs 8 bytes per position and frequency.
+    /// Computes cos and sin for the positions `first..first + n`. Memory: 8 bytes per position
+    /// and frequency.
     pub fn table(&self, first: usize, n: usize, long: bool) -> RopeTable {
         let mut table = RopeTable::default();
         self.extend(&mut table, first, n, long);
         table
     }
 
-    /// Adds what [`Rope::table`] has to a table of the same model.
+    /// Appends the content of [`Rope::table`] to a table of the same model.
     pub fn extend(&self, table: &mut RopeTable, first: usize, n: usize, long: bool) {
         let frequencies = self.frequencies(long);
         table.half = frequencies.len();
@@ -110,20 +111,21 @@ impl Rope {
 }
 
 impl RopeTable {
-    /// Takes all positions out; the memory stays.
+    /// Removes all positions, but keeps the memory.
     pub fn clear(&mut self) {
         self.cos.clear();
         self.sin.clear();
     }
 
-    /// Turns the heads of `row`, `head_dim` elements each, to the position of number `index`, in place.
+    /// Rotates the heads of `row`, `head_dim` elements each, to position number `index`, in
+    /// place.
     ///
     /// Elements of a head from `dim` on keep their values. Panics beyond the table.
     pub fn apply(&self, index: usize, row: &mut [f32], head_dim: usize) {
         self.turn(index, row, head_dim, |x| x);
     }
 
-    /// The transpose of [`RopeTable::apply`], which takes gradients back.
+    /// Applies the transpose of [`RopeTable::apply`], for gradients.
     pub(crate) fn apply_transposed(&self, index: usize, row: &mut [f32], head_dim: usize) {
         self.turn(index, row, head_dim, |x| -x);
     }
@@ -141,13 +143,13 @@ impl RopeTable {
     }
 }
 
-/// `theta^(-2i / dim)` for `i` in `0..dim / 2`.
+/// Returns `theta^(-2i / dim)` for `i` in `0..dim / 2`.
 fn base_frequencies(config: &RopeConfig) -> impl Iterator<Item = f64> {
     let (theta, dim) = (config.theta, config.dim);
     (0..dim / 2).map(move |i| theta.powf(-((2 * i) as f64) / dim as f64))
 }
 
-/// Llama 3.1: `_compute_llama3_parameters` in transformers.
+/// Frequencies of Llama 3.1: `_compute_llama3_parameters` in transformers.
 fn llama3(config: &RopeConfig) -> Vec<f64> {
     let RopeScaling::Llama3 {
         factor,
@@ -174,7 +176,7 @@ fn llama3(config: &RopeConfig) -> Vec<f64> {
         .collect()
 }
 
-/// YaRN: `_compute_yarn_parameters` in transformers.
+/// Frequencies of YaRN: `_compute_yarn_parameters` in transformers.
 fn yarn(config: &RopeConfig) -> Vec<f64> {
     let RopeScaling::Yarn {
         factor,
@@ -188,7 +190,8 @@ fn yarn(config: &RopeConfig) -> Vec<f64> {
         return Vec::new();
     };
     let dim = config.dim as f64;
-    // The (fractional) index of the frequency that turns this often over the original context.
+    // The (fractional) index of the frequency with this number of rotations over the original
+    // context.
     let index_of = |rotations: f64| {
         dim * (original_context as f64 / (rotations * 2.0 * PI)).ln() / (2.0 * config.theta.ln())
     };

@@ -1,4 +1,4 @@
-//! Choosing the next token from logits, reproducibly.
+//! Reproducible choice of the next token from logits.
 #![forbid(unsafe_code)]
 
 use super::logits::{LogitsProcessor, Penalties};
@@ -6,29 +6,31 @@ use crate::error::{Error, ErrorKind, Result};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
-/// How the next token is chosen. The default is greedy.
+/// Options for choosing the next token. The default is greedy.
 ///
-/// The filters act in the order of Hugging Face transformers: penalties, temperature,
-/// top-k, top-p, min-p. (llama.cpp applies the temperature last, so that there top-p and min-p see
-/// the probabilities at temperature 1.)
+/// The filters act in the order of Hugging Face transformers: penalties, temperature, top-k, top-p,
+/// min-p. (llama.cpp applies the temperature last, so that top-p and min-p see the probabilities at
+/// temperature 1.)
 #[derive(Debug, Clone, PartialEq)]
 pub struct SamplingOptions {
-    /// Logits are divided by it. 0 is greedy: the largest logit, the lowest id among equal ones.
+    /// Divisor of the logits. 0 is greedy: the largest logit, at a tie the lowest id.
     pub temperature: f32,
-    /// Keep this many of the largest logits (the lower id first among equal ones); 0 keeps all.
+    /// Number of the largest logits to keep (at a tie the lower ids); 0 keeps all.
     pub top_k: usize,
-    /// Keep the fewest most probable tokens whose probabilities add up to this; 1 keeps all.
+    /// Total probability of the fewest most probable tokens to keep; 1 keeps all.
     pub top_p: f32,
-    /// Keep tokens at least this probable relative to the most probable one; 0 keeps all.
+    /// Minimum probability to keep, relative to the most probable token; 0 keeps all.
     pub min_p: f32,
-    /// Divides logits above 0 of tokens seen lately, and multiplies others (CTRL, arXiv 1909.05858). 1 changes nothing. Greedy
-    /// choice is penalized too, with all penalties.
+    /// Repetition penalty: divides positive logits of recent tokens and multiplies others.
+    ///
+    /// 1 changes nothing. Source: CTRL, arXiv 1909.05858. All penalties apply to greedy choice too.
     pub repetition_penalty: f32,
-    /// Is subtracted from the logits of tokens seen lately, once for each time; 0 changes nothing.
+    /// Frequency penalty, subtracted from the logits of recent tokens for each occurrence; 0:
+    /// none.
     pub frequency_penalty: f32,
-    /// Is subtracted once from the logits of tokens seen lately; 0 changes nothing.
+    /// Presence penalty, subtracted once from the logits of recent tokens; 0: none.
     pub presence_penalty: f32,
-    /// Number of the last tokens, prompt included, that are penalized; 0 is none.
+    /// Number of last tokens that are penalized, prompt included; 0: none.
     pub repeat_last_n: usize,
     /// Seed of the random numbers.
     pub seed: u64,
@@ -100,18 +102,19 @@ impl SamplingOptions {
     }
 }
 
-/// Chooses tokens; the same options and logits give the same tokens on every machine whose `exp`
-/// rounds alike.
+/// Sampler of tokens.
+///
+/// The same options and logits give the same tokens on every machine whose `exp` rounds alike.
 #[derive(Debug)]
 pub struct Sampler {
     options: SamplingOptions,
     random: ChaCha8Rng,
     processors: Vec<Box<dyn LogitsProcessor>>,
-    /// Logits `[vocab]` that processors have changed.
+    /// Logits `[vocab]` after the processors.
     processed: Vec<f32>,
 }
 
-/// A token that may be chosen. `weight` is its logit, then its probability times a constant.
+/// Token that may be chosen. `weight` is its logit, later its probability times a constant.
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Candidate {
     id: u32,
@@ -126,7 +129,8 @@ impl Default for Sampler {
 }
 
 impl Sampler {
-    /// Makes a sampler at the start of its random numbers. Errors (`Argument`): an option out of its range.
+    /// Creates a sampler at the start of its random numbers. Errors (`Argument`): an option is
+    /// out of range.
     pub fn new(options: SamplingOptions) -> Result<Self> {
         options.check()?;
         Ok(Self::of(options))
@@ -151,22 +155,22 @@ impl Sampler {
         }
     }
 
-    /// Adds a processor, which changes logits after those that are there and before temperature and filters.
+    /// Adds a processor, which runs after the existing ones and before temperature and filters.
     pub fn with_processor(mut self, processor: Box<dyn LogitsProcessor>) -> Self {
         self.processors.push(processor);
         self
     }
 
-    /// The options.
+    /// Returns the options.
     pub fn options(&self) -> &SamplingOptions {
         &self.options
     }
 
     /// Chooses a token from `logits [vocab]`; `history` is the sequence so far, prompt included.
     ///
-    /// A logit of minus infinity excludes its token. Costs a pass over the vocabulary, and a sort
-    /// of it if `top_p` is used without `top_k`. Errors (`Invalid`): NaN, plus infinity, or nothing
-    /// that may be chosen; those of the processors.
+    /// A logit of minus infinity excludes its token. Cost: a pass over the vocabulary, and a sort
+    /// of it if `top_p` is used without `top_k`. Errors (`Invalid`): NaN, plus infinity, or no
+    /// token left; those of the processors.
     pub fn sample(&mut self, logits: &[f32], history: &[u32]) -> Result<u32> {
         check_numbers(logits)?;
         if self.processors.is_empty() {
@@ -184,7 +188,7 @@ impl Sampler {
         result
     }
 
-    /// Chooses a token from logits that are numbers.
+    /// Chooses a token from validated logits.
     fn choose(&mut self, logits: &[f32]) -> Result<u32> {
         if self.options.temperature == 0.0 {
             return largest(logits).ok_or_else(|| nothing_left(logits));
@@ -199,14 +203,16 @@ impl Sampler {
         self.draw(&candidates).ok_or_else(|| nothing_left(logits))
     }
 
-    /// Temperature, top-k, top-p, min-p. Logits become probabilities relative to the largest.
+    /// Applies temperature, top-k, top-p and min-p.
+    ///
+    /// Turns logits into probabilities relative to the largest.
     fn filter(&self, candidates: &mut Vec<Candidate>) {
         let options = &self.options;
         if (1..candidates.len()).contains(&options.top_k) {
             candidates.select_nth_unstable_by(options.top_k - 1, more_likely);
             candidates.truncate(options.top_k);
         }
-        // Any fixed order will do for drawing, but not that of a partial selection.
+        // Any fixed order works for drawing, but not that of a partial selection.
         match options.top_k > 0 || options.top_p < 1.0 {
             true => candidates.sort_unstable_by(more_likely),
             false => candidates.sort_unstable_by_key(|c| c.id),
@@ -232,7 +238,7 @@ impl Sampler {
         candidates.retain(|c| c.weight >= f64::from(options.min_p));
     }
 
-    /// A candidate with a probability in proportion to its weight.
+    /// Draws a candidate with a probability proportional to its weight.
     fn draw(&mut self, candidates: &[Candidate]) -> Option<u32> {
         let total: f64 = candidates.iter().map(|c| c.weight).sum();
         // 53 random bits: a number in [0, 1) that f64 holds exactly.
@@ -244,15 +250,16 @@ impl Sampler {
                 return Some(candidate.id);
             }
         }
-        // Rounding left a remainder: the last one that can be drawn at all.
+        // Rounding left a remainder: take the last candidate with a weight.
         let last = candidates.iter().rev().find(|c| c.weight > 0.0);
         last.map(|c| c.id)
     }
 }
 
-/// The index of the largest logit, the first among equal ones. `None`: none is above minus infinity.
+/// Returns the index of the largest logit, at a tie the first; `None` if none is above minus
+/// infinity.
 fn largest(logits: &[f32]) -> Option<u32> {
-    // Sixteen at a time, which a compiler makes vector instructions of.
+    // Sixteen at a time, which a compiler vectorizes.
     let (chunks, rest) = logits.as_chunks::<16>();
     let mut lanes = [f32::NEG_INFINITY; 16];
     for chunk in chunks {
@@ -268,10 +275,10 @@ fn largest(logits: &[f32]) -> Option<u32> {
         .and_then(|index| u32::try_from(index).ok())
 }
 
-/// Errors (`Invalid`): a logit is NaN or plus infinity.
+/// Checks the logits. Errors (`Invalid`): one is NaN or plus infinity.
 fn check_numbers(logits: &[f32]) -> Result<()> {
     let is_wild = |l: &f32| l.is_nan() || *l == f32::INFINITY;
-    // Without an early end, so that a compiler can take several at once.
+    // Without an early exit, so that a compiler can vectorize.
     if !logits.iter().fold(false, |wild, l| wild | is_wild(l)) {
         return Ok(());
     }
@@ -292,9 +299,9 @@ fn nothing_left(logits: &[f32]) -> Error {
     )
 }
 
-/// The larger weight first, the lower id first among equal ones.
+/// Orders by larger weight, at a tie by lower id.
 fn more_likely(a: &Candidate, b: &Candidate) -> std::cmp::Ordering {
-    // 0.0 and -0.0 are equal logits, which total_cmp alone would tell apart.
+    // 0.0 and -0.0 are equal logits, but total_cmp alone would distinguish them.
     let (x, y) = (a.weight + 0.0, b.weight + 0.0);
     y.total_cmp(&x).then(a.id.cmp(&b.id))
 }

@@ -1,8 +1,8 @@
-//! Text to token ids and back, as the model's own `tokenizer.json` says.
+//! Tokenizer: text to token ids and back, according to the model's own `tokenizer.json`.
 //!
-//! A thin, checked layer over the `tokenizers` crate: sizes are capped, errors are ours, special
-//! tokens in the text are parsed or not as the caller says, and [`DecodeStream`] gives generated
-//! text piece by piece.
+//! This is a thin, checked layer over the `tokenizers` crate. Sizes are limited, errors are ours,
+//! the caller decides whether special tokens in the text are parsed, and [`DecodeStream`] returns
+//! generated text piece by piece.
 #![forbid(unsafe_code)]
 
 mod allowed;
@@ -26,27 +26,28 @@ pub use encode::{EncodeOptions, SpecialText};
 pub use file::{MAX_ADDED_BYTES, MAX_ADDED_TOKENS, MAX_MERGES, MAX_TOKENS, check_count};
 pub use stream::DecodeStream;
 
-/// Longest text that is encoded in one call, in bytes.
+/// Maximum text of one encode call in bytes.
 pub const MAX_TEXT_BYTES: usize = 16 << 20;
 
-/// Longest run of white space, or of characters without any, that is encoded.
+/// Maximum run of whitespace, or of characters without any.
 ///
-/// Known splitting expressions go back over a run, as `\s+(?!\S)` does over white space. Far above this
-/// the regex engine gives up (after a million steps), and the rest of the text would stay in one piece: other
-/// ids, no error. All other expressions are refused if they may go back over more than a few characters.
+/// Known splitting expressions backtrack over a run, as `\s+(?!\S)` does over whitespace. Far above
+/// this limit the regex engine gives up (after a million steps), and the rest of the text would
+/// stay in one piece: other ids, without an error. All other expressions are refused if they may
+/// backtrack over more than a few characters.
 pub const MAX_RUN_CHARS: usize = 200_000;
 
-/// Ids with a meaning for generation. They come from the model's configuration.
+/// Ids with a meaning for generation, from the model's configuration.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct SpecialIds {
-    /// Begin of sequence.
+    /// Begin-of-sequence id.
     pub bos: Option<u32>,
-    /// Every id that ends a generated text; may be empty.
+    /// Ids that end a generated text; may be empty.
     pub eos: Vec<u32>,
 }
 
 impl From<&ModelConfig> for SpecialIds {
-    /// Those that the configuration of the model names.
+    /// Takes the ids that the configuration of the model names.
     fn from(config: &ModelConfig) -> Self {
         Self {
             bos: config.bos_id,
@@ -55,10 +56,10 @@ impl From<&ModelConfig> for SpecialIds {
     }
 }
 
-/// The tokenizer of one model. Shared by reference between threads.
+/// Tokenizer of one model. Threads can share it by reference.
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
-    /// The same tokenizer that leaves special tokens in the text alone; made when first asked for.
+    /// Copy of the tokenizer that does not parse special tokens, created on first use.
     plain: OnceLock<tokenizers::Tokenizer>,
     cut_points: cut_points::CutPoints,
     special: SpecialIds,
@@ -75,20 +76,20 @@ pub struct Tokenizer {
 impl Tokenizer {
     /// Reads a `tokenizer.json`, with the `tokenizer_config.json` beside it if there is one.
     ///
-    /// Of the configuration only `add_bos_token`, `add_eos_token`, `bos_token` and `eos_token` are
-    /// used. As in transformers, the begin and end of a text are the tokens named there; the ids of
-    /// `special`, which come from the model's configuration and may be others, stand in where it
-    /// names none. What ends a generated text are the ids of `special`, if there are any. Time is
-    /// linear in the file, memory at most 16 times the file and 4 MiB.
+    /// Only `add_bos_token`, `add_eos_token`, `bos_token` and `eos_token` of the configuration are
+    /// used. As in transformers, the begin and end of a text are the tokens named there. If it
+    /// names none, the ids of `special` are used, which come from the model's configuration and may
+    /// differ. The ids of `special`, if any, end a generated text. Time is linear in the file,
+    /// memory at most 16 times the file plus 4 MiB.
     ///
-    /// `tokenizer_json` must not change meanwhile: of a mapped file pass a copy
+    /// `tokenizer_json` must not change meanwhile: pass a copy of a mapped file
     /// ([`UpgFile::tokenizer_text`](crate::format::UpgFile::tokenizer_text)).
     ///
     /// # Errors
-    /// `TooLarge` above [`MAX_TOKENIZER_BYTES`](crate::format::MAX_TOKENIZER_BYTES), [`MAX_TOKENS`], [`MAX_MERGES`], [`MAX_ADDED_TOKENS`]
-    /// or [`MAX_ADDED_BYTES`]; `Malformed` when either text is no such JSON;
-    /// `Invalid` when an id of `special` or of an added token is not in the vocabulary or not the
-    /// token it is said to be.
+    /// `TooLarge` above [`MAX_TOKENIZER_BYTES`](crate::format::MAX_TOKENIZER_BYTES),
+    /// [`MAX_TOKENS`], [`MAX_MERGES`], [`MAX_ADDED_TOKENS`] or [`MAX_ADDED_BYTES`]; `Malformed` if
+    /// either text is not such a JSON; `Invalid` if an id of `special` or of an added token is not
+    /// in the vocabulary, or belongs to another token.
     pub fn from_json(
         tokenizer_json: &[u8],
         tokenizer_config: Option<&str>,
@@ -97,7 +98,8 @@ impl Tokenizer {
         let mut parts = file::parse(tokenizer_json)?;
         let growth = parts.check()?;
         let mut inner = contained(|| parts.tokenizer())??;
-        // Files saved after training carry these; a prompt must never be cut or filled up.
+        // Files saved after training have these settings; a prompt must never be truncated or
+        // padded.
         inner.with_padding(None);
         inner
             .with_truncation(None)
@@ -135,63 +137,68 @@ impl Tokenizer {
         })
     }
 
-    /// The text of `ids`; `skip_special` leaves the special tokens out. Bytes that are no UTF-8
-    /// become U+FFFD, and ids that no token has (the padding rows of an embedding) become nothing:
-    /// both as in transformers. No "clean up" of spaces is done.
+    /// Decodes `ids` to text; `skip_special` omits special tokens.
+    ///
+    /// Bytes that are not UTF-8 become U+FFFD. Ids without a token (the padding rows of an
+    /// embedding) decode to nothing. Both are as in transformers. There is no "clean up" of spaces.
     ///
     /// # Errors
-    /// `Invalid` when the decoder of the tokenizer fails.
+    /// `Invalid` if the decoder of the tokenizer fails.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
         contained(|| self.inner.decode(ids, skip_special))?
             .map_err(|e| wrapped(ErrorKind::Invalid, "cannot decode the ids", e))
     }
 
-    /// A decoder for ids that come one by one.
+    /// Creates a decoder for ids that arrive one by one.
     pub fn decode_stream(&self, skip_special: bool) -> DecodeStream<&Self> {
         DecodeStream::new(self, skip_special)
     }
 
-    /// Number of tokens, the added ones included. The embedding of the model may have more rows.
+    /// Returns the number of tokens, including added ones.
+    ///
+    /// The embedding of the model may have more rows.
     pub fn vocab_size(&self) -> usize {
         self.vocab_size
     }
 
-    /// The id of a token as it is spelled in the vocabulary.
+    /// Returns the id of a token, given its spelling in the vocabulary.
     pub fn token_to_id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
     }
 
-    /// The spelling of a token in the vocabulary: not its text, see [`Tokenizer::decode`].
+    /// Returns the spelling of a token in the vocabulary, which is not its text: see
+    /// [`Tokenizer::decode`].
     pub fn id_to_token(&self, id: u32) -> Option<String> {
         self.inner.id_to_token(id)
     }
 
-    /// Whether `id` is a special token (left out by `skip_special`).
+    /// Returns whether `id` is a special token (omitted by `skip_special`).
     pub fn is_special(&self, id: u32) -> bool {
         self.special_set.contains(&id)
     }
 
-    /// The spelling of the token that begins a text, for chat templates.
+    /// Returns the spelling of the begin-of-text token, for chat templates.
     pub fn bos_token(&self) -> Option<&str> {
         self.bos.as_deref()
     }
 
-    /// The spelling of the token that ends a text, for chat templates.
+    /// Returns the spelling of the end-of-text token, for chat templates.
     pub fn eos_token(&self) -> Option<&str> {
         self.eos.as_deref()
     }
 
-    /// Begin and end of sequence.
+    /// Returns the begin and end of sequence ids.
     pub fn special_ids(&self) -> &SpecialIds {
         &self.special
     }
 
-    /// Whether `id` ends a generated text.
+    /// Returns whether `id` ends a generated text.
     pub fn is_eos(&self, id: u32) -> bool {
         self.special.eos.contains(&id)
     }
 
-    /// Whether `id` is a raw byte whose neighbours decide what it decodes to (`<0x0A>`).
+    /// Returns whether `id` is a raw byte (`<0x0A>`), which is decoded together with its
+    /// neighbours.
     fn is_fallback_byte(&self, id: u32) -> bool {
         self.byte_fallback
             && self.inner.id_to_token(id).is_some_and(|t| {
@@ -211,12 +218,13 @@ impl std::fmt::Debug for Tokenizer {
     }
 }
 
-/// The few fields of `tokenizer_config.json` that matter here.
+/// Used fields of `tokenizer_config.json`.
 #[derive(Default)]
 struct Config {
     add_bos: Option<bool>,
     add_eos: Option<bool>,
-    /// `None` if the file does not say, `Some(None)` if it says that there is none.
+    /// Begin token; `None` if the file does not mention it, `Some(None)` if it says that there is
+    /// none.
     bos: Option<Option<String>>,
     eos: Option<Option<String>>,
 }
@@ -236,7 +244,8 @@ impl Config {
         })
     }
 
-    /// The ids with what is named here, the id of the end of a text; checks that every id exists.
+    /// Completes the ids with those named here, and returns the end-of-text id; checks that every
+    /// id exists.
     fn complete(
         &self,
         mut special: SpecialIds,
@@ -268,17 +277,18 @@ impl Config {
     }
 }
 
-/// A token of `tokenizer_config.json`: a string, or an object with its `content`.
+/// Returns a token of `tokenizer_config.json`: a string, or the `content` of an object.
 pub(super) fn token_text(value: Option<&Value>) -> Option<String> {
     let value = value?;
     let text = value.get("content").unwrap_or(value);
     text.as_str().map(str::to_owned)
 }
 
-/// Checks that added tokens have the ids of the file, and a text to be found by.
+/// Checks that added tokens have the ids of the file and a non-empty text.
 ///
-/// The crate gives an added token the next free id, whatever the file says. An empty text is found everywhere, also within
-/// characters; and a token that takes the white space before it, after one that took it already, has a negative length.
+/// The crate gives an added token the next free id, whatever the file says. An empty text is found
+/// everywhere, even within characters. A token that takes the whitespace before it, after one that
+/// already took it, has a negative length.
 ///
 /// Errors (`Invalid`, `Unsupported`): there is such a token.
 fn check_added_tokens(
@@ -315,7 +325,8 @@ fn check_added_tokens(
     Ok(())
 }
 
-/// Returns whether nothing is left of an added token as the text is normalized in which it is looked for.
+/// Returns whether an added token is empty after the normalization of the text that is
+/// searched.
 fn is_empty_as_text(inner: &tokenizers::Tokenizer, token: &file::AddedTokenWithId) -> Result<bool> {
     let normalizer = inner.get_normalizer().filter(|_| token.normalized);
     let Some(normalizer) = normalizer.filter(|_| !token.content.is_empty()) else {
@@ -327,10 +338,11 @@ fn is_empty_as_text(inner: &tokenizers::Tokenizer, token: &file::AddedTokenWithI
     Ok(text.get().is_empty())
 }
 
-/// Runs code of the `tokenizers` crate; a panic in it becomes an error. The checks of `allowed` leave
-/// none that we know of.
+/// Runs code of the `tokenizers` crate; a panic in it becomes an error.
+///
+/// The checks of `allowed` leave none that we know of.
 fn contained<T>(run: impl FnOnce() -> T) -> Result<T> {
-    // What the tokenizer changes while it works is a cache of its own, which stays sound.
+    // Unwind safe: the tokenizer only changes its own cache, which stays consistent.
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).map_err(|_| {
         Error::new(
             ErrorKind::Invalid,
@@ -339,7 +351,7 @@ fn contained<T>(run: impl FnOnce() -> T) -> Result<T> {
     })
 }
 
-/// Whether `"type": name` stands anywhere in a (nested) decoder description.
+/// Returns whether `"type": name` occurs anywhere in a (nested) decoder description.
 fn names_type(value: &Value, name: &str) -> bool {
     match value {
         Value::Object(map) => {

@@ -1,4 +1,4 @@
-//! The weights of a decoder, fetched by their Hugging Face names with the shapes they must have.
+//! Weights of a decoder, fetched by their Hugging Face names with the required shapes.
 #![forbid(unsafe_code)]
 
 use super::config::ModelConfig;
@@ -7,26 +7,26 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::UpgFile;
 use crate::matrix::Matrix;
 
-/// The names of the embedding and of a head that is not the embedding.
+/// Name of the embedding.
 pub const EMBEDDING: &str = "model.embed_tokens.weight";
-/// See [`EMBEDDING`].
+/// Name of an output head that is not the embedding.
 pub const HEAD: &str = "lm_head.weight";
 
-/// Where weights come from: a UPG file, a directory of safetensors, a test.
+/// Source of weights: a UPG file, a directory of safetensors, a test.
 ///
 /// Names are those of Hugging Face checkpoints, such as `model.layers.0.self_attn.q_proj.weight`.
 pub trait WeightSource {
-    /// The matrix `name` of `[rows, cols]`, in whatever encoding it is stored.
+    /// Returns the matrix `name` of `[rows, cols]`, in whatever encoding it is stored.
     ///
     /// Errors: `Missing`, or `Shape` with both shapes ([`shape_mismatch`]).
     fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Matrix>;
 
-    /// The vector `name` of `len` values, widened to f32.
+    /// Returns the vector `name` of `len` values, widened to f32.
     ///
     /// Errors: `Missing`, or `Shape` with both lengths.
     fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>>;
 
-    /// Whether there is a tensor of this name.
+    /// Returns whether there is a tensor of this name.
     fn contains(&self, name: &str) -> bool;
 }
 
@@ -56,7 +56,7 @@ impl WeightSource for UpgFile {
     }
 }
 
-/// The error for a tensor that is not of the shape its place in the model asks for.
+/// Returns the error for a tensor of an unexpected shape.
 pub fn shape_mismatch(name: &str, found: &[usize], expected: &[usize]) -> Error {
     Error::new(
         ErrorKind::Shape,
@@ -65,40 +65,40 @@ pub fn shape_mismatch(name: &str, found: &[usize], expected: &[usize]) -> Error 
     .tensor(name)
 }
 
-/// The weights of a model: as the source has them, or as a device holds them.
+/// Weights of a model: as the source has them, or as a device holds them.
 #[derive(Debug)]
 pub(crate) struct Weights<W = Matrix, V = Vec<f32>> {
-    /// `[vocab, hidden]`.
+    /// Embedding `[vocab, hidden]`.
     pub(crate) embedding: W,
     pub(crate) layers: Vec<Layer<W, V>>,
     pub(crate) norm: Norm<V>,
-    /// `[vocab, hidden]`; shares its storage with the embedding if the two are tied.
+    /// Output head `[vocab, hidden]`; shares its storage with the embedding if the two are tied.
     pub(crate) head: Linear<W, V>,
 }
 
-/// The weights of one decoder layer.
+/// Weights of one decoder layer.
 ///
-/// Matrices with the same input stand side by side: either one for each output, or a fused one whose rows are the
-/// outputs one after the other.
+/// Matrices with the same input are in one list: either one for each output, or a fused one whose
+/// rows are the outputs one after the other.
 #[derive(Debug)]
 pub(crate) struct Layer<W = Matrix, V = Vec<f32>> {
     pub(crate) input_norm: Norm<V>,
-    /// Queries, keys, values.
+    /// Projections of queries, keys, values.
     pub(crate) qkv: Vec<Linear<W, V>>,
     /// Norms of each head of the queries and of the keys.
     pub(crate) head_norms: Option<[Norm<V>; 2]>,
     pub(crate) output: Linear<W, V>,
     pub(crate) mlp_norm: Norm<V>,
-    /// Gate, up.
+    /// Projections gate, up.
     pub(crate) gate_up: Vec<Linear<W, V>>,
     pub(crate) down: Linear<W, V>,
 }
 
-/// The last norm and the output projection.
+/// Last norm and output projection.
 #[derive(Debug)]
 pub(crate) struct HeadWeights {
     pub(crate) norm: Norm,
-    /// `[vocab, hidden]`.
+    /// Output projection `[vocab, hidden]`.
     pub(crate) matrix: Matrix,
 }
 
@@ -141,14 +141,15 @@ impl Layer {
     }
 }
 
-/// A source, checked against its own promises, and the config that says what to ask for.
+/// Source of weights with the config that determines the required ones; checks what the
+/// source returns.
 struct Loader<'a> {
     source: &'a dyn WeightSource,
     config: &'a ModelConfig,
 }
 
 impl Weights {
-    /// Fetches every weight that `config` asks for.
+    /// Fetches every weight that `config` requires.
     ///
     /// Errors: those of the source; `Unsupported` if it has a bias or a norm that the family does
     /// not apply, because leaving it out would give wrong output.
@@ -170,7 +171,7 @@ impl Weights {
         })
     }
 
-    /// Makes all weights known to a device. Errors: those of the device.
+    /// Uploads all weights to a device. Errors: those of the device.
     pub(crate) fn on<D: Device>(self, device: &D) -> Result<Weights<D::Weight, D::Vector>> {
         let layers = self.layers.into_iter().map(|layer| layer.on(device));
         Ok(Weights {
@@ -183,7 +184,8 @@ impl Weights {
 }
 
 impl ModelConfig {
-    /// Checks that `source` has every weight which a model of this config asks for, and none that it would ignore.
+    /// Checks that `source` has every weight that this config requires, and none that would be
+    /// ignored.
     ///
     /// Cost: that of fetching all of them. Errors: those of [`Model::load`](super::Model::load).
     pub fn check_weights(&self, source: &dyn WeightSource) -> Result<()> {
@@ -193,14 +195,14 @@ impl ModelConfig {
 }
 
 impl HeadWeights {
-    /// Errors: as [`Weights::load`].
+    /// Fetches norm and output projection. Errors: as [`Weights::load`].
     pub(crate) fn load(config: &ModelConfig, source: &dyn WeightSource) -> Result<Self> {
         Loader { source, config }.head(None)
     }
 }
 
 impl Layer {
-    /// Fetches those of layer `index`. Errors: as [`Weights::load`].
+    /// Fetches the weights of layer `index`. Errors: as [`Weights::load`].
     pub(crate) fn load(
         config: &ModelConfig,
         source: &dyn WeightSource,
@@ -211,7 +213,7 @@ impl Layer {
 }
 
 impl Loader<'_> {
-    /// If it is the embedding, that one may be here already.
+    /// Fetches the head; a tied head reuses `embedding` if it is given.
     fn head(&self, embedding: Option<&Matrix>) -> Result<HeadWeights> {
         let (vocab, hidden) = (self.config.vocab_size, self.config.hidden_size);
         self.refuse("lm_head.bias")?;
@@ -261,7 +263,7 @@ impl Loader<'_> {
         })
     }
 
-    /// Projections of one input, fused into one matrix if the family stores them so.
+    /// Fetches projections of one input, which are one fused matrix in some families.
     fn joint<const N: usize>(
         &self,
         prefix: &str,

@@ -1,4 +1,5 @@
-//! Causal attention over whole sequences, forwards and backwards, with all its probabilities in memory.
+//! Causal attention over whole sequences, forward and backward, with all probabilities in
+//! memory.
 #![forbid(unsafe_code)]
 
 use crate::cpu::Cpu;
@@ -6,12 +7,14 @@ use crate::device::Heads;
 use crate::kernels::gemm::{View, product};
 use crate::kernels::scalar::exp;
 
-/// The heads of some sequences of `len` positions each. A task is one key/value head of one sequence, with the query heads
-/// that share it; its memory is `8 * len * len` bytes.
+/// Heads of several sequences of `len` positions each.
+///
+/// A task is one key/value head of one sequence, with the query heads that share it; its memory is
+/// `8 * len * len` bytes.
 pub(super) struct Attention {
     shape: Heads,
     len: usize,
-    /// Positions that a query sees, its own included.
+    /// Positions that a query attends to, including its own.
     window: usize,
 }
 
@@ -20,12 +23,12 @@ impl Attention {
         Self { shape, len, window }
     }
 
-    /// What attention makes of `qkv [n, width]`, which are turned already: `[n, query size]`.
+    /// Computes attention on `qkv [n, width]` after RoPE: `[n, query size]`.
     pub(super) fn mix(&self, cpu: &Cpu, qkv: &[f32]) -> Vec<f32> {
         let head_dim = self.shape.dim;
         let (group, size) = (self.shape.group(), self.len * head_dim);
         let row = self.shape.query_size();
-        // Of each task the heads one after the other, `[len, head_dim]` each.
+        // For each task its heads one after the other, `[len, head_dim]` each.
         let mut by_head = vec![0.0; qkv.len() / self.shape.width() * row];
         cpu.team().chunks(&mut by_head, group * size, |task, out| {
             let of_task = self.task(qkv, task);
@@ -48,7 +51,7 @@ impl Attention {
         mixed
     }
 
-    /// The gradients of `qkv` for those of what [`Attention::mix`] makes of them.
+    /// Computes the gradients of `qkv` from those of the output of [`Attention::mix`].
     pub(super) fn back(&self, cpu: &Cpu, qkv: &[f32], of_mixed: &[f32]) -> Vec<f32> {
         let Heads {
             queries: num_heads,
@@ -58,7 +61,7 @@ impl Attention {
         let width = self.shape.width();
         let (len, row) = (self.len, self.shape.query_size());
         let (group, size) = (self.shape.group(), len * head_dim);
-        // Of each task its query heads one after the other, its keys, its values.
+        // For each task its query heads one after the other, its keys, its values.
         let mut by_head = vec![0.0; qkv.len()];
         cpu.team()
             .chunks(&mut by_head, (group + 2) * size, |task, out| {
@@ -111,7 +114,7 @@ impl Attention {
         of_qkv
     }
 
-    /// What scores are multiplied by.
+    /// Returns the factor of the attention scores.
     fn scale(&self) -> f32 {
         1.0 / (self.shape.dim as f32).sqrt()
     }
@@ -130,13 +133,13 @@ impl Attention {
 /// One key/value head of one sequence.
 struct Task<'a> {
     heads: &'a Attention,
-    /// `[len, width]`.
+    /// Rows `[len, width]`.
     qkv: &'a [f32],
     kv_head: usize,
 }
 
 impl<'a> Task<'a> {
-    /// The part of the rows that is number `part` of the heads of queries, keys and values.
+    /// Returns the columns of head number `part`, counting the heads of queries, keys and values.
     fn part(&self, part: usize) -> View<'a> {
         let shape = &self.heads.shape;
         let from = part * shape.dim;
@@ -156,7 +159,7 @@ impl<'a> Task<'a> {
         self.part(shape.queries + shape.kv + self.kv_head)
     }
 
-    /// How much each query of a head sees of each position, `[len, len]`.
+    /// Computes the attention probabilities of a head, `[len, len]`.
     fn probabilities(&self, head: usize, out: &mut [f32]) {
         let len = self.heads.len;
         product(self.queries(head), self.keys().transposed(), false, out);

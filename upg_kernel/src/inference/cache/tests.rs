@@ -1,6 +1,6 @@
 use super::*;
 
-/// 3 layers, the middle one with a window; 2 key/value heads of 2.
+/// Layout with 3 layers, the middle one with a window, and 2 key/value heads of 2.
 fn layout(window: usize, cache_type: CacheType) -> CacheLayout {
     let json = r#"{"model_type": "llama", "vocab_size": 9, "hidden_size": 8,
         "intermediate_size": 8, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -14,7 +14,7 @@ fn pool(window: usize, max_bytes: Option<usize>) -> BlockPool {
     BlockPool::new(Arc::new(layout(window, CacheType::F32)), max_bytes).unwrap()
 }
 
-/// Appends `n` positions, at most `chunk` of which come at a time.
+/// Appends `n` positions, at most `chunk` at a time.
 fn append(tables: &mut BlockTables, pool: &BlockPool, n: usize, chunk: usize) -> Result<Pass> {
     let mut pass = Pass::default();
     tables.reserve(pool, n, (64, chunk), &mut pass)?;
@@ -45,7 +45,7 @@ fn a_window_bounds_what_is_kept_and_gives_back_nothing_that_is_seen() {
             assert!(view.first <= (first + 1).saturating_sub(window));
             assert!(view.first + view.blocks.len() * BLOCK >= first + n);
         }
-        // What is seen, what comes, and what lies in the same block as the first that is seen.
+        // Visible and new positions, and those in the same block as the first visible one.
         assert!(pass.views[1].blocks.len() <= 2);
     }
     assert_eq!(tables.len(), 58);
@@ -92,7 +92,7 @@ fn blocks_are_free_again_when_nobody_refers_to_them() {
     assert_eq!(pool.used_bytes(), used);
     drop(fork);
     assert_eq!(pool.used_bytes(), used / 3);
-    // What was reserved and not committed.
+    // Reserved, but not committed.
     let mut pass = Pass::default();
     tables.reserve(&pool, 30, (64, 64), &mut pass).unwrap();
     assert_eq!(pool.used_bytes(), used);
@@ -100,12 +100,13 @@ fn blocks_are_free_again_when_nobody_refers_to_them() {
     assert_eq!(pool.used_bytes(), used / 3);
     drop(tables);
     assert_eq!(pool.used_bytes(), 0);
-    // Numbers are used again.
+    // Numbers are reused.
     let pass = append(&mut BlockTables::new(&pool), &pool, 40, 64).unwrap();
     assert!(pass.tables.iter().all(|&number| number < 3));
 }
 
-/// The copy of a shared block is only asked for: after a failed pass its positions count no more.
+/// The copy of a shared block is only requested: after a failed pass its positions no longer
+/// count.
 #[test]
 fn a_block_that_was_not_copied_is_not_taken_for_one_that_was() {
     let of_block = 16 * 3 * 2 * 2 * 2 * 4;
@@ -113,7 +114,7 @@ fn a_block_that_was_not_copied_is_not_taken_for_one_that_was() {
     let mut tables = BlockTables::new(&pool);
     append(&mut tables, &pool, 20, 64).unwrap();
     let mut fork = tables.clone();
-    // The copy takes the last block that the pool has.
+    // The copy takes the last block of the pool.
     let error = append(&mut fork, &pool, 20, 64).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::TooLarge);
     fork.truncate(20);
@@ -139,7 +140,7 @@ fn a_pool_without_blocks_refuses_and_loses_nothing() {
     assert_eq!(error.kind(), ErrorKind::TooLarge);
     tables.truncate(32);
     assert_eq!((tables.len(), pool.used_bytes()), (32, 2 * of_block));
-    // Beyond the context, whatever the pool has.
+    // Beyond the context, independent of the pool.
     let error = append(&mut tables, &pool, 33, 64).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::TooLarge);
 }

@@ -1,4 +1,4 @@
-//! The date that a template is told.
+//! Date that a template can ask for.
 #![forbid(unsafe_code)]
 
 use minijinja::{Error, ErrorKind};
@@ -30,7 +30,7 @@ const DAYS: [&str; 7] = [
     "Saturday",
 ];
 
-/// A day of the Gregorian calendar.
+/// Day of the Gregorian calendar.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Date {
     year: u16,
@@ -39,7 +39,7 @@ pub struct Date {
 }
 
 impl Date {
-    /// A date, or `None` if the calendar has no such day (years 1 to 9999).
+    /// Returns a date; `None` if the calendar has no such day (years 1 to 9999).
     pub fn new(year: u16, month: u8, day: u8) -> Option<Self> {
         let leap =
             year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400));
@@ -56,13 +56,13 @@ impl Date {
         })
     }
 
-    /// The day that it is in Greenwich; the first of 1970 if the clock is before that.
+    /// Returns the current UTC date; 1970-01-01 if the clock is before that.
     pub fn today() -> Self {
         let since = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
         Self::after_1970(since.as_secs() / SECONDS_PER_DAY)
     }
 
-    /// The day so many days after the first of January 1970; at most the last of 9999.
+    /// Returns the date `days` days after 1970-01-01, at most 9999-12-31.
     fn after_1970(days: u64) -> Self {
         let mut left = days;
         for year in 1970..=9999 {
@@ -82,7 +82,8 @@ impl Date {
         Self { year, month, day }
     }
 
-    /// Python's `strftime` at midnight of this day, for the codes that templates use.
+    /// Formats midnight of this day as Python's `strftime` does, for the codes that templates
+    /// use.
     pub(super) fn strftime(self, format: &str) -> Result<String, Error> {
         let mut out = String::new();
         let mut chars = format.chars();
@@ -122,7 +123,7 @@ impl Date {
         })
     }
 
-    /// 0 is Sunday (Sakamoto's method).
+    /// Returns the weekday, 0 for Sunday (Sakamoto's method).
     fn weekday(self) -> usize {
         const OFFSETS: [usize; 13] = [0, 0, 3, 2, 5, 0, 3, 5, 1, 4, 6, 2, 4];
         let month = usize::from(self.month);

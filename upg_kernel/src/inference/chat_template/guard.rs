@@ -1,26 +1,26 @@
-//! Puts a price on lists that the engine's fuel does not know, by writing filters into the source.
+//! Charges fuel for operations that the engine does not charge for, by inserting filters into
+//! the source.
 //!
-//! Three things are free in the engine and can fill any memory, or the stack:
-//! - joining and repeating lists is lazy, and the whole is copied once 32 joins are stacked:
-//!   `{% set a = a + a %}` in a loop asks for 2^32 items at once;
-//! - a list that holds the same list twice is small, and endless in print:
-//!   `{% set a = [a, a] %}`;
-//! - a list in a list in a list, 100,000 deep, ends the stack when it is dropped.
+//! Three operations are free in the engine and can exhaust memory or the stack:
+//! - Joining and repeating lists is lazy, and the whole is copied once 32 joins are stacked:
+//!   `{% set a = a + a %}` in a loop asks for 2^32 items at once.
+//! - A list that holds the same list twice is small, and endless in print: `{% set a = [a, a] %}`.
+//! - Lists nested 100,000 deep overflow the stack when they are dropped.
 //!
-//! And some things take time that the engine does not count: to compare two texts of 10 MB, to test
-//! one, to take a character of one or to look something up by one costs a single unit.
+//! Other operations take time that the engine does not count. Comparing two texts of 10 MB, testing
+//! one, indexing one or using one as a key costs a single unit.
 //!
-//! So before a template is compiled,
-//! - the left operand of a `+` gets a filter that makes a list flat and charges its length: a list
-//!   can only grow by what was paid;
-//! - the operands of a `*` get one that refuses lists (no chat template repeats them);
-//! - list, tuple and map literals and the values of `set` get one that charges all that is in
-//!   them, as often as it is, and refuses great depth;
-//! - what is compared, tested, indexed or an index gets one that charges the length of a text, and in
-//!   comparisons also what is in lists and maps.
+//! Therefore, before a template is compiled, filters are inserted:
+//! - The left operand of a `+` gets a filter that flattens a list and charges its length, so that a
+//!   list can only grow by the charged amount.
+//! - The operands of a `*` get one that rejects lists (no chat template repeats them).
+//! - List, tuple and map literals and the values of `set` get one that charges everything in them,
+//!   once per occurrence, and rejects great depth.
+//! - Operands of comparisons, tests and indexing get one that charges the length of a text, and in
+//!   comparisons also the content of lists and maps.
 //!
-//! The filters change no value. The engine's own lexer finds the places, so that a hostile
-//! template cannot be read in two ways.
+//! The filters change no value. The engine's own lexer finds the places, so that a hostile template
+//! cannot be read in two ways.
 #![forbid(unsafe_code)]
 
 use minijinja::machinery::{Span, Token, tokenize};
@@ -32,14 +32,15 @@ use minijinja_contrib::pycompat::unknown_method_callback;
 const FLAT: &str = "|_upg_flat";
 const SCALAR: &str = "|_upg_scalar";
 const SIZED: &str = "|_upg_sized)";
-/// After the whole value of a `set`, which may be a sum, a choice or a tuple without brackets.
+/// Suffix for the whole value of a `set`, which may be a sum, a conditional or an unbracketed
+/// tuple.
 const SET_SIZED: &str = ")|_upg_sized)";
 const SET_STORED: &str = ")|_upg_stored)";
 const TEXT: &str = "|_upg_text";
 const INDEXED: &str = "|_upg_text)";
 const WHOLE: &str = "|_upg_whole";
 
-/// Tests that compare, as the engine spells them.
+/// Comparing tests, as the engine spells them.
 const COMPARING: &[&str] = &[
     "eq",
     "equalto",
@@ -54,27 +55,29 @@ const COMPARING: &[&str] = &[
     "sameas",
 ];
 
-/// Items of a list that one unit of fuel pays for.
+/// List items per unit of fuel.
 const ITEMS_PER_FUEL: u64 = 16;
 
-/// Bytes of text in a list that one unit of fuel pays for, as in the engine.
+/// Bytes of text in a list per unit of fuel, as in the engine.
 const BYTES_PER_FUEL: u64 = 64;
 
-/// How deep lists and maps may hold each other.
+/// Maximum nesting of lists and maps.
 const MAX_DEPTH: usize = 32;
 
-/// Lists and maps, and what is in them, that one unit of fuel pays for where all is counted.
+/// Lists, maps and their items per unit of fuel, where everything is counted.
 const NODES_PER_FUEL: u64 = 4;
 
-/// Tokens in one tag, and tags in a template. The engine's parser calls itself for each `not` and
-/// each `elif`, without a limit. The largest published templates have about 100 and 500.
+/// Maximum tokens in one tag, and maximum tags in a template.
+///
+/// The engine's parser recurses for each `not` and each `elif`, without a limit. The largest
+/// published templates have about 100 and 500.
 const MAX_TAG_TOKENS: usize = 1000;
 const MAX_TAGS: usize = 4000;
 
-/// Digits of a width that `str.format` may pad to.
+/// Maximum digits of a width in `str.format`.
 const MAX_WIDTH_DIGITS: usize = 3;
 
-/// Words before a bracket that do not make it an index or a call.
+/// Keywords before a bracket that do not make it an index or a call.
 const KEYWORDS: &[&str] = &[
     "in",
     "not",
@@ -91,7 +94,7 @@ const KEYWORDS: &[&str] = &[
 /// Tags whose brackets hold names, not values.
 const NAME_TAGS: &[&str] = &["for", "set", "call"];
 
-/// Adds the filters, and takes away or replaces what joins values itself.
+/// Adds the filters, and removes or replaces functions that join values themselves.
 pub(super) fn install(env: &mut Environment<'_>) {
     for name in ["chain", "zip"] {
         env.remove_filter(name);
@@ -112,7 +115,8 @@ pub(super) fn install(env: &mut Environment<'_>) {
     });
 }
 
-/// `'{:>999999999}'.format(1)` makes its text before anyone is asked to pay for it.
+/// Checks a format string: `'{:>999999999}'.format(1)` creates its text before any fuel is
+/// charged.
 fn check_format(format: &str) -> Result<(), Error> {
     let (mut digits, mut open) = (0_usize, 0_usize);
     for c in format.replace("{{", "").replace("}}", "").chars() {
@@ -131,7 +135,7 @@ fn check_format(format: &str) -> Result<(), Error> {
     Ok(())
 }
 
-/// The source with the filters in it.
+/// Returns the source with the filters inserted.
 pub(super) fn guarded(source: &str, syntax: SyntaxConfig) -> Result<String, Error> {
     let tokens = limited_tokens(source, syntax)?;
     let mut places = Places {
@@ -185,22 +189,22 @@ fn lost() -> Error {
     )
 }
 
-/// A bracket that is not closed yet.
+/// Bracket that is not closed yet.
 struct Open {
     start: usize,
     literal: bool,
-    /// A parenthesis makes a tuple only if there is a comma in it.
+    /// Flag: it has a comma; only then a parenthesis makes a tuple.
     tuple: bool,
 }
 
 struct Places<'a> {
     tokens: &'a [(Token<'a>, Span)],
-    /// (offset in the source, text), in the order of writing at equal offsets.
+    /// Insertions as (offset in the source, text), in writing order at equal offsets.
     inserts: Vec<(usize, &'static str)>,
     open: Vec<Open>,
-    /// Inside of `{% set x = `: what closes it.
+    /// Closing text inside of `{% set x = `.
     set: Option<&'static str>,
-    /// Between `for` and its `in`, or `set` and its `=`: brackets hold names.
+    /// Flag between `for` and its `in`, or `set` and its `=`, where brackets hold names.
     in_target: bool,
 }
 
@@ -258,7 +262,7 @@ impl<'a> Places<'a> {
             Some(Token::BracketOpen) => {
                 let literal = self.opens_literal(at);
                 if let Some(start) = left.filter(|_| !literal && self.ends_operand(left)) {
-                    // A filter cannot be indexed, a bracketed one can.
+                    // A filter cannot be indexed, but a parenthesized one can.
                     self.inserts
                         .push((self.start(self.operand_start(start)), "("));
                     self.insert_after(left, INDEXED);
@@ -292,7 +296,7 @@ impl<'a> Places<'a> {
         }
     }
 
-    /// What a value pays for the test whose name is at `at`, or after a `not`.
+    /// Returns the filter for a value before the test whose name is at `at`, or after a `not`.
     fn price_of_test(&self, at: usize) -> &'static str {
         match self.token(Some(at)) {
             Some(Token::Ident("not")) => self.price_of_test(at + 1),
@@ -315,7 +319,8 @@ impl<'a> Places<'a> {
         });
     }
 
-    /// `{% set names = value %}`: wraps the value. What goes into a namespace outlives the rest.
+    /// Wraps the value of `{% set names = value %}`. A value stored in a namespace outlives the
+    /// others.
     fn open_set(&mut self, assign: usize) {
         let tag = self
             .tokens
@@ -336,7 +341,8 @@ impl<'a> Places<'a> {
         self.insert_after(Some(assign), "((");
     }
 
-    /// Whether the bracket at `at` starts a value of its own: no index, no call, no names.
+    /// Returns whether the bracket at `at` starts a value of its own: no index, no call, no
+    /// names.
     fn opens_literal(&self, at: usize) -> bool {
         if self.in_target {
             return false;
@@ -359,7 +365,7 @@ impl<'a> Places<'a> {
         }
     }
 
-    /// Whether a value that may be a list ends at `at`.
+    /// Returns whether a value that may be a list ends at `at`.
     fn ends_operand(&self, at: Option<usize>) -> bool {
         let before = at.and_then(|at| at.checked_sub(1));
         match self.token(at) {
@@ -372,7 +378,7 @@ impl<'a> Places<'a> {
         }
     }
 
-    /// Whether the name at `at` is that of a test: it follows an `is` or `is not`.
+    /// Returns whether the name at `at` is a test: it follows an `is` or `is not`.
     fn is_test(&self, at: Option<usize>) -> bool {
         let before = |at: Option<usize>| at.and_then(|at| at.checked_sub(1));
         let word = |at| matches!(self.token(at), Some(Token::Ident("is")));
@@ -388,8 +394,10 @@ impl<'a> Places<'a> {
         )
     }
 
-    /// The last token of the operand that starts at `at`: signs, one atom, then `.name`, `[..]`,
-    /// `(..)` and `|filter`, as far as they go.
+    /// Returns the last token of the operand that starts at `at`.
+    ///
+    /// An operand is signs, one atom, then `.name`, `[..]`, `(..)` and `|filter`, as far as they
+    /// go.
     fn operand_end(&self, mut at: usize) -> Option<usize> {
         while matches!(self.token(Some(at)), Some(Token::Minus | Token::Plus)) {
             at += 1;
@@ -400,14 +408,14 @@ impl<'a> Places<'a> {
             last = match self.token(Some(at)) {
                 Some(Token::Dot | Token::Pipe) => at + 1,
                 Some(Token::BracketOpen | Token::ParenOpen) => self.group_end(at)?,
-                // Neighbouring literals are one.
+                // Adjacent string literals are one.
                 Some(Token::Str(_) | Token::String(_)) => at,
                 _ => return Some(last),
             };
         }
     }
 
-    /// The first token of the operand that ends at `at`, without signs.
+    /// Returns the first token of the operand that ends at `at`, without signs.
     fn operand_start(&self, mut at: usize) -> usize {
         loop {
             let is_group = matches!(
@@ -435,7 +443,7 @@ impl<'a> Places<'a> {
         }
     }
 
-    /// The first token of the bracketed group that ends at `to`.
+    /// Returns the first token of the bracketed group that ends at `to`.
     fn group_start(&self, to: usize) -> usize {
         let mut depth = 0_usize;
         for (at, (token, _)) in self.tokens.iter().enumerate().take(to + 1).rev() {
@@ -453,7 +461,7 @@ impl<'a> Places<'a> {
         to
     }
 
-    /// The last token of the bracketed group that starts at `from`, or `from` itself.
+    /// Returns the last token of the bracketed group that starts at `from`, or `from` itself.
     fn group_end(&self, from: usize) -> Option<usize> {
         let mut depth = 0_usize;
         for (at, (token, _)) in self.tokens.iter().enumerate().skip(from) {
@@ -529,7 +537,7 @@ fn stored(state: &State, value: Value) -> Result<Value, Error> {
     Ok(value)
 }
 
-/// `dict(a=1)`, with the price of a literal.
+/// Implements `dict(a=1)`, with the charge of a literal.
 fn dict(state: &State, items: Kwargs) -> Result<Value, Error> {
     let pairs: Vec<(String, Value)> = items
         .args()
@@ -540,9 +548,9 @@ fn dict(state: &State, items: Kwargs) -> Result<Value, Error> {
 
 /// Charges everything in `value`, once for each way to reach it.
 ///
-/// A namespace is the one value that changes: inside of another it could come to hold itself.
+/// A namespace is the only mutable value: inside another one it could come to contain itself.
 fn pay(state: &State, value: &Value, namespace: bool) -> Result<(), Error> {
-    // A text of its own was paid for by the engine when it was made.
+    // The engine has already charged for a single text when it was created.
     if value.kind() != ValueKind::Map && !is_list(value) {
         return Ok(());
     }

@@ -1,4 +1,4 @@
-//! `tojson` as transformers defines it: `json.dumps(x, ensure_ascii=False)` of Python.
+//! `tojson` as transformers defines it: Python's `json.dumps(x, ensure_ascii=False)`.
 #![forbid(unsafe_code)]
 
 use std::io::{self, Write};
@@ -8,11 +8,12 @@ use minijinja::{Error, ErrorKind, State};
 use serde::Serialize;
 use serde_json::ser::{Formatter, PrettyFormatter, Serializer};
 
-/// Largest JSON text that one call makes, in bytes. Lists that hold the same list many times over
-/// are small in memory and huge in print.
+/// Maximum JSON text of one call in bytes.
+///
+/// Lists that contain the same list many times are small in memory and huge in print.
 const MAX_JSON_BYTES: usize = 1 << 20;
 
-/// Largest `indent`.
+/// Maximum `indent`.
 const MAX_INDENT: usize = 16;
 
 pub(super) fn tojson(state: &State, value: &Value, kwargs: Kwargs) -> Result<String, Error> {
@@ -40,7 +41,7 @@ pub(super) fn tojson(state: &State, value: &Value, kwargs: Kwargs) -> Result<Str
         .map_err(|e| Error::new(ErrorKind::BadSerialization, format!("tojson: {e}")))
 }
 
-/// Python's separators: `", "` and `": "`.
+/// Formatter with Python's separators `", "` and `": "`.
 struct Spaced;
 
 impl Formatter for Spaced {

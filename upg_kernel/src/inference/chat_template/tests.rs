@@ -14,7 +14,8 @@ fn user(text: &str) -> Vec<Message> {
     vec![Message::new("user", text)]
 }
 
-/// Templates in the styles that models use, and one that tours the language, against transformers.
+/// Templates in the styles of published models, and one that covers the language, compared
+/// with transformers.
 #[test]
 fn renders_as_transformers() {
     let file: Json = serde_json::from_str(&data("expected.json")).unwrap();
@@ -116,7 +117,7 @@ fn what_is_no_chat_template_is_refused() {
     }
 }
 
-/// Programs that would run for ever, fill the memory or the stack.
+/// Programs that would run for ever, or exhaust memory or the stack.
 #[test]
 fn hostile_templates_are_stopped() {
     let nested = format!("{{{{ {}1{} }}}}", "(".repeat(50_000), ")".repeat(50_000));
@@ -291,12 +292,12 @@ fn hostile_templates_are_stopped() {
         let start = Instant::now();
         let found = ChatTemplate::new(source, None, None)
             .and_then(|t| t.render(&user(&"word ".repeat(100)), true));
-        // Far above what any of them takes (up to two seconds), far below for ever.
+        // Far above the time of any of them (up to two seconds), and far below for ever.
         assert!(start.elapsed() < Duration::from_secs(20), "{name}");
         let e = found.map(|text| text.len()).expect_err(name);
         assert!(e.to_string().len() < 1000, "{name}: {e}");
     }
-    // These may pass or fail: they must come back.
+    // These may pass or fail, but must return.
     let many_elifs = "{% if a %}".to_owned() + &"{% elif a %}".repeat(3990) + "x{% endif %}";
     let many_sums = format!("{{{{ 1{} }}}}", "+x".repeat(490));
     let many_elses = format!("{{{{ 1{} }}}}", " if 0 else 1".repeat(240));
@@ -315,7 +316,7 @@ fn hostile_templates_are_stopped() {
         &many_minus,
         &many_powers,
         &many_filters,
-        // A value so deep that a recursive walk over it would end the stack.
+        // A value so deep that a recursive walk over it would overflow the stack.
         "{% set ns = namespace(s=[]) %}{% for i in range(100000) %}{% set ns.s = [ns.s] %}{% endfor %}{{ ns.s | length }}",
         "{% set ns = namespace(s={}) %}{% for i in range(40000) %}{% set ns.s = {'a': ns.s} %}{% endfor %}{{ ns.s | tojson | length }}",
         "{% set ns = namespace(s=[]) %}{% for i in range(40000) %}{% set ns.s = [ns.s] %}{% endfor %}{{ ns.s }}",
@@ -327,7 +328,7 @@ fn hostile_templates_are_stopped() {
     }
 }
 
-/// Fuel is for hostile templates: a long conversation has to fit.
+/// The fuel limit is for hostile templates; a long conversation must fit.
 #[test]
 fn long_conversations_render() {
     let template = ChatTemplate::new(&data("thinking.jinja"), None, None).unwrap();

@@ -1,42 +1,42 @@
-//! The model families, as data.
+//! Model families, as data.
 #![forbid(unsafe_code)]
 
 use super::fields::Fields;
 use crate::error::{ErrorKind, Result};
 
-/// Whether a linear layer has a bias.
+/// Condition for the bias of a linear layer.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum BiasRule {
     Never,
     Always,
-    /// If this key of the config is true.
+    /// The layer has a bias if this key of the config is true.
     Flag(&'static str),
 }
 
-/// Which layers a sliding window concerns.
+/// Layers with a sliding window.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum WindowRule {
-    /// The family knows none.
+    /// The family has no window.
     None,
-    /// `sliding_window`, if set, holds in every layer.
+    /// `sliding_window`, if set, applies to every layer.
     EveryLayer,
-    /// With `use_sliding_window`, in the layers of `layer_types` or from `max_window_layers` on.
+    /// With `use_sliding_window`: the layers of `layer_types`, or from `max_window_layers` on.
     ByLayer,
 }
 
-/// What `max_window_layers` is if the config does not say.
+/// Default of `max_window_layers`.
 pub(super) const DEFAULT_MAX_WINDOW_LAYERS: u64 = 28;
 
-/// What one family does differently from the others. The defaults are those of transformers.
+/// Properties of a family. The defaults are those of transformers.
 #[derive(Debug, PartialEq)]
 pub struct Family {
-    /// `model_type` in `config.json`.
+    /// Name, the `model_type` in `config.json`.
     pub name: &'static str,
-    /// Whether q, k, v are one matrix `qkv_proj` and gate, up one matrix `gate_up_proj`.
+    /// Flag: q, k, v are one matrix `qkv_proj`, and gate, up one matrix `gate_up_proj`.
     pub fused: bool,
-    /// Whether each head of q and k is normalized before the rotary embedding.
+    /// Flag: each head of q and k is normalized before the rotary embedding.
     pub qk_norm: bool,
-    /// Whether only a first part of each head may be rotated.
+    /// Flag: the rotary embedding may apply to only the first part of each head.
     pub partial_rotary: bool,
     pub(super) longrope: bool,
     pub(super) qkv_bias: BiasRule,
@@ -46,13 +46,13 @@ pub struct Family {
     pub(super) default_window: Option<usize>,
     pub(super) default_head_dim: Option<usize>,
     pub(super) default_norm_eps: f64,
-    /// Key/value heads; `None`: as many as there are heads.
+    /// Default key/value heads; `None`: as many as query heads.
     pub(super) default_kv_heads: Option<usize>,
-    /// Context before a rotary extension; `None`: `max_position_embeddings`.
+    /// Default context before a rotary extension; `None`: `max_position_embeddings`.
     pub(super) default_original_context: Option<usize>,
 }
 
-/// Llama: the plain form, from which the others differ.
+/// Llama, the plain form from which the others differ.
 const LLAMA: Family = Family {
     name: "llama",
     fused: false,
@@ -119,7 +119,7 @@ pub static FAMILIES: [Family; 5] = [
 ];
 
 impl Family {
-    /// The family that `model_type` names.
+    /// Returns the family that `model_type` names.
     ///
     /// Errors: `Missing` (no `model_type`), `Unsupported` (another one; lists the known ones).
     pub(super) fn of(fields: &Fields<'_>) -> Result<&'static Self> {

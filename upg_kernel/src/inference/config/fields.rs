@@ -4,7 +4,7 @@
 use crate::error::{Error, ErrorKind, Result};
 use serde_json::{Map, Value};
 
-/// One JSON object and what to call it in errors.
+/// JSON object with its name in errors.
 #[derive(Clone, Copy)]
 pub(super) struct Fields<'a> {
     pub(super) document: &'a str,
@@ -31,7 +31,7 @@ impl<'a> Fields<'a> {
         )
     }
 
-    /// An object under `key`.
+    /// Reads the object under `key`.
     pub(super) fn object(&self, key: &str) -> Result<Option<Fields<'a>>> {
         self.get(key)
             .map(|value| {
@@ -43,7 +43,7 @@ impl<'a> Fields<'a> {
             .transpose()
     }
 
-    /// A string under `key`.
+    /// Reads the string under `key`.
     pub(super) fn text(&self, key: &str) -> Result<Option<&'a str>> {
         self.get(key)
             .map(|value| {
@@ -54,7 +54,7 @@ impl<'a> Fields<'a> {
             .transpose()
     }
 
-    /// `true` or `false` under `key`.
+    /// Reads the boolean under `key`.
     pub(super) fn flag(&self, key: &str, default: bool) -> Result<bool> {
         self.get(key).map_or(Ok(default), |value| {
             value
@@ -63,7 +63,7 @@ impl<'a> Fields<'a> {
         })
     }
 
-    /// A count from 1 to `cap`, if the key is there.
+    /// Reads a count from 1 to `cap`, if the key is there.
     pub(super) fn size(&self, key: &str, cap: usize) -> Result<Option<usize>> {
         let Some(value) = self.get(key) else {
             return Ok(None);
@@ -82,12 +82,12 @@ impl<'a> Fields<'a> {
         }
     }
 
-    /// A count from 1 to `cap` that has to be there.
+    /// Reads a required count from 1 to `cap`.
     pub(super) fn required_size(&self, key: &str, cap: usize) -> Result<usize> {
         self.size(key, cap)?.ok_or_else(|| self.missing(key))
     }
 
-    /// A finite number above zero, if the key is there.
+    /// Reads a finite number above zero, if the key is there.
     pub(super) fn positive(&self, key: &str) -> Result<Option<f64>> {
         self.get(key)
             .map(|value| self.positive_value(key, value))
@@ -101,12 +101,12 @@ impl<'a> Fields<'a> {
             .ok_or_else(|| self.wrong(key, value, "a finite number above 0"))
     }
 
-    /// A finite number above zero that has to be there.
+    /// Reads a required finite number above zero.
     pub(super) fn required_positive(&self, key: &str) -> Result<f64> {
         self.positive(key)?.ok_or_else(|| self.missing(key))
     }
 
-    /// A list of exactly `len` finite numbers above zero.
+    /// Reads a list of exactly `len` finite numbers above zero.
     pub(super) fn positives(&self, key: &str, len: usize) -> Result<Vec<f64>> {
         let value = self.get(key).ok_or_else(|| self.missing(key))?;
         let list = value
@@ -118,7 +118,7 @@ impl<'a> Fields<'a> {
             .collect()
     }
 
-    /// A token id, or a list of at most `cap` of them; absent is an empty list.
+    /// Reads a token id, or a list of at most `cap` of them; an absent key is an empty list.
     pub(super) fn token_ids(&self, key: &str, cap: usize) -> Result<Vec<u32>> {
         let Some(value) = self.get(key) else {
             return Ok(Vec::new());
@@ -144,7 +144,7 @@ impl<'a> Fields<'a> {
     }
 }
 
-/// A value as JSON, cut to what fits into one line of an error.
+/// Formats a value as JSON, truncated to fit into one line of an error.
 fn shorten(value: &Value) -> String {
     const LONGEST: usize = 60;
     let mut text = value.to_string();

@@ -1,4 +1,4 @@
-//! The rotary embedding of a config, in its older and its newer spelling.
+//! Rotary embedding of a config, in its older and its newer spelling.
 #![forbid(unsafe_code)]
 
 use super::family::Family;
@@ -6,14 +6,14 @@ use super::fields::Fields;
 use super::{MAX_CONTEXT, MAX_HEAD_DIM};
 use crate::error::{Error, ErrorKind, Result};
 
-/// How the angle of a position grows.
+/// Parameters of the rotary embedding.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RopeConfig {
     /// Base of the frequencies `theta^(-2i / dim)`.
     pub theta: f64,
-    /// How many elements of a head are rotated, from the first on; even.
+    /// Number of rotated elements of a head, from the first on; even.
     pub dim: usize,
-    /// How the frequencies are changed for long contexts.
+    /// Change of the frequencies for long contexts.
     pub scaling: RopeScaling,
 }
 
@@ -21,16 +21,17 @@ pub struct RopeConfig {
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub enum RopeScaling {
-    /// None. Also `dynamic`, which is the same up to `max_position_embeddings`, our limit.
+    /// No change. Also `dynamic`, which is the same up to `max_position_embeddings`, our limit.
     Default,
-    /// Every frequency divided by `factor` (position interpolation, arXiv 2306.15595).
+    /// Every frequency is divided by `factor` (position interpolation, arXiv 2306.15595).
     Linear {
-        /// At least the growth of the context.
+        /// Divisor, at least the growth of the context.
         factor: f64,
     },
-    /// Low frequencies divided, high ones kept, a linear blend between (Llama 3.1).
+    /// Low frequencies are divided, high ones kept, and those between blended linearly (Llama
+    /// 3.1).
     Llama3 {
-        /// What low frequencies are divided by.
+        /// Divisor of low frequencies.
         factor: f64,
         /// Wavelengths above `original_context / low` are divided.
         low: f64,
@@ -41,21 +42,22 @@ pub enum RopeScaling {
     },
     /// YaRN (arXiv 2309.00071): a ramp over the dimensions between kept and divided.
     Yarn {
-        /// What low frequencies are divided by.
+        /// Divisor of low frequencies.
         factor: f64,
         /// Rotations over the original context above which a frequency is kept.
         beta_fast: f64,
         /// Rotations below which it is divided.
         beta_slow: f64,
-        /// Whether the ends of the ramp are rounded outwards to whole dimensions.
+        /// Flag: the ends of the ramp are rounded outwards to whole dimensions.
         truncate: bool,
         /// Context before the extension.
         original_context: usize,
-        /// Multiplies cos and sin.
+        /// Factor of cos and sin.
         attention_factor: f64,
     },
-    /// LongRoPE (arXiv 2402.13753): a divisor for each frequency, one set up to
-    /// `original_context` positions and another for longer sequences.
+    /// LongRoPE (arXiv 2402.13753): a divisor for each frequency.
+    ///
+    /// One set applies up to `original_context` positions, another one to longer sequences.
     LongRope {
         /// Divisors for short sequences, `[dim / 2]`.
         short: Vec<f64>,
@@ -63,13 +65,13 @@ pub enum RopeScaling {
         long: Vec<f64>,
         /// Longest sequence that counts as short.
         original_context: usize,
-        /// Multiplies cos and sin, in short and long sequences alike.
+        /// Factor of cos and sin, in short and long sequences alike.
         attention_factor: f64,
     },
 }
 
 impl RopeConfig {
-    /// What the tables rely on.
+    /// Checks the values that the tables rely on.
     pub(super) fn check(&self, head_dim: usize) -> Result<()> {
         let invalid = |message: String| {
             Err(Error::new(
@@ -104,7 +106,8 @@ impl RopeConfig {
     }
 }
 
-/// Keys that may be in `rope_scaling` or `rope_parameters`; any other could mean other arithmetic.
+/// Allowed keys of `rope_scaling` or `rope_parameters`; any other could mean other
+/// arithmetic.
 const KNOWN_KEYS: &[&str] = &[
     "attention_factor",
     "beta_fast",
@@ -125,18 +128,18 @@ const KNOWN_KEYS: &[&str] = &[
     "type",
 ];
 
-/// What the scaling is made from.
+/// Input of the scaling.
 struct Source<'a> {
-    /// The keys of `rope_scaling` or `rope_parameters`.
+    /// Keys of `rope_scaling` or `rope_parameters`.
     rope: Fields<'a>,
-    /// Context before the extension, as transformers finds it.
+    /// Context before the extension, as transformers determines it.
     original_context: usize,
-    /// `max_position_embeddings`.
+    /// Value of `max_position_embeddings`.
     context: usize,
     dim: usize,
 }
 
-/// Reads the rotary embedding; `context` grows if YaRN says that it does.
+/// Reads the rotary embedding; `context` grows if YaRN specifies it.
 pub(super) fn parse(
     fields: &Fields<'_>,
     family: &Family,
@@ -201,8 +204,8 @@ pub(super) fn parse(
             *context = longer;
             scaling
         }
-        // Elsewhere transformers does not recompute the cache at the switch, so that its output
-        // depends on how the prompt was cut.
+        // For other families transformers does not recompute the cache at the switch, so that its
+        // output depends on how the prompt was split.
         "longrope" if family.longrope => source.longrope()?,
         other => {
             return Err(rope.error(
@@ -266,7 +269,9 @@ impl Source<'_> {
         })
     }
 
-    /// Also returns the extended context: files keep `max_position_embeddings` as it was trained.
+    /// Returns the YaRN scaling and the extended context.
+    ///
+    /// Files keep the trained `max_position_embeddings`.
     fn yarn(&self) -> Result<(RopeScaling, usize)> {
         let original = self.original_context;
         let factor = match self.rope.positive("factor")? {

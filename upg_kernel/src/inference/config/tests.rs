@@ -5,7 +5,7 @@ fn parse(config: &Value) -> Result<ModelConfig> {
     ModelConfig::from_json(&config.to_string(), None)
 }
 
-/// A small good config of a family, with keys replaced; `null` takes a key away.
+/// Returns a small valid config of a family, with keys replaced; `null` removes a key.
 fn with(family: &str, changes: Value) -> Value {
     let mut config = json!({
         "model_type": family, "vocab_size": 100, "hidden_size": 64, "intermediate_size": 96,
@@ -26,7 +26,8 @@ fn with(family: &str, changes: Value) -> Value {
 struct Published {
     json: &'static str,
     family: &'static str,
-    /// vocab, hidden, intermediate, layers, heads, key/value heads, head length, context
+    /// Sizes: vocab, hidden, intermediate, layers, heads, key/value heads, head dimension,
+    /// context.
     sizes: [usize; 8],
     theta: f64,
     rotated: usize,
@@ -35,8 +36,9 @@ struct Published {
     eos: u32,
 }
 
-/// The configs have the keys and values of the published models that bear on the arithmetic, but for the
-/// longrope factors of Phi-4-mini, which only have their number.
+/// The configs have the keys and values of the published models that affect the arithmetic.
+///
+/// The exception is the longrope factors of Phi-4-mini, which only have the right number.
 #[test]
 fn published_configs_have_their_known_shapes() {
     let models = [
@@ -107,7 +109,7 @@ fn published_configs_have_their_known_shapes() {
             theta: 10_000.0,
             rotated: 96,
             tied: true,
-            // 262,144 hides nothing in a context of 131,072.
+            // 262,144 has no effect in a context of 131,072.
             window: None,
             eos: 199_999,
         },
@@ -415,7 +417,7 @@ fn bad_configs_give_their_kind_of_error() {
     }
     let error = parse(&with("mamba", json!({}))).unwrap_err().to_string();
     assert!(error.contains("'mamba'") && error.contains("llama, mistral, qwen2, qwen3, phi3"));
-    // What does not change the arithmetic is no reason to refuse.
+    // Settings that do not change the arithmetic are accepted.
     let harmless = json!({"logits_scaling": 1.0, "num_local_experts": 0, "use_mrope": false,
         "quantization_config": {}, "hidden_act": "swish", "unheard_of": [1, 2]});
     parse(&with("llama", harmless)).unwrap();

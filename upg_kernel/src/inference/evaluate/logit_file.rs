@@ -1,9 +1,10 @@
-//! The logits of a reference in a file, so that they are computed once.
+//! Logits of a reference in a file, so that they are computed once.
 //!
-//! Little-endian: 64 bytes of header (magic, vocab, positions, the SHA-256 of what they are the logits of), then for each
-//! position the largest logit and a step (f32) and for each token of the vocabulary how many steps its logit is below
-//! the largest (u16). Half a step, the most that a logit is moved by, is the spread of the logits over 131,070: 0.0003
-//! where that is 40.
+//! The file is little-endian. A header of 64 bytes has magic, vocab, positions, and the SHA-256 of
+//! the identity of the logits. Then each position has the largest logit and a step (f32), and for
+//! each token of the vocabulary the number of steps that its logit is below the largest (u16). The
+//! error of a logit is at most half a step, which is the range of the logits divided by 131,070:
+//! 0.0003 for a range of 40.
 #![forbid(unsafe_code)]
 
 use super::reference::Reference;
@@ -19,12 +20,13 @@ use std::path::{Path, PathBuf};
 const MAGIC: [u8; 8] = *b"upglogit";
 const HEADER: usize = 64;
 
-/// Largest and step of a position.
+/// Bytes of the largest logit and the step of a position.
 const RANGE: usize = 8;
 
-/// Logits of `reference`, kept in a file: read from there if it has them, else computed and written to it.
+/// Logits of `reference`, cached in a file.
 ///
-/// What is computed is rounded like what is read, so that both give the same figures.
+/// They are read from the file if it has them, else computed and written to it. Computed logits are
+/// rounded like those read, so that both give the same figures.
 pub struct LogitFile<'a> {
     path: PathBuf,
     vocab: usize,
@@ -39,11 +41,15 @@ enum State<'a> {
 }
 
 impl<'a> LogitFile<'a> {
-    /// The file at `path`. It has what is wanted if it is of the same windows and the same `identity`, which is all that
-    /// says what `reference` computes; else a new one takes its place at [`LogitFile::finish`].
+    /// Opens the file at `path`.
     ///
-    /// Errors: `Argument` if there is another kind of file at `path`, or one of `inputs`; `Malformed` if it has another
-    /// size than its header says; `TooLarge` if no file can have so many logits; `Io`.
+    /// It has the logits if it was written for the same windows and the same `identity`, which
+    /// alone identifies the computation of `reference`. Otherwise a new file replaces it at
+    /// [`LogitFile::finish`].
+    ///
+    /// Errors: `Argument` if there is another kind of file at `path`, or one of `inputs`;
+    /// `Malformed` if its size does not match its header; `TooLarge` if no file can have so many
+    /// logits; `Io`.
     pub fn open(
         path: &Path,
         windows: &Windows,
@@ -74,17 +80,17 @@ impl<'a> LogitFile<'a> {
         })
     }
 
-    /// Whether the file had all logits when it was opened.
+    /// Returns whether the file had all logits when it was opened.
     pub fn is_filled(&self) -> bool {
         matches!(self.state, State::Filled(_))
     }
 
-    /// Bytes of the file.
+    /// Returns the bytes of the file.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
 
-    /// Puts a new file in its place: after the last window. Errors: `Io`.
+    /// Commits a new file, after the last window. Errors: `Io`.
     pub fn finish(self) -> Result<()> {
         match self.state {
             State::Filled(_) => Ok(()),
@@ -94,8 +100,9 @@ impl<'a> LogitFile<'a> {
 }
 
 impl Reference for LogitFile<'_> {
-    /// Windows have to be asked for in their order. Errors: those of the reference; `Malformed` for ranges that are not
-    /// finite; `Io`.
+    /// Returns the logits of `window`; windows must be requested in order.
+    ///
+    /// Errors: those of the reference; `Malformed` for ranges that are not finite; `Io`.
     fn logits(&mut self, window: &Window<'_>) -> Result<Vec<f32>> {
         let row = row_bytes(self.vocab);
         let mut rows = vec![0; self.scored * row];
@@ -137,7 +144,7 @@ fn file_bytes(windows: usize, scored: usize, vocab: usize) -> Option<u64> {
     u64::try_from(rows.checked_mul(row)?.checked_add(HEADER)?).ok()
 }
 
-/// The first bytes of a file with the logits of these windows, and of no other.
+/// Returns the header of a file with the logits of exactly these windows.
 fn header(windows: &Windows, vocab: usize, identity: &str) -> [u8; HEADER] {
     let mut hash = Sha256::new();
     for window in windows.iter() {
@@ -154,7 +161,8 @@ fn header(windows: &Windows, vocab: usize, identity: &str) -> [u8; HEADER] {
     header
 }
 
-/// The file at `path`, if it has this header; `None` if there is none, or one of other logits.
+/// Opens the file at `path` if it has this header; `None` if there is none, or one with other
+/// logits.
 fn filled(path: &Path, header: &[u8; HEADER], bytes: u64) -> Result<Option<BufReader<File>>> {
     let io = |e| Error::io("cannot read", path, e);
     let file = match File::open(path) {
@@ -182,7 +190,7 @@ fn filled(path: &Path, header: &[u8; HEADER], bytes: u64) -> Result<Option<BufRe
     Ok(Some(file))
 }
 
-/// Errors (`Invalid`): a logit is not finite.
+/// Encodes the logits of a position. Errors (`Invalid`): a logit is not finite.
 fn encode(logits: &[f32], row: &mut [u8]) -> Result<()> {
     let bounds = (f32::INFINITY, f32::NEG_INFINITY);
     let (min, max) = logits
@@ -203,7 +211,7 @@ fn encode(logits: &[f32], row: &mut [u8]) -> Result<()> {
     Ok(())
 }
 
-/// Errors (`Malformed`): the range is not finite.
+/// Decodes the logits of a position. Errors (`Malformed`): the range is not finite.
 fn decode(row: &[u8], logits: &mut [f32]) -> Result<()> {
     let (range, codes) = row.split_at(RANGE);
     let [max, step] = [0, 4].map(|at| {

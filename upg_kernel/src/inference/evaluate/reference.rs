@@ -1,4 +1,4 @@
-//! What a model is compared with.
+//! Reference that a model is compared with.
 #![forbid(unsafe_code)]
 
 use super::super::{CacheType, Model, Session, SessionOptions};
@@ -6,19 +6,22 @@ use super::windows::Window;
 use crate::error::Result;
 use std::sync::Arc;
 
-/// Where the logits come from that those of a model are compared with.
+/// Source of reference logits.
 pub trait Reference {
-    /// Logits `[scored, vocab]` of the positions of `window` that are scored, all of a position up to a constant.
+    /// Returns the logits `[scored, vocab]` of the scored positions of `window`.
+    ///
+    /// A constant may be added to all logits of a position.
     fn logits(&mut self, window: &Window<'_>) -> Result<Vec<f32>>;
 }
 
-/// How the logits of a model are computed.
+/// Options for computing the logits of a model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct EvaluationOptions {
-    /// Positions that are computed at once, as in [`SessionOptions::prefill_chunk`]: 1 measures what
-    /// generation computes, token by token.
+    /// Positions that are computed at once, as in [`SessionOptions::prefill_chunk`].
+    ///
+    /// 1 measures the computation of token-by-token generation.
     pub chunk: usize,
-    /// As [`SessionOptions::cache_type`].
+    /// Data type of the KV cache, as [`SessionOptions::cache_type`].
     pub cache_type: CacheType,
 }
 
@@ -31,17 +34,20 @@ impl Default for EvaluationOptions {
     }
 }
 
-/// A model that computes its logits when they are asked for.
+/// Model that computes its logits on request.
 #[derive(Debug, Clone)]
 pub struct Computed {
-    /// The model.
+    /// Model.
     pub model: Arc<Model>,
-    /// How.
+    /// Options of the computation.
     pub options: EvaluationOptions,
 }
 
 impl Reference for Computed {
-    /// Memory: those of a session, `4 * scored * vocab` bytes of logits. Errors: those of [`Session::forward`].
+    /// Computes the logits of `window`.
+    ///
+    /// Memory: that of a session, and `4 * scored * vocab` bytes of logits. Errors: those of
+    /// [`Session::forward`].
     fn logits(&mut self, window: &Window<'_>) -> Result<Vec<f32>> {
         let Window { input, first, .. } = window;
         let options = SessionOptions {

@@ -1,4 +1,4 @@
-//! A text, cut into the windows that a model is measured on.
+//! Text split into the windows that a model is measured on.
 #![forbid(unsafe_code)]
 
 use super::super::config::ModelConfig;
@@ -6,32 +6,35 @@ use super::super::config::ModelConfig;
 use super::super::tokenizer::Tokenizer;
 use crate::error::{Error, ErrorKind, Result};
 
-/// Windows of a text, each computed by itself. Of each the second half is scored, as llama.cpp's perplexity tool does
-/// it: figures at the same window are comparable.
+/// Windows of a text, each computed independently.
+///
+/// The second half of each is scored, as in llama.cpp's perplexity tool, so that figures with the
+/// same window are comparable.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Windows {
     tokens: Vec<u32>,
     len: usize,
-    /// What takes the place of the first token of each window.
+    /// Token that replaces the first one of each window.
     bos: Option<u32>,
 }
 
 /// One of the [`Windows`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Window<'a> {
-    /// Its number, from 0.
+    /// Index, from 0.
     pub index: usize,
-    /// What a model is given.
+    /// Input tokens of the model.
     pub input: Vec<u32>,
-    /// The first position whose logits are scored.
+    /// First position whose logits are scored.
     pub first: usize,
-    /// What follows each position that is scored.
+    /// Next token of each scored position.
     pub targets: &'a [u32],
 }
 
 impl Windows {
-    /// `text` in windows of `len` tokens, at most `limit` of them; what is left is not used. If `tokenizer` begins
-    /// texts with a token, each window gets it in place of its first.
+    /// Splits `text` into windows of `len` tokens, at most `limit`; the rest is unused.
+    ///
+    /// If `tokenizer` starts texts with a token, it replaces the first one of each window.
     ///
     /// Errors: those of [`Windows::new`] and of the tokenizer.
     #[cfg(feature = "text")]
@@ -42,9 +45,11 @@ impl Windows {
         Self::new(tokens, bos, len, limit)
     }
 
-    /// `tokens` in windows of `len`, at most `limit` of them; `bos`, if there is one, takes the place of the first of each.
+    /// Splits `tokens` into windows of `len`, at most `limit`; `bos`, if any, replaces the first
+    /// token of each.
     ///
-    /// Errors (`Argument`): `len` is below 4, `limit` 0, or there are fewer tokens than a window has.
+    /// Errors (`Argument`): `len` is below 4, `limit` 0, or there are fewer tokens than a window
+    /// has.
     pub fn new(mut tokens: Vec<u32>, bos: Option<u32>, len: usize, limit: usize) -> Result<Self> {
         if len < 4 || tokens.len() < len || limit == 0 {
             let message = format!("a text of {} tokens has no window of {len}", tokens.len());
@@ -55,22 +60,22 @@ impl Windows {
         Ok(Self { tokens, len, bos })
     }
 
-    /// How many there are.
+    /// Returns the number of windows.
     pub fn count(&self) -> usize {
         self.tokens.len() / self.len
     }
 
-    /// Tokens of a window.
+    /// Returns the tokens of a window.
     pub fn window(&self) -> usize {
         self.len
     }
 
-    /// Positions of a window that are scored.
+    /// Returns the number of scored positions of a window.
     pub fn scored(&self) -> usize {
         self.len - 1 - self.len / 2
     }
 
-    /// One after the other.
+    /// Iterates over the windows in order.
     pub fn iter(&self) -> impl Iterator<Item = Window<'_>> {
         let first = self.len / 2;
         let windows = self.tokens.chunks_exact(self.len).enumerate();
@@ -89,7 +94,9 @@ impl Windows {
         })
     }
 
-    /// Errors (`Argument`): a model of this config takes no such window, or has no such token.
+    /// Checks the windows against a model.
+    ///
+    /// Errors (`Argument`): a model of this config does not support the window, or lacks a token.
     pub(super) fn check(&self, config: &ModelConfig) -> Result<()> {
         let argument = |message, hint| Error::new(ErrorKind::Argument, message).hint(hint);
         let (len, context, vocab) = (self.len, config.context, config.vocab_size);

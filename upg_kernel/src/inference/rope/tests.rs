@@ -1,6 +1,6 @@
 use super::*;
 
-/// Relative; the witness computes in f32.
+/// Relative tolerance; transformers computes in f32.
 const FREQUENCY_TOLERANCE: f64 = 1e-6;
 
 fn config(theta: f64, dim: usize, scaling: RopeScaling) -> RopeConfig {
@@ -11,7 +11,8 @@ fn config(theta: f64, dim: usize, scaling: RopeScaling) -> RopeConfig {
     }
 }
 
-/// Frequencies and attention factors as `ROPE_INIT_FUNCTIONS` of transformers 5.23.0 gives them.
+/// Frequencies and attention factors as `ROPE_INIT_FUNCTIONS` of transformers 5.23.0 computes
+/// them.
 #[test]
 fn frequencies_are_those_of_transformers() {
     let long_rope = RopeScaling::LongRope {
@@ -146,7 +147,7 @@ fn only_longrope_has_a_switch_and_it_is_above_the_original_context() {
         [31, 32, 33].map(|len| rope.is_long(len)),
         [false, false, true]
     );
-    // Radians per position: 1 / 1 and 1 / 2; cos and sin are multiplied in both.
+    // Radians per position: 1 / 1 and 1 / 2; the attention factor applies to both.
     let angle = |long| rope.table(3, 1, long).cos[0];
     assert_eq!(angle(false), (1.5 * 3f64.cos()) as f32);
     assert_eq!(angle(true), (1.5 * 1.5f64.cos()) as f32);
@@ -155,7 +156,7 @@ fn only_longrope_has_a_switch_and_it_is_above_the_original_context() {
 
 #[test]
 fn turns_the_first_part_of_each_head_by_hand() {
-    // Two positions from 5 on, two heads of 6, of which 4 are turned: pairs (0, 2) and (1, 3).
+    // Two positions from 5 on, two heads of 6, of which 4 are rotated: pairs (0, 2) and (1, 3).
     let rope = Rope::new(&config(16.0, 4, RopeScaling::Default));
     let mut x: Vec<f32> = (0..24).map(|i| i as f32).collect();
     let before = x.clone();

@@ -15,7 +15,7 @@ fn of(p: &[f32]) -> Vec<f32> {
     p.iter().map(|p| p.ln()).collect()
 }
 
-/// The ids that the filters keep, most probable first, with probabilities that add up to 1.
+/// Returns the ids that the filters keep, most probable first, with normalized probabilities.
 fn kept(options: SamplingOptions, logits: &[f32], history: &[u32]) -> Vec<(u32, f32)> {
     let mut sampler = Sampler::new(options).unwrap();
     let mut logits = logits.to_vec();
@@ -81,7 +81,7 @@ fn each_filter_by_hand() {
     let top_k = |top_k| SamplingOptions { top_k, ..options() };
     assert_kept(&kept(top_k(2), &p, &[]), &[(1, 4.0 / 7.0), (2, 3.0 / 7.0)]);
     assert_kept(&kept(top_k(9), &p, &[]), &all);
-    // Equal logits: the lower ids stay.
+    // At a tie the lower ids stay.
     let equal = [(0, 0.5), (1, 0.5)];
     assert_kept(&kept(top_k(2), &[0.0; 5], &[]), &equal);
 
@@ -110,14 +110,14 @@ fn the_order_of_the_filters_shows() {
         ..options()
     };
     assert_kept(&kept(mix, &p, &[]), &[(1, 0.64), (2, 0.36)]);
-    // Top-k first: 4/7 of what it leaves reach 0.5; 0.4 of all would not.
+    // Top-k first: 4/7 of the kept probability reach 0.5; 0.4 of all would not.
     let mix = SamplingOptions {
         top_k: 2,
         top_p: 0.5,
         ..options()
     };
     assert_kept(&kept(mix, &p, &[]), &[(1, 1.0)]);
-    // Top-p before min-p: of all, 0.4 does not reach 0.55; of what min-p leaves, 4/7 would.
+    // Top-p before min-p: 0.4 of all does not reach 0.55; 4/7 of what min-p keeps would.
     let mix = SamplingOptions {
         top_p: 0.55,
         min_p: 0.6,
@@ -137,7 +137,7 @@ fn processors_change_logits_one_after_the_other() {
         .unwrap()
         .with_processor(bias(vec![(0, -INF)]))
         .with_processor(bias(vec![(3, 1.5)]));
-    // Token 1 was there twice, token 0 is excluded, and 1.0 + 1.5 is above 2.0.
+    // Token 1 occurs twice, token 0 is excluded, and 1.0 + 1.5 is above 2.0.
     assert_eq!(
         sampler.sample(&[9.0, 3.5, 2.0, 1.0], &[1, 2, 1]).unwrap(),
         3
@@ -161,8 +161,8 @@ fn repetition_is_penalized_once_for_each_recent_token() {
             .sample(logits, history)
             .unwrap()
     };
-    // 3 / 2 is above 1.4, but would not be if it were divided twice; ids that do not exist count
-    // for nothing.
+    // 3 / 2 is above 1.4, but would not be if it were divided twice; ids beyond the vocabulary are
+    // ignored.
     assert_eq!(choose(64, &[3.0, 1.4], &[0, 0, 99]), 0);
     assert_eq!(choose(64, &[3.0, 1.6], &[0]), 1);
     // Negative logits are multiplied.
@@ -229,7 +229,7 @@ fn useless_logits_and_options_are_errors() {
 #[test]
 fn frequencies_follow_the_probabilities() {
     const DRAWS: u32 = 20_000;
-    // Chi-square of 4 degrees of freedom: above 18.5 in one of 1,000 seeds.
+    // Chi-square with 4 degrees of freedom: above 18.5 for one in 1,000 seeds.
     const LIMIT: f64 = 18.5;
     let p = [0.05, 0.5, 0.25, 0.15, 0.05];
     let orders = [
@@ -274,6 +274,6 @@ fn the_seed_decides() {
     };
     assert_eq!(draw(7), draw(7));
     assert_ne!(draw(7), draw(8));
-    // The random numbers are part of the promise: another generator would give other text.
+    // The random numbers are guaranteed: another generator would give other text.
     assert_eq!(draw(7)[..4], [15, 16, 70, 72]);
 }

@@ -1,8 +1,8 @@
-//! The parts that a `tokenizer.json` may be made of.
+//! Allowed components of a `tokenizer.json`.
 //!
-//! The `tokenizers` crate trusts its file: some parts end the process when their parameters are wrong,
-//! and a few replacements after each other can ask for any memory. So only parts that the tokenizers of
-//! the supported families are made of are let through, with parameters that can do no harm.
+//! The `tokenizers` crate trusts its file: some components end the process if their parameters are
+//! wrong, and a few successive replacements can exhaust memory. So only components that occur in
+//! tokenizers of the supported families are allowed, with harmless parameters.
 #![forbid(unsafe_code)]
 
 use super::expressions::examine;
@@ -11,22 +11,23 @@ use crate::format::json;
 use crate::{Error, ErrorKind, Result};
 use serde_json::Value;
 
-/// Most times that all replacements together may make a text longer.
+/// Maximum factor by which all replacements together lengthen a text.
 const MAX_GROWTH: usize = 64;
 
-/// Characters that a decoder may cut off.
+/// Maximum characters that a decoder may strip.
 const MAX_CUT: u64 = 1024;
 
-/// Parts within parts.
+/// Maximum nesting of components.
 const MAX_DEPTH: usize = 8;
 
-/// Parts of a normalizer, a pre-tokenizer, and so on: each goes over the whole text. Published ones have up to ten.
+/// Maximum components of a normalizer, a pre-tokenizer, and so on; each processes the whole
+/// text. Published ones have up to ten.
 const MAX_PARTS: usize = 64;
 
-/// Ids that a post-processor may put around a text. Published ones put up to three.
+/// Maximum ids that a post-processor may put around a text. Published ones put up to three.
 const MAX_FRAME: usize = 64;
 
-/// Characters of an expression that an error shows.
+/// Maximum characters of an expression in an error.
 const SHOWN: usize = 60;
 
 const NORMALIZERS: &[&str] = &[
@@ -69,9 +70,9 @@ const DECODERS: &[&str] = &[
 ];
 
 impl Parts {
-    /// Returns by how much the normalizer may make a text longer.
+    /// Returns the factor by which the normalizer may lengthen a text.
     ///
-    /// Errors (`Unsupported`): a part that is not known, or one with parameters of no use.
+    /// Errors (`Unsupported`): an unknown component, or one with unusable parameters.
     pub(super) fn check(&self) -> Result<usize> {
         let model = &self.model;
         // Old files do not name the kind of model.
@@ -112,10 +113,11 @@ impl Parts {
     }
 }
 
-/// Checks that a post-processor puts a few ids around the text, which it takes once.
+/// Checks that a post-processor puts only a few ids around the text and uses the text once.
 ///
-/// Errors (`Unsupported`): two parts that put ids around a text, of which the second ends the process; a template without
-/// the text, with more than one of it, or with more than [`MAX_FRAME`] ids.
+/// Errors (`Unsupported`): two components that put ids around a text, of which the second ends the
+/// process; a template without the text, with more than one of it, or with more than [`MAX_FRAME`]
+/// ids.
 fn check_frame(post_processor: &Value) -> Result<()> {
     let mut frames = Vec::new();
     find_frames(post_processor, MAX_DEPTH, &mut frames);
@@ -156,7 +158,7 @@ fn check_frame(post_processor: &Value) -> Result<()> {
     }
 }
 
-/// Lists the parts that put ids around a text.
+/// Lists the components that put ids around a text.
 fn find_frames<'a>(part: &'a Value, depth: usize, frames: &mut Vec<&'a Value>) {
     let inner = part.get("processors").and_then(Value::as_array);
     if is_type(part, "Sequence") && depth > 0 {
@@ -172,15 +174,15 @@ fn is_type(part: &Value, kind: &str) -> bool {
     part.get("type").is_some_and(|found| found == kind)
 }
 
-/// The size of some parts together.
+/// Total size of several components.
 struct Size {
-    /// Times that they may make a text longer.
+    /// Factor by which they may lengthen a text.
     growth: usize,
-    /// Number of parts.
+    /// Number of components.
     parts: usize,
 }
 
-/// Checks one part and those in it, and adds them to `size`.
+/// Checks one component and those nested in it, and adds them to `size`.
 fn check(part: &Value, what: &str, known: &[&str], depth: usize, size: &mut Size) -> Result<()> {
     if part.is_null() {
         return Ok(());

@@ -1,8 +1,9 @@
-//! Points at which a long text may be cut so that its pieces have the ids of the whole.
+//! Points at which a long text may be cut without changing its ids.
 //!
-//! A point between two characters is taken only if no part of the tokenizer can see across it: no added token lies over
-//! it, the normalizer changes each side by itself, and either the pre-tokenizer cuts there anyway or no token of the
-//! vocabulary has both characters side by side, so that no merge can join them.
+//! A point between two characters is used only if no component of the tokenizer can see across it.
+//! No added token spans it, and the normalizer changes each side separately. Either the
+//! pre-tokenizer splits there anyway, or no token of the vocabulary has both characters side by
+//! side, so that no merge can join them.
 #![forbid(unsafe_code)]
 
 use super::MAX_TEXT_BYTES;
@@ -13,50 +14,53 @@ use serde_json::Value;
 use std::collections::HashSet;
 use std::sync::OnceLock;
 
-/// Bytes from which on a piece ends at the next point.
+/// Minimum bytes of a piece, which ends at the next point.
 const PIECE: usize = 32 << 10;
 
-/// Most times that the normalizers of published tokenizers make a text longer: three bytes for a space, and before a
-/// text.
+/// Maximum factor by which the normalizers of published tokenizers lengthen a text.
+///
+/// They turn a space into three bytes, and add some before a text.
 const USUAL_GROWTH: usize = 9;
 
-/// The cut points of one tokenizer.
+/// Cut points of one tokenizer.
 pub(super) struct CutPoints {
     rule: Rule,
-    /// Last characters of added tokens: such a token may take the white space after it, and the text behind it is
-    /// normalized as the begin of a text.
+    /// Last characters of added tokens.
+    ///
+    /// Such a token may take the whitespace after it, and the text after that is normalized as the
+    /// start of a text.
     ends: HashSet<char>,
-    /// [`PIECE`], but in tests.
+    /// Piece size, [`PIECE`] except in tests.
     pub(super) piece: usize,
-    /// Most bytes of a piece.
+    /// Maximum bytes of a piece.
     most: usize,
 }
 
 enum Rule {
-    /// None are known.
+    /// No points are known.
     None,
-    /// Between words, where the pre-tokenizer cuts.
+    /// Between words, where the pre-tokenizer splits.
     Words {
-        /// Before a space only: other white space would be given a space of its own.
+        /// Flag: only before a space, because other whitespace would be given its own space.
         spaces_only: bool,
-        /// Between ASCII characters only, which no normalizer joins.
+        /// Flag: only between ASCII characters, which no normalizer joins.
         ascii: bool,
     },
     /// Between characters that no token has side by side.
     Pairs {
-        /// The character that the normalizer puts in the place of a space.
+        /// Character that the normalizer substitutes for a space.
         space: char,
-        /// Before a space only, as in `Words`.
+        /// Flag: only before a space, as in `Words`.
         spaces_only: bool,
         pairs: OnceLock<Pairs>,
     },
 }
 
-/// The characters of a vocabulary.
+/// Characters of a vocabulary.
 struct Pairs {
     /// Characters that are tokens by themselves.
     single: HashSet<char>,
-    /// Pairs of characters that stand side by side in a token.
+    /// Pairs of characters that are adjacent in a token.
     joined: HashSet<(char, char)>,
 }
 
@@ -86,9 +90,9 @@ impl CutPoints {
         }
     }
 
-    /// Returns the bytes of the first piece of `text`: all of them if there is nowhere to cut it.
+    /// Returns the bytes of the first piece of `text`: all of them if it cannot be cut.
     ///
-    /// Errors (`TooLarge`): the piece is too long for a normalizer that may make it far longer.
+    /// Errors (`TooLarge`): the piece is too long for a normalizer that may lengthen it greatly.
     pub(super) fn first_piece(&self, text: &str, inner: &tokenizers::Tokenizer) -> Result<usize> {
         if text.len() <= self.piece {
             return Ok(text.len());
@@ -220,7 +224,7 @@ impl Rule {
                 let is_line_end = |c| matches!(c, '\r' | '\n');
                 let ends_word = !x.is_whitespace()
                     && y.is_whitespace()
-                    // Line ends belong to punctuation before them.
+                    // Line ends belong to the punctuation before them.
                     && (!is_line_end(y) || x.is_ascii_alphanumeric());
                 let starts_line = !w.is_whitespace() && x == '\n' && y.is_alphanumeric();
                 ends_word || starts_line
@@ -271,7 +275,7 @@ impl Pairs {
     }
 }
 
-/// Appends the parts of a part in order, without the sequences that hold them.
+/// Appends the components of a component in order, without the sequences that hold them.
 fn flatten<'a>(part: &'a Value, items: &str, parts: &mut Vec<&'a Value>) {
     match part.get(items).and_then(Value::as_array) {
         Some(items_of_it) if kind(part) == "Sequence" => {
@@ -293,7 +297,7 @@ fn replacement(metaspace: &Value) -> char {
     text.chars().next().unwrap_or('▁')
 }
 
-/// Returns the cuts of a `Split` that keeps its matches and the text between them apart.
+/// Returns the cuts of a `Split` that separates its matches from the text between them.
 fn split_cuts(step: &Value) -> Cuts {
     let keeps_apart = match step["behavior"].as_str() {
         Some("Isolated") => true,
@@ -315,7 +319,7 @@ fn splits_after_spaces(step: &Value) -> bool {
         && step["invert"] != true
 }
 
-/// Returns whether white space and something else stand side by side in `content`.
+/// Returns whether whitespace and another character are adjacent in `content`.
 fn has_space_within(content: &str) -> bool {
     let next = content.chars().skip(1);
     content

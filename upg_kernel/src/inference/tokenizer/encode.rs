@@ -1,4 +1,4 @@
-//! From text to ids: in pieces, with a flag looked at between them.
+//! Encoding of text to ids, in pieces, with an interrupt flag checked between them.
 #![forbid(unsafe_code)]
 
 use super::{MAX_RUN_CHARS, MAX_TEXT_BYTES, Tokenizer, contained, wrapped};
@@ -9,12 +9,12 @@ use tokenizers::{
     OffsetType, PreTokenizer,
 };
 
-/// How the special tokens that stand in a text are read.
+/// Treatment of special tokens that occur in a text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SpecialText {
-    /// `<|im_end|>` in the text becomes the token of that name (what transformers does).
+    /// `<|im_end|>` in the text becomes the token of that name, as in transformers.
     Parse,
-    /// Special tokens in the text are ordinary characters: for text from people who are not
+    /// Special tokens in the text are ordinary characters. For text from people who are not
     /// trusted to write them.
     Plain,
 }
@@ -22,12 +22,13 @@ pub enum SpecialText {
 /// Options of [`Tokenizer::encode_with`].
 #[derive(Debug, Clone, Copy)]
 pub struct EncodeOptions<'a> {
-    /// Puts begin and end of sequence around the text where the model wants them. Leave it off for text that a chat
-    /// template made, which has them already.
+    /// Adds begin and end of sequence where the model wants them.
+    ///
+    /// Leave it off for the output of a chat template, which has them already.
     pub add_special: bool,
-    /// How special tokens in the text are read.
+    /// Treatment of special tokens in the text.
     pub special_text: SpecialText,
-    /// A flag that ends the work with an error of kind `Interrupted`, once it is raised.
+    /// Flag that, once set, ends the work with an error of kind `Interrupted`.
     pub interrupt: Option<&'a AtomicBool>,
 }
 
@@ -53,14 +54,15 @@ impl EncodeOptions<'_> {
 }
 
 impl Tokenizer {
-    /// Returns the ids of `text`; special tokens in it are parsed. `add_special` puts begin and end of
-    /// sequence around it where the model wants them: leave it off for text that a chat template
-    /// made, which has them already.
+    /// Returns the ids of `text`; special tokens in it are parsed.
+    ///
+    /// `add_special` adds begin and end of sequence where the model wants them. Leave it off for
+    /// the output of a chat template, which has them already.
     ///
     /// # Errors
-    /// `TooLarge` when the text is above [`MAX_TEXT_BYTES`] or has a run above [`MAX_RUN_CHARS`]; also when over 2 MiB
-    /// of it cannot be cut and the tokenizer's normalizer may make them over nine times longer, which those of
-    /// published tokenizers do not.
+    /// `TooLarge` if the text is above [`MAX_TEXT_BYTES`] or has a run above [`MAX_RUN_CHARS`].
+    /// Also if over 2 MiB of it cannot be cut and the tokenizer's normalizer may make them over
+    /// nine times longer, which those of published tokenizers do not.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
         self.encode_with(
             text,
@@ -71,7 +73,7 @@ impl Tokenizer {
         )
     }
 
-    /// [`Tokenizer::encode`] with the choice of how special tokens in `text` are read.
+    /// Runs [`Tokenizer::encode`] with a choice of how special tokens in `text` are treated.
     ///
     /// The first call with [`SpecialText::Plain`] copies the vocabulary (tens of MB).
     ///
@@ -93,14 +95,15 @@ impl Tokenizer {
         )
     }
 
-    /// [`Tokenizer::encode`] that a flag can end.
+    /// Runs [`Tokenizer::encode`], interruptible by a flag.
     ///
-    /// A long text is encoded in pieces of about 32 KiB, cut where the ids are the same as those of the whole, and the
-    /// flag is looked at between them: each takes some tens of milliseconds. Memory is that of a piece and of the ids.
+    /// A long text is encoded in pieces of about 32 KiB, cut where this does not change the ids.
+    /// The flag is checked between them; each takes some tens of milliseconds. Memory is that of a
+    /// piece and of the ids.
     ///
-    /// Some tokenizers have no such cuts, or none in some texts. A stretch without a cut is one piece: it takes time
-    /// about linear in its length (up to a second a MiB), in which the flag is not looked at, and up to 300 times its
-    /// bytes of memory.
+    /// Some tokenizers have no such cut points, or none in some texts. A stretch without a cut
+    /// point is one piece. It takes time about linear in its length (up to a second per MiB),
+    /// during which the flag is not checked, and memory up to 300 times its bytes.
     ///
     /// # Errors
     /// The errors of [`Tokenizer::encode`]; `Interrupted`.
@@ -148,8 +151,10 @@ impl Tokenizer {
         Ok(ids)
     }
 
-    /// `add_bos_token`/`add_eos_token` of the configuration add what the post-processor has left out:
-    /// some files say it in one place only. As in transformers, `false` takes nothing away.
+    /// Adds begin and end tokens of `add_bos_token`/`add_eos_token` that the post-processor has
+    /// left out.
+    ///
+    /// Some files specify them in one place only. As in transformers, `false` removes nothing.
     fn settle_bos_eos(&self, ids: &mut Vec<u32>) {
         if let (Some(bos), Some(wanted)) = (self.special.bos, self.add_bos) {
             let there = ids.first() == Some(&bos);
@@ -165,7 +170,8 @@ impl Tokenizer {
     }
 }
 
-/// Appends the ids of a piece, as `tokenizers::Tokenizer::encode_fast` makes them without special tokens.
+/// Appends the ids of a piece, as `tokenizers::Tokenizer::encode_fast` gives them without
+/// special tokens.
 fn encode_piece(
     tokenizer: &tokenizers::Tokenizer,
     piece: &str,
@@ -189,7 +195,9 @@ fn encode_piece(
     Ok(())
 }
 
-/// The normalizer of a tokenizer for one piece of a text: what goes before a text goes before the first piece only.
+/// Normalizer of a tokenizer for one piece of a text.
+///
+/// A prefix before the text is added to the first piece only.
 struct PieceNormalizer<'a> {
     whole: Option<&'a NormalizerWrapper>,
     is_first: bool,
@@ -201,7 +209,7 @@ impl PieceNormalizer<'_> {
         part: &NormalizerWrapper,
         text: &mut NormalizedString,
     ) -> tokenizers::Result<()> {
-        // Behind an added token a text begins anew.
+        // After an added token a text starts anew.
         let is_continued = !self.is_first && text.offsets_original().0 == 0;
         match part {
             NormalizerWrapper::Sequence(parts) => parts
@@ -220,8 +228,10 @@ impl Normalizer for PieceNormalizer<'_> {
     }
 }
 
-/// Returns `ids` with the ids that the post-processor puts around them. It is shown one token in their place, which costs
-/// less than all; that it takes the text once was checked when the tokenizer was read.
+/// Returns `ids` with the ids that the post-processor puts around them.
+///
+/// It gets one token in their place, which costs less than all. When the tokenizer was read, it was
+/// checked that the post-processor uses the text once.
 fn framed(
     tokenizer: &tokenizers::Tokenizer,
     ids: &[u32],

@@ -1,21 +1,24 @@
-//! The expressions that a text may be cut by.
+//! Regular expressions that may split a text.
 //!
-//! `Split` searches from where the last match ended. An expression that looks far ahead and then takes little makes this
-//! quadratic in the text, and one that goes back over a long stretch is given up by its engine, which leaves the rest of
-//! the text in one piece. So each alternative of an expression has to take all that it has looked at, but for a
-//! few characters, or be one of the known ones that leave the rest to the alternative after them.
+//! `Split` searches from the end of the last match. An expression that looks far ahead and then
+//! takes little makes this quadratic in the text. On one that backtracks over a long stretch the
+//! regex engine gives up, which leaves the rest of the text in one piece. So each alternative of an
+//! expression must take everything that it has looked at, except for a few characters, or be one of
+//! the known ones that leave the rest to the alternative after them.
 #![forbid(unsafe_code)]
 
 use regex_syntax::hir::{Hir, HirKind, Repetition};
 
-/// Bytes of an expression: the longest known one has 400.
+/// Maximum bytes of an expression: the longest known one has 400.
 const MAX_EXPRESSION: usize = 2048;
 
-/// Bytes that an alternative may look at in vain: those of 16 characters.
+/// Maximum bytes that an alternative may look at in vain: those of 16 characters.
 const MAX_LOOK: usize = 64;
 
-/// Alternatives of published tokenizers. None matches a character and white space after it, except line ends after
-/// punctuation, and none depends on what follows a match that ends in anything but white space.
+/// Alternatives of published tokenizers.
+///
+/// None matches a character and whitespace after it, except line ends after punctuation. None
+/// depends on what follows a match that ends in anything but whitespace.
 const WORDS: &[&str] = &[
     "'s",
     "'t",
@@ -51,8 +54,10 @@ const WORDS: &[&str] = &[
     "[一-龥぀-ゟ゠-ヿ]+",
 ];
 
-/// Alternatives that take all white space from a place on. Those before the last one look over it, and take it but for
-/// one character or leave it to the last one.
+/// Alternatives that take all whitespace from a position on.
+///
+/// Those before the last one look over it, and take it except for one character or leave it to the
+/// last one.
 const SPACES: &[&[&str]] = &[
     &[r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+"],
     &[r"\s*[\r\n]+", r"\s+"],
@@ -62,8 +67,9 @@ const SPACES: &[&[&str]] = &[
     &[r"\s+(?!\S)", r"\s+"],
 ];
 
-/// Words that end where upper case follows lower case, with and without contractions. The first one looks over upper case
-/// in vain, the second one takes it.
+/// Words that end where upper case follows lower case, with and without contractions.
+///
+/// The first one looks over upper case in vain, the second one takes it.
 const CASED: &[&[&str]] = &[
     &[
         r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
@@ -75,21 +81,24 @@ const CASED: &[&[&str]] = &[
     ],
 ];
 
-/// White space at the end of a text: one search, which fails or is the last.
+/// Whitespace at the end of a text: one search, which fails or is the last.
 const TRAILING: &[&str] = &[r"\s+$"];
 
 /// Knowledge of the cuts that an expression makes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Cuts {
-    /// It cuts before white space that follows another character, whatever else there is in the text.
+    /// It cuts before whitespace that follows another character, whatever else there is in the
+    /// text.
     BeforeSpaces,
-    /// It cuts at some places, but never at one that depends on the other side of such white space.
+    /// It cuts at some places, but never at one that depends on the other side of such
+    /// whitespace.
     Within,
     /// It takes time linear in the text; nothing is known of its cuts.
     Anywhere,
 }
 
-/// Returns the cuts that `expression` makes; `None` if its time may be more than linear in the text.
+/// Returns the cuts that `expression` makes; `None` if its time may be more than linear in
+/// the text.
 pub(super) fn examine(expression: &str) -> Option<Cuts> {
     if expression.len() > MAX_EXPRESSION || sets_flags(expression) {
         return None;
@@ -120,7 +129,7 @@ pub(super) fn examine(expression: &str) -> Option<Cuts> {
     Some(if all_known { cuts } else { Cuts::Anywhere })
 }
 
-/// Returns the alternatives of an expression: the parts between bars that are in no group and no class.
+/// Returns the alternatives of an expression: the parts between top-level bars.
 fn alternatives(expression: &str) -> Vec<&str> {
     let (mut parts, mut start) = (Vec::new(), 0);
     let (mut escaped, mut classes, mut groups) = (false, 0_usize, 0_usize);
@@ -145,7 +154,9 @@ fn alternatives(expression: &str) -> Vec<&str> {
     parts
 }
 
-/// Returns whether a flag is set for all that follows, other alternatives too: they are examined one by one.
+/// Returns whether a flag is set for everything that follows.
+///
+/// It would affect other alternatives too, which are examined separately.
 fn sets_flags(expression: &str) -> bool {
     expression.split("(?").skip(1).any(|rest| {
         let rest = rest.trim_start_matches(|c: char| c.is_ascii_alphabetic() || c == '-');
@@ -153,8 +164,9 @@ fn sets_flags(expression: &str) -> bool {
     })
 }
 
-/// Returns whether a search for `hir` looks at most [`MAX_LOOK`] bytes beyond what it matches: once it repeats something without
-/// a bound it can end after each repetition.
+/// Returns whether a search for `hir` looks at most [`MAX_LOOK`] bytes beyond its match.
+///
+/// Once it repeats something without a bound, it can end after each repetition.
 fn takes_what_it_sees(hir: &Hir) -> bool {
     let properties = hir.properties();
     properties.look_set().is_empty()
@@ -187,8 +199,9 @@ fn is_short(hir: &Hir) -> bool {
         .is_some_and(|most| most <= MAX_LOOK)
 }
 
-/// Returns whether this repeats a short part, or one character class over and over (`x++`, where the second sign means something
-/// else to the engine and takes as much).
+/// Returns whether this repeats a short part, or one character class.
+///
+/// In `x++` the second sign has another meaning in the engine, but takes as much.
 fn repeats_freely(repetition: &Repetition) -> bool {
     let least = repetition.sub.properties().minimum_len().unwrap_or(0);
     let is_bounded_before = least.saturating_mul(repetition.min as usize) <= MAX_LOOK;
@@ -205,7 +218,7 @@ fn repeats_freely(repetition: &Repetition) -> bool {
 mod tests {
     use super::*;
 
-    /// The expression that `ByteLevel` has built in.
+    /// Built-in expression of `ByteLevel`.
     const GPT2: &str =
         r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
 

@@ -1,8 +1,9 @@
-//! Reads a `tokenizer.json` within its budget, and makes a tokenizer of it.
+//! Bounded reader of `tokenizer.json`, and construction of a tokenizer from it.
 //!
-//! The `tokenizers` crate reads a model into three trees of values, one after the other, which take 15 to 30 times the
-//! text. Here tokens and merges go straight into the lists that the crate makes its model of; lists above their caps are
-//! counted to the end and not kept. Memory: at most 16 times the file, and 4 MiB.
+//! The `tokenizers` crate reads a model into three trees of values, one after the other, which take
+//! 15 to 30 times the text. Here tokens and merges go straight into the lists that the crate builds
+//! its model from; lists above their limits are counted to the end but not stored. Memory: at most
+//! 16 times the file plus 4 MiB.
 #![forbid(unsafe_code)]
 
 use super::wrapped;
@@ -21,25 +22,26 @@ use tokenizers::{
     PreTokenizerWrapper, TokenizerBuilder,
 };
 
-/// Most tokens of a vocabulary: the largest published ones have 262,144.
+/// Maximum tokens of a vocabulary: the largest published ones have 262,144.
 pub const MAX_TOKENS: usize = 1 << 19;
 
-/// Most merges: Gemma has 580,604.
+/// Maximum merges: Gemma has 580,604.
 pub const MAX_MERGES: usize = 1 << 20;
 
-/// Most added tokens: models that speak have one for each of 65,536 sounds.
+/// Maximum added tokens: speech models have one for each of 65,536 sounds.
 pub const MAX_ADDED_TOKENS: usize = 1 << 17;
 
-/// Bytes of all added tokens, which become a table of 16 bytes for each of theirs.
+/// Maximum bytes of all added tokens, which become a table of 16 bytes for each of theirs.
 pub const MAX_ADDED_BYTES: usize = 2 << 20;
 
-/// Values in a part that is neither vocabulary nor added tokens; real ones have less than 300.
+/// Maximum values in a component that is neither vocabulary nor added tokens; real ones have
+/// less than 300.
 const MAX_PART_VALUES: usize = 1 << 14;
 
-/// The version of all files.
+/// Version of all files.
 const VERSION: &str = "1.0";
 
-/// Errors (`TooLarge`): a file has more than `most` of `what`.
+/// Checks a count. Errors (`TooLarge`): a file has more than `most` of `what`.
 pub fn check_count(what: &str, found: usize, most: usize) -> Result<()> {
     match found <= most {
         true => Ok(()),
@@ -52,7 +54,7 @@ pub fn check_count(what: &str, found: usize, most: usize) -> Result<()> {
 
 /// Parses the text of a `tokenizer.json`.
 ///
-/// Errors: `TooLarge` above a cap; `Malformed`.
+/// Errors: `TooLarge` above a limit; `Malformed`.
 pub(super) fn parse(tokenizer_json: &[u8]) -> Result<Parts> {
     check_tokenizer_bytes(tokenizer_json.len())?;
     let parts: Parts = serde_json::from_slice(tokenizer_json).map_err(refused)?;
@@ -72,7 +74,7 @@ pub(super) fn parse(tokenizer_json: &[u8]) -> Result<Parts> {
     Ok(parts)
 }
 
-/// The parts of a file.
+/// Components of a file.
 #[derive(Deserialize)]
 pub(super) struct Parts {
     #[serde(default)]
@@ -96,9 +98,10 @@ impl Parts {
         self.model.ignore_merges.unwrap_or(false)
     }
 
-    /// The tokenizer of these parts; takes the vocabulary out of them.
+    /// Builds the tokenizer of these components; moves the vocabulary out of them.
     ///
-    /// Errors: `Malformed` for a part that the crate does not take; `Invalid` for merges of or into something that is no token.
+    /// Errors: `Malformed` for a component that the crate does not accept; `Invalid` for merges of
+    /// or into something that is not a token.
     pub(super) fn tokenizer(&mut self) -> Result<tokenizers::Tokenizer> {
         let malformed = |e| wrapped(ErrorKind::Malformed, "tokenizer.json", e);
         let model = self.model.build()?;
@@ -126,17 +129,17 @@ impl Parts {
     }
 }
 
-/// A part as the crate has it.
+/// Converts a component to the crate's type.
 fn read<T: DeserializeOwned>(part: &Value) -> Result<Option<T>> {
     serde_json::from_str(&part.to_string()).map_err(|e| json::error("tokenizer.json", e))
 }
 
-/// Reads a part that is checked later.
+/// Reads a component that is checked later.
 pub(super) fn part<'de, D: Deserializer<'de>>(from: D) -> Result<Value, D::Error> {
     json::Tree(&mut json::Values::new(MAX_PART_VALUES)).deserialize(from)
 }
 
-/// The error for a text that could not be read.
+/// Returns the error for a text that could not be read.
 fn refused(e: serde_json::Error) -> Error {
     match json::is_too_many(&e) {
         true => Error::new(
@@ -147,7 +150,7 @@ fn refused(e: serde_json::Error) -> Error {
     }
 }
 
-/// The model, with what its kind says of how texts are cut into tokens.
+/// Model, with the settings of its kind that affect how texts are split into tokens.
 #[derive(Deserialize)]
 pub(super) struct Model {
     #[serde(rename = "type")]
@@ -171,7 +174,7 @@ impl Model {
             let message = "tokenizer.json: the model has no vocab or no merges";
             return Err(Error::new(ErrorKind::Malformed, message));
         };
-        // The crate takes for granted that no merge is longer than all tokens.
+        // The crate assumes that no merge is longer than all tokens.
         let longest = vocab.keys().map(String::len).max().unwrap_or(0);
         let merged = merges.iter().map(|(left, right)| left.len() + right.len());
         if let Some(rank) = merged.into_iter().position(|len| len > longest) {
@@ -191,12 +194,12 @@ impl Model {
     }
 }
 
-/// A vocabulary: the ids of tokens.
+/// Vocabulary: the ids of tokens.
 #[derive(Default)]
 struct Tokens {
-    /// How many the file lists; `ids` ends at the cap.
+    /// Number of tokens in the file; `ids` ends at the limit.
     found: usize,
-    /// `None` for what is no object.
+    /// Ids of the tokens; `None` if it is not an object.
     ids: Option<Vocab>,
 }
 
@@ -219,7 +222,7 @@ impl<'de> Visitor<'de> for TokensVisitor {
         Ok(Tokens::default())
     }
 
-    /// The vocabulary of another kind of model, which is refused later.
+    /// Skips the vocabulary of another kind of model, which is refused later.
     fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Tokens, A::Error> {
         while list.next_element::<IgnoredAny>()?.is_some() {}
         Ok(Tokens::default())
@@ -242,12 +245,12 @@ impl<'de> Visitor<'de> for TokensVisitor {
     }
 }
 
-/// The merges, the first ones first.
+/// Merges in order of priority.
 #[derive(Default)]
 pub(super) struct MergeList {
-    /// How many the file lists; `pairs` ends at the cap.
+    /// Number of merges in the file; `pairs` ends at the limit.
     found: usize,
-    /// `None` if there is no list.
+    /// Merged pairs; `None` if there is no list.
     pairs: Option<Merges>,
 }
 
@@ -286,7 +289,7 @@ impl<'de> Visitor<'de> for MergeListVisitor {
             };
             found += 1;
             let (this, pair) = match merge {
-                // Old files begin with a line of this kind.
+                // Old files start with a line of this kind.
                 Merge::Text(None) => continue,
                 Merge::Text(Some(pair)) => (Form::Text, pair),
                 Merge::List(pair) => (Form::List, pair),
@@ -304,14 +307,14 @@ impl<'de> Visitor<'de> for MergeListVisitor {
     }
 }
 
-/// How merges are written down.
+/// Notation of merges.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Form {
     Text,
     List,
 }
 
-/// `"left right"` or `["left", "right"]`.
+/// Merge `"left right"` or `["left", "right"]`.
 enum Merge {
     Text(Option<(String, String)>),
     List((String, String)),
@@ -352,16 +355,16 @@ impl<'de> Visitor<'de> for MergeVisitor {
     }
 }
 
-/// The added tokens.
+/// Added tokens.
 #[derive(Default)]
 pub(super) struct Added {
-    /// How many the file lists, and their bytes; `tokens` ends at the caps.
+    /// Number of added tokens in the file, and their bytes; `tokens` ends at the limits.
     found: usize,
     bytes: usize,
     pub(super) tokens: Vec<AddedTokenWithId>,
 }
 
-/// An added token; all of its fields have to be there.
+/// Added token; all of its fields are required.
 #[derive(Deserialize)]
 pub(super) struct AddedTokenWithId {
     pub(super) id: u32,

@@ -1,25 +1,27 @@
-//! Text from ids that arrive one by one.
+//! Streaming decoder of ids that arrive one by one.
 #![forbid(unsafe_code)]
 
 use super::Tokenizer;
 use crate::Result;
 use std::borrow::Borrow;
 
-/// Ids that may wait for their successors. Real text needs four at most (one character in bytes);
-/// a model that writes nothing but broken bytes must not make every step longer than the last.
+/// Maximum pending ids.
+///
+/// Real text needs four at most (one character in bytes). If a model writes only broken bytes,
+/// steps must not keep getting longer.
 const MAX_PENDING: usize = 256;
 
-/// Turns a stream of ids into text without ever giving half a character.
+/// Decoder of a stream of ids that never returns half a character.
 ///
 /// The concatenation of everything that [`push`](Self::push) and [`finish`](Self::finish) return
-/// equals [`Tokenizer::decode`] of all ids (unless more than 256 ids in a row give no
-/// whole character). A step decodes a handful of ids, whatever came before.
+/// equals [`Tokenizer::decode`] of all ids (unless more than 256 consecutive ids give no whole
+/// character). A step decodes a handful of ids, independent of the length of the stream.
 ///
-/// What an id decodes to depends on its neighbours: a space is stripped at the start of a text
-/// only, and bytes join to characters. So each step decodes the ids whose text was returned last
-/// together with the new ones, and returns what the new ones add.
+/// The text of an id depends on its neighbours: a space is stripped at the start of a text only,
+/// and bytes join to characters. So each step decodes the ids whose text was returned last together
+/// with the new ones, and returns the text that the new ones add.
 ///
-/// `T` is the tokenizer: a reference, or an [`Arc`](std::sync::Arc) for a stream that is kept.
+/// `T` is the tokenizer: a reference, or an [`Arc`](std::sync::Arc) for a stream that is stored.
 #[derive(Debug)]
 pub struct DecodeStream<T> {
     tokenizer: T,
@@ -33,7 +35,7 @@ pub struct DecodeStream<T> {
 }
 
 impl<T: Borrow<Tokenizer>> DecodeStream<T> {
-    /// Makes a stream at the start of a text; `skip_special` leaves the special tokens out.
+    /// Creates a stream at the start of a text; `skip_special` omits special tokens.
     pub fn new(tokenizer: T, skip_special: bool) -> Self {
         Self {
             tokenizer,
@@ -44,19 +46,20 @@ impl<T: Borrow<Tokenizer>> DecodeStream<T> {
         }
     }
 
-    /// Takes one id and returns the text that has become certain by it, often empty.
+    /// Takes one id and returns the text that is now certain, often empty.
     ///
     /// # Errors
     /// As [`Tokenizer::decode`].
     pub fn push(&mut self, id: u32) -> Result<String> {
-        // Such ids decode to nothing, and must not stand as the context of others.
+        // Such ids decode to nothing, and must not be the context of others.
         let tokenizer = self.tokenizer.borrow();
         if self.skip_special && tokenizer.is_special(id) || tokenizer.id_to_token(id).is_none() {
             return Ok(String::new());
         }
         self.pending.push(id);
         let full = self.pending.len() >= MAX_PENDING;
-        // A run of raw bytes decodes as a whole: one wrong byte spoils the characters before it.
+        // A run of raw bytes is decoded as a whole: one invalid byte affects the characters before
+        // it.
         if !full && self.tokenizer.borrow().is_fallback_byte(id) {
             return Ok(String::new());
         }
@@ -68,7 +71,7 @@ impl<T: Borrow<Tokenizer>> DecodeStream<T> {
         Ok(text)
     }
 
-    /// The text that is still held back, at the end of the stream.
+    /// Returns the text that is still pending, at the end of the stream.
     ///
     /// # Errors
     /// As [`Tokenizer::decode`].
@@ -91,8 +94,9 @@ impl<T: Borrow<Tokenizer>> DecodeStream<T> {
         })
     }
 
-    /// Makes the pending ids the context of the next ones, if they have any text of their own:
-    /// else a following space could be taken for the start of the whole text.
+    /// Makes the pending ids the context of the next ones, if they have any text of their own.
+    ///
+    /// Otherwise a following space could be taken for the start of the whole text.
     fn settle(&mut self) -> Result<()> {
         let pending = std::mem::take(&mut self.pending);
         let len = self

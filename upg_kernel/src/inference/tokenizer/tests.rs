@@ -45,7 +45,7 @@ fn tokenizer_json(prefix: bool) -> String {
     file.to_string()
 }
 
-/// A vocabulary like sentencepiece's: `▁` for spaces, a token for each byte.
+/// Creates a vocabulary like sentencepiece's: `▁` for spaces, a token for each byte.
 fn sentencepiece(prefix: bool) -> Tokenizer {
     let special = SpecialIds {
         bos: Some(1),
@@ -55,7 +55,7 @@ fn sentencepiece(prefix: bool) -> Tokenizer {
     Tokenizer::from_json(tokenizer_json(prefix).as_bytes(), Some(config), special).unwrap()
 }
 
-/// Pieces of the stream, checked against the decoding of the whole.
+/// Returns the pieces of the stream, after comparing them with the decoding of the whole.
 fn stream(tokenizer: &Tokenizer, ids: &[u32], skip: bool) -> Vec<String> {
     let mut stream = tokenizer.decode_stream(skip);
     let mut pieces: Vec<String> = ids.iter().map(|&id| stream.push(id).unwrap()).collect();
@@ -74,7 +74,7 @@ fn encodes_with_and_without_special_tokens() {
     let [space, a, ab_word] = ["▁", "a", "▁ab"].map(|s| t.token_to_id(s).unwrap());
     assert_eq!(t.encode("ab", false).unwrap(), [ab_word]);
     assert_eq!(t.encode("ab", true).unwrap(), [1, ab_word]);
-    // Truncation in the file is not obeyed.
+    // Truncation in the file is ignored.
     assert_eq!(t.encode("ab ab ab ab ab ab", false).unwrap(), [ab_word; 6]);
     // The text after a special token gets the space prefix again, as in llama.cpp.
     assert_eq!(t.encode("</s>ab", false).unwrap(), [2, ab_word]);
@@ -82,7 +82,7 @@ fn encodes_with_and_without_special_tokens() {
     assert_eq!(plain.first(), Some(&space));
     assert!(!plain.contains(&2));
     assert_eq!(t.decode(&plain, true).unwrap(), "</s>");
-    // No token for it: bytes.
+    // Without a token, it is encoded as bytes.
     assert_eq!(t.encode("ü", false).unwrap(), [space, 3 + 0xC3, 3 + 0xBC]);
     assert_eq!((t.vocab_size(), t.id_to_token(a)), (266, Some("a".into())));
     assert!(t.is_special(1) && !t.is_special(a) && t.is_eos(2) && !t.is_eos(1));
@@ -102,13 +102,13 @@ fn streams_spaces_and_bytes() {
         stream(&t, &[space, space, space, ab_word], false),
         ["", " ", " ", " ab", ""]
     );
-    // Special tokens between words do not eat the space after them.
+    // Special tokens between words do not remove the space after them.
     assert_eq!(
         stream(&t, &[1, ab_word, 2, ab_word, 1], true),
         ["", "ab", "", " ab", "", ""]
     );
     assert_eq!(stream(&t, &[1, ab_word], false), ["<s>", " ab", ""]);
-    // Bytes wait for the end of their run: one wrong byte would change all of it.
+    // Bytes wait for the end of their run: one invalid byte would change all of it.
     assert_eq!(
         stream(&t, &[a, 3 + 0xC3, 3 + 0xBC, a], false),
         ["a", "", "", "üa", ""]
@@ -118,14 +118,14 @@ fn streams_spaces_and_bytes() {
         ["a", "", "", "", "\u{FFFD}\u{FFFD}\u{FFFD}a", ""]
     );
     assert_eq!(stream(&t, &[3 + 0xC3], false), ["", "\u{FFFD}"]);
-    // Rows of the embedding that have no token.
+    // Rows of the embedding without a token.
     assert_eq!(
         stream(&t, &[ab_word, 9999, ab_word], false),
         ["ab", "", " ab", ""]
     );
 }
 
-/// Any ids, in any order: the stream never says anything else than the whole.
+/// With any ids in any order, the stream equals the decoding of the whole.
 #[test]
 fn streams_equal_the_whole() {
     for t in [sentencepiece(true), sentencepiece(false)] {
@@ -160,8 +160,10 @@ fn endless_broken_bytes_are_given_up() {
 
 const MAX_PENDING_IN_TEST: usize = 256;
 
-/// transformers 5.24 gives a text the tokens of tokenizer_config.json, and ends answers with the ids of
-/// the model's configuration: they differ in published models.
+/// In transformers 5.24 a text gets the tokens of tokenizer_config.json, and answers end with
+/// the ids of the model's configuration.
+///
+/// These differ in published models.
 #[test]
 fn texts_begin_and_end_with_the_tokens_of_the_tokenizer() {
     let with = |config: &str| {
@@ -186,10 +188,10 @@ fn texts_begin_and_end_with_the_tokens_of_the_tokenizer() {
         (ids, spelled),
         (vec![1, ab, 2], [text("<s>"), text("</s>")])
     );
-    // It says that there is none.
+    // The config says that there is none.
     let (ids, spelled) = with(r#"{"add_bos_token": true, "bos_token": null}"#);
     assert_eq!((ids, spelled), (vec![ab], [None, text("<unk>")]));
-    // It says nothing: the ids stand in.
+    // The config does not mention it, so the ids are used.
     let (ids, spelled) = with(r#"{"add_bos_token": true, "add_eos_token": true}"#);
     assert_eq!(
         (ids, spelled),
@@ -218,7 +220,7 @@ fn refuses_what_is_no_tokenizer() {
     };
     let found = Tokenizer::from_json(empty, None, special);
     assert_eq!(kind(found), ErrorKind::Invalid);
-    // The crate would give this token the id 1 and say nothing.
+    // The crate would silently give this token the id 1.
     let moved = br#"{"version": "1.0", "added_tokens": [{"id": 9, "content": "<x>",
         "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
         "special": true}], "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}"#;
@@ -228,7 +230,7 @@ fn refuses_what_is_no_tokenizer() {
     assert_eq!(kind(of(out, None)), ErrorKind::Malformed);
 }
 
-/// Parts that end the process, or fill its memory, in the `tokenizers` crate.
+/// Components that end the process or exhaust memory in the `tokenizers` crate.
 #[test]
 fn refuses_parts_that_do_harm() {
     let replace = json!({"type": "Replace", "pattern": {"String": "a"}, "content": "aaaaa"});
@@ -324,7 +326,7 @@ fn refuses_parts_that_do_harm() {
     assert_eq!(e.unwrap_err().kind(), ErrorKind::Unsupported);
 }
 
-/// A post-processor that puts ids and these texts one after the other.
+/// Creates a post-processor that concatenates ids and these texts.
 fn template(texts: &[&str], ids: usize) -> Value {
     let token = json!({"SpecialToken": {"id": "<s>", "type_id": 0}});
     let texts = texts
@@ -348,7 +350,8 @@ fn a_template_puts_its_ids_around_a_text() {
     assert_eq!(ids[64..], tokenizer.encode("ab", false).unwrap());
 }
 
-/// Tokens that would be found everywhere, or at places of negative length: the crate panics or takes all memory.
+/// Tokens that would be found everywhere, or with a negative length: the crate panics or
+/// exhausts memory.
 #[test]
 fn refuses_added_tokens_that_cannot_be_found() {
     let added = |content: &str, lstrip: bool, rstrip: bool, normalized: bool| {
@@ -384,7 +387,7 @@ fn refuses_added_tokens_that_cannot_be_found() {
         let error = file(normalizer, tokens).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
     }
-    // Not normalized, it is found as it is.
+    // Without normalization it is found unchanged.
     let tokenizer = file(without_z, vec![added("zz", false, true, false)]).unwrap();
     let found = tokenizer.encode("a zz  b", false).unwrap();
     let id = tokenizer.token_to_id("zz").unwrap();

@@ -95,7 +95,7 @@ fn filters_stand_around_literals_and_sets() {
     }
 }
 
-/// The guarded source, with the names of the filters cut to one letter.
+/// Returns the guarded source with the names of the filters cut to one letter.
 fn short(source: &str) -> String {
     guarded(source, SyntaxConfig::default())
         .unwrap()

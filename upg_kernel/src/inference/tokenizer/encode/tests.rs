@@ -1,4 +1,6 @@
-//! Pieces have the ids of the whole: every kind of tokenizer, over texts of everything that pieces could change.
+//! Encoding in pieces gives the ids of the whole.
+//!
+//! Tested with every kind of tokenizer, over texts of everything that pieces could change.
 use super::super::SpecialIds;
 use super::*;
 use serde_json::{Value, json};
@@ -17,7 +19,7 @@ const DEEPSEEK3: [&str; 3] = [
 const DEEPSEEK: &str =
     r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
-/// Parts that texts are made of.
+/// Fragments that texts are made of.
 const FRAGMENTS: &[&str] = &[
     "a",
     "b",
@@ -78,7 +80,7 @@ const FRAGMENTS: &[&str] = &[
     "العربية",
 ];
 
-/// The same numbers each time.
+/// Random generator with a fixed sequence.
 struct Random(u64);
 
 impl Random {
@@ -97,7 +99,8 @@ impl Random {
     }
 }
 
-/// A vocabulary of `alphabet`, and the merges of the pairs that a text has most of, those across words too.
+/// Trains a vocabulary of `alphabet` with merges of the most frequent pairs of a text,
+/// including those across words.
 fn trained(
     alphabet: impl IntoIterator<Item = String>,
     text: &str,
@@ -197,7 +200,7 @@ fn load(file: &Value) -> Tokenizer {
     Tokenizer::from_json(bytes.as_bytes(), None, SpecialIds::default()).unwrap()
 }
 
-/// Byte-level files with all that comes before the bytes.
+/// Byte-level files with all possible steps before the bytes.
 fn byte_level_files() -> Vec<(String, Value, bool)> {
     let text = Random(1).text(3000);
     let spelled: String = {
@@ -507,7 +510,7 @@ fn a_raised_flag_ends_the_work() {
     let kind = |text: &str| tokenizer.encode_with(text, options).map_err(|e| e.kind());
     assert_eq!(kind(""), Err(ErrorKind::Interrupted));
     assert_eq!(kind("a"), Err(ErrorKind::Interrupted));
-    // While it works: the whole would take seconds.
+    // Set during the work: encoding all of it would take seconds.
     flag.store(false, Ordering::Relaxed);
     let text = "one word after another\n".repeat(MAX_TEXT_BYTES / 23);
     std::thread::scope(|scope| {
@@ -521,7 +524,8 @@ fn a_raised_flag_ends_the_work() {
     });
 }
 
-/// Text behind an added token that takes white space is normalized as the begin of a text, in every piece.
+/// Text after an added token that takes whitespace is normalized as the start of a text, in
+/// every piece.
 #[test]
 fn no_cut_behind_white_space_that_an_added_token_takes() {
     let files = byte_level_files();
@@ -534,7 +538,8 @@ fn no_cut_behind_white_space_that_an_added_token_takes() {
     }
 }
 
-/// Over a megabyte is encoded as a whole, be it by the tokenizer or by the text that there is nowhere to cut.
+/// Over a megabyte is encoded as a whole, because of the tokenizer or because the text cannot
+/// be cut.
 #[test]
 fn a_text_without_a_place_to_cut_is_encoded_as_a_whole() {
     let files: Vec<_> = byte_level_files()
@@ -543,7 +548,8 @@ fn a_text_without_a_place_to_cut_is_encoded_as_a_whole() {
         .collect();
     let of = |name: &str| load(&files.iter().find(|f| f.0 == name).unwrap().1);
     let repeated = |text: &str| text.repeat((1 << 20) / text.len() + 1);
-    // The last two have cuts, but not in such texts: no word ends at white space alone, and no space.
+    // The last two have cut points, but not in such texts: no word ends at whitespace alone, and no
+    // space.
     for (name, text) in [
         ("no words", repeated("a the ")),
         ("deepseek coder", repeated("the Ab, 23\n")),
@@ -567,7 +573,7 @@ fn a_text_without_a_place_to_cut_is_encoded_as_a_whole() {
     }
 }
 
-/// A normalizer that multiplies texts bounds the stretches without a cut.
+/// A normalizer that multiplies texts limits the stretches without a cut point.
 #[test]
 fn a_long_piece_that_would_grow_far_is_refused() {
     let (_, mut file, _) = byte_level_files().swap_remove(0);

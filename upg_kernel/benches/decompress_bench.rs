@@ -1,13 +1,13 @@
-//! Whole matrices out of a file, decompressed to BF16, F16 and F32, in every encoding.
+//! Decompression of whole matrices from a file to BF16, F16 and F32, in every encoding.
 //!
 //! ```text
 //! cargo bench -p upg_kernel --bench decompress_bench                   # every encoding and type
 //! RAYON_NUM_THREADS=1 cargo bench -p upg_kernel --bench decompress_bench -- t3/bf16
 //! ```
 //!
-//! The weights are random codes. Throughput counts the bytes that are written, to be compared with
-//! `fill` (the same threads write as many bytes of one value) and `copy` (they copy as many from
-//! elsewhere). Results are checked against rows that are decoded one by one before anything is timed.
+//! The weights are random codes. Throughput counts the bytes written. Compare it with `fill` (the
+//! same threads write as many bytes of one value) and `copy` (they copy as many from elsewhere).
+//! Results are compared with rows that are decoded one by one before anything is timed.
 
 mod common;
 
@@ -21,7 +21,7 @@ use std::path::Path;
 use upg_kernel::format::{Encoding, FileWriter, LayerInfo, header_capacity};
 use upg_kernel::{Matrix, UPGDecompressor, WeightFloat};
 
-/// Fused query, key and value of Phi-4; 79 MB as BF16.
+/// Shape of the fused query, key and value of Phi-4; 79 MB as BF16.
 const SHAPE: (usize, usize) = (7680, 5120);
 
 /// Values that one thread fills or copies at a time.
@@ -32,7 +32,7 @@ const CHECKED_ROWS: usize = 70;
 
 const LAYER: &str = "layer";
 
-/// The one layer of a file with this matrix.
+/// Describes the only layer of a file with this matrix.
 fn described(name: &str, matrix: &Matrix) -> LayerInfo {
     let encoding = name.split('-').next().map(str::parse::<Encoding>);
     let encoding = encoding.expect("a name").expect("that of an encoding");
@@ -57,7 +57,7 @@ fn write(path: &Path, name: &str, matrix: &Matrix) {
     writer.finish(metadata, &layers).expect("room on the disk");
 }
 
-/// The first and last rows against those that are decoded one by one.
+/// Compares the first and last rows with those that are decoded one by one.
 fn check<T: WeightFloat + PartialEq>(file: &UPGDecompressor, out: &[T]) {
     let (_, matrix) = file.layer(0).expect("the one layer");
     let (rows, cols) = (matrix.rows(), matrix.cols());
@@ -102,7 +102,7 @@ fn decompress(c: &mut Criterion) {
     }
 }
 
-/// The two limits: writing nothing but one value, and copying.
+/// Measures the two limits: writing one value, and copying.
 fn memory(c: &mut Criterion) {
     for (dtype, values) in [
         ("2-byte", SHAPE.0 * SHAPE.1),

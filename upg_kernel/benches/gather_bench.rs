@@ -1,13 +1,15 @@
-//! Rows of an embedding, one for a token that is generated or 512 for a prompt, in every encoding that has strips and not
-//! compressed, at the shapes of SmolLM2-135M and Phi-4-mini.
+//! Gathering rows of an embedding, at the shapes of SmolLM2-135M and Phi-4-mini.
+//!
+//! One row for a generated token, or 512 for a prompt, in every encoding with strips and
+//! uncompressed.
 //!
 //! ```text
 //! cargo bench -p upg_kernel --bench gather_bench                   # up to 2 GB of memory
 //! UPG_KERNEL=scalar cargo bench -p upg_kernel --bench gather_bench -- 49152x576
 //! ```
 //!
-//! Every call takes other rows, which are therefore in no cache. Results are checked against whole strips, which
-//! kernels decode in another way, before anything is timed.
+//! Every call takes other rows, which are therefore in no cache. Results are compared with whole
+//! strips, which kernels decode in another way, before anything is timed.
 
 mod common;
 
@@ -33,7 +35,7 @@ fn keep(rows: usize, cols: usize) -> Matrix {
     Matrix::Dense(m.expect("as many values as weights"))
 }
 
-/// Some rows against the whole strips that they are a part of.
+/// Compares some rows with the whole strips that contain them.
 fn check(matrix: &Matrix) {
     let cols = matrix.cols();
     let mut strip = vec![0.0; STRIP_ROWS * cols];

@@ -1,12 +1,14 @@
-//! Products of packed matrices with one vector, and with four, on the GPU of a Mac, at the shapes of a Phi-4 layer.
+//! Products of packed matrices with one and four vectors on the GPU of a Mac, at the shapes
+//! of a Phi-4 layer.
 //!
 //! ```text
 //! cargo bench -p upg_kernel --features metal --bench metal_bench
 //! ```
 //!
-//! As `spmv_bench`, whose figures on the same machine are those of its CPU: random codes, throughput in bytes of the
-//! matrix, rotation of the input included. A measurement is a pass of 20 products with different matrices, as a model has
-//! them, so that no cache holds the weights. Results are checked against the CPU before anything is timed.
+//! The setup is that of `spmv_bench`, which gives the figures of the CPU of the same machine:
+//! random codes, throughput in bytes of the matrix, rotation of the input included. A measurement
+//! is a pass of 20 products with different matrices, as in a model, so that no cache holds the
+//! weights. Results are compared with the CPU before anything is timed.
 
 #[cfg(target_vendor = "apple")]
 mod common;
@@ -18,13 +20,13 @@ mod on_device {
     use upg_kernel::Matrix;
     use upg_kernel::metal_kernels::{MetalMatrix, MetalSpMV};
 
-    /// Fused query, key and value; attention output; fused gate and up; down.
+    /// Shapes of fused query, key and value; attention output; fused gate and up; down.
     const SHAPES: [(usize, usize); 4] = [(7680, 5120), (5120, 5120), (35840, 5120), (5120, 17920)];
 
-    /// Products of a pass.
+    /// Products per pass.
     const PRODUCTS: usize = 20;
 
-    /// Of the largest output: the CPU rounds its input to 14 bits.
+    /// Tolerance relative to the largest output: the CPU rounds its input to 14 bits.
     const TOLERANCE: f32 = 1e-3;
 
     fn check(metal: &MetalSpMV, matrix: &Matrix, x: &[f32]) {

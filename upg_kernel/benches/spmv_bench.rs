@@ -1,13 +1,14 @@
-//! Products of packed matrices with one vector, at the shapes of a Phi-4 layer and its output head.
+//! Products of packed matrices with one vector, at the shapes of a Phi-4 layer and its output
+//! head.
 //!
 //! ```text
 //! cargo bench -p upg_kernel --bench spmv_bench                   # every encoding
 //! UPG_KERNEL=scalar RAYON_NUM_THREADS=1 cargo bench -p upg_kernel --bench spmv_bench -- t3
 //! ```
 //!
-//! The weights are random codes. Throughput counts the bytes of the matrix, to be compared with what
-//! `read` says: the same threads adding up memory. Rotation of the input and its quantization are
-//! part of the time. Results are checked against decoded rows before anything is timed.
+//! The weights are random codes. Throughput counts the bytes of the matrix. Compare it with `read`,
+//! the memory bandwidth of the same threads. Rotation and quantization of the input are included in
+//! the time. Results are compared with decoded rows before anything is timed.
 
 mod common;
 
@@ -16,16 +17,16 @@ use std::hint::black_box;
 use upg_kernel::Matrix;
 use upg_kernel::support::sum_words;
 
-/// Fused query, key and value; attention output; fused gate and up; down.
+/// Shapes of fused query, key and value; attention output; fused gate and up; down.
 const SHAPES: [(usize, usize); 4] = [(7680, 5120), (5120, 5120), (35840, 5120), (5120, 17920)];
 
-/// Bytes that are read for comparison: far more than any cache holds.
+/// Bytes read for the bandwidth, far more than any cache holds.
 const READ_BYTES: usize = 1 << 30;
 
-/// Relative to the sum of the magnitudes of all products.
+/// Tolerance relative to the sum of the magnitudes of all products.
 const TOLERANCE: f64 = 1e-4;
 
-/// The first and last rows against sums in f64 over decoded weights.
+/// Compares the first and last rows with sums in f64 over decoded weights.
 fn check(matrix: &Matrix, x: &[f32], y: &[f32]) {
     let cols = matrix.cols();
     let mut row = vec![0.0; cols];

@@ -1,12 +1,12 @@
-//! Loads a UPG file of any family, continues a prompt, and prints what it took.
+//! Loads a UPG file of any family, continues a prompt, and prints time and memory.
 //!
 //! ```text
 //! cargo run --release --example phi4_generate                                   # the model of quickstart.sh
 //! cargo run --release --example phi4_generate -- phi4.safetensors 'Write a haiku about primes.' 200
 //! ```
 //!
-//! A model with a chat template is asked, one without continues the text. Greedy, so that two runs can
-//! be compared.
+//! A model with a chat template answers the prompt; one without continues the text. Sampling is
+//! greedy, so that two runs can be compared.
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -89,7 +89,7 @@ fn run() -> Result<()> {
     Ok(())
 }
 
-/// The file that `quickstart.sh` writes, from wherever this is run.
+/// Returns the file that `quickstart.sh` writes, independent of the working directory.
 fn quickstart_model() -> Result<PathBuf> {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../models/smollm2-q4.safetensors");
     path.canonicalize().map_err(|e| {

@@ -1,5 +1,7 @@
-//! Gradients of every matrix of tiny models of every family against differences of the loss, which the decoder computes
-//! forwards, with a matrix moved a little to both sides.
+//! Gradients of every matrix of tiny models of every family, compared with finite differences
+//! of the loss.
+//!
+//! The decoder computes the loss in a forward pass, with a matrix moved a little to both sides.
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 #[allow(dead_code, reason = "helpers of other tests")]
@@ -17,16 +19,19 @@ use upg_kernel::inference::{
 use upg_kernel::matrix::{DenseMatrix, DenseValues, Matrix};
 use upg_kernel::{ErrorKind, Result};
 
-/// How far a matrix is moved, as a part of its size. Smaller steps drown in the rounding of the loss, larger ones bend.
+/// Relative step of a matrix.
+///
+/// Smaller steps drown in the rounding of the loss; for larger ones the loss is not linear.
 const STEP: f32 = 2e-3;
 
-/// Of the largest difference of all matrices of a model; measured: up to 0.0002.
+/// Tolerance relative to the largest difference of all matrices of a model; measured: up to
+/// 0.0002.
 const TOLERANCE: f64 = 0.001;
 
-/// Of the signs in the loss.
+/// Seed of the signs in the loss.
 const SEED: u64 = 7;
 
-/// A source with one tensor changed.
+/// Source with one tensor changed.
 struct Changed<'a> {
     source: &'a dyn WeightSource,
     name: &'a str,
@@ -58,14 +63,14 @@ impl WeightSource for Changed<'_> {
     }
 }
 
-/// Rows of a matrix, or values of a vector, times `1 + by`.
+/// Multiplies rows of a matrix, or values of a vector, by `1 + by`.
 fn scale(values: &mut [f32], by: &[f32]) {
     let cols = values.len() / by.len();
     let rows = values.chunks_exact_mut(cols).zip(by);
     rows.for_each(|(row, by)| row.iter_mut().for_each(|w| *w *= 1.0 + by));
 }
 
-/// Of all positions of the sequences.
+/// Computes the logits of all positions of the sequences.
 fn logits(config: &ModelConfig, source: &dyn WeightSource, tokens: &[u32], len: usize) -> Vec<f32> {
     let model = Arc::new(Model::load(config.clone(), source).unwrap());
     let of_sequence = |sequence| {
@@ -75,7 +80,8 @@ fn logits(config: &ModelConfig, source: &dyn WeightSource, tokens: &[u32], len: 
     tokens.chunks_exact(len).flat_map(of_sequence).collect()
 }
 
-/// What the logits are multiplied by in the loss: `p * sum(s * e) - s * e` at each position, with random signs `e`.
+/// Returns the factors of the logits in the loss: `p * sum(s * e) - s * e` at each position,
+/// with random signs `e`.
 fn factors(logits: &[f32], vocab: usize, seed: u64) -> Vec<f64> {
     let mut random = ChaCha8Rng::seed_from_u64(seed);
     let of_position = |logits: &[f32]| {
@@ -121,7 +127,7 @@ fn gradients_are_differences_of_the_loss() {
         let mut run = Backward::new(config.clone(), &source, forward.hidden(), len, SEED).unwrap();
         let factors = factors(&logits(&config, &source, &tokens, len), vocab, SEED);
 
-        // For each matrix the direction it is moved in, and what that should do.
+        // For each matrix the direction of the step, and its expected effect.
         let mut expected: HashMap<String, (Vec<f32>, f64)> = HashMap::new();
         for layer in (0..config.num_layers).rev() {
             let mut inputs = Vec::new();
@@ -138,7 +144,8 @@ fn gradients_are_differences_of_the_loss() {
                     let values = source.matrix(&matrix, rows, cols)?.to_dense();
                     let squares: f32 = values.iter().map(|w| w * w).sum();
                     let step = STEP * (squares / values.len() as f32).sqrt();
-                    // Signs from a product with an odd number: balanced, and no two matrices alike.
+                    // Signs from a product with an odd number: balanced, and different for every
+                    // matrix.
                     let by: Vec<f32> = (0..values.len() as u32)
                         .map(|i| (i + layer as u32).wrapping_mul(0x9E37_79B1).count_ones() % 2)
                         .map(|odd| if odd == 1 { step } else { -step })
@@ -195,8 +202,9 @@ fn gradients_are_differences_of_the_loss() {
     }
 }
 
-/// Everything that [`Backward::toward`] finds for `tokens`: the divergence, and by names the gradients of row factors and
-/// of factors of gains.
+/// Returns all results of [`Backward::toward`] for `tokens`.
+///
+/// These are the divergence, and by name the gradients of row factors and of gain factors.
 fn toward(
     config: &ModelConfig,
     student: &dyn WeightSource,
@@ -264,7 +272,8 @@ fn toward(
     (divergence, found)
 }
 
-/// Of the predictions of `wanted` from those of `logits`, in nats, the sum over positions.
+/// Computes the divergence from `wanted` to the predictions of `logits`, in nats, summed over
+/// positions.
 fn divergence(wanted: &[f32], logits: &[f32], vocab: usize) -> f64 {
     let log_probabilities = |logits: &[f32]| {
         let sum: f64 = logits.iter().map(|&l| f64::from(l).exp()).sum();
@@ -287,7 +296,7 @@ fn gradients_of_the_divergence_are_its_differences() {
         let case = cases(name).pop().unwrap();
         let (mut tokens, len) = (case.prompt[..48].to_vec(), 24);
         if name == MODELS[0].0 {
-            // More positions than logits that are computed at once.
+            // More positions than the logits that are computed at once.
             tokens = tokens.repeat(6);
         }
         // The student has another first layer: rows a tenth up and down.
@@ -318,7 +327,7 @@ fn gradients_of_the_divergence_are_its_differences() {
             (found - expected).abs() <= 1e-3 * expected,
             "{name}: {found} {expected}"
         );
-        // Moved along their gradients, by a step that is as long for all.
+        // A step along the gradients, of the same length for all.
         let norm = |g: &[f64]| g.iter().map(|g| g * g).sum::<f64>().sqrt();
         let most = gradients.values().map(|g| norm(g)).fold(0.0, f64::max);
         for (tensor, gradient) in &gradients {

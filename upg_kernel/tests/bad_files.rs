@@ -1,4 +1,5 @@
-//! Damaged files: one for every rule of `upg_format_v2.md`, truncations, and random byte flips.
+//! Damaged files: one for every rule of `upg_format_v2.md`, truncations, and random byte
+//! flips.
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 mod draft;
@@ -11,7 +12,7 @@ use std::path::Path;
 use upg_kernel::format::{MAX_TOKENIZER_BYTES, UpgFile};
 use upg_kernel::{Error, ErrorKind, UPGDecompressor};
 
-/// When a damage must be found.
+/// Time at which a damage must be detected.
 #[derive(Clone, Copy, PartialEq, Debug)]
 enum When {
     Opening,
@@ -24,7 +25,7 @@ use When::{FirstUse, Opening, Verifying};
 
 type Damage = fn(&mut Draft);
 
-/// Name, damage, kind, rule, when; a row each.
+/// Rows of name, damage, error kind, rule and time of detection.
 #[rustfmt::skip]
 const TABLE: &[(&str, Damage, ErrorKind, u8, When)] = &[
     ("control character in a name", |d| d.tensor("model.norm.weight").name = "a\nb".into(), Malformed, 1, Opening),
@@ -163,7 +164,7 @@ fn kept(d: &mut Draft, name: &str, dtype: Dtype) {
     (tensor.name, tensor.dtype) = (name.into(), dtype);
 }
 
-/// A tensor of no dimensions.
+/// Adds a tensor without dimensions.
 fn stray(d: &mut Draft, name: &str) {
     let mut tensor = d.tensor("tokenizer.json").clone();
     (tensor.name, tensor.shape) = (name.into(), Vec::new());
@@ -171,7 +172,7 @@ fn stray(d: &mut Draft, name: &str) {
     d.tensors.push(tensor);
 }
 
-/// One byte of something else before it: `Draft::bytes` puts larger elements first.
+/// Puts one byte before the tensor: `Draft::bytes` puts larger elements first.
 fn shift(d: &mut Draft, name: &str) {
     let mut odd = d.tensor("tokenizer.json").clone();
     (odd.name, odd.dtype, odd.shape) = ("upg_pad_0".into(), Dtype::U8, vec![1]);
@@ -199,7 +200,7 @@ fn open(path: &Path, bytes: &[u8]) -> Result<UpgFile, Error> {
     UpgFile::open(path)
 }
 
-/// Every layer as f32 bits.
+/// Decodes every layer to f32 bits.
 fn decode(file: &UpgFile) -> Result<Vec<Vec<u32>>, Error> {
     (0..file.layers().len())
         .map(|id| {
@@ -355,7 +356,7 @@ fn ten_thousand_byte_flips_give_an_error_or_the_same_weights() {
     assert!(refused_open > 1000 && refused_verify > 100);
 }
 
-/// Damage behind checksums that were made to fit: what the byte flips above cannot reach.
+/// Damage with matching checksums reaches checks that the byte flips above cannot.
 #[test]
 fn ten_thousand_changes_with_new_checksums_give_an_error_or_weights() {
     let folder = tempfile::tempdir().unwrap();
@@ -374,7 +375,7 @@ fn ten_thousand_changes_with_new_checksums_give_an_error_or_weights() {
         });
         match weights {
             Ok(weights) => {
-                // Rule 9: nothing overflows, whatever the codes are.
+                // Rule 9: nothing overflows for any codes.
                 let finite = |bits: &u32| f32::from_bits(*bits).is_finite();
                 assert!(weights.iter().flatten().all(finite));
                 decoded += 1;
@@ -389,7 +390,7 @@ fn ten_thousand_changes_with_new_checksums_give_an_error_or_weights() {
     assert!(refused > 1000 && decoded > 1000);
 }
 
-/// One random change of a description, a name, a shape or some data.
+/// Makes one random change of a description, a name, a shape or data.
 fn change(draft: &mut Draft, rng: &mut ChaCha8Rng) {
     const NUMBERS: [u64; 12] = [
         0,

@@ -1,4 +1,4 @@
-//! Sequences that share passes against the same sequences by themselves.
+//! Sequences that share passes, compared with the same sequences alone.
 
 #[allow(dead_code, reason = "helpers of other tests")]
 mod common;
@@ -11,7 +11,7 @@ use upg_kernel::inference::{Context, Logits, Model, Sequence, Session, SessionOp
 use upg_kernel::kernels::Kernels;
 use upg_kernel::{Cpu, ErrorKind};
 
-/// One sequence of a schedule: what it still has to compute, and the session that does it alone.
+/// Sequence of a schedule: its remaining tokens, and the session that computes it alone.
 struct Twin {
     joins: usize,
     tokens: Vec<u32>,
@@ -20,7 +20,7 @@ struct Twin {
 }
 
 impl Twin {
-    /// Prompts that differ, cut so that windows and the longrope switch come up at other passes.
+    /// Cuts different prompts so that windows and the longrope switch occur in different passes.
     fn new(context: &Context, index: usize, prompt: &[u32]) -> Self {
         let mut tokens = prompt.to_vec();
         tokens.rotate_left(index);
@@ -38,7 +38,7 @@ impl Twin {
         }
     }
 
-    /// How many tokens it takes in a pass: one by one or a piece of a prompt.
+    /// Returns how many tokens it takes in a pass: one, or a piece of a prompt.
     fn takes(&self, pass: usize) -> usize {
         let left = self.tokens.len() - self.alone.tokens().len();
         left.min([1, 20, 1, 3, 1, 1, 9][(pass + self.joins) % 7])
@@ -114,7 +114,8 @@ fn logits_are_those_of_a_sequence_alone() {
     }
 }
 
-/// Over the longrope switch, where the cache is computed again, while another one stays below it.
+/// One sequence crosses the longrope switch, where the cache is recomputed, while another
+/// stays below it.
 #[test]
 fn every_sequence_has_its_own_frequencies() {
     let model = model("phi4-mini-longrope");
@@ -193,7 +194,7 @@ fn after_an_error_every_sequence_is_as_before() {
     assert!(logits.is_empty());
 }
 
-/// A fork goes its own way from the middle of a block on, and costs only what differs.
+/// A fork diverges from the middle of a block on, and costs only what differs.
 #[test]
 fn forks_share_what_they_have_in_common() {
     for (name, _) in MODELS {

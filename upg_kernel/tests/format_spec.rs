@@ -1,4 +1,4 @@
-//! The examples of `upg_format_v2.md`, read from its text.
+//! Examples of `upg_format_v2.md`, read from its text.
 #![allow(
     clippy::unwrap_used,
     reason = "a broken example fails the test where it is"
@@ -45,7 +45,7 @@ fn parse(block: &str) -> Example {
     example
 }
 
-/// `00*61 7F` and the like.
+/// Parses bytes such as `00*61 7F`.
 fn parse_bytes(text: &str) -> Vec<u8> {
     let run = |item: &str| {
         let (byte, times) = item.split_once('*').unwrap_or((item, "1"));
@@ -54,7 +54,7 @@ fn parse_bytes(text: &str) -> Vec<u8> {
     text.split_whitespace().flat_map(run).collect()
 }
 
-/// `row,column=weight`.
+/// Parses `row,column=weight`.
 fn parse_weight(text: &str) -> (usize, usize, f32) {
     let (place, weight) = text.split_once('=').unwrap();
     let (row, column) = place.split_once(',').unwrap();
@@ -65,7 +65,7 @@ fn parse_weight(text: &str) -> (usize, usize, f32) {
     )
 }
 
-/// Dtype and shape of an array as rule 7 has them.
+/// Returns dtype and shape of an array according to rule 7.
 fn described(info: &LayerInfo, name: &str, len: usize) -> (Dtype, Vec<usize>) {
     let encoding = info.encoding().unwrap();
     let strips = info.rows.div_ceil(64);

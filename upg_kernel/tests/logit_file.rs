@@ -1,4 +1,4 @@
-//! The logits of a reference in a file, which is read as what anybody may have written.
+//! Reference logits in a file, which is read as untrusted input.
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 use std::fs;
@@ -8,7 +8,7 @@ use upg_kernel::{ErrorKind, Result};
 
 const VOCAB: usize = 3;
 
-/// Gives these logits at each position, as often as it may be asked.
+/// Reference with these logits at each position, limited to a number of calls.
 struct Fixed([f32; VOCAB], usize);
 
 impl Reference for Fixed {
@@ -22,7 +22,7 @@ fn windows(token: u32) -> Windows {
     Windows::new(vec![token; 10], None, 5, usize::MAX).unwrap()
 }
 
-/// The logits of all windows through the file, and whether it had them.
+/// Returns the logits of all windows through the file, and whether it had them.
 fn through(path: &Path, token: u32, identity: &str, most: usize) -> Result<(Vec<f32>, bool)> {
     let windows = windows(token);
     let mut fixed = Fixed([-1.0, 1.0, 0.123], most);
@@ -110,7 +110,7 @@ fn logits_that_no_file_can_have_are_refused() {
     };
     let e = open(&mut Fixed([0.0, f32::NAN, 0.0], 1), &[]).unwrap_err();
     assert_eq!(e.kind(), ErrorKind::Invalid, "{e}");
-    // All alike have no step.
+    // Equal logits have a step of 0.
     assert_eq!(open(&mut Fixed([0.5; 3], 1), &[]).unwrap(), [0.5; 6]);
     let e = open(&mut Fixed([0.5; 3], 1), std::slice::from_ref(&path)).unwrap_err();
     assert_eq!(e.kind(), ErrorKind::Argument, "{e}");

@@ -1,6 +1,7 @@
-//! Tiny random models of every family against the logits and greedy tokens of transformers.
+//! Tiny random models of every family, compared with the logits and greedy tokens of
+//! transformers.
 //!
-//! `tests/data/tiny-models/make_expected.py` makes them again.
+//! `tests/data/tiny-models/make_expected.py` creates them.
 
 #[path = "common/answer.rs"]
 mod answer;
@@ -18,10 +19,10 @@ use upg_kernel::inference::{
 };
 use upg_kernel::{Error, ErrorKind, Matrix};
 
-/// Both sides compute in f32, in another order; measured: 4e-6 at logits up to 5.
+/// Tolerance for f32 arithmetic in another order; measured: 4e-6 at logits up to 5.
 const LOGIT_TOLERANCE: f32 = 3e-5;
 
-/// Measured: 0.046, and 0.093 without a rotation.
+/// Tolerance of an int8 cache; measured: 0.046, and 0.093 without a rotation.
 const INT8_TOLERANCE: f32 = 0.065;
 
 fn largest(values: &[f32]) -> f32 {
@@ -53,7 +54,7 @@ fn scheduler(model: &Arc<Model>, options: &SessionOptions) -> Scheduler {
     Scheduler::new(Arc::clone(model), 1, options).expect("a scheduler")
 }
 
-/// Layer by layer, two sequences at once, then the norm and the head by hand.
+/// Layer by layer with two sequences at once, then norm and head by hand.
 #[test]
 fn layer_by_layer_gives_the_logits_of_transformers() {
     for (name, weights) in MODELS {
@@ -69,7 +70,7 @@ fn layer_by_layer_gives_the_logits_of_transformers() {
         };
         let gains = source.vector("model.norm.weight", hidden).unwrap();
         let len = case.prompt.len();
-        // Another sequence beside it, so that one that sees the other is found out.
+        // Another sequence beside it reveals one that sees the other.
         let other: Vec<u32> = case.prompt.iter().rev().copied().collect();
         let tail = len - case.logits.len() / vocab;
         let of_other = session(&model(name)).forward(&other).unwrap();
@@ -170,8 +171,8 @@ fn the_cut_of_a_prompt_does_not_matter() {
     }
 }
 
-/// Cut back to before a sliding window or the longrope switch and grown again, a session gives what
-/// a new one gives.
+/// A session that is truncated to before a sliding window or the longrope switch and grows
+/// again equals a new one.
 #[test]
 fn a_session_cut_back_is_as_good_as_new() {
     for (name, _) in MODELS {
@@ -203,8 +204,10 @@ fn a_session_cut_back_is_as_good_as_new() {
     }
 }
 
-/// Greedy continuations over the longrope switch (32 positions), from `generate` of
-/// transformers 5.23.0 on the same files; it too computes the cache again at the switch.
+/// Greedy continuations across the longrope switch (32 positions), from `generate` of
+/// transformers 5.23.0.
+///
+/// It uses the same files, and also recomputes the cache at the switch.
 #[test]
 fn generation_crosses_the_longrope_switch_as_transformers_does() {
     let model = model("phi4-mini-longrope");
@@ -217,7 +220,7 @@ fn generation_crosses_the_longrope_switch_as_transformers_does() {
     assert_eq!(tokens, expected);
 }
 
-/// Weights whose keys have two elements far larger than the others, as those of Qwen2.5 have.
+/// Weights whose keys have two elements far larger than the others, like those of Qwen2.5.
 struct LargeKeys(DenseSource);
 
 impl WeightSource for LargeKeys {
@@ -238,7 +241,7 @@ impl WeightSource for LargeKeys {
     }
 }
 
-/// Rounding large elements to 8 bits would leave nothing of the others without a rotation.
+/// Without a rotation, rounding large elements to 8 bits would erase the others.
 #[test]
 fn an_int8_cache_bears_a_few_large_elements_of_keys() {
     let model = Model::load(config("qwen2"), &LargeKeys(source("qwen2"))).unwrap();
@@ -392,7 +395,7 @@ fn generation_stops_at_stop_ids_and_at_the_end_of_the_context() {
         (first, FinishReason::StopToken(stop))
     );
     assert_eq!(run(None, 0, vec![]), (0, FinishReason::MaxTokens));
-    // The last token needs no place of its own: nothing is computed from it.
+    // The last token needs no position: nothing is computed from it.
     assert_eq!(run(Some(10), 8, vec![]), (4, FinishReason::ContextFull));
     assert_eq!(run(Some(7), 8, vec![]), (1, FinishReason::ContextFull));
 }
@@ -415,10 +418,10 @@ fn text_ends_before_a_stop_string() {
         (pieces.concat(), stream.finish_reason().unwrap())
     };
     assert_eq!(run(vec![]), (text.clone(), FinishReason::MaxTokens));
-    // Held back to the end, and given out then.
+    // Held back to the end, and then returned.
     let nearly = format!("{text}!");
     assert_eq!(run(vec![nearly]), (text.clone(), FinishReason::MaxTokens));
-    // A stop string over the edge between two pieces.
+    // A stop string across the edge between two pieces.
     let (before, after) = text.split_at(text.len() / 2);
     let stop = format!("{}{}", &before[before.len() - 2..], &after[..4]);
     let expected = text.find(&stop).map(|at| text[..at].to_owned()).unwrap();

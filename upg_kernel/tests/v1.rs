@@ -1,4 +1,4 @@
-//! Files of version 1 that Python has written, and pickles that have to be refused.
+//! Version 1 files that Python has written, and pickles that must be refused.
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 #[path = "common/tiny.rs"]
@@ -20,7 +20,8 @@ fn file(name: &str) -> PathBuf {
     data("v1").join(name)
 }
 
-/// The files of Python, and what each of them stands for: `rows.safetensors` or `one.safetensors`.
+/// Lists the files of Python, each with its expected content: `rows.safetensors` or
+/// `one.safetensors`.
 fn files_of_python() -> Vec<(PathBuf, &'static str)> {
     let of_python = |path: &PathBuf| {
         let name = path.file_name().unwrap().to_str().unwrap();
@@ -52,7 +53,7 @@ fn convert(path: &Path, buffers: &[PathBuf]) -> Result<Vec<u8>> {
     converted.map(|_| fs::read(out).unwrap())
 }
 
-/// Every weight of a file in double precision, as numpy has computed it.
+/// Compares every weight of a file with numpy's result in double precision.
 fn check_weights(found: &UpgFile, kind: &str) {
     let bytes = fs::read(file("expected.safetensors")).unwrap();
     let expected = SafeTensors::deserialize(&bytes).unwrap();
@@ -76,7 +77,7 @@ fn check_weights(found: &UpgFile, kind: &str) {
     assert_eq!(names, 4);
 }
 
-/// What `convert_pickle_to_safetensors.py` has written.
+/// Loads the output of `convert_pickle_to_safetensors.py`.
 #[test]
 fn test_load_safetensors() {
     for kind in ["rows", "one"] {
@@ -120,7 +121,7 @@ fn old_files_are_opened_as_they_are() {
     assert_eq!(converted.file_bytes, fs::metadata(&new).unwrap().len());
 
     let opened = Arc::new(open_any(&old).unwrap());
-    // Messages name the file that was asked for.
+    // Messages name the requested file.
     assert_eq!(opened.path(), old);
     let of_old = UPGModel::new(Arc::clone(&opened)).unwrap();
     let of_new = UPGModel::from_file(&new).unwrap();
@@ -163,7 +164,7 @@ fn old_files_are_not_converted_unasked() {
     }
 }
 
-/// The length of a header can have the bytes that a pickle begins with.
+/// The length of a header may equal the bytes that a pickle starts with.
 #[test]
 fn a_file_of_version_2_that_begins_as_a_pickle_is_none() {
     let folder = tempfile::tempdir().unwrap();
@@ -201,7 +202,7 @@ fn a_list_without_weights_is_read_and_not_converted() {
     }
 }
 
-/// A pickle with the text `from` in it replaced by one of the same length.
+/// Returns a pickle with the text `from` replaced by one of the same length.
 fn replaced(name: &str, from: &str, to: &str) -> Vec<u8> {
     let mut bytes = fs::read(file(name)).unwrap();
     let at = bytes.windows(from.len()).position(|w| w == from.as_bytes());
@@ -224,12 +225,12 @@ fn no_command_of_a_file_is_passed_on() {
     }
 }
 
-/// The cases of a file of them.
+/// Reads the cases of a file.
 fn cases(name: &str) -> Vec<Value> {
     serde_json::from_slice(&fs::read(file(name)).unwrap()).unwrap()
 }
 
-/// The bytes of parts, each with how often it comes.
+/// Joins the bytes of parts, each repeated by its count.
 fn joined(parts: &Value) -> Vec<u8> {
     let mut bytes = Vec::new();
     for part in parts.as_array().unwrap() {

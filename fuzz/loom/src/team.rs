@@ -6,7 +6,7 @@ mod sync {
     pub(super) use loom::sync::{Condvar, Mutex, MutexGuard};
     pub(super) use std::sync::PoisonError;
 
-    /// Lets another thread run: what is waited for cannot come otherwise.
+    /// Yields to another thread, without which the awaited event could not happen.
     pub(super) fn spin_loop() {
         loom::thread::yield_now();
     }
@@ -24,13 +24,13 @@ use loom::thread;
 fn run(shared: &Handover, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
     // SAFETY: only the lifetime changes, and all tasks are finished before this function returns.
     let task: &'static (dyn Fn(usize) + Sync) = unsafe { std::mem::transmute(task) };
-    // SAFETY: the test has one caller, which waits for the loop before.
+    // SAFETY: the test has one caller, which waits for the previous loop.
     unsafe { shared.open(tasks, task) };
     while shared.work(0) {}
     while !shared.is_finished() {}
 }
 
-/// The life of a thread that never spins: it sleeps as soon as there is no new loop.
+/// Body of a thread that never spins: it sleeps as soon as there is no new loop.
 fn serve(shared: &Handover, own: usize) {
     let mut seen = 0;
     while !shared.ends() {
@@ -67,7 +67,7 @@ fn check(preemptions: usize, test: impl Fn() + Sync + Send + 'static) {
     model.check(test);
 }
 
-/// Runs loops of so many tasks one after the other; every task has to be done once.
+/// Runs loops with these numbers of tasks in turn; every task must run once.
 fn each_task_once(threads: usize, loops: &'static [usize], preemptions: usize) {
     check(preemptions, move || {
         let (shared, others) = team(threads);
@@ -105,7 +105,7 @@ fn writes_of_tasks_are_seen_after_the_loop() {
         let (shared, others) = team(2);
         let cells = [0, 0].map(loom::cell::UnsafeCell::new);
         struct Cells<'a>(&'a [loom::cell::UnsafeCell<usize>; 2]);
-        // SAFETY: each task has its own.
+        // SAFETY: each task has its own cell.
         unsafe impl Sync for Cells<'_> {}
         let shared_cells = Cells(&cells);
         run(&shared, 2, &|i| {
@@ -128,7 +128,7 @@ fn a_panic_reaches_the_caller_and_leaves_no_task_open() {
         let done = AtomicUsize::new(0);
         run(&shared, 2, &|i| {
             done.fetch_add(1, Ordering::Relaxed);
-            // Without the hook, which would write a line for every schedule.
+            // Bypasses the panic hook, which would write a line for every schedule.
             std::panic::resume_unwind(Box::new(i));
         });
         assert_eq!(done.load(Ordering::Relaxed), 2);

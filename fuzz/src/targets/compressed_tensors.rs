@@ -1,4 +1,4 @@
-//! Sparse and packed weights: the parts as `config.json` and `model.safetensors`.
+//! Target: sparse and packed weights, the parts as `config.json` and `model.safetensors`.
 
 use upg_compress::source::HfSource;
 

@@ -1,4 +1,6 @@
-//! The parts as `config.json` and `generation_config.json`; a small model of random weights then takes a step.
+//! Target: the parts as `config.json` and `generation_config.json`.
+//!
+//! A small model with random weights then takes a step.
 
 use std::sync::Arc;
 use upg_compress::Source;
@@ -6,7 +8,7 @@ use upg_compress::source::SyntheticSource;
 use upg_kernel::Result;
 use upg_kernel::inference::{ModelConfig, Session, SessionOptions};
 
-/// Weights of a model that is run.
+/// Maximum weights of a model that is run.
 const MOST_WEIGHTS: u64 = 1 << 17;
 
 pub fn run(data: &[u8]) {

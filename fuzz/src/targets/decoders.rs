@@ -1,4 +1,6 @@
-//! Matrices of any sizes and content in every encoding: all kernels of this machine against the reference.
+//! Target: matrices of any size and content in every encoding.
+//!
+//! All kernels of this machine are compared with the reference.
 
 use std::sync::LazyLock;
 use upg_kernel::Cpu;
@@ -12,13 +14,16 @@ use upg_kernel::rotation::Rotation;
 use upg_kernel::sparse::{MdCSRArrays, MdCSRMatrix};
 use upg_kernel::{Array, Matrix, Result};
 
-/// Relative to the sum of the magnitudes of all products: sums in another order, as in the tests of the kernels.
+/// Tolerance relative to the sum of the magnitudes of all products.
+///
+/// Covers sums in another order, as in the tests of the kernels.
 const TOLERANCE: f64 = 1e-5;
 
-/// Integer products round activations to 14 bits: half a step of the largest one of 64.
+/// Step of integer products, which round activations to 14 bits: half a step of the largest
+/// of 64.
 const STEP: f64 = 1.0 / (1 << 13) as f64;
 
-/// Weights that would make sums overflow are not compared.
+/// Largest weight that is compared; larger ones would make sums overflow.
 const LARGEST_WEIGHT: f32 = 1e30;
 
 pub fn run(data: &[u8]) {
@@ -33,7 +38,7 @@ pub fn run(data: &[u8]) {
     }
 }
 
-/// The rest of an input, zeros after its end.
+/// Rest of an input, with zeros after its end.
 struct Bytes<'a>(&'a [u8]);
 
 impl Bytes<'_> {
@@ -56,7 +61,7 @@ impl Bytes<'_> {
         words.map(|word| u32::from_le_bytes(*word)).collect()
     }
 
-    /// Half of them any bits, half of them of a moderate size.
+    /// Scales: half of them arbitrary bits, half of moderate size.
     fn scales(&mut self, n: usize) -> Array<f32> {
         let bits = self.words(n).into_iter();
         let scales = bits.map(|bits| match bits & 1 {
@@ -79,7 +84,7 @@ fn matrix(encoding: u8, rows: usize, cols: usize, bytes: &mut Bytes<'_>) -> Resu
     }
 }
 
-/// Entries until a byte says that a row ends; what does not fit is refused.
+/// Reads entries until a byte says that a row ends; invalid ones are refused.
 fn sparse(
     rows: usize,
     cols: usize,
@@ -216,7 +221,7 @@ fn trellis(
     TrellisMatrix::new(rows, cols, k, parts)
 }
 
-/// Rows and products of all kernels against those of the reference.
+/// Compares rows and products of all kernels with those of the reference.
 fn check(matrix: &Matrix) {
     let Some(expected) = check_rows(matrix) else {
         return;
@@ -233,14 +238,19 @@ fn check(matrix: &Matrix) {
     }
 }
 
-/// Rows of all kernels against those of the reference, and products that are not compared: for files of many matrices.
+/// Compares rows of all kernels with the reference, and computes products without comparing
+/// them.
+///
+/// For files of many matrices.
 pub(super) fn read(matrix: &Matrix) {
     if check_rows(matrix).is_some() {
         run_products(matrix);
     }
 }
 
-/// A processor for each instruction set of this machine, with one thread: threads have a target of their own.
+/// Returns a CPU device for each instruction set of this machine, with one thread.
+///
+/// Threads have their own tests.
 fn devices() -> &'static [Cpu] {
     static DEVICES: LazyLock<Vec<Cpu>> = LazyLock::new(|| {
         let all = Kernels::available().into_iter();
@@ -249,7 +259,7 @@ fn devices() -> &'static [Cpu] {
     &DEVICES
 }
 
-/// Vectors of a moderate size, small ones among them.
+/// Returns vectors of moderate size, including small elements.
 fn vectors(len: usize) -> Vec<f32> {
     let value = |i: usize| (i * 7919 % 1009) as f32 / 504.5 - 1.0;
     let size = |i: usize| [1.0, 1e-4][i / 100 % 2];
@@ -267,7 +277,8 @@ fn run_products(matrix: &Matrix) {
     }
 }
 
-/// The weights, the same bits with all kernels; `None` if there are none or too many.
+/// Returns the weights, which must be bit-identical with all kernels; `None` if there are
+/// none or too many.
 fn check_rows(matrix: &Matrix) -> Option<Vec<f32>> {
     let weights = matrix.rows().checked_mul(matrix.cols());
     let weights = weights.filter(|n| (1..=2 * super::MOST_WEIGHTS).contains(n))?;
@@ -292,7 +303,8 @@ fn check_product(matrix: &Matrix, cpu: &Cpu, weights: &[f32], x: &[f32], n: usiz
     let mut out = vec![f32::NAN; n * rows];
     let product = matrix.spmm_on(cpu, x, n, &mut out);
     product.expect("vectors as long as rows");
-    // Where the input is rotated, its groups are others: the largest element of all is none smaller, up to the root.
+    // A rotated input has other groups. The largest element overall is at least as large, up to the
+    // root.
     let is_rotated = matches!(matrix, Matrix::Trellis(_));
     for (v, (x, out)) in x.chunks(cols).zip(out.chunks(rows)).enumerate() {
         let length = x.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();

@@ -1,4 +1,4 @@
-//! The bytes as a GGUF file.
+//! Target: the bytes as a GGUF file.
 
 use upg_compress::source::GgufSource;
 

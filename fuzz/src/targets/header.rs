@@ -1,4 +1,4 @@
-//! The bytes as a UPG file.
+//! Target: the bytes as a UPG file.
 
 pub fn run(data: &[u8]) {
     let folder = super::folder();

@@ -1,4 +1,4 @@
-//! The parts as the files of a Hugging Face directory, the weights last.
+//! Target: the parts as the files of a Hugging Face directory, the weights last.
 
 use upg_compress::source::HfSource;
 

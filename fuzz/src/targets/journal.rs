@@ -1,5 +1,7 @@
-//! The lines of an input as those of a journal, with checksums that fit, and after a separator the partial file: the run
-//! that goes on ends with the bytes of one that nothing stopped, or with an error.
+//! Target: the lines as those of a journal, with valid checksums, and after a separator the
+//! partial file.
+//!
+//! The resumed run must end with the bytes of an uninterrupted one, or with an error.
 
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
@@ -13,7 +15,7 @@ const CONFIG: &str = r#"{"model_type": "llama", "hidden_size": 8, "intermediate_
     "max_position_embeddings": 64, "vocab_size": 16, "hidden_act": "silu",
     "tie_word_embeddings": true}"#;
 
-/// The magic and the fingerprint of a run, its records, its partial file, and the file that it ends with.
+/// Header and records of a run's journal, its partial file, and its final file.
 struct Run {
     start: String,
     records: Vec<String>,
@@ -39,7 +41,7 @@ pub fn run(data: &[u8]) {
         journal += &format!("{sum} {line}\n");
     }
     std::fs::write(&journal_path, journal).expect("room for temporary files");
-    // Edits of the real partial file: a place and a byte, three bytes each.
+    // Edits of the real partial file: a position and a byte, three bytes each.
     let mut bytes = run.partial.clone();
     for edit in partial.chunks_exact(3) {
         let at = usize::from(u16::from_le_bytes([edit[0], edit[1]])) % bytes.len();
@@ -55,7 +57,7 @@ pub fn run(data: &[u8]) {
     }
 }
 
-/// The checksum of the last line, nothing before the first.
+/// Returns the checksum of the last line; empty before the first.
 fn last_sum(journal: &str) -> &str {
     let last = journal.lines().skip(1).last().unwrap_or_default();
     last.split_once(' ').map_or("", |(sum, _)| sum)

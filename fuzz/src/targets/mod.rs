@@ -1,4 +1,4 @@
-//! The work of each target on an input, by the name of the target.
+//! All fuzz targets by name.
 
 pub mod compressed_tensors;
 pub mod config;
@@ -19,7 +19,7 @@ use upg_kernel::format::UpgFile;
 use upg_kernel::support::steers;
 use upg_kernel::{Error, Matrix};
 
-/// A target by its name.
+/// Target with its name.
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
@@ -37,13 +37,13 @@ pub const ALL: [Target; 11] = [
     ("tokenizer", tokenizer::run),
 ];
 
-/// Stands between the parts of an input that has several.
+/// Separator between the parts of an input.
 const SEPARATOR: &[u8] = b"\n=====\n";
 
-/// Weights of a tensor that is decoded or read: larger ones would only take time.
+/// Maximum weights of a tensor that is decoded or read; larger ones would only take time.
 const MOST_WEIGHTS: usize = 1 << 16;
 
-/// The parts of an input; `N - 1` separators count, a part that is not there is empty.
+/// Splits an input at `N - 1` separators; missing parts are empty.
 fn parts<const N: usize>(data: &[u8]) -> [&[u8]; N] {
     let mut rest = data;
     std::array::from_fn(|i| {
@@ -62,12 +62,12 @@ fn parts<const N: usize>(data: &[u8]) -> [&[u8]; N] {
     })
 }
 
-/// The text of a part.
+/// Returns the text of a part.
 fn text(part: &[u8]) -> String {
     String::from_utf8_lossy(part).into_owned()
 }
 
-/// A folder for one input.
+/// Creates a folder for one input.
 fn folder() -> TempDir {
     tempfile::tempdir().expect("a folder for temporary files")
 }
@@ -78,7 +78,7 @@ fn write(folder: &TempDir, name: &str, bytes: &[u8]) -> std::path::PathBuf {
     path
 }
 
-/// Checks what every error promises: one line, of which nothing steers a terminal.
+/// Checks the guarantees of every error: one line without terminal control characters.
 fn one_line(e: &Error) {
     let line = e.to_string();
     let is_plain = |c: char| !c.is_control() && !steers(c);

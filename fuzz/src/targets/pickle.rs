@@ -1,4 +1,4 @@
-//! The bytes as a file of version 1.
+//! Target: the bytes as a version 1 file.
 
 use upg_kernel::inference::model_dir::ModelFiles;
 use upg_kernel::v1::V1File;

@@ -1,4 +1,6 @@
-//! A good file of every encoding with edits, sealed again: what checksums would refuse gets through to the other checks.
+//! Target: a valid file of every encoding with edits and recomputed checksums.
+//!
+//! Thus the edits reach the checks behind the checksums.
 
 use draft::Draft;
 use safetensors::Dtype;
@@ -19,7 +21,7 @@ const DTYPES: [Dtype; 6] = [
 
 const ENCODINGS: [&str; 9] = ["mdcsr", "q8", "q4", "t2", "t3", "t4", "s8", "s4", "q9"];
 
-/// Sizes that are edges of something.
+/// Sizes at the edges of a rule.
 const SIZES: [u64; 12] = [
     0,
     1,
@@ -46,7 +48,7 @@ pub fn run(data: &[u8]) {
     super::read_upg(&super::write(&folder, "model.safetensors", &draft.bytes()));
 }
 
-/// One edit: what, of which tensor or layer, where, and with which value.
+/// Applies one edit: its kind, the tensor or layer, the position, and the value.
 fn apply(draft: &mut Draft, [what, which, low, high, a, b, c, d]: [u8; 8]) {
     let at = usize::from(u16::from_le_bytes([low, high]));
     let number = u32::from_le_bytes([a, b, c, d]);
@@ -68,7 +70,7 @@ fn apply(draft: &mut Draft, [what, which, low, high, a, b, c, d]: [u8; 8]) {
             run.zip(new.iter().cycle()).for_each(|(b, new)| *b = *new);
         }
         4 => {
-            // As many bytes as the dtype says, or not.
+            // The number of bytes may or may not match the dtype.
             let tensor = &mut draft.tensors[tensor];
             tensor.bytes.resize(at % 4096, a);
             if b & 1 == 0 {
@@ -107,7 +109,7 @@ fn apply(draft: &mut Draft, [what, which, low, high, a, b, c, d]: [u8; 8]) {
             _ => draft.layers.push(draft.layers[layer].clone()),
         },
     }
-    // What is left has to be something: later edits pick from it.
+    // Later edits need something left to pick from.
     if draft.layers.is_empty() || draft.tensors.is_empty() {
         *draft = Draft::good();
     }

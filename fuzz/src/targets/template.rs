@@ -1,4 +1,4 @@
-//! The parts as a chat template and what a user says.
+//! Target: the parts as a chat template and a user message.
 
 use upg_kernel::inference::chat_template::{ChatTemplate, Message};
 

@@ -1,4 +1,4 @@
-//! The parts as `tokenizer.json`, `tokenizer_config.json` and a text.
+//! Target: the parts as `tokenizer.json`, `tokenizer_config.json` and a text.
 
 use upg_kernel::inference::tokenizer::{SpecialIds, SpecialText, Tokenizer};
 
@@ -12,7 +12,7 @@ pub fn run(data: &[u8]) {
     }
 }
 
-/// Encodes a text in every way, and decodes what comes of it at once and one by one.
+/// Encodes a text in every way, and decodes the ids at once and one by one.
 pub(super) fn use_all(tokenizer: &Tokenizer, text: &str) {
     for special in [SpecialText::Parse, SpecialText::Plain] {
         let ids = match tokenizer.encode_as(text, true, special) {
@@ -36,6 +36,6 @@ pub(super) fn use_all(tokenizer: &Tokenizer, text: &str) {
             }
         }
     }
-    // Ids that no token has.
+    // Ids without a token.
     let _ = tokenizer.decode(&[0, 1, u32::MAX], false);
 }

@@ -11,13 +11,13 @@ use upg_kernel::rotation::Rotation;
 use upg_kernel::sparse::{MdCSRArrays, MdCSRMatrix};
 use upg_kernel::{Array, Matrix};
 
-/// Share of kept weights in `s8` and `s4`.
+/// Share of nonzero weights in `s8` and `s4`.
 const KEPT_OF_64: u32 = 32;
 
-/// A matrix of `rows` and `cols`, and its bytes.
+/// Constructor of a matrix of `rows` and `cols`; also returns its bytes.
 pub type Make = fn(usize, usize) -> (Matrix, usize);
 
-/// The packed encodings, by name.
+/// Packed encodings by name.
 pub const PACKED: [(&str, Make); 7] = [
     ("q8", |rows, cols| grouped(rows, cols, false)),
     ("q4", |rows, cols| grouped(rows, cols, true)),
@@ -28,7 +28,7 @@ pub const PACKED: [(&str, Make); 7] = [
     ("s4", |rows, cols| bitmap(rows, cols, true)),
 ];
 
-/// `mdcsr`, by the percentage of stored weights.
+/// Variants of `mdcsr` by the percentage of stored weights.
 pub const SPARSE: [(&str, Make); 4] = [
     ("mdcsr-100", |rows, cols| sparse(rows, cols, 100)),
     ("mdcsr-50", |rows, cols| sparse(rows, cols, 50)),
@@ -36,7 +36,7 @@ pub const SPARSE: [(&str, Make); 4] = [
     ("mdcsr-2", |rows, cols| sparse(rows, cols, 2)),
 ];
 
-/// A plain sequence of pseudo-random bytes (xorshift), eight at a time.
+/// Returns pseudo-random bytes (xorshift), eight at a time.
 pub fn noise(len: usize, seed: u64) -> Vec<u8> {
     let mut x = seed | 1;
     let mut next = || {
@@ -81,12 +81,12 @@ fn grouped(rows: usize, cols: usize, nibbles: bool) -> (Matrix, usize) {
     (Matrix::Grouped(m.expect("fitting parts")), bytes)
 }
 
-/// Whole strips and groups only: no bit may say that a weight is kept which the matrix does not have.
+/// Creates whole strips and groups only: no bit may be set for a weight outside the matrix.
 fn bitmap(rows: usize, cols: usize, nibbles: bool) -> (Matrix, usize) {
     assert!(rows.is_multiple_of(STRIP_ROWS) && cols.is_multiple_of(BITMAP_GROUP));
     let words = cols * STRIP_ROWS / WORD;
     let kept = |random: u64| {
-        // Exactly so many bits, at random places.
+        // Sets exactly this many bits, at random places.
         let mut word = random;
         let mut at = random;
         while word.count_ones() != KEPT_OF_64 {
@@ -150,10 +150,10 @@ fn trellis(rows: usize, cols: usize, k: u8) -> (Matrix, usize) {
     (Matrix::Trellis(m), bytes)
 }
 
-/// Columns are stored or not by chance.
+/// Creates an `mdcsr` matrix whose columns are stored at random.
 fn sparse(rows: usize, cols: usize, percent: u8) -> (Matrix, usize) {
     let (mut deltas, mut row_pointers) = (Vec::new(), vec![0]);
-    // Some bits of a word each: a byte would not do for a percentage.
+    // Several bits per word: a byte is too coarse for a percentage.
     let mut x = 12u64;
     let mut is_stored = || {
         x ^= x << 13;

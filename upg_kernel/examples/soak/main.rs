@@ -1,12 +1,13 @@
-//! Uses one model from four threads for an hour, in every way, and checks that memory and threads stay as they are.
+//! Soak test: uses one model from four threads for an hour, and checks that memory and
+//! threads stay constant.
 //!
 //! ```text
 //! cargo run --release --example soak -- smollm2-q4.safetensors 60
 //! ```
 //!
-//! `tools/soak.sh` runs it. Every ten seconds all threads let go of what they have; then memory is what the model and its
-//! caches take, and allocated bytes are an exact witness of a leak. The resident size has the freed memory in it that the
-//! allocator keeps.
+//! `tools/soak.sh` runs it. Every ten seconds all threads release what they hold. Memory then
+//! consists of the model and its caches, so that the allocated bytes show any leak exactly. The
+//! resident size also includes freed memory that the allocator keeps.
 
 #[path = "../../tests/common/counting.rs"]
 #[allow(dead_code, reason = "helpers of tests")]
@@ -90,11 +91,11 @@ fn panicked() -> Error {
     Error::new(ErrorKind::Invalid, "a thread panicked: see above")
 }
 
-/// State that the threads share.
+/// State shared by the threads.
 #[derive(Default)]
 struct Shared {
     ends: AtomicBool,
-    /// Read by a thread while it works; held alone while memory is looked at.
+    /// Lock that a thread holds shared while it works, and the sampler exclusively.
     quiet: RwLock<()>,
     done: [AtomicU64; KINDS.len()],
 }
@@ -110,7 +111,8 @@ impl Shared {
         Ok(())
     }
 
-    /// A sample every ten seconds, until the time is over or a thread has ended: with an error, or in a panic.
+    /// Takes a sample every ten seconds, until the time is over or a thread has ended with an
+    /// error or a panic.
     fn watch(&self, time: Duration, is_over: impl Fn() -> bool) -> Vec<Sample> {
         let started = Instant::now();
         let (mut samples, mut next) = (Vec::new(), EVERY);
@@ -121,7 +123,7 @@ impl Shared {
                 continue;
             }
             next += EVERY;
-            // Every thread is between two pieces of work, with nothing of its own.
+            // Every thread is between two pieces of work and holds nothing.
             let Ok(_quiet) = self.quiet.write() else {
                 break;
             };

@@ -14,7 +14,7 @@ pub struct Sample {
     at: Duration,
     done: u64,
     live: i64,
-    /// Resident bytes, those of them that are no file, and threads; only on Linux.
+    /// Resident bytes, resident bytes without files, and threads; only on Linux.
     process: Option<[u64; 3]>,
 }
 
@@ -23,7 +23,7 @@ impl Sample {
         Self {
             at,
             done,
-            // Before the text below is.
+            // Before the text below exists.
             live: live_bytes(),
             process: process(),
         }
@@ -57,15 +57,23 @@ impl fmt::Display for Sample {
     }
 }
 
-/// How much the medians of the last fifth of the time after the warm-up may be above those of the first fifth.
+/// Limits on growth.
+///
+/// They compare the median of the last fifth of the time after the warm-up with the median of the
+/// first fifth.
 pub struct Limits {
-    /// Part of the time that is not judged.
+    /// Fraction of the time that is ignored.
     warm_up: f64,
-    /// Growth of the resident size: a part of it, and the bytes that are always allowed. Threads that come and go are given up
-    /// to eight arenas a processor by glibc, each of which keeps what was freed in it.
+    /// Allowed growth of the resident size: a fraction of it, and bytes that are always allowed.
+    ///
+    /// glibc gives short-lived threads up to eight arenas per processor, each of which keeps freed
+    /// memory.
     resident: (f64, i64),
-    /// Growth of what is allocated, likewise: buffers and caches of regular expressions come to their size late, each once a
-    /// thread. An hour is a hundred thousand pieces of work and more: a leak of two bytes in each is above it.
+    /// Allowed growth of the allocated bytes, likewise.
+    ///
+    /// Buffers and caches of regular expressions reach their size late, once per thread. An hour
+    /// has a hundred thousand pieces of work or more: a leak of two bytes in each exceeds the
+    /// limit.
     live: (f64, i64),
 }
 
@@ -79,7 +87,7 @@ impl Default for Limits {
     }
 }
 
-/// Prints what has changed, and returns whether all of it is within the limits.
+/// Prints the changes; returns whether all of them are within the limits.
 pub fn judge(samples: &[Sample], limits: &Limits) -> bool {
     let warm_up = (samples.len() as f64 * limits.warm_up).ceil() as usize;
     let judged = samples.get(warm_up..).unwrap_or(&[]);
@@ -108,7 +116,7 @@ pub fn judge(samples: &[Sample], limits: &Limits) -> bool {
     };
     let checks = [
         ("resident bytes", 0, limits.resident),
-        // In the median too: a thread that has ended is there for a moment more.
+        // The median too, because a thread that has ended remains visible for a moment.
         ("threads", 2, (0.0, 0)),
     ];
     for (what, which, allowed) in checks {

@@ -12,7 +12,7 @@ use upg_kernel::inference::{
 };
 use upg_kernel::{Error, ErrorKind, Result, UPGModel};
 
-/// Names of the kinds of work. A model without a tokenizer has ids instead of texts.
+/// Names of the kinds of work. A model without a tokenizer uses ids instead of texts.
 pub const KINDS: [&str; 9] = [
     "texts, to their end",
     "streams, dropped half way",
@@ -27,10 +27,10 @@ pub const KINDS: [&str; 9] = [
 
 /// Longest prompt, in tokens.
 const MOST_PROMPT: u32 = 48;
-/// Most tokens that are generated at a time.
+/// Maximum tokens that are generated at a time.
 const MOST_TOKENS: u32 = 12;
 
-/// Ends only by its budget.
+/// Template that only the fuel limit stops.
 const ENDLESS: &str =
     "{% for i in range(9999) %}{% for j in range(9999) %}{{ j }}{% endfor %}{% endfor %}";
 const PLAIN: &str = "{% for m in messages %}[{{ m.role }}] {{ m.content | trim }}\n{% endfor %}";
@@ -46,7 +46,9 @@ impl Worker {
         Self { model, random }
     }
 
-    /// Fills the cache that the tokenizer has for each thread: up to 10,000 words, with which memory would grow for an hour.
+    /// Fills the per-thread cache of the tokenizer.
+    ///
+    /// It holds up to 10,000 words, with which memory would otherwise grow for an hour.
     pub fn fill_caches(&self) -> Result<()> {
         let Ok(tokenizer) = self.model.tokenizer() else {
             return Ok(());
@@ -66,7 +68,7 @@ impl Worker {
             .map(drop)
     }
 
-    /// Does a piece of work, and returns its kind. Errors: what should have succeeded and did not, or the other way around.
+    /// Does a piece of work and returns its kind. Errors: an unexpected failure or success.
     pub fn run(&mut self) -> Result<usize> {
         let kind = self.below(KINDS.len() as u32) as usize;
         let done = match kind {
@@ -88,7 +90,7 @@ impl Worker {
         self.random.next_u32() % limit
     }
 
-    /// One token or more.
+    /// Returns one token or more.
     fn tokens(&mut self, most: u32) -> Vec<u32> {
         let vocab = self.model.model().config().vocab_size as u32;
         let count = 1 + self.below(most);
@@ -113,7 +115,7 @@ impl Worker {
         self.model.tokenizer().is_ok()
     }
 
-    /// A new scheduler, a prompt, an answer, up to `steps` passes of it.
+    /// Runs a new scheduler with a prompt and up to `steps` passes of an answer.
     fn generate(&mut self, steps: Option<usize>) -> Result<()> {
         let mut scheduler = self.model.scheduler(1, &SessionOptions::default())?;
         let most = 1 + self.below(MOST_TOKENS) as usize;
@@ -136,7 +138,8 @@ impl Worker {
         Ok(())
     }
 
-    /// Another thread stops the passes, sooner or later; the sequence is then as before the pass.
+    /// Another thread interrupts the passes sooner or later; the sequence is then as before the
+    /// pass.
     fn interrupt(&mut self) -> Result<()> {
         let flag = Arc::new(AtomicBool::new(false));
         let options = SessionOptions {
@@ -174,7 +177,7 @@ impl Worker {
         session.step(prompt[0]).map(drop)
     }
 
-    /// Calls that have to fail, each leaving the sequence as it was.
+    /// Makes calls that must fail, each leaving the sequence unchanged.
     fn errors(&mut self) -> Result<()> {
         let vocab = self.model.model().config().vocab_size as u32;
         let short = SessionOptions {
@@ -206,7 +209,8 @@ impl Worker {
         session.step(self.below(vocab)).map(drop)
     }
 
-    /// Several sequences in one pass; then one of them cannot go on, and none does; then all can.
+    /// Runs several sequences in one pass. Then one of them cannot continue, and none does; then
+    /// all can.
     fn batch(&mut self) -> Result<()> {
         let count = 2 + self.below(3) as usize;
         let mut context = Context::new(Arc::clone(self.model.model()), &SessionOptions::default())?;
@@ -234,7 +238,8 @@ impl Worker {
             .try_for_each(|_| extend(&mut sequences, &vec![&[0][..]; count]))
     }
 
-    /// More requests than fit in a pass; half of the time they are dropped before they are done.
+    /// Submits more requests than fit in a pass; half of the time they are dropped before they
+    /// are done.
     fn texts(&mut self) -> Result<()> {
         let mut scheduler = self.model.scheduler(3, &SessionOptions::default())?;
         for _ in 0..3 + self.below(3) {
@@ -261,7 +266,7 @@ impl Worker {
         Ok(())
     }
 
-    /// The template of the model, a plain one, and one that ends by its budget only.
+    /// Renders the template of the model, a plain one, and one that only the fuel limit stops.
     fn template(&mut self) -> Result<()> {
         let content = format!("What is {} in words?", self.below(1000));
         let messages = [Message::new("user", content)];

@@ -1,28 +1,28 @@
-//! The allocator of the system, with counts: for programs that set it as their global allocator.
+//! System allocator with counters, for programs that set it as their global allocator.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicI64, AtomicUsize, Ordering};
 
-/// The allocator of the system, counted.
+/// System allocator with counters.
 pub(crate) struct Counting;
 
 static CALLS: AtomicUsize = AtomicUsize::new(0);
 static LIVE: AtomicI64 = AtomicI64::new(0);
 static PEAK: AtomicI64 = AtomicI64::new(0);
 
-/// Returns the number of allocations and reallocations that have succeeded.
+/// Returns the number of successful allocations and reallocations.
 pub(crate) fn allocations() -> usize {
     CALLS.load(Ordering::Relaxed)
 }
 
-/// Returns the bytes that are allocated and not freed, by Rust.
+/// Returns the bytes that Rust code has allocated and not freed.
 pub(crate) fn live_bytes() -> i64 {
     LIVE.load(Ordering::Relaxed)
 }
 
-/// Runs `work`. Returns its result, and the most bytes that were live meanwhile beyond those at the start.
+/// Runs `work`; returns its result and the peak of live bytes above those at the start.
 ///
-/// A reallocation counts as old and new memory at once, as where the block has to move.
+/// A reallocation counts as old and new memory at once, as if the block had to move.
 pub(crate) fn peak_of<T>(work: impl FnOnce() -> T) -> (T, usize) {
     let before = live_bytes();
     PEAK.store(before, Ordering::Relaxed);
@@ -45,7 +45,8 @@ fn remove(bytes: usize) {
     LIVE.fetch_sub(bytes as i64, Ordering::Relaxed);
 }
 
-// SAFETY: every call is passed on to `System` as it is, whose results are returned as they are; counting allocates nothing.
+// SAFETY: every call is forwarded unchanged to `System`, and its result is returned unchanged;
+// counting allocates nothing.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         // SAFETY: the caller's duties are those of `System::alloc`.

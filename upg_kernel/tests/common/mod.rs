@@ -1,4 +1,4 @@
-//! The tiny models without a UPG file.
+//! Tiny models without a UPG file.
 
 pub(crate) mod tiny;
 
@@ -12,11 +12,12 @@ use upg_kernel::inference::{CacheType, Model, ModelConfig, Session, SessionOptio
 use upg_kernel::matrix::{DenseMatrix, DenseValues, Matrix};
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// The same arithmetic cut into other pieces: products with one and with many vectors add up in
-/// another order. Measured: 3e-6.
+/// Tolerance for the same arithmetic in other pieces.
+///
+/// Products with one and with many vectors add up in another order. Measured: 3e-6.
 pub(crate) const CUT_TOLERANCE: f32 = 2e-5;
 
-/// The weights of a small BF16 safetensors file, uncompressed.
+/// Weights of a small BF16 safetensors file, uncompressed.
 pub(crate) struct DenseSource(Vec<u8>);
 
 impl DenseSource {
@@ -73,7 +74,7 @@ pub(crate) fn session(model: &Arc<Model>) -> Session {
     Session::new(Arc::clone(model), &options()).expect("a session")
 }
 
-/// Keys and values as they are computed: the reference keeps them so.
+/// Returns options with unrounded keys and values, as the reference has them.
 pub(crate) fn options() -> SessionOptions {
     SessionOptions {
         cache_type: CacheType::F32,

@@ -1,22 +1,22 @@
-//! Tiny random models of every family, and what transformers computes for them.
+//! Tiny random models of every family, with the results of transformers.
 
 use safetensors::SafeTensors;
 use std::path::{Path, PathBuf};
 
-/// A file or folder of the test data of `upg_kernel`, for tests of any crate.
+/// Returns a file or folder of the test data of `upg_kernel`, for tests of any crate.
 pub(crate) fn data(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("../upg_kernel/tests/data")
         .join(path)
 }
 
-/// The values of a tensor, which may lie unaligned.
+/// Returns the values of a tensor, which may be unaligned.
 pub(crate) fn collect<T: bytemuck::Pod>(bytes: &[u8]) -> Vec<T> {
     let values = bytes.chunks_exact(size_of::<T>());
     values.map(bytemuck::pod_read_unaligned).collect()
 }
 
-/// Folders of `tests/data/tiny-models`, and where the weights of each are.
+/// Folders of `tests/data/tiny-models`, each with the folder of its weights.
 pub(crate) const MODELS: [(&str, &str); 11] = [
     ("llama-bias", "llama-bias"),
     ("llama3-rope", "llama3-rope"),
@@ -31,19 +31,19 @@ pub(crate) const MODELS: [(&str, &str); 11] = [
     ("qwen3-layer-types", "qwen3"),
 ];
 
-/// A file of a tiny model.
+/// Returns a file of a tiny model.
 pub(crate) fn model_file(folder: &str, file: &str) -> PathBuf {
     data("tiny-models").join(folder).join(file)
 }
 
-/// A prompt, the logits of its last positions and the tokens that greedy choice appends.
+/// Prompt, the logits of its last positions, and its greedy continuation.
 pub(crate) struct Case {
     pub(crate) prompt: Vec<u32>,
     pub(crate) logits: Vec<f32>,
     pub(crate) greedy: Vec<u32>,
 }
 
-/// The four cases of a tiny model: prompts of 1, 7, 24 and 80 tokens.
+/// Reads the four cases of a tiny model: prompts of 1, 7, 24 and 80 tokens.
 pub(crate) fn cases(name: &str) -> Vec<Case> {
     let bytes = std::fs::read(model_file(name, "expected.safetensors")).expect("a readable file");
     let file = SafeTensors::deserialize(&bytes).expect("a safetensors file");
@@ -61,7 +61,7 @@ pub(crate) fn cases(name: &str) -> Vec<Case> {
         .collect()
 }
 
-/// NaN if any value is.
+/// Returns the largest absolute difference; NaN if any value is NaN.
 pub(crate) fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
     assert_eq!(a.len(), b.len());
     let differences = a.iter().zip(b).map(|(a, b)| (a - b).abs());

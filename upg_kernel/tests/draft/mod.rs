@@ -1,11 +1,13 @@
-//! A small UPG file with a layer of every encoding, built from the text of `upg_format_v2.md` and not
-//! with the library's writer, so that tests can damage any part of it.
+//! Small UPG file with a layer of every encoding.
+//!
+//! It is built from the text of `upg_format_v2.md`, not with the library's writer, so that tests
+//! can damage any part of it.
 
 use safetensors::Dtype;
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 
-/// Two strips, the second with two rows.
+/// Two strips, the second one with two rows.
 pub const ROWS: usize = 66;
 pub const COLS: usize = 70;
 
@@ -17,11 +19,11 @@ pub struct Tensor {
     pub dtype: Dtype,
     pub shape: Vec<usize>,
     pub bytes: Vec<u8>,
-    /// Lies directly before the tensor of this name instead of at its place.
+    /// Name of the tensor directly before which it is placed, instead of its usual place.
     pub before: Option<String>,
 }
 
-/// Everything that goes into a file, open to damage.
+/// Content of a file, open to damage.
 #[derive(Clone)]
 pub struct Draft {
     pub metadata: BTreeMap<String, String>,
@@ -30,7 +32,8 @@ pub struct Draft {
 }
 
 impl Draft {
-    /// Layers 0 to 7 in the order of the specification, a kept tensor and a tokenizer.
+    /// Creates layers 0 to 7 in the order of the specification, an uncompressed tensor and a
+    /// tokenizer.
     pub fn good() -> Self {
         let metadata = [
             ("format", "upg"),
@@ -82,7 +85,7 @@ impl Draft {
         self.push(format!("{prefix}scales"), Dtype::F32, &[ROWS], &scales);
     }
 
-    /// Entries in rows 0 and 2.
+    /// Adds an `mdcsr` layer with entries in rows 0 and 2.
     fn mdcsr(&mut self) {
         let p = self.begin("mdcsr");
         let mut pointers = [4; ROWS + 1];
@@ -149,7 +152,9 @@ impl Draft {
         self.push(format!("{p}signs"), Dtype::U8, &[64 / 8], &noise(64 / 8));
     }
 
-    /// Row 0 keeps columns 0 and 69, row 63 column 5, and row 65 the first three.
+    /// Adds a sparse layer.
+    ///
+    /// Row 0 has columns 0 and 69, row 63 column 5, and row 65 the first three.
     fn bitmap(&mut self, encoding: &str, array: &str, dtype: Dtype) {
         let p = self.begin(encoding);
         self.last()["group"] = 64.into();
@@ -180,7 +185,7 @@ impl Draft {
         self.layers.last_mut().expect("a layer was begun")
     }
 
-    /// The tensor of this name.
+    /// Returns the tensor of this name.
     pub fn tensor(&mut self, name: &str) -> &mut Tensor {
         self.tensors
             .iter_mut()
@@ -188,7 +193,7 @@ impl Draft {
             .unwrap_or_else(|| panic!("{name}"))
     }
 
-    /// Metadata with everything that is computed.
+    /// Returns the metadata with all computed values.
     pub fn sealed(&self) -> BTreeMap<String, String> {
         let mut metadata = self.metadata.clone();
         let layers = serde_json::Value::from(self.layers.clone()).to_string();
@@ -219,7 +224,7 @@ impl Draft {
         metadata
     }
 
-    /// The file: tensors of larger elements first, so that all are aligned.
+    /// Returns the file: tensors of larger elements first, so that all are aligned.
     pub fn bytes(&self) -> Vec<u8> {
         let (moved, mut tensors): (Vec<&Tensor>, Vec<&Tensor>) =
             self.tensors.iter().partition(|t| t.before.is_some());
@@ -267,7 +272,7 @@ fn words(values: &[u32]) -> Vec<u8> {
     values.iter().flat_map(|v| v.to_le_bytes()).collect()
 }
 
-/// Bytes without a pattern.
+/// Returns bytes without a pattern.
 pub fn noise(n: usize) -> Vec<u8> {
     (0..n as u32)
         .map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8)

@@ -1,9 +1,15 @@
-// Runs the dispatches that stand on the standard input in several orders, and writes what they leave to the standard output.
+// Runs the dispatches on the standard input in several orders, and writes their results to the
+// standard output.
 //
-// Numbers are u32, little-endian. In: the number of buffers; of each its size, alignment, whether kernels write it, and,
-// if they do not, its bytes. The number of dispatches; of each its kernel, the numbers of its buffers and of the one it writes, its arguments, the size of its
-// threadgroup memory, threadgroups in two dimensions, threads. The schedules. Lists and texts begin with their length.
-// Out, for each schedule: what is wrong, or an empty text and the bytes of the buffers that kernels write.
+// Numbers are u32, little-endian. Lists and texts start with their length.
+//
+// Input: the number of buffers; for each its size, alignment, whether kernels write it, and, if
+// they do not, its bytes. The number of dispatches; for each its kernel, the numbers of its buffers
+// and of the one it writes, its arguments, the size of its threadgroup memory, threadgroups in two
+// dimensions, threads. The schedules.
+//
+// Output, for each schedule: an error, or an empty text and the bytes of the buffers that kernels
+// write.
 #include "machine.h"
 
 #include <cstdio>
@@ -30,7 +36,7 @@ template <class T> static std::vector<T> read_list() {
 }
 static void write_u32(uint32_t value) { fwrite(&value, sizeof value, 1, stdout); }
 
-// As Apple's GPUs do: numbers too small for an exponent are 0.
+// As on Apple's GPUs, subnormal numbers are 0.
 static void flush_subnormals() {
 #if defined(__x86_64__)
     __builtin_ia32_ldmxcsr(__builtin_ia32_stmxcsr() | 0x8040);
@@ -42,7 +48,7 @@ static void flush_subnormals() {
 }
 
 int main() {
-    // A kernel that does not end is wrong too.
+    // A kernel that does not end is an error too.
     alarm(120);
     flush_subnormals();
     std::vector<Buffer> buffers;

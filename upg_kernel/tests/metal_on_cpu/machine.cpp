@@ -10,7 +10,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-// Saves the registers that a function has to keep and the stack pointer to *from, and goes on with the stack `to`.
+// Saves the callee-saved registers and the stack pointer to *from, and continues on the stack `to`.
 extern "C" void switch_stack(void **from, void *to);
 #ifdef __APPLE__
 #define SYMBOL(name) "_" name
@@ -45,12 +45,14 @@ constexpr uint32_t WIDTH = 32;
 constexpr size_t STACK = 64 << 10;
 constexpr unsigned char POISON = 0xFF; // as floats: NaN
 
-// A thread, by its number among those of all threadgroups (0: none), and how many barriers for this memory it had passed.
+// A thread, by its number among those of all threadgroups (0: none), and the number of barriers for
+// this memory that it had passed.
 struct Touch {
     uint64_t thread = 0;
     uint32_t epoch = 0;
 };
-// Who touched a byte last. Three readers since the last barrier are enough: two of them are not the thread that writes next.
+// Last accesses to a byte. Three readers since the last barrier are enough: two of them are not the
+// thread that writes next.
 struct Buffer::Cell {
     Touch writer, readers[3];
     bool is_set = false;
@@ -69,15 +71,15 @@ struct Thread {
     State state;
     const char *function; // at which it waits
     int line;
-    unsigned memories; // that its barrier is for, a bit for each
+    unsigned memories; // memories of its barrier, a bit each
     uint32_t index, lane, simd;
     uint32_t position[3], in_group[3];
-    uint32_t epochs[2]; // barriers that it has passed, for memory of the threadgroup and of the device
-    uint32_t calls;     // of functions of the SIMD-group
+    uint32_t epochs[2]; // barriers that it has passed, for threadgroup and device memory
+    uint32_t calls;     // of SIMD-group functions
 };
 
 struct Simdgroup {
-    unsigned char slots[2][WIDTH * SLOT]; // in turns: one is read while the next is filled
+    unsigned char slots[2][WIDTH * SLOT]; // alternating: one is read while the next is filled
     uint32_t turn;
 };
 
@@ -87,7 +89,7 @@ struct Threadgroup {
     uint32_t epochs[2]; // barriers of all threads so far, for either memory
     uint32_t position[3], size[3], grid[3];
     uint32_t simd_count;
-    uint64_t first_thread; // its number among those of all threadgroups
+    uint64_t first_thread; // number among those of all threadgroups
 };
 
 struct Memory {
@@ -138,7 +140,7 @@ void fail(const char *format, ...) {
 }
 
 static void on_signal(int signal, siginfo_t *info, void *) {
-    // Only what may be called here; the process ends.
+    // Only functions that may be called here; the process ends.
     char text[400];
     const char *kernel = machine.running ? machine.kernel->name : "no kernel";
     const unsigned thread = machine.running ? machine.running->index : 0;
@@ -175,7 +177,7 @@ static size_t pages(size_t size) {
 
 Buffer make_buffer(size_t size, size_t alignment, bool is_written) {
     const size_t page = pages(1), body = pages(size + alignment);
-    // A page before and one behind that cannot be touched.
+    // An inaccessible page before and one after.
     unsigned char *all = (unsigned char *)mmap(nullptr, body + 2 * page, PROT_READ | PROT_WRITE,
                                                MAP_PRIVATE | MAP_ANON, -1, 0);
     if (all == MAP_FAILED || mprotect(all, page, PROT_NONE) || mprotect(all + page + body, page, PROT_NONE)) {
@@ -186,7 +188,7 @@ Buffer make_buffer(size_t size, size_t alignment, bool is_written) {
     buffer.first = all;
     buffer.end = all + body + 2 * page;
     buffer.bytes = all + page + (body - size) / alignment * alignment;
-    // No more aligned than it has to be.
+    // No more aligned than necessary.
     if ((uintptr_t)buffer.bytes / alignment % 2 == 0 && buffer.bytes > all + page) {
         buffer.bytes -= alignment;
     }
@@ -210,10 +212,10 @@ static bool is_stack(const unsigned char *at) {
 #ifndef __APPLE__
 extern "C" char __executable_start, end;
 #endif
-// Constants of the program, and what this file has.
+// Constants of the program, and the variables of this file.
 static bool is_program(const unsigned char *at) {
 #ifdef __APPLE__
-    // Not told apart from other memory there; what is near a buffer is found all the same.
+    // Not distinguished from other memory there; errors near a buffer are still found.
     (void)at;
     return true;
 #else
@@ -223,7 +225,7 @@ static bool is_program(const unsigned char *at) {
 template <class T> static bool is_in(const std::vector<T> &list, const unsigned char *at) {
     return at >= (const unsigned char *)list.data() && at < (const unsigned char *)(list.data() + list.size());
 }
-// What <metal_stdlib> and `argument` read of this file's memory.
+// Memory of this file that <metal_stdlib> and `argument` read.
 static bool is_machine(const unsigned char *at) {
     return is_in(machine.group.simds, at) || is_in(machine.group.threads, at);
 }
@@ -233,7 +235,8 @@ static bool is_of_this_group(uint64_t thread) {
     return thread >= group.first_thread && thread < group.first_thread + group.threads.size();
 }
 
-// Whether the running thread and that of `other` touch a byte with no barrier for this memory between.
+// Whether the running thread and that of `other` access a byte without a barrier for this memory
+// between.
 static bool is_race(const Touch &other, unsigned memory) {
     const Thread &thread = *machine.running;
     const Threadgroup &group = machine.group;
@@ -248,7 +251,7 @@ static bool is_race(const Touch &other, unsigned memory) {
     return second.simd == thread.simd ? other.epoch == thread.epochs[memory] : other.epoch >= group.epochs[memory];
 }
 
-// Notes a reader, in the place of one that is done with.
+// Records a reader, in place of an obsolete one.
 static void note_reader(Cell &cell, Touch self, unsigned memory) {
     Touch *place = nullptr;
     for (Touch &reader : cell.readers) {
@@ -342,7 +345,7 @@ static void access(const void *address, size_t size, bool is_write) {
     }
 }
 
-// ---- What a thread calls
+// ---- Functions that a thread calls
 
 uint32_t lane() { return machine.running->lane; }
 
@@ -412,7 +415,7 @@ const uint32_t *numbers(const Parameter &parameter) {
     }
 }
 
-// ---- Order
+// ---- Schedules
 
 static void thread_main() {
     machine.kernel->run();
@@ -432,7 +435,7 @@ static uint32_t next(uint64_t &random) {
     return uint32_t(random);
 }
 
-// 0 to n - 1 (32 at most), in the order of a schedule.
+// The numbers 0 to n - 1 (at most 32), in the order of a schedule.
 struct Order {
     unsigned char all[WIDTH];
     uint32_t n;
@@ -514,7 +517,8 @@ static void run_threadgroup(uint64_t schedule, uint64_t &random) {
             if (!(waiting->memories >> memory & 1)) {
                 continue;
             }
-            // A barrier of all is one of each SIMD-group too: the counts go on from the largest.
+            // A barrier of all threads is one of each SIMD-group too: the counts continue from the
+            // largest.
             uint32_t epoch = group.epochs[memory];
             for (Thread &thread : group.threads) {
                 epoch = thread.epochs[memory] > epoch ? thread.epochs[memory] : epoch;
@@ -550,7 +554,7 @@ static void begin_threadgroup(const Dispatch &dispatch, uint32_t number) {
         thread.position[0] = group.position[0] * dispatch.threads + i;
         thread.position[1] = group.position[1];
         thread.position[2] = 0;
-        // As if `switch_stack` had been called at the beginning of `thread_main`.
+        // As if `switch_stack` had been called at the start of `thread_main`.
         void **top = (void **)(machine.stacks + (i + 1) * STACK) - 4;
         top -= SAVED + 1;
         top = (void **)((uintptr_t)top & ~uintptr_t(15));
@@ -600,7 +604,7 @@ std::string run(const Dispatch &dispatch, std::vector<Buffer> &buffers, uint64_t
     group.grid[1] = dispatch.threadgroups[1];
     group.size[1] = group.size[2] = group.grid[2] = 1;
     group.position[2] = 0;
-    // Who touched what before belongs to another dispatch, which has finished.
+    // Earlier accesses belong to another dispatch, which has finished.
     for (Buffer &buffer : buffers) {
         for (Cell &cell : buffer.cells) {
             const bool is_set = cell.is_set;

@@ -1,22 +1,25 @@
-// Runs the threads of a GPU kernel on a CPU, one at a time, in an order of its choice, and watches what they touch.
+// Runs the threads of a GPU kernel on a CPU, one at a time, in a chosen order, and checks their
+// memory accesses.
 //
-// A kernel is compiled by clang with the hooks of its thread sanitizer (`-fsanitize=thread`), which are defined here
-// instead of by the sanitizer: they are called before every access to memory that other threads may see. So these are
-// found whatever the order of the threads is, and named with the kernel, the thread and the place:
-//   - an access outside of the buffers and the threadgroup memory that the dispatch was given, or to an element past
-//     the end of one (around it there are also pages that cannot be read);
-//   - a write to a buffer that is bound for reading;
-//   - a read of threadgroup memory, or of a buffer that kernels write, that nothing has written;
-//   - two threads at one byte, one of them writing, with no barrier for that memory between: threadgroup_barrier, or
-//     simdgroup_barrier if both are in one SIMD-group; in memory of the device also from different threadgroups, for which
-//     there is none;
-//   - threads of a SIMD-group at different simd_* functions or different calls of one, or one of them returned or at a
-//     barrier;
-//   - a barrier that not all threads of a threadgroup reach;
-//   - what `-fsanitize=alignment,shift,...` finds: it ends in a trap, which is reported as one.
+// A kernel is compiled by clang with the hooks of its thread sanitizer (`-fsanitize=thread`), which
+// are defined here instead of by the sanitizer. They are called before every access to memory that
+// other threads may see. So these errors are found for any order of the threads, and reported with
+// the kernel, the thread and the place:
+// - an access outside of the buffers and the threadgroup memory that the dispatch was given, or to
+//     an element past the end of one (there are also inaccessible pages around it);
+// - a write to a buffer that is bound for reading;
+// - a read of uninitialized threadgroup memory, or of an uninitialized buffer that kernels write;
+// - two threads at one byte, one of them writing, with no barrier for that memory between:
+//     threadgroup_barrier, or simdgroup_barrier if both are in one SIMD-group; in device memory
+//     also from different threadgroups, for which there is no barrier;
+// - threads of a SIMD-group at different simd_* functions or different calls of one, or one of them
+//     returned or at a barrier;
+// - a barrier that not all threads of a threadgroup reach;
+// - errors that `-fsanitize=alignment,shift,...` finds: they end in a trap, which is reported as
+//     one.
 //
-// Not covered: Apple's compiler and hardware, the speed, memory order weaker than that of barriers, sizes from 4 GiB on,
-// and of Metal what the kernels do not use.
+// Not covered: Apple's compiler and hardware, speed, memory order weaker than that of barriers,
+// sizes from 4 GiB on, and parts of Metal that the kernels do not use.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -32,14 +35,14 @@ namespace metal_on_cpu {
 constexpr unsigned SLOT = 16; // bytes that a lane can exchange
 uint32_t lane();
 const unsigned char *exchange(const char *name, int line, const void *value, size_t size);
-// `memories`: 1 for that of the threadgroup, 2 for that of the device.
+// `memories`: 1 for threadgroup memory, 2 for device memory.
 void simdgroup_barrier(unsigned memories, int line);
 void threadgroup_barrier(unsigned memories, int line);
 [[noreturn]] void fail(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
 // ---- For the kernels, as translated
 
-// What a parameter of a kernel is.
+// Kind of a parameter of a kernel.
 enum class Kind {
     Buffer,
     Threadgroup,
@@ -99,17 +102,18 @@ template <class... A, size_t N> inline void call(void (*kernel)(A...), const Par
 struct Buffer {
     unsigned char *bytes = nullptr;
     size_t size = 0;
-    unsigned char *first = nullptr, *end = nullptr; // with what cannot be touched
+    unsigned char *first = nullptr, *end = nullptr; // including the inaccessible pages
     bool is_written = false; // by kernels
     struct Cell;
-    std::vector<Cell> cells; // of those that are written
+    std::vector<Cell> cells; // of written buffers
     Buffer();
     ~Buffer();
     Buffer(Buffer &&);
 };
-// The last of `size` bytes is near to a page that cannot be touched, and the first at an odd multiple of `alignment`.
+// The last of `size` bytes is near an inaccessible page, and the first at an odd multiple of
+// `alignment`.
 Buffer make_buffer(size_t size, size_t alignment, bool is_written);
-// Forgets what was written.
+// Resets the memory to uninitialized.
 void clear(Buffer &buffer);
 
 struct Dispatch {
@@ -121,7 +125,8 @@ struct Dispatch {
     uint32_t threadgroups[2];
     uint32_t threads;
 };
-// Runs it in the order that `schedule` stands for: 0 forwards, 1 backwards, others at random. Returns what is wrong.
+// Runs it in the order of `schedule`: 0 forwards, 1 backwards, others at random. Returns an error
+// text.
 std::string run(const Dispatch &dispatch, std::vector<Buffer> &buffers, uint64_t schedule);
 
 } // namespace metal_on_cpu

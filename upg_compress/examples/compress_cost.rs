@@ -1,16 +1,17 @@
-//! What compressing a published model would take on this machine, without its weights.
+//! Estimates the cost of compressing a published model on this machine, without its weights.
 //!
 //!     cargo run --release --example compress_cost -- phi-4 t3 17408
 //!
-//! The last number: tokens to calibrate on, in sequences of 512; none if it is left out. Random weights of the same shapes stand
-//! in for those of the model; see `Preflight` for what is measured and what is counted.
+//! The last argument is the number of calibration tokens, in sequences of 512; without it there is
+//! no calibration. Random weights of the same shapes replace those of the model. See `Preflight`
+//! for what is measured and what is counted.
 #![forbid(unsafe_code)]
 
 use std::error::Error;
 use upg_compress::source::SyntheticSource;
 use upg_compress::{Calibration, Choice, CompressOptions, Preflight, Source};
 
-/// Tokens of a sequence.
+/// Tokens per sequence.
 const WINDOW: usize = 512;
 
 fn main() -> Result<(), Box<dyn Error>> {

@@ -1,10 +1,10 @@
-//! Encodes single matrices with and without the inputs that they have: the Rust part of `bench/minilm.sh`.
+//! Encodes single matrices with and without their inputs: the Rust part of `bench/minilm.sh`.
 //!
 //!     cargo run --release --example encode_matrices -- INPUTS.safetensors OUTPUTS.safetensors
 //!
-//! INPUTS has matrices `[rows, cols]` and inputs `[n, cols]`, all F32, and in its metadata for each matrix the name of its
-//! inputs. OUTPUTS gets each matrix as decoded again, as `ENCODING/NAME` and `ENCODING calibrated/NAME`, and in its metadata
-//! the bits per weight of each encoding.
+//! INPUTS has matrices `[rows, cols]` and inputs `[n, cols]`, all F32. Its metadata has for each
+//! matrix the name of its inputs. OUTPUTS gets each decoded matrix, as `ENCODING/NAME` and
+//! `ENCODING calibrated/NAME`, and in its metadata the bits per weight of each encoding.
 #![forbid(unsafe_code)]
 
 use safetensors::tensor::TensorView;
@@ -26,7 +26,7 @@ const ENCODINGS: [Encoding; 5] = [
     Encoding::T2,
 ];
 
-/// Of the rotation.
+/// Seed of the rotation.
 const SEED: u64 = 0;
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -92,7 +92,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// As `upg compress` stores it by default.
+/// Describes a matrix as `upg compress` stores it by default.
 fn described(name: &str, rows: usize, cols: usize, encoding: Encoding) -> LayerInfo {
     let mut layer = LayerInfo::new(name, rows, cols, encoding);
     layer.group = match encoding {

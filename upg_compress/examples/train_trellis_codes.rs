@@ -1,17 +1,20 @@
-//! Finds the codes of the trellis encodings and prints them as the constants of `upg_kernel/src/trellis_code.rs`.
+//! Finds the codes of the trellis encodings and prints them as the constants of
+//! `upg_kernel/src/trellis_code.rs`.
 //!
 //! ```text
 //! cargo run --release -p upg_compress --example train_trellis_codes            # t2, t3, t4
-//! cargo run --release -p upg_compress --example train_trellis_codes -- 4 7     # bits a weight, bits of a point
+//! cargo run --release -p upg_compress --example train_trellis_codes -- 4 7     # bits per weight, bits of a point
 //! ```
 //!
-//! A level belongs to a point on a ring (see `upg_kernel::trellis_code`). What a good multiplier is cannot be seen,
-//! so all are tried: each with levels at the quantiles of a Gaussian, the middles of as many classes of equal
-//! probability as there are points. The best of them are trained (Lloyd's iteration): encode Gaussian values, move every
-//! level to the mean of what it stood for, as far as sums of a coarse and a fine part allow. The best on other
+//! A level belongs to a point on a ring (see `upg_kernel::trellis_code`). There is no formula for a
+//! good multiplier, so all are tried, each with levels at the quantiles of a Gaussian: the middles
+//! of as many classes of equal probability as there are points. The best of them are trained
+//! (Lloyd's iteration): Gaussian values are encoded, and every level moves to the mean of the
+//! values it represented, as far as sums of a coarse and a fine part allow. The best one on other
 //! values wins.
 //!
-//! Deterministic, up to the last bit of the machine's `ln` and `cos`. About five minutes on two cores.
+//! Deterministic, up to the last bit of the machine's `ln` and `cos`. Takes about five minutes on
+//! two cores.
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
@@ -20,7 +23,7 @@ use upg_compress::encode::trellis::{Code, Search, UNIT};
 use upg_kernel::Result;
 use upg_kernel::trellis_code::TrellisCode;
 
-/// Points of half a ring, told apart by 8 bits.
+/// Points of half a ring, distinguished by 8 bits.
 const DEPTHS: usize = 128;
 const SURVIVORS: usize = 40;
 const ROUNDS: usize = 8;
@@ -45,7 +48,7 @@ fn main() -> Result<()> {
     let test = gaussian(&mut rng, TEST_VALUES);
     let quantiles = Wanted::quantiles(&mut rng);
     for (k, bits) in codes {
-        // Odd ones times 8 or 4. Those of the upper half mirror the lower ones.
+        // Odd numbers times 8 or 4. Those of the upper half mirror the lower ones.
         let unit = 1u16 << (10 - bits);
         let mut tried = (0..(1u16 << 14) / unit)
             .into_par_iter()
@@ -74,16 +77,16 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// What stands at each depth of the ring.
+/// Target level at each depth of the ring.
 struct Wanted {
-    /// `128 + level`, in the lower half of the ring and mirrored in the upper one.
+    /// Mean of `128 + level`, for the lower half of the ring and, mirrored, the upper one.
     means: Vec<f64>,
-    /// How many values ask for it.
+    /// Number of values at each depth.
     counts: Vec<f64>,
 }
 
 impl Wanted {
-    /// The middles of classes of equal probability, estimated from a sample.
+    /// Estimates the middles of classes of equal probability from a sample.
     fn quantiles(rng: &mut ChaCha8Rng) -> Self {
         const PER_CLASS: usize = 1001;
         let mut sample = gaussian(rng, 2 * DEPTHS * PER_CLASS);
@@ -108,9 +111,9 @@ fn train(k: u8, multiplier: u16, start: &Wanted, values: &[f64]) -> Result<Trell
     Ok(code)
 }
 
-/// The code of whole numbers that comes close to what is wanted: least squares for one part after the other.
+/// Fits an integer code to the targets, by least squares for one part after the other.
 fn fit(multiplier: u16, wanted: &Wanted) -> TrellisCode {
-    // Where points are told apart by 7 bits, depths 2 i and 2 i + 1 are one.
+    // If 7 bits distinguish points, depths 2 i and 2 i + 1 are one.
     let together = if multiplier.is_multiple_of(8) { 2 } else { 1 };
     let places = |depth: usize| {
         let inner = if depth < 8 { 0 } else { 8 };
@@ -138,7 +141,7 @@ fn fit(multiplier: u16, wanted: &Wanted) -> TrellisCode {
     for round in 0..200 {
         let coarse = coarse_beside(fine).map(|x| if round < 100 { x } else { x.round() });
         fine = average(&|depth| places(depth).1, &|depth| coarse[places(depth).0]);
-        // What is the same for all of a fine part belongs to the coarse one.
+        // A constant common to a fine part belongs to the coarse one.
         let least = [fine[0], fine[8]];
         fine = std::array::from_fn(|i| (fine[i / together * together] - least[i / 8]).max(0.0));
         fine = fine.map(|x| if round < 100 { x } else { x.round() });
@@ -151,8 +154,9 @@ fn fit(multiplier: u16, wanted: &Wanted) -> TrellisCode {
     TrellisCode::new(multiplier, coarse, fine.map(|x| x as u8))
 }
 
-/// Encodes `values` in one chain; returns the error in dB below their energy and the means of the values that each
-/// depth stood for.
+/// Encodes `values` in one chain.
+///
+/// Returns the error in dB relative to their energy, and the means of the values at each depth.
 fn encode(k: u8, code: TrellisCode, values: &[f64]) -> Result<(f64, Wanted)> {
     let in_levels = values.iter().map(|x| x * f64::from(UNIT));
     let targets: Vec<f32> = in_levels.clone().map(|x| x as f32).collect();
@@ -192,7 +196,7 @@ fn print_code(k: u8, error: f64, code: &TrellisCode) {
     println!(");");
 }
 
-/// Independent values with mean 0 and variance 1 (Box and Muller).
+/// Returns independent values with mean 0 and variance 1 (Box and Muller).
 fn gaussian(rng: &mut ChaCha8Rng, n: usize) -> Vec<f64> {
     let mut uniform = || (f64::from(rng.next_u32()) + 0.5) / 4_294_967_296.0;
     std::iter::repeat_with(|| {

@@ -1,5 +1,7 @@
-//! Times the trellis search on Gaussian weights, one thread, every code path of this machine, and
-//! says what the length of the look-ahead is worth.
+//! Times the trellis search on Gaussian weights, on one thread, with every code path of this
+//! machine.
+//!
+//! It also shows the gain from a longer look-ahead.
 //!
 //! ```text
 //! cargo run --release -p upg_compress --example trellis_speed
@@ -12,7 +14,7 @@ use upg_compress::encode::trellis::{Code, Isa, Search};
 use upg_kernel::Result;
 
 const WEIGHTS: usize = 200_000;
-/// The machine may do other things, too: the fastest run counts.
+/// Runs of which the fastest counts, because the machine may do other work.
 const RUNS: usize = 3;
 
 fn main() -> Result<()> {

@@ -18,7 +18,7 @@ use upg_kernel::format::json;
 use upg_kernel::support::AtomicFile;
 use upg_kernel::{Error, ErrorKind, Result, UPGDecompressor, WeightFloat};
 
-/// Marks the weights that this program wrote, in their safetensors metadata.
+/// Mark of the weights that this program wrote, in their safetensors metadata.
 const MADE_BY: (&str, &str) = ("made_by", "upg decompress");
 
 const WEIGHTS: &str = "model.safetensors";
@@ -37,17 +37,18 @@ const FILES: [&str; 8] = [
     WEIGHTS,
 ];
 
-/// Writes `model` into the folder `out` (made if need be): `config.json`, tokenizer files and
-/// `model.safetensors`, with compressed matrices as `dtype` and all others as they are.
+/// Exports `model` to the folder `out`, which is created if necessary.
 ///
-/// transformers loads the result. `None` is the type that `config.json` names, which is that of
-/// the source, or BF16 if it names none; F32 loses nothing. `config.json` gets `dtype`, everything
-/// else is as the source had it. Every file appears whole or not at all, and none before all are
-/// written. Memory: the largest matrix as `dtype`.
+/// Writes `config.json`, tokenizer files and `model.safetensors`, with compressed matrices as
+/// `dtype` and all others unchanged. transformers loads the result.
 ///
-/// Errors: `Io`; `Argument` if `out` has a model that [`export`] did not write, unless `replace`
-/// is set, if the file that is read would be overwritten, or while another export writes there;
-/// `Invalid` if a weight is too large for F16; `Interrupted`; and those of
+/// `None` is the type in `config.json`, which is that of the source, or BF16 if it names none; F32
+/// is lossless. `config.json` gets `dtype`, everything else is as in the source. Every file is
+/// replaced atomically, and none before all are written. Memory: the largest matrix as `dtype`.
+///
+/// Errors: `Io`; `Argument` if `out` has a model that [`export`] did not write, unless `replace` is
+/// set, if the input file would be overwritten, or while another export writes there; `Invalid` if
+/// a weight is too large for F16; `Interrupted`; and those of
 /// [`UPGDecompressor::decompress_layer`].
 pub fn export(
     model: &UPGDecompressor,
@@ -65,13 +66,13 @@ pub fn export(
     let _lock = lock(out)?;
     let files = write_all(model, out, dtype, progress);
     if files.is_err() && is_new {
-        // If something else came into it, it stays.
+        // If it is no longer empty, it stays.
         let _ = std::fs::remove_dir(out);
     }
     let files = files?;
     let written: Vec<PathBuf> = files.iter().map(|f| f.path().to_path_buf()).collect();
     files.into_iter().try_for_each(AtomicFile::commit)?;
-    // A chat template or tokenizer of the model that was here before would be taken for this one's.
+    // A chat template or tokenizer of the previous model would be taken for this one's.
     let stale = FILES.iter().map(|name| out.join(name));
     let read = model.file().path().canonicalize().ok();
     let is_stale = |path: &PathBuf| {
@@ -85,7 +86,8 @@ pub fn export(
 
 /// Locks the folder, so that no other export mixes its files with these.
 ///
-/// Errors (`Argument`): another one has it. Where folders cannot be locked nothing is.
+/// Errors (`Argument`): another export holds the lock. Where folders cannot be locked, nothing is
+/// locked.
 fn lock(out: &Path) -> Result<Option<File>> {
     let Ok(folder) = File::open(out) else {
         return Ok(None);
@@ -100,7 +102,9 @@ fn lock(out: &Path) -> Result<Option<File>> {
     }
 }
 
-/// Errors (`Argument`): the folder holds a model that may be somebody's only one.
+/// Checks that the folder holds no model that may be somebody's only copy.
+///
+/// Errors (`Argument`): it does.
 fn refuse_foreign_model(out: &Path, read: &Path) -> Result<()> {
     let weights = out.join(WEIGHTS);
     let ours = has_metadata(&weights, MADE_BY);
@@ -110,7 +114,7 @@ fn refuse_foreign_model(out: &Path, read: &Path) -> Result<()> {
         if *path != weights && read.is_some() && path.canonicalize().ok() == read {
             return false;
         }
-        // What this writes or removes: its own after an earlier export, but for an index.
+        // Files that this writes or removes are its own after an earlier export, except an index.
         if FILES.iter().any(|name| path.ends_with(name)) {
             return !ours || path.ends_with(INDEX);
         }
@@ -129,7 +133,7 @@ fn refuse_foreign_model(out: &Path, read: &Path) -> Result<()> {
     }
 }
 
-/// Every file of the directory, written but not yet in its place; the weights last.
+/// Writes every file of the directory without moving it to its place; the weights last.
 fn write_all(
     model: &UPGDecompressor,
     out: &Path,
@@ -188,6 +192,8 @@ fn not_json(e: serde_json::Error) -> Error {
     Error::new(ErrorKind::Malformed, format!("config.json: {e}")).with_source(e)
 }
 
+/// Returns the key of the data type.
+///
 /// Newer versions of transformers write `dtype`; all of them read the older name.
 fn dtype_key(config: &Map<String, Value>) -> &'static str {
     match config.contains_key("dtype") {
@@ -292,10 +298,10 @@ fn header(model: &UPGDecompressor, dtype: FloatType) -> Result<Vec<u8>> {
     let malformed =
         |e: serde_json::Error| Error::new(ErrorKind::Invalid, e.to_string()).with_source(e);
     let mut header = serde_json::to_value(&table).map_err(malformed)?;
-    // The metadata are a `HashMap`, in any order.
+    // The metadata are a `HashMap`, in arbitrary order.
     header.sort_all_objects();
     let mut json = serde_json::to_vec(&header).map_err(malformed)?;
-    // Spaces, so that the data starts at a multiple of 8.
+    // Pads with spaces, so that the data starts at a multiple of 8.
     json.resize(json.len().next_multiple_of(8), b' ');
     Ok([&(json.len() as u64).to_le_bytes(), json.as_slice()].concat())
 }

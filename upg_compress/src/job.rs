@@ -1,4 +1,4 @@
-//! The compression of a model: the estimate before it, the work, the report after it.
+//! Compression of a model: the estimate before, the work, the report afterwards.
 #![forbid(unsafe_code)]
 
 pub(crate) mod compress;

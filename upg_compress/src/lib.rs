@@ -1,4 +1,4 @@
-//! Makes UPG files: reads models, rounds their weights and writes them as one file.
+//! Writer of UPG files: reads a model, encodes its weights and writes them to one file.
 //!
 //! ```no_run
 //! # fn main() -> upg_kernel::Result<()> {
@@ -15,7 +15,7 @@
 //! # }
 //! ```
 //!
-//! The encoders work on plain slices as well:
+//! The encoders also work on plain slices:
 //!
 //! ```
 //! # fn main() -> upg_kernel::Result<()> {
@@ -31,28 +31,28 @@
 //! # }
 //! ```
 //!
-//! # What is where
+//! # Modules
 //!
-//! The modules, each of which uses the ones above it only:
+//! Each module uses only the ones above it:
 //!
-//! - [`source`]: models as Hugging Face directories, GGUF files, files of version 1 or random
-//!   weights, behind one trait.
+//! - [`source`]: models as Hugging Face directories, GGUF files, version 1 files or random weights,
+//!   behind one trait.
 //! - [`sensitivity`]: the effect of errors in each matrix on the predictions of the model, measured
 //!   on a text ([`Calibration`]).
 //! - [`encode`]: the encoders, from floats to codes.
 //! - `plan`: the encoding of each tensor. [`CompressOptions`] choose it, also under a [`Budget`].
 //! - `job`: the work itself. [`compress()`] writes one file, tensor by tensor, and can resume a
 //!   stopped run; [`Preflight`] estimates size, memory and time; [`CompressReport`] has the
-//!   results. [`compress_random`] makes files of random models in little time.
+//!   results. [`compress_random`] quickly writes files of random models.
 //!
-//! [`tune()`] improves the scales of a finished file; [`export()`] goes back to a Hugging Face
-//! directory.
+//! [`tune()`] improves the scales of a finished file; [`export()`] converts it back to a Hugging
+//! Face directory.
 //!
 //! # Reproducibility
 //!
 //! The bytes of a file depend on the source and the options, not on the number of threads or the
 //! instruction set. With a calibration text they depend on the machine too: the inputs of the
-//! matrices are sums in f32, whose order follows instruction set and caches.
+//! matrices are sums in f32, whose order depends on instruction set and caches.
 
 pub mod encode;
 mod export;

@@ -1,4 +1,4 @@
-//! Decides how each tensor of a model is stored.
+//! Plan: the encoding of each tensor of a model.
 #![forbid(unsafe_code)]
 
 pub(crate) mod budget;

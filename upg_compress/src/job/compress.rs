@@ -27,24 +27,24 @@ use upg_kernel::inference::Input;
 use upg_kernel::support::AtomicFile;
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// Compresses `source` into a UPG file at `out`, which appears whole or not at all.
+/// Compresses `source` into a UPG file at `out`, which is replaced atomically.
 ///
-/// The bytes depend on the source and the options only, not on the number of threads; if there is
-/// a calibration, also on the machine (instruction set, caches). Memory: about three copies of the
-/// largest tensor, in f32, or half a gigabyte for smaller ones side by side; with a calibration
-/// also what [`Calibrator`] and [`Feedback::new`](crate::sensitivity::hessian::Feedback::new)
-/// take. Time: see the encoders. [`Preflight`](crate::job::preflight::Preflight) says both
-/// beforehand.
+/// The bytes depend only on the source and the options, not on the number of threads. With a
+/// calibration they also depend on the machine (instruction set, caches). Memory: about three
+/// copies of the largest tensor in f32, or half a gigabyte for smaller ones in parallel; with a
+/// calibration also that of [`Calibrator`] and
+/// [`Feedback::new`](crate::sensitivity::hessian::Feedback::new). Time: see the encoders.
+/// [`Preflight`](crate::job::preflight::Preflight) estimates both beforehand.
 ///
-/// With [`CompressOptions::resume`] a run that ends early, however it ends, leaves the two files
-/// of [`partial_files`](crate::job::resume::partial_files); the same call again goes on after the
-/// last tensor that was written and gives the same bytes. It reads once what is there already;
-/// with a calibration the model is run over the text again, forwards and then backwards to the
-/// layer where it stopped.
+/// With [`CompressOptions::resume`] a run that ends early, however it ends, leaves the two files of
+/// [`partial_files`](crate::job::resume::partial_files). The same call again continues after the
+/// last tensor that was written, and gives the same bytes. It reads the existing part once. With a
+/// calibration the model runs over the text again, forwards and then backwards to the layer where
+/// it stopped.
 ///
-/// Errors: those of the source, and of [`check_runnable`], before any work; `Invalid` for weights that are not finite; `Argument` if `out` is a file of
-/// the source, or was begun from something else or is being written by another run; `Io`;
-/// `Interrupted`.
+/// Errors: those of the source, and of [`check_runnable`], before any work; `Invalid` for weights
+/// that are not finite; `Argument` if `out` is a file of the source, or if a partial file belongs
+/// to another run or is in use by one; `Io`; `Interrupted`.
 pub fn compress(
     source: &dyn Source,
     out: impl AsRef<Path>,
@@ -57,7 +57,7 @@ pub fn compress(
 
 /// Compresses a source whose files [`Preflight::new`](crate::Preflight::new) has checked.
 ///
-/// Does what [`compress`] does; building a large tokenizer a second time would take seconds.
+/// Otherwise like [`compress`]; building a large tokenizer a second time would take seconds.
 /// Errors: as [`compress`], without those of [`check_runnable`].
 pub fn compress_checked(
     source: &dyn Source,
@@ -100,7 +100,7 @@ pub fn compress_checked(
             };
             calibrated.push((job, curvature));
         }
-        // What is done row by row in the end says how long a matrix takes at least.
+        // The rows encoded in sequence set the minimum time of a matrix.
         let longest = |(job, curvature): &(MatrixJob<'_>, Option<_>)| {
             let rows = sequential_rows(curvature.is_some());
             job.layer.rows.min(rows) * job.layer.cols
@@ -132,7 +132,7 @@ pub fn compress_checked(
     Ok(report)
 }
 
-/// Reads and encodes tensor `index` as `layer` says, whose error is filled in.
+/// Reads and encodes tensor `index` as described by `layer`, and sets its error.
 fn encode_tensor(
     source: &dyn Source,
     index: usize,
@@ -174,7 +174,7 @@ fn encode_tensor(
     })
 }
 
-/// A matrix that is to be encoded.
+/// Matrix to be encoded.
 pub(crate) struct MatrixJob<'a> {
     /// Index of its tensor in the source.
     pub index: usize,
@@ -233,7 +233,7 @@ pub(crate) fn compress_with(
         for planned in batch.tensors {
             let tensor = &source.tensors()[planned.index];
             let record = if planned.layer.is_some() {
-                // What is done is kept, though others were stopped.
+                // Finished tensors are stored, even if others were stopped.
                 let Some(encoded) = encoded.next() else { break };
                 let layer = &layers[next_layer];
                 let arrays = writer.layer(next_layer, layer, &encoded.matrix)?;
@@ -273,7 +273,7 @@ pub(crate) fn compress_with(
     Ok(report)
 }
 
-/// Checks tensor `index` and writes it as it is.
+/// Checks tensor `index` and writes it unchanged.
 fn write_uncompressed(
     source: &dyn Source,
     index: usize,
@@ -293,7 +293,7 @@ fn write_uncompressed(
 
 /// Checks that every value is finite; another one would spoil every answer.
 ///
-/// Errors (`Invalid`): a value that is not finite.
+/// Errors (`Invalid`): a value is not finite.
 fn check_finite(raw: &RawTensor<'_>, cols: usize) -> Result<()> {
     let size = raw.dtype.size();
     let bad = raw

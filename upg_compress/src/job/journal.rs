@@ -1,10 +1,10 @@
-//! The journal: the tensors that a stopped run has finished, as lines that the next run resumes
+//! Journal: the tensors that a stopped run has finished, as lines that the next run resumes
 //! from.
 //!
-//! The first line is [`MAGIC`]; each other one a checksum, a space and a JSON object, first the
-//! fingerprint of the run, then one [`Record`] for each tensor in the order of the file. A
-//! checksum covers the one before it and its own line, so that no line counts without all those
-//! before it: what follows a torn or damaged one does not exist.
+//! The first line is [`MAGIC`]. Every other line has a checksum, a space and a JSON object: first
+//! the fingerprint of the run, then one [`Record`] per tensor in file order. A checksum covers the
+//! previous checksum and its own line, so that no line is valid without all those before it. Lines
+//! after a torn or damaged one are ignored.
 #![forbid(unsafe_code)]
 
 use crate::encode::matrix::Encoded;
@@ -18,16 +18,16 @@ use upg_kernel::format::{LayerInfo, WrittenArray, checksum_of};
 use upg_kernel::support::{is_at, open_regular_file, sync_folder_of};
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// The first line: what the file is, and the version of this form.
+/// First line, with the type of the file and the version of its format.
 const MAGIC: &str = "upg journal 2\n";
 
-/// Far more than the records of the largest list of layers take.
+/// Maximum bytes of a journal, far more than the records of the largest list of layers.
 const MOST_BYTES: u64 = 1 << 28;
 
-/// Names and values of everything that the bytes of the output depend on, the most telling first.
+/// Names and values of everything that the output depends on, the most informative first.
 pub(crate) type Fingerprint = Vec<(String, String)>;
 
-/// A tensor that is on disk.
+/// Tensor that is on disk.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Record {
     pub tensor: TensorReport,
@@ -79,7 +79,7 @@ impl Record {
     }
 }
 
-/// An open journal, which nobody else can open meanwhile.
+/// Open journal, which nobody else can open meanwhile.
 #[derive(Debug)]
 pub(crate) struct Journal {
     file: File,
@@ -88,7 +88,7 @@ pub(crate) struct Journal {
     chain: String,
 }
 
-/// A line that counts: where it ends, its checksum and its JSON.
+/// Valid line: its end, its checksum and its JSON.
 struct Line<'a> {
     end: usize,
     chain: &'a str,
@@ -96,11 +96,12 @@ struct Line<'a> {
 }
 
 impl Journal {
-    /// Opens the journal at `path` and locks it, or starts one for a run with this fingerprint.
-    /// `Some` are the records that it has; `None`: it is new.
+    /// Opens and locks the journal at `path`, or starts one for a run with this fingerprint.
     ///
-    /// Errors: `Argument` if another run has it, or it is of a run with another fingerprint;
-    /// `Malformed` if it is something else; `Io`.
+    /// Returns the records of an existing journal; `None` for a new one.
+    ///
+    /// Errors: `Argument` if another run holds it, or it belongs to a run with another fingerprint;
+    /// `Malformed` if it is not a journal; `Io`.
     pub fn open(path: PathBuf, fingerprint: &Fingerprint) -> Result<(Self, Option<Vec<Record>>)> {
         let file = lock(&path)?;
         let mut journal = Self {
@@ -134,7 +135,7 @@ impl Journal {
         }
     }
 
-    /// The lines after the first that count; `None` if not even the fingerprint had been written.
+    /// Returns the valid lines after the first; `None` if not even the fingerprint was written.
     fn lines<'a>(&self, text: &'a [u8]) -> Result<Option<Vec<Line<'a>>>> {
         if MAGIC.as_bytes().starts_with(text) {
             return Ok(None);
@@ -175,7 +176,7 @@ impl Journal {
             .hint("remove it to start anew, or choose another output")
     }
 
-    /// Errors (`Argument`): the run was begun with something else.
+    /// Compares fingerprints. Errors (`Argument`): the run was started with other input.
     fn compare(&self, found: &Fingerprint, now: &Fingerprint) -> Result<()> {
         fn value<'a>(of: &'a Fingerprint, key: &str) -> Option<&'a str> {
             let mut entries = of.iter();
@@ -206,7 +207,7 @@ impl Journal {
         self.line(fingerprint)
     }
 
-    /// Cuts off everything after the fingerprint and `records` lines more.
+    /// Truncates the journal after the fingerprint and `records` more lines.
     fn keep(&mut self, lines: &[Line<'_>], records: usize) -> Result<()> {
         let last = &lines[records];
         self.chain = last.chain.to_owned();
@@ -217,7 +218,8 @@ impl Journal {
             .map_err(|e| Error::io("cannot write", &self.path, e))
     }
 
-    /// Forgets all records but the first `count`. Errors: `Io`; `Malformed` if there are fewer.
+    /// Removes all records except the first `count`. Errors: `Io`; `Malformed` if there are
+    /// fewer.
     pub fn forget_after(&mut self, count: usize) -> Result<()> {
         let io = |e| Error::io("cannot read", &self.path, e);
         self.file.seek(SeekFrom::Start(0)).map_err(io)?;
@@ -228,7 +230,7 @@ impl Journal {
         }
     }
 
-    /// Adds what is on disk already, and brings it to disk. Errors: `Io`.
+    /// Adds a record of data that is on disk, and syncs it. Errors: `Io`.
     pub fn add(&mut self, record: &Record) -> Result<()> {
         self.line(record)
     }
@@ -245,7 +247,7 @@ impl Journal {
         Ok(())
     }
 
-    /// Removes it. Errors: `Io`.
+    /// Removes the journal. Errors: `Io`.
     pub fn remove(self) -> Result<()> {
         std::fs::remove_file(&self.path)
             .and_then(|()| sync_folder_of(&self.path))
@@ -253,7 +255,7 @@ impl Journal {
     }
 }
 
-/// The file at `path`, made if need be, as long as nobody else has it.
+/// Locks the file at `path`, which is created if necessary.
 fn lock(path: &Path) -> Result<File> {
     let io = |e| Error::io("cannot open", path, e);
     loop {
@@ -269,7 +271,7 @@ fn lock(path: &Path) -> Result<File> {
             }
             Err(TryLockError::Error(e)) => return Err(io(e)),
         }
-        // The run that had it may have removed it since it was opened: then it is a file without a
+        // The run that held it may have removed it since it was opened; then it is a file without a
         // name.
         if is_at(&file, path) {
             return Ok(file);
@@ -277,7 +279,7 @@ fn lock(path: &Path) -> Result<File> {
     }
 }
 
-/// The beginning, for a message.
+/// Returns the start of a text, for a message.
 fn short(text: &str) -> String {
     const MOST: usize = 200;
     match text.char_indices().nth(MOST) {

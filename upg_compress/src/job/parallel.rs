@@ -1,6 +1,6 @@
 //! Batches of tensors that are encoded in parallel.
 //!
-//! A small matrix has too few parts to keep all threads busy. With many threads the memory ends a
+//! A small matrix has too few parts to keep all threads busy. With many threads the memory limits a
 //! batch.
 #![forbid(unsafe_code)]
 
@@ -15,18 +15,18 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use upg_kernel::Result;
 
-/// Parts for each thread, if there are several.
+/// Parts per thread of a batch of several matrices.
 ///
-/// Parts differ in length; with a few for each thread all threads end at about the same time.
+/// Parts differ in duration; with a few per thread all threads end at about the same time.
 const PARTS: usize = 4;
 
-/// Memory that matrices may take side by side. One that takes more is by itself.
+/// Maximum memory of matrices in parallel. A matrix that takes more is alone.
 const MOST_BYTES: u64 = 1 << 29;
 
-/// Tensors of a plan that are encoded together, in their order.
+/// Tensors of a plan that are encoded together, in order.
 pub(crate) struct TensorBatch<'a> {
     pub tensors: &'a [PlannedTensor],
-    /// Memory that they take while they are encoded and written.
+    /// Memory in bytes while they are encoded and written.
     pub bytes: u64,
 }
 
@@ -65,9 +65,9 @@ impl<'a> TensorBatch<'a> {
 #[derive(Clone, Copy, Default)]
 struct BatchSize {
     matrices: usize,
-    /// Parts that threads can encode in parallel.
+    /// Number of parts that threads can encode in parallel.
     parts: usize,
-    /// Bytes of the last matrix, by itself.
+    /// Bytes of the last matrix if it is alone.
     alone: u64,
     /// Bytes of all matrices in parallel.
     beside: u64,
@@ -93,7 +93,7 @@ impl BatchSize {
         self.alone = bytes;
         self.beside += bytes;
         if is_calibrated {
-            // Those of other layers are not held by the calibration any more.
+            // The calibration no longer holds those of other layers.
             self.beside += curvature_bytes(layer.rows as u64, layer.cols as u64);
         }
         Ok(self)
@@ -126,8 +126,8 @@ pub(crate) fn in_parallel<T: Send, R: Send>(
     let queue = Mutex::new(queue.into_iter());
     let next = || queue.lock().unwrap_or_else(|e| e.into_inner()).next();
     let failed = AtomicBool::new(false);
-    // One for each thread, not for each item: a thread that waits for another takes what it finds,
-    // and each time its stack grows.
+    // One per thread, not one per item: a waiting thread takes up other work, and each time its
+    // stack grows.
     let work = || {
         while !failed.load(Ordering::Relaxed) {
             let Some((item, result)) = next() else { break };
@@ -148,7 +148,7 @@ pub(crate) fn in_parallel<T: Send, R: Send>(
         match results.next() {
             Some(Some(Ok(result))) => done.push(result),
             Some(Some(Err(e))) => break Some(e),
-            // Not begun, as another one failed.
+            // Not started, because another one failed.
             Some(None) => break results.find_map(|result| result?.err()),
             None => break None,
         }
@@ -243,15 +243,15 @@ mod tests {
             let (squares, outcome) = of(&good, threads);
             outcome.unwrap();
             assert_eq!(squares, good.iter().map(|i| i * i).collect::<Vec<_>>());
-            // The largest one that fails is the first to be met; the item before it in line was
-            // not begun, or done.
+            // The largest failing item is met first. The item before it in order was not started,
+            // or is done.
             let (done, outcome) = of(&items, threads);
             assert!(done.len() <= items.iter().position(|&i| i == 74).unwrap());
             assert_eq!(outcome.unwrap_err().to_string(), "74");
         }
     }
 
-    /// Threads that wait in one item take up others: their stacks have to hold that.
+    /// Threads that wait in one item start others, and their stacks must suffice.
     #[test]
     fn many_items_that_wait_do_not_pile_up() {
         let deep = |_| {

@@ -16,11 +16,11 @@ use upg_kernel::{Error, ErrorKind, Result};
 
 pub use memory::MemoryEstimate;
 
-/// Estimate of what [`compress`](crate::compress()) will do and take.
+/// Estimate of the results and the cost of [`compress`](crate::compress()).
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Preflight {
-    /// Tensors that are treated alike, in the order of the first of each.
+    /// Groups of tensors that are treated alike, in the order of their first tensors.
     pub groups: Vec<TensorGroup>,
     /// Output size in bytes; an upper bound for `mdcsr`, `s8`, `s4` and with a budget.
     pub file_bytes: u64,
@@ -34,13 +34,14 @@ pub struct Preflight {
     pub temporary_free: u64,
     /// Peak memory.
     pub memory: MemoryEstimate,
-    /// Memory that the system and the limits of this process group have left, swap included.
+    /// Memory that is available to this process, including swap.
     ///
-    /// `None`: the system does not report it.
+    /// Considers the system and the limits of the process group. `None`: the system does not report
+    /// it.
     pub memory_free: Option<u64>,
-    /// Estimated seconds without what an earlier run has done.
+    /// Estimated seconds, without work that an earlier run has done.
     ///
-    /// Measured on samples of the weights, encoded and multiplied here and now.
+    /// Measured on samples of the weights, which are encoded and multiplied now.
     pub seconds: f64,
 }
 
@@ -50,21 +51,22 @@ pub struct Preflight {
 pub struct TensorGroup {
     /// Name with `*` for the number of the layer.
     pub name: String,
-    /// `keep`, the name of the encoding, or `mixed` if a budget will choose it.
+    /// Encoding: `keep`, its name, or `mixed` if a budget will choose it.
     pub encoding: String,
-    /// `[rows, cols]` of a matrix, `[n]` of a vector.
+    /// Shape: `[rows, cols]` of a matrix, `[n]` of a vector.
     pub shape: Vec<usize>,
     /// Number of tensors.
     pub tensors: usize,
-    /// Bytes of all of them; for `mixed` with `t3` or `t4`, whichever is nearer to the budget.
+    /// Total bytes; for `mixed` those of `t3` or `t4`, whichever is nearer to the budget.
     pub bytes: u64,
 }
 
 impl Preflight {
-    /// Estimates the compression of `source` into `out`. Takes a second or two, mostly for samples.
+    /// Estimates the compression of `source` into `out`. Takes a second or two, mostly for
+    /// samples.
     ///
-    /// Errors: those that [`compress`](crate::compress()) would have before its first tensor, and
-    /// of encoding samples; `Io` if `out` cannot be written to.
+    /// Errors: those that [`compress`](crate::compress()) would return before its first tensor, and
+    /// those of encoding samples; `Io` if `out` is not writable.
     pub fn new(
         source: &dyn Source,
         out: impl AsRef<Path>,
@@ -192,7 +194,7 @@ fn add(
     }
 }
 
-/// `model.layers.*.rest` for the tensors of all layers.
+/// Returns `model.layers.*.rest` for the tensors of all layers.
 fn with_star(name: &str) -> String {
     const LAYERS: &str = "model.layers.";
     let rest = name.strip_prefix(LAYERS).and_then(|n| n.split_once('.'));

@@ -1,4 +1,5 @@
-//! Files of random models for measurements of size, memory and speed, without hours of encoding.
+//! Files of random models, for measurements of size, memory and speed without hours of
+//! encoding.
 #![forbid(unsafe_code)]
 
 use crate::encode::matrix::{Encoded, encode_matrix};
@@ -17,15 +18,15 @@ use upg_kernel::matrix::strips::{self, STRIP_ROWS, TILE_COLS};
 use upg_kernel::matrix::{GroupedMatrix, Levels, TrellisMatrix, TrellisParts};
 use upg_kernel::{Array, Error, ErrorKind, Matrix, Result};
 
-/// Compresses a random model by encoding one strip of 64 rows for each width and encoding, and
+/// Compresses a random model by encoding one strip of 64 rows per width and encoding, and
 /// repeating it.
 ///
 /// The file has the size, the layout and the speed of a file that [`compress`](crate::compress())
-/// makes, but its layers are alike, and their errors are not recorded.
+/// writes, but its layers are alike, and their errors are not recorded.
 ///
-/// Memory: about one copy of the largest matrix as it is stored, or half a gigabyte of smaller
-/// ones. Errors: those of `compress`; `Argument` if it is to be resumed; `Unsupported` for other
-/// encodings than `q8`, `q4`, `t2`, `t3` and `t4`.
+/// Memory: about one copy of the largest matrix as stored, or half a gigabyte of smaller ones.
+/// Errors: those of `compress`; `Argument` for a resumable run; `Unsupported` for other encodings
+/// than `q8`, `q4`, `t2`, `t3` and `t4`.
 pub fn compress_random(
     source: &SyntheticSource,
     out: impl AsRef<Path>,
@@ -63,7 +64,7 @@ pub fn compress_random(
     })
 }
 
-/// The strip, over and over, as a matrix of `rows` rows.
+/// Repeats the strip as a matrix of `rows` rows.
 fn repeated(strip: &Matrix, rows: usize) -> Result<Matrix> {
     let cols = strip.cols();
     match strip {
@@ -97,8 +98,10 @@ fn repeated(strip: &Matrix, rows: usize) -> Result<Matrix> {
     }
 }
 
-/// `values` of one strip, which come in blocks of 64 rows with `width` each, for `rows` rows:
-/// zeros in those that the last strip has not.
+/// Repeats the `values` of one strip for `rows` rows.
+///
+/// They are blocks of 64 rows with `width` values each. Rows that the last strip lacks become
+/// zeros.
 fn by_strip<T: Pod>(values: &[T], width: usize, rows: usize) -> Array<T> {
     let mut out = cycled(values, strips::count(rows) * values.len());
     let rows_of_last = (rows - 1) % STRIP_ROWS + 1;
@@ -109,7 +112,7 @@ fn by_strip<T: Pod>(values: &[T], width: usize, rows: usize) -> Array<T> {
     out.into()
 }
 
-/// `len` values: `values` from the start, over and over.
+/// Repeats `values` up to `len` values.
 fn cycled<T: Pod>(values: &[T], len: usize) -> Vec<T> {
     let mut out = Vec::with_capacity(len);
     while out.len() < len {
@@ -124,7 +127,8 @@ mod tests {
     use crate::plan::options::Choice;
     use upg_kernel::format::{Encoding, LayerInfo, UpgFile};
 
-    /// Rows of every kind: less than a strip (48), no multiple of it (80, 112, 96), several (256).
+    /// Rows of every kind: less than a strip (48), not a multiple of it (80, 112, 96), several
+    /// strips (256).
     const CONFIG: &str = r#"{"model_type": "llama", "hidden_size": 96, "intermediate_size": 80,
         "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 48,
         "max_position_embeddings": 64, "vocab_size": 256, "hidden_act": "silu",
@@ -160,7 +164,7 @@ mod tests {
         }
     }
 
-    /// The rows that the last strip has not are written as zeros, though the strip before has them.
+    /// Rows that pad the last strip are zeros, although the strip before has values there.
     #[test]
     fn rows_that_fill_up_a_strip_are_zeros() {
         let w: Vec<f32> = (1..=64 * 40).map(|i| i as f32).collect();
@@ -192,7 +196,7 @@ mod tests {
         }
     }
 
-    /// A strip that is the whole matrix is encoded as `compress` does it.
+    /// A strip that is the whole matrix is encoded as in `compress`.
     #[test]
     fn a_matrix_of_one_strip_is_what_compress_makes_of_it() {
         let source = SyntheticSource::new(CONFIG, 3).unwrap();

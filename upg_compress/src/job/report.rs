@@ -8,15 +8,15 @@ use upg_kernel::format::LayerInfo;
 use upg_kernel::inference::Input;
 use upg_kernel::support::peak_memory;
 
-/// One tensor of the file.
+/// Tensor of the file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct TensorReport {
     /// Hugging Face name of the tensor.
     pub name: String,
-    /// `keep`, or the name of the encoding.
+    /// Encoding: `keep`, or its name.
     pub encoding: String,
-    /// `[rows, cols]` of a matrix, `[n]` of a vector.
+    /// Shape: `[rows, cols]` of a matrix, `[n]` of a vector.
     pub shape: Vec<usize>,
     /// Bytes of its arrays.
     pub bytes: u64,
@@ -26,18 +26,19 @@ pub struct TensorReport {
     /// calibration.
     ///
     /// Each input is weighted by the size of the gradients of its outputs. `None` if it was not
-    /// asked for or the matrix has no such inputs.
+    /// requested or the matrix has no such inputs.
     pub output_error: Option<f64>,
     /// Kullback-Leibler divergence that the errors of this matrix alone cause, in nats per
     /// position, to six digits.
     ///
     /// Predicted by its [`Curvature`](crate::sensitivity::Curvature); `None` as for `output_error`.
     pub divergence: Option<f64>,
-    /// Number of zero weights, of a matrix that is stored as `s8` or `s4`.
+    /// Number of zero weights of a matrix that is stored as `s8` or `s4`.
     pub zeros: Option<u64>,
-    /// Seconds of reading, encoding and measuring the weight error, in parallel with other tensors.
+    /// Seconds of reading, encoding and measuring the weight error, in parallel with other
+    /// tensors.
     ///
-    /// The run over the calibration text is not included.
+    /// Excludes the run over the calibration text.
     pub seconds: f64,
 }
 
@@ -77,7 +78,7 @@ impl TensorReport {
 pub struct Zeros {
     /// Number of matrices.
     pub matrices: usize,
-    /// Their weights.
+    /// Number of weights of these matrices.
     pub weights: u64,
     /// Number of zero weights.
     pub zeros: u64,
@@ -89,7 +90,7 @@ impl Zeros {
         self.zeros as f64 / self.weights.max(1) as f64
     }
 
-    /// Sums over the matrices among `tensors` that are stored by their zeros; `None` without any.
+    /// Sums over the sparse matrices among `tensors`; `None` if there are none.
     pub(crate) fn of(tensors: &[TensorReport]) -> Option<Self> {
         let mut sums = Self::default();
         for (tensor, zeros) in tensors.iter().filter_map(|t| Some((t, t.zeros?))) {
@@ -101,20 +102,21 @@ impl Zeros {
     }
 }
 
-/// The run over the calibration text.
+/// Statistics of the run over the calibration text.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub struct CalibrationReport {
     /// Tokens of the text.
     pub tokens: usize,
-    /// Layers that the backward pass has passed, and layers of the model.
+    /// Number of layers of the backward pass, and of the model.
     pub layers: (usize, usize),
-    /// Seconds of the forward and backward passes in this run, with the sums for the curvatures.
+    /// Seconds of the forward and backward passes in this run, including the sums for the
+    /// curvatures.
     pub seconds: f64,
 }
 
 impl CalibrationReport {
-    /// Returns the tokens per second that would pass the whole model.
+    /// Returns the tokens per second, extrapolated to the whole model.
     pub fn tokens_per_second(&self) -> f64 {
         let part = self.layers.0 as f64 / self.layers.1 as f64;
         self.tokens as f64 * part / self.seconds
@@ -127,21 +129,21 @@ impl CalibrationReport {
 pub struct CompressReport {
     /// Bytes of the file.
     pub file_bytes: u64,
-    /// Weights of the model, uncompressed ones included.
+    /// Weights of the model, including uncompressed ones.
     pub weights: u64,
-    /// The compressed matrices with their errors.
+    /// Compressed matrices with their errors.
     pub layers: Vec<LayerInfo>,
-    /// Zeros of the matrices that are stored by them; `None` without any.
+    /// Zeros of the sparse matrices; `None` if there are none.
     pub zeros: Option<Zeros>,
-    /// All tensors of the model, in the order of the file.
+    /// All tensors of the model, in file order.
     pub tensors: Vec<TensorReport>,
-    /// Number of leading tensors that an earlier run had written already.
+    /// Number of leading tensors that an earlier run had already written.
     pub restored: usize,
-    /// Run over the calibration text; `None` if there was nothing to calibrate.
+    /// Run over the calibration text; `None` if nothing was calibrated.
     pub calibration: Option<CalibrationReport>,
     /// Seconds of this run for matrices: reading, encoding and measuring.
     pub encoding_seconds: f64,
-    /// Seconds of this run.
+    /// Total seconds of this run.
     pub seconds: f64,
 }
 
@@ -151,7 +153,7 @@ impl CompressReport {
         8.0 * self.file_bytes as f64 / self.weights as f64
     }
 
-    /// Returns the bits per weight of the matrices in the blocks, uncompressed ones included.
+    /// Returns the bits per weight of the matrices in the blocks, including uncompressed ones.
     ///
     /// NaN if there are none.
     pub fn bits_per_weight_blocks(&self) -> f64 {
@@ -164,8 +166,8 @@ impl CompressReport {
 
     /// Returns the report as JSON: `tensors` and `totals`.
     ///
-    /// In `totals`, `encoding` is about the matrices that this run has encoded. Peak memory is
-    /// that of the process so far. Figures that do not exist are `null`.
+    /// In `totals`, `encoding` covers the matrices that this run has encoded. Peak memory is that
+    /// of the process so far. Missing figures are `null`.
     pub fn to_json(&self) -> Value {
         let encoded = self.tensors[self.restored..].iter();
         let (mut matrices, mut weights) = (0, 0);
@@ -174,7 +176,7 @@ impl CompressReport {
             weights += tensor.weights();
         }
         let seconds = self.encoding_seconds;
-        // Of a part of the model it would be taken for that of all of it.
+        // The value of a part of the model would be taken for that of the whole.
         let calibrated = self.tensors.iter().filter(|t| t.may_be_calibrated());
         let divergence: Option<f64> = calibrated.map(|t| t.divergence).sum();
         let divergence = divergence.filter(|_| self.calibration.is_some());
@@ -207,7 +209,7 @@ impl CompressReport {
     }
 }
 
-/// Returns the number of zero weights of a matrix that is stored by its zeros.
+/// Returns the number of zero weights of a sparse matrix.
 pub(crate) fn zeros_of(matrix: &Matrix) -> Option<u64> {
     let Matrix::Bitmap(bitmap) = matrix else {
         return None;
@@ -243,7 +245,7 @@ mod tests {
         }
     }
 
-    /// Makes the report of a calibrated run.
+    /// Creates the report of a calibrated run.
     fn report(tensors: Vec<TensorReport>, restored: usize) -> CompressReport {
         CompressReport {
             file_bytes: 100,

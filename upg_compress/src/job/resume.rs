@@ -1,4 +1,4 @@
-//! Resuming a stopped run: its finished tensors are checked and taken over.
+//! Resumption of a stopped run: its finished tensors are checked and reused.
 #![forbid(unsafe_code)]
 
 use crate::job::journal::{Fingerprint, Journal, Record};
@@ -15,15 +15,16 @@ use upg_kernel::format::{FileWriter, LayerInfo, checksum_of};
 use upg_kernel::support::{AtomicFile, refuse_to_overwrite};
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// A run that leaves what it has done where the next one finds it.
+/// Run that stores its progress for a later one.
 pub(crate) struct Resumable {
     journal: Journal,
     found: Vec<Record>,
 }
 
-/// Returns the paths of the two files that a stopped run to `out` leaves: the data and the journal.
+/// Returns the paths of the two files that a stopped run to `out` leaves: the data and the
+/// journal.
 ///
-/// Errors: `Io` if `out` cannot be written to.
+/// Errors: `Io` if `out` is not writable.
 pub fn partial_files(out: impl AsRef<Path>) -> Result<[PathBuf; 2]> {
     let out = out.as_ref();
     Ok([
@@ -35,8 +36,8 @@ pub fn partial_files(out: impl AsRef<Path>) -> Result<[PathBuf; 2]> {
 impl Resumable {
     /// Looks for an earlier run to `out` and locks its journal until this run ends.
     ///
-    /// Errors: those of [`Journal::open`]; `Argument` if there is a partial file that no journal
-    /// belongs to, or a file of the `source` would be written over.
+    /// Errors: those of [`Journal::open`]; `Argument` if there is a partial file without a journal,
+    /// or a file of the `source` would be overwritten.
     pub fn open(out: &Path, source: &dyn Source, fingerprint: &Fingerprint) -> Result<Self> {
         let [data, journal] = partial_files(out)?;
         for path in [out, &data, &journal] {
@@ -59,12 +60,12 @@ impl Resumable {
         })
     }
 
-    /// Takes over the tensors that are on disk as the journal says, up to the first that is not.
+    /// Reuses the tensors on disk that match the journal, up to the first that does not.
     ///
-    /// Fills in the errors of these tensors in `layers`, the compressed ones of the plan, and
-    /// returns their reports.
+    /// Sets the errors of these tensors in `layers`, the compressed ones of the plan, and returns
+    /// their reports.
     ///
-    /// Cost: reads what it takes over. Errors: `Io`; `Interrupted`.
+    /// Cost: reads the reused tensors. Errors: `Io`; `Interrupted`.
     pub fn restore(
         &mut self,
         writer: &mut FileWriter,
@@ -94,9 +95,9 @@ impl Resumable {
         Ok(restored)
     }
 
-    /// Notes a tensor that was just written. Errors: `Io`.
+    /// Records a tensor that was just written. Errors: `Io`.
     pub fn add(&mut self, writer: &mut FileWriter, record: &Record) -> Result<()> {
-        // In this order: what the journal has is on disk.
+        // In this order: everything in the journal is on disk.
         writer.sync()?;
         self.journal.add(record)
     }
@@ -107,7 +108,7 @@ impl Resumable {
     }
 }
 
-/// Returns whether a record is of this tensor, in its planned encoding.
+/// Returns whether a record belongs to this tensor, in its planned encoding.
 fn is_of(record: &Record, planned: &PlannedTensor, tensor: &TensorInfo) -> bool {
     let same_layer = match (&record.layer, &planned.layer) {
         (None, None) => record.arrays.len() == 1 && record.arrays[0].shape == tensor.shape,
@@ -121,7 +122,7 @@ fn is_of(record: &Record, planned: &PlannedTensor, tensor: &TensorInfo) -> bool 
     same_layer && record.tensor.name == tensor.name && record.tensor.shape == tensor.shape
 }
 
-/// Takes over one tensor. Returns `false` if the file does not have what the record says.
+/// Reuses one tensor. Returns `false` if the file does not match the record.
 fn take(
     writer: &mut FileWriter,
     next_layer: usize,
@@ -134,12 +135,12 @@ fn take(
     writer.restore_tensor(&tensor.name, tensor.raw_dtype().into(), &record.arrays[0])
 }
 
-/// Returns the fingerprint of a run: everything that the bytes of the file that `plan` gives
-/// depend on.
+/// Returns the fingerprint of a run: everything that the bytes of the file of `plan` depend
+/// on.
 ///
-/// Of the weights that is the name, length and time of change of each file, and the first row of
-/// each tensor. A change of other weights that leaves all of these as they are goes unnoticed, and
-/// so does another build of the same version.
+/// The weights are represented by the name, length and modification time of each file, and the
+/// first row of each tensor. A change of other weights that leaves all of these unchanged goes
+/// unnoticed, and so does another build of the same version.
 ///
 /// Errors: those of the source; `Io`.
 pub(crate) fn fingerprint(
@@ -186,12 +187,12 @@ pub(crate) fn fingerprint(
     Ok(found)
 }
 
-/// Names, lengths and times of change, in nanoseconds.
+/// Returns names, lengths and modification times in nanoseconds.
 fn of_files(source: &dyn Source) -> Result<String> {
     let mut files = Vec::new();
     for path in source.own_files() {
         let io = |e| Error::io("cannot open", &path, e);
-        // Files that could belong to a source need not be there.
+        // Optional files of a source may be missing.
         let Ok(metadata) = std::fs::metadata(&path) else {
             continue;
         };
@@ -218,7 +219,7 @@ fn of_first_rows(source: &dyn Source) -> Result<String> {
     Ok(checksum_of(sums.as_bytes()))
 }
 
-/// Returns the processor and the kernels, which decide the order of sums in a calibration.
+/// Returns the processor and the kernels, which determine the order of sums in a calibration.
 fn processor() -> Result<String> {
     let cpus = RefreshKind::nothing().with_cpu(CpuRefreshKind::nothing());
     let system = System::new_with_specifics(cpus).ok();

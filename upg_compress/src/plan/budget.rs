@@ -1,11 +1,11 @@
 //! Encodings under a budget: more bits for the most sensitive matrices.
 //!
-//! The divergence that the errors of all matrices cause is approximated by the sum over the
-//! matrices, each by its [`Curvature`](crate::sensitivity::Curvature) to second order. The
-//! sensitivity of a matrix is the divergence if every row had independent errors as large as
-//! itself, compensated by later rows and columns. An encoding costs that times the square of its
-//! relative error, which is about the same for all matrices. Starting from the fewest bits, the
-//! matrix that gains most for each byte gets more, until nothing fits any more.
+//! The divergence that the errors of all matrices cause is approximated by a sum over the matrices,
+//! each by its [`Curvature`](crate::sensitivity::Curvature) to second order. The sensitivity of a
+//! matrix is the divergence if every row had independent errors as large as itself, compensated by
+//! later rows and columns. An encoding costs the sensitivity times the square of its relative
+//! error, which is about the same for all matrices. Starting from the fewest bits, the matrix with
+//! the largest gain per byte gets more, until nothing fits any more.
 #![forbid(unsafe_code)]
 
 use crate::encode::rotation::rotation;
@@ -22,10 +22,10 @@ use upg_kernel::format::{Encoding, LayerInfo, TENSOR_ALIGNMENT};
 use upg_kernel::inference::Input;
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// The encodings that are mixed, from few bits to many, with the square of their relative error.
+/// Mixed encodings, from few bits to many, with the square of their relative error.
 ///
 /// The errors are those of matrices of SmolLM2 without a calibration (`upg inspect`); no matrix
-/// was more than a tenth away.
+/// deviated by more than a tenth.
 const LADDER: [(Encoding, f64); 4] = [
     (Encoding::T2, SQUARED_ERRORS[0]),
     (Encoding::T3, SQUARED_ERRORS[1]),
@@ -33,15 +33,15 @@ const LADDER: [(Encoding, f64); 4] = [
     (Encoding::Q8, 0.000_026),
 ];
 
-/// Sequences that sensitivities are measured on.
+/// Number of sequences for the measurement of sensitivities.
 ///
 /// Sensitivities are sums over whole matrices and need no more.
 const SEQUENCES: usize = 8;
 
-/// Bytes that the list of layers may grow by if one of them gets another encoding.
+/// Maximum growth in bytes of the list of layers if one of them gets another encoding.
 const HEADER_ROOM: u64 = 64;
 
-/// A matrix whose encoding is chosen.
+/// Matrix whose encoding is chosen.
 struct Candidate {
     name: String,
     /// Divergence of all positions together, in nats, for a relative error of 1.
@@ -66,7 +66,7 @@ impl Candidate {
         })
     }
 
-    /// Gain per byte of the next rung and the bytes that it takes; `None` at the top.
+    /// Returns the gain per byte of the next rung, and its additional bytes; `None` at the top.
     fn step(&self) -> Option<(f64, u64)> {
         let (_, error) = LADDER[self.rung];
         let (_, smaller) = LADDER.get(self.rung + 1)?;
@@ -76,13 +76,13 @@ impl Candidate {
     }
 }
 
-/// Bytes of arrays, each with the padding before the next one.
+/// Returns the total bytes of arrays, each with the padding before the next one.
 fn aligned(arrays: Vec<u64>) -> u64 {
     let arrays = arrays.into_iter();
     arrays.map(|n| n.next_multiple_of(TENSOR_ALIGNMENT)).sum()
 }
 
-/// The smallest file that the options allow.
+/// Smallest file that the options allow.
 struct Least {
     /// Options of that file.
     options: CompressOptions,
@@ -105,7 +105,7 @@ impl Least {
         };
         let embedding = match (options.embedding, budget) {
             (Some(embedding), _) => Some(embedding),
-            // Of 8 bits where 3 are left for the blocks then.
+            // With 8 bits, if this leaves 3 bits for the blocks.
             (None, Budget::File(most)) => {
                 let large = Some(Choice::Encode(Encoding::Q8));
                 let fits = of(Encoding::T3, large)?.2 <= most;
@@ -132,7 +132,7 @@ impl Least {
         })
     }
 
-    /// Bytes that a budget has beyond; `None` if it has not even these.
+    /// Returns the bytes of a budget beyond these; `None` if the budget is smaller.
     fn left(&self, budget: Budget) -> Option<u64> {
         match budget {
             Budget::Blocks(bits) => {
@@ -149,7 +149,7 @@ impl Least {
 
 /// Returns an upper bound for the bytes of the file under a budget.
 ///
-/// If the budget is too small it is the size of the smallest file. Errors: those of the plan.
+/// If the budget is too small, it is the size of the smallest file. Errors: those of the plan.
 pub(crate) fn most_bytes(
     source: &dyn Source,
     options: &CompressOptions,
@@ -161,9 +161,9 @@ pub(crate) fn most_bytes(
 
 /// Returns `options` with an encoding for each matrix of the blocks that no pattern names.
 ///
-/// Cost: the model forwards and backwards over 8 sequences of the calibration, and for each matrix
-/// what [`Feedback::new`](crate::sensitivity::Feedback::new) takes. Errors: `Argument` without a
-/// calibration, or if the budget is too small for the fewest bits; those of the source and of
+/// Cost: a forward and a backward pass over 8 sequences of the calibration, and
+/// [`Feedback::new`](crate::sensitivity::Feedback::new) for each matrix. Errors: `Argument` without
+/// a calibration, or if the budget is too small for the fewest bits; those of the source and of
 /// [`Calibrator`]; `Interrupted`.
 pub(crate) fn choose_encodings(
     source: &dyn Source,
@@ -192,7 +192,7 @@ pub(crate) fn choose_encodings(
     Ok(options)
 }
 
-/// The matrices that the budget decides on, with their sensitivities.
+/// Returns the matrices that the budget decides on, with their sensitivities.
 fn candidates(
     source: &dyn Source,
     options: &CompressOptions,
@@ -229,7 +229,7 @@ fn spend(candidates: &mut [Candidate], mut left: u64) {
             let (gain, bytes) = candidate.step()?;
             (bytes <= left).then_some((i, gain, bytes))
         });
-        // The first among equals: the same choice everywhere.
+        // The first at a tie, so that the choice is the same everywhere.
         let best = steps.max_by(|a, b| a.1.total_cmp(&b.1).then(b.0.cmp(&a.0)));
         let Some((i, _, bytes)) = best else { break };
         candidates[i].rung += 1;
@@ -259,8 +259,8 @@ mod tests {
         }
     }
 
-    /// Against all ways to spend, where steps are of equal size and gains fall, so that the greedy
-    /// way is the best one.
+    /// Compared with all ways to spend, where steps have equal sizes and gains decrease, so that
+    /// the greedy way is optimal.
     #[test]
     fn what_gains_most_for_its_bytes_comes_first() {
         let bytes = [2, 3, 4, 5].map(|n| n * 100);

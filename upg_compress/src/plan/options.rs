@@ -11,19 +11,20 @@ use upg_kernel::format::{Encoding, LayerInfo};
 use upg_kernel::inference::Input;
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// Seed of the random signs of the rotation, if none is asked for.
+/// Default seed of the random signs of the rotation.
 const DEFAULT_SEED: u64 = 0;
 
-/// Blocks of fewer bits are like `t3`, of more like `t4`, where a choice depends on it.
+/// Threshold in bits per weight: blocks below are like `t3`, above like `t4`, where a choice
+/// depends on it.
 const LIKE_T4: f64 = 3.6;
 
-/// An encoding, or none.
+/// Encoding, or none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Choice {
     /// Uncompressed, as the source stores it; quantized GGUF types are dequantized to F32.
     Keep,
-    /// Compressed.
+    /// Compressed with an encoding.
     Encode(Encoding),
 }
 
@@ -51,7 +52,8 @@ impl FromStr for Choice {
     }
 }
 
-/// `PATTERN=ENCODING`: matrices whose name matches (`*`, `?`, `[..]`) get this encoding.
+/// Override `PATTERN=ENCODING`: matrices whose name matches (`*`, `?`, `[..]`) get this
+/// encoding.
 #[derive(Debug, Clone)]
 pub struct Override {
     pub(crate) pattern: glob::Pattern,
@@ -92,23 +94,22 @@ impl FromStr for Override {
 
 /// Options of [`compress`](crate::compress()).
 ///
-/// Made by [`CompressOptions::new`]; every field may be set afterwards.
+/// [`CompressOptions::new`] creates them; every field may be set afterwards.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct CompressOptions {
     /// Encoding of the matrices in the transformer blocks.
     pub encoding: Choice,
-    /// Budget of bits, which needs a calibration. `None`: every matrix of the blocks gets
-    /// `encoding`.
+    /// Bit budget, which needs a calibration. `None`: every matrix of the blocks gets `encoding`.
     ///
-    /// With a budget each matrix gets `t2`, `t3`, `t4` or `q8`, the most sensitive ones the most
-    /// bits; `encoding` only stands for them until that is known.
+    /// With a budget each matrix gets `t2`, `t3`, `t4` or `q8`, and the most sensitive ones get the
+    /// most bits; until then `encoding` is a placeholder.
     pub budget: Option<Budget>,
     /// Per-matrix encodings chosen by the bit budget, keyed by tensor name.
     ///
     /// They take precedence over `encoding`.
     pub choices: BTreeMap<String, Encoding>,
-    /// Encoding of the embeddings and the output head; `None` chooses it.
+    /// Encoding of the embeddings and the output head; `None` for the default.
     ///
     /// The default is that of the blocks for `keep` and `mdcsr`; `q4` where the blocks are `t2` or
     /// `t3` and a `q8` embedding would exceed a fifth of the file; else `q8`.
@@ -117,14 +118,14 @@ pub struct CompressOptions {
     ///
     /// `None`: 64 in `q8`, 32 in `q4`.
     pub group: Option<usize>,
-    /// Encodings of single matrices by patterns; the last pattern that matches counts.
+    /// Encodings of single matrices by patterns; the last match wins.
     pub overrides: Vec<Override>,
     /// Seed of the random signs of the rotation.
     pub seed: u64,
-    /// Text that the model is run over. `None`: only the weights are considered.
+    /// Calibration text. `None`: only the weights are considered.
     ///
-    /// With a calibration the matrices of the layers, except those in `mdcsr`, are rounded so that
-    /// their effect on the predictions is kept.
+    /// With a calibration the matrices of the layers, except those in `mdcsr`, are rounded to
+    /// preserve their effect on the predictions.
     pub calibration: Option<Calibration>,
     /// Storage of `q8` and `q4` matrices with many zeros.
     pub sparse: Sparse,
@@ -133,19 +134,20 @@ pub struct CompressOptions {
     /// Applies to the matrices of the layers that would be `q8`, `q4`, `s8` or `s4`; they are
     /// stored as `s8` or `s4`.
     pub prune: Option<f64>,
-    /// Measurement of the output error and the divergence of each calibrated matrix.
+    /// Flag to measure the output error and the divergence of each calibrated matrix.
     ///
     /// The figures are [`TensorReport::output_error`](crate::TensorReport::output_error) and
     /// [`TensorReport::divergence`](crate::TensorReport::divergence). Does not change the file.
     pub output_errors: bool,
-    /// Resumable run: an early end leaves the finished tensors, from which the same run resumes.
+    /// Flag for a resumable run: an early end leaves the finished tensors, from which the same
+    /// run resumes.
     ///
     /// Does not change the file.
     pub resume: bool,
 }
 
 impl CompressOptions {
-    /// Options with this encoding of the blocks, everything else at its default.
+    /// Creates options with this encoding of the blocks, everything else at its default.
     pub fn new(encoding: Choice) -> Self {
         Self {
             encoding,
@@ -174,19 +176,19 @@ impl CompressOptions {
     }
 }
 
-/// A limit on the bits of a file, which the matrices of the blocks share.
+/// Limit on the bits of a file, distributed over the matrices of the blocks.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub enum Budget {
-    /// Average bits of each weight in the matrices of the blocks, scales and all other arrays
-    /// included.
+    /// Average bits per weight in the matrices of the blocks, including scales and all other
+    /// arrays.
     Blocks(f64),
     /// Bytes of the whole file.
     File(u64),
 }
 
 impl Budget {
-    /// Returns the encoding whose size the blocks will be nearest to: `t3` or `t4`.
+    /// Returns the encoding nearest in size to the blocks: `t3` or `t4`.
     pub fn encoding(self) -> Encoding {
         match self {
             Self::Blocks(bits) if bits >= LIKE_T4 => Encoding::T4,

@@ -1,4 +1,4 @@
-//! The metadata of a file, with the recipe by which it was made.
+//! Metadata of a file, including the recipe by which it was made.
 #![forbid(unsafe_code)]
 
 use super::options::{Budget, CompressOptions};
@@ -9,12 +9,12 @@ use serde_json::json;
 use std::collections::BTreeMap;
 use upg_kernel::format::reserve_figures;
 
-/// The metadata key of the options that were chosen.
+/// Metadata key of the chosen options.
 pub(crate) const RECIPE: &str = "recipe";
 
-/// Returns the metadata of the file, the recipe included.
+/// Returns the metadata of the file, including the recipe.
 ///
-/// Figures that are known at the end have room reserved for them.
+/// Room is reserved for figures that are known only at the end.
 pub(crate) fn metadata(
     source: &dyn Source,
     options: &CompressOptions,

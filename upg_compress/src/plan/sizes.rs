@@ -1,4 +1,4 @@
-//! Byte counts: of the file, of its arrays, and of the memory that encoding a tensor takes.
+//! Byte counts: of the file, of its arrays, and of the memory for encoding a tensor.
 #![forbid(unsafe_code)]
 
 use super::options::CompressOptions;
@@ -10,12 +10,12 @@ use crate::source::{Source, SourceDtype};
 use upg_kernel::Result;
 use upg_kernel::format::{Encoding, LayerInfo, TENSOR_ALIGNMENT, header_bytes, header_capacity};
 
-/// Bytes that a part takes for each column: a strip of 64 rows in several forms.
+/// Bytes per column of a part: a strip of 64 rows in several forms.
 const STRIP_BYTES: u64 = 64 * 4 * 10;
 
 const F32: u64 = 4;
 
-/// Returns the bytes of the file that `plan` gives; an upper bound with `mdcsr`, `s8` and `s4`.
+/// Returns the bytes of the file of `plan`; an upper bound with `mdcsr`, `s8` and `s4`.
 ///
 /// Errors: those of the header.
 pub(crate) fn file_bytes(
@@ -48,7 +48,7 @@ pub(crate) fn array_bytes(source: &dyn Source, planned: &PlannedTensor) -> Resul
     Ok(vec![tensor.weights() as u64 * size])
 }
 
-/// Returns the memory that a tensor takes while it is encoded and written, in bytes.
+/// Returns the memory in bytes for encoding and writing a tensor.
 ///
 /// Errors: those of the description of a layer.
 pub(crate) fn tensor_bytes(
@@ -66,7 +66,7 @@ pub(crate) fn tensor_bytes(
     })
 }
 
-/// Returns the memory that a matrix takes while it is encoded into `arrays` bytes.
+/// Returns the memory for encoding a matrix into `arrays` bytes.
 fn encoding(layer: &LayerInfo, options: &CompressOptions, arrays: u64) -> u64 {
     let (rows, cols) = (layer.rows as u64, layer.cols as u64);
     let weights = rows * cols;
@@ -80,16 +80,15 @@ fn encoding(layer: &LayerInfo, options: &CompressOptions, arrays: u64) -> u64 {
         _ => weights,
     };
     let feedback = match is_calibrated {
-        // At its largest while it is decomposed: the rotated or reordered one in f32, three in
-        // f64; then of the rows of each panel.
+        // Peak during the decomposition: the rotated or reordered matrix in f32, three in f64; then
+        // the rows of each panel.
         true => {
             let panel = rows.min(PANEL_ROWS as u64);
             cols * cols * (F32 + 3 * 8) + parts * panel * (panel * (F32 + 3 * 8) + cols * F32)
         }
         false => 0,
     };
-    // Once it is encoded: all errors, the factor of the inputs, and what becomes of the errors of
-    // a panel.
+    // After encoding: all errors, the factor of the inputs, and products of the errors of a panel.
     let measuring = match options.output_errors && is_calibrated {
         true => F32 * (weights + cols * cols + 2 * rows.min(PANEL_ROWS as u64) * cols),
         false => 0,

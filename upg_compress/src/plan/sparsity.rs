@@ -1,4 +1,4 @@
-//! Matrices with so many zeros that it pays to store the others only.
+//! Sparse storage for matrices with many zeros.
 #![forbid(unsafe_code)]
 
 use crate::source::Source;
@@ -8,30 +8,30 @@ use upg_kernel::format::Encoding;
 use upg_kernel::matrix::BITMAP_GROUP;
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// Rows whose zeros are counted, evenly spread over the matrix.
+/// Rows sampled to count zeros, evenly spread over the matrix.
 ///
-/// Reading all of a model twice would cost more than a choice that is a few percent off.
+/// Reading the whole model twice would cost more than a choice that is a few percent off.
 const SAMPLE_ROWS: usize = 64;
 
-/// Least part of the bytes that sparse storage has to save.
+/// Minimum fraction of the bytes that sparse storage must save.
 ///
-/// Products with `s8` and `s4` take more time for each byte.
+/// Products with `s8` and `s4` take more time per byte.
 const WORTH: f64 = 0.1;
 
 /// Storage of matrices with many zeros.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Sparse {
-    /// `s8` instead of `q8`, `s4` instead of `q4`, where that saves a tenth of the bytes.
+    /// `s8` instead of `q8`, and `s4` instead of `q4`, where this saves a tenth of the bytes.
     ///
-    /// This is the case from about 23 % zeros on with `q8`, from 33 % on with `q4`.
+    /// This is the case from about 23 % zeros on with `q8`, and from 33 % on with `q4`.
     #[default]
     Auto,
-    /// Encodings stay what they are.
+    /// Encodings stay unchanged.
     Never,
 }
 
-/// The names of the choices.
+/// Names of the choices.
 const NAMES: [(&str, Sparse); 2] = [("auto", Sparse::Auto), ("never", Sparse::Never)];
 
 impl fmt::Display for Sparse {
@@ -53,7 +53,7 @@ impl FromStr for Sparse {
     }
 }
 
-/// The encoding that keeps zeros with as many bits for the other weights.
+/// Returns the sparse encoding with as many bits for the nonzero weights.
 pub(crate) fn sparse_form(encoding: Encoding) -> Option<Encoding> {
     match encoding {
         Encoding::Q8 => Some(Encoding::S8),
@@ -87,20 +87,20 @@ pub(crate) fn sparse_if_smaller(
     Ok(pays.then_some(sparse))
 }
 
-/// Bits of a level.
+/// Returns the bits of a level.
 fn level_bits(encoding: Encoding) -> f64 {
     if encoding == Encoding::Q8 { 8.0 } else { 4.0 }
 }
 
-/// Bits for each weight, with a prime for each group.
+/// Returns the bits per weight, with a prime per group.
 fn dense_bits(encoding: Encoding, group: usize) -> f64 {
     level_bits(encoding) + 8.0 / group as f64
 }
 
-/// Bits of each weight in the sparse form: one of the bitmap, and levels for the share that is not
-/// zero.
+/// Returns the bits per weight in the sparse form.
 ///
-/// The half bytes at the ends of words, at most 2 % of the whole, are not counted.
+/// They are one bit of the bitmap, and levels for the nonzero share. The half bytes at the ends of
+/// words, at most 2 % of the whole, are ignored.
 fn sparse_bits(encoding: Encoding, kept: f64) -> f64 {
     1.0 + 8.0 / BITMAP_GROUP as f64 + level_bits(encoding) * kept
 }
@@ -109,7 +109,7 @@ fn sparse_bits(encoding: Encoding, kept: f64) -> f64 {
 mod tests {
     use super::*;
 
-    /// The shares of zeros that the documentation states.
+    /// Shares of zeros as documented.
     #[test]
     fn a_tenth_is_saved_from_these_shares_of_zeros_on() {
         for (encoding, group, zeros) in [(Encoding::Q8, 64, 0.227), (Encoding::Q4, 32, 0.325)] {

@@ -1,4 +1,4 @@
-//! The plan: the encoding of every tensor, in the order of the file.
+//! Plan of a file: the encoding of every tensor, in file order.
 #![forbid(unsafe_code)]
 
 use crate::encode::prune::check_sparsity;
@@ -13,10 +13,10 @@ use upg_kernel::inference::weights::{EMBEDDING, HEAD};
 use upg_kernel::matrix::BITMAP_GROUP;
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// The encodings of all tensors, in the order of writing.
+/// Encodings of all tensors, in the order of writing.
 pub(crate) struct Plan {
     pub tensors: Vec<PlannedTensor>,
-    /// The choice for embeddings and output head.
+    /// Encoding of embeddings and output head.
     pub embedding: Choice,
     /// Weights of all planned tensors.
     pub weights: u64,
@@ -37,7 +37,7 @@ impl Plan {
             .collect()
     }
 
-    /// Names of the other tensors of the file.
+    /// Returns the names of the other tensors of the file.
     pub(crate) fn uncompressed_names<'a>(
         &self,
         source: &'a dyn Source,
@@ -48,8 +48,8 @@ impl Plan {
     }
 
     pub(crate) fn new(source: &dyn Source, options: &CompressOptions) -> Result<Self> {
-        // A file that no engine could run is not worth hours of work; weights alone may be all
-        // that there is.
+        // A file that no engine could run is not worth hours of work; but a source may have only
+        // weights.
         let files = source.files();
         let tied = files.config_json.is_some() && files.config()?.tie_word_embeddings;
         if let Some(group) = options.group.filter(|group| !matches!(group, 32 | 64)) {
@@ -119,10 +119,10 @@ impl Plan {
             }?;
             Ok(PlannedTensor { index, layer })
         };
-        // What no reader would open is not worth the work either.
+        // A file that no reader would open is not worth the work either.
         let mut plan: Vec<PlannedTensor> = tensors.iter().map(planned).collect::<Result<_>>()?;
         if options.calibration.is_some() {
-            // Gradients come from the last layer to the first.
+            // Gradients are computed from the last layer to the first.
             let name = |t: &PlannedTensor| source.tensors()[t.index].name.as_str();
             plan.sort_by_key(|t| Input::of(name(t)).map(|(layer, _)| Reverse(layer)));
         }
@@ -157,12 +157,12 @@ impl Plan {
     }
 }
 
-/// Returns whether the weights of a matrix are pruned if that is asked for.
+/// Returns whether the weights of a matrix are pruned on request.
 pub(crate) fn is_prunable(layer: &LayerInfo) -> bool {
     matches!(layer.encoding(), Ok(Encoding::S8 | Encoding::S4)) && is_calibrated(layer)
 }
 
-/// The encoding of matrix `index` once its zeros are known: those that it has, or will have.
+/// Returns the encoding of matrix `index` given its present or future zeros.
 fn with_zeros(
     source: &dyn Source,
     index: usize,
@@ -181,7 +181,7 @@ fn with_zeros(
     Ok(sparse.unwrap_or(encoding))
 }
 
-/// Columns that share a prime index.
+/// Returns the columns that share a prime index.
 fn group_of(encoding: Encoding, group: Option<usize>) -> Option<usize> {
     match encoding {
         Encoding::Q4 => Some(group.unwrap_or(32)),
@@ -204,7 +204,9 @@ pub(crate) fn describe_layer(
     layer
 }
 
-/// Norms and biases are vectors; every tensor of two dimensions is multiplied or looked up.
+/// Returns whether a tensor is a matrix.
+///
+/// Norms and biases are vectors; every two-dimensional tensor is multiplied or looked up.
 fn is_matrix(tensor: &TensorInfo) -> bool {
     tensor.shape.len() == 2 && tensor.weights() > 0
 }

@@ -1,4 +1,4 @@
-//! Calibration texts: the one that comes with this crate, and those of files.
+//! Calibration texts: the built-in one, and those in files.
 #![forbid(unsafe_code)]
 
 use crate::source::Source;
@@ -7,35 +7,35 @@ use sha2::{Digest, Sha256};
 use upg_kernel::format::json;
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// A bit of everything; `data/README.md` says what, and where it is from.
+/// Built-in text; `data/README.md` describes its content and sources.
 const BUILT_IN: &str = include_str!("../../data/calibration.txt");
 
-/// Default number of tokens of the built-in text; the work grows with it.
+/// Default number of tokens of the built-in text; the work is proportional to it.
 pub const BUILT_IN_TOKENS: usize = 1 << 15;
 
-/// Tokens of a sequence, unless the model takes fewer.
+/// Tokens per sequence, unless the context of the model is shorter.
 const WINDOW: usize = 512;
 
-/// Largest number of tokens of a calibration: their hidden states stay in memory.
+/// Maximum tokens of a calibration: their hidden states stay in memory.
 const MAX_TOKENS: usize = 1 << 18;
 
-/// Bytes of the digest that names the tokens.
+/// Bytes of the digest that identifies the tokens.
 const DIGEST_BYTES: usize = 16;
 
-/// Text that a model is run over: independent sequences of tokens.
+/// Calibration text: independent sequences of tokens.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Calibration {
     tokens: Vec<u32>,
     window: usize,
-    /// Set for the text that comes with this crate.
+    /// Flag: this is the built-in text.
     built_in: bool,
 }
 
 impl Calibration {
-    /// Divides `tokens` into sequences of `window` tokens. A remainder is not used.
+    /// Divides `tokens` into sequences of `window` tokens; a remainder is unused.
     ///
     /// Errors: `Argument` if there is not one whole sequence; `TooLarge` above 262,144 tokens,
-    /// whose hidden states would be too many to hold.
+    /// whose hidden states would take too much memory.
     pub fn new(mut tokens: Vec<u32>, window: usize) -> Result<Self> {
         if window == 0 || tokens.len() < window {
             let message = format!(
@@ -59,7 +59,7 @@ impl Calibration {
         })
     }
 
-    /// Returns the first `sequences` of it.
+    /// Returns its first `sequences` sequences.
     pub(crate) fn first(&self, sequences: usize) -> Self {
         let mut first = self.clone();
         first.tokens.truncate(sequences * self.window);
@@ -76,7 +76,7 @@ impl Calibration {
         self.window
     }
 
-    /// Tokenizes the text that comes with this crate, at most `most` tokens of it.
+    /// Tokenizes the built-in text, at most `most` tokens of it.
     ///
     /// It has prose, dialogue, articles, letters, code, markup, tables, and some paragraphs in
     /// other languages than English, 250 kB in all. Each prefix has some of most of it.
@@ -94,10 +94,10 @@ impl Calibration {
         Self::of_documents(source, &[text], most)
     }
 
-    /// Tokenizes documents one by one, joins their tokens and divides them into sequences.
+    /// Tokenizes documents separately, joins their tokens and divides them into sequences.
     ///
-    /// A sequence has 512 tokens, or as many as the model takes at most; of all tokens the first
-    /// `most` are used.
+    /// A sequence has 512 tokens, or the context of the model if that is shorter. Of all tokens the
+    /// first `most` are used.
     ///
     /// Errors: those of the tokenizer and of [`Calibration::new`]; `Missing` if the source has no
     /// tokenizer.
@@ -147,9 +147,10 @@ impl Calibration {
     }
 }
 
-/// Returns the documents of JSON lines: the string `text` of each line. Empty lines are skipped.
+/// Returns the documents of JSON lines: the string `text` of each line. Empty lines are
+/// skipped.
 ///
-/// Errors (`Malformed`): a line that is no object with a string `text`, with its number.
+/// Errors (`Malformed`): a line is not an object with a string `text`; the message has its number.
 pub fn json_lines(lines: &str) -> Result<Vec<String>> {
     let numbered = (1..).zip(lines.lines());
     numbered

@@ -1,4 +1,4 @@
-//! Measurement of sensitivities: the model runs over a text, forwards and backwards.
+//! Measurement of sensitivities: forward and backward passes of the model over a text.
 #![forbid(unsafe_code)]
 
 use super::calibration::Calibration;
@@ -15,7 +15,7 @@ use upg_kernel::inference::weights::EMBEDDING;
 use upg_kernel::inference::{Backward, Input, Layerwise, ModelConfig, WeightSource};
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// Seed of the random factors of the logits whose gradients are taken.
+/// Seed of the random factors of the logits in the backward pass.
 const DRAWING_SEED: u64 = 0;
 
 /// Curvatures of the matrices of a model, from the last layer to the first.
@@ -31,12 +31,12 @@ pub struct Calibrator<'a> {
 }
 
 impl<'a> Calibrator<'a> {
-    /// Runs the model in `source` forwards over the text; the backward pass then starts at its
-    /// last layer.
+    /// Runs the forward pass of the model in `source`; the backward pass then starts at its last
+    /// layer.
     ///
-    /// Memory: `8 * hidden` bytes a token, one layer of weights as f32, what [`Curvature::new`]
-    /// takes for each of its matrices, and what a pass over 2,048 positions takes; here also the
-    /// embedding as f32, twice. On disk, where temporary files are: `4 * hidden * layers` bytes a
+    /// Memory: `8 * hidden` bytes per token, one layer of weights as f32, that of
+    /// [`Curvature::new`] for each of its matrices, and that of a pass over 2,048 positions; during
+    /// this call also the embedding as f32, twice. Temporary files: `4 * hidden * layers` bytes per
     /// token. Errors: those of the source, of [`Layerwise::new`] and of [`Backward::new`]; `Io`;
     /// `Interrupted`.
     pub fn new(
@@ -69,10 +69,10 @@ impl<'a> Calibrator<'a> {
 
     /// Returns the curvature of the matrix `name`; `None` if it is not in a layer of the model.
     ///
-    /// Layers have to be asked for from the last to the first.
+    /// Layers must be requested from the last to the first.
     ///
-    /// Errors: those of the source; `Invalid` if the model gives numbers that are not finite;
-    /// `Argument` for a layer after the last one that was asked for; `Io`; `Interrupted`.
+    /// Errors: those of the source; `Invalid` if the model gives non-finite numbers; `Argument` for
+    /// a layer after the last requested one; `Io`; `Interrupted`.
     pub fn curvature(
         &mut self,
         name: &str,
@@ -96,7 +96,7 @@ impl<'a> Calibrator<'a> {
         Ok(self.found.get(name).cloned())
     }
 
-    /// Passes layer `index`; collects its curvatures if that is the layer that is `asked` for.
+    /// Passes layer `index`; collects its curvatures if it is the `asked` layer.
     fn pass(&mut self, index: usize, asked: usize, progress: &dyn Progress) -> Result<()> {
         let Self {
             source,
@@ -115,7 +115,7 @@ impl<'a> Calibrator<'a> {
             let parts = input.matrices(config);
             let width: usize = parts.iter().map(|(_, rows)| rows).sum();
             let cols = x.len() / (gradients.len() / width);
-            // Taken out, so that all matrices of an input can be added to at once.
+            // Taken out of the map, so that all matrices of an input can be updated at once.
             let mut first = 0;
             let mut curvatures = Vec::new();
             for (part, rows) in parts {
@@ -148,7 +148,7 @@ impl<'a> Calibrator<'a> {
 /// Hidden states before each layer, the last ones first, in a temporary file.
 struct States {
     file: File,
-    /// Values of a layer.
+    /// Number of values per layer.
     values: usize,
     layers: u64,
 }

@@ -1,13 +1,14 @@
-//! Curvature of the loss in the weights of a matrix: the sensitivity of the predictions to its
-//! errors.
+//! Curvature of the loss in the weights of a matrix: the sensitivity of the predictions to
+//! its errors.
 //!
 //! An error `E` of a matrix changes its outputs by `E x`, and the loss by `g^T E x` if `g` are the
-//! gradients of the outputs. The squares of that, added up over all positions, are the Fisher
-//! information of `E`: half of it is, to second order, the Kullback-Leibler divergence. It is
-//! approximated by two factors, `F = outputs x inputs / trace` (a Kronecker product): `tr(outputs
-//! E inputs E^T) / trace`, with `inputs = sum of |g|^2 x x^T` and `outputs = sum of |x|^2 g g^T`,
-//! both with the trace `sum of |g|^2 |x|^2`. Sources: K-FAC (arXiv 1503.05671); for rounding YAQA
-//! (arXiv 2505.22988), whose feedback between rows and columns this is.
+//! gradients of the outputs. The squares of this, summed over all positions, are the Fisher
+//! information of `E`. Half of it is, to second order, the Kullback-Leibler divergence. It is
+//! approximated by two factors, `F = outputs x inputs / trace` (a Kronecker product):
+//! `tr(outputs E inputs E^T) / trace`, with `inputs = sum of |g|^2 x x^T` and
+//! `outputs = sum of |x|^2 g g^T`, both with the trace `sum of |g|^2 |x|^2`. Sources: K-FAC (arXiv
+//! 1503.05671); for rounding YAQA (arXiv 2505.22988), from which the feedback between rows and
+//! columns is taken.
 #![forbid(unsafe_code)]
 
 use crate::sensitivity::hessian::{Feedback, Hessian};
@@ -19,14 +20,13 @@ use upg_kernel::{Error, ErrorKind, Result};
 
 /// Rows of a panel, whose outputs are considered together.
 ///
-/// Cost and memory grow with it, and panels are encoded in parallel. docs/quality.md has what it
-/// gains.
+/// Cost and memory grow with it, and panels are encoded in parallel. docs/quality.md has the gain.
 pub(crate) const PANEL_ROWS: usize = 9 * STRIP_ROWS;
 
-/// Damping of the factor of the outputs, as a part of the average of its diagonal.
+/// Damping of the factor of the outputs, relative to the average of its diagonal.
 ///
-/// It is larger than that of the inputs: fewer positions say anything about the outputs, and their
-/// chance correlations would be taken for real ones.
+/// It is larger than that of the inputs: fewer positions determine the outputs, and their chance
+/// correlations would be taken for real ones.
 const DAMPING_OF_OUTPUTS: f64 = 0.1;
 
 /// Returns the bytes of the [`Curvature`] of a matrix `[rows, cols]`.
@@ -34,18 +34,18 @@ pub(crate) fn curvature_bytes(rows: u64, cols: u64) -> u64 {
     4 * (cols * cols + rows * rows.min(PANEL_ROWS as u64))
 }
 
-/// The two factors of the curvature of one matrix.
+/// Factors of the curvature of one matrix.
 #[derive(Debug, Clone)]
 pub struct Curvature {
     inputs: Hessian,
     /// Blocks on the diagonal, of [`PANEL_ROWS`] rows each; the last one may have fewer.
     ///
-    /// `None`: every row counts the same.
+    /// `None`: all rows count equally.
     outputs: Option<Vec<Hessian>>,
 }
 
 impl From<Hessian> for Curvature {
-    /// Makes the curvature of a matrix of which only the inputs are known.
+    /// Creates the curvature of a matrix of which only the inputs are known.
     fn from(inputs: Hessian) -> Self {
         Self {
             inputs,
@@ -55,9 +55,9 @@ impl From<Hessian> for Curvature {
 }
 
 impl Curvature {
-    /// Makes the curvature of a matrix `[rows, cols]` without any inputs yet.
+    /// Creates the curvature of a matrix `[rows, cols]` without inputs.
     ///
-    /// Memory: `4 * cols^2` bytes, and up to 2,304 a row.
+    /// Memory: `4 * cols^2` bytes, and up to 2,304 bytes per row.
     pub fn new(rows: usize, cols: usize) -> Self {
         let panels = (0..rows).step_by(PANEL_ROWS);
         let panels = panels.map(|first| Hessian::new(PANEL_ROWS.min(rows - first)));
@@ -67,9 +67,9 @@ impl Curvature {
         }
     }
 
-    /// Adds inputs `x [n, cols]` and the gradients `[n, rows]` of what the matrix makes of them.
+    /// Adds inputs `x [n, cols]` and the gradients `[n, rows]` of the outputs of the matrix.
     ///
-    /// Errors: `Shape` if these do not fit; `Invalid` for values that are not finite.
+    /// Errors: `Shape` if the sizes do not match; `Invalid` for values that are not finite.
     pub fn add(&mut self, x: &[f32], gradients: &[f32]) -> Result<()> {
         let cols = self.inputs.cols();
         let Some(panels) = &mut self.outputs else {
@@ -109,12 +109,12 @@ impl Curvature {
 
     /// Returns the cost of errors `[rows, cols]`: their Fisher information.
     ///
-    /// It is `tr(outputs E inputs E^T)` over the trace of the inputs. Half of it is the
-    /// Kullback-Leibler divergence, in nats, of all positions together. Where only the inputs are
-    /// known: `tr(E inputs E^T)`. Cost: `rows * cols^2 + rows * 576 * cols` multiplications; `4 *
-    /// cols^2 + 4,608 * cols` bytes.
+    /// It is `tr(outputs E inputs E^T)` divided by the trace of the inputs. Half of it is the
+    /// Kullback-Leibler divergence, in nats, of all positions together. If only the inputs are
+    /// known, it is `tr(E inputs E^T)`. Cost: `rows * cols^2 + rows * 576 * cols` multiplications;
+    /// `4 * cols^2 + 4,608 * cols` bytes.
     ///
-    /// Errors (`Shape`): they are of another matrix.
+    /// Errors (`Shape`): the errors belong to another matrix.
     pub fn cost(&self, errors: &[f32]) -> Result<f64> {
         let cols = self.inputs.cols();
         self.check(errors.len() / cols.max(1), cols)?;
@@ -133,7 +133,7 @@ impl Curvature {
     /// Returns the divergence that errors `[rows, cols]` alone cause, in nats per position, to
     /// second order.
     ///
-    /// `None` where only the inputs are known, or no position was added. Cost and errors: those of
+    /// `None` if only the inputs are known, or no position was added. Cost and errors: those of
     /// [`Curvature::cost`].
     pub fn divergence(&self, errors: &[f32]) -> Result<Option<f64>> {
         let positions = self.inputs.count();
@@ -147,9 +147,9 @@ impl Curvature {
     /// together.
     ///
     /// The rows of `weights [rows, cols]`, rotated by `rotation`, have independent errors as large
-    /// as they are, which later rows and columns compensate.
+    /// as themselves, which later rows and columns compensate.
     ///
-    /// Cost: what [`Feedback::new`] takes. Errors: those of it; `Shape` for the weights of another
+    /// Cost: that of [`Feedback::new`]. Errors: those of it; `Shape` for the weights of another
     /// matrix.
     pub(crate) fn sensitivity(&self, weights: &[f32], rotation: &Rotation) -> Result<f64> {
         let cols = self.inputs.cols();
@@ -183,7 +183,8 @@ impl Curvature {
         })
     }
 
-    /// Returns the number of rows that are encoded in sequence, as each compensates those before.
+    /// Returns the number of rows that are encoded in sequence, because each compensates those
+    /// before.
     ///
     /// It is a multiple of the rows of a strip.
     pub(crate) fn panel_rows(&self) -> usize {
@@ -193,8 +194,8 @@ impl Curvature {
         }
     }
 
-    /// Returns the feedback between the rows of a panel, `together` rows at a time; `None` without
-    /// any.
+    /// Returns the feedback between the rows of a panel, `together` rows at a time; `None` if
+    /// there is none.
     ///
     /// Errors: those of [`Feedback::new`].
     pub(crate) fn feedback_of_rows(
@@ -208,9 +209,9 @@ impl Curvature {
             .transpose()
     }
 
-    /// Checks that it is of a matrix `[rows, cols]`.
+    /// Checks that it belongs to a matrix `[rows, cols]`.
     ///
-    /// Errors (`Shape`): it is of another one.
+    /// Errors (`Shape`): it belongs to another one.
     pub(crate) fn check(&self, rows: usize, cols: usize) -> Result<()> {
         let Some(panels) = &self.outputs else {
             return self.inputs.check(cols);

@@ -1,12 +1,12 @@
-//! The Hessian `X^T X` of the inputs of a matrix, and the feedback of rounding errors that follows
-//! from it.
+//! Hessian `X^T X` of the inputs of a matrix, and the error feedback that follows from it.
 //!
-//! A layer multiplies `W` with inputs `x`; rounding to `Q` changes its outputs by `(Q - W) x`,
-//! whose squares add up to `tr((Q - W) H (Q - W)^T)` with `H = X^T X`. Columns are rounded one at
-//! a time, and later ones compensate the errors of earlier ones. Sources: GPTQ (arXiv 2210.17323),
-//! and LDLQ of QuIP (arXiv 2307.13304), which is the same: with `H = (A + 1) D (A + 1)^T`, `A`
-//! strictly upper triangular and `D` diagonal, the best target of column `k` is `w_k + sum over j
-//! < k of (w_j - q_j) A[j][k]`, and what is left costs `D[k][k] * (target - q_k)^2`.
+//! A layer multiplies `W` by inputs `x`. Rounding to `Q` changes its outputs by `(Q - W) x`, whose
+//! squares add up to `tr((Q - W) H (Q - W)^T)` with `H = X^T X`. Columns are rounded one at a time,
+//! and later ones compensate the errors of earlier ones. Sources: GPTQ (arXiv 2210.17323), and LDLQ
+//! of QuIP (arXiv 2307.13304), which is equivalent. With `H = (A + 1) D (A + 1)^T`, `A` strictly
+//! upper triangular and `D` diagonal, the best target of column `k` is
+//! `w_k + sum over j < k of (w_j - q_j) A[j][k]`, and the remaining cost is
+//! `D[k][k] * (target - q_k)^2`.
 #![forbid(unsafe_code)]
 
 use faer::linalg::matmul::matmul;
@@ -19,25 +19,26 @@ use upg_kernel::matrix::strips::STRIP_ROWS;
 use upg_kernel::rotation::Rotation;
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// Damping, as a part of the average of the diagonal: that of GPTQ.
+/// Damping relative to the average of the diagonal, as in GPTQ.
 ///
-/// Without it the directions that no input had would be free, and errors would be pushed there.
+/// Without it the directions that no input had would cost nothing, and errors would be pushed
+/// there.
 const DAMPING: f64 = 0.01;
 
-/// Attempts, each with ten times the damping, to get a positive definite matrix.
+/// Number of attempts, each with ten times the damping, to get a positive definite matrix.
 const ATTEMPTS: i32 = 4;
 
-/// `X^T X` of the inputs that were added, symmetric `[cols, cols]`.
+/// `X^T X` of the added inputs, symmetric `[cols, cols]`.
 #[derive(Debug, Clone)]
 pub struct Hessian {
-    /// The lower triangle, diagonal included; the rest is not defined.
+    /// Lower triangle including the diagonal; the rest is undefined.
     sums: Mat<f32>,
-    /// Inputs added.
+    /// Number of inputs added.
     count: usize,
 }
 
 impl Hessian {
-    /// Makes the Hessian of no inputs of `cols` values. Memory: `4 * cols * cols` bytes.
+    /// Creates the Hessian of no inputs of `cols` values. Memory: `4 * cols * cols` bytes.
     pub fn new(cols: usize) -> Self {
         Self {
             sums: Mat::zeros(cols, cols),
@@ -57,7 +58,7 @@ impl Hessian {
 
     /// Adds inputs `x [n, cols]`. Cost: `n * cols * cols / 2` multiplications, on all threads.
     ///
-    /// Errors: `Shape` if these are not whole inputs; `Invalid` for values that are not finite.
+    /// Errors: `Shape` if `x` is not whole inputs; `Invalid` for values that are not finite.
     pub fn add(&mut self, x: &[f32]) -> Result<()> {
         let cols = self.cols();
         if cols == 0 || !x.len().is_multiple_of(cols) {
@@ -119,7 +120,7 @@ impl Hessian {
         Err(Error::new(ErrorKind::Shape, message))
     }
 
-    /// Returns the columns by the squares of their inputs, largest first.
+    /// Returns the columns ordered by the squares of their inputs, largest first.
     pub fn order(&self) -> Vec<usize> {
         let mut order: Vec<usize> = (0..self.cols()).collect();
         order.sort_by(|&a, &b| self.sums[(b, b)].total_cmp(&self.sums[(a, a)]));
@@ -141,7 +142,7 @@ impl Hessian {
     /// not whole rows.
     pub fn cost(&self, errors: &[f32]) -> f64 {
         let strips = errors.par_chunks(STRIP_ROWS * self.cols().max(1));
-        // Added up in their order: the same for any number of threads.
+        // Summed in order, so that the number of threads does not change the result.
         let costs: Vec<f64> = strips.map(|strip| self.cost_of_strip(strip)).collect();
         costs.iter().sum()
     }
@@ -165,13 +166,13 @@ impl Hessian {
         pairs
             .map(|(i, j)| {
                 let (error, below) = (f64::from(errors[(i, j)]), f64::from(product[(i, j)]));
-                // The upper triangle is that below over again, but for the diagonal.
+                // The upper triangle mirrors the lower one.
                 error * (2.0 * below - f64::from(self.sums[(j, j)]) * error)
             })
             .sum()
     }
 
-    /// Returns `tr(O E H E^T)` for errors `E [rows, cols]`, where `O` is this Hessian, of the
+    /// Returns `tr(O E H E^T)` for errors `E [rows, cols]`, where `O` is this Hessian of the
     /// outputs.
     ///
     /// `inputs` is `H`, symmetric. Panics for another length.
@@ -201,18 +202,18 @@ fn sum_of_products(a: &Mat<f32>, b: MatRef<'_, f32>) -> f64 {
         .sum()
 }
 
-/// Feedback: the effect of earlier errors on the targets of later columns, `block` columns at a
-/// time.
+/// Error feedback: the effect of earlier errors on the targets of later columns, `block`
+/// columns at a time.
 #[derive(Debug, Clone)]
 pub struct Feedback {
-    /// `[j][k]` for a column `j` of a block before that of `k`; elsewhere 0.
+    /// Shares `[j][k]` for a column `j` in a block before that of `k`; elsewhere 0.
     shares: Mat<f32>,
     /// Cost of a squared error of each column if all later ones compensate it; 1 on average.
     ///
-    /// Columns of the same block do not, but counting them as if they did measured better than the
-    /// cost of an error within the block.
+    /// Columns of the same block do not compensate, but counting them as if they did measured
+    /// better than the cost of an error within the block.
     costs: Vec<f32>,
-    /// The average cost that was scaled to 1.
+    /// Average cost that was scaled to 1.
     average_cost: f64,
     /// Symmetric and damped Hessian.
     ///
@@ -223,16 +224,16 @@ pub struct Feedback {
 impl Feedback {
     /// Computes the feedback for blocks of `block` columns; the last one may have fewer.
     ///
-    /// Cost: `cols^3 / 6` multiplications in f64; memory: `8 * cols * cols` bytes, and `16 * cols
-    /// * cols` more meanwhile.
+    /// Cost: `cols^3 / 6` multiplications in f64. Memory: `8 * cols * cols` bytes, and
+    /// `16 * cols * cols` more during the call.
     ///
-    /// Errors: `Argument` for a block of 0; `Invalid` if the Hessian is not positive definite,
-    /// however it is damped.
+    /// Errors: `Argument` for a block of 0; `Invalid` if the Hessian is not positive definite with
+    /// any damping.
     pub fn new(hessian: &Hessian, block: usize) -> Result<Self> {
         Self::with_damping(hessian, block, DAMPING)
     }
 
-    /// Computes as [`Feedback::new`] does, with another damping.
+    /// Computes the feedback like [`Feedback::new`], with another damping.
     pub(crate) fn with_damping(hessian: &Hessian, block: usize, damping: f64) -> Result<Self> {
         if block == 0 {
             return Err(Error::new(ErrorKind::Argument, "blocks of 0 columns"));
@@ -252,8 +253,8 @@ impl Feedback {
             for k in columns.clone() {
                 costs[k] = diagonal(k).powi(2);
             }
-            // Rows of `U` before the block, times the inverse of its square on the diagonal,
-            // column by column.
+            // Rows of `U` before the block, times the inverse of its square on the diagonal, column
+            // by column.
             for j in 0..start {
                 let mut row: Vec<f64> = columns.clone().map(|k| unit(j, k)).collect();
                 for k in columns.clone() {
@@ -310,10 +311,10 @@ impl Feedback {
         self.shares[(j, k)]
     }
 
-    /// Adds the feedback of the errors `[first, cols]` of all rows before to the targets `wanted
-    /// [n, cols]` of rows.
+    /// Adds the feedback of the errors `[first, cols]` of all earlier rows to the targets
+    /// `wanted [n, cols]` of rows.
     ///
-    /// Here the values of the Hessian are those of outputs. Row by row.
+    /// Here the Hessian is that of outputs. The layout is row by row.
     pub(crate) fn carry(&self, errors: &[f32], cols: usize, wanted: &mut [f32]) {
         let (first, n) = (errors.len() / cols, wanted.len() / cols);
         if first == 0 {
@@ -332,7 +333,7 @@ impl Feedback {
     /// Returns for each of [`STRIP_ROWS`] rows the scale of `values` that approximates `weights`
     /// at the least cost.
     ///
-    /// Both are column by column. `None` where any scale would do.
+    /// Both are column by column. `None` if any scale is equally good.
     pub(crate) fn scales_of_rows(
         &self,
         weights: &[f32],
@@ -355,7 +356,7 @@ impl Feedback {
                 along += f64::from(weights[i]) * weighed;
                 squares += f64::from(values[i]) * weighed;
             }
-            // What is not a number stays that, for the checks of the file.
+            // NaN stays NaN, for the checks of the file.
             match squares > 0.0 || squares.is_nan() {
                 true if along < 0.0 => Some(0.0),
                 true => Some(along / squares),
@@ -375,19 +376,19 @@ impl Feedback {
     }
 }
 
-/// Returns the upper triangular `U` of the damped `H = U U^T`, and the damping that was added to
-/// the diagonal.
+/// Returns the upper triangular `U` of the damped `H = U U^T`, and the damping that was added
+/// to the diagonal.
 ///
-/// The damping is this part of the average of the diagonal, or more.
+/// The damping is `part` of the average of the diagonal, or more.
 fn cholesky(hessian: &Hessian, part: f64) -> Result<(Mat<f64>, f64)> {
     let cols = hessian.cols();
     let diagonal = (0..cols).map(|i| f64::from(hessian.sums[(i, i)]));
     let average = diagonal.sum::<f64>() / cols.max(1) as f64;
-    // Inputs that are all zero say nothing: every column counts the same then.
+    // All-zero inputs determine nothing: every column then counts the same.
     let average = if average > 0.0 { average } else { 1.0 };
     for attempt in 0..ATTEMPTS {
         let damping = part * 10f64.powi(attempt) * average;
-        // From the last column to the first: a lower triangular factor of it is an upper one in
+        // Columns are reversed: a lower triangular factor of the reversed matrix is an upper one in
         // order.
         let reversed = Mat::from_fn(cols, cols, |i, j| {
             let (i, j) = (cols - 1 - i, cols - 1 - j);

@@ -31,7 +31,7 @@ fn record(name: &str) -> Record {
     }
 }
 
-/// A journal of three records, and its bytes.
+/// Writes a journal of three records; returns its bytes.
 fn written(path: &Path) -> Vec<u8> {
     let (mut journal, found) = Journal::open(path.into(), &fingerprint("7")).unwrap();
     assert!(found.is_none());
@@ -72,8 +72,8 @@ fn ends_of_lines(bytes: &[u8]) -> Vec<usize> {
         .collect()
 }
 
-/// Cut after any byte, the journal has the records whose lines are whole, and takes the others
-/// again.
+/// Cut after any byte, the journal has the records whose lines are complete, and accepts the
+/// others again.
 #[test]
 fn a_torn_journal_has_what_is_whole() {
     let folder = tempfile::tempdir().unwrap();
@@ -94,8 +94,7 @@ fn a_torn_journal_has_what_is_whole() {
     }
 }
 
-/// Wherever a bit is wrong, nothing is believed from there on; damage to the first lines is an
-/// error.
+/// From a wrong bit on, nothing is trusted; damage to the first lines is an error.
 #[test]
 fn damage_is_seen() {
     let folder = tempfile::tempdir().unwrap();

@@ -1,4 +1,4 @@
-//! The most memory that compressing takes.
+//! Peak memory of a compression.
 #![forbid(unsafe_code)]
 
 use crate::job::parallel::TensorBatch;
@@ -14,14 +14,13 @@ use upg_kernel::inference::{Input, ModelConfig, POSITIONS_TOGETHER};
 /// Bytes of the program, its tables, its threads and freed memory that the allocator keeps.
 const BASE: u64 = 60_000_000;
 
-/// Most bytes that the allocator keeps of the arrays that come and go in a calibration; it gives
-/// larger ones back.
+/// Maximum bytes of a calibration's temporary arrays that the allocator keeps.
 ///
-/// Measured: of a small model as much as its own memory again, with sensitivities 2.5 times as
-/// much.
+/// It returns larger arrays to the system. Measured with a small model: as much again as its own
+/// memory, and 2.5 times as much with sensitivities.
 const MOST_KEPT: u64 = 1 << 30;
 
-/// Bytes of a tokenizer in memory for each byte of its `tokenizer.json`.
+/// Memory of a tokenizer per byte of its `tokenizer.json`.
 const TOKENIZER_FACTOR: u64 = 40;
 
 const F32: u64 = 4;
@@ -34,8 +33,8 @@ pub struct MemoryEstimate {
     pub own: u64,
     /// Mapped pages of the source that it has read.
     ///
-    /// The system counts them too, but takes them away when it needs them. A source that was read
-    /// into memory stays there; what the system has left is then counted without it.
+    /// The system counts them too, but reclaims them when needed. A source that was read into
+    /// memory stays there; the available memory is then counted without it.
     pub mapped: u64,
 }
 
@@ -59,7 +58,7 @@ impl MemoryEstimate {
             all = all.max(batch.bytes + of_held.unwrap_or(0));
         }
         all = all.max(held.start).max(held.pass);
-        // Sensitivities are a run before the run.
+        // Sensitivities are measured in an additional run before.
         let kept = match (&options.calibration, options.budget) {
             (None, _) => 0,
             (Some(_), None) => all,
@@ -77,14 +76,14 @@ impl MemoryEstimate {
     }
 }
 
-/// Memory that a calibration holds.
+/// Memory held by a calibration.
 #[derive(Default)]
 struct Held {
     /// Bytes before the first layer.
     start: u64,
-    /// Bytes while a layer is passed.
+    /// Bytes during the pass of a layer.
     pass: u64,
-    /// Bytes while a matrix is encoded, from the first calibrated one on.
+    /// Bytes during the encoding of a matrix, from the first calibrated one on.
     later: u64,
 }
 
@@ -105,13 +104,13 @@ fn held(source: &dyn Source, config: &ModelConfig, calibration: &Calibration) ->
     let positions = (POSITIONS_TOGETHER as u64 / window).max(1) * window;
     let positions = positions.min(calibration.tokens().len() as u64);
     let states = F32 * hidden * calibration.tokens().len() as u64;
-    // Backwards: hidden states and what norms make of them, with gradients; queries, keys and
-    // values three times, gate and up once, what becomes of them; inputs and gradients of one
-    // matrix, and those once more as they are weighed.
+    // Backward pass: hidden states and norm outputs, with gradients; queries, keys and values three
+    // times, gate and up once, and their results; inputs and gradients of one matrix, and a
+    // weighted copy of these.
     let wide = query + 2 * kv;
     let workspace =
         F32 * positions * (6 * hidden + 3 * wide + 2 * query + 3 * inner + 4 * wide.max(2 * inner));
-    // Probabilities of attention, and their gradients.
+    // Attention probabilities and their gradients.
     let threads = rayon::current_num_threads() as u64;
     let workspace = workspace + threads * 2 * F32 * window * window;
     let mut weights: BTreeMap<usize, u64> = BTreeMap::new();
@@ -121,17 +120,17 @@ fn held(source: &dyn Source, config: &ModelConfig, calibration: &Calibration) ->
         }
     }
     let layer = F32 * weights.values().copied().max().unwrap_or(0);
-    // Of every matrix of a layer by itself, where the family does not fuse them.
+    // For every matrix of a layer separately, if the family does not fuse them.
     let panels = |rows: u64| rows * rows.min(PANEL_ROWS as u64);
     let squares = 5 * hidden * hidden + query * query + inner * inner;
     let squares = squares + panels(wide) + 2 * panels(hidden) + 2 * panels(inner);
     // Gradients, and the hidden states before a layer.
     let later = 2 * states + workspace + F32 * squares;
     Held {
-        // Also the head, as it is and as f32, and logits of 256 positions.
+        // Also the head, as stored and as f32, and logits of 256 positions.
         start: 2 * states + F32 * config.vocab_size as u64 * (2 * hidden + 256),
-        // Fused matrices are put together of their parts: both are there for a moment.
-        // On the way back one matrix is there once more.
+        // Fused matrices are concatenated from their parts, which briefly exist too. The backward
+        // pass has one more copy of a matrix.
         pass: later + 2 * layer,
         later,
     }

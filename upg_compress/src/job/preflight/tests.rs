@@ -45,8 +45,8 @@ fn tensors_of_layers_are_counted_together() {
     };
     let down = "model.layers.*.mlp.down_proj.weight";
     assert_eq!(found(down, "t3").unwrap().0, 1);
-    // 96 rows in two strips of 64: 128 columns of padding included, a prime for each 64 of them,
-    // scales.
+    // 96 rows in two strips of 64: including the padding to 128 columns, a prime per 64 of them,
+    // and scales.
     assert_eq!(
         found(down, "q8"),
         Some((1, 2 * 64 * 128 + 2 * 64 * 2 + 4 * 96))
@@ -73,7 +73,7 @@ fn what_cannot_fit_is_refused() {
     preflight.disk_free = preflight.file_bytes - 1;
     let e = preflight.check().unwrap_err();
     assert_eq!(e.kind(), ErrorKind::Io, "{e}");
-    // An earlier run has some of it.
+    // An earlier run has written a part of it.
     preflight.written_bytes = 1;
     preflight.check().unwrap();
     preflight.temporary_bytes = preflight.temporary_free + 1;
@@ -81,7 +81,7 @@ fn what_cannot_fit_is_refused() {
     assert!(e.to_string().contains("temporary"), "{e}");
 }
 
-/// A calibration costs memory for its tokens: hidden states and their gradients.
+/// A calibration takes memory for its tokens: hidden states and their gradients.
 #[test]
 fn memory_grows_with_the_text() {
     let source = SyntheticSource::new(CONFIG, 3).unwrap();

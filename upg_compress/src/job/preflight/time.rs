@@ -1,4 +1,4 @@
-//! An estimate of the time that compressing takes, from samples.
+//! Estimate of the time of a compression, from samples.
 #![forbid(unsafe_code)]
 
 use crate::encode::matrix::encode_matrix;
@@ -19,12 +19,12 @@ use upg_kernel::inference::weights::{EMBEDDING, HEAD};
 use upg_kernel::matrix::strips::STRIP_ROWS;
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// Columns of a sample: what feedback costs beside the search is counted, not measured.
+/// Columns of a sample. The cost of feedback beside the search is counted, not measured.
 const SAMPLE_COLS: usize = 512;
 
 /// Rows of the larger sample in strips; the smaller sample is one strip.
 ///
-/// Two sizes tell the constant cost of a matrix from the cost of its rows.
+/// Two sizes separate the constant cost of a matrix from the cost of its rows.
 const LARGER: usize = 4;
 
 /// Rows and columns of the product that is timed.
@@ -33,14 +33,14 @@ const PRODUCT: usize = 1024;
 /// Time of a product in f64 relative to one in f32.
 const F64_FACTOR: f64 = 2.0;
 
-/// Seconds of a matrix of one kind: a constant, and for each weight.
+/// Seconds per matrix of one kind: a constant, and a time per weight.
 #[derive(Clone, Copy)]
 struct Rate {
     matrix: f64,
     weight: f64,
 }
 
-/// Seconds for everything in `plan`.
+/// Estimates the seconds for everything in `plan`.
 ///
 /// Errors: those of the source, and of encoding the samples.
 pub(super) fn seconds(source: &dyn Source, options: &CompressOptions, plan: &Plan) -> Result<f64> {
@@ -81,7 +81,7 @@ pub(super) fn seconds(source: &dyn Source, options: &CompressOptions, plan: &Pla
         products += tokens * products_of_token(source, calibration.window());
     }
     if options.budget.is_some() {
-        // Before that sensitivities, on fewer tokens.
+        // Sensitivities before that, on fewer tokens.
         products *= 1.5;
     }
     if products > 0.0 {
@@ -90,10 +90,11 @@ pub(super) fn seconds(source: &dyn Source, options: &CompressOptions, plan: &Pla
     Ok(total)
 }
 
-/// Rows of a matrix that one thread encodes at least. Parts of a matrix that is `alone` are shared
-/// out evenly.
+/// Returns the minimum rows of a matrix that one thread encodes.
+///
+/// Parts of a matrix that is `alone` are distributed evenly.
 fn in_turn(layer: &LayerInfo, calibrated: bool, alone: bool) -> usize {
-    // Without a trellis most of the time goes into the search for primes, row by row.
+    // Without a trellis most of the time is spent in the search for primes, row by row.
     let together = match layer.hadamard {
         Some(_) => sequential_rows(calibrated),
         None => 1,
@@ -108,7 +109,7 @@ fn in_turn(layer: &LayerInfo, calibrated: bool, alone: bool) -> usize {
     layer.rows.min(turns * together)
 }
 
-/// The largest matrix of a kind.
+/// Returns the largest matrix of a kind.
 fn largest<'a>(
     plan: &'a Plan,
     options: &CompressOptions,
@@ -186,11 +187,12 @@ fn unit_curvature(rows: usize, cols: usize) -> Result<Curvature> {
     Ok(curvature)
 }
 
-/// Multiplications in f32, or as many as take the same time, that a calibrated matrix takes beside
-/// its search.
+/// Returns the f32 multiplications of a calibrated matrix besides its search.
+///
+/// Other work is converted to multiplications that take the same time.
 fn feedback_products(rows: f64, cols: f64, output_errors: bool) -> f64 {
-    // Errors spread to later columns, and scales fitted; then errors of rows; then what the errors
-    // cost.
+    // Errors spread to later columns, and fitted scales; then errors of rows; then the cost of the
+    // errors.
     let panel = rows.min(PANEL_ROWS as f64);
     let of_columns = rows * cols * cols * 1.5;
     let of_rows = rows * panel * cols / 2.0;
@@ -202,33 +204,35 @@ fn feedback_products(rows: f64, cols: f64, output_errors: bool) -> f64 {
     of_columns + of_rows + measuring + decompositions
 }
 
-/// Multiplications of a token on its way through all layers and back, with those for curvatures.
+/// Returns the multiplications of a token, forward and backward through all layers.
+///
+/// Includes those for curvatures.
 fn products_of_token(source: &dyn Source, window: usize) -> f64 {
     let mut products = 0.0;
     for tensor in source.tensors() {
         let weights = tensor.weights() as f64;
         let Some((_, input)) = Input::of(&tensor.name) else {
             if tensor.name == HEAD || tensor.name == EMBEDDING {
-                // The head forwards and backwards; of a model that has both, the embedding is only
+                // The head forward and backward; in a model that has both, the embedding is only
                 // looked up.
                 products += weights;
             }
             continue;
         };
         let (rows, cols) = (tensor.rows() as f64, tensor.cols() as f64);
-        // Forwards, forwards again on the way back, and back.
+        // Forward, forward again during the backward pass, and backward.
         products += 3.0 * weights;
         products += (cols * cols + rows * rows.min(PANEL_ROWS as f64)) / 2.0;
         if input == Input::Output {
-            // Queries times keys, and values: over half of the window on average forwards, over
-            // all of it later: twice each, and their gradients.
+            // Queries times keys, and values: over half of the window on average in the forward
+            // pass, over all of it later; twice each, and their gradients.
             products += cols * window as f64 * 8.0;
         }
     }
     products
 }
 
-/// The time of one multiplication in a large product, on all threads.
+/// Measures the time of one multiplication in a large product, on all threads.
 fn seconds_of_product() -> f64 {
     let matrix = Mat::from_fn(PRODUCT, PRODUCT, |i, j| (i * 7 + j) as f32 % 3.0);
     let mut out = Mat::<f32>::zeros(PRODUCT, PRODUCT);

@@ -1,7 +1,7 @@
 use super::*;
 use crate::encode::rotation;
 
-/// Inputs that are not independent: every value has a part of the one before.
+/// Dependent inputs: every value contains a part of the previous one.
 fn inputs(n: usize, cols: usize) -> Vec<f32> {
     let mut state = 1u32;
     let mut noise = move || {
@@ -114,13 +114,12 @@ fn factors_of_two_columns_by_hand() {
     let average = (left + c) / 2.0;
     assert_close(f64::from(feedback.costs[0]), left / average);
     assert_close(f64::from(feedback.costs[1]), c / average);
-    // In one block nothing moves.
+    // Within one block nothing is compensated.
     let feedback = Feedback::new(&hessian, 2).unwrap();
     assert_eq!(feedback.shares, Mat::<f32>::zeros(2, 2));
 }
 
-/// With fixed errors in the first columns, no other weights of the later ones cost less than those
-/// asked for.
+/// With fixed errors in the first columns, no later weights cost less than the targets.
 #[test]
 fn targets_are_the_cheapest() {
     let (cols, block) = (12, 4);
@@ -129,14 +128,14 @@ fn targets_are_the_cheapest() {
     let mut damped = hessian.clone();
     let average = (0..cols).map(|i| hessian.sums[(i, i)]).sum::<f32>() / cols as f32;
     (0..cols).for_each(|i| damped.sums[(i, i)] += DAMPING as f32 * average);
-    // Errors of the first block, then those of each later block that end at its target.
+    // Errors of the first block, then errors of each later block that hit its targets.
     let mut errors = vec![0.0f32; cols];
     errors[..block].copy_from_slice(&[0.5, -1.0, 0.25, 2.0]);
     let best = |errors: &[f32], feedback: &Feedback| -> Vec<f32> {
         let mut errors = errors.to_vec();
         for k in block..cols {
             let before = k / block * block;
-            // q = target means e = w - q = -(what the errors before ask for).
+            // Hitting the target means e = w - q = -(feedback of the errors before).
             errors[k] = -(0..before)
                 .map(|j| errors[j] * feedback.shares[(j, k)])
                 .sum::<f32>();
@@ -162,7 +161,7 @@ fn damping_grows_until_it_does_not_help() {
         hessian.sums = Mat::from_fn(2, 2, |i, j| if i == j { 1.0 } else { other });
         hessian
     };
-    // Positive definite from a damping of more than 9 on: that of the last attempt is 10.
+    // Positive definite from a damping above 9 on; that of the last attempt is 10.
     assert_eq!(cholesky(&indefinite(10.0), 0.01).unwrap().1, 10.0);
     let e = Feedback::new(&indefinite(100.0), 1).unwrap_err();
     assert_eq!(e.kind(), ErrorKind::Invalid);

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! cargo run --release -p upg_compress --example train_trellis_codes            # t2, t3, t4
-//! cargo run --release -p upg_compress --example train_trellis_codes -- 4 7     # bits per weight, bits of a point
+//! cargo run --release -p upg_compress --example train_trellis_codes -- 4 7     # bits per weight, per point
 //! ```
 //!
 //! A level belongs to a point on a ring (see `upg_kernel::trellis_code`). There is no formula for a

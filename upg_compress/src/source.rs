@@ -1,8 +1,8 @@
-//! Sources of models: Hugging Face directories, GGUF files and UPG files of version 1, behind one
-//! trait.
+//! Sources of models: Hugging Face directories, GGUF files and version 1 UPG files, behind
+//! one trait.
 //!
-//! A source gives every tensor under the name that transformers gives it, in the order in which the
-//! model uses it, together with the texts (config, tokenizer, chat template) that belong to it. The
+//! A source returns every tensor under its name in transformers, in the order in which the model
+//! uses it, together with the texts (config, tokenizer, chat template) that belong to it. The
 //! weights stay in memory-mapped files and are converted to f32 a few rows at a time, so a model
 //! larger than memory can be read.
 #![forbid(unsafe_code)]
@@ -29,21 +29,20 @@ use upg_kernel::format::container::Container;
 use upg_kernel::support::{folder_of, open_regular};
 use upg_kernel::{Error, ErrorKind, OpenOptions, Result};
 
-/// Opens the model at `path`: a Hugging Face directory, a GGUF file or a UPG file of version 1.
+/// Opens the model at `path`: a Hugging Face directory, a GGUF file or a version 1 UPG file.
 ///
-/// Files are recognized by their first bytes. The texts of a file of version 1 are those of the
-/// folder that it is in.
+/// Files are recognized by their first bytes. The texts of a version 1 file come from its folder.
 ///
-/// Reads headers and texts only. Errors: `Io`, and `Unsupported` for every other kind of file,
-/// saying what was found and what to pass instead; then those of [`HfSource::open`],
-/// [`GgufSource::open`] and [`V1Source::open`].
+/// Reads only headers and texts. Errors: `Io`, and `Unsupported` for every other kind of file, with
+/// what was found and what to pass instead; then those of [`HfSource::open`], [`GgufSource::open`]
+/// and [`V1Source::open`].
 pub fn open(path: impl AsRef<Path>) -> Result<Box<dyn Source>> {
     open_with(path, OpenOptions::default())
 }
 
-/// Opens as [`open`] does, with options.
+/// Opens like [`open`], with options.
 ///
-/// Weights that are read, not mapped, are in memory as a whole; those of version 1 are never
+/// Weights that are read instead of mapped are in memory as a whole; those of version 1 are never
 /// mapped.
 ///
 /// Errors: also those of [`MappedFile::read`](upg_kernel::MappedFile::read).
@@ -66,7 +65,7 @@ pub fn open_with(path: impl AsRef<Path>, options: OpenOptions) -> Result<Box<dyn
     Err(not_a_source(path, &magic).at(path))
 }
 
-/// The error for a file that is no source, by its first bytes.
+/// Returns the error for a file that is not a source, according to its first bytes.
 fn not_a_source(path: &Path, magic: &[u8]) -> Error {
     let pass_directory = "pass the directory that holds it together with config.json";
     let (found, hint) = match magic {
@@ -97,16 +96,16 @@ fn not_a_source(path: &Path, magic: &[u8]) -> Error {
     Error::new(ErrorKind::Unsupported, format!("this is {found}")).hint(hint)
 }
 
-/// Returns whether `path` is a UPG file by the metadata of its safetensors header.
+/// Returns whether `path` is a UPG file, according to the metadata of its safetensors header.
 ///
-/// Reads the header only, without a map.
+/// Reads only the header, without a map.
 pub fn is_upg(path: &Path) -> bool {
     has_metadata(path, ("format", "upg"))
 }
 
 /// Returns whether `path` is a safetensors file with this key and value in its metadata.
 ///
-/// Reads the header only.
+/// Reads only the header.
 pub(crate) fn has_metadata(path: &Path, (key, value): (&str, &str)) -> bool {
     let table = || {
         let (file, metadata) = open_regular(path).ok()?;

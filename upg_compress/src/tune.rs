@@ -1,12 +1,12 @@
-//! Tuning of a compressed file: its row scales and norm gains learn the predictions of the
-//! original.
+//! Fine-tuning of a compressed file: its row scales and norm gains learn the predictions of
+//! the original.
 //!
-//! Codes stay as they are, and so does the size of the file, except that gains become F32. The
-//! loss is the Kullback-Leibler divergence of the predictions of the original from those of the
-//! file, over all positions of a text; its gradients come from a backward pass through the
-//! compressed model. Rounding loses little in the scales, but a few of them turn the errors of
-//! thousands of codes towards what later layers can compensate. AQLM (arXiv 2401.06118) and QuIP#
-//! (arXiv 2402.04396) end with such a step.
+//! Codes stay the same, and so does the size of the file, except that gains become F32. The loss is
+//! the Kullback-Leibler divergence of the predictions of the original from those of the file, over
+//! all positions of a text. Its gradients come from a backward pass through the compressed model.
+//! Rounding loses little in the scales, but a few of them can turn the errors of thousands of codes
+//! into errors that later layers can compensate. AQLM (arXiv 2401.06118) and QuIP# (arXiv
+//! 2402.04396) end with such a step.
 #![forbid(unsafe_code)]
 
 mod parameter;
@@ -33,13 +33,13 @@ use upg_kernel::support::{AtomicFile, folder_of};
 use upg_kernel::{Error, ErrorKind, Result};
 use write::write;
 
-/// Steps over which the rate rises at the start.
+/// Steps of linear warm-up of the learning rate.
 const WARM_UP: f64 = 10.0;
 
-/// One sequence in this many is held out to measure the gain.
+/// Number of sequences of which one is held out to measure the gain.
 const HELD_OUT: usize = 16;
 
-/// Largest number of sequences that the gain is measured on.
+/// Maximum number of sequences that the gain is measured on.
 const MOST_CHECKED: usize = 4;
 
 /// Seed of the order of the sequences.
@@ -51,14 +51,14 @@ const ORDER_SEED: u64 = 0;
 pub struct TuneOptions {
     /// Passes over the text.
     pub passes: usize,
-    /// Learning rate: approximate relative change of a scale or gain per step, at most.
+    /// Learning rate: approximate maximum relative change of a scale or gain per step.
     ///
-    /// It falls to nothing towards the end.
+    /// It decays to zero towards the end.
     pub rate: f64,
 }
 
 impl TuneOptions {
-    /// Makes options with this number of passes and this rate, everything else at its default.
+    /// Creates options with this number of passes and this rate, everything else at its default.
     pub const fn new(passes: usize, rate: f64) -> Self {
         Self { passes, rate }
     }
@@ -76,34 +76,34 @@ impl Default for TuneOptions {
 pub struct TuneReport {
     /// Divergence from the original before and after, in nats per position.
     ///
-    /// Measured on held-out sequences; if the text has too few, on some that were learned from.
+    /// Measured on held-out sequences; if the text has too few, on some training sequences.
     pub divergence: (f64, f64),
     /// Divergence in each pass, of each sequence before its step.
     pub passes: Vec<f64>,
-    /// Number of scales and gains that were learned.
+    /// Number of trained scales and gains.
     pub parameters: usize,
     /// Bytes of the new file.
     pub file_bytes: u64,
-    /// Weights of the model.
+    /// Number of weights of the model.
     pub weights: u64,
-    /// Seconds of the whole work.
+    /// Total seconds.
     pub seconds: f64,
 }
 
-/// Tunes `file` on the text of `calibration` towards the model in `source`, and writes the result
-/// to `out`.
+/// Tunes `file` on the text of `calibration` towards the model in `source`, and writes the
+/// result to `out`.
 ///
-/// `file` was made of that model; `out` may be the same file. Each sequence of the text is a step,
-/// forwards and backwards through the compressed model. One sequence in 16 is held out, and
-/// nothing is written unless the divergence of those has fallen. Cost: a pass is about as much as
-/// running the original over the text for a calibration. Memory: `4 * hidden` bytes a token of the
-/// text and `4 * hidden * layers` a token of a sequence; the heads of both as f32; one layer of
-/// weights as f32. The result does not depend on the number of threads.
+/// `file` was made from that model; `out` may be the same file. Each sequence of the text is a
+/// step, a forward and a backward pass through the compressed model. One sequence in 16 is held
+/// out, and nothing is written unless the divergence on these has fallen. Cost: a pass is about as
+/// much as running the original over the text for a calibration. Memory: `4 * hidden` bytes per
+/// token of the text and `4 * hidden * layers` per token of a sequence; the heads of both as f32;
+/// one layer of weights as f32. The result does not depend on the number of threads.
 ///
-/// Errors: `Argument` if `file` is not of this model, has nothing to tune, or for options that are
-/// not above 0; those of reading both, of
+/// Errors: `Argument` if `file` does not belong to this model, has nothing to tune, or for options
+/// that are not above 0; those of reading both, of
 /// [`Layerwise::new`](upg_kernel::inference::Layerwise::new) and of
-/// [`Backward::toward`](upg_kernel::inference::Backward::toward); `Invalid` if nothing was won;
+/// [`Backward::toward`](upg_kernel::inference::Backward::toward); `Invalid` if there was no gain;
 /// `Io`; `Interrupted`. Nothing is written after an error.
 pub fn tune(
     source: &dyn Source,
@@ -132,7 +132,7 @@ pub fn tune(
     let in_layers: u64 = student.matrices.iter().map(|(_, weights)| weights).sum();
     progress.start((passes * learned) as u64 * in_layers);
     let teacher = Teacher::new(source, calibration, progress)?;
-    // Where none are held out, what was learned from has to do.
+    // Without held-out sequences, training sequences must do.
     let checked = match held_out {
         0 => 0..learned.min(MOST_CHECKED),
         n => learned..learned + n.min(MOST_CHECKED),
@@ -155,7 +155,7 @@ pub fn tune(
     let of_passes = of_passes.map_err(too_fast).map_err(of_file)?;
     let after = divergence_of(&student);
     let after = after.map_err(too_fast).map_err(of_file)?;
-    // Not a number is no gain either.
+    // NaN is no gain either.
     if !matches!(after.partial_cmp(&before), Some(Ordering::Less)) {
         let message = format!(
             "nothing was won: the divergence from the original was {before:.6}, and is {after:.6}"
@@ -210,7 +210,7 @@ fn learn_all(
     Ok(of_passes)
 }
 
-/// Adds a hint to the error for numbers that are not finite: the steps were too large.
+/// Adds a hint to the error for non-finite numbers: the steps were too large.
 fn too_fast(e: Error) -> Error {
     match e.kind() {
         ErrorKind::Invalid => e.hint("use a lower rate"),
@@ -218,7 +218,7 @@ fn too_fast(e: Error) -> Error {
     }
 }
 
-/// Checks the room on the disk, before hours of work.
+/// Checks the disk space before hours of work.
 ///
 /// Errors (`Io`): the new file will not fit.
 fn check_room(file: &UpgFile, out: &Path) -> Result<()> {
@@ -237,7 +237,7 @@ fn check_room(file: &UpgFile, out: &Path) -> Result<()> {
     }
 }
 
-/// Returns the share of the rate in step `step` (from 1) of `steps`.
+/// Returns the factor of the learning rate in step `step` (from 1) of `steps`.
 ///
 /// It rises, then falls along a cosine.
 fn share_of_rate(step: usize, steps: usize) -> f64 {

@@ -1,6 +1,6 @@
-//! A step of generation allocates nothing, whatever the encoding.
+//! A generation step allocates nothing, with any encoding.
 //!
-//! The only test of this program: every allocation of the process is counted.
+//! This is the only test of this program, because every allocation of the process is counted.
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 #[path = "../../upg_kernel/tests/common/counting.rs"]
@@ -22,7 +22,7 @@ static ALLOCATOR: counting::Counting = counting::Counting;
 
 #[test]
 fn a_step_allocates_nothing() {
-    // A thread allocates its scratch when it takes its first task, and when that is, is up to chance.
+    // A thread allocates its scratch when it takes its first task, at a random time.
     let pool = rayon::ThreadPoolBuilder::new().num_threads(1);
     pool.build_global().unwrap();
     let folder = tempfile::tempdir().unwrap();
@@ -34,7 +34,7 @@ fn a_step_allocates_nothing() {
         let model = UPGModel::from_file(&out).unwrap();
         let mut session = model.session(&SessionOptions::default()).unwrap();
         let mut logits = session.prefill(&[7; 20]).unwrap();
-        // Scratch of the sizes that a step needs; the cache has room for whole blocks of 16.
+        // Scratch in the sizes of a step; the cache has room for whole blocks of 16.
         session.step_into(1, &mut logits).unwrap();
         let before = allocations();
         for token in 2..10 {
@@ -49,7 +49,7 @@ fn a_step_allocates_nothing() {
             let mut parts = [(&mut one, a), (&mut other, b)];
             context.extend(&mut parts, Logits::Last, logits).unwrap();
         };
-        // One of them has its prompt computed while the other one takes a step.
+        // The prompt of one is computed while the other one takes a step.
         step(&[1], &[7; 18], &mut logits);
         step(&[1], &[1], &mut logits);
         let before = allocations();

@@ -1,6 +1,6 @@
-//! Readers of untrusted files take a small multiple of what they read, whatever it says.
+//! Memory of the readers of untrusted files is limited to a small multiple of the input.
 //!
-//! The only test of this program: the bytes that the process holds are counted.
+//! This is the only test of this program, because the bytes of the process are counted.
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 #[path = "../../upg_kernel/tests/common/counting.rs"]
@@ -25,23 +25,23 @@ static ALLOCATOR: counting::Counting = counting::Counting;
 
 const MIB: usize = 1 << 20;
 
-/// Most memory of a reader: so many times its input, and so many MiB.
+/// Maximum memory of a reader: a multiple of its input, plus MiB.
 struct Budget(usize, usize);
 
 const CONTAINER: Budget = Budget(4, 4);
 const HF: Budget = Budget(8, 4);
 const CONFIG: Budget = Budget(2, 34);
 const TOKENIZER: Budget = Budget(16, 4);
-/// Budget of tokens alone: short merges take most for their bytes.
+/// Budget of tokens alone: short merges take the most per byte.
 const VOCABULARY: Budget = Budget(9, 1);
 const GGUF: Budget = Budget(8, 4);
-/// With merges that a vocabulary implies.
+/// Budget with merges that a vocabulary implies.
 const MERGES: Budget = Budget(8, 64);
 const JOURNAL: Budget = Budget(8, 4);
 const LINES: Budget = Budget(8, 1);
 const PICKLE: Budget = Budget(0, 200);
 
-/// All that was found wrong: a run shows the whole list.
+/// All failures: a run prints the whole list.
 static WRONG: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
 fn check(is_right: bool, what: String) {
@@ -60,7 +60,7 @@ fn within<T>(what: &str, budget: &Budget, bytes: usize, read: impl FnOnce() -> T
     found
 }
 
-/// Checks that it is refused, with an error of one short line.
+/// Checks for an error of one short line.
 fn refused<T>(what: &str, found: Result<T, Error>, kind: ErrorKind, words: &str) {
     let Err(e) = found else {
         return check(false, format!("{what}: not refused"));
@@ -74,7 +74,7 @@ fn refused<T>(what: &str, found: Result<T, Error>, kind: ErrorKind, words: &str)
     );
 }
 
-/// `n` parts, each made of its number, with commas between.
+/// Joins `n` parts, each written for its number, with commas.
 fn list(n: usize, mut part: impl FnMut(&mut String, usize)) -> String {
     let mut text = String::new();
     for i in 0..n {
@@ -90,7 +90,7 @@ fn safetensors(header: &str) -> Vec<u8> {
     [&(header.len() as u64).to_le_bytes(), header.as_bytes()].concat()
 }
 
-/// A UPG file without tensors that says this of itself.
+/// Returns a UPG file without tensors with this metadata.
 fn upg(metadata: &[(&str, String)]) -> Vec<u8> {
     let mut all = std::collections::BTreeMap::new();
     for key in ["model", "compression_ratio", "bits_per_weight", "recipe"] {
@@ -113,7 +113,7 @@ fn upg(metadata: &[(&str, String)]) -> Vec<u8> {
     safetensors(&json!({ "__metadata__": all }).to_string())
 }
 
-/// 4 MB of tensors as short as they can be.
+/// Returns 4 MB of the shortest possible tensors.
 fn tiny_tensors() -> String {
     let tensors = list(70_000, |text, i| {
         write!(
@@ -190,7 +190,7 @@ fn headers(folder: &Path) {
         refused(what, found, kind, words);
         std::fs::remove_file(&path).unwrap();
     }
-    // What is in the metadata of a good file is JSON again.
+    // The metadata of a valid file contain JSON again.
     let layer = r#"{"name":"l","rows":1,"cols":1,"encoding":"q8","group":64}"#;
     let layers = |n| {
         format!(
@@ -275,7 +275,7 @@ fn directories(folder: &Path) {
     );
 }
 
-/// The text of a tokenizer with these lists.
+/// Returns the text of a tokenizer with these lists.
 fn tokenizer(vocab: &str, merges: &str, added: &str, normalizer: &str) -> String {
     format!(
         r#"{{"version":"1.0","added_tokens":[{added}],"normalizer":{normalizer},"pre_tokenizer":null,"post_processor":null,"decoder":null,"model":{{"type":"BPE","vocab":{{{vocab}}},"merges":[{merges}]}}}}"#
@@ -381,7 +381,7 @@ fn tokenizers() {
     }
 }
 
-/// A GGUF file piece by piece.
+/// GGUF file under construction.
 #[derive(Default)]
 struct Gguf {
     keys: (u64, Vec<u8>),
@@ -432,7 +432,7 @@ impl Gguf {
         file
     }
 
-    /// A llama whose vocabulary is of sentencepiece.
+    /// Returns a llama with a sentencepiece vocabulary.
     fn llama(tokens: &[String]) -> Vec<u8> {
         let mut file = Self::default();
         let text = |text: &str| [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat();
@@ -543,7 +543,7 @@ fn ggufs(folder: &Path) {
 }
 
 fn others(folder: &Path) {
-    // Lines that follow each other rightly, of another run.
+    // Valid lines of another run.
     let out = folder.join("out.safetensors");
     let mut journal = "upg journal 2\n".to_owned();
     let mut chain = String::new();

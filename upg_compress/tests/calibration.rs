@@ -1,4 +1,5 @@
-//! Rounding that looks at the inputs of a matrix, and the run over a model that gives them.
+//! Rounding that considers the inputs of a matrix, and the calibration run that provides
+//! them.
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 #[path = "../../upg_kernel/tests/common/tiny.rs"]
@@ -17,20 +18,23 @@ use upg_kernel::format::{Encoding, LayerInfo, UpgFile};
 use upg_kernel::inference::Input;
 use upg_kernel::{Error, ErrorKind};
 
-/// What is left of the error of outputs, against rounding that looks at the weights only. Measured: 0.26 to 0.36.
+/// Remaining output error relative to rounding that considers only the weights. Measured:
+/// 0.26 to 0.36.
 const LEFT: f64 = 0.45;
 
-/// The same, against rounding that looks at inputs only, where gradients are known. Measured: 0.086 and 0.234; where rows of a
-/// strip do not make up for each other 0.22 and 0.27.
+/// Remaining cost relative to rounding that considers only inputs, if gradients are known.
+///
+/// Measured: 0.086 and 0.234; if rows of a strip do not compensate each other 0.22 and 0.27.
 const LEFT_OF_PREDICTIONS: [(Encoding, f64); 2] = [(Encoding::Q4, 0.1), (Encoding::T3, 0.25)];
 
-/// The same where half of the weights stay zero: the other half alone makes up for errors. Measured: 0.59 for `s8`.
+/// Remaining error where half of the weights stay zero and only the others can compensate.
+/// Measured: 0.59 for `s8`.
 const LEFT_WITH_ZEROS: f64 = 0.7;
 
-/// What errors cost with one more bit a weight. Measured: 0.3.
+/// Cost of errors with one more bit per weight, relative to before. Measured: 0.3.
 const NEXT_BIT: f64 = 0.35;
 
-/// The same numbers everywhere, from -1 to 1.
+/// Returns reproducible numbers from -1 to 1.
 fn noise(n: usize, seed: u32) -> Vec<f32> {
     let mut state = seed;
     let next = || {
@@ -40,7 +44,8 @@ fn noise(n: usize, seed: u32) -> Vec<f32> {
     std::iter::repeat_with(next).take(n).collect()
 }
 
-/// Inputs whose values have a part of the one before, and are larger in some columns.
+/// Returns inputs whose values contain a part of the previous one, and are larger in some
+/// columns.
 fn inputs(n: usize, cols: usize) -> Vec<f32> {
     let mut x = noise(n * cols, 5);
     for row in x.chunks_exact_mut(cols) {
@@ -103,14 +108,15 @@ fn outputs_are_kept_better_than_by_the_weights_alone() {
     }
 }
 
-/// What the errors of a matrix cost that is encoded with the curvature that is `used`.
+/// Returns the cost of the errors of a matrix that is encoded with the curvature `used`.
 fn cost(w: &[f32], layer: &LayerInfo, used: Option<&Curvature>, curvature: &Curvature) -> f64 {
     let decoded = encode_matrix(w, layer, 3, used, &()).unwrap().to_dense();
     let errors: Vec<f32> = decoded.iter().zip(w).map(|(a, b)| a - b).collect();
     curvature.cost(&errors).unwrap()
 }
 
-/// More rows than a panel has, whose outputs have to do with those before; and inputs whose gradients differ in size.
+/// More rows than a panel has, with outputs that depend on earlier ones; and inputs whose
+/// gradients differ in size.
 #[test]
 fn predictions_are_kept_better_than_outputs() {
     let (rows, cols, n) = (600, 64, 1500);
@@ -139,8 +145,10 @@ fn predictions_are_kept_better_than_outputs() {
     }
 }
 
-/// Inputs of some columns are a thousand times those of others, outputs of some rows count a hundred times as much, and
-/// some weights are eight times as large as all others of their row. What a bit more gives stays the same.
+/// One more bit has the same effect for very different costs.
+///
+/// Inputs of some columns are a thousand times those of others, outputs of some rows count a
+/// hundred times as much, and some weights are eight times as large as all others of their row.
 #[test]
 fn one_more_bit_costs_a_third_whatever_the_costs_are() {
     let (rows, cols, n) = (128, 256, 1200);
@@ -166,7 +174,7 @@ fn one_more_bit_costs_a_third_whatever_the_costs_are() {
     assert!(of_t4 < NEXT_BIT * of_t3, "{of_t4} {of_t3}");
 }
 
-/// Rows of zeros, of the largest and of the smallest numbers, which have to do with each other.
+/// Correlated rows of zeros, of the largest and of the smallest numbers.
 #[test]
 fn wild_rows_make_up_for_each_other() {
     let (rows, cols, n) = (70, 37, 600);
@@ -243,7 +251,9 @@ fn the_curvature_of_another_matrix_is_refused() {
     );
 }
 
-/// Two outputs, two inputs, one position: `x = (1, 2)`, `g = (3, 4)`. Errors `E` change the loss by `g^T E x`.
+/// Two outputs, two inputs, one position: `x = (1, 2)`, `g = (3, 4)`.
+///
+/// Errors `E` change the loss by `g^T E x`.
 #[test]
 fn the_cost_of_one_position_is_the_squared_change_of_the_loss() {
     let mut curvature = Curvature::new(2, 2);
@@ -252,7 +262,7 @@ fn the_cost_of_one_position_is_the_squared_change_of_the_loss() {
     // 3 * (0.5 - 2) + 4 * (2 + 0.5) = 5.5
     let cost = curvature.cost(&errors).unwrap();
     assert!((cost - 5.5f64.powi(2)).abs() < 1e-4, "{cost}");
-    // Half of that is the divergence of the position; as much again of another one like it does not change it.
+    // Half of that is the divergence of the position; a second equal position does not change it.
     for _ in 0..2 {
         let divergence = curvature.divergence(&errors).unwrap().unwrap();
         assert!((divergence - 0.5 * cost).abs() < 1e-4, "{divergence}");
@@ -263,7 +273,7 @@ fn the_cost_of_one_position_is_the_squared_change_of_the_loss() {
     assert_eq!(Curvature::new(2, 2).divergence(&errors).unwrap(), None);
 }
 
-/// The model of folder `name` as a source in `folder`.
+/// Opens the model of folder `name` as a source in `folder`.
 fn open(name: &str, weights: &str, folder: &Path) -> Box<dyn Source> {
     let directory = folder.join(name);
     std::fs::create_dir(&directory).unwrap();
@@ -273,7 +283,7 @@ fn open(name: &str, weights: &str, folder: &Path) -> Box<dyn Source> {
     source::open(&directory).unwrap()
 }
 
-/// Sequences of 24 tokens of a tiny model.
+/// Creates sequences of 24 tokens of a tiny model.
 fn calibration(name: &str) -> Calibration {
     let prompt = cases(name).pop().unwrap().prompt;
     Calibration::new(prompt, 24).unwrap()
@@ -470,7 +480,8 @@ fn json_lines_are_documents() {
 
 #[test]
 fn the_checksum_is_that_of_other_programs() {
-    // python3 -c 'import hashlib, struct; print(hashlib.sha256(struct.pack("<3I", 1, 2, 300)).hexdigest()[:32])'
+    // python3 -c 'import hashlib, struct; print(hashlib.sha256(struct.pack("<3I", 1, 2,
+    // 300)).hexdigest()[:32])'
     let calibration = Calibration::new(vec![1, 2, 300, 4], 3).unwrap();
     assert_eq!(calibration.checksum(), "ec23a88fb0aa4b38d5442523720f6576");
 }

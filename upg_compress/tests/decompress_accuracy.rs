@@ -1,7 +1,8 @@
-//! How far decompressed weights are from their originals: real ones and Gaussian ones, every encoding,
-//! through a file.
+//! Errors of decompressed weights, for real and Gaussian ones, with every encoding, through a
+//! file.
 //!
-//! `UPG_TEST_GGUF` is the path of SmolLM2-135M-Instruct as GGUF; `./test.sh` fetches it and sets it.
+//! `UPG_TEST_GGUF` is the path of SmolLM2-135M-Instruct as GGUF; `./test.sh` downloads it and sets
+//! the variable.
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 mod common;
@@ -18,19 +19,21 @@ use upg_kernel::UPGDecompressor;
 use upg_kernel::format::{Encoding, FileWriter, LayerInfo, header_capacity};
 use upg_kernel::matrix::Matrix;
 
-/// `q8`, `s8` and `mdcsr` have to stay below this on every tensor.
+/// Maximum error of `q8`, `s8` and `mdcsr` on every tensor.
 const ONE_PERCENT: f64 = 0.01;
 
-/// Gaussian weights at 2, 3 and 4 bits, in dB of squared error. Theory allows no code less than
-/// -12.04, -18.06 and -24.08.
+/// Maximum errors of Gaussian weights at 2, 3 and 4 bits, in dB of squared error.
+///
+/// The theoretical limits are -12.04, -18.06 and -24.08.
 const TRELLIS_DECIBELS: [(Encoding, f64); 3] = [
     (Encoding::T2, -11.4),
     (Encoding::T3, -17.1),
     (Encoding::T4, -22.3),
 ];
 
-/// Relative Frobenius errors on real weights that a change must not exceed (measured on the tensors
-/// below, largest of each: see the table that the test prints).
+/// Returns the relative Frobenius error on real weights that a change must not exceed.
+///
+/// Measured on the tensors below, the largest of each: see the table that the test prints.
 fn largest_error(encoding: Encoding) -> f64 {
     match encoding {
         Encoding::MdCsr => 0.00002,
@@ -52,7 +55,7 @@ struct Weights {
 }
 
 impl Weights {
-    /// Half of the weights of each row, the smaller ones, as exact zeros.
+    /// Returns the weights with the smaller half of each row as exact zeros.
     fn pruned(&self) -> Self {
         let mut values = self.values.clone();
         for row in values.chunks_exact_mut(self.cols) {
@@ -99,7 +102,7 @@ fn through_a_file(folder: &Path, weights: &Weights, encoding: Encoding) -> Vec<f
         .decompress_layer_as(weights.name.as_str(), DType::F32)
         .unwrap();
     assert_eq!(tensor.dims(), [weights.rows, weights.cols]);
-    // Unless asked otherwise it is the same, rounded to BF16.
+    // By default it is the same, rounded to BF16.
     let rounded = file.decompress_layer(0).unwrap();
     let expected = tensor.to_dtype(DType::BF16).unwrap();
     let bits = |t: candle_core::Tensor| t.flatten_all().unwrap().to_vec1::<half::bf16>().unwrap();
@@ -107,7 +110,7 @@ fn through_a_file(folder: &Path, weights: &Weights, encoding: Encoding) -> Vec<f
     tensor.flatten_all().unwrap().to_vec1().unwrap()
 }
 
-/// Relative error in the Frobenius norm.
+/// Returns the relative error in the Frobenius norm.
 fn error(original: &[f32], decoded: &[f32]) -> f64 {
     let squares = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>();
     let mut differences = original

@@ -1,6 +1,7 @@
-//! The tokenizer of a real GGUF file gives the ids that llama.cpp and transformers give.
+//! The tokenizer of a real GGUF file gives the ids of llama.cpp and transformers.
 //!
-//! `UPG_TEST_GGUF` is the path of SmolLM2-135M-Instruct as GGUF; `./test.sh` fetches it and sets it.
+//! `UPG_TEST_GGUF` is the path of SmolLM2-135M-Instruct as GGUF; `./test.sh` downloads it and sets
+//! the variable.
 
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
@@ -17,7 +18,7 @@ use upg_compress::source::{self, GgufVocab, TokenizerFiles};
 use upg_kernel::inference::chat_template::{ChatTemplate, Message};
 use upg_kernel::inference::tokenizer::{SpecialIds, SpecialText, Tokenizer};
 
-/// The metadata of the file, in the plain form.
+/// Reads the tokenizer metadata of the file.
 fn vocab() -> GgufVocab {
     let mut file = File::open(smollm2_gguf()).unwrap();
     let metadata = Content::read(&mut file).unwrap().metadata;
@@ -75,7 +76,7 @@ fn json(name: &str) -> Json {
     serde_json::from_str(&data(name)).unwrap()
 }
 
-/// The text of a case: in the file, or the first characters of another one.
+/// Returns the text of a case: its own, or the first characters of another file.
 fn text(case: &Json) -> String {
     match case["text_file"].as_str() {
         None => case["text"].as_str().unwrap().to_owned(),
@@ -112,7 +113,7 @@ fn real_vocabulary_gives_the_ids_of_llama_cpp() {
     for case in cases {
         let text = text(case);
         let expected = ids(&case["ids"]);
-        // The file asks for no begin of sequence, so both are the same.
+        // The file wants no begin of sequence, so both are the same.
         assert_eq!(
             tokenizer.encode(&text, false).unwrap(),
             expected,
@@ -194,7 +195,7 @@ fn a_calibration_text_is_cut_into_whole_sequences_of_the_ids_of_llama_cpp() {
     assert_eq!(calibration.window(), 512);
     assert_eq!(calibration.tokens(), &ids[..whole]);
 
-    // Documents are tokenized by themselves.
+    // Documents are tokenized separately.
     let documents = ["A", " b".repeat(600).as_str()].map(str::to_owned);
     let calibration = Calibration::of_documents(source.as_ref(), &documents, usize::MAX).unwrap();
     let alone = |text: &str| {

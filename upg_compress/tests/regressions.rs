@@ -1,4 +1,4 @@
-//! Every stored input of the fuzz targets (`fuzz/seeds`), without a fuzzer: none panics.
+//! All stored inputs of the fuzz targets (`fuzz/seeds`), without a fuzzer: none panics.
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 #[path = "../../fuzz/src/targets/mod.rs"]
@@ -8,10 +8,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// Most bytes that all inputs of the repository may have together.
+/// Maximum total bytes of all inputs in the repository.
 const MOST_BYTES: u64 = 2 << 20;
 
-/// Far above what an input takes, also where every other processor is busy: only a hang is longer.
+/// Far above the time of an input, even where every other processor is busy: only a hang
+/// takes longer.
 const LONGEST: Duration = Duration::from_secs(60);
 
 fn seeds() -> PathBuf {
@@ -38,7 +39,8 @@ fn stored_inputs_are_of_the_targets_that_there_are() {
     assert!(all <= MOST_BYTES, "{all} bytes of inputs");
 }
 
-/// Runs the inputs of one target, each named as it begins, so that a crash says which it was.
+/// Runs the inputs of one target and prints each name first, so that a crash can be
+/// attributed.
 fn run(name: &str) {
     let (_, target) = targets::ALL.into_iter().find(|(n, _)| *n == name).unwrap();
     let inputs = entries(&seeds().join(name));

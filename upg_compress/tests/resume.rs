@@ -1,4 +1,4 @@
-//! Runs that were stopped go on and give the same bytes, whatever the stop has left.
+//! Stopped runs resume and give the same bytes, for any state that the stop has left.
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 use std::cmp::Reverse;
@@ -20,17 +20,18 @@ const CONFIG: &str = r#"{"model_type": "llama", "hidden_size": 96, "intermediate
     "max_position_embeddings": 64, "vocab_size": 256, "hidden_act": "silu",
     "tie_word_embeddings": false}"#;
 
-/// Tensors of that model: two embeddings, a norm, and seven matrices and two norms a layer.
+/// Tensors of that model: two embeddings, a norm, and seven matrices and two norms per layer.
 const TENSORS: usize = 21;
 
-/// Stops the work as soon as so many weights are done.
+/// Stops the work as soon as this many weights are done.
 struct Stop {
     weights: u64,
     done: AtomicU64,
 }
 
 impl Stop {
-    /// With a calibration layers come from the last to the first, after all else.
+    /// Stops before `tensor`. With a calibration layers are processed from the last to the first,
+    /// after all other tensors.
     fn before(source: &dyn Source, tensor: usize, calibrated: bool) -> Self {
         let mut tensors: Vec<_> = source.tensors().iter().collect();
         if calibrated {
@@ -54,8 +55,10 @@ impl Progress for Stop {
     }
 }
 
-/// On one thread tensors come one after the other; on more of them some are done together, and those that were not written
-/// are lost.
+/// Runs on a number of threads.
+///
+/// On one thread tensors are processed one after the other; on more some are processed together,
+/// and unwritten ones are lost.
 fn on_threads<T: Send>(threads: usize, f: impl FnOnce() -> T + Send) -> T {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
     pool.build().unwrap().install(f)
@@ -67,12 +70,12 @@ struct Case {
     name: String,
     source: Box<dyn Source>,
     options: CompressOptions,
-    /// What a run gives that nothing stops, and what it says of it.
+    /// Output of an uninterrupted run, and its report.
     expected: Vec<u8>,
     reported: Reported,
 }
 
-/// Of a run, but for its times.
+/// Report of a run, except for its times.
 type Reported = (Vec<TensorReport>, Option<Zeros>);
 
 fn reported(report: CompressReport) -> Reported {
@@ -127,12 +130,12 @@ impl Case {
         self.run_on(1, progress)
     }
 
-    /// Stops before `tensor`; what is left is there, and no output.
+    /// Stops before `tensor`; the partial files exist then, but no output.
     fn stop(&self, tensor: usize) {
         assert!(self.stop_on(1, tensor));
     }
 
-    /// On several threads the rest may be under way by then, and be finished: `false`.
+    /// Stops on several threads; `false` if the rest was already under way and finished.
     fn stop_on(&self, threads: usize, tensor: usize) -> bool {
         let calibrated = self.options.calibration.is_some();
         let stop = Stop::before(self.source.as_ref(), tensor, calibrated);
@@ -147,7 +150,7 @@ impl Case {
         true
     }
 
-    /// Goes on to the end; returns how many tensors were there already. Nothing but the output is left.
+    /// Resumes to the end; returns how many tensors were reused. Only the output remains.
     fn finish(&self) -> usize {
         let restored = self.run(&()).unwrap();
         assert!(fs::read(self.out()).unwrap() == self.expected);
@@ -170,7 +173,7 @@ fn a_run_goes_on_wherever_it_stopped() {
             case.stop(tensor);
             assert_eq!(case.finish(), tensor, "{encoding}");
         }
-        // Stopped again and again.
+        // Stopped repeatedly.
         for tensor in (0..TENSORS).step_by(6) {
             case.stop(tensor);
         }
@@ -178,7 +181,7 @@ fn a_run_goes_on_wherever_it_stopped() {
     }
 }
 
-/// On another number of threads than before too.
+/// Also resumed with another number of threads than before.
 #[test]
 fn matrices_side_by_side_are_done_again_or_not_at_all() {
     for (encoding, calibrated) in [(Encoding::T3, false), (Encoding::T2, true)] {
@@ -187,7 +190,7 @@ fn matrices_side_by_side_are_done_again_or_not_at_all() {
             case.stop_on(3, tensor);
             case.finish();
         }
-        // More is done than the first of several batches has, which was written then.
+        // More is done than the first of several batches, which was written then.
         assert!(case.stop_on(2, TENSORS - 7), "{encoding}");
         assert!(case.finish() >= 2, "{encoding}");
         case.stop(5);
@@ -198,7 +201,7 @@ fn matrices_side_by_side_are_done_again_or_not_at_all() {
     }
 }
 
-/// After a loss of power files may be shorter than they were, and hold other bytes at their end.
+/// After a power cut, files may be shorter than they were, and hold other bytes at their end.
 #[test]
 fn torn_and_damaged_files_cost_work_only() {
     let case = Case::new(Encoding::Q4, true);
@@ -234,12 +237,12 @@ fn torn_and_damaged_files_cost_work_only() {
         put(&whole[0], &whole[1][..len]);
         assert!(case.finish() <= 15, "{part}");
     }
-    // The file that had the data is gone.
+    // The file with the data is gone.
     fs::write(&journal, &whole[1]).unwrap();
     assert_eq!(case.finish(), 0);
 }
 
-/// A copy of a directory, which each test may change.
+/// Copies a directory, which each test may change.
 fn directory(folder: &Path) -> PathBuf {
     let from =
         Path::new(env!("CARGO_MANIFEST_DIR")).join("../upg_kernel/tests/data/tiny-models/phi3");
@@ -288,13 +291,13 @@ fn nothing_else_is_continued() {
         change(&mut changed);
         refused(&changed, what);
     }
-    // Whether outputs are measured does not change the file.
+    // Measuring outputs does not change the file.
     let mut same = options.clone();
     same.output_errors = true;
     let e = run(&same, Some(6)).unwrap_err();
     assert_eq!(e.kind(), ErrorKind::Interrupted);
 
-    // Rewritten files are other ones, even with the same bytes.
+    // Rewritten files count as different, even with the same bytes.
     let weights = model.join("model.safetensors");
     let bytes = fs::read(&weights).unwrap();
     fs::write(&weights, bytes).unwrap();
@@ -394,7 +397,7 @@ fn neither_of_the_two_files_is_opened_through_a_link() {
     let case = Case::new(Encoding::Q4, false);
     let [data, journal] = case.partial();
     for path in [&data, &journal] {
-        // A run that was stopped, one file of it moved and a link left in its place.
+        // A stopped run, one of whose files was moved and replaced by a link.
         case.stop(3);
         let moved = case.folder.path().join("moved");
         fs::rename(path, &moved).unwrap();

@@ -1,4 +1,5 @@
-//! Requests that share forward passes: each gets what it gets alone, whatever becomes of the others.
+//! Requests that share forward passes get the same result as alone, whatever happens to the
+//! others.
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 #[path = "../../upg_kernel/tests/common/tiny.rs"]
@@ -18,10 +19,10 @@ use upg_kernel::inference::{
 };
 use upg_kernel::{ErrorKind, UPGModel};
 
-/// Its embedding is made of NaN: a prompt that has it gives no logits that are numbers.
+/// Token whose embedding is NaN: a prompt with it gives no valid logits.
 const POISON: u32 = 77;
 
-/// The model with a poisoned token.
+/// Creates the model with a poisoned token.
 fn poisoned_model(folder: &Path) -> UPGModel {
     drop(model(folder));
     let path = folder.join("model.safetensors");
@@ -29,7 +30,8 @@ fn poisoned_model(folder: &Path) -> UPGModel {
     UPGModel::from_file(&path).unwrap()
 }
 
-/// The tiny phi3 with a tokenizer of a character for each token, as `q8`; its embedding is not compressed.
+/// Creates the tiny phi3 as `q8` with a tokenizer of single characters; its embedding is not
+/// compressed.
 fn model(folder: &Path) -> UPGModel {
     let source = folder.join("source");
     std::fs::create_dir(&source).unwrap();
@@ -85,7 +87,7 @@ fn request(model: &UPGModel, prompt: &[u32], max_tokens: usize, seed: u64) -> Re
     request
 }
 
-/// Prompts of 1 to 50 tokens without the poisoned one.
+/// Returns prompts of 1 to 50 tokens without the poisoned one.
 fn prompt(number: u32) -> Vec<u32> {
     let len = [5, 50, 1, 17, 33, 2, 16, 9][number as usize % 8];
     let id = |i: u32| 3 + (i * 37 + number * 101) % 200;
@@ -93,7 +95,7 @@ fn prompt(number: u32) -> Vec<u32> {
     harmless.take(len).collect()
 }
 
-/// The text and the end of a request.
+/// Text and end of a request.
 #[derive(Debug, Default)]
 struct Outcome {
     text: String,
@@ -190,7 +192,7 @@ fn requests_wait_for_the_memory_that_they_may_need() {
     let folder = tempfile::tempdir().unwrap();
     let model = model(folder.path());
     let unlimited = SessionOptions::default();
-    // Two of these requests fit, and one of twice as many positions.
+    // Two of these requests fit, or one with twice as many positions.
     let of_one = {
         let mut scheduler = model.scheduler(1, &unlimited).unwrap();
         scheduler

@@ -1,6 +1,7 @@
-//! A real model, from GGUF to text, against transformers in float32.
+//! Real model, from GGUF to text, compared with transformers in float32.
 //!
-//! `UPG_TEST_GGUF` is the path of SmolLM2-135M-Instruct as GGUF; `./test.sh` fetches it and sets it.
+//! `UPG_TEST_GGUF` is the path of SmolLM2-135M-Instruct as GGUF; `./test.sh` downloads it and sets
+//! the variable.
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 #[path = "../../upg_kernel/tests/common/answer.rs"]
@@ -18,11 +19,13 @@ use upg_kernel::inference::{
     CacheType, Event, FinishReason, Request, Sampler, SamplingOptions, SessionOptions,
 };
 
-/// Sums of 576 to 1,536 products over 30 layers in another order than torch adds them, at logits up
-/// to 20; measured: 4e-5.
+/// Tolerance for sums of 576 to 1,536 products over 30 layers in another order than torch's,
+/// at logits up to 20.
+///
+/// Measured: 4e-5.
 const KEPT: f32 = 3e-4;
 
-/// Keys and values as they are computed: the reference keeps them so.
+/// Returns options with unrounded keys and values, as the reference has them.
 fn exact() -> SessionOptions {
     SessionOptions {
         cache_type: CacheType::F32,
@@ -37,11 +40,10 @@ fn compressed(choice: Choice, folder: &Path) -> UPGModel {
     UPGModel::from_file(&out).unwrap()
 }
 
-/// How far two logits that activations of 14 bits have moved may be on the wrong side of each other; 0.005 was
-/// measured here.
+/// Maximum difference of two logits that 14-bit activations may swap; measured: 0.005.
 const ROUNDED_ACTIVATIONS: f32 = 0.01;
 
-/// A prompt of the oracle.
+/// Prompt of the oracle.
 struct Expected {
     prompt: String,
     prompt_ids: Vec<u32>,
@@ -78,7 +80,7 @@ fn oracle() -> Vec<Expected> {
         .collect()
 }
 
-/// As many tokens as the oracle has, the one that ends the text included.
+/// Generates as many tokens as the oracle has, including the one that ends the text.
 fn greedy(model: &UPGModel, expected: &Expected) -> Vec<u32> {
     let prompt = model
         .tokenizer()
@@ -108,11 +110,13 @@ fn kept_weights_give_the_logits_and_tokens_of_transformers() {
     }
 }
 
-/// Every token of transformers' is the most likely one after those before it, or as good as that one.
+/// Every token of transformers is the most likely one after the previous tokens, or
+/// practically as likely.
 ///
-/// The third prompt of the oracle has two tokens 0.0007 apart: it is left to the test above. In the second one q8
-/// brings two tokens within 0.005 of each other, and which of them wins depends on the last bits of sums. With `scalar`
-/// kernels, whose activations are not rounded, every token is the most likely one.
+/// The third prompt of the oracle has two tokens 0.0007 apart and is left to the test above. In the
+/// second one q8 brings two tokens within 0.005 of each other, and the last bits of sums decide
+/// which of them wins. With `scalar` kernels, whose activations are not rounded, every token is the
+/// most likely one.
 #[test]
 fn q8_continues_as_transformers_does() {
     let folder = tempfile::tempdir().unwrap();
@@ -148,7 +152,8 @@ fn q4_knows_the_capital_of_france() {
     several_prompts_at_once_get_what_each_gets_alone(&model);
 }
 
-/// More of them than are computed at once, of other lengths, samplers and ends; prompts in pieces.
+/// More prompts than are computed at once, with different lengths, samplers and ends; prompts
+/// in pieces.
 fn several_prompts_at_once_get_what_each_gets_alone(model: &UPGModel) {
     let long = "All happy families are alike; each unhappy family is unhappy in its own way. ";
     let requests = || {

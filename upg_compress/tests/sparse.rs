@@ -19,7 +19,9 @@ use safetensors::{Dtype, SafeTensors, serialize, tensor::TensorView};
 const UP: &str = "model.layers.0.mlp.up_proj.weight";
 const DOWN: &str = "model.layers.1.mlp.down_proj.weight";
 
-/// A tiny model of which every weight of `UP` but each second one, and of `DOWN` but each fourth one is zero.
+/// Creates a tiny model with many zeros.
+///
+/// Every second weight of `UP` and every fourth one of `DOWN` is nonzero.
 fn pruned(folder: &Path) -> Box<dyn Source> {
     std::fs::copy(
         model_file("qwen3", "config.json"),
@@ -64,7 +66,7 @@ fn encoding(report: &CompressReport, name: &str) -> Encoding {
     layer.encoding().unwrap()
 }
 
-/// Which weights of a matrix are zero: in the source, and in the file.
+/// Returns which weights of a matrix are zero: in the source, and in the file.
 fn zeros(source: &dyn Source, file: &UpgFile, name: &str) -> [Vec<bool>; 2] {
     let of = |w: Vec<f32>| w.iter().map(|w| *w == 0.0).collect();
     let index = source

@@ -1,5 +1,6 @@
-//! Tiny models of every family, compressed from their directories and run from the file, against the
-//! logits and greedy tokens of transformers.
+//! Tiny models of every family, compressed from their directories and run from the file.
+//!
+//! Their logits and greedy tokens are compared with those of transformers.
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 #[path = "../../upg_kernel/tests/common/answer.rs"]
@@ -14,14 +15,17 @@ use upg_kernel::format::Encoding;
 use upg_kernel::inference::{CacheType, Request, SessionOptions};
 use upg_kernel::{ErrorKind, UPGModel};
 
-/// Uncompressed, only the order of additions differs; measured: 4e-6 at logits up to 5.
+/// Tolerance without compression: only the order of additions differs; measured: 4e-6 at
+/// logits up to 5.
 const KEPT: f32 = 3e-5;
 
-/// `q8` rounds every matrix by 0.5 to 0.6 %, which adds up to this relative error (root of the mean
-/// square) of the logits; measured: 0.010 to 0.026.
+/// Relative error (root mean square) of the logits with `q8`, which rounds every matrix by
+/// 0.5 to 0.6 %.
+///
+/// Measured: 0.010 to 0.026.
 const Q8: f32 = 0.03;
 
-/// Keys and values as they are computed: the reference keeps them so.
+/// Returns options with unrounded keys and values, as the reference has them.
 fn exact() -> SessionOptions {
     SessionOptions {
         cache_type: CacheType::F32,
@@ -44,7 +48,8 @@ fn compressed(name: &str, weights: &str, choice: Choice, folder: &Path) -> UPGMo
     UPGModel::from_file(&out).unwrap()
 }
 
-/// The logits that correspond to those expected: prompt in one go, and token by token.
+/// Returns the logits that correspond to the expected ones: prompt in one go, and token by
+/// token.
 fn logits(model: &UPGModel, case: &Case) -> [Vec<f32>; 2] {
     let mut session = model.session(&exact()).unwrap();
     let whole = session.forward(&case.prompt).unwrap();
@@ -54,7 +59,7 @@ fn logits(model: &UPGModel, case: &Case) -> [Vec<f32>; 2] {
     [whole, steps].map(|logits| logits[logits.len() - case.logits.len()..].to_vec())
 }
 
-/// `|found - expected| / |expected|`.
+/// Returns `|found - expected| / |expected|`.
 fn relative_error(found: &[f32], expected: &[f32]) -> f32 {
     let norm = |values: &mut dyn Iterator<Item = f32>| values.map(|v| v * v).sum::<f32>().sqrt();
     let mut differences = found.iter().zip(expected).map(|(a, b)| a - b);

@@ -1,4 +1,4 @@
-//! Scales and gains that learn from the original.
+//! Fine-tuning of scales and gains towards the original.
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 #[path = "../../upg_kernel/tests/common/tiny.rs"]
@@ -14,7 +14,8 @@ use upg_compress::{
 use upg_kernel::ErrorKind;
 use upg_kernel::format::{Encoding, UpgFile};
 
-/// What is left of the divergence after ten passes over three sequences. Measured: 0.50 (llama3-rope), 0.48 (phi3).
+/// Remaining divergence after ten passes over three sequences. Measured: 0.50 (llama3-rope),
+/// 0.48 (phi3).
 const LEFT: f64 = 0.6;
 
 const OPTIONS: TuneOptions = TuneOptions::new(10, 0.01);
@@ -29,7 +30,7 @@ fn compressed(source: &dyn Source, choice: Choice, folder: &Path) -> PathBuf {
     path
 }
 
-/// Three sequences of 24 tokens.
+/// Returns three sequences of 24 tokens.
 fn text(name: &str) -> Calibration {
     let prompt = cases(name).pop().unwrap().prompt;
     Calibration::new(prompt, 24).unwrap()
@@ -55,7 +56,7 @@ fn a_file_comes_nearer_to_its_original_and_keeps_its_codes() {
         assert!(left < LEFT, "{name}: {left}");
         after.verify(&|_| ()).unwrap();
         assert_eq!(report.file_bytes, after.file_len());
-        // But for gains, which take twice as much, and what the metadata say.
+        // Except for gains, which take twice as much, and the metadata.
         let gains: u64 = before.kept_weights();
         let grown = after.file_len().abs_diff(before.file_len());
         assert!(grown <= 2 * gains + 1024, "{grown} bytes, {gains} gains");
@@ -100,7 +101,7 @@ fn the_same_text_gives_the_same_bytes_and_a_file_may_take_its_own_place() {
     assert_eq!(bytes, std::fs::read(&path).unwrap());
 }
 
-/// Biases, matrices that are not compressed and ones of other encodings.
+/// Biases, uncompressed matrices and ones of other encodings.
 #[test]
 fn what_has_scales_is_tuned_beside_what_has_none() {
     let folder = tempfile::tempdir().unwrap();
@@ -136,7 +137,7 @@ fn what_has_scales_is_tuned_beside_what_has_none() {
         };
         assert_eq!(scales(&file) != scales(&tuned), has_scales, "{name}");
     }
-    // A second time is written down too.
+    // A second tuning is recorded too.
     let again = folder.path().join("again");
     tune(
         source.as_ref(),

@@ -1,8 +1,8 @@
 //! Loads a UPG file of any family, continues a prompt, and prints time and memory.
 //!
 //! ```text
-//! cargo run --release --example phi4_generate                                   # the model of quickstart.sh
-//! cargo run --release --example phi4_generate -- phi4.safetensors 'Write a haiku about primes.' 200
+//! cargo run --release --example phi4_generate            # the model of quickstart.sh
+//! cargo run --release --example phi4_generate -- phi4.safetensors 'Write a haiku.' 200
 //! ```
 //!
 //! A model with a chat template answers the prompt; one without continues the text. Sampling is

@@ -66,7 +66,8 @@ fn the_file_is_as_described() {
     assert_eq!(bytes[..8], *b"upglogit");
     let numbers = [VOCAB as u64, 2, 2].map(u64::to_le_bytes);
     assert_eq!(bytes[8..32], *numbers.as_flattened());
-    // python3 -c 'import hashlib, struct; print(hashlib.sha256(struct.pack("<14I", *[1] * 14) + b"identity").hexdigest()[:8])'
+    // python3 -c 'import hashlib, struct; print(hashlib.sha256(struct.pack("<14I", *[1] * 14) +
+    // b"identity").hexdigest()[:8])'
     assert_eq!(bytes[32..36], [142, 127, 53, 238]);
     let range = [1.0f32, 2.0 / 65_535.0].map(f32::to_le_bytes);
     assert_eq!(bytes[64..72], *range.as_flattened());

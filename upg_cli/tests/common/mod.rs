@@ -89,7 +89,7 @@ pub fn names(folder: &Path) -> Vec<String> {
 
 /// Returns whether a process is ready to handle Ctrl-C.
 ///
-/// Where this cannot be observed, waits a second and returns `true`.
+/// If this cannot be observed, waits a second and returns `true`.
 pub fn catches_interrupts(child: &Child) -> bool {
     const SIGINT: u32 = 2;
     let Ok(status) = fs::read_to_string(format!("/proc/{}/status", child.id())) else {

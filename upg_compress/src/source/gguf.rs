@@ -1,8 +1,7 @@
-//! Models as GGUF files of llama.cpp: names, row order, config and tokenizer brought back to the
-//! form that they had in transformers.
+//! Models as GGUF files of llama.cpp.
 //!
-//! The header is read by `gguf/header.rs`, which says why; the blocks of quantized types are
-//! decoded by candle.
+//! Names, row order, config and tokenizer are restored to their form in transformers. The header is
+//! read by `gguf/header.rs`, which explains why; candle decodes the blocks of quantized types.
 #![forbid(unsafe_code)]
 
 mod config;
@@ -31,7 +30,7 @@ use types::GgmlType;
 use upg_kernel::inference::model_dir::ModelFiles;
 use upg_kernel::{Error, ErrorKind, MappedFile, OpenOptions, Result};
 
-/// A model in one GGUF file; the file is mapped, not read, unless options say otherwise.
+/// Model in one GGUF file. The file is mapped, not read, unless options say otherwise.
 #[derive(Debug)]
 pub struct GgufSource {
     file: MappedFile,
@@ -43,7 +42,8 @@ pub struct GgufSource {
     skipped: Vec<SkippedTensor>,
 }
 
-/// Where a tensor is in the file. Checked: `bytes` are inside it and hold the tensor's blocks.
+/// Location of a tensor in the file. Checked: `bytes` are inside it and hold the tensor's
+/// blocks.
 #[derive(Debug, Clone)]
 struct Place {
     kind: GgmlType,
@@ -51,7 +51,7 @@ struct Place {
     bytes: Range<usize>,
 }
 
-/// Tensors that carry no weights: what the config says in another way.
+/// Tensors that carry no weights, but settings that the config expresses in another way.
 const ROPE_FREQS: &str = "rope_freqs.weight";
 const ROPE_SHORT: &str = "rope_factors_short.weight";
 const ROPE_LONG: &str = "rope_factors_long.weight";
@@ -60,13 +60,13 @@ impl GgufSource {
     /// Opens a GGUF file: checks its header and rebuilds names, config and texts.
     ///
     /// Cost: one walk over the metadata; no weights are read. Errors: `Malformed`, `Unsupported`
-    /// (architecture, tensor type, split files, what the families do not have), `Missing` (keys,
-    /// tensors), `Shape`, `Invalid`, `TooLarge`.
+    /// (architecture, tensor type, split files, features that the families do not have), `Missing`
+    /// (keys, tensors), `Shape`, `Invalid`, `TooLarge`.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         Self::open_with(path, OpenOptions::default())
     }
 
-    /// [`GgufSource::open`] with options. Errors: also those of [`MappedFile::read`].
+    /// Runs [`GgufSource::open`] with options. Errors: also those of [`MappedFile::read`].
     pub fn open_with(path: impl AsRef<Path>, options: OpenOptions) -> Result<Self> {
         let path = path.as_ref();
         Self::from_map(MappedFile::open_with(path, options)?).map_err(|e| e.at(path))
@@ -124,7 +124,7 @@ impl GgufSource {
         })
     }
 
-    /// Returns what the file says about its tokenizer.
+    /// Returns the tokenizer data of the file.
     pub fn vocab(&self) -> &GgufVocab {
         &self.vocab
     }
@@ -205,8 +205,9 @@ impl Source for GgufSource {
     }
 }
 
-/// The tokenizer files, built from the vocabulary, and the ids that end an answer; none if the file
-/// has no vocabulary.
+/// Builds the tokenizer files from the vocabulary; also returns the ids that end an answer.
+///
+/// Both are empty if the file has no vocabulary.
 fn tokenizer_files(vocab: &GgufVocab) -> Result<(ModelFiles, Vec<u32>)> {
     if vocab.model.is_empty() && vocab.tokens.is_empty() {
         return Ok((ModelFiles::default(), Vec::new()));
@@ -220,7 +221,7 @@ fn tokenizer_files(vocab: &GgufVocab) -> Result<(ModelFiles, Vec<u32>)> {
     Ok((texts, files.special.eos))
 }
 
-/// Takes the rotary factors out of `stored` and into `facts`.
+/// Moves the rotary factors from `stored` to `facts`.
 fn take_rope_tensors(
     file: &[u8],
     stored: &mut BTreeMap<&str, &Entry>,
@@ -265,11 +266,11 @@ fn missing(name: &str) -> Error {
     Error::new(ErrorKind::Missing, "not in the file").tensor(name)
 }
 
-/// Finds every tensor of the family in `stored`, in model order, and what they say about the
-/// config.
+/// Finds every tensor of the family in `stored`, in model order, and the config fields that
+/// follow.
 ///
 /// Errors: `Missing`, `Shape`, `Unsupported` (a tensor that the family does not have would change
-/// what the model computes; biases in some places only).
+/// the computation; biases in only some places).
 fn match_tensors(
     family: &Family,
     dims: &Dims,
@@ -277,7 +278,7 @@ fn match_tensors(
     facts: &mut FromTensors,
 ) -> Result<Vec<(TensorInfo, Place)>> {
     let mut found = Vec::new();
-    // Optional biases seen and possible, of the attention and of the feed-forward part.
+    // Number of optional biases found and possible, of the attention and of the feed-forward part.
     let mut biases = [(0usize, 0usize); 2];
     facts.tied = !stored.contains_key("output.weight");
     for expected in family.expected(dims) {
@@ -316,7 +317,7 @@ fn match_tensors(
     Ok(found)
 }
 
-/// A tensor of the file as the tensor of the model that it is.
+/// Matches a tensor of the file with the expected tensor of the model.
 fn matched(expected: ExpectedTensor, entry: &Entry) -> Result<(TensorInfo, Place)> {
     if entry.shape != expected.shape {
         return Err(Error::new(
@@ -346,8 +347,10 @@ fn matched(expected: ExpectedTensor, entry: &Entry) -> Result<(TensorInfo, Place
     Ok((info, place))
 }
 
-/// `torch_dtype`: that of the matrices if they are all the same plain type, else F32, which holds
-/// dequantized values exactly as they are read.
+/// Returns `torch_dtype`.
+///
+/// It is the type of the matrices if they all have the same plain type, else F32, which holds
+/// dequantized values exactly.
 fn torch_dtype(found: &[(TensorInfo, Place)]) -> &'static str {
     let mut matrices = found.iter().filter(|(info, _)| info.shape.len() > 1);
     let first = matrices.next().map(|(_, place)| place.kind);

@@ -1,4 +1,5 @@
-//! Models as Hugging Face directories: `config.json`, tokenizer files and safetensors weights.
+//! Models as Hugging Face directories: `config.json`, tokenizer files and safetensors
+//! weights.
 #![forbid(unsafe_code)]
 
 mod compressed_tensors;
@@ -22,7 +23,7 @@ use upg_kernel::format::container::Container;
 use upg_kernel::inference::model_dir::{ModelFiles, TEXTS, parse_object};
 use upg_kernel::{Error, ErrorKind, MappedFile, OpenOptions, Result};
 
-/// A Hugging Face model directory; its weight files are mapped, not read, unless options say
+/// Hugging Face model directory. Its weight files are mapped, not read, unless options say
 /// otherwise.
 #[derive(Debug)]
 pub struct HfSource {
@@ -38,16 +39,16 @@ pub struct HfSource {
 impl HfSource {
     /// Opens a directory: reads the texts, maps the shards and checks their headers.
     ///
-    /// Errors: `Missing` (no config, no weights, a shard or an indexed tensor that is not there),
-    /// `Malformed` (JSON or safetensors headers, shard names with a path in them), `Unsupported`
-    /// (quantized checkpoints other than the formats of `compressed-tensors` that are read,
-    /// pickled weights, dtypes other than BF16, F16, F32), `TooLarge`; `Shape` and `Invalid` for
-    /// compressed weights whose parts do not agree.
+    /// Errors: `Missing` (no config, no weights, a missing shard or indexed tensor), `Malformed`
+    /// (JSON or safetensors headers, shard names with a path in them), `Unsupported` (quantized
+    /// checkpoints other than the supported formats of `compressed-tensors`, pickled weights,
+    /// dtypes other than BF16, F16, F32), `TooLarge`; `Shape` and `Invalid` for compressed weights
+    /// with inconsistent parts.
     pub fn open(dir: impl AsRef<Path>) -> Result<Self> {
         Self::open_with(dir, OpenOptions::default())
     }
 
-    /// [`HfSource::open`] with options. Errors: also those of [`MappedFile::read`].
+    /// Runs [`HfSource::open`] with options. Errors: also those of [`MappedFile::read`].
     pub fn open_with(dir: impl AsRef<Path>, options: OpenOptions) -> Result<Self> {
         let dir = dir.as_ref();
         let mut files = ModelFiles::read(dir)?;
@@ -81,7 +82,7 @@ impl HfSource {
         Ok(source)
     }
 
-    /// Maps every weight file and gathers its tensors by name.
+    /// Maps every weight file and collects its tensors by name.
     fn map_shards(&mut self, dir: &Path, options: OpenOptions) -> Result<Tensors> {
         let Some(index) = read_index(dir)? else {
             return self.map_shard(&dir.join(SINGLE), options);
@@ -110,7 +111,8 @@ impl HfSource {
         }
     }
 
-    /// Opens one weight file; [`Container`] checks that offsets, shapes and length agree.
+    /// Opens one weight file; [`Container`] checks that offsets, shapes and length are
+    /// consistent.
     fn map_shard(&mut self, path: &Path, options: OpenOptions) -> Result<Tensors> {
         let map = match MappedFile::open_with(path, options) {
             Err(_) if !path.exists() => {
@@ -144,7 +146,7 @@ impl HfSource {
         self.skipped.push(SkippedTensor { name, reason });
     }
 
-    /// Takes out what no model computes with: rotary tables, and the head that the config ties to
+    /// Removes tensors that no model uses: rotary tables, and the head that the config ties to
     /// the embeddings.
     fn skip_unused(&mut self, stored: &mut Tensors, config: &Value, dir: &Path) -> Result<()> {
         let tables: Vec<String> = stored
@@ -180,7 +182,7 @@ impl HfSource {
         Ok(())
     }
 
-    /// Turns what is left, and what was put together, into the list of tensors, in order.
+    /// Builds the ordered list of tensors from the plain ones left and the gathered ones.
     fn list(&mut self, stored: Tensors, gathered: Vec<Gathered>) -> Result<()> {
         let mut listed = gathered;
         for (name, stored) in stored {
@@ -230,7 +232,7 @@ impl HfSource {
         Ok(())
     }
 
-    /// The mapped bytes of a stored tensor.
+    /// Returns the mapped bytes of a stored tensor.
     fn bytes(&self, stored: &Stored) -> Result<&[u8]> {
         let shard = self.shards.get(stored.shard);
         let bytes = shard.and_then(|shard| shard.get(stored.bytes.clone()));

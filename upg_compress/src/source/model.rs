@@ -1,4 +1,4 @@
-//! A model that is read tensor by tensor: the trait [`Source`] and its tensors.
+//! Model that is read tensor by tensor: the trait [`Source`] and its tensors.
 #![forbid(unsafe_code)]
 
 use half::{bf16, f16};
@@ -14,7 +14,7 @@ use upg_kernel::inference::{Model, WeightSource};
 use upg_kernel::matrix::{DenseMatrix, DenseValues, Matrix};
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// A floating-point type of uncompressed tensors.
+/// Floating-point type of uncompressed tensors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum FloatType {
@@ -27,7 +27,7 @@ pub enum FloatType {
 }
 
 impl FloatType {
-    /// Bytes of one value.
+    /// Returns the bytes of one value.
     pub fn size(self) -> usize {
         match self {
             Self::Bf16 | Self::F16 => 2,
@@ -35,7 +35,7 @@ impl FloatType {
         }
     }
 
-    /// The name that transformers writes as `torch_dtype`.
+    /// Returns the name that transformers writes as `torch_dtype`.
     pub fn torch_name(self) -> &'static str {
         match self {
             Self::Bf16 => "bfloat16",
@@ -101,7 +101,7 @@ impl fmt::Display for FloatType {
 pub enum SourceDtype {
     /// Plain values.
     Float(FloatType),
-    /// Quantized: a GGUF type by the name llama.cpp gives it (for example `Q4_K`), or a format of
+    /// Quantized: a GGUF type by its name in llama.cpp (for example `Q4_K`), or a format of
     /// `compressed-tensors`.
     Quantized(&'static str),
 }
@@ -115,13 +115,13 @@ impl fmt::Display for SourceDtype {
     }
 }
 
-/// One tensor of a source model, under its Hugging Face name.
+/// Tensor of a source model, under its Hugging Face name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct TensorInfo {
     /// Hugging Face name, for example `model.layers.0.self_attn.q_proj.weight`.
     pub name: String,
-    /// `[rows, cols]` of a matrix, `[n]` of a vector.
+    /// Shape: `[rows, cols]` of a matrix, `[n]` of a vector.
     pub shape: Vec<usize>,
     /// Type in which the source stores it.
     pub dtype: SourceDtype,
@@ -147,7 +147,7 @@ impl TensorInfo {
         self.shape.first().copied().unwrap_or(1)
     }
 
-    /// Returns the type in which [`Source::read_raw`] gives it.
+    /// Returns the type in which [`Source::read_raw`] returns it.
     pub fn raw_dtype(&self) -> FloatType {
         match self.dtype {
             SourceDtype::Float(float) => float,
@@ -161,18 +161,18 @@ impl TensorInfo {
     }
 }
 
-/// A tensor of the source that is not part of the model, and why.
+/// Tensor of the source that is not part of the model, and the reason.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct SkippedTensor {
-    /// The name in the source.
+    /// Name in the source.
     pub name: String,
-    /// One phrase, for example `computed from the config`.
+    /// Reason in one phrase, for example `computed from the config`.
     pub reason: &'static str,
 }
 
 impl SkippedTensor {
-    /// Describes a tensor `name` that is left out for this `reason`.
+    /// Describes a tensor `name` that is skipped for this `reason`.
     pub fn new(name: impl Into<String>, reason: &'static str) -> Self {
         Self {
             name: name.into(),
@@ -181,13 +181,13 @@ impl SkippedTensor {
     }
 }
 
-/// The bytes of an uncompressed tensor.
+/// Bytes of an uncompressed tensor.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct RawTensor<'a> {
     /// Type of the values.
     pub dtype: FloatType,
-    /// Row by row, little-endian.
+    /// Values row by row, little-endian.
     pub bytes: Cow<'a, [u8]>,
 }
 
@@ -200,7 +200,7 @@ impl<'a> RawTensor<'a> {
         }
     }
 
-    /// Copies values that were dequantized.
+    /// Copies dequantized values.
     pub(super) fn of_f32(values: &[f32]) -> Self {
         Self {
             dtype: FloatType::F32,
@@ -209,9 +209,9 @@ impl<'a> RawTensor<'a> {
     }
 }
 
-/// A model whose weights can be read tensor by tensor.
+/// Model whose weights can be read tensor by tensor.
 pub trait Source: Send + Sync {
-    /// Returns a name to show and to record: the directory's, or what the file says of itself.
+    /// Returns a display name: that of the directory, or the one recorded in the file.
     fn model_name(&self) -> &str;
 
     /// Returns the config, the tokenizer and the chat template.
@@ -221,29 +221,29 @@ pub trait Source: Send + Sync {
     /// head.
     fn tensors(&self) -> &[TensorInfo];
 
-    /// Returns the tensors that the source holds beside [`Source::tensors`].
+    /// Returns the tensors that the source has besides [`Source::tensors`].
     fn skipped(&self) -> &[SkippedTensor];
 
     /// Returns every file that belongs to the source, read or not.
     ///
-    /// Nothing may be written over one of them.
+    /// None of them may be overwritten.
     fn own_files(&self) -> Vec<PathBuf>;
 
     /// Reads rows `rows` of tensor `index` as f32, exactly as stored or as dequantized.
     ///
-    /// A vector `[n]` has n rows of one value. Cost: 4 bytes per weight, all threads.
+    /// A vector `[n]` has n rows of one value. Cost: 4 bytes per weight; uses all threads.
     ///
     /// Errors: `Argument` if there is no such tensor or row; `Invalid` for sparse and packed
-    /// weights whose bits do not agree with their sizes.
+    /// weights whose bits do not match their sizes.
     fn read_rows_f32(&self, index: usize, rows: Range<usize>) -> Result<Vec<f32>>;
 
-    /// Reads the bytes of tensor `index` to store it uncompressed.
+    /// Reads the bytes of tensor `index` for uncompressed storage.
     ///
-    /// They are in its own type where that is BF16, F16 or F32, and dequantized to F32 where it is
+    /// They have their own type if that is BF16, F16 or F32, and are dequantized to F32 if
     /// quantized.
     ///
-    /// Cost: none for plain Hugging Face tensors and unquantized GGUF ones whose rows are in
-    /// order, else a copy. Errors: as [`Source::read_rows_f32`].
+    /// Cost: none for plain Hugging Face tensors and unquantized GGUF ones whose rows are in order,
+    /// else a copy. Errors: as [`Source::read_rows_f32`].
     fn read_raw(&self, index: usize) -> Result<RawTensor<'_>>;
 
     /// Reads the whole tensor `index` as f32, row by row. Cost and errors as
@@ -253,9 +253,10 @@ pub trait Source: Send + Sync {
         self.read_rows_f32(index, 0..rows)
     }
 
-    /// Loads the model as it is, the reference for its compressed files. All weights become f32.
+    /// Loads the uncompressed model, the reference for its compressed files. All weights become
+    /// f32.
     ///
-    /// Memory: 4 bytes a weight. Errors: those of the source and of [`Model::load`].
+    /// Memory: 4 bytes per weight. Errors: those of the source and of [`Model::load`].
     fn load_model(&self) -> Result<Model> {
         Model::load(self.files().config()?, &SourceWeights(self))
     }
@@ -283,7 +284,7 @@ pub fn sort_key(name: &str) -> (u8, u64, &str) {
     }
 }
 
-/// Tensor `index`, or an `Argument` error.
+/// Returns tensor `index`, or an `Argument` error.
 pub(super) fn tensor_at(tensors: &[TensorInfo], index: usize) -> Result<&TensorInfo> {
     tensors.get(index).ok_or_else(|| {
         Error::new(
@@ -293,7 +294,7 @@ pub(super) fn tensor_at(tensors: &[TensorInfo], index: usize) -> Result<&TensorI
     })
 }
 
-/// Fails with `Argument` unless `rows` are rows of `tensor`.
+/// Checks that `rows` are rows of `tensor`. Errors (`Argument`): they are not.
 pub(super) fn check_rows(tensor: &TensorInfo, rows: &Range<usize>) -> Result<()> {
     if rows.start <= rows.end && rows.end <= tensor.rows() {
         return Ok(());
@@ -305,11 +306,13 @@ pub(super) fn check_rows(tensor: &TensorInfo, rows: &Range<usize>) -> Result<()>
     .tensor(&tensor.name))
 }
 
-/// Values that one task converts: large enough to pay for the task, small enough to stay in cache.
+/// Values per conversion task: large enough to pay for the task, small enough to stay in
+/// cache.
 const CHUNK_VALUES: usize = 1 << 15;
 
-/// Fills `rows` x `cols` values in parallel; `fill(first_row, out)` gets whole rows, at most
-/// `max_rows` at once.
+/// Fills `rows` x `cols` values in parallel.
+///
+/// `fill(first_row, out)` gets whole rows, at most `max_rows` at once.
 pub(super) fn fill_rows(
     rows: Range<usize>,
     cols: usize,
@@ -324,7 +327,7 @@ pub(super) fn fill_rows(
     Ok(out)
 }
 
-/// The weights of a source as f32.
+/// Weights of a source as f32.
 pub(crate) struct SourceWeights<'a, S: ?Sized>(pub(crate) &'a S);
 
 impl<S: Source + ?Sized> SourceWeights<'_, S> {

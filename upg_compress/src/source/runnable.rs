@@ -1,4 +1,4 @@
-//! Checks that the file which a source becomes can be run.
+//! Check that the compressed file of a source will run.
 #![forbid(unsafe_code)]
 
 use super::{Source, TensorInfo};
@@ -8,11 +8,11 @@ use upg_kernel::inference::weights::shape_mismatch;
 use upg_kernel::sparse::{MdCSRArrays, MdCSRMatrix};
 use upg_kernel::{Error, ErrorKind, Matrix, Result};
 
-/// Checks what a finished file is opened and run with: its texts and, if there is a config, that every tensor is there
-/// which it asks for.
+/// Checks the texts of a source and, if there is a config, that every required tensor exists.
 ///
-/// A model without a config is weights only. Cost: builds the tokenizer; 12 bytes a row of the largest matrix. Errors: those
-/// of [`ModelFiles::check`](crate::source::ModelFiles::check) and of
+/// A finished file is opened and run with these. A model without a config is only weights. Cost:
+/// builds the tokenizer; 12 bytes per row of the largest matrix. Errors: those of
+/// [`ModelFiles::check`](crate::source::ModelFiles::check) and of
 /// [`Model::load`](upg_kernel::inference::Model::load).
 pub fn check_runnable(source: &dyn Source) -> Result<()> {
     let files = source.files();
@@ -31,7 +31,7 @@ pub fn check_runnable(source: &dyn Source) -> Result<()> {
     })
 }
 
-/// The shapes of the tensors of a source.
+/// Shapes of the tensors of a source.
 struct Shapes<'a>(HashMap<&'a str, &'a TensorInfo>);
 
 impl Shapes<'_> {
@@ -51,7 +51,7 @@ impl Shapes<'_> {
 }
 
 impl WeightSource for Shapes<'_> {
-    /// A matrix of zeros stands for one that has the right shape.
+    /// Returns a matrix of zeros in place of one that has the right shape.
     fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Matrix> {
         self.check(name, &[rows, cols])?;
         let zeros = MdCSRArrays {

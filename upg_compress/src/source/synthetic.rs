@@ -18,15 +18,16 @@ use std::sync::LazyLock;
 use upg_kernel::inference::model_dir::ModelFiles;
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// The published models whose shapes [`SyntheticSource::published`] knows: names, and the sizes and
-/// settings of their `config.json`.
+/// Published models whose shapes [`SyntheticSource::published`] knows.
+///
+/// Each has its name, and the sizes and settings of its `config.json`.
 pub const PUBLISHED: [(&str, &str); 3] = [
     ("phi-4", PHI4_CONFIG),
     ("llama-3.1-8b", LLAMA31_8B_CONFIG),
     ("smollm2-135m", SMOLLM2_135M_CONFIG),
 ];
 
-/// microsoft/phi-4: 14.66 billion weights.
+/// Config of microsoft/phi-4: 14.66 billion weights.
 const PHI4_CONFIG: &str = r#"{
   "architectures": ["Phi3ForCausalLM"],
   "model_type": "phi3",
@@ -50,7 +51,7 @@ const PHI4_CONFIG: &str = r#"{
   "vocab_size": 100352
 }"#;
 
-/// meta-llama/Llama-3.1-8B: 8.03 billion weights.
+/// Config of meta-llama/Llama-3.1-8B: 8.03 billion weights.
 const LLAMA31_8B_CONFIG: &str = r#"{
   "architectures": ["LlamaForCausalLM"],
   "model_type": "llama",
@@ -79,7 +80,7 @@ const LLAMA31_8B_CONFIG: &str = r#"{
   "vocab_size": 128256
 }"#;
 
-/// HuggingFaceTB/SmolLM2-135M: 134.5 million weights.
+/// Config of HuggingFaceTB/SmolLM2-135M: 134.5 million weights.
 const SMOLLM2_135M_CONFIG: &str = r#"{
   "architectures": ["LlamaForCausalLM"],
   "model_type": "llama",
@@ -105,10 +106,10 @@ const SMOLLM2_135M_CONFIG: &str = r#"{
 /// Standard deviation of the weights: transformers' usual `initializer_range`.
 const DEVIATION: f32 = 0.02;
 
-/// A model of random BF16 weights: matrices and biases Gaussian, norms 1.
+/// Model of random BF16 weights: matrices and biases are Gaussian, norms 1.
 ///
-/// Every row comes from its own random stream, so that any row is made on demand, in parallel, and
-/// the same each time; nothing is kept in memory.
+/// Every row has its own random stream, so that any row is generated on demand, in parallel, and
+/// reproducibly; nothing is stored in memory.
 #[derive(Debug)]
 pub struct SyntheticSource {
     name: String,
@@ -118,8 +119,9 @@ pub struct SyntheticSource {
 }
 
 impl SyntheticSource {
-    /// A model of the shapes of one of [`PUBLISHED`], called `synthetic-NAME`. Errors
-    /// (`Argument`): no such name.
+    /// Creates a model with the shapes of one of [`PUBLISHED`], called `synthetic-NAME`.
+    ///
+    /// Errors (`Argument`): there is no such name.
     pub fn published(name: &str, seed: u64) -> Result<Self> {
         let Some((_, config)) = PUBLISHED.iter().find(|(known, _)| *known == name) else {
             let known = PUBLISHED.map(|(name, _)| name).join(", ");
@@ -133,10 +135,10 @@ impl SyntheticSource {
         Ok(source)
     }
 
-    /// A model of this `config.json`, of any supported family; without optional biases.
+    /// Creates a model of this `config.json`, of any supported family, without optional biases.
     ///
     /// Errors: `Malformed` (not JSON), `Missing` (a size is not in the config), `Unsupported`
-    /// (family), `Invalid` (sizes that do not fit each other), `TooLarge`.
+    /// (family), `Invalid` (inconsistent sizes), `TooLarge`.
     pub fn new(config_json: &str, seed: u64) -> Result<Self> {
         let config: Value = serde_json::from_str(config_json)
             .map_err(|e| Error::new(ErrorKind::Malformed, format!("config: {e}")))?;
@@ -171,10 +173,10 @@ impl SyntheticSource {
     }
 }
 
-/// More layers than any model has; a list of a model's tensors stays small.
+/// Maximum layers, more than any model has, so that the list of tensors stays small.
 const MAX_LAYERS: usize = 1 << 12;
 
-/// The sizes in a `config.json`.
+/// Reads the sizes in a `config.json`.
 fn read_dims(config: &Value) -> Result<Dims> {
     let number = |key: &str| {
         let n = config.get(key).and_then(Value::as_u64);
@@ -263,7 +265,7 @@ impl Source for SyntheticSource {
     }
 }
 
-/// The normal distribution cut into 65,536 equally likely values, rounded to BF16.
+/// Normal distribution as 65,536 equally likely values, rounded to BF16.
 static GAUSSIAN: LazyLock<Box<[f32; 1 << 16]>> = LazyLock::new(|| {
     let mut table = Box::new([0f32; 1 << 16]);
     for (i, x) in table.iter_mut().enumerate() {
@@ -273,8 +275,10 @@ static GAUSSIAN: LazyLock<Box<[f32; 1 << 16]>> = LazyLock::new(|| {
     table
 });
 
-/// The x below which a standard normal value falls with probability `p` in (0, 1); off by at most
-/// 4.5e-4 (Abramowitz and Stegun, Handbook of Mathematical Functions, 26.2.23).
+/// Returns the quantile of the standard normal distribution for probability `p` in (0, 1).
+///
+/// The error is at most 4.5e-4 (Abramowitz and Stegun, Handbook of Mathematical Functions,
+/// 26.2.23).
 fn inverse_normal(p: f64) -> f64 {
     let t = (-2.0 * p.min(1.0 - p).ln()).sqrt();
     let above = 2.515517 + t * (0.802853 + t * 0.010328);

@@ -1,4 +1,4 @@
-//! Hugging Face directories, good and bad, and what is no source at all.
+//! Valid and invalid Hugging Face directories, and inputs that are not a source.
 
 use super::hf::HfSource;
 use super::{FloatType, Source, SourceDtype, open, sort_key};
@@ -9,14 +9,14 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use upg_kernel::ErrorKind;
 
-/// A file under `tests/data`.
+/// Returns a file under `tests/data`.
 pub(super) fn data(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("tests/data")
         .join(name)
 }
 
-/// Values that BF16 and F16 hold exactly.
+/// Values that BF16 and F16 represent exactly.
 const VALUES: [f32; 6] = [0.0, -1.5, 2.0, 0.0078125, -3.0, 96.0];
 
 fn encoded(dtype: Dtype) -> Vec<u8> {
@@ -31,7 +31,7 @@ fn encoded(dtype: Dtype) -> Vec<u8> {
     VALUES.iter().flat_map(each).collect()
 }
 
-/// A safetensors file of `[3, 2]` tensors.
+/// Returns a safetensors file of `[3, 2]` tensors.
 fn shard(tensors: &[(&str, Dtype)]) -> Vec<u8> {
     let bytes: Vec<Vec<u8>> = tensors.iter().map(|(_, d)| encoded(*d)).collect();
     let views = tensors
@@ -45,7 +45,7 @@ const NORM: &str = "model.norm.weight";
 const EMBEDDINGS: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
 
-/// A directory with these files.
+/// Creates a directory with these files.
 fn directory(files: &[(&str, &[u8])]) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     for (name, bytes) in files {

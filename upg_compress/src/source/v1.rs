@@ -1,4 +1,4 @@
-//! Files of version 1: pickles with sparse rows, decoded to f32.
+//! Version 1 files: pickles with sparse rows, decoded to f32.
 #![forbid(unsafe_code)]
 
 use super::model::{
@@ -12,24 +12,25 @@ use upg_kernel::sparse::MdCSRMatrix;
 use upg_kernel::v1::V1File;
 use upg_kernel::{Matrix, Result};
 
-/// A file of version 1 with its weights.
+/// Version 1 file with its weights.
 pub struct V1Source {
     file: V1File,
     files: ModelFiles,
-    /// Folder in which the texts were looked for.
+    /// Folder in which the texts were searched.
     texts: Option<PathBuf>,
     buffers: Vec<PathBuf>,
     tensors: Vec<TensorInfo>,
     /// Number of each tensor in the file.
     numbers: Vec<usize>,
-    /// The tensor that was read last: rows are asked for in pieces.
+    /// Tensor that was read last, because rows are requested in pieces.
     last: Mutex<Option<(usize, Arc<Matrix>)>>,
 }
 
 impl V1Source {
-    /// Opens a file: reads what it lists. `buffers` are those of [`V1File::open`]; `texts` is the
-    /// folder with `config.json`, tokenizer and chat template, which a file of version 1 does not
-    /// have.
+    /// Opens a file and reads its catalogue.
+    ///
+    /// `buffers` are those of [`V1File::open`]. `texts` is the folder with `config.json`, tokenizer
+    /// and chat template, which a version 1 file does not have.
     ///
     /// Errors: those of [`V1File::open`], [`V1File::check_weights`] and [`ModelFiles::read`].
     pub fn open(path: &Path, buffers: &[PathBuf], texts: Option<&Path>) -> Result<Self> {

@@ -1,4 +1,4 @@
-//! The scales of a matrix or the gains of a norm, which learn by Adam.
+//! Trainable scales of a matrix or gains of a norm, with Adam.
 #![forbid(unsafe_code)]
 
 use upg_kernel::{Error, ErrorKind, Result};
@@ -6,7 +6,7 @@ use upg_kernel::{Error, ErrorKind, Result};
 /// Decay rates of Adam (arXiv 1412.6980) for the means of gradients and of their squares.
 const MEMORY: (f64, f64) = (0.9, 0.95);
 
-/// Scales of a matrix, or gains of a norm, and what is learned of them.
+/// Scales of a matrix, or gains of a norm, with the state of their training.
 pub(super) struct Parameter {
     /// Values in the file.
     pub(super) original: Vec<f32>,

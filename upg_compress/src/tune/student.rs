@@ -1,4 +1,4 @@
-//! The compressed model while it learns.
+//! Compressed model during training.
 #![forbid(unsafe_code)]
 
 use super::parameter::Parameter;
@@ -10,7 +10,7 @@ use upg_kernel::inference::weights::EMBEDDING;
 use upg_kernel::inference::{Backward, Head, Input, Layerwise, ModelConfig, WeightSource};
 use upg_kernel::{Error, ErrorKind, Matrix, Result};
 
-/// The compressed model, as far as it has learned.
+/// Compressed model with the current state of its training.
 pub(super) struct Student<'a> {
     pub(super) file: &'a UpgFile,
     config: ModelConfig,
@@ -82,11 +82,10 @@ impl<'a> Student<'a> {
         }
     }
 
-    /// Predicts a sequence. Returns the start of the backward pass and the divergence from the
+    /// Predicts a sequence; returns the start of the backward pass and the divergence from the
     /// teacher.
     ///
-    /// The divergence is the sum over positions. `observe` gets the hidden states before each
-    /// layer.
+    /// The divergence is summed over positions. `observe` gets the hidden states before each layer.
     fn predict(
         &self,
         tokens: &[u32],
@@ -119,7 +118,7 @@ impl<'a> Student<'a> {
 
     /// Computes the gradients of a sequence.
     ///
-    /// Returns its divergence from the teacher, the sum over its positions.
+    /// Returns its divergence from the teacher, summed over its positions.
     pub(super) fn learn(
         &mut self,
         tokens: &[u32],
@@ -157,7 +156,8 @@ impl<'a> Student<'a> {
 
     /// Returns the gradients of the row factors of the matrices with this input.
     ///
-    /// The gradient of a row is the sum of its outputs times their gradients, divided by its factor.
+    /// The gradient of a row is the sum of its outputs times their gradients, divided by its
+    /// factor.
     fn row_gradients(
         &self,
         layer: usize,
@@ -184,7 +184,7 @@ impl<'a> Student<'a> {
                         .for_each(|(sum, (y, g))| *sum += f64::from(*y) * f64::from(*g));
                 }
                 let pairs = sums.iter().zip(&parameter.factors);
-                // A factor of 0 has made outputs of 0, which say nothing.
+                // A factor of 0 has made outputs of 0, which carry no information.
                 let of_factors = pairs.map(|(sum, factor)| match *factor {
                     0.0 => 0.0,
                     factor => (sum / f64::from(factor)) as f32,

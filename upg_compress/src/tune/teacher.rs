@@ -1,4 +1,4 @@
-//! The original model, whose predictions are learned.
+//! Original model, whose predictions are learned.
 #![forbid(unsafe_code)]
 
 use crate::progress::Progress;
@@ -9,12 +9,12 @@ use upg_kernel::Result;
 use upg_kernel::inference::weights::EMBEDDING;
 use upg_kernel::inference::{Head, Layerwise, WeightSource};
 
-/// The last hidden states of the original for the text, and its head.
+/// Last hidden states of the original for the text, and its head.
 pub(super) struct Teacher {
     pub(super) head: Head,
-    /// `[tokens, hidden]`.
+    /// Hidden states `[tokens, hidden]`.
     hidden: Vec<f32>,
-    /// Values of a sequence.
+    /// Number of values per sequence.
     of_sequence: usize,
 }
 

@@ -1,4 +1,4 @@
-//! The tuned model as a new file.
+//! Writer of the tuned model as a new file.
 #![forbid(unsafe_code)]
 
 use super::student::Student;
@@ -31,7 +31,7 @@ pub(super) fn write(
     let mut layers: Vec<LayerInfo> = file.layers().to_vec();
     layers.iter_mut().for_each(|layer| layer.error = None);
     let mut metadata = file.all_metadata().clone();
-    // What the writer counts by itself.
+    // The writer computes these itself.
     for key in ["layers", "checksums"] {
         metadata.remove(key);
     }

@@ -69,7 +69,7 @@ impl Rope {
     /// Returns whether a sequence of `len` tokens in total uses the frequencies for long
     /// sequences.
     ///
-    /// As in transformers, the length of the whole sequence decides for every position in it. When
+    /// The length of the whole sequence decides for every position in it, as in transformers. When
     /// a sequence grows past the switch, its earlier keys become invalid and must be recomputed.
     pub fn is_long(&self, len: usize) -> bool {
         self.long.as_ref().is_some_and(|(limit, _)| len > *limit)

@@ -1,6 +1,6 @@
 //! AVX2, FMA and F16C kernels (Haswell, Zen and later).
 //!
-//! As in [`super::avx512`], weights become unsigned bytes `level + 128`, and activations are two
+//! Like in [`super::avx512`], weights become unsigned bytes `level + 128`, and activations are two
 //! planes of signed bytes ([`Activations`](super::activations::Activations)). `vpmaddubsw` adds two
 //! products in int16, which cannot saturate: 255 * 64 * 2 = 32,640. `vpmaddwd` adds two of those
 //! sums in int32, those of the high plane times 128, so that every sum is exact. A step is 64

@@ -1,8 +1,8 @@
 //! `config.json` and `generation_config.json` rebuilt from the metadata of a GGUF file.
 //!
-//! What is written is what transformers reads; `rope_theta` and `rope_scaling` in the older form,
-//! which every version of it understands. Not in a GGUF file, and so not in the config: dropout,
-//! initializer and training fields.
+//! The fields are those that transformers reads. `rope_theta` and `rope_scaling` have the older
+//! form, which every version of it understands. Dropout, initializer and training fields are not in
+//! a GGUF file, and so not in the config.
 #![forbid(unsafe_code)]
 
 use super::dims::{Dims, FromTensors};
@@ -13,10 +13,10 @@ use serde_json::{Map, Value, json};
 use std::collections::HashSet;
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// Checks that the file is a whole model of one file, and finds its family and sizes; `vocab` is
-/// the number of rows of the embeddings.
+/// Checks that the file is a whole unsplit model; returns its family and sizes.
 ///
-/// Errors: `Unsupported` (families, variants, split files), `Missing`, `Malformed`, `Invalid`.
+/// `vocab` is the number of rows of the embeddings. Errors: `Unsupported` (families, variants,
+/// split files), `Missing`, `Malformed`, `Invalid`.
 pub(super) fn read_dims(m: &Metadata<'_>, vocab: usize) -> Result<(&'static Family, Dims)> {
     let arch = check_kind(m)?;
     let key = |name: &str| format!("{arch}.{name}");
@@ -69,7 +69,7 @@ pub(super) fn read_dims(m: &Metadata<'_>, vocab: usize) -> Result<(&'static Fami
     Ok((family, dims))
 }
 
-/// The architecture, if the file is a whole language model of one file.
+/// Returns the architecture if the file is a whole unsplit language model.
 fn check_kind(m: &Metadata<'_>) -> Result<String> {
     let unsupported = |message: String| Error::new(ErrorKind::Unsupported, message);
     if let Some(n) = m.number("split.count")?.filter(|n| *n > 1) {
@@ -88,7 +88,7 @@ fn check_kind(m: &Metadata<'_>) -> Result<String> {
         .ok_or_else(|| Error::new(ErrorKind::Missing, "no metadata key general.architecture"))
 }
 
-/// The text of `config.json`. Errors: those of the rope scaling.
+/// Returns the text of `config.json`. Errors: those of the rope scaling.
 pub(super) fn config_json(
     m: &Metadata<'_>,
     family: &Family,
@@ -109,7 +109,7 @@ pub(super) fn config_json(
     set("num_key_value_heads", json!(dims.kv_heads));
     let derived =
         dims.hidden.is_multiple_of(dims.heads) && dims.hidden / dims.heads == dims.head_dim;
-    // Qwen3's head length defaults to 128 whatever the other sizes are.
+    // Qwen3's head dimension defaults to 128 for any other sizes.
     if !derived || family.model_type == "qwen3" {
         set("head_dim", json!(dims.head_dim));
     }
@@ -133,7 +133,7 @@ pub(super) fn config_json(
             set("sliding_window", json!(dims.sliding_window));
         }
         _ => {
-            // Of the Qwen families llama.cpp keeps no window: its files never slide.
+            // For the Qwen families llama.cpp stores no window: its files never slide.
             set("use_sliding_window", json!(false));
             set("sliding_window", json!(null));
         }
@@ -154,8 +154,11 @@ pub(super) fn config_json(
     pretty(&Value::Object(config))
 }
 
-/// The text of `generation_config.json`: the special tokens, with every token that ends an answer:
-/// those the metadata name, and `known`, those the vocabulary is known to end answers with.
+/// Returns the text of `generation_config.json`: the special tokens, and every token that
+/// ends an answer.
+///
+/// The latter are those in the metadata, and `known`, the tokens of the vocabulary that are known
+/// to end answers.
 pub(super) fn generation_config_json(
     m: &Metadata<'_>,
     vocab: usize,

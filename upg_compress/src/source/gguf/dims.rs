@@ -1,9 +1,9 @@
-//! Sizes and constants of a model, and what its tensors say about its config.
+//! Sizes and constants of a model, and config fields that follow from its tensors.
 #![forbid(unsafe_code)]
 
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// Largest size of anything in a model: keeps every product of two far inside a `u64`.
+/// Maximum size of anything in a model, so that the product of two fits a `u64` easily.
 const MAX_DIM: usize = 1 << 24;
 
 /// Sizes and constants of a model, checked.
@@ -17,7 +17,7 @@ pub(in crate::source) struct Dims {
     pub(in crate::source) ffn: usize,
     pub(in crate::source) vocab: usize,
     pub(in crate::source) context: usize,
-    /// Number of dimensions of a head that are rotated.
+    /// Number of rotated dimensions of a head.
     pub(in crate::source) rotary_dim: usize,
     pub(in crate::source) rope_theta: f64,
     pub(in crate::source) rms_eps: f64,
@@ -31,14 +31,15 @@ pub(super) struct FromTensors {
     pub(super) attention_bias: bool,
     pub(super) mlp_bias: bool,
     pub(super) torch_dtype: &'static str,
-    /// `rope_freqs.weight`: what each rotary frequency is divided by.
+    /// Divisors of the rotary frequencies (`rope_freqs.weight`).
     pub(super) rope_freqs: Option<Vec<f32>>,
-    /// `rope_factors_short.weight` and `rope_factors_long.weight`.
+    /// LongRoPE factors, short and long (`rope_factors_short.weight`,
+    /// `rope_factors_long.weight`).
     pub(super) rope_factors: Option<(Vec<f32>, Vec<f32>)>,
 }
 
 impl Dims {
-    /// Fails unless sizes and constants are in range and fit each other.
+    /// Checks that sizes and constants are in range and consistent.
     pub(super) fn check(&self) -> Result<()> {
         let sizes = [
             ("hidden size", self.hidden),
@@ -84,8 +85,10 @@ impl Dims {
         Ok(())
     }
 
-    /// The factor that transformers multiplies with the head length, and rounds down, to find the
-    /// rotated dimensions.
+    /// Returns the factor by which transformers multiplies the head dimension to get the rotated
+    /// dimensions.
+    ///
+    /// transformers rounds the product down.
     pub(super) fn partial_rotary_factor(&self) -> f64 {
         let factor = self.rotary_dim as f64 / self.head_dim as f64;
         if (self.head_dim as f64 * factor) as usize == self.rotary_dim {
@@ -98,7 +101,7 @@ impl Dims {
 
 #[cfg(test)]
 impl Dims {
-    /// Only what the rope scaling looks at.
+    /// Creates only the fields that the rope scaling uses.
     pub(super) fn for_rope(rotary_dim: usize, rope_theta: f64) -> Self {
         Self {
             hidden: rotary_dim,

@@ -7,31 +7,31 @@
 use super::dims::Dims;
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// A family of models, as data.
+/// Model family, as data.
 #[derive(Debug)]
 pub(in crate::source) struct Family {
-    /// `general.architecture` in GGUF.
+    /// Name in GGUF, `general.architecture`.
     pub(in crate::source) arch: &'static str,
-    /// `model_type` in transformers.
+    /// Name in transformers, `model_type`.
     pub(in crate::source) model_type: &'static str,
-    /// `architectures` in transformers.
+    /// Class in transformers, `architectures`.
     pub(in crate::source) class: &'static str,
-    /// The tensors of one layer.
+    /// Tensors of one layer.
     layer: &'static [Slot],
 }
 
-/// One tensor of a layer: GGUF name, Hugging Face name, shape, whether it has to be there.
+/// Tensor of a layer: GGUF name, Hugging Face name, shape, and whether it is required.
 #[derive(Debug)]
 struct Slot(&'static str, &'static str, &'static [Dim], Need);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Need {
     Required,
-    /// All or none of the layers' tensors of this letter.
+    /// Optional: present in all layers or none, for the tensors with this letter.
     Optional,
 }
 
-/// A dimension, by what it is in the model.
+/// Dimension of a tensor, named by its role in the model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Dim {
     Hidden,
@@ -51,16 +51,17 @@ enum Dim {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::source) enum RowOrder {
     Same,
-    /// llama.cpp stores the rows of q and k of the llama architecture so that the two halves of a
-    /// rotary pair are neighbours (`permute` in convert_hf_to_gguf.py); transformers keeps them
-    /// half a head apart.
+    /// The two halves of a rotary pair are adjacent, in q and k of the llama architecture.
+    ///
+    /// llama.cpp stores them like this (`permute` in convert_hf_to_gguf.py); in transformers they
+    /// are half a head apart.
     Interleaved {
         head_dim: usize,
     },
 }
 
 impl RowOrder {
-    /// The row of the file that holds row `row` of the model.
+    /// Returns the row of the file that holds row `row` of the model.
     pub(in crate::source) fn stored_row(self, row: usize) -> usize {
         match self {
             Self::Same => row,
@@ -73,7 +74,7 @@ impl RowOrder {
     }
 }
 
-/// A tensor that the model has: its names, shape and row order.
+/// Tensor that the model has: its names, shape and row order.
 #[derive(Debug)]
 pub(in crate::source) struct ExpectedTensor {
     pub(in crate::source) gguf: String,
@@ -162,8 +163,10 @@ macro_rules! family {
     };
 }
 
-/// The families that are read. llama.cpp converts Mistral to the architecture `llama` too: the
-/// second entry is chosen if the file has a sliding window.
+/// Supported families.
+///
+/// llama.cpp converts Mistral to the architecture `llama` too. The second entry is chosen if the
+/// file has a sliding window.
 static FAMILIES: [Family; 5] = [
     family!("llama" "llama" "LlamaForCausalLM" LLAMA),
     family!("llama" "mistral" "MistralForCausalLM" LLAMA),
@@ -172,9 +175,9 @@ static FAMILIES: [Family; 5] = [
     family!("phi3" "phi3" "Phi3ForCausalLM" PHI3),
 ];
 
-/// The family of `general.architecture`; `windowed` says whether the file has a sliding window.
+/// Returns the family of `general.architecture`; `windowed`: the file has a sliding window.
 ///
-/// Errors: `Unsupported`, with the names of those that are read.
+/// Errors: `Unsupported`, with the names of the supported ones.
 pub(in crate::source) fn family(arch: &str, windowed: bool) -> Result<&'static Family> {
     let mut matching = FAMILIES.iter().filter(|f| f.arch == arch);
     let chosen = match (matching.next(), matching.next()) {
@@ -189,7 +192,7 @@ pub(in crate::source) fn family(arch: &str, windowed: bool) -> Result<&'static F
     })
 }
 
-/// The family of a `model_type` of transformers. Errors: `Unsupported`.
+/// Returns the family of a `model_type` of transformers. Errors: `Unsupported`.
 pub(in crate::source) fn family_of_model_type(model_type: &str) -> Result<&'static Family> {
     let found = FAMILIES.iter().find(|f| f.model_type == model_type);
     found.ok_or_else(|| {
@@ -205,7 +208,7 @@ pub(in crate::source) fn family_of_model_type(model_type: &str) -> Result<&'stat
 }
 
 impl Family {
-    /// Fails unless `dims` are in range, fit each other and fit the family.
+    /// Checks that `dims` are in range, consistent and allowed in the family.
     pub(in crate::source) fn check(&self, dims: &Dims) -> Result<()> {
         dims.check()?;
         let (head_dim, rotary_dim) = (dims.head_dim, dims.rotary_dim);
@@ -221,7 +224,7 @@ impl Family {
         Ok(())
     }
 
-    /// Every tensor that a model of this family and these dimensions has or may have.
+    /// Returns every tensor that a model of this family and these dimensions has or may have.
     pub(in crate::source) fn expected<'a>(
         &'a self,
         dims: &'a Dims,

@@ -1,11 +1,11 @@
-//! The header of a GGUF file, read with bounds.
+//! Bounded reader of the header of a GGUF file.
 //!
-//! Why not candle's `gguf_file::Content`: it expands arrays into 32-byte values (a file of n bytes
-//! of `u8` array takes 32 n bytes of memory), divides by an alignment of 0, multiplies dimensions
-//! unchecked, replaces bytes that are not UTF-8, lets a repeated key or tensor win silently, and
-//! refuses a newer quantized type without saying in which tensor. Here nothing is copied but
-//! names: a value is a place in the mapped file, checked once, and memory stays below a small
-//! multiple of the number of keys and tensors, which is capped. Candle dequantizes the blocks.
+//! candle's `gguf_file::Content` is not used for these reasons. It expands arrays into 32-byte
+//! values (a `u8` array of n bytes takes 32 n bytes of memory), divides by an alignment of 0,
+//! multiplies dimensions unchecked, replaces bytes that are not UTF-8, silently accepts a repeated
+//! key or tensor, and refuses a newer quantized type without naming the tensor. Here only names are
+//! copied: a value is a place in the mapped file, checked once. Memory stays below a small multiple
+//! of the number of keys and tensors, which is limited. candle dequantizes the blocks.
 //!
 //! Source: the GGUF specification (ggml/docs/gguf.md), versions 2 and 3.
 #![forbid(unsafe_code)]
@@ -15,18 +15,18 @@ use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// Most metadata keys and tensors; real files have about 50 and, for 126 layers, 1,140.
+/// Maximum metadata keys and tensors; real files have about 50 and, for 126 layers, 1,140.
 const MAX_COUNT: u64 = 1 << 16;
 
-/// Longest key or tensor name in bytes; ggml's own limits are 65,535 and 64.
+/// Maximum key or tensor name in bytes; ggml's own limits are 65,535 and 64.
 const MAX_NAME: usize = 1 << 12;
 
-/// Deepest array of arrays; none are in use.
+/// Maximum nesting of arrays; no nested ones are in use.
 const MAX_DEPTH: usize = 4;
 
 const DEFAULT_ALIGNMENT: u64 = 32;
 
-/// A metadata value: a number, or the place of something longer in the file.
+/// Metadata value: a number, or the place of a longer value in the file.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Value {
     Int(i128),
@@ -36,7 +36,7 @@ pub(super) enum Value {
     Array(Array),
 }
 
-/// An array whose elements were all checked to lie inside the file.
+/// Array whose elements were all checked to be inside the file.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Array {
     kind: u32,
@@ -44,8 +44,10 @@ pub(super) struct Array {
     start: usize,
 }
 
-/// A tensor as the file lists it. Checked: `bytes` lies inside the file, starts on a multiple of 8
-/// and holds exactly the blocks of `shape`.
+/// Tensor as listed in the file.
+///
+/// Checked: `bytes` is inside the file, starts on a multiple of 8 and holds exactly the blocks of
+/// `shape`.
 #[derive(Debug, Clone)]
 pub(super) struct Entry {
     pub(super) name: String,
@@ -55,7 +57,7 @@ pub(super) struct Entry {
     pub(super) bytes: Range<usize>,
 }
 
-/// The checked header.
+/// Checked header.
 #[derive(Debug)]
 pub(super) struct Header {
     values: BTreeMap<String, Value>,
@@ -64,7 +66,7 @@ pub(super) struct Header {
     pub(super) end: usize,
 }
 
-/// A tensor description before the start of the data is known.
+/// Tensor description before the start of the data is known.
 struct Described {
     name: String,
     dims: Vec<u64>,
@@ -113,7 +115,8 @@ impl Header {
             Some(Value::Int(n)) => u64::try_from(*n).unwrap_or(0),
             Some(_) => 0,
         };
-        // A multiple of 8 by the specification; blocks are cast in place, to at most 4 bytes.
+        // A multiple of 8 by the specification; blocks are cast in place, with an alignment of at
+        // most 4 bytes.
         if !alignment.is_power_of_two() || !(8..=1 << 20).contains(&alignment) {
             return Err(malformed(
                 "general.alignment is not a power of two from 8 on",
@@ -131,14 +134,14 @@ impl Header {
         })
     }
 
-    /// The value of a key.
+    /// Returns the value of a key.
     pub(super) fn get(&self, key: &str) -> Option<&Value> {
         self.values.get(key)
     }
 }
 
 impl Described {
-    /// Checks type, shape and place, and gives the byte range in the file.
+    /// Checks type, shape and place; returns the byte range in the file.
     fn place(self, start: u64, alignment: u64, file_len: usize) -> Result<Entry> {
         let Self {
             name,
@@ -205,7 +208,7 @@ fn place(
 const STRING: u32 = 8;
 const ARRAY: u32 = 9;
 
-/// Bytes of a value of a fixed size.
+/// Returns the bytes of a value of a fixed size.
 fn fixed_size(kind: u32) -> Option<usize> {
     match kind {
         0 | 1 | 7 => Some(1),
@@ -259,7 +262,7 @@ impl<'a> Cursor<'a> {
         Ok(count)
     }
 
-    /// A length-prefixed string, as a place in the file.
+    /// Reads a length-prefixed string, as a place in the file.
     fn text(&mut self) -> Result<Range<usize>> {
         let len = usize::try_from(self.u64()?).unwrap_or(usize::MAX);
         let start = self.at;
@@ -273,7 +276,7 @@ impl<'a> Cursor<'a> {
         if bytes.len() > MAX_NAME {
             return Err(malformed(format!("a name of {} bytes", bytes.len())));
         }
-        // Copied first: what is mapped may change after it was found to be UTF-8.
+        // Copied first: mapped bytes may change after they were found to be UTF-8.
         String::from_utf8(bytes.to_vec()).map_err(|_| malformed("a name is not UTF-8"))
     }
 
@@ -289,7 +292,7 @@ impl<'a> Cursor<'a> {
         })
     }
 
-    /// An array: walks over the elements that have lengths of their own, jumps over the rest.
+    /// Reads an array: walks over the elements with their own lengths, skips the rest.
     fn elements(&mut self, depth: usize) -> Result<Array> {
         let kind = self.u32()?;
         let count = usize::try_from(self.u64()?).unwrap_or(usize::MAX);
@@ -297,7 +300,7 @@ impl<'a> Cursor<'a> {
         if let Some(size) = fixed_size(kind) {
             self.take(count.saturating_mul(size))?;
         } else if kind == STRING || (kind == ARRAY && depth < MAX_DEPTH) {
-            // Every element takes bytes, so a false count ends at the end of the file.
+            // Every element takes bytes, so a wrong count ends at the end of the file.
             for _ in 0..count {
                 self.value(kind, depth + 1)?;
             }
@@ -331,7 +334,7 @@ impl<'a> Cursor<'a> {
     }
 }
 
-/// A value of a fixed size from its bytes.
+/// Returns a value of a fixed size from its bytes.
 fn scalar(kind: u32, bytes: &[u8]) -> Result<Value> {
     let mut wide = [0u8; 8];
     for (to, from) in wide.iter_mut().zip(bytes) {
@@ -351,8 +354,9 @@ fn scalar(kind: u32, bytes: &[u8]) -> Result<Value> {
     })
 }
 
-/// The f64 whose decimal form is the shortest that names this f32: 1e-5, not 9.99999974e-6, which
-/// is what the config said before it was converted.
+/// Returns the f64 with the shortest decimal form that rounds to this f32.
+///
+/// This is 1e-5 instead of 9.99999974e-6, as in the config before the conversion.
 fn shortest(value: f32) -> f64 {
     value.to_string().parse().unwrap_or(f64::NAN)
 }

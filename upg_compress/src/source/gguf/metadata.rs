@@ -1,4 +1,4 @@
-//! Typed access to the metadata of a GGUF file, and the fields that make its tokenizer.
+//! Typed access to the metadata of a GGUF file, and its tokenizer fields.
 #![forbid(unsafe_code)]
 
 use super::header::{Array, Header, Value, malformed};
@@ -8,21 +8,21 @@ use upg_kernel::inference::chat_template::MAX_TEMPLATE_BYTES;
 use upg_kernel::inference::tokenizer::{MAX_MERGES, MAX_TOKENS};
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// Longest text in bytes, but for the chat template and tokens: names of models, architectures and
-/// the like.
+/// Maximum text in bytes, except for the chat template and tokens: names of models,
+/// architectures and so on.
 const MAX_TEXT: usize = 1 << 16;
 
-/// The key of the vocabulary.
+/// Key of the vocabulary.
 const TOKENS: &str = "tokenizer.ggml.tokens";
 
-/// A checked header together with the file that its values are places in.
+/// Checked header, together with the file that its values are places in.
 pub(super) struct Metadata<'a> {
     pub(super) header: &'a Header,
     pub(super) file: &'a [u8],
 }
 
 impl<'a> Metadata<'a> {
-    /// A copy of a string: what is mapped may change after it was found to be UTF-8.
+    /// Copies a string: mapped bytes may change after they were found to be UTF-8.
     fn text_at(&self, key: &str, range: Range<usize>, most: usize) -> Result<String> {
         let bytes = self.file.get(range).unwrap_or_default();
         if bytes.len() > most {
@@ -40,14 +40,17 @@ impl<'a> Metadata<'a> {
         }
     }
 
-    /// A string. Errors: `Malformed` for a key that holds something else, `TooLarge` above
-    /// [`MAX_TEXT`].
+    /// Reads a string.
+    ///
+    /// Errors: `Malformed` for a key with another type, `TooLarge` above [`MAX_TEXT`].
     pub(super) fn text(&self, key: &str) -> Result<Option<String>> {
         self.text_up_to(key, MAX_TEXT)
     }
 
-    /// A whole number of at least 0. A list with one number per layer counts if they are all the
-    /// same. Errors: `Malformed`, and `Unsupported` for a list that differs.
+    /// Reads a non-negative integer.
+    ///
+    /// A list with one number per layer is accepted if they are all equal. Errors: `Malformed`, and
+    /// `Unsupported` for a list of different numbers.
     pub(super) fn number(&self, key: &str) -> Result<Option<usize>> {
         let whole = |value: &Value| match value {
             Value::Int(n) => usize::try_from(*n).ok(),
@@ -75,7 +78,7 @@ impl<'a> Metadata<'a> {
         }
     }
 
-    /// A number that has to be there and above 0. Errors: `Missing`, `Malformed`.
+    /// Reads a required number above 0. Errors: `Missing`, `Malformed`.
     pub(super) fn required(&self, key: &str) -> Result<usize> {
         match self.number(key)? {
             None => Err(Error::new(
@@ -87,7 +90,7 @@ impl<'a> Metadata<'a> {
         }
     }
 
-    /// A finite floating-point number. Errors: `Malformed`.
+    /// Reads a finite floating-point number. Errors: `Malformed`.
     pub(super) fn float(&self, key: &str) -> Result<Option<f64>> {
         match self.header.get(key) {
             None => Ok(None),
@@ -112,12 +115,12 @@ impl<'a> Metadata<'a> {
         }
     }
 
-    /// Number of tokens, none of which is read; 0 without a vocabulary.
+    /// Returns the number of tokens without reading them; 0 without a vocabulary.
     pub(super) fn token_count(&self) -> Result<usize> {
         Ok(self.array(TOKENS)?.map_or(0, Array::len))
     }
 
-    /// A list of at most `most` elements, each turned by `each`; empty without the key.
+    /// Reads a list of at most `most` elements, each converted by `each`; empty without the key.
     fn list<T>(&self, key: &str, most: usize, each: impl Fn(Value) -> Result<T>) -> Result<Vec<T>> {
         let Some(list) = self.array(key)? else {
             return Ok(Vec::new());
@@ -144,7 +147,8 @@ impl<'a> Metadata<'a> {
         })
     }
 
-    /// The id of a special token; ids that no token has (some writers store -1) count as none.
+    /// Reads the id of a special token. Ids without a token (some writers store -1) count as
+    /// none.
     pub(super) fn token_id(&self, name: &str, vocab: usize) -> Result<Option<u32>> {
         let key = format!("tokenizer.ggml.{name}_token_id");
         let id = match self.header.get(&key) {
@@ -156,7 +160,7 @@ impl<'a> Metadata<'a> {
     }
 }
 
-/// Collects what the metadata says about the tokenizer.
+/// Collects the tokenizer data of the metadata.
 ///
 /// Errors: `Malformed` (types, lists of different lengths), `TooLarge`.
 pub(super) fn read_vocab(metadata: &Metadata<'_>) -> Result<GgufVocab> {

@@ -1,4 +1,4 @@
-//! `rope_scaling` rebuilt from what GGUF keeps of it: factor tensors and `rope.scaling.*` keys.
+//! `rope_scaling` rebuilt from the factor tensors and `rope.scaling.*` keys of GGUF.
 #![forbid(unsafe_code)]
 
 use super::dims::{Dims, FromTensors};
@@ -7,17 +7,19 @@ use serde_json::{Map, Value, json};
 use std::f64::consts::TAU;
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// Largest relative difference between a stored rotary factor (f32) and the formula in f64: a few
-/// roundings of f32 in the converter's wavelengths.
+/// Maximum relative difference between a stored rotary factor (f32) and the formula in f64.
+///
+/// Covers a few f32 roundings in the converter's wavelengths.
 const FACTOR_TOLERANCE: f64 = 1e-4;
 
-/// Largest relative difference between the stored attention factor and transformers' own formula.
+/// Maximum relative difference between the stored attention factor and transformers' own
+/// formula.
 const ATTENTION_TOLERANCE: f64 = 1e-4;
 
-/// `rope_scaling` of llama, mistral and qwen; null without scaling.
+/// Returns the `rope_scaling` of llama, mistral and qwen; null without scaling.
 ///
-/// Errors: `Unsupported` for a kind that has no name in transformers or whose parameters cannot be
-/// found again.
+/// Errors: `Unsupported` for a kind without a name in transformers, or whose parameters cannot be
+/// recovered.
 pub(super) fn scaling(
     m: &Metadata<'_>,
     arch: &str,
@@ -35,7 +37,7 @@ pub(super) fn scaling(
         return Err(unsupported(format!("longrope factors in a {arch} model")));
     }
     let factor = m.float(&format!("{arch}.rope.scaling.factor"))?;
-    // Before `rope.scaling.*`, linear scaling had a key of its own.
+    // Before `rope.scaling.*`, linear scaling had its own key.
     let factor = factor.or(m.float(&format!("{arch}.rope.scale_linear"))?);
     let factor = factor.filter(|f| *f != 1.0);
     match (kind.as_deref().unwrap_or("linear"), factor) {
@@ -47,7 +49,7 @@ pub(super) fn scaling(
     }
 }
 
-/// YaRN (arXiv 2309.00071) with the parameters that the file has.
+/// Returns YaRN scaling (arXiv 2309.00071) with the parameters of the file.
 fn yarn(m: &Metadata<'_>, arch: &str, factor: f64) -> Result<Value> {
     let mut scaling = Map::new();
     scaling.insert("rope_type".to_owned(), json!("yarn"));
@@ -78,8 +80,8 @@ fn yarn(m: &Metadata<'_>, arch: &str, factor: f64) -> Result<Value> {
     Ok(Value::Object(scaling))
 }
 
-/// Longrope (arXiv 2402.13753) of phi3: a divisor for each frequency, in short and in long
-/// contexts.
+/// Returns longrope scaling (arXiv 2402.13753) of phi3: a divisor per frequency, for short
+/// and for long contexts.
 pub(super) fn longrope(
     m: &Metadata<'_>,
     dims: &Dims,
@@ -118,7 +120,7 @@ pub(super) fn longrope(
     Ok(Value::Object(scaling))
 }
 
-/// Returns the factor of the rotated values that transformers uses if the config has none
+/// Returns the factor of cos and sin that transformers uses by default
 /// (`_compute_longrope_parameters`).
 fn longrope_attention_factor(context: usize, original: usize) -> f64 {
     let scale = context as f64 / original.max(1) as f64;
@@ -128,7 +130,7 @@ fn longrope_attention_factor(context: usize, original: usize) -> f64 {
     (1.0 + scale.ln() / (original as f64).ln()).sqrt()
 }
 
-/// Parameters of llama3 scaling; only the ratios to `original` matter, so `low` is always 1.
+/// Parameters of llama3 scaling. Only the ratios to `original` matter, so `low` is always 1.
 #[derive(Debug, Clone, Copy)]
 struct Llama3 {
     factor: f64,
@@ -157,11 +159,12 @@ impl Llama3 {
     }
 }
 
-/// Finds the parameters that llama.cpp turned into the divisors `freqs`, one per rotary frequency.
+/// Recovers the parameters that llama.cpp turned into the divisors `freqs`, one per rotary
+/// frequency.
 ///
-/// The largest divisor is the factor; between the two ends 1/d is linear in 1/wavelength, so each
+/// The largest divisor is the factor. Between the two ends 1/d is linear in 1/wavelength. So each
 /// point there gives `original` for the usual high factor 4, and two points give both. The result
-/// is taken only if it gives every divisor again.
+/// is accepted only if it reproduces every divisor.
 fn llama3(freqs: &[f32], dims: &Dims) -> Result<Value> {
     let count = dims.rotary_dim / 2;
     if freqs.len() != count || freqs.iter().any(|f| !f.is_finite() || *f <= 0.0) {
@@ -209,7 +212,7 @@ fn candidates(points: &[(f64, f64)], factor: f64) -> Vec<Llama3> {
         high,
         original: original.round(),
     };
-    // (1/wavelength, smooth) of the points strictly between the two ends.
+    // Pairs (1/wavelength, smooth) of the points strictly between the two ends.
     let smooth: Vec<(f64, f64)> = points
         .iter()
         .filter(|(_, d)| *d > 1.0 && *d < factor)
@@ -229,7 +232,7 @@ fn candidates(points: &[(f64, f64)], factor: f64) -> Vec<Llama3> {
             slope * span,
         ));
     }
-    // Without a point between the ends any length that separates them gives the same frequencies.
+    // Without a point between the ends, any length that separates them gives the same frequencies.
     all.extend((4..24).map(|power| made(4.0, f64::from(1u32 << power))));
     all
 }
@@ -243,7 +246,9 @@ mod tests {
     use super::*;
     use std::f32::consts::TAU as TAU_F32;
 
-    /// The converter's own arithmetic, in f32 (convert_hf_to_gguf.py, `generate_extra_tensors`).
+    /// Computes the divisors with the converter's own arithmetic, in f32.
+    ///
+    /// Source: convert_hf_to_gguf.py, `generate_extra_tensors`.
     fn converted(dim: usize, theta: f32, factor: f32, high: f32, original: f32) -> Vec<f32> {
         let divisor = |i: usize| {
             let wavelength = TAU_F32 * theta.powf(2.0 * i as f32 / dim as f32);
@@ -265,7 +270,7 @@ mod tests {
 
     #[test]
     fn llama3_parameters_are_found_again() {
-        // Llama 3.1, Llama 3.2, and two that no one uses.
+        // Llama 3.1, Llama 3.2, and two unused variants.
         let cases = [
             (128, 500000.0, 8.0, 4.0, 8192.0),
             (64, 500000.0, 32.0, 4.0, 8192.0),

@@ -1,5 +1,6 @@
-//! Checks against files that transformers and llama.cpp's `gguf` package wrote, see
-//! `tests/data/make_fixtures.py`.
+//! Comparison with files that transformers and llama.cpp's `gguf` package wrote.
+//!
+//! See `tests/data/make_fixtures.py`.
 
 mod builder;
 mod hostile;
@@ -31,7 +32,7 @@ fn both(family: &str) -> (HfSource, GgufSource) {
     (HfSource::open(dir).unwrap(), gguf)
 }
 
-/// Names, shapes, order and every value are those of the model that transformers saved.
+/// Names, shapes, order and every value equal those of the model that transformers saved.
 #[test]
 fn gguf_gives_back_the_hugging_face_model() {
     for family in FAMILIES {
@@ -54,7 +55,7 @@ fn gguf_gives_back_the_hugging_face_model() {
             let last = tensor.rows() - 1;
             let row = gguf.read_rows_f32(i, last..tensor.rows()).unwrap();
             assert_eq!(row, expected[last * tensor.cols()..]);
-            // Vectors were widened to F32 by the conversion; matrices keep their bytes.
+            // The conversion widened vectors to F32; matrices keep their bytes.
             if tensor.shape.len() == 2 {
                 let (a, b) = (hf.read_raw(i).unwrap(), gguf.read_raw(i).unwrap());
                 assert_eq!(
@@ -68,7 +69,8 @@ fn gguf_gives_back_the_hugging_face_model() {
     }
 }
 
-/// The fields that decide what is computed, under one roof for both forms of rope parameters.
+/// Returns the fields that affect the computation, in one form for both forms of rope
+/// parameters.
 fn essence(config_json: &str) -> Value {
     let config: Value = serde_json::from_str(config_json).unwrap();
     let config = config.as_object().unwrap();
@@ -161,7 +163,8 @@ fn factor_tensors_are_skipped_and_said_to_be() {
     assert!(names("qwen2").is_empty());
 }
 
-/// By hand: two heads of 4. Stored are x0 y0 x1 y1 (pairs side by side), the model has x0 x1 y0 y1.
+/// By hand: two heads of 4. Stored are x0 y0 x1 y1 (adjacent pairs), the model has x0 x1 y0
+/// y1.
 #[test]
 fn interleaved_rows_are_put_back() {
     let order = RowOrder::Interleaved { head_dim: 4 };
@@ -172,8 +175,9 @@ fn interleaved_rows_are_put_back() {
     assert_eq!(stored, [0, 2, 4, 1, 3, 5]);
 }
 
-/// Largest difference to llama.cpp's own values, relative to the block's largest one: the order of
-/// the f32 multiplications differs in the K types.
+/// Maximum difference to llama.cpp's own values, relative to the largest of the block.
+///
+/// The order of the f32 multiplications differs in the K types.
 const BLOCK_TOLERANCE: f32 = 2e-7;
 
 #[test]
@@ -195,7 +199,7 @@ fn blocks_of_every_type_decode_as_in_llama_cpp() {
         super::FloatType::F32
             .to_f32(values.data(), &mut expected)
             .unwrap();
-        // At every alignment the mapped file could have, were the header not to forbid it.
+        // At every alignment that the mapped file could have if the header did not forbid it.
         for shift in 0..4 {
             let mut moved = vec![0u8; shift];
             moved.extend_from_slice(blocks.data());

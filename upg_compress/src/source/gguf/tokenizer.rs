@@ -1,10 +1,10 @@
-//! Rebuilds a Hugging Face tokenizer (`tokenizer.json`, `tokenizer_config.json`) from the
-//! vocabulary that a GGUF file carries in its metadata.
+//! Conversion of the vocabulary in GGUF metadata to `tokenizer.json` and
+//! `tokenizer_config.json`.
 //!
 //! GGUF stores tokens, merges or scores, and two names: the kind of tokenizer
-//! (`tokenizer.ggml.model`) and how text is cut before merging (`tokenizer.ggml.pre`). The cutting
-//! expressions themselves live in llama.cpp (`src/llama-vocab.cpp`), so a name that is not known
-//! here is an error: another expression gives other ids, and worse text, without any sign of it.
+//! (`tokenizer.ggml.model`) and the pre-tokenizer (`tokenizer.ggml.pre`). The splitting expressions
+//! themselves are in llama.cpp (`src/llama-vocab.cpp`), so a name that is unknown here is an error:
+//! another expression would silently give other ids, and worse text.
 #![forbid(unsafe_code)]
 
 mod bytelevel;
@@ -18,7 +18,7 @@ use upg_kernel::inference::tokenizer::SpecialIds;
 use upg_kernel::{Error, ErrorKind, Result};
 use vocab::Vocab;
 
-/// The rebuilt tokenizer, in the files that Hugging Face has.
+/// Rebuilt tokenizer, as Hugging Face files.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct TokenizerFiles {
@@ -26,27 +26,29 @@ pub struct TokenizerFiles {
     pub tokenizer_json: Vec<u8>,
     /// `tokenizer_config.json`: the special tokens, `add_bos_token`, `chat_template`.
     pub tokenizer_config_json: String,
-    /// Begin of sequence, and every id that ends a text: `eos_token_id` first, then the control
-    /// tokens that are known to end a turn.
+    /// Begin-of-sequence id, and every id that ends a text.
+    ///
+    /// The latter are `eos_token_id` first, then the control tokens that are known to end a turn.
     pub special: SpecialIds,
-    /// The chat template, unchanged.
+    /// Chat template, unchanged.
     pub chat_template: Option<String>,
 }
 
 impl GgufVocab {
-    /// Builds the files. Ids are the indices of `tokens`. Time and memory are linear in the
-    /// vocabulary, with up to 64 MiB more for the merges that a vocabulary of sentencepiece
-    /// implies.
+    /// Builds the files; ids are the indices of `tokens`.
     ///
-    /// Splitting expressions are those of the models' own `tokenizer.json`, which llama.cpp
-    /// quotes beside its own approximations: they give the same ids but for a few characters
-    /// (letters outside ASCII in `gpt-4o` and `tekken`; the long s, U+017F, after an apostrophe).
+    /// Time and memory are linear in the vocabulary, with up to 64 MiB more for the merges that a
+    /// sentencepiece vocabulary implies.
+    ///
+    /// Splitting expressions are those of the models' own `tokenizer.json`, which llama.cpp quotes
+    /// beside its own approximations. They give the same ids except for a few characters (letters
+    /// outside ASCII in `gpt-4o` and `tekken`; the long s, U+017F, after an apostrophe).
     ///
     /// # Errors
     /// `Unsupported` for another `model` or `pre`; `Missing` for absent tokens, scores, merges or
-    /// `pre`; `TooLarge` above the caps of a `tokenizer.json` and 4096 bytes a token; `Invalid`
-    /// for a token that stands twice, an id out of range, an unknown token type, a score that is
-    /// no number, a merge of or into an unknown token, lists of different lengths.
+    /// `pre`; `TooLarge` above the limits of a `tokenizer.json` and 4096 bytes per token; `Invalid`
+    /// for a duplicate token, an id out of range, an unknown token type, a score that is not a
+    /// number, a merge of or into an unknown token, lists of different lengths.
     pub fn to_tokenizer_files(&self) -> Result<TokenizerFiles> {
         let family = match self.model.as_str() {
             "gpt2" => Some(bytelevel::pre_tokenizer(self.pre.as_deref())?),

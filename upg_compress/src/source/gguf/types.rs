@@ -1,4 +1,4 @@
-//! The types of GGUF tensors: which there are, which can be read, and their values.
+//! Types of GGUF tensors, and decoding of the supported ones.
 //!
 //! Checked against the `gguf` package of llama.cpp (see the tests).
 #![forbid(unsafe_code)]
@@ -9,18 +9,18 @@ use candle_core::quantized::GgmlDType;
 use std::borrow::Cow;
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// A tensor type that can be read.
+/// Supported tensor type.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum GgmlType {
     Float(FloatType),
-    /// Decoded by candle.
+    /// Quantized type, decoded by candle.
     Quantized(GgmlDType),
 }
 
 impl GgmlType {
-    /// The type by its number in the file.
+    /// Returns the type by its number in the file.
     ///
-    /// Errors (`Unsupported`): one that is not read, with its name where it is known.
+    /// Errors (`Unsupported`): an unsupported type, with its name if it is known.
     pub(super) fn from_number(number: u32) -> Result<Self> {
         Ok(Self::Quantized(match number {
             0 => return Ok(Self::Float(FloatType::F32)),
@@ -47,7 +47,7 @@ impl GgmlType {
         }))
     }
 
-    /// The name that llama.cpp gives it.
+    /// Returns its name in llama.cpp.
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Float(FloatType::F32) => "F32",
@@ -77,7 +77,7 @@ impl GgmlType {
         }
     }
 
-    /// Values in one block; at least 1.
+    /// Returns the values of one block; at least 1.
     pub(super) fn block_values(self) -> usize {
         match self {
             Self::Float(_) => 1,
@@ -85,7 +85,7 @@ impl GgmlType {
         }
     }
 
-    /// Bytes of one block.
+    /// Returns the bytes of one block.
     pub(super) fn block_bytes(self) -> usize {
         match self {
             Self::Float(float) => float.size(),
@@ -93,13 +93,15 @@ impl GgmlType {
         }
     }
 
-    /// Bytes of `values` values that are whole blocks.
+    /// Returns the bytes of `values` values, which are whole blocks.
     pub(super) fn bytes_of(self, values: usize) -> usize {
         values / self.block_values() * self.block_bytes()
     }
 
-    /// Decodes whole blocks into `out`. Cost for quantized types: a copy of the blocks and of the
-    /// values, so callers pass a few rows at a time.
+    /// Decodes whole blocks into `out`.
+    ///
+    /// Cost for quantized types: a copy of the blocks and of the values, so callers pass a few rows
+    /// at a time.
     ///
     /// Errors (`Malformed`): `bytes` are not the blocks of `out.len()` values.
     pub(super) fn to_f32(self, bytes: &[u8], out: &mut [f32]) -> Result<()> {
@@ -124,7 +126,7 @@ impl GgmlType {
         {
             return Err(wrong_size());
         }
-        // Candle casts the bytes to its blocks and asserts their alignment (2 bytes, Q8_K: 4). The
+        // candle casts the bytes to its blocks and asserts their alignment (2 bytes, Q8_K: 4). The
         // header guarantees it for mapped tensors; other callers get a copy.
         let align = if dtype == GgmlDType::Q8K { 4 } else { 2 };
         let mut aligned = Vec::new();
@@ -148,7 +150,7 @@ impl GgmlType {
     }
 }
 
-/// The name of a type that is not read (ggml.h, `enum ggml_type`).
+/// Returns the name of an unsupported type (ggml.h, `enum ggml_type`).
 fn unread_name(number: u32) -> String {
     let name = match number {
         4 => "Q4_2",

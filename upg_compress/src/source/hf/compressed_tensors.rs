@@ -1,9 +1,9 @@
-//! Weights as the Python package `compressed-tensors` stores them: sparse with a bit for each
-//! weight, or as packed integers.
+//! Weights in the formats of the Python package `compressed-tensors`: sparse with a bitmask,
+//! or packed integers.
 //!
-//! `config.json` says which. Its formats `sparse-bitmask` and `sparse-24-bitmask` (up to version
-//! 0.12 of the package) and `pack-quantized` are read; all others are refused by their name. One
-//! weight is several tensors: [`bitmask`] and [`packed`] say which.
+//! `config.json` names the format. `sparse-bitmask` and `sparse-24-bitmask` (up to version 0.12 of
+//! the package) and `pack-quantized` are supported; all others are refused by name. One weight
+//! consists of several tensors, which [`bitmask`] and [`packed`] describe.
 #![forbid(unsafe_code)]
 
 mod bitmask;
@@ -21,7 +21,8 @@ use config::SparseFormat;
 use parts::{HINT, WeightTensors};
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// Storage of a tensor. All bytes lie inside their shards and fit the shape, as checked at open.
+/// Storage of a tensor. All bytes are inside their shards and match the shape, as checked at
+/// open.
 #[derive(Debug, Clone)]
 pub(super) enum Storage {
     Plain(FloatType, Stored),
@@ -29,7 +30,7 @@ pub(super) enum Storage {
     Packed(Box<Packed>),
 }
 
-/// A weight that was put together from its tensors.
+/// Weight that was assembled from its tensors.
 pub(super) struct Gathered {
     pub name: String,
     pub shape: Vec<usize>,
@@ -48,7 +49,7 @@ const PACKED: [&str; 5] = [
     ".weight_g_idx",
 ];
 
-/// Suffixes of other tensors of a quantized model, all of which change what is computed.
+/// Suffixes of other tensors of a quantized model, all of which change the computation.
 const OTHERS: [&str; 9] = [
     ".weight_global_scale",
     ".input_scale",
@@ -62,12 +63,11 @@ const OTHERS: [&str; 9] = [
 ];
 
 impl Compression {
-    /// Takes the tensors of compressed weights out of `stored` and puts the weights together. What
-    /// is left is stored plainly.
+    /// Removes the tensors of compressed weights from `stored` and assembles the weights.
     ///
-    /// Reads the small ones among them only: shapes, and which column belongs to which group.
-    /// Errors: `Missing` for a weight that lacks one of its tensors; `Shape` and `Invalid` for
-    /// those that do not agree; `Unsupported` for what the config does not announce.
+    /// The remaining tensors are plain. Reads only the small tensors: shapes, and the group of each
+    /// column. Errors: `Missing` for a weight that lacks one of its tensors; `Shape` and `Invalid`
+    /// for inconsistent tensors; `Unsupported` for tensors that the config does not announce.
     pub(super) fn gather(
         &self,
         stored: &mut Tensors,
@@ -138,7 +138,7 @@ impl Compression {
     }
 }
 
-/// The names that stand before `suffix`.
+/// Returns the names before `suffix`.
 fn stems(stored: &Tensors, suffix: &str) -> Vec<String> {
     let stems = stored.keys().filter_map(|name| name.strip_suffix(suffix));
     stems.map(str::to_owned).collect()

@@ -1,5 +1,4 @@
-//! The files of a model directory: which there are, how large they may be, what is wrong if one is
-//! not there.
+//! Files of a model directory: their sizes and limits, and errors if one is missing.
 #![forbid(unsafe_code)]
 
 use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
@@ -15,23 +14,23 @@ use upg_kernel::{Error, ErrorKind, Result};
 pub(super) const SINGLE: &str = "model.safetensors";
 pub(super) const INDEX: &str = "model.safetensors.index.json";
 
-/// Largest index in bytes: that of a model with 90,000 tensors has 9 MB.
+/// Maximum index in bytes: that of a model with 90,000 tensors has 9 MB.
 const MAX_INDEX: u64 = 64 << 20;
 
-/// Longest name of a shard in bytes: no file system has longer ones.
+/// Maximum name of a shard in bytes, the limit of file systems.
 const MAX_SHARD_NAME: usize = 255;
 
 /// Index of a sharded model: the shard of each tensor.
 #[derive(Debug, Default)]
 pub(super) struct Index {
-    /// The files of the shards, and their numbers.
+    /// Shard files with their numbers.
     pub shards: BTreeMap<String, u32>,
     /// Tensors with the numbers of their shards.
     pub tensors: BTreeMap<String, u32>,
 }
 
 impl Index {
-    /// The file of shard `number`.
+    /// Returns the file of shard `number`.
     pub fn shard(&self, number: u32) -> &str {
         let found = self.shards.iter().find(|(_, found)| **found == number);
         found.map_or("", |(name, _)| name)
@@ -77,7 +76,7 @@ pub(super) fn read_index(dir: &Path) -> Result<Option<Index>> {
     }
 }
 
-/// Reads an index; `refused` is why it was given up.
+/// Reader of an index; `refused` is the reason for giving up.
 #[derive(Default)]
 struct IndexReader {
     index: Index,
@@ -87,7 +86,7 @@ struct IndexReader {
 
 impl IndexReader {
     fn entry(&mut self, name: String, shard: &str) -> Result<()> {
-        // The index comes from a stranger: a name with a path in it could reach any file.
+        // The index is untrusted: a name with a path in it could reach any file.
         let is_plain = shard.ends_with(".safetensors") && !shard.contains(['/', '\\', ':', '\0']);
         if !is_plain || shard.len() > MAX_SHARD_NAME {
             let shown: String = shard.chars().take(MAX_SHARD_NAME).collect();
@@ -132,7 +131,7 @@ impl<'de> Visitor<'de> for &mut IndexReader {
     }
 }
 
-/// The object `weight_map`.
+/// Reader of the object `weight_map`.
 struct WeightMap<'a>(&'a mut IndexReader);
 
 impl<'de> DeserializeSeed<'de> for WeightMap<'_> {
@@ -161,7 +160,7 @@ impl<'de> Visitor<'de> for WeightMap<'_> {
     }
 }
 
-/// The error for a directory without weights, by what is there instead.
+/// Returns the error for a directory without weights, according to its files.
 fn no_weights(dir: &Path) -> Error {
     let mut names: Vec<String> = std::fs::read_dir(dir)
         .into_iter()
@@ -218,9 +217,11 @@ pub(super) fn no_config(dir: &Path) -> Error {
         .hint(hint)
 }
 
-/// The name of the directory; for a snapshot in the Hugging Face cache, the name of the model.
+/// Returns the name of the directory; for a snapshot in the Hugging Face cache, the name of
+/// the model.
 pub(super) fn model_name(dir: &Path) -> String {
-    // Not canonicalized before the cache is recognized: its files are links, its directories not.
+    // Not canonicalized before the cache is recognized: its files are links, its directories are
+    // not.
     let dir: PathBuf = std::path::absolute(dir).unwrap_or_else(|_| dir.to_path_buf());
     let cached = dir
         .ancestors()

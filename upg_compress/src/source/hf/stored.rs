@@ -1,4 +1,4 @@
-//! The tensors of a directory as the headers of its weight files list them.
+//! Tensors of a directory as listed in the headers of its weight files.
 #![forbid(unsafe_code)]
 
 use safetensors::Dtype;
@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use upg_kernel::Result;
 
-/// A tensor as a shard's header lists it.
+/// Tensor as listed in a shard's header.
 #[derive(Debug, Clone)]
 pub(super) struct Stored {
     pub(super) shard: usize,
@@ -18,5 +18,5 @@ pub(super) struct Stored {
 /// Stored tensors by name.
 pub(super) type Tensors = BTreeMap<String, Stored>;
 
-/// The bytes of a stored tensor, in its shard.
+/// Accessor of the bytes of a stored tensor in its shard.
 pub(super) type Bytes<'f, 'a> = &'f dyn Fn(&Stored) -> Result<&'a [u8]>;

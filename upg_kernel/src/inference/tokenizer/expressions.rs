@@ -56,7 +56,7 @@ const WORDS: &[&str] = &[
 
 /// Alternatives that take all whitespace from a position on.
 ///
-/// Those before the last one look over it, and take it except for one character or leave it to the
+/// The ones before the last look over it, and take it except for one character or leave it to the
 /// last one.
 const SPACES: &[&[&str]] = &[
     &[r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+"],

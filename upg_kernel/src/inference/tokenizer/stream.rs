@@ -49,7 +49,7 @@ impl<T: Borrow<Tokenizer>> DecodeStream<T> {
     /// Takes one id and returns the text that is now certain, often empty.
     ///
     /// # Errors
-    /// As [`Tokenizer::decode`].
+    /// The errors of [`Tokenizer::decode`].
     pub fn push(&mut self, id: u32) -> Result<String> {
         // Such ids decode to nothing, and must not be the context of others.
         let tokenizer = self.tokenizer.borrow();
@@ -74,7 +74,7 @@ impl<T: Borrow<Tokenizer>> DecodeStream<T> {
     /// Returns the text that is still pending, at the end of the stream.
     ///
     /// # Errors
-    /// As [`Tokenizer::decode`].
+    /// The errors of [`Tokenizer::decode`].
     pub fn finish(&mut self) -> Result<String> {
         let text = self.pending_text()?;
         self.pending.clear();

@@ -1,6 +1,6 @@
 //! Levels of a `t2`, `t3` or `t4` strip.
 //!
-//! As with AVX2, a row of a tile is four weights whose states lie in 32 bits, so each lane of a
+//! Like with AVX2, a row of a tile is four weights whose states lie in 32 bits, so each lane of a
 //! register decodes one row. Columns 0 and 2 become the halves of the lanes of one register,
 //! columns 1 and 3 those of another. The upper bytes of their products with the multiplier of the
 //! code ([`crate::trellis_code`]) are in column order.

@@ -1,8 +1,8 @@
-//! GGUF files made byte by byte.
+//! Builder of GGUF files, byte by byte.
 
 use super::data;
 
-/// A GGUF file piece by piece.
+/// GGUF file under construction.
 pub(super) struct File(pub(super) Vec<u8>);
 
 impl File {
@@ -33,7 +33,7 @@ impl File {
         self.text(key).u32(kind)
     }
 
-    /// A key with a u32.
+    /// Adds a key with a u32.
     pub(super) fn number(self, key: &str, n: u32) -> Self {
         self.key(key, 4).u32(n)
     }
@@ -50,7 +50,8 @@ impl File {
 pub(super) const STRING: u32 = 8;
 pub(super) const ARRAY: u32 = 9;
 
-/// A good file with `from` replaced by `to` (of the same length) wherever it stands.
+/// Returns a valid file with every occurrence of `from` replaced by `to` (of the same
+/// length).
 pub(super) fn edited(family: &str, from: &[u8], to: &[u8]) -> Vec<u8> {
     let mut bytes = std::fs::read(data(&format!("families/{family}/model.gguf"))).unwrap();
     assert_eq!(from.len(), to.len());
@@ -72,8 +73,10 @@ pub(super) fn floats(values: &[f32]) -> Vec<u8> {
     values.iter().flat_map(|x| x.to_le_bytes()).collect()
 }
 
-/// A llama of one layer and one head of 8, all zeros, with more keys (name below `llama.`, value
-/// type, bytes) and tensors.
+/// Returns an all-zero llama of one layer and one head of 8, with additional keys and
+/// tensors.
+///
+/// A key is a name below `llama.`, a value type and bytes.
 pub(super) fn llama(keys: &[(&str, u32, &[u8])], tensors: &[(&str, &[u64])]) -> Vec<u8> {
     let sizes = [
         "embedding_length",
@@ -121,7 +124,7 @@ pub(super) fn llama(keys: &[(&str, u32, &[u8])], tensors: &[(&str, &[u64])]) -> 
     file.bytes(&[0; 32 + 8 * 8 * 4]).0
 }
 
-/// The bytes of a string value.
+/// Returns the bytes of a string value.
 pub(super) fn text(text: &str) -> Vec<u8> {
     File(Vec::new()).text(text).0
 }

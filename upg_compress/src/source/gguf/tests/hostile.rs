@@ -1,5 +1,7 @@
-//! Damaged and malicious GGUF files: an error that says what is wrong, or a good read; never a
-//! panic, never more memory than the file accounts for.
+//! Damaged and malicious GGUF files.
+//!
+//! The result is an informative error or a correct read; never a panic, and never more memory than
+//! the size of the file justifies.
 
 use super::super::{GgufSource, Source};
 use super::builder::{ARRAY, File, STRING};
@@ -9,7 +11,7 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 use std::path::Path;
 use upg_kernel::{ErrorKind, Result};
 
-/// Writes `bytes` and reads everything that can be read of them.
+/// Writes `bytes` to a file and reads everything in it.
 pub(super) fn read_all(path: &Path, bytes: &[u8]) -> Result<()> {
     // Not in place: a mapped file must not change.
     let _ = std::fs::remove_file(path);
@@ -43,7 +45,8 @@ fn random_damage_never_panics() {
     let mut refused = 0;
     for family in FAMILIES {
         let good = std::fs::read(data(&format!("families/{family}/model.gguf"))).unwrap();
-        // Where the tensor data starts does not matter: most flips go where decisions are made.
+        // The position of the tensor data does not matter: most flips hit bytes that affect
+        // decisions.
         let header = good.len().min(5000) as u64;
         for _ in 0..300 {
             let mut bad = good.clone();
@@ -271,8 +274,10 @@ fn absurd_headers_are_refused() {
     }
 }
 
-/// 8 GiB of one-byte values, in a file with a hole: expanded into values of 32 bytes it would be
-/// 256 GiB. Nothing of it is read or kept.
+/// 8 GiB of one-byte values, in a sparse file: expanded into values of 32 bytes it would be
+/// 256 GiB.
+///
+/// None of it is read or stored.
 #[test]
 fn a_huge_array_costs_no_memory() {
     let len = 8u64 << 30;

@@ -1,5 +1,7 @@
-//! `gpt2`: byte-level BPE. Text is cut by an expression, bytes are spelled as printable
-//! characters, and the listed merges are applied inside each cut.
+//! `gpt2`: byte-level BPE.
+//!
+//! An expression splits the text, bytes are spelled as printable characters, and the listed merges
+//! are applied inside each part.
 #![forbid(unsafe_code)]
 
 use serde_json::{Map, Value, json};
@@ -8,37 +10,39 @@ use upg_kernel::{Error, ErrorKind, Result};
 use super::file::TokenizerParts;
 use super::vocab::{Vocab, invalid};
 
-/// Pre-tokenizer: how text is cut, and what goes with its name in llama.cpp.
+/// Pre-tokenizer: the splitting rule, and the settings that belong to its name in llama.cpp.
 pub(super) struct PreTokenizer {
     cut: Cut,
-    /// A cut that is a token as a whole is taken without merging.
+    /// Flag: a part that is a token as a whole is taken without merging.
     ignore_merges: bool,
-    /// Set if the begin of sequence is added where the file does not say.
+    /// Flag: the begin of sequence is added by default.
     pub(super) add_bos: bool,
 }
 
 enum Cut {
-    /// The expression of GPT-2, which `tokenizers` has built in.
+    /// Expression of GPT-2, which `tokenizers` has built in.
     Gpt2,
-    /// Every digit on its own, then GPT-2.
+    /// Every digit separately, then GPT-2.
     DigitsGpt2,
-    /// An expression; each match is a cut.
+    /// Expression; each match is a part.
     Expression(&'static str),
 }
 
-/// Llama 3 (also cl100k of tiktoken): digits in groups of three.
+/// Expression of Llama 3 (also cl100k of tiktoken): digits in groups of three.
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
-/// Qwen 2: as Llama 3, but digits one by one.
+/// Expression of Qwen 2: as Llama 3, but single digits.
 const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
-/// GPT-4o (o200k of tiktoken): words also end where upper case follows lower case.
+/// Expression of GPT-4o (o200k of tiktoken): words also end where upper case follows lower
+/// case.
 const GPT4O: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
-/// Mistral's Tekken: as GPT-4o without contractions, digits one by one.
+/// Expression of Mistral's Tekken: as GPT-4o without contractions, and with single digits.
 const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
-/// The family of a `tokenizer.ggml.pre` (the names of llama.cpp's `llama_vocab::impl::load`).
+/// Returns the pre-tokenizer for a `tokenizer.ggml.pre` (names as in llama.cpp's
+/// `llama_vocab::impl::load`).
 pub(super) fn pre_tokenizer(pre: Option<&str>) -> Result<PreTokenizer> {
     let Some(pre) = pre else {
         return Err(Error::new(
@@ -128,7 +132,9 @@ fn byte_level(use_regex: bool) -> Value {
            "use_regex": use_regex})
 }
 
-/// U+FFFD is no letter of the byte alphabet: it is what a reader put for bytes that are no UTF-8.
+/// Checks that tokens use the byte alphabet.
+///
+/// U+FFFD is not in it: a reader has substituted it for bytes that are not UTF-8.
 fn check_spelling(vocab: &Vocab<'_>) -> Result<()> {
     match vocab
         .iter()
@@ -142,7 +148,7 @@ fn check_spelling(vocab: &Vocab<'_>) -> Result<()> {
     }
 }
 
-/// `left right` to a pair of ids. No byte-level token has a space in it.
+/// Converts `left right` to a pair of ids. No byte-level token contains a space.
 fn merges(vocab: &Vocab<'_>) -> Result<Vec<(u32, u32)>> {
     if vocab.raw.merges.is_empty() {
         return Err(Error::new(

@@ -1,4 +1,4 @@
-//! The text of `tokenizer.json`, written without a tree of values in between.
+//! Writer of `tokenizer.json` without an intermediate tree of values.
 #![forbid(unsafe_code)]
 
 use super::vocab::{TokenType, Vocab};
@@ -9,7 +9,7 @@ use std::io::{self, Write};
 use upg_kernel::format::check_tokenizer_bytes;
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// The parts of `tokenizer.json` in which the two kinds of vocabulary differ.
+/// Components of `tokenizer.json` in which the two kinds of vocabulary differ.
 pub(super) struct TokenizerParts {
     pub(super) normalizer: Value,
     pub(super) pre_tokenizer: Value,
@@ -18,7 +18,9 @@ pub(super) struct TokenizerParts {
     pub(super) merges: Vec<(u32, u32)>,
 }
 
-/// The text for this vocabulary. Memory: its bytes. Errors: `TooLarge` above the cap of readers.
+/// Returns the text for this vocabulary.
+///
+/// Memory: its bytes. Errors: `TooLarge` above the limit of readers.
 pub(super) fn text(vocab: &Vocab<'_>, parts: &TokenizerParts) -> Result<Vec<u8>> {
     let file = File {
         version: "1.0",
@@ -43,7 +45,7 @@ pub(super) fn text(vocab: &Vocab<'_>, parts: &TokenizerParts) -> Result<Vec<u8>>
     Ok(text)
 }
 
-/// Counts bytes.
+/// Writer that counts bytes.
 struct Count(usize);
 
 impl Write for Count {
@@ -57,7 +59,7 @@ impl Write for Count {
     }
 }
 
-/// The fields of the file, in the order that they are written in by others.
+/// Fields of the file, in the usual order.
 #[derive(Serialize)]
 struct File<'a, 'v> {
     version: &'static str,

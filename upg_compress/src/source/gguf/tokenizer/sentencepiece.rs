@@ -1,5 +1,7 @@
-//! `llama`: sentencepiece BPE. Spaces are spelled `▁`, the text is not cut, and of two neighbours
-//! the pair that makes the token with the best score is merged first.
+//! `llama`: sentencepiece BPE.
+//!
+//! Spaces are spelled `▁` and the text is not split. The adjacent pair that makes the token with
+//! the best score is merged first.
 #![forbid(unsafe_code)]
 
 use serde_json::{Map, Value, json};
@@ -12,7 +14,7 @@ use upg_kernel::inference::tokenizer::MAX_MERGES;
 
 const SPACE: &str = "▁";
 
-/// Bytes that the implied merges may take in `tokenizer.json`: those of Gemma take 11 MB.
+/// Maximum bytes of the implied merges in `tokenizer.json`: those of Gemma take 11 MB.
 const MAX_MERGE_BYTES: usize = 32 << 20;
 
 /// Bytes around the two tokens of a merge there.
@@ -47,7 +49,8 @@ fn byte_token(byte: u8) -> String {
     format!("<0x{byte:02X}>")
 }
 
-/// The prefix comes before every stretch of text between special tokens, as in llama.cpp.
+/// Returns the normalizer. The prefix precedes every stretch of text between special tokens,
+/// as in llama.cpp.
 fn normalizer(prefix: bool) -> Value {
     let replace = json!({"type": "Replace", "pattern": {"String": " "}, "content": SPACE});
     if prefix {
@@ -69,17 +72,17 @@ fn decoder(prefix: bool) -> Value {
     json!({"type": "Sequence", "decoders": steps})
 }
 
-/// Every way to make a token of two others, the best score first.
+/// Returns every way to make a token of two others, the best score first.
 ///
-/// GGUF has scores where `tokenizer.json` has merges. The order among equal scores (longer left
-/// part first, then longer right part) is that of transformers' converter; sentencepiece and
-/// llama.cpp take the leftmost pair of the text instead, which no list of merges can say. It
-/// matters where one token can be made in two ways that overlap.
+/// GGUF has scores where `tokenizer.json` has merges. The order at a tie (longer left part first,
+/// then longer right part) is that of transformers' converter. sentencepiece and llama.cpp take the
+/// leftmost pair of the text instead, which no list of merges can express. The difference matters
+/// where one token can be made in two ways that overlap.
 ///
 /// Control, unknown and byte tokens are not made by merging: text must not turn into them.
 ///
-/// Time is that of sorting the vocabulary, and linear in its bytes and in the merges. Memory: 33
-/// bytes for each merge.
+/// Time: that of sorting the vocabulary, plus linear in its bytes and in the merges. Memory: 33
+/// bytes per merge.
 fn merges(vocab: &Vocab<'_>) -> Result<Vec<(u32, u32)>> {
     let scores = &vocab.raw.scores;
     if scores.is_empty() {
@@ -99,8 +102,8 @@ fn merges(vocab: &Vocab<'_>) -> Result<Vec<(u32, u32)>> {
     let len = |id: u32| vocab.raw.tokens[id as usize].len();
     let (mut found, mut bytes, mut right) = (Vec::new(), 0, Vec::new());
     for ((id, token, _), &score) in vocab.iter().zip(scores) {
-        // From the longest to the shortest; the left parts below so too, and their right parts the
-        // other way round.
+        // From the longest to the shortest; likewise the left parts below, and their right parts in
+        // reverse.
         right.clear();
         right.extend(ends.chain(id));
         for l in starts.chain(id) {
@@ -129,6 +132,8 @@ fn merges(vocab: &Vocab<'_>) -> Result<Vec<(u32, u32)>> {
     Ok(found.into_iter().map(|merge| merge.parts).collect())
 }
 
+/// Checks the limits.
+///
 /// Errors (`TooLarge`): more merges than `tokenizer.json` may have, or more bytes of them.
 fn check_merges(count: usize, bytes: usize) -> Result<()> {
     if count <= MAX_MERGES && bytes <= MAX_MERGE_BYTES {
@@ -141,17 +146,16 @@ fn check_merges(count: usize, bytes: usize) -> Result<()> {
         .hint("compress from the Hugging Face directory, which has a tokenizer.json"))
 }
 
-/// A way to make a token of two others.
+/// Way to make a token of two others.
 struct Implied {
     score: f32,
-    /// Characters of the left and the right part.
+    /// Number of characters of the left and the right part.
     chars: (u32, u32),
     token: u32,
     parts: (u32, u32),
 }
 
-/// For each token the longest other one that it starts with, or ends with, among those that are
-/// made by merging.
+/// For each token the longest other mergeable token that it starts with, or ends with.
 struct Parents(Vec<Option<u32>>);
 
 impl Parents {
@@ -168,8 +172,10 @@ impl Parents {
         Self::new(vocab, reversed, |token, end| token.ends_with(end))
     }
 
-    /// `order` sorts every token after those that `begins` finds in it, with nothing but such
-    /// tokens between.
+    /// Finds the parents.
+    ///
+    /// `order` sorts every token after those that `begins` finds in it, with only such tokens
+    /// between.
     fn new(
         vocab: &Vocab<'_>,
         order: impl Fn(&str, &str) -> Ordering,
@@ -198,7 +204,8 @@ impl Parents {
         Self(parents)
     }
 
-    /// The parent of a token, that of its parent, and so on: each shorter than the one before.
+    /// Iterates over the parent of a token, the parent of that, and so on: each is shorter than
+    /// the one before.
     fn chain(&self, id: u32) -> impl Iterator<Item = u32> {
         std::iter::successors(self.0[id as usize], |&id| self.0[id as usize])
     }

@@ -17,7 +17,7 @@ fn strings(items: &[&str]) -> Vec<String> {
     items.iter().map(|&s| s.to_owned()).collect()
 }
 
-/// Byte-level: ASCII, a few words, three tokens with a meaning.
+/// Creates a byte-level vocabulary: ASCII, a few words, three special tokens.
 fn byte_level(pre: &str) -> GgufVocab {
     let mut tokens: Vec<String> = ('!'..='~').map(String::from).collect();
     tokens.extend(strings(&[
@@ -47,7 +47,7 @@ fn spelled(tokenizer: &Tokenizer, text: &str) -> Vec<String> {
 
 #[test]
 fn pre_tokenizers_cut_as_named() {
-    // (name, spelling of "123", spelling of "x  a")
+    // (name, spelling of "123", spelling of "x a")
     for (pre, digits, spaces) in [
         ("smollm", &["1", "2", "3"][..], &["x", "Ġ", "Ġa"][..]),
         ("gpt-2", &["123"], &["x", "Ġ", "Ġa"]),
@@ -73,7 +73,7 @@ fn pre_tokenizers_cut_as_named() {
         assert_eq!(t.decode(&ids, false).unwrap(), text);
         assert_eq!(t.decode(&ids, true).unwrap(), "ab<think> é  12");
     }
-    // Words end at a capital in one of them only.
+    // Only in one of them words end at a capital.
     let mut vocab = byte_level("gpt-4o");
     vocab.merges.push("b C".to_owned());
     vocab.tokens.push("bC".to_owned());
@@ -83,13 +83,13 @@ fn pre_tokenizers_cut_as_named() {
     assert_eq!(spelled(&load(&vocab), "bC"), ["bC"]);
 }
 
-/// The regex engine gives up on far longer runs, and then the rest would stay uncut.
+/// The regex engine gives up on far longer runs, and the rest would stay unsplit.
 #[test]
 fn the_longest_runs_are_cut() {
     for pre in ["smollm", "gpt-2", "llama-bpe", "gpt-4o", "qwen2", "tekken"] {
         let mut vocab = byte_level(pre);
         vocab.add_bos = Some(false);
-        // Merged in a text that is not cut.
+        // Merged in a text that is not split.
         vocab.merges.insert(0, "b 1".to_owned());
         vocab.tokens.push("b1".to_owned());
         vocab.token_types.push(1);
@@ -140,7 +140,8 @@ fn special_tokens_and_configuration() {
     assert_eq!(load(&vocab).encode("!", true).unwrap(), [n - 3, 0, n - 3]);
 }
 
-/// Sentencepiece: bytes, letters, and words whose scores fall with their ids.
+/// Creates a sentencepiece vocabulary: bytes, letters, and words whose scores decrease with
+/// their ids.
 fn sentencepiece() -> GgufVocab {
     let mut tokens = strings(&["<unk>", "<s>", "</s>"]);
     let mut token_types = vec![2, 3, 3];
@@ -193,8 +194,10 @@ fn sentencepiece() -> GgufVocab {
     }
 }
 
-/// What llama.cpp does (`llm_tokenizer_spm_session`), in its plainest form: merge the neighbours
-/// whose token has the best score, the leftmost of equals, until none make a token.
+/// Tokenizes like llama.cpp (`llm_tokenizer_spm_session`) in its plainest form.
+///
+/// Merges the neighbours whose token has the best score, at a tie the leftmost, until none make a
+/// token.
 fn by_scores(vocab: &GgufVocab, text: &str) -> Vec<u32> {
     let find = |s: &str| vocab.tokens.iter().position(|t| t == s);
     let text = format!(" {text}").replace(' ', "▁");
@@ -241,7 +244,7 @@ fn sentencepiece_merges_by_score() {
     }
 }
 
-/// The merges of a vocabulary, every split of every token tried: pairs of ids.
+/// Returns the merges of a vocabulary as pairs of ids, by trying every split of every token.
 fn plain_merges(vocab: &GgufVocab) -> Vec<(usize, usize)> {
     let find = |text: &str| {
         let id = vocab.tokens.iter().position(|token| token == text)?;
@@ -316,7 +319,7 @@ fn implied_merges_are_all_splits_into_two_tokens() {
     assert!(most > 100, "{most}");
 }
 
-/// The merges that a short vocabulary implies are capped by their bytes.
+/// The merges that a short vocabulary implies are limited by their bytes.
 #[test]
 fn implied_merges_are_capped_by_their_bytes() {
     let tokens: Vec<String> = (1..500).map(|n| "a".repeat(n)).collect();

@@ -1,4 +1,4 @@
-//! The vocabulary of a GGUF file, and the checks that it has to pass.
+//! Vocabulary of a GGUF file, and its checks.
 #![forbid(unsafe_code)]
 
 use serde_json::{Map, Value, json};
@@ -6,11 +6,13 @@ use std::collections::HashMap;
 use upg_kernel::inference::tokenizer::{MAX_MERGES, MAX_TOKENS, SpecialIds, check_count};
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// Longest token in bytes; real ones have up to 512.
+/// Maximum token in bytes; real ones have up to 512.
 pub(crate) const MAX_TOKEN_BYTES: usize = 4096;
 
-/// Control tokens that end a text or a turn whatever `eos_token_id` says (as in llama.cpp, where
-/// chat models often name the end of the document there and mean the end of the turn).
+/// Control tokens that end a text or a turn for any `eos_token_id`.
+///
+/// This is as in llama.cpp: chat models often name the end of the document there and mean the end
+/// of the turn.
 const END_TOKENS: &[&str] = &[
     "<|im_end|>",
     "<|endoftext|>",
@@ -22,38 +24,40 @@ const END_TOKENS: &[&str] = &[
     "<｜end▁of▁sentence｜>",
 ];
 
-/// The vocabulary as it stands in the metadata of a GGUF file, under `tokenizer.ggml.*`.
+/// Vocabulary as in the metadata of a GGUF file, under `tokenizer.ggml.*`.
 #[derive(Debug, Clone, Default, PartialEq)]
 #[non_exhaustive]
 pub struct GgufVocab {
-    /// `model`: `gpt2` (byte-level BPE) or `llama` (sentencepiece BPE).
+    /// Kind, `model`: `gpt2` (byte-level BPE) or `llama` (sentencepiece BPE).
     pub model: String,
-    /// `pre`: the name of the pre-tokenizer; byte-level BPE only.
+    /// Name of the pre-tokenizer, `pre`; byte-level BPE only.
     pub pre: Option<String>,
-    /// `tokens`: spelling by id.
+    /// Spelling by id, `tokens`.
     pub tokens: Vec<String>,
-    /// `scores`: by id; needed for `llama` only.
+    /// Score by id, `scores`; required for `llama` only.
     pub scores: Vec<f32>,
-    /// `token_type`: by id, 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte.
-    /// Empty: all are normal but the begin and end of sequence.
+    /// Type by id, `token_type`: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6
+    /// byte.
+    ///
+    /// Empty: all are normal except the begin and end of sequence.
     pub token_types: Vec<i32>,
-    /// `merges`: `left right`, best first; needed for `gpt2` only.
+    /// Merges `left right`, best first, `merges`; required for `gpt2` only.
     pub merges: Vec<String>,
-    /// `bos_token_id`.
+    /// Begin-of-sequence id, `bos_token_id`.
     pub bos: Option<u32>,
-    /// `eos_token_id`.
+    /// End-of-sequence id, `eos_token_id`.
     pub eos: Option<u32>,
-    /// `unknown_token_id`.
+    /// Unknown-token id, `unknown_token_id`.
     pub unk: Option<u32>,
-    /// `padding_token_id`.
+    /// Padding id, `padding_token_id`.
     pub pad: Option<u32>,
-    /// `add_bos_token`.
+    /// Setting `add_bos_token`.
     pub add_bos: Option<bool>,
-    /// `add_eos_token`.
+    /// Setting `add_eos_token`.
     pub add_eos: Option<bool>,
-    /// `add_space_prefix`; has a meaning for `llama` only.
+    /// Setting `add_space_prefix`, which only affects `llama`.
     pub add_space_prefix: Option<bool>,
-    /// `tokenizer.chat_template`.
+    /// Chat template, `tokenizer.chat_template`.
     pub chat_template: Option<String>,
 }
 
@@ -68,7 +72,7 @@ pub(super) enum TokenType {
     Byte,
 }
 
-/// A checked vocabulary: every token once, every id in range.
+/// Checked vocabulary: tokens are unique, ids in range.
 pub(super) struct Vocab<'a> {
     pub(super) raw: &'a GgufVocab,
     pub(super) types: Vec<TokenType>,
@@ -83,8 +87,8 @@ pub(super) struct Vocab<'a> {
 impl<'a> Vocab<'a> {
     /// Checks a vocabulary.
     ///
-    /// `bytelevel_bos` is for byte-level BPE whether the begin of sequence is added where the file
-    /// does not say; `None` stands for a vocabulary of sentencepiece.
+    /// `bytelevel_bos` is the default for adding the begin of sequence in byte-level BPE; `None`
+    /// means a sentencepiece vocabulary.
     pub(super) fn check(raw: &'a GgufVocab, bytelevel_bos: Option<bool>) -> Result<Self> {
         let n = raw.tokens.len();
         if n == 0 {
@@ -116,7 +120,7 @@ impl<'a> Vocab<'a> {
             add_eos: raw.add_eos.unwrap_or(false),
         };
         if bytelevel_bos.is_none() {
-            // What llama.cpp takes for a sentencepiece vocabulary that does not say.
+            // Defaults of llama.cpp for a sentencepiece vocabulary.
             vocab.unk = vocab.unk.or(Some(0));
             vocab.bos = vocab.bos.or((n > 1).then_some(1));
             vocab.eos = vocab.eos.or((n > 2).then_some(2));
@@ -159,13 +163,13 @@ impl<'a> Vocab<'a> {
         ]
     }
 
-    /// The spelling of an id that was checked.
+    /// Returns the spelling of a checked id.
     pub(super) fn token(&self, id: Option<u32>) -> Option<&'a str> {
         let token = self.raw.tokens.get(id? as usize)?;
         Some(token.as_str())
     }
 
-    /// (id, spelling, type) of every token.
+    /// Iterates over (id, spelling, type) of every token.
     pub(super) fn iter(&self) -> impl Iterator<Item = (u32, &'a str, TokenType)> {
         (0_u32..)
             .zip(&self.raw.tokens)
@@ -183,7 +187,8 @@ impl<'a> Vocab<'a> {
         SpecialIds { bos: self.bos, eos }
     }
 
-    /// Puts begin and end of sequence around a text, as the model wants them.
+    /// Returns the post-processor that puts begin and end of sequence around a text, as the model
+    /// wants them.
     pub(super) fn post_processor(&self) -> Value {
         let around = |wanted: bool, id: Option<u32>| {
             self.token(id)
@@ -254,7 +259,7 @@ fn token_types(raw: &[i32], n: usize) -> Result<Vec<TokenType>> {
     }
     let one = |(id, &code): (usize, &i32)| {
         Ok(match code {
-            // Written by old converters for tokens that they did not classify.
+            // Old converters write it for tokens that they did not classify.
             0 | 1 => TokenType::Normal,
             2 => TokenType::Unknown,
             3 => TokenType::Control,

@@ -1,5 +1,5 @@
-//! `sparse-bitmask` and `sparse-24-bitmask`: a bit for each weight, values for those that are not
-//! zero.
+//! `sparse-bitmask` and `sparse-24-bitmask`: a bit per weight, and values for the nonzero
+//! ones.
 #![forbid(unsafe_code)]
 
 use super::config::SparseFormat;
@@ -10,14 +10,15 @@ use rayon::prelude::*;
 use safetensors::Dtype;
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// A weight `[rows, cols]` as four tensors; with two of four in each row as three, without
-/// `row_offsets`.
+/// Sparse weight `[rows, cols]`, stored as four tensors.
+///
+/// With two of four in each row there are three, without `row_offsets`.
 ///
 /// - `shape` I64 `[2]` or `[2, 1]`;
 /// - `bitmask` U8 `[rows, ceil(cols / 8)]`, least significant bit first: 1 means that there is a
 ///   value;
 /// - `compressed`: the values, row by row, `[n]`, or `[rows, cols / 2]` with two of four;
-/// - `row_offsets` I64 `[rows]`: where the values of each row start.
+/// - `row_offsets` I64 `[rows]`: the start of the values of each row.
 ///
 /// A vector `[n]` is a row. Bits and offsets of a row are checked when it is read.
 #[derive(Debug, Clone)]
@@ -36,19 +37,21 @@ enum RowStarts {
     TwoOfFour,
 }
 
-/// The bytes of a [`Bitmask`], to read rows of.
+/// Bytes of a [`Bitmask`], for reading rows.
 pub(in crate::source::hf) struct BitmaskRows<'a> {
     rows: usize,
     cols: usize,
     value_bytes: usize,
     bitmask: &'a [u8],
     values: &'a [u8],
-    /// `None` with two of four.
+    /// Row offsets; `None` with two of four.
     offsets: Option<&'a [u8]>,
 }
 
 impl Bitmask {
-    /// Errors: `Missing`, `Shape` and `Unsupported` for tensors that are not there or not as
+    /// Creates a weight from its tensors.
+    ///
+    /// Errors: `Missing`, `Shape` and `Unsupported` for tensors that are missing or not as
     /// described.
     pub(super) fn new(
         parts: &WeightTensors,
@@ -96,7 +99,7 @@ impl Bitmask {
         self.shape.clone()
     }
 
-    /// The whole weight in its own type.
+    /// Returns the whole weight in its own type.
     ///
     /// Errors: those of [`BitmaskRows::read`].
     pub(in crate::source::hf) fn dense(&self, bytes: Bytes<'_, '_>) -> Result<Vec<u8>> {
@@ -125,7 +128,7 @@ impl Bitmask {
     }
 }
 
-/// Rows and columns, a vector as a row.
+/// Returns rows and columns; a vector is one row.
 fn as_rows(shape: &[usize]) -> (usize, usize) {
     match shape {
         [cols] => (1, *cols),
@@ -134,14 +137,14 @@ fn as_rows(shape: &[usize]) -> (usize, usize) {
 }
 
 impl BitmaskRows<'_> {
-    /// Writes row `row` to `out`, whose values are zero before.
+    /// Writes row `row` to `out`, which must be zero before.
     ///
-    /// Errors (`Invalid`): bits past the last column; bits and offsets that do not agree; with two
-    /// of four another number of bits.
+    /// Errors (`Invalid`): bits past the last column; inconsistent bits and offsets; with two of
+    /// four another number of bits.
     pub(in crate::source::hf) fn read(&self, row: usize, out: &mut [u8]) -> Result<()> {
         let mask_bytes = self.cols.div_ceil(8);
         let mask = self.bitmask.get(row * mask_bytes..(row + 1) * mask_bytes);
-        // Copied: bits that are counted and then read again from a mapped file could be others.
+        // Copied: bits of a mapped file could change between counting and reading.
         let mask = mask.unwrap_or_default().to_vec();
         let used = self.cols % 8;
         if used != 0 && mask.last().is_some_and(|last| last >> used != 0) {
@@ -161,7 +164,7 @@ impl BitmaskRows<'_> {
         Ok(())
     }
 
-    /// The values of a row with this mask: as many as it has bits.
+    /// Returns the values of a row with this mask: as many as it has bits.
     fn values_of(&self, row: usize, mask: &[u8]) -> Result<&[u8]> {
         let kept = mask.iter().map(|b| b.count_ones() as usize).sum::<usize>();
         let invalid = |message: String| Error::new(ErrorKind::Invalid, message);

@@ -5,31 +5,32 @@ use super::parts::HINT;
 use serde_json::{Map, Value};
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// Under which keys of `config.json` it stands; the last one by itself up to version 0.3.
+/// Keys of `config.json` that may hold the settings; the last one alone up to version 0.3.
 const KEYS: [&str; 3] = [
     "quantization_config",
     "compression_config",
     "sparsity_config",
 ];
 
-/// Pattern of the weights that have a value.
+/// Pattern of the nonzero weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum SparseFormat {
-    /// Any.
+    /// Any pattern.
     Any,
-    /// Two of each four in a row.
+    /// Two of four adjacent weights in a row.
     TwoOfFour,
 }
 
-/// The formats of `sparsity_config` by name; `None` for one that compresses nothing.
+/// Formats of `sparsity_config` by name; `None` for one that compresses nothing.
 const SPARSE_FORMATS: [(&str, Option<SparseFormat>); 3] = [
     ("dense", None),
     ("sparse-bitmask", Some(SparseFormat::Any)),
     ("sparse-24-bitmask", Some(SparseFormat::TwoOfFour)),
 ];
 
-/// Packings that are the same in every version of the package; others end at words in old ones and
-/// do not in new ones.
+/// Bit widths whose packing is the same in every version of the package.
+///
+/// Others end at word boundaries in old versions, but not in new ones.
 const BITS: [u64; 3] = [2, 4, 8];
 
 /// Scheme by which integers become weights.
@@ -37,14 +38,15 @@ const BITS: [u64; 3] = [2, 4, 8];
 pub(super) struct Scheme {
     /// Bits of an integer: 2, 4 or 8.
     pub bits: usize,
-    /// Columns that share a scale; `None`: all of a row.
+    /// Columns that share a scale; `None`: the whole row.
     pub group: Option<usize>,
-    /// Set if there are no zero points.
+    /// Flag: there are no zero points.
     pub symmetric: bool,
 }
 
-/// Compression of the weights of a model. With neither field they are plain, and the config says
-/// so.
+/// Compression of the weights of a model.
+///
+/// With neither field the weights are plain, and the config says so.
 #[derive(Debug)]
 pub(in super::super) struct Compression {
     pub(super) sparse: Option<SparseFormat>,
@@ -55,8 +57,8 @@ pub(in super::super) struct Compression {
 impl Compression {
     /// Reads the compression from `config`; `None` if nothing is compressed.
     ///
-    /// Errors: `Unsupported` for another method than `compressed-tensors`, for a format that is
-    /// not read, and for what quantizes more than weights.
+    /// Errors: `Unsupported` for a method other than `compressed-tensors`, for an unsupported
+    /// format, and for quantization of more than weights.
     pub fn of(config: &Value) -> Result<Option<Self>> {
         let given = |key: &str| config.get(key).filter(|value| !value.is_null());
         if KEYS.iter().all(|key| given(key).is_none()) {
@@ -98,7 +100,7 @@ impl Compression {
     }
 }
 
-/// The text of a config whose weights are no longer compressed.
+/// Returns the text of a config whose weights are no longer compressed.
 pub(in super::super) fn without_compression(config: &Value) -> String {
     let mut config = config.clone();
     if let Some(object) = config.as_object_mut() {
@@ -109,7 +111,7 @@ pub(in super::super) fn without_compression(config: &Value) -> String {
     format!("{config:#}")
 }
 
-/// The distinct schemes of the groups of a `quantization_config`.
+/// Returns the distinct schemes of the groups of a `quantization_config`.
 fn schemes(quantization: &Value) -> Result<Vec<Scheme>> {
     let format = quantization.get("format").and_then(Value::as_str);
     let groups = match quantization.get("config_groups") {
@@ -143,7 +145,7 @@ fn schemes(quantization: &Value) -> Result<Vec<Scheme>> {
     Ok(schemes)
 }
 
-/// The `weights` of a group.
+/// Reads the `weights` of a group.
 fn scheme(weights: &Value) -> Result<Scheme> {
     let kind = weights.get("type").map_or("int", |_| text(weights, "type"));
     let bits = weights.get("num_bits").and_then(Value::as_u64);
@@ -177,12 +179,12 @@ fn scheme(weights: &Value) -> Result<Scheme> {
     })
 }
 
-/// A text of an object, `?` if there is none.
+/// Returns a text of an object, `?` if there is none.
 fn text<'a>(object: &'a Value, key: &str) -> &'a str {
     object.get(key).and_then(Value::as_str).unwrap_or("?")
 }
 
-/// Absent, `null`, or an object or list without entries.
+/// Returns whether a value is absent, `null`, or an object or list without entries.
 fn is_empty(value: Option<&Value>) -> bool {
     match value {
         None | Some(Value::Null) => true,

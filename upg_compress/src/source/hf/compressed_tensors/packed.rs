@@ -1,5 +1,5 @@
-//! `pack-quantized`: integers of 2, 4 or 8 bits in 32-bit words, with scales of rows or groups of
-//! columns.
+//! `pack-quantized`: integers of 2, 4 or 8 bits in 32-bit words, with scales of rows or
+//! groups of columns.
 #![forbid(unsafe_code)]
 
 use super::config::Scheme;
@@ -11,7 +11,7 @@ use upg_kernel::{Error, ErrorKind, Result};
 
 const WORD_BITS: usize = 32;
 
-/// A weight `[rows, cols]` in `groups` of columns, `scale * (integer - zero point)`.
+/// Packed weight `[rows, cols]` in `groups` of columns: `scale * (integer - zero point)`.
 ///
 /// - `weight_shape` I64 or I32 `[2]`;
 /// - `weight_packed` I32 `[rows, ceil(cols * bits / 32)]`: integers plus `2^(bits - 1)`, the first
@@ -19,14 +19,14 @@ const WORD_BITS: usize = 32;
 /// - `weight_scale` BF16, F16 or F32 `[rows, groups]`;
 /// - `weight_zero_point`, unless symmetric: I32 `[ceil(rows * bits / 32), groups]`, packed
 ///   likewise, but along the rows; I8 `[rows, groups]` up to version 0.8;
-/// - `weight_g_idx`, I32 `[cols]`, where columns do not belong to groups in their order; -1
-///   everywhere: they do.
+/// - `weight_g_idx`, I32 `[cols]`, if columns are not assigned to groups in order; -1 everywhere
+///   means that they are.
 #[derive(Debug, Clone)]
 pub(in crate::source::hf) struct Packed {
     rows: usize,
     cols: usize,
     bits: usize,
-    /// The group of each column.
+    /// Group of each column.
     groups: Groups,
     packed: Stored,
     scales: Stored,
@@ -37,13 +37,13 @@ pub(in crate::source::hf) struct Packed {
 #[derive(Debug, Clone)]
 struct Groups {
     count: usize,
-    /// Columns of each, if in order.
+    /// Columns per group, if in order.
     size: usize,
     /// Group of each column, if columns are not in order.
     of_columns: Option<Vec<u32>>,
 }
 
-/// The bytes of a [`Packed`], to read rows of.
+/// Bytes of a [`Packed`], for reading rows.
 pub(in crate::source::hf) struct PackedRows<'a> {
     weight: &'a Packed,
     packed: &'a [u8],
@@ -52,10 +52,10 @@ pub(in crate::source::hf) struct PackedRows<'a> {
 }
 
 impl Packed {
-    /// Makes a weight with the scheme that its sizes fit.
+    /// Creates a weight with the scheme that matches its sizes.
     ///
-    /// Errors: `Missing`, `Shape` and `Unsupported` for tensors that are not there or not as
-    /// described, or that fit several schemes; `Invalid` for columns of no group.
+    /// Errors: `Missing`, `Shape` and `Unsupported` for tensors that are missing or not as
+    /// described, or that match several schemes; `Invalid` for columns of no group.
     pub(super) fn new(
         parts: &WeightTensors,
         schemes: &[Scheme],
@@ -84,7 +84,7 @@ impl Packed {
                 Error::new(ErrorKind::Unsupported, message).hint(HINT)
             }));
         };
-        // Sizes stand in for the targets of the groups: they have to leave no doubt.
+        // Sizes are used instead of the targets of the groups, so they must be unambiguous.
         let means = |(scheme, count): &(Scheme, usize)| (scheme.bits, *count, scheme.symmetric);
         if fitting
             .iter()
@@ -131,12 +131,12 @@ impl Packed {
     }
 }
 
-/// Words of `n` packed integers.
+/// Returns the words of `n` packed integers.
 fn words(n: usize, scheme: &Scheme) -> usize {
     n.div_ceil(WORD_BITS / scheme.bits)
 }
 
-/// Returns the number of groups of so many columns. Errors (`Shape`): no whole number.
+/// Returns the number of groups of this many columns. Errors (`Shape`): it is not an integer.
 fn groups(cols: usize, scheme: &Scheme) -> Result<usize> {
     let size = scheme.group.unwrap_or(cols).min(cols);
     match cols.is_multiple_of(size) {
@@ -148,8 +148,9 @@ fn groups(cols: usize, scheme: &Scheme) -> Result<usize> {
     }
 }
 
-/// The zero points, if there are any. Errors: there are where the scheme has none, or the other
-/// way round.
+/// Returns the zero points, if any.
+///
+/// Errors: there are some although the scheme has none, or the reverse.
 fn zeros(
     parts: &WeightTensors,
     rows: usize,
@@ -175,7 +176,7 @@ fn zeros(
     Ok(Some(zeros.clone()))
 }
 
-/// The group of each column from `weight_g_idx`; `None` if they are in order.
+/// Returns the group of each column from `weight_g_idx`; `None` if they are in order.
 fn groups_of_columns(
     parts: &WeightTensors,
     cols: usize,
@@ -200,7 +201,7 @@ fn groups_of_columns(
             None => return invalid(format!("column {col} is in group {group} of {count}")),
         }
     }
-    // The package numbers the groups that have columns, others the scales.
+    // The package numbers only groups with columns, others number the scales.
     if let Some(group) = used.iter().position(|used| !used) {
         return invalid(format!("group {group} has no columns"));
     }
@@ -208,7 +209,7 @@ fn groups_of_columns(
 }
 
 impl PackedRows<'_> {
-    /// Row `row` as floats: exact products if scales are BF16 or F16.
+    /// Decodes row `row` to floats: exact products if scales are BF16 or F16.
     ///
     /// Errors (`Invalid`): bits past the last column.
     pub(in crate::source::hf) fn read(&self, row: usize, out: &mut [f32]) -> Result<()> {
@@ -242,7 +243,7 @@ impl PackedRows<'_> {
         Ok(())
     }
 
-    /// The zero point of a row in a group.
+    /// Returns the zero point of a row in a group.
     fn zero(&self, row: usize, group: usize) -> i32 {
         let (bits, count) = (self.weight.bits, self.weight.groups.count);
         match self.zeros {
@@ -258,7 +259,7 @@ impl PackedRows<'_> {
     }
 }
 
-/// Integer number `i` of those that are packed one after the other, from the byte that it is in.
+/// Returns integer number `i` of a packed sequence, from the byte that it is in.
 fn integer(byte: u8, i: usize, bits: usize) -> i32 {
     let code = u32::from(byte) >> (i * bits % 8) & ((1 << bits) - 1);
     code as i32 - (1 << (bits - 1))

@@ -1,4 +1,4 @@
-//! The stored tensors that one compressed weight consists of.
+//! Stored tensors of one compressed weight.
 #![forbid(unsafe_code)]
 
 use crate::source::hf::stored::{Bytes, Stored, Tensors};
@@ -9,13 +9,13 @@ use upg_kernel::{Error, ErrorKind, Result};
 /// Hint for weights that cannot be read.
 pub(super) const HINT: &str = "pass the original model with BF16, F16 or F32 weights";
 
-/// The tensors of one weight by their suffix.
+/// Tensors of one weight by their suffix.
 pub(super) struct WeightTensors {
     found: Vec<(&'static str, Stored)>,
 }
 
 impl WeightTensors {
-    /// Takes all of them out of `stored` that are there.
+    /// Removes those that exist from `stored`.
     pub(super) fn take(stored: &mut Tensors, stem: &str, suffixes: &[&'static str]) -> Self {
         let take = |suffix: &&'static str| {
             let stored = stored.remove(&format!("{stem}{suffix}"))?;
@@ -38,7 +38,7 @@ impl WeightTensors {
         })
     }
 
-    /// The tensor `suffix`, of one of these types.
+    /// Returns the tensor `suffix`, of one of these types.
     pub(super) fn of_type(&self, suffix: &'static str, dtypes: &[Dtype]) -> Result<&Stored> {
         let stored = self.need(suffix)?;
         match dtypes.contains(&stored.dtype) {
@@ -51,7 +51,7 @@ impl WeightTensors {
         }
     }
 
-    /// The tensor `suffix` of floating-point numbers, with their type.
+    /// Returns the floating-point tensor `suffix`, with its type.
     pub(super) fn floats(&self, suffix: &'static str) -> Result<(&Stored, FloatType)> {
         let stored = self.of_type(suffix, &[Dtype::BF16, Dtype::F16, Dtype::F32])?;
         let float = match stored.dtype {
@@ -62,7 +62,7 @@ impl WeightTensors {
         Ok((stored, float))
     }
 
-    /// The shape that the weight has, from the tensor `suffix`.
+    /// Returns the shape of the weight, from the tensor `suffix`.
     pub(super) fn weight_shape(
         &self,
         suffix: &'static str,
@@ -87,7 +87,7 @@ impl WeightTensors {
     }
 }
 
-/// The values of a tensor of I32 or I64.
+/// Returns the values of a tensor of I32 or I64.
 pub(super) fn integers(stored: &Stored, bytes: Bytes<'_, '_>) -> Result<Vec<i64>> {
     let bytes = bytes(stored)?;
     Ok(match stored.dtype {
@@ -102,7 +102,8 @@ pub(super) fn integers(stored: &Stored, bytes: Bytes<'_, '_>) -> Result<Vec<i64>
     })
 }
 
-/// Errors (`Shape`): the tensor `suffix` has another shape than the others ask for.
+/// Checks a shape. Errors (`Shape`): the tensor `suffix` has another one than the others
+/// require.
 pub(super) fn check_shape(suffix: &str, stored: &Stored, expected: &[usize]) -> Result<()> {
     match stored.shape == expected {
         true => Ok(()),

@@ -73,7 +73,7 @@ fn every_checkpoint_has_its_dense_values() {
     }
 }
 
-/// The error of opening the model of folder `name`, or of reading it, after a change.
+/// Returns the error of opening or reading the model of folder `name` after a change.
 fn error(name: &str, change: impl Fn(&mut Value, &mut Model)) -> Option<Error> {
     let text = fs::read_to_string(folder(name).join("config.json")).unwrap();
     let mut config = serde_json::from_str(&text).unwrap();
@@ -108,7 +108,7 @@ fn set(model: &mut Model, name: &str, at: usize, value: impl Fn(u8) -> u8) {
     *byte = value(*byte);
 }
 
-/// Cuts a tensor to the shape.
+/// Truncates a tensor to the shape.
 fn cut(model: &mut Model, name: &str, shape: &[usize]) {
     let (_, old, bytes) = model.get_mut(name).unwrap();
     let each = bytes.len() / old.iter().product::<usize>();
@@ -275,7 +275,7 @@ fn a_strategy_that_is_not_named_follows_from_the_group_size() {
 
 #[test]
 fn sizes_that_fit_two_groups_are_refused() {
-    // Zero points by the same sizes, or none: nobody could tell that they were lost.
+    // Zero points with the same sizes, or none: their loss would go unnoticed.
     let both = |config: &mut Value, _: &mut Model| {
         let groups = &mut config["quantization_config"]["config_groups"];
         let mut other = groups["group_0"].clone();
@@ -284,7 +284,7 @@ fn sizes_that_fit_two_groups_are_refused() {
     };
     let e = error("pack-quantized", both).unwrap();
     assert!(e.to_string().contains("several groups"), "{e}");
-    // The same by another name is no other.
+    // The same scheme with another name is not another one.
     let same = |config: &mut Value, _: &mut Model| {
         let groups = &mut config["quantization_config"]["config_groups"];
         groups["other"] = groups["group_0"].clone();

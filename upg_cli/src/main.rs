@@ -134,7 +134,7 @@ fn print_version(verbose: bool) -> Result<()> {
     if verbose {
         let names: Vec<_> = Kernels::available().iter().map(|k| k.name()).collect();
         text += &format!(
-            "kernels: {} (of {}; UPG_KERNEL chooses others)\n",
+            "kernels: {} (available: {}; select with UPG_KERNEL)\n",
             Kernels::from_env()?.name(),
             names.join(", ")
         );

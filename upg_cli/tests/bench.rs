@@ -303,7 +303,7 @@ fn what_llama_bench_says_of_a_failure_is_passed_on() {
     let folder = tempfile::tempdir().unwrap();
     let file = compress_tiny(folder.path(), "model", "q8", &[]);
     let program = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/llama-bench");
-    for (name, expected) in [("broken", "failed to load model"), ("mute", "no JSON")] {
+    for (name, expected) in [("broken", "failed to load model"), ("mute", "not JSON")] {
         let gguf = folder.path().join(name);
         fs::write(&gguf, "").unwrap();
         let compare = [

@@ -143,7 +143,7 @@ fn ctrl_c_keeps_what_is_done_if_asked_to() {
     let ended = child.wait_with_output().unwrap();
     let stderr = String::from_utf8(ended.stderr).unwrap();
     assert_eq!(ended.status.code(), Some(130), "{stderr}");
-    assert!(stderr.contains("goes on from here"), "{stderr}");
+    assert!(stderr.contains("same command again to resume"), "{stderr}");
     assert_eq!(names(&work), ["out.partial", "out.partial.journal"]);
 
     // A different encoding is not mixed in; without --resume the partial files stay untouched.
@@ -153,7 +153,7 @@ fn ctrl_c_keeps_what_is_done_if_asked_to() {
     assert!(stderr.contains("another options"), "{stderr}");
     let (code, _, stderr) = output(&mut upg(other));
     assert_eq!(code, Some(0), "{stderr}");
-    assert!(stderr.contains("--resume goes on with it"), "{stderr}");
+    assert!(stderr.contains("--resume continues it"), "{stderr}");
     assert_eq!(names(&work), ["out", "out.partial", "out.partial.journal"]);
 }
 

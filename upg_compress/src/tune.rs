@@ -157,9 +157,8 @@ pub fn tune(
     let after = after.map_err(too_fast).map_err(of_file)?;
     // NaN is no gain either.
     if !matches!(after.partial_cmp(&before), Some(Ordering::Less)) {
-        let message = format!(
-            "nothing was won: the divergence from the original was {before:.6}, and is {after:.6}"
-        );
+        let message =
+            format!("no gain: the divergence from the original was {before:.6}, and is {after:.6}");
         return Err(Error::new(ErrorKind::Invalid, message)
             .at(file.path())
             .hint("use a lower rate or a longer text; the file stays as it is"));
@@ -226,10 +225,7 @@ fn check_room(file: &UpgFile, out: &Path) -> Result<()> {
     match file.file_len() <= free {
         true => Ok(()),
         false => {
-            let message = format!(
-                "{} bytes are to be written, {free} are free",
-                file.file_len()
-            );
+            let message = format!("{} bytes will be written, {free} are free", file.file_len());
             Err(Error::new(ErrorKind::Io, message)
                 .at(out)
                 .hint("make room for it"))
@@ -273,7 +269,7 @@ fn check_origin(source: &dyn Source, file: &UpgFile) -> Result<()> {
             return Err(Error::new(ErrorKind::Argument, message)
                 .tensor(&layer.name)
                 .at(file.path())
-                .hint("pass the model that the file was made of"));
+                .hint("pass the model that the file was made from"));
         }
     }
     Ok(())

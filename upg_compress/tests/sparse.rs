@@ -157,12 +157,7 @@ fn pruning_that_cannot_be_done_is_refused() {
     for (encoding, prune, calibrated, message) in [
         (Encoding::S8, 0.5, false, "without a calibration text"),
         (Encoding::S8, 1.5, true, "a share of 1.5"),
-        (
-            Encoding::T3,
-            0.5,
-            true,
-            "no matrix that is stored by its zeros",
-        ),
+        (Encoding::T3, 0.5, true, "no matrix that is stored sparsely"),
     ] {
         let mut options = CompressOptions::new(Choice::Encode(encoding));
         options.calibration = calibrated.then(|| calibration.clone());

@@ -161,7 +161,7 @@ impl Kernels {
             .ok_or_else(|| {
                 let known: Vec<_> = all.iter().map(|k| k.name()).collect();
                 Error::new(ErrorKind::Unsupported, format!("no kernels '{name}' here"))
-                    .hint(format!("this machine has {}", known.join(", ")))
+                    .hint(format!("available: {}", known.join(", ")))
             })
     }
 

@@ -35,7 +35,7 @@ pub fn run(args: &ChatArgs, open: OpenOptions) -> Result<()> {
             "/clear" => chat.clear(),
             "/exit" | "/quit" => return Ok(()),
             command if command.starts_with('/') => {
-                terminal::note("upg: no such command; there are /clear and /exit");
+                terminal::note("upg: unknown command; the commands are /clear and /exit");
             }
             line => {
                 lines.keep(line);

@@ -59,7 +59,7 @@ pub fn run(args: &CompressArgs, open: OpenOptions) -> Result<()> {
     let progress = WeightsBar::new()?;
     let report = compress_checked(source.as_ref(), &args.output, &options, &progress).map_err(
         |e| match e.kind() {
-            ErrorKind::Interrupted if args.resume => e.hint("the same command goes on from here"),
+            ErrorKind::Interrupted if args.resume => e.hint("run the same command again to resume"),
             _ => e.at(&args.source),
         },
     )?;
@@ -120,7 +120,7 @@ fn plan(preflight: &Preflight) -> String {
 fn cost(preflight: &Preflight) -> String {
     let memory_free = preflight.memory_free;
     format!(
-        "will write {} ({} free), take up to {} of memory ({} free) beside {} of the source, and about {}",
+        "will write {} ({} free), use up to {} of memory ({} free) plus {} for the source, and take about {}",
         bytes(preflight.file_bytes),
         bytes(preflight.disk_free),
         bytes(preflight.memory.own),
@@ -135,7 +135,7 @@ fn announce(args: &CompressArgs, preflight: &Preflight) -> Result<()> {
     let [data, journal] = partial_files(&args.output)?;
     if !args.resume && data.exists() && journal.exists() {
         terminal::note(format_args!(
-            "upg: {} is what a run that was stopped has left; --resume goes on with it, this run begins anew",
+            "upg: {} is left from a stopped run; --resume continues it, this run starts from scratch",
             data.display()
         ));
     }
@@ -143,7 +143,7 @@ fn announce(args: &CompressArgs, preflight: &Preflight) -> Result<()> {
         terminal::note(format_args!("upg: {}", cost(preflight)));
     }
     if preflight.seconds >= WORTH_RESUMING && !args.resume {
-        terminal::note("upg: with --resume what is done would be kept if this is stopped");
+        terminal::note("upg: with --resume this run could be continued after a stop");
     }
     Ok(())
 }

@@ -20,7 +20,7 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
     let output = output.unwrap_or(Path::new(""));
     if !is_pickle(&args.file) {
         std::fs::metadata(&args.file).map_err(|e| Error::io("cannot open", &args.file, e))?;
-        let message = "no UPG file of version 1: that is a pickle of protocol 2 to 5";
+        let message = "not a version 1 UPG file: that is a pickle of protocol 2 to 5";
         return Err(Error::new(ErrorKind::Unsupported, message)
             .at(&args.file)
             .hint("a file of version 2 needs no conversion; `upg compress` reads other models"));

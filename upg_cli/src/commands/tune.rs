@@ -41,7 +41,7 @@ fn summary(args: &TuneArgs, report: &TuneReport) -> String {
     let (before, after) = report.divergence;
     format!(
         "{}: {}, {:.3} bits per weight; {} scales and gains tuned in {}\n\
-         divergence from the original {before:.4} before and {after:.4} after; while learning, pass by pass: {}\n",
+         divergence from the original {before:.4} before and {after:.4} after; during training, per pass: {}\n",
         args.output.display(),
         bytes(report.file_bytes),
         8.0 * report.file_bytes as f64 / report.weights as f64,

@@ -164,7 +164,7 @@ fn what_is_no_old_file_is_refused() {
     let before = names(folder.path());
     for (file, more, code, says) in [
         (&at("none")[..], &[][..], 1, "No such file"),
-        (&at("text"), &[], 1, "no UPG file of version 1"),
+        (&at("text"), &[], 1, "not a version 1 UPG file"),
         (new, &[], 1, "needs no conversion"),
         (&at("hostile"), &[], 1, "the global 'os.system'"),
         (

@@ -68,7 +68,7 @@ const BAD: &[(&[&str], i32, &[&str])] = &[
     (&["chat", "{}/model"], 1, &["no chat template"]),
     (&["tune", "{}/model", "--original", "{}/phi3", "-o", "{}/tuned"], 1, &["no tokenizer"]),
     (&["tune", "{}/model", "--original", "{}/none", "-o", "{}/tuned"], 1, &["none"]),
-    (&["tune", "{}/model", "--original", "{smollm2-gguf}", "-o", "{}/tuned", "--tokens", "512"], 2, &["model", "that the file was made of"]),
+    (&["tune", "{}/model", "--original", "{smollm2-gguf}", "-o", "{}/tuned", "--tokens", "512"], 2, &["model", "that the file was made from"]),
     (&["tune", "{smollm2}", "--original", "{smollm2-gguf}", "-o", "{}/tuned", "--text", "{}/text"], 2, &["has 3 tokens"]),
     (&["tune", "{smollm2}", "--original", "{smollm2-gguf}", "-o", "{}/text", "--text", "{}/text"], 2, &["overwrite"]),
 ];

@@ -170,10 +170,10 @@ impl Journal {
     }
 
     fn malformed(&self, what: &str) -> Error {
-        let message = format!("not a journal of a run that was stopped: {what}");
+        let message = format!("not a journal of a stopped run: {what}");
         Error::new(ErrorKind::Malformed, message)
             .at(&self.path)
-            .hint("remove it to start anew, or choose another output")
+            .hint("remove it to start from scratch, or choose another output")
     }
 
     /// Compares fingerprints. Errors (`Argument`): the run was started with other input.
@@ -188,14 +188,14 @@ impl Journal {
         };
         let [found, now] = [found, now].map(|of| value(of, key).unwrap_or("none"));
         let message = format!(
-            "the run that was stopped had another {}: {}, now {}",
+            "the stopped run had another {}: {}, now {}",
             short(key),
             short(found),
             short(now)
         );
         Err(Error::new(ErrorKind::Argument, message)
             .at(&self.path)
-            .hint("go on with what it was begun with, or remove this file and the .partial beside it to start anew"))
+            .hint("use the original options and input, or remove this file and the .partial beside it to start from scratch"))
     }
 
     fn start(&mut self, fingerprint: &Fingerprint) -> Result<()> {

@@ -34,7 +34,7 @@ pub fn compress_random(
     progress: &dyn Progress,
 ) -> Result<CompressReport> {
     if options.resume {
-        let message = "a random model is made in one go";
+        let message = "a random model cannot be resumed";
         return Err(Error::new(ErrorKind::Argument, message));
     }
     let mut strips: HashMap<(usize, usize, String), Matrix> = HashMap::new();

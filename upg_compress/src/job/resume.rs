@@ -47,10 +47,10 @@ impl Resumable {
         if found.is_none() && data.exists() {
             let refused = Error::new(
                 ErrorKind::Argument,
-                "there is no journal that it belongs to",
+                "the journal of this partial file is missing",
             )
             .at(&data)
-            .hint("remove it to start anew, or choose another output");
+            .hint("remove it to start from scratch, or choose another output");
             journal.remove()?;
             return Err(refused);
         }

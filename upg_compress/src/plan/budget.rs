@@ -174,7 +174,7 @@ pub(crate) fn choose_encodings(
     let least = Least::new(source, options, budget)?;
     let Some(left) = least.left(budget) else {
         let message = format!(
-            "the budget is too small: with {} for all matrices of the blocks they have {:.3} bits a weight, the file {} bytes",
+            "the budget is too small: with {} for all matrices of the blocks they have {:.3} bits per weight, the file {} bytes",
             LADDER[0].0,
             8.0 * least.blocks as f64 / least.weights as f64,
             least.file_bytes
@@ -200,7 +200,7 @@ fn candidates(
     progress: &dyn Progress,
 ) -> Result<Vec<Candidate>> {
     let Some(calibration) = &options.calibration else {
-        let message = "a budget without a calibration text, which says where bits are needed";
+        let message = "a budget without a calibration text, which shows where bits are needed";
         return Err(Error::new(ErrorKind::Argument, message).hint("add --calibrate"));
     };
     let mut calibrator = Calibrator::new(source, &calibration.first(SEQUENCES), progress)?;

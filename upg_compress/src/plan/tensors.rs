@@ -95,14 +95,14 @@ impl Plan {
         if let Some(sparsity) = options.prune {
             check_sparsity(sparsity)?;
             if options.sparse == Sparse::Never {
-                let message = "pruning, but no matrix may be stored by its zeros";
+                let message = "pruning, but no matrix may be stored sparsely";
                 return Err(Error::new(ErrorKind::Argument, message)
                     .hint("leave out --sparse never or --prune"));
             }
             if options.calibration.is_none() {
                 let message = "pruning without a calibration text";
                 return Err(Error::new(ErrorKind::Argument, message)
-                    .hint("pass one: it says which weights can go, and makes up for them"));
+                    .hint("pass one: it shows which weights can go, and compensates for them"));
             }
         }
         let planned = |&(index, t): &(usize, &TensorInfo)| {
@@ -138,14 +138,14 @@ impl Plan {
         }
         let mut layers = plan.iter().filter_map(|t| t.layer.as_ref());
         if options.calibration.is_some() && !layers.any(is_calibrated) {
-            let message = "a calibration text, but no matrix that it has an effect on";
+            let message = "a calibration text, but no matrix that uses it";
             return Err(Error::new(ErrorKind::Argument, message).hint(
                 "leave it out, or choose an encoding other than keep and mdcsr for the layers",
             ));
         }
         let mut layers = plan.iter().filter_map(|t| t.layer.as_ref());
         if options.prune.is_some() && !layers.any(is_prunable) {
-            let message = "a share to prune, but no matrix that is stored by its zeros";
+            let message = "a share to prune, but no matrix that is stored sparsely";
             return Err(Error::new(ErrorKind::Argument, message)
                 .hint("leave it out, or choose s8 or s4 for the layers"));
         }

@@ -39,14 +39,14 @@ impl Calibration {
     pub fn new(mut tokens: Vec<u32>, window: usize) -> Result<Self> {
         if window == 0 || tokens.len() < window {
             let message = format!(
-                "the calibration text has {} tokens, a sequence {window}",
+                "the calibration text has {} tokens, fewer than a sequence of {window}",
                 tokens.len()
             );
             return Err(Error::new(ErrorKind::Argument, message).hint("use a longer text"));
         }
         if tokens.len() > MAX_TOKENS {
             let message = format!(
-                "the calibration text has {} tokens, the cap is {MAX_TOKENS}",
+                "the calibration text has {} tokens, the limit is {MAX_TOKENS}",
                 tokens.len()
             );
             return Err(Error::new(ErrorKind::TooLarge, message).hint("use a shorter text"));
@@ -168,6 +168,6 @@ pub fn json_lines(lines: &str) -> Result<Vec<String>> {
 }
 
 fn not_a_document(line: usize) -> Error {
-    let message = format!("line {line} is no JSON object with a string 'text'");
-    Error::new(ErrorKind::Malformed, message).hint("one document a line: {\"text\": \"...\"}")
+    let message = format!("line {line} is not a JSON object with a string 'text'");
+    Error::new(ErrorKind::Malformed, message).hint("one document per line: {\"text\": \"...\"}")
 }

@@ -181,6 +181,6 @@ impl States {
 
     fn error(e: io::Error) -> Error {
         Error::new(ErrorKind::Io, format!("a temporary file of hidden states: {e}"))
-            .hint("TMPDIR names the folder of such files; it needs 4 bytes a token, layer and hidden value")
+            .hint("TMPDIR names the folder of such files; it needs 4 bytes per token, layer and hidden value")
     }
 }

@@ -39,7 +39,7 @@ impl Shapes<'_> {
         let tensor = self.0.get(name).ok_or_else(|| {
             Error::new(
                 ErrorKind::Missing,
-                "the config asks for this tensor, which is not there",
+                "the config requires this tensor, which is missing",
             )
             .tensor(name)
         })?;

@@ -125,7 +125,7 @@ impl SyntheticSource {
     pub fn published(name: &str, seed: u64) -> Result<Self> {
         let Some((_, config)) = PUBLISHED.iter().find(|(known, _)| *known == name) else {
             let known = PUBLISHED.map(|(name, _)| name).join(", ");
-            let message = format!("the shapes of '{name}' are not known");
+            let message = format!("'{name}' is not a known model");
             return Err(
                 Error::new(ErrorKind::Argument, message).hint(format!("choose one of {known}"))
             );

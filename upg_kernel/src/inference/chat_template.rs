@@ -97,7 +97,7 @@ impl ChatTemplate {
             return Err(Error::new(
                 ErrorKind::TooLarge,
                 format!(
-                    "the chat template has {} bytes, the cap is {MAX_TEMPLATE_BYTES}",
+                    "the chat template has {} bytes, the limit is {MAX_TEMPLATE_BYTES}",
                     source.len()
                 ),
             ));
@@ -184,7 +184,11 @@ impl ChatTemplate {
         let mut output = Capped(Vec::new());
         match template.render_captured_to(values, &mut output) {
             Ok(_) => String::from_utf8(output.0).map_err(|e| {
-                Error::new(ErrorKind::Invalid, "the chat template wrote no UTF-8").with_source(e)
+                Error::new(
+                    ErrorKind::Invalid,
+                    "the output of the chat template is not UTF-8",
+                )
+                .with_source(e)
             }),
             Err(e) => Err(render_error(&e)),
         }
@@ -295,7 +299,7 @@ fn render_error(e: &minijinja::Error) -> Error {
                 minijinja::ErrorKind::OutOfFuel => {
                     return Error::new(
                         ErrorKind::TooLarge,
-                        "the chat template does more work than a template may (out of fuel)",
+                        "the chat template exceeds the work limit (out of fuel)",
                     );
                 }
                 minijinja::ErrorKind::WriteFailure => return too_large("the output"),

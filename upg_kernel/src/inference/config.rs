@@ -264,7 +264,7 @@ fn refuse_foreign_arithmetic(fields: &Fields<'_>) -> Result<()> {
         if !harmless {
             return Err(fields.error(
                 ErrorKind::Unsupported,
-                format_args!("'{key}' asks for arithmetic that is not implemented"),
+                format_args!("'{key}' requires arithmetic that is not implemented"),
             ));
         }
     }

@@ -109,7 +109,7 @@ impl ModelFiles {
     pub fn tokenizer(&self) -> Result<Tokenizer> {
         let json = self.tokenizer_json.as_deref().ok_or_else(|| {
             Error::new(ErrorKind::Missing, "the model has no tokenizer")
-                .hint("a text cannot be read without one: put tokenizer.json beside the weights")
+                .hint("text input needs one: put tokenizer.json beside the weights")
         })?;
         let special = SpecialIds::from(&self.config()?);
         Tokenizer::from_json(json, self.tokenizer_config_json.as_deref(), special)
@@ -140,7 +140,9 @@ impl ModelFiles {
             (None, None) => {}
         }
         if let Some(Err(e)) = template.map(|text| ChatTemplate::new(text, None, None)) {
-            log::warn!("no conversations with this model: its chat template cannot be read: {e}");
+            log::warn!(
+                "chat is not available with this model: its chat template cannot be read: {e}"
+            );
         }
         Ok(())
     }

@@ -303,7 +303,7 @@ fn check_added_tokens(
             return Err(Error::new(
                 ErrorKind::Unsupported,
                 format!(
-                    "tokenizer.json: added token '{}' of id {} cannot be told from other text",
+                    "tokenizer.json: added token '{}' of id {} cannot be distinguished from other text",
                     token.content.escape_debug(),
                     token.id
                 ),

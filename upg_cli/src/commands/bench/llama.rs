@@ -98,7 +98,7 @@ impl Llama {
         }
         let json: Value = match serde_json::from_slice(&done.stdout) {
             Ok(json) => json,
-            Err(e) => return failed(format!("its output is no JSON: {e}")),
+            Err(e) => return failed(format!("its output is not JSON: {e}")),
         };
         *self.about.borrow_mut() = about(&json[0]);
         match json[0]["avg_ts"].as_f64() {

@@ -89,6 +89,6 @@ fn cold(
     // A file in a memory file system, or one that others have mapped, stays in memory.
     match before.zip(pages_from_disk()) {
         Some((before, after)) if after > before => Ok(Ok(took)),
-        _ => Ok(Err("the pages of the file did not leave the cache".into())),
+        _ => Ok(Err("the pages of the file stayed in the page cache".into())),
     }
 }

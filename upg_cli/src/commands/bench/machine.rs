@@ -151,7 +151,7 @@ impl Memory {
         let words = bytes / size_of::<u64>() as u64;
         let mut memory: Vec<u64> = Vec::new();
         memory.try_reserve_exact(words as usize).map_err(|e| {
-            let message = format!("no memory of {bytes} bytes to read: {e}");
+            let message = format!("cannot allocate {bytes} bytes to read: {e}");
             Error::new(ErrorKind::TooLarge, message)
         })?;
         // Each word is written with a different value: pages that were never written all map to one

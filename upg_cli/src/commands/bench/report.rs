@@ -245,7 +245,7 @@ impl Report<'_> {
         let mut lines = vec![
             String::new(),
             format!(
-                "products with one vector, all {} in turn, from memory",
+                "matrix-vector products, all {} in turn, from memory",
                 bytes(self.swept_bytes)
             ),
         ];

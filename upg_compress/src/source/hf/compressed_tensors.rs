@@ -118,7 +118,7 @@ impl Compression {
                 .chain(&OTHERS)
                 .any(|s| ends(&s))
             {
-                let message = "belongs to no weight that could be put together";
+                let message = "belongs to no weight that could be assembled";
                 return Err(Error::new(ErrorKind::Unsupported, message)
                     .tensor(name)
                     .hint(HINT));

@@ -185,7 +185,7 @@ fn filled(path: &Path, header: &[u8; HEADER], bytes: u64) -> Result<Option<BufRe
         let message = format!("{found_bytes} bytes, its header says {bytes}");
         return Err(Error::new(ErrorKind::Malformed, message)
             .at(path)
-            .hint("delete it: it will be made again"));
+            .hint("delete it: it will be recomputed"));
     }
     Ok(Some(file))
 }
@@ -221,7 +221,7 @@ fn decode(row: &[u8], logits: &mut [f32]) -> Result<()> {
     if !(max - step * f32::from(u16::MAX)).is_finite() {
         let message = format!("a position has logits from {max} down in steps of {step}");
         return Err(
-            Error::new(ErrorKind::Malformed, message).hint("delete it: it will be made again")
+            Error::new(ErrorKind::Malformed, message).hint("delete it: it will be recomputed")
         );
     }
     for (logit, code) in logits.iter_mut().zip(codes.as_chunks::<2>().0) {

@@ -109,7 +109,7 @@ impl Windows {
             None => Ok(()),
             Some(token) => Err(argument(
                 format!("token id {token} is not in the vocabulary of {vocab}"),
-                "the tokenizer is of another model",
+                "the tokenizer belongs to another model",
             )),
         }
     }

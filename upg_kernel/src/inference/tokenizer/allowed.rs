@@ -225,7 +225,7 @@ fn check(part: &Value, what: &str, known: &[&str], depth: usize, size: &mut Size
                     "{what} 'Split' at '{}'",
                     start.escape_debug()
                 ))
-                .hint("its time may grow with the square of a text: only known expressions and simple ones are taken"));
+                .hint("its time may be quadratic in the text: only known and simple expressions are supported"));
             }
         }
         "Prepend" => {

@@ -257,7 +257,7 @@ fn check_text(text: &str) -> Result<()> {
         return Err(Error::new(
             ErrorKind::TooLarge,
             format!(
-                "the text has {} bytes, the cap is {MAX_TEXT_BYTES}",
+                "the text has {} bytes, the limit is {MAX_TEXT_BYTES}",
                 text.len()
             ),
         ));

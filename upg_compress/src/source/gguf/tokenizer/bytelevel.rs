@@ -142,7 +142,7 @@ fn check_spelling(vocab: &Vocab<'_>) -> Result<()> {
     {
         None => Ok(()),
         Some((id, token, _)) => Err(invalid(format!(
-            "token {id} '{}' has the character U+FFFD: its bytes were no UTF-8",
+            "token {id} '{}' has the character U+FFFD: its bytes were not UTF-8",
             token.escape_debug()
         ))),
     }
@@ -159,7 +159,7 @@ fn merges(vocab: &Vocab<'_>) -> Result<Vec<(u32, u32)>> {
     let find = |rank: usize, token: &str| {
         vocab.ids.get(token).copied().ok_or_else(|| {
             invalid(format!(
-                "merge {rank} needs '{}', which is no token",
+                "merge {rank} needs '{}', which is not a token",
                 token.escape_debug()
             ))
         })

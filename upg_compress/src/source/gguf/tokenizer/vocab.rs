@@ -283,14 +283,14 @@ fn ids(tokens: &[String]) -> Result<HashMap<&str, u32>> {
             return Err(Error::new(
                 ErrorKind::TooLarge,
                 format!(
-                    "token {id} has {} bytes, the cap is {MAX_TOKEN_BYTES}",
+                    "token {id} has {} bytes, the limit is {MAX_TOKEN_BYTES}",
                     token.len()
                 ),
             ));
         }
         if let Some(first) = ids.insert(token.as_str(), id) {
             return Err(invalid(format!(
-                "token '{}' stands at ids {first} and {id}, expected once",
+                "token '{}' has the ids {first} and {id}, expected one",
                 token.escape_debug()
             )));
         }

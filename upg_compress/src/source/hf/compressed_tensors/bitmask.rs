@@ -190,7 +190,9 @@ impl BitmaskRows<'_> {
                     _ => None,
                 };
                 found.ok_or_else(|| {
-                    invalid(format!("the offsets of row {row} are no places of values"))
+                    invalid(format!(
+                        "the offsets of row {row} are not positions of values"
+                    ))
                 })?
             }
         };

@@ -142,7 +142,7 @@ fn groups(cols: usize, scheme: &Scheme) -> Result<usize> {
     match cols.is_multiple_of(size) {
         true => Ok(cols / size),
         false => {
-            let message = format!("{cols} columns are no whole number of groups of {size}");
+            let message = format!("{cols} columns are not a whole number of groups of {size}");
             Err(Error::new(ErrorKind::Shape, message))
         }
     }

@@ -131,7 +131,7 @@ pub struct CompressArgs {
     /// Hugging Face directory (config.json, *.safetensors), GGUF file or version 1 UPG file (see
     /// convert)
     pub source: PathBuf,
-    /// Output file, replaced atomically
+    /// Output file, written atomically; replaces an existing one
     #[arg(short, long, value_name = "FILE")]
     pub output: PathBuf,
     /// Encoding of the transformer block matrices
@@ -211,7 +211,7 @@ pub struct TuneArgs {
     /// Original model of FILE: Hugging Face directory or GGUF file
     #[arg(long, value_name = "SOURCE")]
     pub original: PathBuf,
-    /// Output file, replaced atomically; may be FILE itself
+    /// Output file, written atomically; may be FILE itself
     #[arg(short, long, value_name = "FILE")]
     pub output: PathBuf,
     /// Training text: UTF-8, or JSON lines with a string "text" each if its name ends in .jsonl
@@ -241,7 +241,7 @@ Examples:
 pub struct ConvertArgs {
     /// Version 1 UPG file
     pub file: PathBuf,
-    /// Output file, replaced atomically
+    /// Output file, written atomically; replaces an existing one
     #[arg(short, long, value_name = "FILE", required_unless_present = "to_path")]
     pub output: Option<PathBuf>,
     /// Same as --output
@@ -554,7 +554,7 @@ pub struct SynthArgs {
     /// Encoding of the embeddings and the output head [default: as in `upg compress`]
     #[arg(long, value_enum)]
     pub embedding: Option<SynthEncoding>,
-    /// Output file, replaced atomically
+    /// Output file, written atomically; replaces an existing one
     #[arg(short, long, value_name = "FILE")]
     pub output: PathBuf,
     /// Random seed of the weights

@@ -3,8 +3,8 @@
 //! Touching a page that the file no longer has raises SIGBUS in the thread that does it. The
 //! handler looks up which file is mapped at that address.
 //!
-//! [`is_ignored`] is here too, because it is the only other question about signals that needs
-//! `unsafe`.
+//! [`is_ignored`] is here too, because it is the only other question about signals
+//! that needs `unsafe`.
 
 /// Installs the handler for bus errors.
 ///
@@ -117,8 +117,8 @@ mod handler {
             self.len += text.len();
         }
 
-        /// Appends the message about the file mapped at `address`; returns `false` if there is
-        /// none.
+        /// Appends the message about the file mapped at `address`;
+        /// returns `false` if there is none.
         fn names_file_at(&mut self, address: usize) -> bool {
             let path = self.bytes.get_mut(self.len..).unwrap_or_default();
             let Some(len) = mapped_path_at(address, path) else {

@@ -128,8 +128,8 @@ Examples:
   upg compress Phi-4/ -o phi4.safetensors --encoding t3 --calibrate --resume
   upg compress Phi-4/ -o phi4.safetensors --encoding t3 --dry-run")]
 pub struct CompressArgs {
-    /// Hugging Face directory (config.json, *.safetensors), GGUF file or version 1 UPG file (see
-    /// convert)
+    /// Hugging Face directory (config.json, *.safetensors),
+    /// GGUF file or version 1 UPG file (see convert)
     pub source: PathBuf,
     /// Output file, written atomically; replaces an existing one
     #[arg(short, long, value_name = "FILE")]
@@ -141,8 +141,8 @@ pub struct CompressArgs {
     /// per matrix, with more bits for the most sensitive ones
     #[arg(long, value_name = "BITS", value_parser = positive, group = "budget", requires = "calibrate", conflicts_with_all = ["encoding", "prune"])]
     pub bpw: Option<f64>,
-    /// Like --bpw, with a target for the whole file: smaller than its weights in F32 by this
-    /// factor
+    /// Like --bpw, with a target for the whole file:
+    /// smaller than its weights in F32 by this factor
     #[arg(long, value_name = "FACTOR", value_parser = positive, group = "budget", requires = "calibrate", conflicts_with_all = ["encoding", "prune"])]
     pub ratio: Option<f64>,
     /// Like --bpw, with a maximum size of the whole file, for example 5.5GB or 700MB
@@ -407,8 +407,8 @@ pub struct RunArgs {
     #[arg(long, value_delimiter = ',', num_args = 1.., requires = "logits", value_name = "IDS",
         value_parser = |id: &str| id.trim().parse::<u32>())]
     pub tokens: Option<Vec<u32>>,
-    /// With --tokens: write the logits of every position to a safetensors file, F32 [positions,
-    /// vocab]
+    /// With --tokens: write the logits of every position to a safetensors file,
+    /// F32 [positions, vocab]
     #[arg(long, requires = "tokens", value_name = "FILE")]
     pub logits: Option<PathBuf>,
     /// Don't print speed and memory use at the end
@@ -452,9 +452,9 @@ pub struct EvalArgs {
     /// Text file (UTF-8)
     #[arg(long, value_name = "FILE")]
     pub text: PathBuf,
-    /// Reference model, for KL divergence and top-1 agreement: a UPG file, or an original
-    /// (Hugging Face directory or GGUF file), which runs in f32 and takes 4 bytes of memory per
-    /// weight
+    /// Reference model, for KL divergence and top-1 agreement: a UPG file, or an
+    /// original (Hugging Face directory or GGUF file), which runs in f32 and takes 4
+    /// bytes of memory per weight
     #[arg(long, value_name = "MODEL")]
     pub against: Option<PathBuf>,
     /// Cache the reference logits in this file; recomputed if the text, windows or reference

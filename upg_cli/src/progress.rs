@@ -49,8 +49,8 @@ impl WeightsBar {
         })
     }
 
-    /// Estimates the remaining seconds from the layers so far; `None` while that would be a
-    /// guess.
+    /// Estimates the remaining seconds from the layers so far;
+    /// `None` while that would be a guess.
     fn left(&self, speed: &Speed) -> Option<f64> {
         let (started, before) = speed.first?;
         let position = self.bar.position();

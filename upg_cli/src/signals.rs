@@ -57,8 +57,8 @@ pub fn report_size_limit() -> Result<()> {
     })
 }
 
-/// Clears `flag` after an interrupted answer, so that Ctrl-C does not interrupt the next one
-/// too.
+/// Clears `flag` after an interrupted answer,
+/// so that Ctrl-C does not interrupt the next one too.
 pub fn start_again(flag: &AtomicBool) {
     flag.store(false, Ordering::SeqCst);
 }

@@ -14,8 +14,8 @@ use std::time::Duration;
 use upg_kernel::support::{Shown, steers};
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// Writes to standard output and flushes. `main` treats the error of a closed pipe as
-/// success.
+/// Writes to standard output and flushes. `main` treats the error
+/// of a closed pipe as success.
 pub fn print(text: &str) -> Result<()> {
     let mut out = std::io::stdout().lock();
     let text = match out.is_terminal() {
@@ -63,8 +63,8 @@ fn harmless(text: &str) -> Cow<'_, str> {
     parts.collect::<String>().into()
 }
 
-/// Reads the text in a file of at most `most` bytes, which may be a pipe or an endless
-/// device.
+/// Reads the text in a file of at most `most` bytes,
+/// which may be a pipe or an endless device.
 ///
 /// Errors: `Io`; `TooLarge`; `Malformed` if it is not UTF-8.
 pub fn read_text(path: &Path, most: usize) -> Result<String> {

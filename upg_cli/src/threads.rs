@@ -61,8 +61,8 @@ pub fn available_cores() -> usize {
     cores.map_or(offered, |cores| cores.min(offered))
 }
 
-/// Counts the cores among the processors that `status` allows, by the sibling lists below
-/// `topology`.
+/// Counts the cores among the processors that `status` allows,
+/// by the sibling lists below `topology`.
 fn distinct_cores(status: &str, topology: &Path) -> Option<usize> {
     let list = status
         .lines()

@@ -17,8 +17,8 @@ const LARGEST_PAGE: usize = 1 << 16;
 
 const SIGBUS: i32 = if cfg!(target_os = "linux") { 7 } else { 10 };
 
-/// Starts `upg run` on standard input; returns once it has the model and waits for more
-/// input.
+/// Starts `upg run` on standard input; returns once it has the model and waits
+/// for more input.
 fn waiting_for_its_prompt(model: &Path, more: &[&str]) -> (Child, ChildStdin) {
     let run = [
         "run",

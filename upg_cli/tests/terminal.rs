@@ -269,8 +269,8 @@ fn signals_at_the_prompt_end_a_chat_and_leave_the_terminal_as_it_was() {
     }
 }
 
-/// Starts a command whose answer fills a pipe that nobody reads. It blocks where it checks no
-/// flag.
+/// Starts a command whose answer fills a pipe that nobody reads.
+/// It blocks where it checks no flag.
 fn hold_up(mut command: Command) -> (Child, PipeReader) {
     let (reader, writer): (PipeReader, PipeWriter) = std::io::pipe().unwrap();
     let child = command.stdout(writer.try_clone().unwrap()).spawn().unwrap();

@@ -2,8 +2,8 @@
 //! `upg_kernel/src/trellis_code.rs`.
 //!
 //! ```text
-//! cargo run --release -p upg_compress --example train_trellis_codes         # t2, t3, t4
-//! cargo run --release -p upg_compress --example train_trellis_codes -- 4 7  # bits per weight, point
+//! cargo run --release -p upg_compress --example train_trellis_codes        # t2, t3, t4
+//! cargo run --release -p upg_compress --example train_trellis_codes -- 4 7 # bits: weight, point
 //! ```
 //!
 //! A level belongs to a point on a ring (see `upg_kernel::trellis_code`). There is no formula for a

@@ -86,8 +86,8 @@ pub fn export(
 
 /// Locks the folder, so that no other export mixes its files with these.
 ///
-/// Errors (`Argument`): another export holds the lock. Where folders cannot be locked, nothing is
-/// locked.
+/// Errors (`Argument`): another export holds the lock.
+/// Nothing is locked where folders cannot be locked.
 fn lock(out: &Path) -> Result<Option<File>> {
     let Ok(folder) = File::open(out) else {
         return Ok(None);

@@ -42,8 +42,8 @@ pub fn open(path: impl AsRef<Path>) -> Result<Box<dyn Source>> {
 
 /// Opens like [`open`], with options.
 ///
-/// Weights that are read instead of mapped are in memory as a whole; those of version 1 are never
-/// mapped.
+/// Weights that are read instead of mapped are in memory as a whole;
+/// those of version 1 are never mapped.
 ///
 /// Errors: also those of [`MappedFile::read`](upg_kernel::MappedFile::read).
 pub fn open_with(path: impl AsRef<Path>, options: OpenOptions) -> Result<Box<dyn Source>> {

@@ -1,5 +1,5 @@
-//! Rounding that considers the inputs of a matrix, and the calibration run that provides
-//! them.
+//! Rounding that considers the inputs of a matrix,
+//! and the calibration run that provides them.
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 #[path = "../../upg_kernel/tests/common/tiny.rs"]
@@ -44,8 +44,8 @@ fn noise(n: usize, seed: u32) -> Vec<f32> {
     std::iter::repeat_with(next).take(n).collect()
 }
 
-/// Returns inputs whose values contain a part of the previous one, and are larger in some
-/// columns.
+/// Returns inputs whose values contain a part of the previous one,
+/// and are larger in some columns.
 fn inputs(n: usize, cols: usize) -> Vec<f32> {
     let mut x = noise(n * cols, 5);
     for row in x.chunks_exact_mut(cols) {

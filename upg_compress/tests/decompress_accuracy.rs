@@ -1,5 +1,5 @@
-//! Errors of decompressed weights, for real and Gaussian ones, with every encoding, through a
-//! file.
+//! Errors of decompressed weights, for real and Gaussian ones, with every encoding,
+//! through a file.
 //!
 //! `UPG_TEST_GGUF` is the path of SmolLM2-135M-Instruct as GGUF; `./test.sh` downloads it and sets
 //! the variable.

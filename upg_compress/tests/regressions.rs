@@ -39,8 +39,8 @@ fn stored_inputs_are_of_the_targets_that_there_are() {
     assert!(all <= MOST_BYTES, "{all} bytes of inputs");
 }
 
-/// Runs the inputs of one target and prints each name first, so that a crash can be
-/// attributed.
+/// Runs the inputs of one target and prints each name first,
+/// so that a crash can be attributed.
 fn run(name: &str) {
     let (_, target) = targets::ALL.into_iter().find(|(n, _)| *n == name).unwrap();
     let inputs = entries(&seeds().join(name));

@@ -1,5 +1,5 @@
-//! Requests that share forward passes get the same result as alone, whatever happens to the
-//! others.
+//! Requests that share forward passes get the same result as alone,
+//! whatever happens to the others.
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 #[path = "../../upg_kernel/tests/common/tiny.rs"]
@@ -30,8 +30,8 @@ fn poisoned_model(folder: &Path) -> UPGModel {
     UPGModel::from_file(&path).unwrap()
 }
 
-/// Creates the tiny phi3 as `q8` with a tokenizer of single characters; its embedding is not
-/// compressed.
+/// Creates the tiny phi3 as `q8` with a tokenizer of single characters;
+/// its embedding is not compressed.
 fn model(folder: &Path) -> UPGModel {
     let source = folder.join("source");
     std::fs::create_dir(&source).unwrap();

@@ -48,8 +48,8 @@ fn compressed(name: &str, weights: &str, choice: Choice, folder: &Path) -> UPGMo
     UPGModel::from_file(&out).unwrap()
 }
 
-/// Returns the logits that correspond to the expected ones: prompt in one go, and token by
-/// token.
+/// Returns the logits that correspond to the expected ones:
+/// prompt in one go, and token by token.
 fn logits(model: &UPGModel, case: &Case) -> [Vec<f32>; 2] {
     let mut session = model.session(&exact()).unwrap();
     let whole = session.forward(&case.prompt).unwrap();

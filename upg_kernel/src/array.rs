@@ -7,8 +7,8 @@ use bytemuck::Pod;
 use std::ops::{Deref, Range};
 use std::sync::Arc;
 
-/// Read-only `[T]` in a `Vec` or in a [`MappedFile`] (mapped or read), without a lifetime
-/// parameter.
+/// Read-only `[T]` in a `Vec` or in a [`MappedFile`] (mapped or read),
+/// without a lifetime parameter.
 ///
 /// A clone of an array in a file copies nothing. The file is little-endian, as is every platform
 /// that UPG supports.

@@ -69,8 +69,8 @@ impl Error {
         }))
     }
 
-    /// Creates the error of a failed system call: doing `what` (for example `"cannot open"`) to
-    /// `path`.
+    /// Creates the error of a failed system call: doing `what` (for example
+    /// `"cannot open"`) to `path`.
     pub fn io(what: &str, path: impl AsRef<Path>, source: std::io::Error) -> Self {
         use std::io::ErrorKind as Cause;
         let mend = match source.kind() {

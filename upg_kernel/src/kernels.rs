@@ -231,9 +231,9 @@ impl Kernels {
     /// Decodes a strip to `out [rows, cols]`; returns `false` without an effect if there is no
     /// such kernel.
     ///
-    /// The result is bit-identical to [`crate::matrix::StoredMatrix::decode_rows`], inverse-rotated
-    /// if there is a rotation, and rounded to nearest, ties to even. `streamed` bypasses the
-    /// caches.
+    /// The result is bit-identical to [`crate::matrix::StoredMatrix::decode_rows`],
+    /// inverse-rotated if there is a rotation, and rounded to nearest, ties to even. `streamed`
+    /// bypasses the caches.
     pub(crate) fn decode<T: Float>(
         self,
         strip: Strip<'_>,

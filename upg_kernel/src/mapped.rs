@@ -121,8 +121,8 @@ impl MappedFile {
         Self::of_open_file(&file, path, options)
     }
 
-    /// Runs [`MappedFile::open_with`] on an open file, read from its position on. Messages name
-    /// `path`.
+    /// Runs [`MappedFile::open_with`] on an open file, read from its position on.
+    /// Messages name `path`.
     pub(crate) fn of_open_file(file: &File, path: &Path, options: OpenOptions) -> Result<Self> {
         match options.mmap {
             true => Self::map(file, path),

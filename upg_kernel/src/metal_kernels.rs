@@ -37,8 +37,8 @@ pub use spmv::{MetalFloat, MetalMatrix, MetalPass, MetalVector};
 
 /// Names of all kernels of [`source`].
 ///
-/// Matrix kernels also exist with `_batch`, for four vectors at once. Each name ends with the input
-/// type.
+/// Matrix kernels also exist with `_batch`, for four vectors at once.
+/// Each name ends with the input type.
 pub const KERNELS: [&str; 39] = [
     "mdcsr_row_f32",
     "mdcsr_row_f16",

@@ -12,11 +12,11 @@ use crate::kernels::scalar::{self, Signs};
 /// the last `size` of them. A pass flips the sign of its column `i` if bit `i` is 1, then
 /// multiplies by an orthogonal Hadamard matrix.
 ///
-/// `size` is usually the largest power of two up to the number of columns; every column is then
-/// mixed with nearly all others. Both passes need signs: a transform turns a single column into a
-/// row of its matrix, and the columns of another transform at a distance would largely undo that. A
-/// matrix in the rotated basis holds `W R^T`, so `W x = (W R^T)(R x)`. Source: QuaRot (arXiv
-/// 2404.00456), QuIP# (arXiv 2402.04396).
+/// If `size` is the largest power of two up to the number of columns, every column is mixed with
+/// nearly all others. Both passes need signs: a transform turns a single column into a row of its
+/// matrix, and the columns of another transform at a distance would largely undo that. A matrix in
+/// the rotated basis holds `W R^T`, so `W x = (W R^T)(R x)`. Source: QuaRot (arXiv 2404.00456),
+/// QuIP# (arXiv 2402.04396).
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rotation {
     cols: usize,
@@ -113,8 +113,8 @@ mod tests {
         let r = Rotation::new(6, 4, vec![0b0001].into()).unwrap();
         let mut x = [-2.0, 0.0, 0.0, 0.0, 4.0, 8.0];
         r.apply(&mut x);
-        // Columns 0 to 3 (2, 0, 0, 0) become 1, 1, 1, 1; then columns 2 to 5 (-1, 1, 4, 8) are
-        // transformed.
+        // Columns 0 to 3 (2, 0, 0, 0) become 1, 1, 1, 1;
+        // then columns 2 to 5 (-1, 1, 4, 8) are transformed.
         assert_eq!(x, [1.0, 1.0, 6.0, -3.0, -6.0, 1.0]);
         r.invert(&mut x);
         assert_eq!(x, [-2.0, 0.0, 0.0, 0.0, 4.0, 8.0]);

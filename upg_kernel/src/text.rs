@@ -3,8 +3,8 @@
 
 use std::fmt::{self, Display, Write};
 
-/// Returns whether a terminal interprets `c` as a command, or displays other text because of
-/// it.
+/// Returns whether a terminal interprets `c` as a command,
+/// or displays other text because of it.
 ///
 /// These are all control characters except line end and tab; characters that change the direction
 /// of a line; line ends that only some terminals know; and tags and the byte order mark, which hide

@@ -6,10 +6,10 @@
 //! bits. The upper byte of the product then becomes a level that is close to the quantile of a
 //! Gaussian at that point.
 //!
-//! Sources: the trellis and computed codes are those of QTIP (arXiv 2406.11235); this code is our
-//! own. It needs 16 bits and shuffles of 16 bytes. It also equals
-//! `T[(S[state % 64] + state / 64) % len]` with two tables, which is faster where registers hold
-//! them.
+//! Sources: the trellis and computed codes are those of QTIP (arXiv 2406.11235); this
+//! code is our own. It needs 16 bits and shuffles of 16 bytes. It also equals
+//! `T[(S[state % 64] + state / 64) % len]` with two tables, which is faster where
+//! registers hold them.
 #![forbid(unsafe_code)]
 
 /// Bits of the stream that select one level.
@@ -18,8 +18,8 @@ pub const STATE_BITS: u32 = 13;
 /// Number of states.
 pub const STATES: usize = 1 << STATE_BITS;
 
-/// Entries of [`TrellisCode::shift_table`]: one for each value of the oldest six bits of a
-/// state.
+/// Entries of [`TrellisCode::shift_table`]: one for each value
+/// of the oldest six bits of a state.
 pub const SHIFTS: usize = 64;
 
 /// Code of a trellis encoding: the level of each state.

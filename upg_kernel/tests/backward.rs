@@ -24,8 +24,8 @@ use upg_kernel::{ErrorKind, Result};
 /// Smaller steps drown in the rounding of the loss; for larger ones the loss is not linear.
 const STEP: f32 = 2e-3;
 
-/// Tolerance relative to the largest difference of all matrices of a model; measured: up to
-/// 0.0002.
+/// Tolerance relative to the largest difference of all matrices of a model;
+/// measured: up to 0.0002.
 const TOLERANCE: f64 = 0.001;
 
 /// Seed of the signs in the loss.
@@ -144,8 +144,8 @@ fn gradients_are_differences_of_the_loss() {
                     let values = source.matrix(&matrix, rows, cols)?.to_dense();
                     let squares: f32 = values.iter().map(|w| w * w).sum();
                     let step = STEP * (squares / values.len() as f32).sqrt();
-                    // Signs from a product with an odd number: balanced, and different for every
-                    // matrix.
+                    // Signs from a product with an odd number:
+                    // balanced, and different for every matrix.
                     let by: Vec<f32> = (0..values.len() as u32)
                         .map(|i| (i + layer as u32).wrapping_mul(0x9E37_79B1).count_ones() % 2)
                         .map(|odd| if odd == 1 { step } else { -step })
@@ -272,8 +272,8 @@ fn toward(
     (divergence, found)
 }
 
-/// Computes the divergence from `wanted` to the predictions of `logits`, in nats, summed over
-/// positions.
+/// Computes the divergence from `wanted` to the predictions of `logits`, in nats,
+/// summed over positions.
 fn divergence(wanted: &[f32], logits: &[f32], vocab: usize) -> f64 {
     let log_probabilities = |logits: &[f32]| {
         let sum: f64 = logits.iter().map(|&l| f64::from(l).exp()).sum();

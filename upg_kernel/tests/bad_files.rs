@@ -1,5 +1,5 @@
-//! Damaged files: one for every rule of `upg_format_v2.md`, truncations, and random byte
-//! flips.
+//! Damaged files: one for every rule of `upg_format_v2.md`, truncations,
+//! and random byte flips.
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 mod draft;

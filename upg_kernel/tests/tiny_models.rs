@@ -1,5 +1,5 @@
-//! Tiny random models of every family, compared with the logits and greedy tokens of
-//! transformers.
+//! Tiny random models of every family, compared with the logits and greedy tokens
+//! of transformers.
 //!
 //! `tests/data/tiny-models/make_expected.py` creates them.
 

@@ -238,8 +238,8 @@ fn check(matrix: &Matrix) {
     }
 }
 
-/// Compares rows of all kernels with the reference, and computes products without comparing
-/// them.
+/// Compares rows of all kernels with the reference,
+/// and computes products without comparing them.
 ///
 /// For files of many matrices.
 pub(super) fn read(matrix: &Matrix) {
@@ -303,8 +303,8 @@ fn check_product(matrix: &Matrix, cpu: &Cpu, weights: &[f32], x: &[f32], n: usiz
     let mut out = vec![f32::NAN; n * rows];
     let product = matrix.spmm_on(cpu, x, n, &mut out);
     product.expect("vectors as long as rows");
-    // A rotated input has other groups. The largest element overall is at least as large, up to the
-    // root.
+    // A rotated input has other groups. The largest element overall is at least as large,
+    // up to the root.
     let is_rotated = matches!(matrix, Matrix::Trellis(_));
     for (v, (x, out)) in x.chunks(cols).zip(out.chunks(rows)).enumerate() {
         let length = x.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();

@@ -125,8 +125,8 @@ impl Chat<'_> {
         Ok(())
     }
 
-    /// Prints the answer as it is generated and appends it to `answer`, even if it ends with an
-    /// error.
+    /// Prints the answer as it is generated and appends it to `answer`,
+    /// even if it ends with an error.
     fn answer(&mut self, answer: &mut String) -> Result<()> {
         let text = self.template.render(&self.messages, true)?;
         let options = EncodeOptions {

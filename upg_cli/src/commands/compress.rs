@@ -23,8 +23,8 @@ const WORTH_A_LINE: f64 = 10.0;
 /// Estimated seconds above which the notice recommends `--resume`.
 const WORTH_RESUMING: f64 = 600.0;
 
-/// Largest JSON lines file to calibrate on, in bytes; each document may be as long as a plain
-/// text.
+/// Largest JSON lines file to calibrate on, in bytes;
+/// each document may be as long as a plain text.
 const LONGEST_LINES: usize = 256 << 20;
 
 pub fn run(args: &CompressArgs, open: OpenOptions) -> Result<()> {

@@ -39,8 +39,8 @@ fn as_json(file: &V1File) -> Value {
     })
 }
 
-/// Escapes the control characters that JSON leaves unescaped and that a terminal would
-/// interpret.
+/// Escapes the control characters that JSON leaves unescaped and
+/// that a terminal would interpret.
 fn plain(json: &str) -> String {
     let mut out = String::with_capacity(json.len());
     for c in json.chars() {

@@ -110,8 +110,8 @@ fn keys_and_values_are_kept_as_asked() {
     );
 }
 
-/// No bit of a logit depends on the number of threads, with a whole prompt and every
-/// encoding.
+/// No bit of a logit depends on the number of threads,
+/// with a whole prompt and every encoding.
 #[test]
 fn logits_do_not_depend_on_the_number_of_threads() {
     let folder = tempfile::tempdir().unwrap();

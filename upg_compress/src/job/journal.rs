@@ -1,5 +1,5 @@
-//! Journal: the tensors that a stopped run has finished, as lines that the next run resumes
-//! from.
+//! Journal: the tensors that a stopped run has finished,
+//! as lines that the next run resumes from.
 //!
 //! The first line is [`MAGIC`]. Every other line has a checksum, a space and a JSON object: first
 //! the fingerprint of the run, then one [`Record`] per tensor in file order. A checksum covers the
@@ -218,8 +218,8 @@ impl Journal {
             .map_err(|e| Error::io("cannot write", &self.path, e))
     }
 
-    /// Removes all records except the first `count`. Errors: `Io`; `Malformed` if there are
-    /// fewer.
+    /// Removes all records except the first `count`. Errors: `Io`;
+    /// `Malformed` if there are fewer.
     pub fn forget_after(&mut self, count: usize) -> Result<()> {
         let io = |e| Error::io("cannot read", &self.path, e);
         self.file.seek(SeekFrom::Start(0)).map_err(io)?;
@@ -271,8 +271,8 @@ fn lock(path: &Path) -> Result<File> {
             }
             Err(TryLockError::Error(e)) => return Err(io(e)),
         }
-        // The run that held it may have removed it since it was opened; then it is a file without a
-        // name.
+        // The run that held it may have removed it since it was opened;
+        // then it is a file without a name.
         if is_at(&file, path) {
             return Ok(file);
         }

@@ -1,7 +1,7 @@
 //! Batches of tensors that are encoded in parallel.
 //!
-//! A small matrix has too few parts to keep all threads busy. With many threads the memory limits a
-//! batch.
+//! A small matrix has too few parts to keep all threads busy.
+//! With many threads the memory limits a batch.
 #![forbid(unsafe_code)]
 
 use crate::encode::panel::sequential_rows;
@@ -113,8 +113,8 @@ impl BatchSize {
 
 /// Calls `f` with every item in parallel, the largest `size` first, until a call fails.
 ///
-/// Returns the results of the leading items up to the first one without a result, and the first
-/// error.
+/// Returns the results of the leading items up to the first one without a result,
+/// and the first error.
 pub(crate) fn in_parallel<T: Send, R: Send>(
     items: Vec<T>,
     size: impl Fn(&T) -> usize,

@@ -36,8 +36,8 @@ pub struct Preflight {
     pub memory: MemoryEstimate,
     /// Memory that is available to this process, including swap.
     ///
-    /// Considers the system and the limits of the process group. `None`: the system does not report
-    /// it.
+    /// Considers the system and the limits of the process group. `None`:
+    /// the system does not report it.
     pub memory_free: Option<u64>,
     /// Estimated seconds, without work that an earlier run has done.
     ///
@@ -62,8 +62,8 @@ pub struct TensorGroup {
 }
 
 impl Preflight {
-    /// Estimates the compression of `source` into `out`. Takes a second or two, mostly for
-    /// samples.
+    /// Estimates the compression of `source` into `out`.
+    /// Takes a second or two, mostly for samples.
     ///
     /// Errors: those that [`compress`](crate::compress()) would return before its first tensor, and
     /// those of encoding samples; `Io` if `out` is not writable.
@@ -111,8 +111,8 @@ impl Preflight {
 
     /// Checks the estimate against the free space and memory.
     ///
-    /// Errors: `Io` if the file will not fit on the disk; `TooLarge` if the work will not fit in
-    /// memory.
+    /// Errors: `Io` if the file will not fit on the disk;
+    /// `TooLarge` if the work will not fit in memory.
     pub fn check(&self) -> Result<()> {
         let wanted = self.file_bytes - self.written_bytes;
         if wanted > self.disk_free {

@@ -1,5 +1,5 @@
-//! Files of random models, for measurements of size, memory and speed without hours of
-//! encoding.
+//! Files of random models, for measurements of size,
+//! memory and speed without hours of encoding.
 #![forbid(unsafe_code)]
 
 use crate::encode::matrix::{Encoded, encode_matrix};
@@ -100,8 +100,8 @@ fn repeated(strip: &Matrix, rows: usize) -> Result<Matrix> {
 
 /// Repeats the `values` of one strip for `rows` rows.
 ///
-/// They are blocks of 64 rows with `width` values each. Rows that the last strip lacks become
-/// zeros.
+/// They are blocks of 64 rows with `width` values each.
+/// Rows that the last strip lacks become zeros.
 fn by_strip<T: Pod>(values: &[T], width: usize, rows: usize) -> Array<T> {
     let mut out = cycled(values, strips::count(rows) * values.len());
     let rows_of_last = (rows - 1) % STRIP_ROWS + 1;

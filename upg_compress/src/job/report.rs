@@ -22,8 +22,8 @@ pub struct TensorReport {
     pub bytes: u64,
     /// Relative error `|Q - W| / |W|`, to six digits; `None` if the tensor is uncompressed.
     pub weight_error: Option<f64>,
-    /// Relative error of the outputs, `|X (Q - W)^T| / |X W^T|`, over the inputs `X` of the
-    /// calibration.
+    /// Relative error of the outputs, `|X (Q - W)^T| / |X W^T|`,
+    /// over the inputs `X` of the calibration.
     ///
     /// Each input is weighted by the size of the gradients of its outputs. `None` if it was not
     /// requested or the matrix has no such inputs.
@@ -35,8 +35,8 @@ pub struct TensorReport {
     pub divergence: Option<f64>,
     /// Number of zero weights of a matrix that is stored as `s8` or `s4`.
     pub zeros: Option<u64>,
-    /// Seconds of reading, encoding and measuring the weight error, in parallel with other
-    /// tensors.
+    /// Seconds of reading, encoding and measuring the weight error,
+    /// in parallel with other tensors.
     ///
     /// Excludes the run over the calibration text.
     pub seconds: f64,
@@ -110,8 +110,8 @@ pub struct CalibrationReport {
     pub tokens: usize,
     /// Number of layers of the backward pass, and of the model.
     pub layers: (usize, usize),
-    /// Seconds of the forward and backward passes in this run, including the sums for the
-    /// curvatures.
+    /// Seconds of the forward and backward passes in this run,
+    /// including the sums for the curvatures.
     pub seconds: f64,
 }
 

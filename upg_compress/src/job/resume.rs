@@ -21,8 +21,8 @@ pub(crate) struct Resumable {
     found: Vec<Record>,
 }
 
-/// Returns the paths of the two files that a stopped run to `out` leaves: the data and the
-/// journal.
+/// Returns the paths of the two files that a stopped run to `out` leaves:
+/// the data and the journal.
 ///
 /// Errors: `Io` if `out` is not writable.
 pub fn partial_files(out: impl AsRef<Path>) -> Result<[PathBuf; 2]> {
@@ -135,8 +135,8 @@ fn take(
     writer.restore_tensor(&tensor.name, tensor.raw_dtype().into(), &record.arrays[0])
 }
 
-/// Returns the fingerprint of a run: everything that the bytes of the file of `plan` depend
-/// on.
+/// Returns the fingerprint of a run: everything that the bytes of the file
+/// of `plan` depend on.
 ///
 /// The weights are represented by the name, length and modification time of each file, and the
 /// first row of each tensor. A change of other weights that leaves all of these unchanged goes

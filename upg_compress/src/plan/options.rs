@@ -52,8 +52,8 @@ impl FromStr for Choice {
     }
 }
 
-/// Override `PATTERN=ENCODING`: matrices whose name matches (`*`, `?`, `[..]`) get this
-/// encoding.
+/// Override `PATTERN=ENCODING`: matrices whose name matches (`*`, `?`,
+/// `[..]`) get this encoding.
 #[derive(Debug, Clone)]
 pub struct Override {
     pub(crate) pattern: glob::Pattern,
@@ -180,8 +180,8 @@ impl CompressOptions {
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub enum Budget {
-    /// Average bits per weight in the matrices of the blocks, including scales and all other
-    /// arrays.
+    /// Average bits per weight in the matrices of the blocks,
+    /// including scales and all other arrays.
     Blocks(f64),
     /// Bytes of the whole file.
     File(u64),

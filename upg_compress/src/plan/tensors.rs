@@ -48,8 +48,8 @@ impl Plan {
     }
 
     pub(crate) fn new(source: &dyn Source, options: &CompressOptions) -> Result<Self> {
-        // A file that no engine could run is not worth hours of work; but a source may have only
-        // weights.
+        // A file that no engine could run is not worth hours of work;
+        // but a source may have only weights.
         let files = source.files();
         let tied = files.config_json.is_some() && files.config()?.tie_word_embeddings;
         if let Some(group) = options.group.filter(|group| !matches!(group, 32 | 64)) {

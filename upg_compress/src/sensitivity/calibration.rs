@@ -99,8 +99,8 @@ impl Calibration {
     /// A sequence has 512 tokens, or the context of the model if that is shorter. Of all tokens the
     /// first `most` are used.
     ///
-    /// Errors: those of the tokenizer and of [`Calibration::new`]; `Missing` if the source has no
-    /// tokenizer.
+    /// Errors: those of the tokenizer and of [`Calibration::new`];
+    /// `Missing` if the source has no tokenizer.
     pub fn of_documents(
         source: &dyn Source,
         documents: &[impl AsRef<str>],
@@ -147,8 +147,8 @@ impl Calibration {
     }
 }
 
-/// Returns the documents of JSON lines: the string `text` of each line. Empty lines are
-/// skipped.
+/// Returns the documents of JSON lines: the string `text` of each line.
+/// Empty lines are skipped.
 ///
 /// Errors (`Malformed`): a line is not an object with a string `text`; the message has its number.
 pub fn json_lines(lines: &str) -> Result<Vec<String>> {

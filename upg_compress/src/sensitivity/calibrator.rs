@@ -31,8 +31,8 @@ pub struct Calibrator<'a> {
 }
 
 impl<'a> Calibrator<'a> {
-    /// Runs the forward pass of the model in `source`; the backward pass then starts at its last
-    /// layer.
+    /// Runs the forward pass of the model in `source`;
+    /// the backward pass then starts at its last layer.
     ///
     /// Memory: `8 * hidden` bytes per token, one layer of weights as f32, that of
     /// [`Curvature::new`] for each of its matrices, and that of a pass over 2,048 positions; during

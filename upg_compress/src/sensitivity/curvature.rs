@@ -143,14 +143,14 @@ impl Curvature {
         Ok(Some(0.5 * self.cost(errors)? / positions as f64))
     }
 
-    /// Returns the divergence for a relative error of 1 in each row, in nats of all positions
-    /// together.
+    /// Returns the divergence for a relative error of 1 in each row,
+    /// in nats of all positions together.
     ///
     /// The rows of `weights [rows, cols]`, rotated by `rotation`, have independent errors as large
     /// as themselves, which later rows and columns compensate.
     ///
-    /// Cost: that of [`Feedback::new`]. Errors: those of it; `Shape` for the weights of another
-    /// matrix.
+    /// Cost: that of [`Feedback::new`]. Errors: those of it;
+    /// `Shape` for the weights of another matrix.
     pub(crate) fn sensitivity(&self, weights: &[f32], rotation: &Rotation) -> Result<f64> {
         let cols = self.inputs.cols();
         self.check(weights.len() / cols.max(1), cols)?;
@@ -183,8 +183,8 @@ impl Curvature {
         })
     }
 
-    /// Returns the number of rows that are encoded in sequence, because each compensates those
-    /// before.
+    /// Returns the number of rows that are encoded in sequence,
+    /// because each compensates those before.
     ///
     /// It is a multiple of the rows of a strip.
     pub(crate) fn panel_rows(&self) -> usize {

@@ -21,8 +21,8 @@ use upg_kernel::{Error, ErrorKind, Result};
 
 /// Damping relative to the average of the diagonal, as in GPTQ.
 ///
-/// Without it the directions that no input had would cost nothing, and errors would be pushed
-/// there.
+/// Without it the directions that no input had would cost nothing,
+/// and errors would be pushed there.
 const DAMPING: f64 = 0.01;
 
 /// Number of attempts, each with ten times the damping, to get a positive definite matrix.
@@ -172,8 +172,8 @@ impl Hessian {
             .sum()
     }
 
-    /// Returns `tr(O E H E^T)` for errors `E [rows, cols]`, where `O` is this Hessian of the
-    /// outputs.
+    /// Returns `tr(O E H E^T)` for errors `E [rows, cols]`,
+    /// where `O` is this Hessian of the outputs.
     ///
     /// `inputs` is `H`, symmetric. Panics for another length.
     pub(crate) fn product(&self, inputs: &Mat<f32>, errors: &[f32]) -> f64 {
@@ -280,8 +280,8 @@ impl Feedback {
         })
     }
 
-    /// Adds the feedback of the errors of the columns `from` to the targets of the later columns
-    /// `to`.
+    /// Adds the feedback of the errors of the columns `from` to the targets
+    /// of the later columns `to`.
     ///
     /// Both are [`STRIP_ROWS`] rows, column by column.
     pub(crate) fn spread(
@@ -388,8 +388,8 @@ fn cholesky(hessian: &Hessian, part: f64) -> Result<(Mat<f64>, f64)> {
     let average = if average > 0.0 { average } else { 1.0 };
     for attempt in 0..ATTEMPTS {
         let damping = part * 10f64.powi(attempt) * average;
-        // Columns are reversed: a lower triangular factor of the reversed matrix is an upper one in
-        // order.
+        // Columns are reversed: a lower triangular factor
+        // of the reversed matrix is an upper one in order.
         let reversed = Mat::from_fn(cols, cols, |i, j| {
             let (i, j) = (cols - 1 - i, cols - 1 - j);
             let value = f64::from(hessian.sums[(i.max(j), i.min(j))]);

@@ -42,8 +42,8 @@ pub struct GgufSource {
     skipped: Vec<SkippedTensor>,
 }
 
-/// Location of a tensor in the file. Checked: `bytes` are inside it and hold the tensor's
-/// blocks.
+/// Location of a tensor in the file. Checked:
+/// `bytes` are inside it and hold the tensor's blocks.
 #[derive(Debug, Clone)]
 struct Place {
     kind: GgmlType,
@@ -266,8 +266,8 @@ fn missing(name: &str) -> Error {
     Error::new(ErrorKind::Missing, "not in the file").tensor(name)
 }
 
-/// Finds every tensor of the family in `stored`, in model order, and the config fields that
-/// follow.
+/// Finds every tensor of the family in `stored`, in model order,
+/// and the config fields that follow.
 ///
 /// Errors: `Missing`, `Shape`, `Unsupported` (a tensor that the family does not have would change
 /// the computation; biases in only some places).

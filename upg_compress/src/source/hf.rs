@@ -1,5 +1,5 @@
-//! Models as Hugging Face directories: `config.json`, tokenizer files and safetensors
-//! weights.
+//! Models as Hugging Face directories: `config.json`,
+//! tokenizer files and safetensors weights.
 #![forbid(unsafe_code)]
 
 mod compressed_tensors;
@@ -23,8 +23,8 @@ use upg_kernel::format::container::Container;
 use upg_kernel::inference::model_dir::{ModelFiles, TEXTS, parse_object};
 use upg_kernel::{Error, ErrorKind, MappedFile, OpenOptions, Result};
 
-/// Hugging Face model directory. Its weight files are mapped, not read, unless options say
-/// otherwise.
+/// Hugging Face model directory. Its weight files are mapped, not read,
+/// unless options say otherwise.
 #[derive(Debug)]
 pub struct HfSource {
     dir: PathBuf,
@@ -111,8 +111,8 @@ impl HfSource {
         }
     }
 
-    /// Opens one weight file; [`Container`] checks that offsets, shapes and length are
-    /// consistent.
+    /// Opens one weight file; [`Container`] checks that offsets,
+    /// shapes and length are consistent.
     fn map_shard(&mut self, path: &Path, options: OpenOptions) -> Result<Tensors> {
         let map = match MappedFile::open_with(path, options) {
             Err(_) if !path.exists() => {

@@ -217,8 +217,8 @@ pub trait Source: Send + Sync {
     /// Returns the config, the tokenizer and the chat template.
     fn files(&self) -> &ModelFiles;
 
-    /// Returns every tensor, in the order of [`sort_key`]: embeddings, layers, the rest, output
-    /// head.
+    /// Returns every tensor, in the order of [`sort_key`]:
+    /// embeddings, layers, the rest, output head.
     fn tensors(&self) -> &[TensorInfo];
 
     /// Returns the tensors that the source has besides [`Source::tensors`].
@@ -239,8 +239,8 @@ pub trait Source: Send + Sync {
 
     /// Reads the bytes of tensor `index` for uncompressed storage.
     ///
-    /// They have their own type if that is BF16, F16 or F32, and are dequantized to F32 if
-    /// quantized.
+    /// They have their own type if that is BF16, F16 or F32,
+    /// and are dequantized to F32 if quantized.
     ///
     /// Cost: none for plain Hugging Face tensors and unquantized GGUF ones whose rows are in order,
     /// else a copy. Errors: as [`Source::read_rows_f32`].
@@ -253,8 +253,8 @@ pub trait Source: Send + Sync {
         self.read_rows_f32(index, 0..rows)
     }
 
-    /// Loads the uncompressed model, the reference for its compressed files. All weights become
-    /// f32.
+    /// Loads the uncompressed model, the reference for its compressed files.
+    /// All weights become f32.
     ///
     /// Memory: 4 bytes per weight. Errors: those of the source and of [`Model::load`].
     fn load_model(&self) -> Result<Model> {
@@ -306,8 +306,8 @@ pub(super) fn check_rows(tensor: &TensorInfo, rows: &Range<usize>) -> Result<()>
     .tensor(&tensor.name))
 }
 
-/// Values per conversion task: large enough to pay for the task, small enough to stay in
-/// cache.
+/// Values per conversion task: large enough to pay for the task,
+/// small enough to stay in cache.
 const CHUNK_VALUES: usize = 1 << 15;
 
 /// Fills `rows` x `cols` values in parallel.

@@ -277,8 +277,8 @@ static GAUSSIAN: LazyLock<Box<[f32; 1 << 16]>> = LazyLock::new(|| {
 
 /// Returns the quantile of the standard normal distribution for probability `p` in (0, 1).
 ///
-/// The error is at most 4.5e-4 (Abramowitz and Stegun, Handbook of Mathematical Functions,
-/// 26.2.23).
+/// The error is at most 4.5e-4 (Abramowitz and Stegun,
+/// Handbook of Mathematical Functions, 26.2.23).
 fn inverse_normal(p: f64) -> f64 {
     let t = (-2.0 * p.min(1.0 - p).ln()).sqrt();
     let above = 2.515517 + t * (0.802853 + t * 0.010328);

@@ -82,8 +82,8 @@ impl<'a> Student<'a> {
         }
     }
 
-    /// Predicts a sequence; returns the start of the backward pass and the divergence from the
-    /// teacher.
+    /// Predicts a sequence; returns the start of the backward pass and the divergence
+    /// from the teacher.
     ///
     /// The divergence is summed over positions. `observe` gets the hidden states before each layer.
     fn predict(
@@ -156,8 +156,8 @@ impl<'a> Student<'a> {
 
     /// Returns the gradients of the row factors of the matrices with this input.
     ///
-    /// The gradient of a row is the sum of its outputs times their gradients, divided by its
-    /// factor.
+    /// The gradient of a row is the sum of its outputs times their gradients,
+    /// divided by its factor.
     fn row_gradients(
         &self,
         layer: usize,

@@ -17,8 +17,8 @@ use upg_kernel::format::{
 use upg_kernel::inference::WeightSource;
 use upg_kernel::support::AtomicFile;
 
-/// Writes the tuned file with newly measured errors. Returns its bytes and the weights of the
-/// model.
+/// Writes the tuned file with newly measured errors.
+/// Returns its bytes and the weights of the model.
 pub(super) fn write(
     student: &Student<'_>,
     source: &dyn Source,

@@ -66,14 +66,14 @@ pub struct Limits {
     warm_up: f64,
     /// Allowed growth of the resident size: a fraction of it, and bytes that are always allowed.
     ///
-    /// glibc gives short-lived threads up to eight arenas per processor, each of which keeps freed
-    /// memory.
+    /// glibc gives short-lived threads up to eight arenas per processor,
+    /// each of which keeps freed memory.
     resident: (f64, i64),
     /// Allowed growth of the allocated bytes, likewise.
     ///
-    /// Buffers and caches of regular expressions reach their size late, once per thread. An hour
-    /// has a hundred thousand pieces of work or more: a leak of two bytes in each exceeds the
-    /// limit.
+    /// Buffers and caches of regular expressions reach their size late, once per
+    /// thread. An hour has a hundred thousand pieces of work or more: a leak of two
+    /// bytes in each exceeds the limit.
     live: (f64, i64),
 }
 

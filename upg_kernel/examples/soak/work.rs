@@ -138,8 +138,8 @@ impl Worker {
         Ok(())
     }
 
-    /// Another thread interrupts the passes sooner or later; the sequence is then as before the
-    /// pass.
+    /// Another thread interrupts the passes sooner or later;
+    /// the sequence is then as before the pass.
     fn interrupt(&mut self) -> Result<()> {
         let flag = Arc::new(AtomicBool::new(false));
         let options = SessionOptions {

@@ -1,9 +1,9 @@
 //! Temporary file of an [`AtomicFile`](super::AtomicFile) until it is committed.
 //!
-//! On Linux it has no name where the file system allows that (`O_TMPFILE`): nothing is left however
-//! the process ends. Elsewhere its name marks it as temporary, and a lock marks it as in use.
-//! Creating the next temporary file in a folder removes those with such a name that nobody has
-//! locked.
+//! On Linux it has no name where the file system allows that (`O_TMPFILE`): nothing is left
+//! however the process ends. Elsewhere its name marks it as temporary, and a lock marks it
+//! as in use. Creating the next temporary file in a folder removes those with such a name
+//! that nobody has locked.
 #![forbid(unsafe_code)]
 
 use super::{is_at, with_mode};
@@ -23,8 +23,8 @@ const SUFFIX: &str = ".partial";
 /// Other programs use other numbers of them, and do not lock their files.
 const RANDOM: usize = 16;
 
-/// Creates a file in `folder` for reading and writing; returns its name, or `None` if it has
-/// none.
+/// Creates a file in `folder` for reading and writing;
+/// returns its name, or `None` if it has none.
 ///
 /// `mode` is its Unix mode before the umask. Cost: lists the files of the folder. Errors: those of
 /// the system.
@@ -38,8 +38,8 @@ pub(super) fn create(folder: &Path, mode: u32) -> io::Result<(File, Option<TempP
     Ok((file, Some(name)))
 }
 
-/// Moves a file of [`create`] to `target`, replacing an existing one. Errors: those of the
-/// system.
+/// Moves a file of [`create`] to `target`, replacing an existing one. Errors:
+/// those of the system.
 pub(super) fn put(file: &mut File, name: Option<TempPath>, target: &Path) -> io::Result<()> {
     match name {
         Some(name) => name.persist(target).map_err(|e| e.error),
@@ -67,8 +67,8 @@ fn named(folder: &Path, mode: u32) -> io::Result<(File, TempPath)> {
     Ok(builder_in(folder, create)?.into_parts())
 }
 
-/// Locks a file; `false` if another process has the lock, or has removed the file from
-/// `path`.
+/// Locks a file; `false` if another process has the lock,
+/// or has removed the file from `path`.
 fn is_held(file: &File, path: &Path) -> bool {
     match file.try_lock() {
         Err(TryLockError::WouldBlock) => false,

@@ -97,8 +97,8 @@ impl Tasks {
     }
 }
 
-/// Attention of the queries of all heads, at consecutive positions of each of several
-/// sequences.
+/// Attention of the queries of all heads, at consecutive positions of each
+/// of several sequences.
 pub(crate) struct Attention<'a, F> {
     /// Cache of each segment.
     pub(crate) cache: F,

@@ -16,16 +16,16 @@ const MANY: usize = 16;
 
 /// Keys and values of all layers.
 ///
-/// Memory is allocated in slabs of [`SLAB`] blocks, when a pass first refers to one of their
-/// blocks.
+/// Memory is allocated in slabs of [`SLAB`] blocks,
+/// when a pass first refers to one of their blocks.
 #[derive(Debug)]
 pub(crate) struct CpuCache {
     layout: CacheLayout,
     rotation: Option<Rotation>,
     /// Blocks of each group of layers.
     groups: Vec<Blocks>,
-    /// Destinations of the rows of the pass for each group of layers; those in the same slab are
-    /// consecutive.
+    /// Destinations of the rows of the pass for each group of layers;
+    /// those in the same slab are consecutive.
     writes: Vec<Vec<Write>>,
 }
 
@@ -96,8 +96,8 @@ impl CpuCache {
         self.rotation.as_ref()
     }
 
-    /// Allocates the slabs of a pass, copies shared blocks, and computes where its rows are
-    /// stored.
+    /// Allocates the slabs of a pass, copies shared blocks,
+    /// and computes where its rows are stored.
     ///
     /// Errors (`TooLarge`): out of memory.
     pub(crate) fn begin(&mut self, pass: &Pass) -> Result<()> {

@@ -207,8 +207,8 @@ impl Parts<'_> {
     fn multiply_many(&self, cpu: &Cpu, vectors: &[Activations], write: Write, out: &mut [f32]) {
         let (kernels, team) = (cpu.kernels(), cpu.team());
         let tiles = self.tiles();
-        // With few tiles, the load is balanced better if a task is one tile with some of the
-        // vectors.
+        // With few tiles, the load is balanced better if a task is one tile with some
+        // of the vectors.
         let wanted = (team.threads() * TASKS_PER_THREAD).div_ceil(tiles.count().max(1));
         let height = vectors.len().div_ceil(wanted).max(SMALLEST_BAND);
         team.tiles(out, height, &tiles, |tile, mut out| {

@@ -27,8 +27,8 @@ const AWAKE: Duration = Duration::from_millis(2);
 /// Polls for work between two looks at the clock, about a microsecond.
 const SPINS: u32 = 32;
 
-/// Polls for the end of the other threads' tasks between two looks at the clock, about ten
-/// microseconds.
+/// Polls for the end of the other threads' tasks between two looks at the clock,
+/// about ten microseconds.
 const SPINS_AT_THE_END: u32 = 256;
 
 /// Waiting time beyond two task durations that counts as a stall.
@@ -37,8 +37,8 @@ const SPINS_AT_THE_END: u32 = 256;
 /// a task.
 const STALL: Duration = Duration::from_micros(300);
 
-/// Factor between the duration of a stall and the time during which the caller then works
-/// alone.
+/// Factor between the duration of a stall and the time during
+/// which the caller then works alone.
 ///
 /// With one other busy process on the machine a thread loses its processor for milliseconds every
 /// few milliseconds. Waiting for it each time would be slower than working without it.
@@ -76,8 +76,8 @@ fn serve(shared: &Handover, own: usize) {
     }
 }
 
-/// Waits until every task is finished; after a stall, returns the time until which to work
-/// alone.
+/// Waits until every task is finished; after a stall,
+/// returns the time until which to work alone.
 fn wait(shared: &Handover, stall: Duration) -> Option<Instant> {
     if (0..SPINS_AT_THE_END).any(|_| shared.is_finished()) {
         return None;
@@ -149,9 +149,9 @@ impl Team {
         let started = Instant::now();
         let shared = &*self.shared;
         let task: &(dyn Fn(usize) + Sync) = &task;
-        // SAFETY: only the lifetime changes. The pointer is used only by threads that have a task
-        // of this loop, and this function does not return, nor unwind, before all tasks are
-        // finished.
+        // SAFETY: only the lifetime changes. The pointer is used only by threads that
+        // have a task of this loop, and this function does not return, nor unwind, before
+        // all tasks are finished.
         let task: &'static (dyn Fn(usize) + Sync) = unsafe { std::mem::transmute(task) };
         // SAFETY: the guard of `caller` makes this the only caller, and it has waited for the
         // previous loop.
@@ -175,8 +175,8 @@ impl Team {
         let out = Pieces::new(out);
         self.run(len.div_ceil(size), |index| {
             let range = index * size..len.min((index + 1) * size);
-            // SAFETY: the ranges of different chunks are disjoint, and `run` calls with each number
-            // once.
+            // SAFETY: the ranges of different chunks are disjoint,
+            // and `run` calls with each number once.
             task(index, unsafe { out.get(range) });
         });
     }

@@ -1,5 +1,5 @@
-//! Backward pass through a decoder, layer by layer: the gradients of the outputs of every
-//! matrix.
+//! Backward pass through a decoder, layer by layer:
+//! the gradients of the outputs of every matrix.
 #![forbid(unsafe_code)]
 
 use super::config::ModelConfig;
@@ -43,11 +43,11 @@ pub type GradientObserver<'a> = &'a mut dyn FnMut(LayerInput, &[f32], &[f32]) ->
 /// `c = p * sum(s * e) - s * e`. Here `p` are the probabilities that the model predicts at a
 /// position, `s` their square roots, and `e` random signs. The covariance of `c` is
 /// `diag(p) - p p^T`. That is the covariance of the log-likelihood gradient when the token is
-/// sampled from `p`. So the second moments of these gradients are the Fisher information `F`: to
-/// second order, a change `d` causes a Kullback-Leibler divergence of half of `d^T F d` from the
-/// model's predictions. Unlike the gradient of a sampled token, `c` is about as large as its
-/// average each time. A token that is nearly certain would be sampled nearly always and carry no
-/// information.
+/// sampled from `p`. So the second moments of these gradients are the Fisher information `F`:
+/// to second order, a change `d` causes a Kullback-Leibler divergence of half of `d^T F d` from
+/// the model's predictions. Unlike the gradient of a sampled token, `c` is about as large as
+/// its average each time. A token that is nearly certain would be sampled nearly always and
+/// carry no information.
 ///
 /// The signs are the bits of ChaCha8 seeded with `ChaCha8Rng::seed_from_u64(seed)`, 64 at a time
 /// from the least significant one on, 1 for `e = -1`. Every position starts with new bits. All
@@ -67,8 +67,8 @@ pub struct Backward {
     scratch: Scratch,
 }
 
-/// Gradients of the gains of the norms of a layer, `[hidden]` each, summed over all
-/// positions.
+/// Gradients of the gains of the norms of a layer, `[hidden]` each,
+/// summed over all positions.
 #[derive(Debug, Clone)]
 pub struct GainGradients {
     /// Gradients of the norm before attention.
@@ -142,8 +142,8 @@ impl Backward {
         })
     }
 
-    /// Starts like [`Backward::new`], with the gradients of the divergence from another model's
-    /// predictions.
+    /// Starts like [`Backward::new`], with the gradients of the divergence
+    /// from another model's predictions.
     ///
     /// This is the Kullback-Leibler divergence, summed over all positions, in nats. The gradients
     /// of the logits are `q - p`. That model's `wanted_hidden` belong to the same tokens. Also

@@ -1,5 +1,5 @@
-//! Block tables of the KV cache: the memory blocks that hold the keys and values of a
-//! sequence.
+//! Block tables of the KV cache: the memory blocks that hold the keys
+//! and values of a sequence.
 //!
 //! Keys and values are stored in blocks of 16 positions (PagedAttention, arXiv 2309.06180). Blocks
 //! are reference-counted, so sequences with a common prefix share them. Only block numbers are
@@ -76,8 +76,8 @@ impl CacheLayout {
         }
     }
 
-    /// Returns the number of values in a block of `group`: keys and values of all layers and
-    /// heads.
+    /// Returns the number of values in a block of `group`:
+    /// keys and values of all layers and heads.
     ///
     /// `None`: overflow.
     pub(crate) fn block_values(&self, group: usize) -> Option<usize> {
@@ -127,8 +127,8 @@ pub(crate) struct BlockPool {
     max_bytes: usize,
 }
 
-/// Numbers of the unreferenced blocks, lowest first, so that the blocks of a sequence are
-/// contiguous.
+/// Numbers of the unreferenced blocks, lowest first,
+/// so that the blocks of a sequence are contiguous.
 #[derive(Debug, Default)]
 struct Free {
     numbers: Mutex<BinaryHeap<Reverse<u32>>>,
@@ -243,8 +243,8 @@ impl BlockTables {
         self.len
     }
 
-    /// Reserves room for `n` more positions, and writes to `pass` where they and the earlier ones
-    /// are.
+    /// Reserves room for `n` more positions, and writes to `pass` where they
+    /// and the earlier ones are.
     ///
     /// A shared block that will be written is copied. If more than a window and `chunk` positions
     /// would be held, a window releases the blocks that no query attends to any more. Errors
@@ -299,8 +299,8 @@ impl BlockTables {
         self.copied_from = None;
     }
 
-    /// Keeps the first `len` positions, or none if a window has released some that the next query
-    /// needs.
+    /// Keeps the first `len` positions, or none if a window has released some
+    /// that the next query needs.
     ///
     /// Also releases blocks that were reserved and not committed, and the positions of a block
     /// whose copy was not committed: the pass may have failed before it.

@@ -50,8 +50,8 @@ const MAX_MESSAGE_CHARS: usize = 300;
 /// One turn of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Message {
-    /// Role of the speaker: `system`, `user`, `assistant`, or another one that the template
-    /// knows.
+    /// Role of the speaker: `system`, `user`, `assistant`,
+    /// or another one that the template knows.
     pub role: String,
     /// Text of the message.
     pub content: String,
@@ -194,8 +194,8 @@ impl ChatTemplate {
         }
     }
 
-    /// Returns the environment as transformers sets it up, for messages of `bytes` bytes in
-    /// total.
+    /// Returns the environment as transformers sets it up,
+    /// for messages of `bytes` bytes in total.
     fn environment(&self, bytes: usize) -> Environment<'_> {
         let mut env = Environment::new();
         let messages_fuel = (bytes as u64).saturating_mul(FUEL_PER_BYTE);
@@ -325,15 +325,15 @@ fn template_error(kind: ErrorKind, e: &minijinja::Error) -> Error {
     )
 }
 
-/// Returns the detail of an error, truncated: it may contain any text that the template
-/// computed.
+/// Returns the detail of an error, truncated:
+/// it may contain any text that the template computed.
 fn short(e: &minijinja::Error) -> String {
     let detail = e.detail().unwrap_or("no detail");
     detail.chars().take(MAX_MESSAGE_CHARS).collect()
 }
 
-/// Replaces `{% generation %}`, which marks the assistant's text for training and renders its
-/// content.
+/// Replaces `{% generation %}`, which marks the assistant's text for training
+/// and renders its content.
 ///
 /// The engine does not know the tag, so it becomes an `if` that is always true, with the same
 /// whitespace control.

@@ -79,9 +79,9 @@ pub struct ModelConfig {
 impl ModelConfig {
     /// Reads `config.json` and, for the end-of-sequence ids, `generation_config.json`.
     ///
-    /// Both spellings of the rotary embedding are accepted: `rope_theta` with `rope_scaling`, and
-    /// `rope_parameters`. Absent keys have the defaults of Hugging Face transformers, but sizes are
-    /// required.
+    /// Both spellings of the rotary embedding are accepted: `rope_theta` with
+    /// `rope_scaling`, and `rope_parameters`. Absent keys have the defaults of Hugging Face
+    /// transformers, but sizes are required.
     ///
     /// Errors: `Malformed` (not a JSON object), `Missing` (a size), `Invalid` (a value of the wrong
     /// type, zero, or inconsistent sizes), `TooLarge` (above the limit of a size, or of
@@ -214,8 +214,8 @@ fn parse_object(document: &str, text: &str) -> Result<Map<String, Value>> {
     }
 }
 
-/// Keys of other architectures that change the arithmetic, each with its neutral number, if
-/// any.
+/// Keys of other architectures that change the arithmetic,
+/// each with its neutral number, if any.
 ///
 /// `null`, `false`, and an empty text, list or object are always neutral.
 const FOREIGN_KEYS: &[(&str, Option<f64>)] = &[

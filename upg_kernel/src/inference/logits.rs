@@ -1,5 +1,5 @@
-//! Logits between model and sampler: [`LogitsProcessor`]s change them, [`LogProbs`] report
-//! them.
+//! Logits between model and sampler: [`LogitsProcessor`]s change them,
+//! [`LogProbs`] report them.
 #![forbid(unsafe_code)]
 
 use crate::error::{Error, ErrorKind, Result};

@@ -1,5 +1,5 @@
-//! Forward pass as plain data: tokens of several sequences, and where their keys and values
-//! are.
+//! Forward pass as plain data: tokens of several sequences,
+//! and where their keys and values are.
 #![forbid(unsafe_code)]
 
 use std::ops::Range;

@@ -66,8 +66,8 @@ impl Rope {
         }
     }
 
-    /// Returns whether a sequence of `len` tokens in total uses the frequencies for long
-    /// sequences.
+    /// Returns whether a sequence of `len` tokens in total uses the frequencies
+    /// for long sequences.
     ///
     /// The length of the whole sequence decides for every position in it, as in transformers. When
     /// a sequence grows past the switch, its earlier keys become invalid and must be recomputed.
@@ -117,8 +117,8 @@ impl RopeTable {
         self.sin.clear();
     }
 
-    /// Rotates the heads of `row`, `head_dim` elements each, to position number `index`, in
-    /// place.
+    /// Rotates the heads of `row`, `head_dim` elements each,
+    /// to position number `index`, in place.
     ///
     /// Elements of a head from `dim` on keep their values. Panics beyond the table.
     pub fn apply(&self, index: usize, row: &mut [f32], head_dim: usize) {
@@ -190,8 +190,8 @@ fn yarn(config: &RopeConfig) -> Vec<f64> {
         return Vec::new();
     };
     let dim = config.dim as f64;
-    // The (fractional) index of the frequency with this number of rotations over the original
-    // context.
+    // The (fractional) index of the frequency with this number
+    // of rotations over the original context.
     let index_of = |rotations: f64| {
         dim * (original_context as f64 / (rotations * 2.0 * PI)).ln() / (2.0 * config.theta.ln())
     };

@@ -25,8 +25,8 @@ pub struct SamplingOptions {
     ///
     /// 1 changes nothing. Source: CTRL, arXiv 1909.05858. All penalties apply to greedy choice too.
     pub repetition_penalty: f32,
-    /// Frequency penalty, subtracted from the logits of recent tokens for each occurrence; 0:
-    /// none.
+    /// Frequency penalty, subtracted from the logits of recent tokens
+    /// for each occurrence; 0: none.
     pub frequency_penalty: f32,
     /// Presence penalty, subtracted once from the logits of recent tokens; 0: none.
     pub presence_penalty: f32,
@@ -256,8 +256,8 @@ impl Sampler {
     }
 }
 
-/// Returns the index of the largest logit, at a tie the first; `None` if none is above minus
-/// infinity.
+/// Returns the index of the largest logit, at a tie the first;
+/// `None` if none is above minus infinity.
 fn largest(logits: &[f32]) -> Option<u32> {
     // Sixteen at a time, which a compiler vectorizes.
     let (chunks, rest) = logits.as_chunks::<16>();

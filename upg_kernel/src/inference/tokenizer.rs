@@ -98,8 +98,8 @@ impl Tokenizer {
         let mut parts = file::parse(tokenizer_json)?;
         let growth = parts.check()?;
         let mut inner = contained(|| parts.tokenizer())??;
-        // Files saved after training have these settings; a prompt must never be truncated or
-        // padded.
+        // Files saved after training have these settings;
+        // a prompt must never be truncated or padded.
         inner.with_padding(None);
         inner
             .with_truncation(None)
@@ -197,8 +197,8 @@ impl Tokenizer {
         self.special.eos.contains(&id)
     }
 
-    /// Returns whether `id` is a raw byte (`<0x0A>`), which is decoded together with its
-    /// neighbours.
+    /// Returns whether `id` is a raw byte (`<0x0A>`),
+    /// which is decoded together with its neighbours.
     fn is_fallback_byte(&self, id: u32) -> bool {
         self.byte_fallback
             && self.inner.id_to_token(id).is_some_and(|t| {
@@ -223,8 +223,8 @@ impl std::fmt::Debug for Tokenizer {
 struct Config {
     add_bos: Option<bool>,
     add_eos: Option<bool>,
-    /// Begin token; `None` if the file does not mention it, `Some(None)` if it says that there is
-    /// none.
+    /// Begin token; `None` if the file does not mention it,
+    /// `Some(None)` if it says that there is none.
     bos: Option<Option<String>>,
     eos: Option<Option<String>>,
 }
@@ -325,8 +325,8 @@ fn check_added_tokens(
     Ok(())
 }
 
-/// Returns whether an added token is empty after the normalization of the text that is
-/// searched.
+/// Returns whether an added token is empty after the normalization of the text
+/// that is searched.
 fn is_empty_as_text(inner: &tokenizers::Tokenizer, token: &file::AddedTokenWithId) -> Result<bool> {
     let normalizer = inner.get_normalizer().filter(|_| token.normalized);
     let Some(normalizer) = normalizer.filter(|_| !token.content.is_empty()) else {

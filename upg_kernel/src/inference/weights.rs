@@ -184,8 +184,8 @@ impl Weights {
 }
 
 impl ModelConfig {
-    /// Checks that `source` has every weight that this config requires, and none that would be
-    /// ignored.
+    /// Checks that `source` has every weight that this config requires,
+    /// and none that would be ignored.
     ///
     /// Cost: that of fetching all of them. Errors: those of [`Model::load`](super::Model::load).
     pub fn check_weights(&self, source: &dyn WeightSource) -> Result<()> {

@@ -21,8 +21,8 @@ pub(crate) const SLAB: usize = 16;
 /// Keys and values in blocks of 16 positions, with [`SLAB`] blocks per allocation.
 ///
 /// A slab has for each head the keys of its blocks, `[SLAB, dim, 16]`, so that 16 scores are
-/// computed side by side, and then the values, `[SLAB, 16, dim]`. Slabs that are not allocated are
-/// empty.
+/// computed side by side, and then the values, `[SLAB, 16, dim]`. Slabs that are not
+/// allocated are empty.
 #[derive(Debug)]
 pub(crate) enum Blocks {
     F32(Vec<Slab<f32>>),
@@ -79,8 +79,8 @@ impl Total {
         sum: 0.0,
     };
 
-    /// Adds `found`, a sum over other positions with its own total, to `out`, whose total this
-    /// is.
+    /// Adds `found`, a sum over other positions with its own total, to `out`,
+    /// whose total this is.
     ///
     /// Source: Flash-Decoding, <https://crfm.stanford.edu/2023/10/12/flashdecoding.html>. The order
     /// of the calls changes the result by rounding.
@@ -124,12 +124,12 @@ pub(crate) struct Scratch {
     block: Vec<f32>,
 }
 
-/// Computes `out[i] / totals[i].sum = softmax(queries[i] K^T) V` over the positions
-/// `seen[i]`.
+/// Computes `out[i] / totals[i].sum = softmax(queries[i] K^T) V` over the
+/// positions `seen[i]`.
 ///
-/// Without positions, `out[i]` is zeros and the sum 0. `MOST` queries, a power of two up to 8, are
-/// processed together: as many as there are registers for their sums. Groups of them share widened
-/// blocks.
+/// Without positions, `out[i]` is zeros and the sum 0. `MOST` queries, a power of two up to
+/// 8, are processed together: as many as there are registers for their sums. Groups of them
+/// share widened blocks.
 #[inline(always)]
 pub(crate) fn attend<L: Lanes, const MOST: usize>(proof: L::Proof, task: Task<'_>) {
     let Task {

@@ -146,8 +146,8 @@ impl Lanes for Registers {
     #[inline(always)]
     fn load(_: Avx2, values: &[f32; 16]) -> Self {
         let start = values.as_ptr();
-        // SAFETY: as above; the reference is to 16 readable floats, and the loads need no
-        // alignment.
+        // SAFETY: as above; the reference is to 16 readable floats,
+        // and the loads need no alignment.
         Self(unsafe { [_mm256_loadu_ps(start), _mm256_loadu_ps(start.add(8))] })
     }
 
@@ -204,8 +204,8 @@ fn load_half(bytes: &[u8; 16]) -> __m128i {
     unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) }
 }
 
-/// Prefetches the cache line `at` bytes after the start of `bytes`, which may lie past its
-/// end.
+/// Prefetches the cache line `at` bytes after the start of `bytes`,
+/// which may lie past its end.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn prefetch(bytes: &[u8], at: usize) {

@@ -49,8 +49,8 @@ pub struct Avx512 {
 }
 
 impl Avx512 {
-    /// Returns `None` if the processor or the system lacks one of AVX-512 F, BW, VL, VBMI, VBMI2,
-    /// VNNI.
+    /// Returns `None` if the processor or the system lacks one of AVX-512 F, BW, VL,
+    /// VBMI, VBMI2, VNNI.
     pub fn new() -> Option<Self> {
         let has = is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
@@ -234,8 +234,8 @@ fn load_half(bytes: &[u8; 32]) -> __m256i {
     unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) }
 }
 
-/// Prefetches the cache line `at` bytes after the start of `bytes`, which may lie past its
-/// end.
+/// Prefetches the cache line `at` bytes after the start of `bytes`,
+/// which may lie past its end.
 ///
 /// `HINT` selects the cache.
 #[inline]

@@ -79,8 +79,8 @@ impl<'a> View<'a> {
     }
 }
 
-/// Computes `out [n, rows] = x [n, cols] * weights [rows, cols]^T` in f32 on the calling
-/// thread.
+/// Computes `out [n, rows] = x [n, cols] * weights [rows, cols]^T`
+/// in f32 on the calling thread.
 ///
 /// `rows` is `weights.len() / cols`, `n` is `x.len() / cols`. Panics if the lengths do not match.
 pub fn multiply(weights: &[f32], x: &[f32], cols: usize, out: &mut [f32]) {

@@ -107,8 +107,8 @@ pub(super) fn transform_in_place<R: Register>(
     }
 }
 
-/// Computes the unscaled Walsh-Hadamard transform, with the additions in the order of the
-/// reference.
+/// Computes the unscaled Walsh-Hadamard transform,
+/// with the additions in the order of the reference.
 ///
 /// Between passes the registers are in `blocks`, whose number is a power of two. One pass over
 /// memory handles as many spans as [`Register::TOGETHER`] registers allow.

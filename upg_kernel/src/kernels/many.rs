@@ -1,5 +1,5 @@
-//! Products of packed weights with many vectors, written once for the instruction sets of
-//! x86-64.
+//! Products of packed weights with many vectors,
+//! written once for the instruction sets of x86-64.
 //!
 //! A panel has the tiles of a strip, decoded once for all vectors.
 #![forbid(unsafe_code)]

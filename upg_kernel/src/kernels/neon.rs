@@ -2,10 +2,10 @@
 //!
 //! They use the byte dot product `sdot` where the processor has it (Apple M1, Neoverse N1,
 //! Cortex-A55 and later). A register holds four rows of a tile. Levels and both planes of the
-//! activations ([`Activations`]) are signed bytes. One `sdot` per plane multiplies 16 levels by the
-//! four activations of their columns, which are a lane of a register with the activations of four
-//! tiles. Each plane has its own sums, and a group ends with `128 * high + low`. All of this is
-//! exact.
+//! activations ([`Activations`]) are signed bytes. One `sdot` per plane multiplies 16 levels
+//! by the four activations of their columns, which are a lane of a register with the
+//! activations of four tiles. Each plane has its own sums, and a group ends with
+//! `128 * high + low`. All of this is exact.
 
 mod dot;
 mod hadamard;
@@ -195,8 +195,8 @@ fn store_f32(out: &mut [f32; 4], values: float32x4_t) {
     unsafe { vst1q_f32(out.as_mut_ptr(), values) }
 }
 
-/// Prefetches the cache line `at` bytes after the start of `bytes`, which may lie past its
-/// end.
+/// Prefetches the cache line `at` bytes after the start of `bytes`,
+/// which may lie past its end.
 #[inline]
 #[target_feature(enable = "neon")]
 fn prefetch(bytes: &[u8], at: usize) {

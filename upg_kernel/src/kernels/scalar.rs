@@ -4,8 +4,8 @@
 /// Partial sums of a dot product: enough for a compiler to use its widest registers.
 const LANES: usize = 16;
 
-/// Computes `sum(a[i] * b[i])` over the shorter length, in f32, as 16 interleaved partial
-/// sums.
+/// Computes `sum(a[i] * b[i])` over the shorter length, in f32,
+/// as 16 interleaved partial sums.
 #[inline(always)]
 pub fn dot(a: &[f32], b: &[f32]) -> f32 {
     let n = a.len().min(b.len());
@@ -24,8 +24,8 @@ pub fn dot(a: &[f32], b: &[f32]) -> f32 {
     sums.iter().sum()
 }
 
-/// Computes `out [n, rows] = x [n, cols] * weights [rows, cols]^T`; `cols` and `rows` are not
-/// 0.
+/// Computes `out [n, rows] = x [n, cols] * weights [rows, cols]^T`;
+/// `cols` and `rows` are not 0.
 pub fn multiply(weights: &[f32], x: &[f32], cols: usize, out: &mut [f32]) {
     let rows = weights.len() / cols;
     for (row, weights) in weights.chunks_exact(cols).enumerate() {
@@ -35,8 +35,8 @@ pub fn multiply(weights: &[f32], x: &[f32], cols: usize, out: &mut [f32]) {
     }
 }
 
-/// Flips the signs of the elements whose bit is set; bits are in order, least significant
-/// first.
+/// Flips the signs of the elements whose bit is set;
+/// bits are in order, least significant first.
 #[inline(always)]
 pub fn flip(x: &mut [f32], signs: &[u8]) {
     for (x, &signs) in x.chunks_mut(8).zip(signs) {

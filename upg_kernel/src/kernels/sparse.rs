@@ -231,8 +231,8 @@ fn put_weights(
     }
 }
 
-/// Returns the first [`BLOCK`] elements. If there are fewer, copies them to the
-/// start of `end`.
+/// Returns the first [`BLOCK`] elements. If there are fewer,
+/// copies them to the start of `end`.
 #[inline(always)]
 fn window<'a, T: Copy>(slice: &'a [T], end: &'a mut [T; BLOCK]) -> &'a [T; BLOCK] {
     match slice.first_chunk() {

@@ -77,8 +77,8 @@ impl<'a> Strip<'a> {
         factors
     }
 
-    /// Computes the rows of one product from their sums, which lack the factor common to a whole
-    /// row.
+    /// Computes the rows of one product from their sums,
+    /// which lack the factor common to a whole row.
     pub(super) fn put_rows(&self, sums: &[f32; 64], out: &mut [f32]) {
         let sums = sums.iter().zip(self.scales);
         match self.primes {
@@ -152,8 +152,8 @@ pub(crate) enum Primes<'a> {
 
 /// Evaluates the second expression with the levels of a strip.
 ///
-/// It uses the types of the module `levels`, which have the same names for each instruction set of
-/// x86-64.
+/// It uses the types of the module `levels`, which have the same names
+/// for each instruction set of x86-64.
 #[cfg(target_arch = "x86_64")]
 macro_rules! with_levels {
     ($strip:expr, $levels:ident => $call:expr) => {{

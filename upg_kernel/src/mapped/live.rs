@@ -5,8 +5,8 @@ use crate::text::Shown;
 use std::path::Path;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering, fence};
 
-/// Maximum number of listed maps. Further maps work, but [`mapped_path_at`] does not find
-/// them.
+/// Maximum number of listed maps. Further maps work,
+/// but [`mapped_path_at`] does not find them.
 const SLOTS: usize = 1024;
 
 /// Maximum bytes of a listed path; a longer path is listed by its end.
@@ -87,8 +87,8 @@ fn shown(path: &Path) -> String {
     text
 }
 
-/// Copies the path of the file mapped at this address to the start of `path`, as text for a
-/// message.
+/// Copies the path of the file mapped at this address to the start of `path`,
+/// as text for a message.
 ///
 /// Returns its number of bytes. `None`: no known file is mapped there, or `path` is too short.
 ///
@@ -111,8 +111,8 @@ impl Slot {
         for (to, from) in path.get_mut(..len)?.iter_mut().zip(&self.path) {
             *to = from.load(Ordering::Relaxed);
         }
-        // An equal address proves nothing: the slot may have been given to another map there
-        // meanwhile.
+        // An equal address proves nothing: the slot may have been given
+        // to another map there meanwhile.
         fence(Ordering::Acquire);
         (self.generation.load(Ordering::Relaxed) == generation).then_some(len)
     }

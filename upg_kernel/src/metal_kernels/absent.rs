@@ -6,8 +6,8 @@ use crate::matrix::Matrix;
 use candle_core::Tensor;
 use std::convert::Infallible;
 
-/// Products of compressed matrices with vectors on an Apple GPU, which this system does not
-/// have.
+/// Products of compressed matrices with vectors on an Apple GPU,
+/// which this system does not have.
 ///
 /// There is no value of this type here. On macOS and iOS it also has `load`, `vector` and `pass`,
 /// for many products at once.

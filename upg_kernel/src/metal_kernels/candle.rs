@@ -17,8 +17,8 @@ type ByDevice<T> = Mutex<Vec<(u64, Arc<T>)>>;
 /// Device of each number with its compiled kernels, shared by all layers of all models.
 static GPUS: ByDevice<Gpu> = Mutex::new(Vec::new());
 
-/// Returns the value for the device, and creates it if necessary; other callers wait
-/// meanwhile.
+/// Returns the value for the device, and creates it if necessary;
+/// other callers wait meanwhile.
 fn of_device<T>(
     all: &ByDevice<T>,
     device: u64,
@@ -106,8 +106,8 @@ fn shared(buffer: &Buffer, offset: usize) -> GpuBuffer {
     GpuBuffer::of(buffer.as_ref().retain(), offset)
 }
 
-/// Encoder of candle, which inserts barriers between calls according to what they read and
-/// write.
+/// Encoder of candle, which inserts barriers between calls according
+/// to what they read and write.
 struct Candle<'a>(&'a ComputeCommandEncoder);
 
 impl Encoder for Candle<'_> {

@@ -251,8 +251,8 @@ impl Gpu {
             return Ok(GpuBuffer { shared, offset });
         }
         let start = NonNull::from(&file[pages.start..]).cast::<c_void>();
-        // The map stays until Metal releases the buffer, which is after the last command that reads
-        // it.
+        // The map stays until Metal releases the buffer,
+        // which is after the last command that reads it.
         let map = Mutex::new(Some(Arc::clone(file)));
         let unmap = RcBlock::new(move |_: NonNull<c_void>, _: usize| {
             map.lock().unwrap_or_else(PoisonError::into_inner).take();

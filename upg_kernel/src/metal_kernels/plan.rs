@@ -26,8 +26,8 @@ const SIMD: usize = 32;
 /// Vectors of a kernel with `_batch` (`BATCH` of the kernels).
 const BATCH: usize = 4;
 
-/// Columns that one threadgroup transforms (16 KiB of floats), or copies (`COPIED` of the
-/// kernels).
+/// Columns that one threadgroup transforms (16 KiB of floats),
+/// or copies (`COPIED` of the kernels).
 const BLOCK: usize = 4096;
 
 /// Elements per thread in a rotation (`RADIX` of the kernels).
@@ -38,8 +38,8 @@ const RADIX: usize = 16;
 /// They take 16 KiB of floats, half of the limit of a threadgroup.
 const WINDOW: usize = 4096;
 
-/// Maximum columns for the 32-bit arithmetic of the kernels, including steps past the last
-/// one.
+/// Maximum columns for the 32-bit arithmetic of the kernels,
+/// including steps past the last one.
 const MOST_COLS: usize = 1 << 30;
 
 /// Alignment of weights that are read as words.
@@ -171,8 +171,8 @@ pub struct Dispatch<'a> {
     pub args: Vec<u8>,
     /// Arguments from 1 on; the call writes only the last one.
     pub operands: Vec<Operand<'a>>,
-    /// Bytes of threadgroup memory, all at index 0: a multiple of 16, at most 32 KiB; 0 if
-    /// unused.
+    /// Bytes of threadgroup memory, all at index 0:
+    /// a multiple of 16, at most 32 KiB; 0 if unused.
     pub threadgroup_bytes: usize,
     /// Number of threadgroups in two dimensions.
     pub threadgroups: [usize; 2],
@@ -457,8 +457,8 @@ impl Planner<'_> {
                 ("s4", Weights::new(codes), codebook, LEVELS + PRIMES)
             }
         };
-        // The length of the array, not the last pointer, which may have changed since it was
-        // checked.
+        // The length of the array, not the last pointer,
+        // which may have changed since it was checked.
         let stored = number(codes.bytes().len(), "bytes of codes")?;
         let args = StripArgs {
             group: number(BITMAP_GROUP, "columns")?,
@@ -525,8 +525,8 @@ impl Planner<'_> {
         Ok(dispatches)
     }
 
-    /// Returns a pass over the columns from `first` on. If it reads X, the other columns are
-    /// copied.
+    /// Returns a pass over the columns from `first` on.
+    /// If it reads X, the other columns are copied.
     fn pass<'a>(
         &self,
         rotation: &'a Rotation,

@@ -59,8 +59,8 @@ pub struct MetalSpMV {
 unsafe extern "C" {}
 
 impl MetalSpMV {
-    /// Opens the default device and compiles the kernels (some tenths of a second the first
-    /// time).
+    /// Opens the default device and compiles the kernels (some tenths
+    /// of a second the first time).
     ///
     /// Errors (`Unsupported`): there is no device, or it lacks a feature that the message names.
     pub fn new() -> Result<Self> {
@@ -300,8 +300,8 @@ impl MetalVector {
             let message = "the pass that computes this vector has not finished";
             return Err(Error::new(ErrorKind::Argument, message).hint("call `finish` on it"));
         }
-        // SAFETY: created with this many bytes, in shared memory; the only pass that writes it has
-        // finished.
+        // SAFETY: created with this many bytes, in shared memory;
+        // the only pass that writes it has finished.
         let bytes = unsafe { self.buffer.read(self.n * self.len * size_of::<T>()) };
         Ok(cast_slice(bytes).to_vec())
     }
@@ -325,9 +325,9 @@ pub struct MetalPass<'a> {
 impl MetalPass<'_> {
     /// Computes `W x` for each vector of `x`, which may be a result of this pass.
     ///
-    /// Errors: `Shape` if the vectors have another length than the matrix has columns; `Argument`
-    /// if `x` belongs to another pass that has not finished; `TooLarge` if the device is out of
-    /// memory.
+    /// Errors: `Shape` if the vectors have another length than the matrix has columns;
+    /// `Argument` if `x` belongs to another pass that has not finished; `TooLarge` if the
+    /// device is out of memory.
     pub fn spmv(&mut self, matrix: &MetalMatrix, x: &MetalVector) -> Result<MetalVector> {
         self.spmv_with(matrix, x, SparseKernel::default())
     }

@@ -1,9 +1,9 @@
 //! Every kernel of `spmv.metal` on the CPU, compared with sums in f64 over the weights that
 //! the reference decodes.
 //!
-//! The tests need clang: `UPG_CLANG` or one that is found. Without it they print that they did not
-//! run, or fail if `UPG_REQUIRE_CLANG` is set. `tests/metal_on_cpu/machine.h` describes the
-//! emulation.
+//! The tests need clang: `UPG_CLANG` or one that is found. Without it they print that they
+//! did not run, or fail if `UPG_REQUIRE_CLANG` is set. `tests/metal_on_cpu/machine.h`
+//! describes the emulation.
 
 mod cases;
 mod on_cpu;
@@ -53,8 +53,8 @@ fn clang() -> Option<String> {
     found
 }
 
-/// Fails if the variable is set; otherwise prints why a test does nothing, past the test
-/// harness.
+/// Fails if the variable is set; otherwise prints why a test does nothing,
+/// past the test harness.
 fn not_run(why: &str, required: &str) {
     assert!(std::env::var_os(required).is_none(), "{why}");
     writeln!(std::io::stderr(), "NOT RUN: {why}").expect("standard error");
@@ -226,8 +226,8 @@ const VECTORS: [usize; 2] = [1, 5];
 
 const ELEMENTS: [Element; 2] = [Element::F32, Element::F16];
 
-/// Checks all cases with both programs, with one and several vectors of both types; panics on
-/// failures.
+/// Checks all cases with both programs, with one and several vectors of both types;
+/// panics on failures.
 fn check_all(cases: &[Case], max_threads: usize) {
     let Some(programs) = programs() else { return };
     let mut jobs = Vec::new();
@@ -445,8 +445,8 @@ fn test_metal_spmv_infinities_where_nothing_is_stored() {
     }
 }
 
-/// A mapped file may change after its matrices were checked. No kernel reads outside a buffer
-/// then.
+/// A mapped file may change after its matrices were checked.
+/// No kernel reads outside a buffer then.
 #[test]
 fn test_metal_spmv_arrays_that_changed_lead_nowhere_else() {
     let Some([program, _]) = programs() else {

@@ -1,5 +1,5 @@
-//! Bytes that stay in their files until conversion: a pickle of many gigabytes is never in
-//! memory.
+//! Bytes that stay in their files until conversion:
+//! a pickle of many gigabytes is never in memory.
 #![forbid(unsafe_code)]
 
 use crate::error::{Error, ErrorKind, Result};

@@ -68,8 +68,8 @@ pub struct CatalogueEntry {
     pub name: String,
     /// Shape: `[rows, cols]` of a matrix, `[n]` of a vector.
     pub shape: Vec<u64>,
-    /// Other properties (`dtype`, `original_bytes` and so on), which the weights do not depend
-    /// on.
+    /// Other properties (`dtype`, `original_bytes` and so on),
+    /// which the weights do not depend on.
     pub notes: BTreeMap<&'static str, Value>,
     pub(super) parts: Option<Parts>,
 }

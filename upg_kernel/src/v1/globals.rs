@@ -211,8 +211,8 @@ pub(super) fn build(objects: &Objects, target: Id, state: Id) -> Result<Object> 
     })
 }
 
-/// Handles `(3, byte order, None, None, None, -1, -1, 0)`: no fields, no subarray, no
-/// metadata.
+/// Handles `(3, byte order, None, None, None, -1, -1, 0)`:
+/// no fields, no subarray, no metadata.
 fn built_dtype(objects: &Objects, dtype: Dtype, state: Id) -> Option<Object> {
     let state = objects.tuple(state)?;
     let &[version, order, a, b, c, size, alignment, flags] = state else {

@@ -24,8 +24,8 @@ impl Number {
 
     /// Reads the number of `opcode`, whose bytes `fill` supplies.
     ///
-    /// Errors: those of `fill`; `TooLarge` for more than 8 bytes; `Malformed` if the opcode has no
-    /// number.
+    /// Errors: those of `fill`; `TooLarge` for more than 8 bytes;
+    /// `Malformed` if the opcode has no number.
     pub(super) fn read(opcode: u8, mut fill: impl FnMut(&mut [u8]) -> Result<()>) -> Result<Self> {
         let mut bytes = [0; 8];
         let mut read = |len: usize| -> Result<[u8; 8]> {
@@ -196,8 +196,8 @@ impl NumberList {
         Err(Error::new(kind, format!("'{name}' is {self} {expected}")))
     }
 
-    /// Returns all numbers, each rounded separately. Memory: 4 bytes each. Errors: those of
-    /// reading.
+    /// Returns all numbers, each rounded separately. Memory: 4 bytes each. Errors:
+    /// those of reading.
     pub(super) fn floats(self: &Arc<Self>, files: &Files) -> Result<Vec<f32>> {
         let mut reader = ListReader::new(self, files);
         let rounded = |number| match number {

@@ -23,8 +23,8 @@ impl Numbers {
         }
     }
 
-    /// Returns whether at most one of its dimensions differs from 1. A list of lists has no
-    /// others.
+    /// Returns whether at most one of its dimensions differs from 1.
+    /// A list of lists has no others.
     pub(super) fn is_row(&self) -> bool {
         match self {
             Self::Array(array) => array.shape.iter().filter(|&&d| d != 1).count() <= 1,

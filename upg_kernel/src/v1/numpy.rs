@@ -27,8 +27,8 @@ pub(super) struct Dtype {
 }
 
 impl Dtype {
-    /// Parses numpy's code, for example `i4`; `None` except for integers and floats of 1 to 8
-    /// bytes.
+    /// Parses numpy's code, for example `i4`; `None` except for integers and floats
+    /// of 1 to 8 bytes.
     pub(super) fn parse(code: &str) -> Option<Self> {
         let (kind, size) = match code {
             "i1" => (Kind::Int, 1),
@@ -140,7 +140,7 @@ impl NdArray {
     /// Creates an array.
     ///
     /// Errors (`Malformed`): the number of bytes does not match type and shape; (`Unsupported`): a
-    /// column-major array with more than one column.
+    /// column-major array in which more than one dimension differs from 1.
     pub(super) fn new(dtype: Dtype, shape: Vec<u64>, fortran: bool, bytes: Bytes) -> Result<Self> {
         let numbers = match shape.contains(&0) {
             true => Some(0),

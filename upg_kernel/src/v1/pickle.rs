@@ -283,8 +283,8 @@ impl Machine<'_> {
 
     /// Skips the numbers of a list or tuple, whose first opcode is `opcode`.
     ///
-    /// Returns `false`, at the original position, if they are few or not the whole content of the
-    /// list.
+    /// Returns `false`, at the original position, if they are few
+    /// or not the whole content of the list.
     fn run_of_numbers(&mut self, opcode: u8) -> Result<bool> {
         let (mut opcode, first) = (opcode, self.position);
         let mut run = Run::new(self.opcode_at);

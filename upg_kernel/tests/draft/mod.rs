@@ -32,8 +32,8 @@ pub struct Draft {
 }
 
 impl Draft {
-    /// Creates layers 0 to 7 in the order of the specification, an uncompressed tensor and a
-    /// tokenizer.
+    /// Creates layers 0 to 7 in the order of the specification,
+    /// an uncompressed tensor and a tokenizer.
     pub fn good() -> Self {
         let metadata = [
             ("format", "upg"),

@@ -77,8 +77,8 @@ impl Others {
 
     /// Returns the processor time used by others since the start, in percent of all processors.
     ///
-    /// Excludes this process and its children; includes time that the hypervisor gave to other
-    /// machines.
+    /// Excludes this process and its children; includes time that the hypervisor gave
+    /// to other machines.
     pub fn percent(&self) -> Option<f64> {
         let now = Ticks::of(&fs::read_to_string("/proc/stat").ok()?)?;
         let total = now.total.checked_sub(self.all.total).filter(|&n| n > 0)? as f64;

@@ -46,8 +46,8 @@ pub struct Product {
     pub gbps: Figure,
 }
 
-/// Products of all kinds, and the memory bandwidth in GB/s, measured between them on the same
-/// threads.
+/// Products of all kinds, and the memory bandwidth in GB/s,
+/// measured between them on the same threads.
 pub struct Products {
     pub of_kinds: Vec<Product>,
     pub read: Figure,
@@ -161,8 +161,8 @@ impl Stored {
         })
     }
 
-    /// Times the decompression of one compressed layer of each kind to BF16, into memory already
-    /// written.
+    /// Times the decompression of one compressed layer of each kind to BF16,
+    /// into memory already written.
     ///
     /// Errors: `TooLarge` if there is no memory for the largest, and those of
     /// [`UPGDecompressor::decompress_layer_into`].

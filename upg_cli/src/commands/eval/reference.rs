@@ -73,8 +73,8 @@ impl Against {
 
     /// Returns the identity of the logits.
     ///
-    /// It consists of the path, size and modification time of each file, and the options of the
-    /// computation.
+    /// It consists of the path, size and modification time of each file,
+    /// and the options of the computation.
     ///
     /// Errors: `Io`.
     pub fn identity(&self) -> Result<String> {

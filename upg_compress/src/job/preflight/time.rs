@@ -191,8 +191,8 @@ fn unit_curvature(rows: usize, cols: usize) -> Result<Curvature> {
 ///
 /// Other work is converted to multiplications that take the same time.
 fn feedback_products(rows: f64, cols: f64, output_errors: bool) -> f64 {
-    // Errors spread to later columns, and fitted scales; then errors of rows; then the cost of the
-    // errors.
+    // Errors spread to later columns, and fitted scales; then errors of rows;
+    // then the cost of the errors.
     let panel = rows.min(PANEL_ROWS as f64);
     let of_columns = rows * cols * cols * 1.5;
     let of_rows = rows * panel * cols / 2.0;

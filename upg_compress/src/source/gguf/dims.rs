@@ -85,8 +85,8 @@ impl Dims {
         Ok(())
     }
 
-    /// Returns the factor by which transformers multiplies the head dimension to get the rotated
-    /// dimensions.
+    /// Returns the factor by which transformers multiplies the head dimension
+    /// to get the rotated dimensions.
     ///
     /// transformers rounds the product down.
     pub(super) fn partial_rotary_factor(&self) -> f64 {

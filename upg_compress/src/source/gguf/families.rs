@@ -27,7 +27,7 @@ struct Slot(&'static str, &'static str, &'static [Dim], Need);
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Need {
     Required,
-    /// Optional: present in all layers or none, for the tensors with this letter.
+    /// Optional bias: a file has all biases of a part (attention, feed-forward) or none of them.
     Optional,
 }
 

@@ -46,8 +46,8 @@ pub(super) struct Array {
 
 /// Tensor as listed in the file.
 ///
-/// Checked: `bytes` is inside the file, starts on a multiple of 8 and holds exactly the blocks of
-/// `shape`.
+/// Checked: `bytes` is inside the file, starts on a multiple of 8
+/// and holds exactly the blocks of `shape`.
 #[derive(Debug, Clone)]
 pub(super) struct Entry {
     pub(super) name: String,

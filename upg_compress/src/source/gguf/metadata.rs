@@ -147,8 +147,8 @@ impl<'a> Metadata<'a> {
         })
     }
 
-    /// Reads the id of a special token. Ids without a token (some writers store -1) count as
-    /// none.
+    /// Reads the id of a special token. Ids without a token (some writers store
+    /// -1) count as none.
     pub(super) fn token_id(&self, name: &str, vocab: usize) -> Result<Option<u32>> {
         let key = format!("tokenizer.ggml.{name}_token_id");
         let id = match self.header.get(&key) {

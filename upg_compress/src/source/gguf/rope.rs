@@ -12,14 +12,14 @@ use upg_kernel::{Error, ErrorKind, Result};
 /// Covers a few f32 roundings in the converter's wavelengths.
 const FACTOR_TOLERANCE: f64 = 1e-4;
 
-/// Maximum relative difference between the stored attention factor and transformers' own
-/// formula.
+/// Maximum relative difference between the stored attention factor
+/// and transformers' own formula.
 const ATTENTION_TOLERANCE: f64 = 1e-4;
 
 /// Returns the `rope_scaling` of llama, mistral and qwen; null without scaling.
 ///
-/// Errors: `Unsupported` for a kind without a name in transformers, or whose parameters cannot be
-/// recovered.
+/// Errors: `Unsupported` for a kind without a name in transformers,
+/// or whose parameters cannot be recovered.
 pub(super) fn scaling(
     m: &Metadata<'_>,
     arch: &str,
@@ -159,8 +159,8 @@ impl Llama3 {
     }
 }
 
-/// Recovers the parameters that llama.cpp turned into the divisors `freqs`, one per rotary
-/// frequency.
+/// Recovers the parameters that llama.cpp turned into the divisors `freqs`,
+/// one per rotary frequency.
 ///
 /// The largest divisor is the factor. Between the two ends 1/d is linear in 1/wavelength. So each
 /// point there gives `original` for the usual high factor 4, and two points give both. The result

@@ -69,8 +69,8 @@ fn gguf_gives_back_the_hugging_face_model() {
     }
 }
 
-/// Returns the fields that affect the computation, in one form for both forms of rope
-/// parameters.
+/// Returns the fields that affect the computation,
+/// in one form for both forms of rope parameters.
 fn essence(config_json: &str) -> Value {
     let config: Value = serde_json::from_str(config_json).unwrap();
     let config = config.as_object().unwrap();
@@ -163,8 +163,8 @@ fn factor_tensors_are_skipped_and_said_to_be() {
     assert!(names("qwen2").is_empty());
 }
 
-/// By hand: two heads of 4. Stored are x0 y0 x1 y1 (adjacent pairs), the model has x0 x1 y0
-/// y1.
+/// By hand: two heads of 4. Stored are x0 y0 x1 y1 (adjacent pairs),
+/// the model has x0 x1 y0 y1.
 #[test]
 fn interleaved_rows_are_put_back() {
     let order = RowOrder::Interleaved { head_dim: 4 };

@@ -21,8 +21,8 @@ use config::SparseFormat;
 use parts::{HINT, WeightTensors};
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// Storage of a tensor. All bytes are inside their shards and match the shape, as checked at
-/// open.
+/// Storage of a tensor. All bytes are inside their shards and match the shape,
+/// as checked at open.
 #[derive(Debug, Clone)]
 pub(super) enum Storage {
     Plain(FloatType, Stored),

@@ -220,8 +220,8 @@ pub(super) fn no_config(dir: &Path) -> Error {
 /// Returns the name of the directory; for a snapshot in the Hugging Face cache, the name of
 /// the model.
 pub(super) fn model_name(dir: &Path) -> String {
-    // Not canonicalized before the cache is recognized: its files are links, its directories are
-    // not.
+    // Not canonicalized before the cache is recognized:
+    // its files are links, its directories are not.
     let dir: PathBuf = std::path::absolute(dir).unwrap_or_else(|_| dir.to_path_buf());
     let cached = dir
         .ancestors()

@@ -84,8 +84,8 @@ impl Fixture {
     }
 }
 
-/// Keys and values of both heads at a position. The first of the 32 that share a scale is the
-/// largest.
+/// Keys and values of both heads at a position.
+/// The first of the 32 that share a scale is the largest.
 fn row(position: usize) -> Vec<f32> {
     let value = |i: usize| {
         let size = if (i % DIM).is_multiple_of(SCALED) {

@@ -100,8 +100,8 @@ impl Handover {
         self.wake_sleepers();
     }
 
-    /// Takes an open task of the current loop and runs it. Thread `own` looks at its own share
-    /// first.
+    /// Takes an open task of the current loop and runs it.
+    /// Thread `own` looks at its own share first.
     ///
     /// Returns whether there was one. A panic of the task is stored for [`Handover::take_panic`].
     pub(super) fn work(&self, own: usize) -> bool {
@@ -143,8 +143,8 @@ impl Handover {
         }
     }
 
-    /// Takes the payload of the first task of the loop that panicked, once all tasks are
-    /// finished.
+    /// Takes the payload of the first task of the loop that panicked,
+    /// once all tasks are finished.
     pub(super) fn take_panic(&self) -> Option<Panic> {
         lock(&self.panic).take()
     }

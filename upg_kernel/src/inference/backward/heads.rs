@@ -1,5 +1,5 @@
-//! Causal attention over whole sequences, forward and backward, with all probabilities in
-//! memory.
+//! Causal attention over whole sequences, forward and backward,
+//! with all probabilities in memory.
 #![forbid(unsafe_code)]
 
 use crate::cpu::Cpu;

@@ -105,8 +105,8 @@ fn blocks_are_free_again_when_nobody_refers_to_them() {
     assert!(pass.tables.iter().all(|&number| number < 3));
 }
 
-/// The copy of a shared block is only requested: after a failed pass its positions no longer
-/// count.
+/// The copy of a shared block is only requested:
+/// after a failed pass its positions no longer count.
 #[test]
 fn a_block_that_was_not_copied_is_not_taken_for_one_that_was() {
     let of_block = 16 * 3 * 2 * 2 * 2 * 4;

@@ -82,8 +82,8 @@ impl Date {
         Self { year, month, day }
     }
 
-    /// Formats midnight of this day as Python's `strftime` does, for the codes that templates
-    /// use.
+    /// Formats midnight of this day as Python's `strftime` does,
+    /// for the codes that templates use.
     pub(super) fn strftime(self, format: &str) -> Result<String, Error> {
         let mut out = String::new();
         let mut chars = format.chars();

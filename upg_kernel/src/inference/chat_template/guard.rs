@@ -32,8 +32,8 @@ use minijinja_contrib::pycompat::unknown_method_callback;
 const FLAT: &str = "|_upg_flat";
 const SCALAR: &str = "|_upg_scalar";
 const SIZED: &str = "|_upg_sized)";
-/// Suffix for the whole value of a `set`, which may be a sum, a conditional or an unbracketed
-/// tuple.
+/// Suffix for the whole value of a `set`, which may be a sum,
+/// a conditional or an unbracketed tuple.
 const SET_SIZED: &str = ")|_upg_sized)";
 const SET_STORED: &str = ")|_upg_stored)";
 const TEXT: &str = "|_upg_text";
@@ -115,8 +115,8 @@ pub(super) fn install(env: &mut Environment<'_>) {
     });
 }
 
-/// Checks a format string: `'{:>999999999}'.format(1)` creates its text before any fuel is
-/// charged.
+/// Checks a format string: `'{:>999999999}'.format(1)` creates its text before any
+/// fuel is charged.
 fn check_format(format: &str) -> Result<(), Error> {
     let (mut digits, mut open) = (0_usize, 0_usize);
     for c in format.replace("{{", "").replace("}}", "").chars() {
@@ -319,8 +319,8 @@ impl<'a> Places<'a> {
         });
     }
 
-    /// Wraps the value of `{% set names = value %}`. A value stored in a namespace outlives the
-    /// others.
+    /// Wraps the value of `{% set names = value %}`.
+    /// A value stored in a namespace outlives the others.
     fn open_set(&mut self, assign: usize) {
         let tag = self
             .tokens
@@ -341,8 +341,8 @@ impl<'a> Places<'a> {
         self.insert_after(Some(assign), "((");
     }
 
-    /// Returns whether the bracket at `at` starts a value of its own: no index, no call, no
-    /// names.
+    /// Returns whether the bracket at `at` starts a value of its own:
+    /// no index, no call, no names.
     fn opens_literal(&self, at: usize) -> bool {
         if self.in_target {
             return false;
@@ -396,8 +396,8 @@ impl<'a> Places<'a> {
 
     /// Returns the last token of the operand that starts at `at`.
     ///
-    /// An operand is signs, one atom, then `.name`, `[..]`, `(..)` and `|filter`, as far as they
-    /// go.
+    /// An operand is signs, one atom, then `.name`, `[..]`, `(..)` and `|filter`,
+    /// as far as they go.
     fn operand_end(&self, mut at: usize) -> Option<usize> {
         while matches!(self.token(Some(at)), Some(Token::Minus | Token::Plus)) {
             at += 1;

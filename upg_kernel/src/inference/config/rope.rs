@@ -28,8 +28,8 @@ pub enum RopeScaling {
         /// Divisor, at least the growth of the context.
         factor: f64,
     },
-    /// Low frequencies are divided, high ones kept, and those between blended linearly (Llama
-    /// 3.1).
+    /// Low frequencies are divided, high ones kept,
+    /// and those between blended linearly (Llama 3.1).
     Llama3 {
         /// Divisor of low frequencies.
         factor: f64,
@@ -106,8 +106,8 @@ impl RopeConfig {
     }
 }
 
-/// Allowed keys of `rope_scaling` or `rope_parameters`; any other could mean other
-/// arithmetic.
+/// Allowed keys of `rope_scaling` or `rope_parameters`;
+/// any other could mean other arithmetic.
 const KNOWN_KEYS: &[&str] = &[
     "attention_factor",
     "beta_fast",

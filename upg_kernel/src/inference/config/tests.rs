@@ -26,8 +26,8 @@ fn with(family: &str, changes: Value) -> Value {
 struct Published {
     json: &'static str,
     family: &'static str,
-    /// Sizes: vocab, hidden, intermediate, layers, heads, key/value heads, head dimension,
-    /// context.
+    /// Sizes: vocab, hidden, intermediate, layers, heads, key/value heads,
+    /// head dimension, context.
     sizes: [usize; 8],
     theta: f64,
     rotated: usize,

@@ -161,8 +161,8 @@ fn header(windows: &Windows, vocab: usize, identity: &str) -> [u8; HEADER] {
     header
 }
 
-/// Opens the file at `path` if it has this header; `None` if there is none, or one with other
-/// logits.
+/// Opens the file at `path` if it has this header;
+/// `None` if there is none, or one with other logits.
 fn filled(path: &Path, header: &[u8; HEADER], bytes: u64) -> Result<Option<BufReader<File>>> {
     let io = |e| Error::io("cannot read", path, e);
     let file = match File::open(path) {

@@ -48,8 +48,8 @@ impl Windows {
     /// Splits `tokens` into windows of `len`, at most `limit`; `bos`, if any, replaces the first
     /// token of each.
     ///
-    /// Errors (`Argument`): `len` is below 4, `limit` 0, or there are fewer tokens than a window
-    /// has.
+    /// Errors (`Argument`): `len` is below 4, `limit` 0,
+    /// or there are fewer tokens than a window has.
     pub fn new(mut tokens: Vec<u32>, bos: Option<u32>, len: usize, limit: usize) -> Result<Self> {
         if len < 4 || tokens.len() < len || limit == 0 {
             let message = format!("a text of {} tokens has no window of {len}", tokens.len());

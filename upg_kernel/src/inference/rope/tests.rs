@@ -11,8 +11,8 @@ fn config(theta: f64, dim: usize, scaling: RopeScaling) -> RopeConfig {
     }
 }
 
-/// Frequencies and attention factors as `ROPE_INIT_FUNCTIONS` of transformers 5.23.0 computes
-/// them.
+/// Frequencies and attention factors as `ROPE_INIT_FUNCTIONS`
+/// of transformers 5.23.0 computes them.
 #[test]
 fn frequencies_are_those_of_transformers() {
     let long_rope = RopeScaling::LongRope {

@@ -161,8 +161,8 @@ fn repetition_is_penalized_once_for_each_recent_token() {
             .sample(logits, history)
             .unwrap()
     };
-    // 3 / 2 is above 1.4, but would not be if it were divided twice; ids beyond the vocabulary are
-    // ignored.
+    // 3 / 2 is above 1.4, but would not be if it were divided twice;
+    // ids beyond the vocabulary are ignored.
     assert_eq!(choose(64, &[3.0, 1.4], &[0, 0, 99]), 0);
     assert_eq!(choose(64, &[3.0, 1.6], &[0]), 1);
     // Negative logits are multiplied.

@@ -115,9 +115,9 @@ impl Parts {
 
 /// Checks that a post-processor puts only a few ids around the text and uses the text once.
 ///
-/// Errors (`Unsupported`): two components that put ids around a text, of which the second ends the
-/// process; a template without the text, with more than one of it, or with more than [`MAX_FRAME`]
-/// ids.
+/// Errors (`Unsupported`): two components that put ids around a text, of which the second
+/// ends the process; a template without the text, with more than one of it, or with more
+/// than [`MAX_FRAME`] ids.
 fn check_frame(post_processor: &Value) -> Result<()> {
     let mut frames = Vec::new();
     find_frames(post_processor, MAX_DEPTH, &mut frames);

@@ -87,11 +87,11 @@ const TRAILING: &[&str] = &[r"\s+$"];
 /// Knowledge of the cuts that an expression makes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Cuts {
-    /// It cuts before whitespace that follows another character, whatever else there is in the
-    /// text.
+    /// It cuts before whitespace that follows another character,
+    /// whatever else there is in the text.
     BeforeSpaces,
-    /// It cuts at some places, but never at one that depends on the other side of such
-    /// whitespace.
+    /// It cuts at some places, but never at one that depends on the other side
+    /// of such whitespace.
     Within,
     /// It takes time linear in the text; nothing is known of its cuts.
     Anywhere,

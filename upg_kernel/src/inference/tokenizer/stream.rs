@@ -58,8 +58,8 @@ impl<T: Borrow<Tokenizer>> DecodeStream<T> {
         }
         self.pending.push(id);
         let full = self.pending.len() >= MAX_PENDING;
-        // A run of raw bytes is decoded as a whole: one invalid byte affects the characters before
-        // it.
+        // A run of raw bytes is decoded as a whole:
+        // one invalid byte affects the characters before it.
         if !full && self.tokenizer.borrow().is_fallback_byte(id) {
             return Ok(String::new());
         }

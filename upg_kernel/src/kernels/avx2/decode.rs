@@ -54,8 +54,8 @@ fn put_in_rows<L: Levels>(mut levels: L, cols: usize, rows: &mut [Line]) {
     }
 }
 
-/// Transposes 8 registers of 8 lanes: lane `j` of register `i` becomes lane `i` of register
-/// `j`.
+/// Transposes 8 registers of 8 lanes: lane `j` of register `i` becomes lane `i`
+/// of register `j`.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn transpose(r: [__m256i; 8]) -> [__m256i; 8] {

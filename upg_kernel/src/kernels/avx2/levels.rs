@@ -16,8 +16,8 @@ pub(super) trait Levels {
 
     /// Returns `level + 128` of sixteen rows, eight per register.
     ///
-    /// They are a quarter of one of the two tiles (0 or 1). Each quarter is requested once, in
-    /// order.
+    /// They are a quarter of one of the two tiles (0 or 1).
+    /// Each quarter is requested once, in order.
     fn sixteen_rows(&mut self, tile: usize, quarter: usize) -> [__m256i; 2];
 }
 
@@ -237,8 +237,8 @@ impl<const NIBBLES: bool> Levels for Kept<'_, NIBBLES> {
 #[inline]
 #[target_feature(enable = "avx2")]
 fn look_up(codes: &[u8; 32], codebook: __m256i, levels: &mut [u8; 64]) {
-    // Unpacking works within halves: the second eight bytes must become the first ones of the upper
-    // half.
+    // Unpacking works within halves: the second eight bytes must become the first ones
+    // of the upper half.
     let codes = _mm256_permute4x64_epi64::<0b11_01_10_00>(load(codes));
     let half = _mm256_set1_epi8(15);
     let even = _mm256_shuffle_epi8(codebook, _mm256_and_si256(codes, half));
@@ -255,9 +255,9 @@ fn look_up(codes: &[u8; 32], codebook: __m256i, levels: &mut [u8; 64]) {
 #[inline]
 #[target_feature(enable = "avx2,popcnt,bmi2")]
 fn expand(word: &[u8; 8], stored: &[u8; 64]) -> ([__m256i; 2], usize) {
-    // SAFETY: the reference is to 8 readable bytes. The read is volatile, so that the bytes below
-    // are loaded one by one. This takes half as many instructions as extracting them from this
-    // number.
+    // SAFETY: the reference is to 8 readable bytes. The read is volatile, so that the
+    // bytes below are loaded one by one. This takes half as many instructions as
+    // extracting them from this number.
     let kept = u64::from_le(unsafe { word.as_ptr().cast::<Unaligned>().read_volatile() }.0);
     // Number of stored levels before each sixteen weights.
     let before = [

@@ -79,8 +79,8 @@ fn rounded(x: &[f32; 8], inverse: f32) -> __m256i {
 
 /// Stores a plane of 64 values.
 ///
-/// A register has 16 of them: those from 0 and 8 in the first half, those from 4 and 12 in the
-/// second.
+/// A register has 16 of them: those from 0 and 8 in the first half,
+/// those from 4 and 12 in the second.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn put(plane: &[__m256i; 4], out: &mut [i8; GROUP]) {

@@ -104,8 +104,8 @@ impl Decoder {
         }
     }
 
-    /// Returns the biased levels of 32 weights in stream order, whose bits start at the start of
-    /// `bytes`.
+    /// Returns the biased levels of 32 weights in stream order,
+    /// whose bits start at the start of `bytes`.
     #[inline]
     #[target_feature(enable = "avx2")]
     fn levels<const K: usize>(&self, bytes: &[u8; 24]) -> __m256i {

@@ -53,8 +53,8 @@ fn put_in_rows<L: Levels>(mut levels: L, cols: usize, rows: &mut [Line]) {
     }
 }
 
-/// Transposes 16 registers of 16 lanes: lane `j` of register `i` becomes lane `i` of register
-/// `j`.
+/// Transposes 16 registers of 16 lanes: lane `j` of register `i` becomes lane `i`
+/// of register `j`.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn transpose(r: &mut [__m512i; 16]) {
@@ -320,17 +320,17 @@ fn rounded_up(weights: __m512) -> __m512i {
     _mm512_add_epi32(half_less, is_odd)
 }
 
-/// Rounds normal numbers and zeros to BF16 with one instruction, which treats all others as
-/// 0.
+/// Rounds normal numbers and zeros to BF16 with one instruction,
+/// which treats all others as 0.
 ///
 /// Only for processors that have it, avx512bf16.
 #[inline]
 #[target_feature(enable = "avx512f")]
 unsafe fn rounded([low, high]: [__m512; 2]) -> __m512i {
     let halves;
-    // Not the intrinsic: it is inlined only into functions that are compiled for such processors
-    // alone. SAFETY: registers only; the caller has made sure that the processor has the
-    // instruction.
+    // Not the intrinsic: it is inlined only into functions that are compiled for such
+    // processors alone. SAFETY: registers only; the caller has made sure that the processor
+    // has the instruction.
     unsafe {
         asm!(
             "vcvtne2ps2bf16 {halves}, {high}, {low}",

@@ -102,8 +102,8 @@ fn weights(block: &Block<'_>, scale: __m512) -> [__m512; 4] {
     weights
 }
 
-/// Returns the elements of `x` in the columns of a block, then zeros, and the last of these
-/// columns.
+/// Returns the elements of `x` in the columns of a block, then zeros,
+/// and the last of these columns.
 ///
 /// `before` is the column of the entry before the block. Panics if it or the last column is past
 /// the end of `x`.

@@ -6,8 +6,8 @@ use std::arch::is_aarch64_feature_detected;
 
 /// Method of adding up products. A value proves that this machine has the instructions.
 pub(super) trait Dot: Copy {
-    /// Adds to each lane the products of its four levels with the activations in lane `TILE` of
-    /// `x`.
+    /// Adds to each lane the products of its four levels with the activations
+    /// in lane `TILE` of `x`.
     ///
     /// The four levels are a row of a tile; the activations are from -64 to 63. Exact.
     fn add<const TILE: i32>(self, sums: int32x4_t, levels: int8x16_t, x: int8x16_t) -> int32x4_t;
@@ -32,9 +32,9 @@ impl Dot for Sdot {
         levels: int8x16_t,
         x: int8x16_t,
     ) -> int32x4_t {
-        // The intrinsic is not stable. The directive only tells the assembler that the instruction
-        // exists. SAFETY: `self` proves that the processor has it, and it changes nothing but
-        // `sums`.
+        // The intrinsic is not stable. The directive only tells the assembler that the
+        // instruction exists. SAFETY: `self` proves that the processor has it, and it
+        // changes nothing but `sums`.
         unsafe {
             asm!(
                 ".arch_extension dotprod",

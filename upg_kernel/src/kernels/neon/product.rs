@@ -70,8 +70,8 @@ pub(super) fn add_blocks(
     }
 }
 
-/// Adds the products of some tiles with their columns of a block, times the factors of the
-/// rows.
+/// Adds the products of some tiles with their columns of a block,
+/// times the factors of the rows.
 ///
 /// Processes four tiles at a time.
 #[inline]

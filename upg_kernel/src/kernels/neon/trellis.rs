@@ -94,8 +94,8 @@ impl Decoder {
         }
     }
 
-    /// Returns the levels of 16 weights in stream order, whose bits start at the start of
-    /// `bytes`.
+    /// Returns the levels of 16 weights in stream order,
+    /// whose bits start at the start of `bytes`.
     #[inline]
     #[target_feature(enable = "neon")]
     fn levels<const K: usize>(&self, bytes: uint8x16_t) -> int8x16_t {

@@ -1,5 +1,5 @@
-//! Rows of entries with every kernel of this machine, compared with the reference and sums in
-//! f64.
+//! Rows of entries with every kernel of this machine,
+//! compared with the reference and sums in f64.
 
 use super::*;
 use crate::matrix::StoredMatrix;

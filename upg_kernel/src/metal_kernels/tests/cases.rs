@@ -90,8 +90,8 @@ pub(super) fn every_sparse_kernel(name: &str, matrix: &MdCSRMatrix) -> Vec<Case>
     all.into_iter().map(case).collect()
 }
 
-/// Rows of every kind: empty, full, with every gap up to 300 columns, with only the last
-/// column.
+/// Rows of every kind: empty, full, with every gap up to 300 columns,
+/// with only the last column.
 pub(super) fn sparse(rows: usize, cols: usize) -> MdCSRMatrix {
     let mut arrays = (Vec::new(), Vec::new(), vec![0u32]);
     let (values, deltas, pointers) = (&mut arrays.0, &mut arrays.1, &mut arrays.2);

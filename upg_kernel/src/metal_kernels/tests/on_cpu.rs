@@ -26,8 +26,8 @@ const NAMES: [&str; 9] = [
     "clang++-15",
 ];
 
-/// Returns the C++ compiler of clang: `UPG_CLANG`, or one of the system; `None` below version
-/// 15.
+/// Returns the C++ compiler of clang: `UPG_CLANG`, or one of the system;
+/// `None` below version 15.
 pub(super) fn clang() -> Option<String> {
     match std::env::var("UPG_CLANG")
         .ok()

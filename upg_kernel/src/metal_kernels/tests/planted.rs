@@ -4,9 +4,9 @@ use super::*;
 
 /// Planted bug.
 ///
-/// It has the original text in the source, which may occur repeatedly; the replacement of its first
-/// occurrence; the affected kernels; and a part of the message, unless the bug only changes
-/// results.
+/// It has the original text in the source, which may occur repeatedly; the replacement of
+/// its first occurrence; the affected kernels; and a part of the message, unless the bug
+/// only changes results.
 struct Bug {
     name: &'static str,
     from: &'static str,
@@ -16,8 +16,8 @@ struct Bug {
 }
 
 const WRONG: &str = "of vector";
-/// Message part for two threads at a byte without a barrier between, or if the reader was
-/// first.
+/// Message part for two threads at a byte without a barrier between,
+/// or if the reader was first.
 const NO_BARRIER: &str = "of threadgroup memory, which";
 
 const BUGS: &[Bug] = &[
@@ -303,8 +303,8 @@ const BUGS: &[Bug] = &[
     },
 ];
 
-/// Returns the cases for a kernel: matrices of its encoding at every edge that a bug may
-/// affect.
+/// Returns the cases for a kernel: matrices of its encoding at every edge
+/// that a bug may affect.
 fn cases(kernel: &str) -> Vec<Case> {
     let mut cases = Vec::new();
     for (rows, cols) in [(7, 65), (65, 63), (66, 300)] {

@@ -50,8 +50,8 @@ impl File {
 pub(super) const STRING: u32 = 8;
 pub(super) const ARRAY: u32 = 9;
 
-/// Returns a valid file with every occurrence of `from` replaced by `to` (of the same
-/// length).
+/// Returns a valid file with every occurrence
+/// of `from` replaced by `to` (of the same length).
 pub(super) fn edited(family: &str, from: &[u8], to: &[u8]) -> Vec<u8> {
     let mut bytes = std::fs::read(data(&format!("families/{family}/model.gguf"))).unwrap();
     assert_eq!(from.len(), to.len());
@@ -73,8 +73,8 @@ pub(super) fn floats(values: &[f32]) -> Vec<u8> {
     values.iter().flat_map(|x| x.to_le_bytes()).collect()
 }
 
-/// Returns an all-zero llama of one layer and one head of 8, with additional keys and
-/// tensors.
+/// Returns an all-zero llama of one layer and one head of 8,
+/// with additional keys and tensors.
 ///
 /// A key is a name below `llama.`, a value type and bytes.
 pub(super) fn llama(keys: &[(&str, u32, &[u8])], tensors: &[(&str, &[u64])]) -> Vec<u8> {

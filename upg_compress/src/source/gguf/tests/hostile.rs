@@ -45,8 +45,8 @@ fn random_damage_never_panics() {
     let mut refused = 0;
     for family in FAMILIES {
         let good = std::fs::read(data(&format!("families/{family}/model.gguf"))).unwrap();
-        // The position of the tensor data does not matter: most flips hit bytes that affect
-        // decisions.
+        // The position of the tensor data does not matter:
+        // most flips hit bytes that affect decisions.
         let header = good.len().min(5000) as u64;
         for _ in 0..300 {
             let mut bad = good.clone();

@@ -1,5 +1,5 @@
-//! Well-formed files of inconsistent or unsupported models, and the rope scaling of supported
-//! ones.
+//! Well-formed files of inconsistent or unsupported models,
+//! and the rope scaling of supported ones.
 
 use super::super::{GgufSource, Source};
 use super::builder::{ARRAY, STRING, edited, floats, key_with, llama, text};

@@ -102,8 +102,8 @@ fn merges(vocab: &Vocab<'_>) -> Result<Vec<(u32, u32)>> {
     let len = |id: u32| vocab.raw.tokens[id as usize].len();
     let (mut found, mut bytes, mut right) = (Vec::new(), 0, Vec::new());
     for ((id, token, _), &score) in vocab.iter().zip(scores) {
-        // From the longest to the shortest; likewise the left parts below, and their right parts in
-        // reverse.
+        // From the longest to the shortest; likewise the left parts below,
+        // and their right parts in reverse.
         right.clear();
         right.extend(ends.chain(id));
         for l in starts.chain(id) {
@@ -174,8 +174,8 @@ impl Parents {
 
     /// Finds the parents.
     ///
-    /// `order` sorts every token after those that `begins` finds in it, with only such tokens
-    /// between.
+    /// `order` sorts every token after those that `begins` finds in it,
+    /// with only such tokens between.
     fn new(
         vocab: &Vocab<'_>,
         order: impl Fn(&str, &str) -> Ordering,

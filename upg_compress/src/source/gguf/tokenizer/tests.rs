@@ -196,8 +196,8 @@ fn sentencepiece() -> GgufVocab {
 
 /// Tokenizes like llama.cpp (`llm_tokenizer_spm_session`) in its plainest form.
 ///
-/// Merges the neighbours whose token has the best score, at a tie the leftmost, until none make a
-/// token.
+/// Merges the neighbours whose token has the best score, at a tie the leftmost,
+/// until none make a token.
 fn by_scores(vocab: &GgufVocab, text: &str) -> Vec<u32> {
     let find = |s: &str| vocab.tokens.iter().position(|t| t == s);
     let text = format!(" {text}").replace(' ', "▁");

@@ -36,8 +36,8 @@ pub struct GgufVocab {
     pub tokens: Vec<String>,
     /// Score by id, `scores`; required for `llama` only.
     pub scores: Vec<f32>,
-    /// Type by id, `token_type`: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6
-    /// byte.
+    /// Type by id, `token_type`: 1 normal, 2 unknown, 3 control, 4 user-defined,
+    /// 5 unused, 6 byte.
     ///
     /// Empty: all are normal except the begin and end of sequence.
     pub token_types: Vec<i32>,

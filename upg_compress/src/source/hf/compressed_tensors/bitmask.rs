@@ -1,5 +1,5 @@
-//! `sparse-bitmask` and `sparse-24-bitmask`: a bit per weight, and values for the nonzero
-//! ones.
+//! `sparse-bitmask` and `sparse-24-bitmask`:
+//! a bit per weight, and values for the nonzero ones.
 #![forbid(unsafe_code)]
 
 use super::config::SparseFormat;
@@ -51,8 +51,8 @@ pub(in crate::source::hf) struct BitmaskRows<'a> {
 impl Bitmask {
     /// Creates a weight from its tensors.
     ///
-    /// Errors: `Missing`, `Shape` and `Unsupported` for tensors that are missing or not as
-    /// described.
+    /// Errors: `Missing`, `Shape` and `Unsupported` for tensors that are missing
+    /// or not as described.
     pub(super) fn new(
         parts: &WeightTensors,
         sparse: SparseFormat,

@@ -102,8 +102,8 @@ pub(super) fn integers(stored: &Stored, bytes: Bytes<'_, '_>) -> Result<Vec<i64>
     })
 }
 
-/// Checks a shape. Errors (`Shape`): the tensor `suffix` has another one than the others
-/// require.
+/// Checks a shape. Errors (`Shape`): the tensor `suffix` has another one
+/// than the others require.
 pub(super) fn check_shape(suffix: &str, stored: &Stored, expected: &[usize]) -> Result<()> {
     match stored.shape == expected {
         true => Ok(()),

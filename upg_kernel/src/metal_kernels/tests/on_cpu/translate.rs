@@ -1,5 +1,5 @@
-//! Translator from the Metal Shading Language to C++ for clang; only kernel declarations
-//! differ.
+//! Translator from the Metal Shading Language to C++ for clang;
+//! only kernel declarations differ.
 //!
 //! It runs after the preprocessor, so that kernels made by macros are seen. Removed text is
 //! replaced by spaces, and lines keep their numbers, so that clang's errors name a place in the
@@ -125,8 +125,8 @@ fn instances(text: &mut String) -> Result<Vec<Kernel>, String> {
     Ok(kernels)
 }
 
-/// Returns names and parameters of kernel functions, and whether they are templates; removes
-/// `[[kernel]]`.
+/// Returns names and parameters of kernel functions, and whether they are templates;
+/// removes `[[kernel]]`.
 #[allow(clippy::type_complexity, reason = "of two uses")]
 fn definitions(text: &mut String) -> Result<Vec<(String, Vec<String>, bool)>, String> {
     const KERNEL: &str = "[[kernel]]";

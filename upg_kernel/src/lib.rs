@@ -84,7 +84,7 @@
 //!
 //! **Errors.** Every error is an [`Error`]: one line with the file, the tensor and the broken rule.
 //!
-//! **Precision.** Arithmetic is on the CPU, in f32 or as good as that (`docs/numerics.md`). Results
+//! **Precision.** Arithmetic is on the CPU, in f32 or equally precise (`docs/numerics.md`). Results
 //! do not depend on the number of threads.
 //!
 //! **Threads.** Matrix products and the forward pass run on a process-wide pool, sized like rayon's

@@ -370,7 +370,10 @@ fn kernels_are_shown_and_chosen_and_give_the_same_logits() {
     let with = |kernels: &str, args: &[&str]| output(upg(args).env("UPG_KERNEL", kernels));
     let (code, text, _) = with("scalar", &["--version", "--verbose"]);
     assert_eq!(code, Some(0));
-    assert!(text.contains("kernels: scalar (available: scalar"), "{text}");
+    assert!(
+        text.contains("kernels: scalar (available: scalar"),
+        "{text}"
+    );
     let (code, _, stderr) = with("mmx", &["inspect", "x"]);
     assert_eq!(code, Some(1));
     assert!(

@@ -13,10 +13,9 @@
 //! # }
 //! ```
 //!
-//! [`UPGModel::generate`] is greedy and stateless. For sampling, streaming and conversations,
-//! create an [`inference::Session`] and an [`inference::Sampler`] and pass both to
-//! [`UPGModel::stream`]. Several prompts are faster in a batch: see [`UPGModel::generate_batch`],
-//! and [`inference::Scheduler`] for servers.
+//! [`UPGModel::generate`] is greedy and stateless. [`UPGModel::scheduler`] serves everything else:
+//! sampling, streaming, conversations, and many requests at once. [`UPGModel::generate_batch`]
+//! continues several prompts.
 //!
 //! # Decompress or multiply single matrices
 //!
@@ -89,7 +88,8 @@
 //!
 //! **Threads.** Matrix products and the forward pass run on a process-wide pool, sized like rayon's
 //! global pool when the first product is computed. Everything else uses rayon. The pool serves one
-//! caller at a time: a second thread that calls in meanwhile computes single-threaded.
+//! caller at a time. Forward passes take turns of some milliseconds if the pool has more than two
+//! threads. Any other product that comes while the pool is busy is computed by its caller alone.
 
 #![cfg_attr(docsrs, feature(doc_cfg))]
 

@@ -40,6 +40,11 @@ UPG_KERNEL=scalar cargo test --workspace --features metal --test smollm2 --locke
 # The tests of the command have built it.
 "$venv/bin/python" tests/test_python_reader.py "$target/debug/upg"
 "$venv/bin/python" tests/test_convert_pickle.py "$target/debug/upg"
+if [ -n "${UPG_TEST_KERNELS-}" ]; then
+    cargo test --workspace --features metal --locked --lib planted -- --ignored
+else
+    echo "SKIPPED: planted bugs in the kernels for Apple GPUs; UPG_TEST_KERNELS=1 looks for them"
+fi
 if [ -z "$(find_clang)" ]; then
     echo "SKIPPED: clang++ not found, needed for the kernels for Apple GPUs (upg_kernel/kernels/spmv.metal)"
 fi

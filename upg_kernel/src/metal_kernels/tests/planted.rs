@@ -350,6 +350,7 @@ fn found(program: &Program, kernel: &str) -> Result<(), String> {
 }
 
 #[test]
+#[ignore = "compiles the kernels once for each bug: UPG_TEST_KERNELS=1 ./test.sh"]
 fn test_metal_spmv_every_planted_bug_is_found() {
     let Some(clang) = clang() else { return };
     let right = source();
@@ -377,6 +378,7 @@ fn test_metal_spmv_every_planted_bug_is_found() {
 
 /// The same runs find nothing without a bug.
 #[test]
+#[ignore = "compiles the kernels once for each bug: UPG_TEST_KERNELS=1 ./test.sh"]
 fn test_metal_spmv_nothing_is_found_where_no_bug_is() {
     let Some([program, _]) = programs() else {
         return;

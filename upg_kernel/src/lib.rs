@@ -105,6 +105,7 @@ extern crate self as upg_kernel;
 
 mod array;
 mod atomic_file;
+mod codec;
 mod cpu;
 mod device;
 mod error;

@@ -4,20 +4,17 @@
 //! so the methods check only what the caller passes.
 #![forbid(unsafe_code)]
 
-mod bitmap;
 pub(crate) mod decode;
-mod dense;
-mod grouped;
-pub(crate) mod stored;
-pub mod strips;
-pub mod trellis;
 
-pub use bitmap::{BITMAP_GROUP, BitmapArrays, BitmapMatrix, WORD};
-pub use dense::{DenseMatrix, DenseValues};
-pub use grouped::GroupedMatrix;
-pub use trellis::{TrellisMatrix, TrellisParts};
+pub use crate::codec::bitmap::{BITMAP_GROUP, BitmapArrays, BitmapMatrix, WORD};
+pub use crate::codec::dense::{DenseMatrix, DenseValues};
+pub use crate::codec::grouped::GroupedMatrix;
+pub use crate::codec::trellis::{TrellisMatrix, TrellisParts};
+pub use crate::codec::{strips, trellis};
 
 use crate::array::Array;
+use crate::codec::stored::{StoredMatrix, checked_scales};
+use crate::codec::strips::STRIP_ROWS;
 use crate::cpu::Cpu;
 use crate::cpu::product::{Scratch, multiply};
 use crate::device::Write;
@@ -26,8 +23,6 @@ use crate::kernels::Kernels;
 use crate::sparse::MdCSRMatrix;
 use decode::{Decode, Rows};
 use rayon::prelude::*;
-pub(crate) use stored::{StoredMatrix, checked_scales, weight};
-use strips::STRIP_ROWS;
 
 /// The levels of a packed matrix: int8 values, or 4-bit codes into a table of them.
 #[derive(Debug, Clone)]

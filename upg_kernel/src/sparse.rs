@@ -6,10 +6,10 @@
 #![forbid(unsafe_code)]
 
 use crate::array::Array;
+use crate::codec::stored::{StoredMatrix, checked_scales, weight};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::rules;
 use crate::kernels::sparse::Entries;
-use crate::matrix::stored::{StoredMatrix, checked_scales, weight};
 use crate::prime_lut::{LARGEST_PRIME, PRIME_COUNT, PRIME_LUT};
 use rayon::prelude::*;
 use std::sync::LazyLock;

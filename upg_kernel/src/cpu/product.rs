@@ -3,14 +3,15 @@
 
 use super::Cpu;
 use super::team::{Region, Tile, Tiles};
+use crate::codec::stored::StoredMatrix;
 use crate::device::Write;
 use crate::error::{Error, ErrorKind, Result};
 use crate::kernels::activations::Activations;
 use crate::kernels::views::Strip;
 use crate::kernels::{Kernels, Panel, gemm, scalar};
+use crate::matrix::Matrix;
 use crate::matrix::decode::{Decode, Rows};
 use crate::matrix::strips::STRIP_ROWS;
-use crate::matrix::{Matrix, StoredMatrix};
 use std::cell::RefCell;
 use std::ops::Range;
 

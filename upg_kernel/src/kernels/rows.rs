@@ -6,8 +6,9 @@
 
 use super::activations::GROUP;
 use super::views::{Codes, Primes, Strip};
-use crate::matrix::strips::{STRIP_ROWS, TILE_COLS, TILE_WEIGHTS};
-use crate::matrix::{WORD, weight};
+use crate::codec::bitmap::WORD;
+use crate::codec::stored::weight;
+use crate::codec::strips::{STRIP_ROWS, TILE_COLS, TILE_WEIGHTS};
 use crate::prime_lut::PRIME_LUT;
 use crate::trellis_code::{self, STATES};
 

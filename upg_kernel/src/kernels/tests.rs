@@ -6,7 +6,8 @@ mod changed;
 
 use super::activations::Activations;
 use super::*;
-use crate::matrix::{GroupedMatrix, Levels, StoredMatrix, strips::STRIP_ROWS};
+use crate::codec::stored::StoredMatrix;
+use crate::matrix::{GroupedMatrix, Levels, strips::STRIP_ROWS};
 use crate::rotation::Rotation;
 use crate::test_data::{bitmap, grouped, noise, signed, trellis};
 

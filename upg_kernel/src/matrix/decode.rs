@@ -1,8 +1,8 @@
 //! Weights as floats.
 #![forbid(unsafe_code)]
 
-use super::StoredMatrix;
-use super::strips::STRIP_ROWS;
+use crate::codec::stored::StoredMatrix;
+use crate::codec::strips::STRIP_ROWS;
 use crate::kernels::views::Strip;
 use crate::kernels::{Float, Kernels};
 use crate::rotation::Rotation;

@@ -6,12 +6,13 @@
 
 use super::args::{RotateArgs, SparseArgs, StripArgs};
 use crate::array::Array;
+use crate::codec::stored::StoredMatrix;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mapped::MappedFile;
 use crate::matrix::strips::{self, STRIP_ROWS};
 use crate::matrix::trellis::strip_bytes;
 use crate::matrix::{
-    BITMAP_GROUP, BitmapMatrix, GroupedMatrix, Levels, Matrix, StoredMatrix, TrellisMatrix, WORD,
+    BITMAP_GROUP, BitmapMatrix, GroupedMatrix, Levels, Matrix, TrellisMatrix, WORD,
 };
 use crate::rotation::Rotation;
 use crate::sparse::MdCSRMatrix;

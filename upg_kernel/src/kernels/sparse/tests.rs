@@ -2,7 +2,7 @@
 //! compared with the reference and sums in f64.
 
 use super::*;
-use crate::matrix::StoredMatrix;
+use crate::codec::stored::StoredMatrix;
 use crate::sparse::{MdCSRArrays, MdCSRMatrix};
 use crate::test_data::{noise, signed};
 use half::{bf16, f16};

@@ -8,8 +8,8 @@
 //! own ([`crate::trellis_code`]).
 #![forbid(unsafe_code)]
 
+use super::stored::{StoredMatrix, checked_scales, weight};
 use super::strips::{self, STRIP_ROWS, TILE_COLS, TILE_WEIGHTS};
-use super::{StoredMatrix, checked_scales, weight};
 use crate::array::Array;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::rules;
@@ -102,7 +102,7 @@ impl TrellisMatrix {
     }
 
     /// For others that are checked.
-    pub(super) fn scales_mut(&mut self) -> &mut Array<f32> {
+    pub(crate) fn scales_mut(&mut self) -> &mut Array<f32> {
         &mut self.parts.scales
     }
 

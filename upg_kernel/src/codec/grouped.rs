@@ -1,12 +1,13 @@
 //! `q8` and `q4`: a level for every weight, a prime index for every group of columns.
 #![forbid(unsafe_code)]
 
+use super::stored::{StoredMatrix, checked_scales, weight};
 use super::strips::{self, STRIP_ROWS};
-use super::{Levels, StoredMatrix, checked_scales, weight};
 use crate::array::Array;
 use crate::error::Result;
 use crate::format::rules;
 use crate::kernels::views::{Codes, Primes, Strip};
+use crate::matrix::Levels;
 use crate::prime_lut::PRIME_LUT;
 
 /// A matrix `[rows, cols]` of int8 levels (`q8`) or 4-bit codes into a codebook (`q4`).
@@ -83,7 +84,7 @@ impl GroupedMatrix {
     }
 
     /// For others that are checked.
-    pub(super) fn scales_mut(&mut self) -> &mut Array<f32> {
+    pub(crate) fn scales_mut(&mut self) -> &mut Array<f32> {
         &mut self.scales
     }
 

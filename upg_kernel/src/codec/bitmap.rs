@@ -1,12 +1,13 @@
 //! `s8` and `s4`: one bit a weight says kept or zero; levels are stored for the kept ones only.
 #![forbid(unsafe_code)]
 
+use super::stored::{StoredMatrix, checked_scales, weight};
 use super::strips::{self, STRIP_ROWS, TILE_COLS, TILE_WEIGHTS};
-use super::{Levels, StoredMatrix, checked_scales, weight};
 use crate::array::Array;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::rules;
 use crate::kernels::views::{Codes, Primes, Strip};
+use crate::matrix::Levels;
 use crate::prime_lut::PRIME_LUT;
 
 /// How many columns share a prime index.
@@ -74,7 +75,7 @@ impl BitmapMatrix {
     }
 
     /// For others that are checked.
-    pub(super) fn scales_mut(&mut self) -> &mut Array<f32> {
+    pub(crate) fn scales_mut(&mut self) -> &mut Array<f32> {
         &mut self.arrays.scales
     }
 

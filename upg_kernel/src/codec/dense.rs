@@ -1,7 +1,7 @@
 //! Uncompressed weights: BF16, F16 or F32 values as a model file stores them.
 #![forbid(unsafe_code)]
 
-use super::StoredMatrix;
+use super::stored::StoredMatrix;
 use crate::array::Array;
 use crate::error::{Error, ErrorKind, Result};
 use half::{bf16, f16};

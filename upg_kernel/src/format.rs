@@ -11,14 +11,15 @@ mod kept;
 mod layout;
 pub(crate) mod rules;
 mod sizes;
-mod tensors;
+pub(crate) mod tensors;
 mod writer;
 
+pub use crate::codec::Encoding;
+pub use crate::codec::layer::LayerInfo;
 pub use checksum::data as checksum_of;
 pub use header::UpgFile;
 #[cfg(feature = "v1")]
 pub(crate) use header::begins_as_pickle;
-pub use index::{Encoding, LayerInfo};
 pub use rules::{MAX_TOKENIZER_BYTES, TOKENIZER, tokenizer_bytes as check_tokenizer_bytes};
 pub use writer::{
     ALIGNMENT as TENSOR_ALIGNMENT, FileWriter, WrittenArray, check_kept_name, header_bytes,

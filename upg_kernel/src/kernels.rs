@@ -40,9 +40,8 @@ use activations::Activations;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use scalar::Signs;
-use sparse::Entries;
 use std::env::VarError;
-use views::Strip;
+use views::{Entries, Strip};
 
 /// Environment variable that selects kernels other than the fastest.
 const VARIABLE: &str = "UPG_KERNEL";

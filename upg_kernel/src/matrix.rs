@@ -9,6 +9,7 @@ pub(crate) mod decode;
 pub use crate::codec::bitmap::{BITMAP_GROUP, BitmapArrays, BitmapMatrix, WORD};
 pub use crate::codec::dense::{DenseMatrix, DenseValues};
 pub use crate::codec::grouped::GroupedMatrix;
+pub use crate::codec::levels::Levels;
 pub use crate::codec::trellis::{TrellisMatrix, TrellisParts};
 pub use crate::codec::{strips, trellis};
 
@@ -16,27 +17,11 @@ use crate::array::Array;
 use crate::codec::stored::{StoredMatrix, checked_scales};
 use crate::codec::strips::STRIP_ROWS;
 use crate::cpu::Cpu;
-use crate::cpu::product::{Scratch, multiply};
-use crate::device::Write;
 use crate::error::{Error, ErrorKind, Result};
 use crate::kernels::Kernels;
 use crate::sparse::MdCSRMatrix;
 use decode::{Decode, Rows};
 use rayon::prelude::*;
-
-/// The levels of a packed matrix: int8 values, or 4-bit codes into a table of them.
-#[derive(Debug, Clone)]
-pub enum Levels {
-    /// One int8 level a weight.
-    Bytes(Array<i8>),
-    /// Two weights a byte.
-    Nibbles {
-        /// Packed codes.
-        codes: Array<u8>,
-        /// The 16 levels.
-        codebook: Array<i8>,
-    },
-}
 
 /// A weight matrix `[rows, cols]` in one of the encodings; multiplies from the right: `W x`.
 #[derive(Debug, Clone)]
@@ -66,15 +51,19 @@ impl Matrix {
         }
     }
 
+    fn stored_mut(&mut self) -> &mut dyn StoredMatrix {
+        match self {
+            Self::Dense(m) => m,
+            Self::MdCsr(m) => m,
+            Self::Grouped(m) => m,
+            Self::Bitmap(m) => m,
+            Self::Trellis(m) => m,
+        }
+    }
+
     /// What the rows are multiplied by, `[rows]`; `None` for a matrix that is not compressed.
     pub fn scales(&self) -> Option<&Array<f32>> {
-        match self {
-            Self::Dense(_) => None,
-            Self::MdCsr(m) => Some(&m.arrays().scales),
-            Self::Grouped(m) => Some(m.scales()),
-            Self::Bitmap(m) => Some(&m.arrays().scales),
-            Self::Trellis(m) => Some(&m.parts().scales),
-        }
+        self.stored().scales()
     }
 
     /// The same codes, in the same memory, with other [`Matrix::scales`].
@@ -83,15 +72,9 @@ impl Matrix {
     pub fn with_scales(&self, scales: Vec<f32>) -> Result<Self> {
         checked_scales(&scales, self.rows())?;
         let mut matrix = self.clone();
-        let of_matrix = match &mut matrix {
-            Self::Dense(_) => {
-                let message = "scales for a matrix that is not compressed";
-                return Err(Error::new(ErrorKind::Argument, message));
-            }
-            Self::MdCsr(m) => m.scales_mut(),
-            Self::Grouped(m) => m.scales_mut(),
-            Self::Bitmap(m) => m.scales_mut(),
-            Self::Trellis(m) => m.scales_mut(),
+        let Some(of_matrix) = matrix.stored_mut().scales_mut() else {
+            let message = "scales for a matrix that is not compressed";
+            return Err(Error::new(ErrorKind::Argument, message));
         };
         *of_matrix = scales.into();
         Ok(matrix)
@@ -203,47 +186,6 @@ impl Matrix {
                 });
         }
         out
-    }
-
-    /// `W x` for one vector `x [cols]`; returns `[rows]`, accumulated in f32.
-    ///
-    /// Errors (`Argument`): `x` has another length.
-    pub fn spmv(&self, x: &[f32]) -> Result<Vec<f32>> {
-        self.spmm(x, 1)
-    }
-
-    /// `W X` for `n` vectors, `x [n, cols]` row by row; returns `[n, rows]`, accumulated in f32.
-    ///
-    /// Errors (`Argument`): `x` has another length.
-    pub fn spmm(&self, x: &[f32], n: usize) -> Result<Vec<f32>> {
-        let len = n.checked_mul(self.rows()).ok_or_else(|| {
-            Error::new(
-                ErrorKind::TooLarge,
-                format!("{n} outputs of {} rows", self.rows()),
-            )
-        })?;
-        let mut out = vec![0.0; len];
-        self.spmm_into(x, n, &mut out)?;
-        Ok(out)
-    }
-
-    /// [`Matrix::spmm`] into the caller's `out [n, rows]`; every element is overwritten.
-    ///
-    /// With few vectors, and kernels for it ([`Kernels`]), packed weights are multiplied as they
-    /// are with activations rounded to 14 bits, and `mdcsr` entry by entry in f32; else rows are decoded 64 at a
-    /// time, once for all `n` vectors. `docs/numerics.md` says what each way adds to the error. In parallel; the result does not
-    /// depend on the number of threads. Scratch: 3 bytes per column and vector or 256 bytes per column and
-    /// thread, and 4 more per column and vector where the input is rotated.
-    ///
-    /// Errors: `Argument` if `x` or `out` has another length; those of [`Cpu::shared`].
-    pub fn spmm_into(&self, x: &[f32], n: usize, out: &mut [f32]) -> Result<()> {
-        self.spmm_on(Cpu::shared()?, x, n, out)
-    }
-
-    /// [`Matrix::spmm_into`] on a chosen device; `docs/numerics.md` says how far the results of kernels differ.
-    pub fn spmm_on(&self, cpu: &Cpu, x: &[f32], n: usize, out: &mut [f32]) -> Result<()> {
-        let scratch = &mut Scratch::default();
-        multiply(cpu, [Some(self)], x, n, Write::Set, scratch, out)
     }
 }
 

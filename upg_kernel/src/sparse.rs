@@ -5,14 +5,13 @@
 //! makes the encoding nearly lossless at 32 bits an entry.
 #![forbid(unsafe_code)]
 
-use crate::array::Array;
-use crate::codec::stored::{StoredMatrix, checked_scales, weight};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::rules;
-use crate::kernels::sparse::Entries;
 use crate::prime_lut::{LARGEST_PRIME, PRIME_COUNT, PRIME_LUT};
 use rayon::prelude::*;
 use std::sync::LazyLock;
+
+pub use crate::codec::mdcsr::{MdCSRArrays, MdCSRMatrix};
 
 /// The largest `prime * value`, reached by the largest weight of a row.
 const LARGEST_PRODUCT: f64 = LARGEST_PRIME as f64 * i8::MAX as f64;
@@ -20,81 +19,7 @@ const LARGEST_PRODUCT: f64 = LARGEST_PRIME as f64 * i8::MAX as f64;
 /// The largest column delta that one entry can hold.
 const LARGEST_DELTA: usize = u8::MAX as usize;
 
-/// A sparse matrix `[rows, cols]` whose every entry has been checked to lie inside it.
-#[derive(Debug, Clone)]
-pub struct MdCSRMatrix {
-    rows: usize,
-    cols: usize,
-    arrays: MdCSRArrays,
-}
-
-/// The arrays of a [`MdCSRMatrix`], as they stand in a file.
-#[derive(Debug, Clone)]
-pub struct MdCSRArrays {
-    /// `[nnz]`; 0 marks padding that bridges a gap of more than 255 columns.
-    pub values: Array<i8>,
-    /// `[nnz]`; the first of a row counts from column 0, the others from the entry before.
-    pub delta_indices: Array<u8>,
-    /// `[rows + 1]`; row `r` has the entries `row_pointers[r]..row_pointers[r + 1]`.
-    pub row_pointers: Array<u32>,
-    /// `[nnz]`, each below 10,000.
-    pub prime_indices: Array<u16>,
-    /// `[rows]`, finite.
-    pub scales: Array<f32>,
-}
-
 impl MdCSRMatrix {
-    /// Checks every entry once (reads all arrays), so that nothing has to be checked later.
-    ///
-    /// Errors: `Shape` if the lengths do not fit each other, `Invalid` if row pointers, columns,
-    /// prime indices or scales break rules 9 to 12 of the format.
-    pub fn new(rows: usize, cols: usize, arrays: MdCSRArrays) -> Result<Self> {
-        let nnz = arrays.values.len();
-        for (name, len) in [
-            ("delta_indices", arrays.delta_indices.len()),
-            ("prime_indices", arrays.prime_indices.len()),
-        ] {
-            rules::length(name, len, &[nnz])?;
-        }
-        checked_scales(&arrays.scales, rows)?;
-        rules::pointers(&arrays.row_pointers, "row", rows, nnz)?;
-        let primes = &arrays.prime_indices;
-        if let Some(i) = primes.iter().position(|&p| usize::from(p) >= PRIME_COUNT) {
-            return Err(Error::new(
-                ErrorKind::Invalid,
-                format!(
-                    "prime index {} of entry {i} is not below {PRIME_COUNT}",
-                    primes[i]
-                ),
-            )
-            .rule(rules::PRIME_INDEX));
-        }
-        let matrix = Self { rows, cols, arrays };
-        (0..rows).try_for_each(|row| matrix.check_columns(row))?;
-        Ok(matrix)
-    }
-
-    fn check_columns(&self, row: usize) -> Result<()> {
-        let invalid = |message| Err(Error::new(ErrorKind::Invalid, message).rule(rules::COLUMNS));
-        let mut column = 0;
-        for (i, &delta) in self.arrays.delta_indices[self.range(row)]
-            .iter()
-            .enumerate()
-        {
-            column += usize::from(delta);
-            if i > 0 && delta == 0 {
-                return invalid(format!("entry {i} of row {row} repeats column {column}"));
-            }
-            if column >= self.cols {
-                return invalid(format!(
-                    "entry {i} of row {row} is in column {column} of {}",
-                    self.cols
-                ));
-            }
-        }
-        Ok(())
-    }
-
     /// Encodes a dense matrix `[rows, cols]`; zeros are left out and stay exactly zero.
     ///
     /// Cost: about 0.3 microseconds a weight and thread (127 candidates each). Errors: `Shape` if
@@ -195,100 +120,6 @@ impl MdCSRMatrix {
             scales: encoded.iter().map(|r| r.scale).collect::<Vec<_>>().into(),
         };
         Self::new(rows, cols, arrays)
-    }
-
-    /// Number of rows.
-    pub fn rows(&self) -> usize {
-        self.rows
-    }
-
-    /// Number of columns.
-    pub fn cols(&self) -> usize {
-        self.cols
-    }
-
-    /// Number of stored entries, padding included.
-    pub fn nnz(&self) -> usize {
-        self.arrays.values.len()
-    }
-
-    /// The arrays, as a file stores them.
-    pub fn arrays(&self) -> &MdCSRArrays {
-        &self.arrays
-    }
-
-    /// For others that are checked.
-    pub(crate) fn scales_mut(&mut self) -> &mut Array<f32> {
-        &mut self.arrays.scales
-    }
-
-    /// The whole matrix `[rows, cols]` in f32.
-    pub fn to_dense(&self) -> Vec<f32> {
-        let mut out = vec![0.0; self.rows * self.cols];
-        if self.cols > 0 {
-            self.decode_rows(0, &mut out);
-        }
-        out
-    }
-
-    /// `W x` for `x [cols]`, touching only stored entries; returns `[rows]`, f32 sums.
-    ///
-    /// Errors (`Argument`): `x` has another length.
-    pub fn spmv(&self, x: &[f32]) -> Result<Vec<f32>> {
-        if x.len() != self.cols {
-            return Err(Error::new(
-                ErrorKind::Argument,
-                format!("a vector of {} for {} columns", x.len(), self.cols),
-            ));
-        }
-        let dot = |row| self.row(row).map(|(column, w)| w * x[column]).sum();
-        Ok((0..self.rows).into_par_iter().map(dot).collect())
-    }
-
-    fn range(&self, row: usize) -> std::ops::Range<usize> {
-        self.arrays.row_pointers[row] as usize..self.arrays.row_pointers[row + 1] as usize
-    }
-
-    /// The entries of a row as `(column, weight)`.
-    fn row(&self, row: usize) -> impl Iterator<Item = (usize, f32)> {
-        let range = self.range(row);
-        let scale = self.arrays.scales[row];
-        let mut column = 0;
-        self.arrays.delta_indices[range.clone()]
-            .iter()
-            .zip(&self.arrays.values[range.clone()])
-            .zip(&self.arrays.prime_indices[range])
-            .map(move |((&delta, &value), &prime)| {
-                column += usize::from(delta);
-                (column, weight(scale, PRIME_LUT[usize::from(prime)], value))
-            })
-    }
-}
-
-impl StoredMatrix for MdCSRMatrix {
-    fn entries(&self, row: usize) -> Option<Entries<'_>> {
-        let range = self.range(row);
-        Some(Entries {
-            scale: self.arrays.scales[row],
-            values: &self.arrays.values[range.clone()],
-            deltas: &self.arrays.delta_indices[range.clone()],
-            primes: &self.arrays.prime_indices[range],
-        })
-    }
-
-    fn rows(&self) -> usize {
-        self.rows
-    }
-
-    fn cols(&self) -> usize {
-        self.cols
-    }
-
-    fn decode_rows(&self, first: usize, out: &mut [f32]) {
-        for (i, out) in out.chunks_exact_mut(self.cols).enumerate() {
-            out.fill(0.0);
-            self.row(first + i).for_each(|(column, w)| out[column] = w);
-        }
     }
 }
 

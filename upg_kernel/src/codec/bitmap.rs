@@ -1,14 +1,18 @@
 //! `s8` and `s4`: one bit a weight says kept or zero; levels are stored for the kept ones only.
 #![forbid(unsafe_code)]
 
-use super::stored::{StoredMatrix, checked_scales, weight};
+use super::layer::{ArraySpec, Codec, LayerInfo};
+use super::levels::Levels;
+use super::stored::{self, StoredMatrix, checked_scales, weight};
 use super::strips::{self, STRIP_ROWS, TILE_COLS, TILE_WEIGHTS};
 use crate::array::Array;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::rules;
+use crate::format::tensors::LayerArrays;
 use crate::kernels::views::{Codes, Primes, Strip};
-use crate::matrix::Levels;
 use crate::prime_lut::PRIME_LUT;
+use bytemuck::cast_slice;
+use safetensors::Dtype;
 
 /// How many columns share a prime index.
 pub const BITMAP_GROUP: usize = 64;
@@ -19,6 +23,73 @@ pub const WORD: usize = 64;
 const WORD_BYTES: usize = WORD / 8;
 
 const WORDS_PER_TILE: usize = TILE_WEIGHTS / WORD;
+
+/// `s8`, or with nibbles `s4`.
+pub(super) struct Bitmap {
+    nibbles: bool,
+}
+
+pub(super) const S8: Bitmap = Bitmap { nibbles: false };
+pub(super) const S4: Bitmap = Bitmap { nibbles: true };
+
+impl Bitmap {
+    /// Suffix of the array that the pointers point into.
+    fn codes(&self) -> &'static str {
+        if self.nibbles { "codes" } else { "values" }
+    }
+}
+
+impl Codec for Bitmap {
+    type Matrix = BitmapMatrix;
+
+    fn minor(&self) -> u16 {
+        1
+    }
+
+    fn check(&self, layer: &LayerInfo) -> Result<()> {
+        if layer.group != Some(BITMAP_GROUP) {
+            return Err(layer.wrong_parameter(&format!("with 'group' {:?}", layer.group)));
+        }
+        layer.has_no("hadamard", layer.hadamard)
+    }
+
+    fn arrays(&self, layer: &LayerInfo) -> Result<Vec<ArraySpec>> {
+        let strips = strips::count(layer.rows);
+        let weights =
+            strips::padded_weights(layer.cols, BITMAP_GROUP).map_err(|e| e.rule(rules::LAYERS))?;
+        let primes = [strips, layer.cols.div_ceil(BITMAP_GROUP), STRIP_ROWS];
+        let most = layer.weights();
+        let mut arrays = vec![
+            ArraySpec::fixed("bitmap", Dtype::U8, &[strips, weights / 8]),
+            match self.nibbles {
+                false => ArraySpec::counted("values", Dtype::I8, most),
+                // Two codes a byte, and a strip starts with a byte of its own.
+                true => ArraySpec::counted("codes", Dtype::U8, most / 2 + layer.rows),
+            },
+            ArraySpec::fixed("strip_pointers", Dtype::U32, &[strips + 1]),
+            ArraySpec::fixed("prime_indices", Dtype::U8, &primes),
+            ArraySpec::scales(layer),
+        ];
+        arrays.extend(self.nibbles.then(Levels::codebook_spec));
+        Ok(arrays)
+    }
+
+    fn check_opened(&self, layer: &LayerInfo, arrays: &LayerArrays<'_>) -> Result<()> {
+        stored::check_scales(arrays, layer.rows)?;
+        stored::check_pointers(arrays, "strip", strips::count(layer.rows), self.codes())
+    }
+
+    fn matrix(&self, layer: &LayerInfo, arrays: &LayerArrays<'_>) -> Result<BitmapMatrix> {
+        let arrays = BitmapArrays {
+            bitmap: arrays.get("bitmap")?,
+            levels: Levels::read(arrays, self.nibbles)?,
+            strip_pointers: arrays.get("strip_pointers")?,
+            prime_indices: arrays.get("prime_indices")?,
+            scales: arrays.get("scales")?,
+        };
+        BitmapMatrix::new(layer.rows, layer.cols, arrays)
+    }
+}
 
 /// A matrix `[rows, cols]` whose zeros are kept exactly.
 ///
@@ -61,22 +132,11 @@ impl BitmapMatrix {
         let per_strip = [strips, groups, STRIP_ROWS];
         rules::length("prime_indices", arrays.prime_indices.len(), &per_strip)?;
         checked_scales(&arrays.scales, rows)?;
-        let stored = match &arrays.levels {
-            Levels::Bytes(values) => values.len(),
-            Levels::Nibbles { codes, codebook } => {
-                rules::codebook(codebook)?;
-                codes.len()
-            }
-        };
+        let stored = arrays.levels.checked_len()?;
         rules::pointers(&arrays.strip_pointers, "strip", strips, stored)?;
         let matrix = Self { rows, cols, arrays };
         (0..strips).try_for_each(|strip| matrix.check_bits(strip))?;
         Ok(matrix)
-    }
-
-    /// For others that are checked.
-    pub(crate) fn scales_mut(&mut self) -> &mut Array<f32> {
-        &mut self.arrays.scales
     }
 
     fn check_bits(&self, strip: usize) -> Result<()> {
@@ -195,9 +255,28 @@ impl StoredMatrix for BitmapMatrix {
         self.cols
     }
 
+    fn array(&self, suffix: &str) -> Option<&[u8]> {
+        let arrays = &self.arrays;
+        match suffix {
+            "bitmap" => Some(&arrays.bitmap),
+            "strip_pointers" => Some(cast_slice(&arrays.strip_pointers)),
+            "prime_indices" => Some(&arrays.prime_indices),
+            "scales" => Some(cast_slice(&arrays.scales)),
+            _ => arrays.levels.array(suffix),
+        }
+    }
+
+    fn scales(&self) -> Option<&Array<f32>> {
+        Some(&self.arrays.scales)
+    }
+
+    fn scales_mut(&mut self) -> Option<&mut Array<f32>> {
+        Some(&mut self.arrays.scales)
+    }
+
     fn strip(&self, index: usize) -> Option<Strip<'_>> {
         let (codes, codebook) = match &self.arrays.levels {
-            Levels::Bytes(values) => (bytemuck::cast_slice(values), None),
+            Levels::Bytes(values) => (cast_slice(values), None),
             Levels::Nibbles { codes, codebook } => (&codes[..], Some(codebook.first_chunk()?)),
         };
         let start = *self.arrays.strip_pointers.get(index)? as usize;

@@ -69,6 +69,18 @@ impl StoredMatrix for DenseMatrix {
         self.cols
     }
 
+    fn array(&self, _suffix: &str) -> Option<&[u8]> {
+        None
+    }
+
+    fn scales(&self) -> Option<&Array<f32>> {
+        None
+    }
+
+    fn scales_mut(&mut self) -> Option<&mut Array<f32>> {
+        None
+    }
+
     fn decode_rows(&self, first: usize, out: &mut [f32]) {
         let range = first * self.cols..first * self.cols + out.len();
         match &self.values {

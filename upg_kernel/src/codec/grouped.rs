@@ -1,14 +1,76 @@
 //! `q8` and `q4`: a level for every weight, a prime index for every group of columns.
 #![forbid(unsafe_code)]
 
-use super::stored::{StoredMatrix, checked_scales, weight};
+use super::layer::{ArraySpec, Codec, LayerInfo};
+use super::levels::Levels;
+use super::stored::{self, StoredMatrix, checked_scales, weight};
 use super::strips::{self, STRIP_ROWS};
 use crate::array::Array;
 use crate::error::Result;
 use crate::format::rules;
+use crate::format::tensors::LayerArrays;
 use crate::kernels::views::{Codes, Primes, Strip};
-use crate::matrix::Levels;
 use crate::prime_lut::PRIME_LUT;
+use bytemuck::cast_slice;
+use safetensors::Dtype;
+
+/// Columns of a group in a description without one, which is wrong but has a size.
+const DEFAULT_GROUP: usize = 64;
+
+/// `q8`, or with nibbles `q4`.
+pub(super) struct Grouped {
+    nibbles: bool,
+}
+
+pub(super) const Q8: Grouped = Grouped { nibbles: false };
+pub(super) const Q4: Grouped = Grouped { nibbles: true };
+
+impl Codec for Grouped {
+    type Matrix = GroupedMatrix;
+
+    fn minor(&self) -> u16 {
+        1
+    }
+
+    fn check(&self, layer: &LayerInfo) -> Result<()> {
+        let none = || layer.wrong_parameter("with 'group' None");
+        rules::group(layer.group.ok_or_else(none)?)?;
+        layer.has_no("hadamard", layer.hadamard)
+    }
+
+    fn arrays(&self, layer: &LayerInfo) -> Result<Vec<ArraySpec>> {
+        let group = layer.group.unwrap_or(DEFAULT_GROUP);
+        let strips = strips::count(layer.rows);
+        let weights =
+            strips::padded_weights(layer.cols, group).map_err(|e| e.rule(rules::LAYERS))?;
+        let primes = [strips, layer.cols.div_ceil(group), STRIP_ROWS];
+        let mut arrays = vec![
+            match self.nibbles {
+                false => ArraySpec::fixed("values", Dtype::I8, &[strips, weights]),
+                true => ArraySpec::fixed("codes", Dtype::U8, &[strips, weights / 2]),
+            },
+            ArraySpec::fixed("prime_indices", Dtype::U8, &primes),
+            ArraySpec::scales(layer),
+        ];
+        arrays.extend(self.nibbles.then(Levels::codebook_spec));
+        Ok(arrays)
+    }
+
+    fn check_opened(&self, layer: &LayerInfo, arrays: &LayerArrays<'_>) -> Result<()> {
+        stored::check_scales(arrays, layer.rows)
+    }
+
+    fn matrix(&self, layer: &LayerInfo, arrays: &LayerArrays<'_>) -> Result<GroupedMatrix> {
+        GroupedMatrix::new(
+            layer.rows,
+            layer.cols,
+            layer.group.unwrap_or(DEFAULT_GROUP),
+            Levels::read(arrays, self.nibbles)?,
+            arrays.get("prime_indices")?,
+            arrays.get("scales")?,
+        )
+    }
+}
 
 /// A matrix `[rows, cols]` of int8 levels (`q8`) or 4-bit codes into a codebook (`q4`).
 ///
@@ -41,15 +103,12 @@ impl GroupedMatrix {
     ) -> Result<Self> {
         rules::group(group)?;
         let weights = strips::padded_weights(cols, group)?;
-        let (found, per_strip) = match &levels {
-            Levels::Bytes(values) => (values.len(), weights),
-            Levels::Nibbles { codes, codebook } => {
-                rules::codebook(codebook)?;
-                (codes.len(), weights / 2)
-            }
+        let per_strip = match levels {
+            Levels::Bytes(_) => weights,
+            Levels::Nibbles { .. } => weights / 2,
         };
         let strips = strips::count(rows);
-        rules::length("codes", found, &[strips, per_strip])?;
+        rules::length("codes", levels.checked_len()?, &[strips, per_strip])?;
         let per_strip = [strips, cols.div_ceil(group), STRIP_ROWS];
         rules::length("prime_indices", prime_indices.len(), &per_strip)?;
         checked_scales(&scales, rows)?;
@@ -83,11 +142,6 @@ impl GroupedMatrix {
         &self.scales
     }
 
-    /// For others that are checked.
-    pub(crate) fn scales_mut(&mut self) -> &mut Array<f32> {
-        &mut self.scales
-    }
-
     fn groups(&self) -> usize {
         self.cols.div_ceil(self.group)
     }
@@ -118,12 +172,28 @@ impl StoredMatrix for GroupedMatrix {
         self.cols
     }
 
+    fn array(&self, suffix: &str) -> Option<&[u8]> {
+        match suffix {
+            "prime_indices" => Some(&self.prime_indices),
+            "scales" => Some(cast_slice(&self.scales)),
+            _ => self.levels.array(suffix),
+        }
+    }
+
+    fn scales(&self) -> Option<&Array<f32>> {
+        Some(&self.scales)
+    }
+
+    fn scales_mut(&mut self) -> Option<&mut Array<f32>> {
+        Some(&mut self.scales)
+    }
+
     fn strip(&self, index: usize) -> Option<Strip<'_>> {
         let weights = self.strip_weights();
         let codes = match &self.levels {
             Levels::Bytes(values) => {
                 let values = values.get(index * weights..(index + 1) * weights)?;
-                Codes::Bytes(bytemuck::cast_slice(values))
+                Codes::Bytes(cast_slice(values))
             }
             Levels::Nibbles { codes, codebook } => {
                 let half = weights / 2;

@@ -1,10 +1,11 @@
 //! The methods that an encoding offers, and the checks that all of them share.
 #![forbid(unsafe_code)]
 
+use crate::array::Array;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::rules;
-use crate::kernels::sparse::Entries;
-use crate::kernels::views::Strip;
+use crate::format::tensors::LayerArrays;
+use crate::kernels::views::{Entries, Strip};
 use crate::rotation::Rotation;
 
 /// The largest magnitude of a scale. A weight is below 2^24 times it, and turning a row of 2^20 such
@@ -39,6 +40,25 @@ pub(crate) fn checked_scales(scales: &[f32], rows: usize) -> Result<()> {
     }
 }
 
+/// Checks the scales of a layer with so many rows (rule 9).
+pub(super) fn check_scales(arrays: &LayerArrays<'_>, rows: usize) -> Result<()> {
+    let scales = arrays.get::<f32>("scales")?;
+    checked_scales(&scales, rows).map_err(|e| e.tensor(arrays.name("scales")))
+}
+
+/// Checks the pointers of `n` rows or strips (`what`) into the array `codes` (rule 10).
+pub(super) fn check_pointers(
+    arrays: &LayerArrays<'_>,
+    what: &str,
+    n: usize,
+    codes: &str,
+) -> Result<()> {
+    let suffix = format!("{what}_pointers");
+    let pointers = arrays.get::<u32>(&suffix)?;
+    rules::pointers(&pointers, what, n, arrays.len(codes))
+        .map_err(|e| e.tensor(arrays.name(&suffix)))
+}
+
 /// The methods that an encoding offers; everything else is built on them, once.
 pub(crate) trait StoredMatrix: Send + Sync {
     fn rows(&self) -> usize;
@@ -46,6 +66,12 @@ pub(crate) trait StoredMatrix: Send + Sync {
     /// Decodes whole rows from `first` on into `out` (`[n, cols]`), in the stored basis.
     /// The caller keeps `first + n <= rows` and `out.len() == n * cols`.
     fn decode_rows(&self, first: usize, out: &mut [f32]);
+    /// The bytes of an array, by its suffix in a file; `None` for an array that the encoding has not.
+    fn array(&self, suffix: &str) -> Option<&[u8]>;
+    /// What the rows are multiplied by, `[rows]`; `None` for a matrix that is not compressed.
+    fn scales(&self) -> Option<&Array<f32>>;
+    /// To exchange them for others that are checked.
+    fn scales_mut(&mut self) -> Option<&mut Array<f32>>;
     /// The rotation of the input that the stored basis asks for.
     fn rotation(&self) -> Option<&Rotation> {
         None

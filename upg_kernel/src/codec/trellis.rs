@@ -8,15 +8,19 @@
 //! own ([`crate::trellis_code`]).
 #![forbid(unsafe_code)]
 
-use super::stored::{StoredMatrix, checked_scales, weight};
+use super::layer::{ArraySpec, Codec, LayerInfo};
+use super::stored::{self, StoredMatrix, checked_scales, weight};
 use super::strips::{self, STRIP_ROWS, TILE_COLS, TILE_WEIGHTS};
 use crate::array::Array;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::rules;
+use crate::format::tensors::LayerArrays;
 use crate::kernels::views::{Codes, Primes, Strip};
 use crate::prime_lut::PRIME_LUT;
 use crate::rotation::Rotation;
 use crate::trellis_code::{self, STATES};
+use bytemuck::cast_slice;
+use safetensors::Dtype;
 
 /// Bytes after the last tile of a strip: the end of the last state, and room for wide loads.
 const STRIP_TAIL: usize = 16;
@@ -35,6 +39,58 @@ pub fn strip_bytes(cols: usize, k: u8) -> Option<usize> {
     (strip_weights(cols)? / 8)
         .checked_mul(usize::from(k))?
         .checked_add(STRIP_TAIL)
+}
+
+/// `t2`, `t3` or `t4`, by the bits of its codes.
+pub(super) struct Trellis {
+    k: u8,
+}
+
+pub(super) const T2: Trellis = Trellis { k: 2 };
+pub(super) const T3: Trellis = Trellis { k: 3 };
+pub(super) const T4: Trellis = Trellis { k: 4 };
+
+impl Codec for Trellis {
+    type Matrix = TrellisMatrix;
+
+    fn minor(&self) -> u16 {
+        1
+    }
+
+    fn check(&self, layer: &LayerInfo) -> Result<()> {
+        layer.has_no("group", layer.group)?;
+        let none = || layer.wrong_parameter("without 'hadamard'");
+        rules::hadamard(layer.cols, layer.hadamard.ok_or_else(none)?)
+    }
+
+    fn arrays(&self, layer: &LayerInfo) -> Result<Vec<ArraySpec>> {
+        let strip = strip_bytes(layer.cols, self.k).ok_or_else(|| {
+            let message = format!("a trellis matrix of {} columns", layer.cols);
+            Error::new(ErrorKind::TooLarge, message).rule(rules::LAYERS)
+        })?;
+        let signs = layer.hadamard.unwrap_or(1).div_ceil(8);
+        Ok(vec![
+            ArraySpec::fixed("codes", Dtype::U8, &[strips::count(layer.rows), strip]),
+            ArraySpec::fixed("prime_indices", Dtype::U8, &[layer.rows, 1]),
+            ArraySpec::scales(layer),
+            ArraySpec::fixed("signs", Dtype::U8, &[signs]),
+        ])
+    }
+
+    fn check_opened(&self, layer: &LayerInfo, arrays: &LayerArrays<'_>) -> Result<()> {
+        stored::check_scales(arrays, layer.rows)
+    }
+
+    fn matrix(&self, layer: &LayerInfo, arrays: &LayerArrays<'_>) -> Result<TrellisMatrix> {
+        let hadamard = layer.hadamard.unwrap_or(1);
+        let parts = TrellisParts {
+            codes: arrays.get("codes")?,
+            prime_indices: arrays.get("prime_indices")?,
+            scales: arrays.get("scales")?,
+            rotation: Rotation::new(layer.cols, hadamard, arrays.get("signs")?)?,
+        };
+        TrellisMatrix::new(layer.rows, layer.cols, self.k, parts)
+    }
 }
 
 /// The stored parts of a [`TrellisMatrix`], as they are in the file.
@@ -101,11 +157,6 @@ impl TrellisMatrix {
         self.k
     }
 
-    /// For others that are checked.
-    pub(crate) fn scales_mut(&mut self) -> &mut Array<f32> {
-        &mut self.parts.scales
-    }
-
     /// What the file stores.
     pub fn parts(&self) -> &TrellisParts {
         &self.parts
@@ -153,6 +204,24 @@ impl StoredMatrix for TrellisMatrix {
 
     fn cols(&self) -> usize {
         self.cols
+    }
+
+    fn array(&self, suffix: &str) -> Option<&[u8]> {
+        Some(match suffix {
+            "codes" => &self.parts.codes,
+            "prime_indices" => &self.parts.prime_indices,
+            "scales" => cast_slice(&self.parts.scales),
+            "signs" => self.parts.rotation.signs(),
+            _ => return None,
+        })
+    }
+
+    fn scales(&self) -> Option<&Array<f32>> {
+        Some(&self.parts.scales)
+    }
+
+    fn scales_mut(&mut self) -> Option<&mut Array<f32>> {
+        Some(&mut self.parts.scales)
     }
 
     fn strip(&self, index: usize) -> Option<Strip<'_>> {

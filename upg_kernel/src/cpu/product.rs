@@ -4,6 +4,7 @@
 use super::Cpu;
 use super::team::{Region, Tile, Tiles};
 use crate::codec::stored::StoredMatrix;
+use crate::codec::strips::STRIP_ROWS;
 use crate::device::Write;
 use crate::error::{Error, ErrorKind, Result};
 use crate::kernels::activations::Activations;
@@ -11,7 +12,6 @@ use crate::kernels::views::Strip;
 use crate::kernels::{Kernels, Panel, gemm, scalar};
 use crate::matrix::Matrix;
 use crate::matrix::decode::{Decode, Rows};
-use crate::matrix::strips::STRIP_ROWS;
 use std::cell::RefCell;
 use std::ops::Range;
 
@@ -37,6 +37,49 @@ const SMALLEST_BAND: usize = 96;
 pub(crate) struct Scratch {
     rotated: Vec<f32>,
     vectors: Vec<Activations>,
+}
+
+impl Matrix {
+    /// `W x` for one vector `x [cols]`; returns `[rows]`, accumulated in f32.
+    ///
+    /// Errors (`Argument`): `x` has another length.
+    pub fn spmv(&self, x: &[f32]) -> Result<Vec<f32>> {
+        self.spmm(x, 1)
+    }
+
+    /// `W X` for `n` vectors, `x [n, cols]` row by row; returns `[n, rows]`, accumulated in f32.
+    ///
+    /// Errors (`Argument`): `x` has another length.
+    pub fn spmm(&self, x: &[f32], n: usize) -> Result<Vec<f32>> {
+        let len = n.checked_mul(self.rows()).ok_or_else(|| {
+            Error::new(
+                ErrorKind::TooLarge,
+                format!("{n} outputs of {} rows", self.rows()),
+            )
+        })?;
+        let mut out = vec![0.0; len];
+        self.spmm_into(x, n, &mut out)?;
+        Ok(out)
+    }
+
+    /// [`Matrix::spmm`] into the caller's `out [n, rows]`; every element is overwritten.
+    ///
+    /// With few vectors, and kernels for it ([`Kernels`]), packed weights are multiplied as they
+    /// are with activations rounded to 14 bits, and `mdcsr` entry by entry in f32; else rows are decoded 64 at a
+    /// time, once for all `n` vectors. `docs/numerics.md` says what each way adds to the error. In parallel; the result does not
+    /// depend on the number of threads. Scratch: 3 bytes per column and vector or 256 bytes per column and
+    /// thread, and 4 more per column and vector where the input is rotated.
+    ///
+    /// Errors: `Argument` if `x` or `out` has another length; those of [`Cpu::shared`].
+    pub fn spmm_into(&self, x: &[f32], n: usize, out: &mut [f32]) -> Result<()> {
+        self.spmm_on(Cpu::shared()?, x, n, out)
+    }
+
+    /// [`Matrix::spmm_into`] on a chosen device; `docs/numerics.md` says how far the results of kernels differ.
+    pub fn spmm_on(&self, cpu: &Cpu, x: &[f32], n: usize, out: &mut [f32]) -> Result<()> {
+        let scratch = &mut Scratch::default();
+        multiply(cpu, [Some(self)], x, n, Write::Set, scratch, out)
+    }
 }
 
 /// Memory of one thread for its current tile.

@@ -3,12 +3,10 @@
 
 use super::checksums::{self, Recorded};
 use super::container::Entry;
-use super::index::{self, Encoding, LayerInfo};
 use super::rules::{CHECKSUM, PAD_PREFIX, TOKENIZER};
-use super::tensors::Tensors;
-use super::{checksum, json, layout, rules};
-use crate::codec::stored::checked_scales;
-use crate::codec::strips;
+use super::tensors::{LayerArrays, Tensors, array_name};
+use super::{checksum, index, json, layout, rules};
+use crate::codec::layer::LayerInfo;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mapped::{MappedFile, OpenOptions};
 use crate::matrix::Matrix;
@@ -78,7 +76,7 @@ impl UpgFile {
         upg.check_names()?;
         // The first bad layer, not the one that some thread comes to first.
         let layers = (0..upg.layers.len()).into_par_iter();
-        match layers.find_map_first(|i| upg.check_layer(i).err()) {
+        match layers.find_map_first(|i| layout::check(&upg.tensors, i, &upg.layers[i]).err()) {
             Some(e) => Err(e),
             None => Ok(upg),
         }
@@ -114,26 +112,6 @@ impl UpgFile {
         })
     }
 
-    /// Shapes of all arrays, scales and pointers.
-    fn check_layer(&self, index: usize) -> Result<()> {
-        let layer = &self.layers[index];
-        layout::check(&self.tensors, index, layer)?;
-        let scales_name = layout::array_name(index, "scales");
-        let scales = self.tensors.array::<f32>(&scales_name)?;
-        checked_scales(&scales, layer.rows).map_err(|e| e.tensor(scales_name))?;
-        let (codes, of, n) = match layer.encoding()? {
-            Encoding::MdCsr => ("values", "row", layer.rows),
-            Encoding::S8 => ("values", "strip", strips::count(layer.rows)),
-            Encoding::S4 => ("codes", "strip", strips::count(layer.rows)),
-            _ => return Ok(()),
-        };
-        let codes = self.tensors.entry(&layout::array_name(index, codes));
-        let stored = codes.map_or(0, |t| t.range.len());
-        let pointers_name = layout::array_name(index, &format!("{of}_pointers"));
-        let pointers = self.tensors.array::<u32>(&pointers_name)?;
-        rules::pointers(&pointers, of, n, stored).map_err(|e| e.tensor(pointers_name))
-    }
-
     /// Every tensor has a place: an array of a layer, the tokenizer, padding, or kept as it was.
     fn check_names(&self) -> Result<()> {
         for entry in self.tensors.iter() {
@@ -166,9 +144,9 @@ impl UpgFile {
         let Some(layer) = self.layers.get(index) else {
             return Ok(false);
         };
-        let mut specs = layout::arrays(layer)?.into_iter();
+        let mut specs = layer.arrays()?.into_iter();
         // A number can be spelled in several ways, of which one is the name.
-        Ok(specs.any(|spec| spec.suffix == suffix) && layout::array_name(index, suffix) == name)
+        Ok(specs.any(|spec| spec.suffix == suffix) && array_name(index, suffix) == name)
     }
 
     /// The compressed matrices; the position in the list is the layer id.
@@ -194,7 +172,9 @@ impl UpgFile {
         if let Some(matrix) = cell.get() {
             return Ok(matrix);
         }
-        let matrix = layout::matrix(&self.tensors, id, layer)
+        let tensors = &self.tensors;
+        let matrix = layer
+            .matrix(&LayerArrays { tensors, index: id })
             .map_err(|e| e.tensor(&layer.name).at(self.path()))?;
         Ok(cell.get_or_init(|| Box::new(matrix)))
     }

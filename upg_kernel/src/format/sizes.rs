@@ -1,29 +1,8 @@
 //! How much room a file and its parts take.
 #![forbid(unsafe_code)]
 
-use super::{LayerInfo, UpgFile, layout};
-use crate::error::Result;
-
-impl LayerInfo {
-    /// Bytes of each of its arrays, in the order of writing: exactly, but for the arrays of `mdcsr`, `s8` and `s4` whose
-    /// length is that of what is kept; these are counted as if every weight were.
-    ///
-    /// Errors: those of [`LayerInfo::check`].
-    pub fn array_bytes(&self) -> Result<Vec<u64>> {
-        self.check()?;
-        let weights = product(&[self.rows, self.cols]);
-        let bytes = |spec: layout::ArraySpec| {
-            let counted = match spec.suffix {
-                // Two codes a byte, and a strip starts with a byte of its own.
-                "codes" => weights / 2 + self.rows as u64,
-                _ => weights,
-            };
-            let sizes = spec.shape.iter().map(|n| n.map_or(counted, |n| n as u64));
-            sizes.product::<u64>() * spec.dtype.bitsize() as u64 / 8
-        };
-        Ok(layout::arrays(self)?.into_iter().map(bytes).collect())
-    }
-}
+use super::UpgFile;
+use super::tensors::array_name;
 
 impl UpgFile {
     /// Length of the whole file in bytes.
@@ -33,14 +12,11 @@ impl UpgFile {
 
     /// Bytes of the arrays of layer `id`; 0 for an unknown one.
     pub fn layer_bytes(&self, id: usize) -> u64 {
-        let specs = self
-            .layers()
-            .get(id)
-            .and_then(|layer| layout::arrays(layer).ok());
+        let specs = self.layers().get(id).and_then(|layer| layer.arrays().ok());
         specs
             .iter()
             .flatten()
-            .filter_map(|spec| self.bytes(&layout::array_name(id, spec.suffix)))
+            .filter_map(|spec| self.bytes(&array_name(id, spec.suffix)))
             .map(|bytes| bytes.len() as u64)
             .sum()
     }

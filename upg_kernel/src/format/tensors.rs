@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::container::{Container, Entry};
-use super::rules;
+use super::rules::{self, LAYER_PREFIX};
 use crate::array::Array;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mapped::MappedFile;
@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 /// A file in memory and its table.
-pub(super) struct Tensors {
+pub(crate) struct Tensors {
     file: Arc<MappedFile>,
     table: Container,
 }
@@ -66,5 +66,34 @@ impl Tensors {
             .entry(name)
             .ok_or_else(|| Error::new(ErrorKind::Missing, "not in the file").tensor(name))?;
         Array::mapped(&self.file, entry.range).map_err(|e| e.rule(rules::ALIGNMENT).tensor(name))
+    }
+}
+
+/// `layer_{index}_{suffix}`.
+pub(super) fn array_name(index: usize, suffix: &str) -> String {
+    format!("{LAYER_PREFIX}{index}_{suffix}")
+}
+
+/// The arrays of one layer.
+pub(crate) struct LayerArrays<'a> {
+    pub(super) tensors: &'a Tensors,
+    pub(super) index: usize,
+}
+
+impl LayerArrays<'_> {
+    /// Name of an array in the file.
+    pub fn name(&self, suffix: &str) -> String {
+        array_name(self.index, suffix)
+    }
+
+    /// An array as values of `T`, in place. Errors: those of [`Tensors::array`].
+    pub fn get<T: Pod>(&self, suffix: &str) -> Result<Array<T>> {
+        self.tensors.array(&self.name(suffix))
+    }
+
+    /// Number of elements of an array; 0 if the file has not it.
+    pub fn len(&self, suffix: &str) -> usize {
+        let entry = self.tensors.entry(&self.name(suffix));
+        entry.map_or(0, |t| t.shape.iter().product())
     }
 }

@@ -3,11 +3,13 @@
 
 use super::header::{CHECKSUMS, FORMAT};
 use super::rules::{CHECKSUM, PAD_PREFIX};
-use super::{LayerInfo, checksum, layout, rules};
+use super::tensors::array_name;
+use super::{checksum, rules};
 use crate::atomic_file::AtomicFile;
+use crate::codec::Encoding;
+use crate::codec::layer::LayerInfo;
 use crate::error::{Error, ErrorKind, Result};
-use crate::matrix::{Levels, Matrix};
-use bytemuck::cast_slice;
+use crate::matrix::Matrix;
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -73,8 +75,8 @@ pub fn header_capacity<'a>(
     for (index, layer) in layers.iter().enumerate() {
         // Twice escaped: the list of layers is JSON inside a JSON string.
         bytes += escaped(&escaped(layer)).len() + LAYER_BYTES;
-        for spec in layout::arrays(layer)? {
-            bytes += entry(&layout::array_name(index, spec.suffix));
+        for spec in layer.arrays()? {
+            bytes += entry(&array_name(index, spec.suffix));
         }
     }
     Ok(bytes)
@@ -216,22 +218,22 @@ impl FileWriter {
         matrix: &Matrix,
     ) -> Result<Vec<WrittenArray>> {
         layer.check()?;
-        if let (Matrix::Trellis(m), Some(size)) = (matrix, layer.hadamard)
-            && m.parts().rotation.size() != size
+        let matrix = matrix.stored();
+        if let (Some(rotation), Some(size)) = (matrix.rotation(), layer.hadamard)
+            && rotation.size() != size
         {
             let message = format!("described with 'hadamard' {size}");
             return Err(Error::new(ErrorKind::Argument, message).tensor(&layer.name));
         }
         let mut written = Vec::new();
-        for spec in layout::arrays(layer)? {
-            let bytes = array_bytes(matrix, spec.suffix).ok_or_else(|| {
+        for spec in layer.arrays()? {
+            let bytes = matrix.array(spec.suffix).ok_or_else(|| {
                 let message = format!("not stored as {}", layer.encoding_name());
                 Error::new(ErrorKind::Argument, message).tensor(&layer.name)
             })?;
             let counted = bytes.len() * 8 / spec.dtype.bitsize();
-            let shape: Vec<usize> = spec.shape.iter().map(|n| n.unwrap_or(counted)).collect();
-            let name = layout::array_name(index, spec.suffix);
-            written.push(self.tensor(&name, spec.dtype, &shape, bytes)?);
+            let name = array_name(index, spec.suffix);
+            written.push(self.tensor(&name, spec.dtype, &spec.shape(counted), bytes)?);
         }
         Ok(written)
     }
@@ -270,7 +272,7 @@ impl FileWriter {
         written: &[WrittenArray],
     ) -> Result<bool> {
         layer.check()?;
-        let specs = layout::arrays(layer)?;
+        let specs = layer.arrays()?;
         let fits = specs.len() == written.len()
             && specs.iter().zip(written).all(|(s, w)| s.allows(&w.shape));
         if !fits {
@@ -278,7 +280,7 @@ impl FileWriter {
         }
         let start = self.end();
         for (spec, array) in specs.iter().zip(written) {
-            let name = layout::array_name(index, spec.suffix);
+            let name = array_name(index, spec.suffix);
             if !self.restore_tensor(&name, spec.dtype, array)? {
                 self.forget(start);
                 return Ok(false);
@@ -329,13 +331,11 @@ impl FileWriter {
         mut metadata: BTreeMap<String, String>,
         layers: &[LayerInfo],
     ) -> Result<AtomicFile> {
-        let only_mdcsr = layers.iter().all(|l| l.encoding_name() == "mdcsr");
+        let minors = layers.iter().map(|l| l.encoding().map(Encoding::minor));
+        let minor = minors.collect::<Result<Vec<_>>>()?.into_iter().max();
         let json = |e: serde_json::Error| Error::new(ErrorKind::Argument, e.to_string());
         metadata.insert("format".into(), FORMAT.into());
-        metadata.insert(
-            "version".into(),
-            if only_mdcsr { "2.0" } else { "2.1" }.into(),
-        );
+        metadata.insert("version".into(), format!("2.{}", minor.unwrap_or(0)));
         metadata.insert("num_layers".into(), layers.len().to_string());
         metadata.insert(
             "layers".into(),
@@ -401,56 +401,4 @@ fn byte_len(dtype: Dtype, shape: &[usize]) -> Option<u64> {
 
 fn escaped(value: &(impl Serialize + ?Sized)) -> String {
     serde_json::json!(value).to_string()
-}
-
-/// The bytes of one array of a matrix, by its suffix in the file.
-fn array_bytes<'a>(matrix: &'a Matrix, suffix: &str) -> Option<&'a [u8]> {
-    match matrix {
-        Matrix::Dense(_) => None,
-        Matrix::MdCsr(m) => {
-            let arrays = m.arrays();
-            Some(match suffix {
-                "values" => cast_slice(&arrays.values),
-                "delta_indices" => &arrays.delta_indices,
-                "row_pointers" => cast_slice(&arrays.row_pointers),
-                "prime_indices" => cast_slice(&arrays.prime_indices),
-                "scales" => cast_slice(&arrays.scales),
-                _ => return None,
-            })
-        }
-        Matrix::Grouped(m) => match suffix {
-            "prime_indices" => Some(m.prime_indices()),
-            "scales" => Some(cast_slice(m.scales())),
-            _ => level_bytes(m.levels(), suffix),
-        },
-        Matrix::Bitmap(m) => {
-            let arrays = m.arrays();
-            match suffix {
-                "bitmap" => Some(&arrays.bitmap),
-                "strip_pointers" => Some(cast_slice(&arrays.strip_pointers)),
-                "prime_indices" => Some(&arrays.prime_indices),
-                "scales" => Some(cast_slice(&arrays.scales)),
-                _ => level_bytes(&arrays.levels, suffix),
-            }
-        }
-        Matrix::Trellis(m) => {
-            let parts = m.parts();
-            Some(match suffix {
-                "codes" => &parts.codes,
-                "prime_indices" => &parts.prime_indices,
-                "scales" => cast_slice(&parts.scales),
-                "signs" => parts.rotation.signs(),
-                _ => return None,
-            })
-        }
-    }
-}
-
-fn level_bytes<'a>(levels: &'a Levels, suffix: &str) -> Option<&'a [u8]> {
-    match (levels, suffix) {
-        (Levels::Bytes(values), "values") => Some(cast_slice(values)),
-        (Levels::Nibbles { codes, .. }, "codes") => Some(codes),
-        (Levels::Nibbles { codebook, .. }, "codebook") => Some(cast_slice(codebook)),
-        _ => None,
-    }
 }

@@ -4,9 +4,8 @@
 
 #[cfg(target_arch = "aarch64")]
 use super::activations::{self, Activations};
-use super::views::Strip;
+use super::views::{Entries, Strip};
 use super::{Float, Kernels, Set, rows, scalar, sparse};
-use sparse::Entries;
 
 /// Defines methods that call inlined plain loops from functions with these features.
 macro_rules! compiled {

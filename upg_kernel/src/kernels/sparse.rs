@@ -4,23 +4,12 @@
 #![forbid(unsafe_code)]
 
 use super::lanes::Lanes;
+use super::views::Entries;
 use super::{Float, Kernels};
 use crate::prime_lut::PRIME_LUT;
 
 /// Entries that are processed together.
 pub(super) const BLOCK: usize = 64;
-
-/// Row of a validated [`crate::sparse::MdCSRMatrix`].
-///
-/// It has as many deltas and prime indices as values, every index is in the table, and columns are
-/// increasing and inside the matrix.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Entries<'a> {
-    pub scale: f32,
-    pub values: &'a [i8],
-    pub deltas: &'a [u8],
-    pub primes: &'a [u16],
-}
 
 /// Consecutive entries of a row.
 pub(super) struct Block<'a> {

@@ -21,6 +21,18 @@ pub(crate) struct Strip<'a> {
     pub scales: &'a [f32],
 }
 
+/// Row of a validated [`crate::sparse::MdCSRMatrix`].
+///
+/// It has as many deltas and prime indices as values, every index is in the table, and columns are
+/// increasing and inside the matrix.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Entries<'a> {
+    pub scale: f32,
+    pub values: &'a [i8],
+    pub deltas: &'a [u8],
+    pub primes: &'a [u16],
+}
+
 /// Columns with a common prime index and scale, whose products are summed as integers.
 #[cfg(target_arch = "x86_64")]
 pub(super) struct Group<'a> {

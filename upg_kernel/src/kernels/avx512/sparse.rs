@@ -7,7 +7,7 @@
 
 use super::decode::Sixteens;
 use super::*;
-use crate::kernels::sparse::{BLOCK, Block, Blocks, Entries, Place, put_apart};
+use crate::kernels::sparse::{BLOCK, Block, Blocks, Place, put_apart};
 use crate::prime_lut::PRIME_COUNT;
 
 /// Runs [`crate::kernels::sparse::decode`].

@@ -1,15 +1,14 @@
-//! Encoding of one matrix as its description says, and measures of its error.
+//! The table of encoders; one matrix encoded as its description says, and measures of its error.
 #![forbid(unsafe_code)]
 
-use super::rounding::{round_q4, round_q8, round_s4, round_s8};
-use super::trellis;
+use super::encoder::{Encoder, Profile};
+use super::{bitmap, grouped, mdcsr, trellis};
 use crate::progress::Progress;
 use crate::sensitivity::curvature::Curvature;
 use rayon::prelude::*;
 use upg_kernel::format::{Encoding, LayerInfo};
 use upg_kernel::matrix::strips::STRIP_ROWS;
-use upg_kernel::sparse::MdCSRMatrix;
-use upg_kernel::{Error, ErrorKind, Matrix, Result};
+use upg_kernel::{Matrix, Result};
 
 /// An encoded matrix, with what is reported of it.
 pub(crate) struct Encoded {
@@ -17,6 +16,39 @@ pub(crate) struct Encoded {
     pub output_error: Option<f64>,
     pub divergence: Option<f64>,
     pub seconds: f64,
+}
+
+/// The encoders: one for each of [`Encoding::ALL`], in its order.
+const ENCODERS: [(Encoding, &dyn Encoder); Encoding::ALL.len()] = [
+    (Encoding::MdCsr, &mdcsr::MdCsr),
+    (Encoding::Q8, &grouped::Q8),
+    (Encoding::Q4, &grouped::Q4),
+    (Encoding::T2, &trellis::T2),
+    (Encoding::T3, &trellis::T3),
+    (Encoding::T4, &trellis::T4),
+    (Encoding::S8, &bitmap::S8),
+    (Encoding::S4, &bitmap::S4),
+];
+
+const _: () = {
+    let mut i = 0;
+    while i < ENCODERS.len() {
+        assert!(
+            ENCODERS[i].0 as usize == i,
+            "not in the order of Encoding::ALL"
+        );
+        i += 1;
+    }
+};
+
+/// Returns the encoder of an encoding.
+pub(crate) fn encoder(encoding: Encoding) -> &'static dyn Encoder {
+    ENCODERS[encoding as usize].1
+}
+
+/// Returns the properties of the encoding of a layer. Errors: those of [`LayerInfo::encoding`].
+pub(crate) fn profile(layer: &LayerInfo) -> Result<Profile> {
+    Ok(encoder(layer.encoding()?).profile())
 }
 
 /// Encodes `weights [rows, cols]`, row by row, as `layer` says.
@@ -29,26 +61,7 @@ pub fn encode_matrix(
     curvature: Option<&Curvature>,
     progress: &dyn Progress,
 ) -> Result<Matrix> {
-    let (rows, cols) = (layer.rows, layer.cols);
-    let group = layer.group.unwrap_or(64);
-    let encoding = layer.encoding()?;
-    if let Some(k) = encoding.trellis_bits() {
-        let matrix = trellis::encode_with(weights, rows, cols, k, seed, curvature, progress)?;
-        return Ok(Matrix::Trellis(matrix));
-    }
-    let matrix = match encoding {
-        Encoding::MdCsr => Matrix::MdCsr(MdCSRMatrix::from_dense(weights, rows, cols)?),
-        Encoding::Q8 => Matrix::Grouped(round_q8(weights, rows, cols, group, curvature)?),
-        Encoding::Q4 => Matrix::Grouped(round_q4(weights, rows, cols, group, curvature)?),
-        Encoding::S8 => Matrix::Bitmap(round_s8(weights, rows, cols, curvature)?),
-        Encoding::S4 => Matrix::Bitmap(round_s4(weights, rows, cols, curvature)?),
-        other => {
-            let message = format!("no encoder for '{other}'");
-            return Err(Error::new(ErrorKind::Unsupported, message));
-        }
-    };
-    progress.advance(weights.len() as u64);
-    Ok(matrix)
+    encoder(layer.encoding()?).encode(weights, layer, seed, curvature, progress)
 }
 
 /// Returns `|decoded - original| / |original|` in the Frobenius norm, to six digits.

@@ -4,16 +4,14 @@
 #![forbid(unsafe_code)]
 
 mod feedback;
-mod levels;
-mod packing;
-mod row;
+pub(super) mod levels;
+pub(super) mod row;
 
 use crate::sensitivity::curvature::Curvature;
-use levels::{Codebook, Kept8, LevelSet, Linear8};
+use levels::{Codebook, LevelSet};
 use rayon::prelude::*;
 use row::{EncodedRow, encode_row, products, row_error};
-use upg_kernel::matrix::strips::{STRIP_ROWS, nibble, position};
-use upg_kernel::matrix::{BITMAP_GROUP, BitmapMatrix, GroupedMatrix, Levels};
+use upg_kernel::matrix::strips::{STRIP_ROWS, count};
 use upg_kernel::{Error, ErrorKind, Result};
 
 /// Rows that a codebook is fitted to.
@@ -22,108 +20,10 @@ const SAMPLE_ROWS: usize = 128;
 /// Rounds of codebook fitting.
 const FIT_ROUNDS: usize = 4;
 
-/// Rounds a matrix `[rows, cols]` to `q8` with groups of `group` columns.
-///
-/// Cost: an error evaluation for each prime in the range that the largest weight of a group
-/// leaves, 115 for the group with the largest weight of its row. With a `curvature` also `rows *
-/// cols^2 / 2` multiplications, and what
-/// [`Feedback::new`](crate::sensitivity::hessian::Feedback::new) takes. Errors: `Shape` for a
-/// wrong length or the curvature of another matrix, `Invalid` for a weight that is not finite;
-/// those of `Feedback::new`.
-pub fn round_q8(
-    weights: &[f32],
-    rows: usize,
-    cols: usize,
-    group: usize,
-    curvature: Option<&Curvature>,
-) -> Result<GroupedMatrix> {
-    let encoded = encode(weights, rows, cols, group, curvature, false, &Linear8)?;
-    let strip = cols.div_ceil(group) * group * STRIP_ROWS;
-    let values = packing::pack_all(&encoded, strip, |strip: &mut [i8], row, col, code| {
-        strip[position(row, col)] = Linear8.level(code);
-    });
-    packing::grouped(&encoded, cols, group, Levels::Bytes(values.into()))
-}
-
-/// Rounds a matrix to `q4`: fits a codebook to a sample of its rows, then proceeds as [`round_q8`].
-///
-/// Cost and errors: as [`round_q8`].
-pub fn round_q4(
-    weights: &[f32],
-    rows: usize,
-    cols: usize,
-    group: usize,
-    curvature: Option<&Curvature>,
-) -> Result<GroupedMatrix> {
-    let start = Codebook::gaussian();
-    let codebook = fit_codebook(weights, rows, cols, group, false, start)?;
-    let encoded = encode(weights, rows, cols, group, curvature, false, &codebook)?;
-    let strip = cols.div_ceil(group) * group * STRIP_ROWS / 2;
-    let codes = packing::pack_all(&encoded, strip, |strip: &mut [u8], row, col, code| {
-        let (byte, shift) = nibble(row, col);
-        strip[byte] |= code << shift;
-    });
-    let levels = Levels::Nibbles {
-        codes: codes.into(),
-        codebook: codebook.levels().to_vec().into(),
-    };
-    packing::grouped(&encoded, cols, group, levels)
-}
-
-/// Rounds the weights that are not zero to `s8`.
-///
-/// Their levels are not zero either: exactly the zeros of `weights` stay zero. With a `curvature`
-/// levels are chosen again, the zeros stay. Cost and errors as [`round_q8`], and `TooLarge` from 4
-/// GiB of codes on.
-pub fn round_s8(
-    weights: &[f32],
-    rows: usize,
-    cols: usize,
-    curvature: Option<&Curvature>,
-) -> Result<BitmapMatrix> {
-    let encoded = encode(weights, rows, cols, BITMAP_GROUP, curvature, true, &Kept8)?;
-    let pack = |codes: &[u8], out: &mut Vec<i8>| {
-        out.extend(codes.iter().map(|&code| Kept8.level(code)));
-    };
-    let levels = |values: Vec<i8>| Levels::Bytes(values.into());
-    packing::bitmap(weights, &encoded, cols, pack, levels)
-}
-
-/// Rounds the weights that are not zero to `s4`, with a codebook without a zero.
-///
-/// Otherwise as [`round_s8`].
-pub fn round_s4(
-    weights: &[f32],
-    rows: usize,
-    cols: usize,
-    curvature: Option<&Curvature>,
-) -> Result<BitmapMatrix> {
-    let start = Codebook::without_zero();
-    let codebook = fit_codebook(weights, rows, cols, BITMAP_GROUP, true, start)?;
-    let encoded = encode(
-        weights,
-        rows,
-        cols,
-        BITMAP_GROUP,
-        curvature,
-        true,
-        &codebook,
-    )?;
-    let pack = |codes: &[u8], out: &mut Vec<u8>| {
-        let pairs = codes.chunks(2);
-        out.extend(pairs.map(|pair| pair[0] | pair.get(1).unwrap_or(&0) << 4));
-    };
-    let levels = |codes: Vec<u8>| Levels::Nibbles {
-        codes: codes.into(),
-        codebook: codebook.levels().to_vec().into(),
-    };
-    packing::bitmap(weights, &encoded, cols, pack, levels)
-}
-
 /// Encodes the rows of a matrix, all weights or those that are not zero.
 ///
 /// With a curvature the codes are then chosen again.
-fn encode<L: LevelSet>(
+pub(super) fn encode<L: LevelSet>(
     weights: &[f32],
     rows: usize,
     cols: usize,
@@ -163,7 +63,7 @@ fn groups_of(row: &[f32], group: usize, skip_zeros: bool) -> Vec<Vec<f32>> {
 /// Fits a codebook to a sample of the rows by Lloyd's iteration from `start`.
 ///
 /// Returns `start` unless the fitted one is better there.
-fn fit_codebook(
+pub(super) fn fit_codebook(
     weights: &[f32],
     rows: usize,
     cols: usize,
@@ -226,4 +126,23 @@ fn check(weights: &[f32], rows: usize, cols: usize) -> Result<()> {
             ),
         )),
     }
+}
+
+/// Returns the prime indices of rows, `[strips, groups, 64]`.
+pub(super) fn primes(encoded: &[EncodedRow], groups: usize) -> Vec<u8> {
+    let mut out = vec![0; count(encoded.len()) * groups * STRIP_ROWS];
+    let strips = out.chunks_exact_mut((groups * STRIP_ROWS).max(1));
+    for (out, encoded) in strips.zip(encoded.chunks(STRIP_ROWS)) {
+        for (row, encoded) in encoded.iter().enumerate() {
+            for (group, &prime) in encoded.primes.iter().enumerate() {
+                out[group * STRIP_ROWS + row] = prime;
+            }
+        }
+    }
+    out
+}
+
+/// Returns the scales of rows.
+pub(super) fn scales(encoded: &[EncodedRow]) -> Vec<f32> {
+    encoded.iter().map(|row| row.scale).collect()
 }

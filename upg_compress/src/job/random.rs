@@ -2,21 +2,20 @@
 //! memory and speed without hours of encoding.
 #![forbid(unsafe_code)]
 
-use crate::encode::matrix::{Encoded, encode_matrix};
+use crate::encode::matrix::{Encoded, encode_matrix, encoder};
 use crate::job::compress::{MatrixJob, compress_with};
 use crate::job::report::CompressReport;
 use crate::plan::options::CompressOptions;
 use crate::progress::Progress;
 use crate::source::Source;
 use crate::source::synthetic::SyntheticSource;
-use bytemuck::Pod;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::path::Path;
 use std::time::Instant;
-use upg_kernel::matrix::strips::{self, STRIP_ROWS, TILE_COLS};
-use upg_kernel::matrix::{GroupedMatrix, Levels, TrellisMatrix, TrellisParts};
-use upg_kernel::{Array, Error, ErrorKind, Matrix, Result};
+use upg_kernel::format::LayerInfo;
+use upg_kernel::matrix::strips::STRIP_ROWS;
+use upg_kernel::{Error, ErrorKind, Matrix, Result};
 
 /// Compresses a random model by encoding one strip of 64 rows per width and encoding, and
 /// repeating it.
@@ -52,7 +51,7 @@ pub fn compress_random(
         };
         progress.advance(layer.rows as u64 * layer.cols as u64);
         Ok(Encoded {
-            matrix: repeated(strip, layer.rows)?,
+            matrix: repeated(layer, strip, layer.rows)?,
             output_error: None,
             divergence: None,
             seconds: started.elapsed().as_secs_f64(),
@@ -64,68 +63,23 @@ pub fn compress_random(
     })
 }
 
-/// Repeats the strip as a matrix of `rows` rows.
-fn repeated(strip: &Matrix, rows: usize) -> Result<Matrix> {
-    let cols = strip.cols();
-    match strip {
-        Matrix::Grouped(m) => {
-            let levels = match m.levels() {
-                Levels::Bytes(values) => Levels::Bytes(by_strip(values, TILE_COLS, rows)),
-                Levels::Nibbles { codes, codebook } => Levels::Nibbles {
-                    codes: by_strip(codes, TILE_COLS, rows),
-                    codebook: codebook.clone(),
-                },
-            };
-            let primes = by_strip(m.prime_indices(), 1, rows);
-            let scales = cycled(m.scales(), rows);
-            let matrix = GroupedMatrix::new(rows, cols, m.group(), levels, primes, scales.into());
-            matrix.map(Matrix::Grouped)
-        }
-        Matrix::Trellis(m) => {
-            let parts = m.parts();
-            let parts = TrellisParts {
-                codes: cycled(&parts.codes, strips::count(rows) * parts.codes.len()).into(),
-                prime_indices: cycled(&parts.prime_indices, rows).into(),
-                scales: cycled(&parts.scales, rows).into(),
-                ..parts.clone()
-            };
-            TrellisMatrix::new(rows, cols, m.k(), parts).map(Matrix::Trellis)
-        }
-        _ => Err(Error::new(
-            ErrorKind::Unsupported,
-            "a random model in another encoding than q8, q4, t2, t3 or t4",
-        )),
-    }
-}
-
-/// Repeats the `values` of one strip for `rows` rows.
-///
-/// They are blocks of 64 rows with `width` values each.
-/// Rows that the last strip lacks become zeros.
-fn by_strip<T: Pod>(values: &[T], width: usize, rows: usize) -> Array<T> {
-    let mut out = cycled(values, strips::count(rows) * values.len());
-    let rows_of_last = (rows - 1) % STRIP_ROWS + 1;
-    let last = out.len() - values.len();
-    for block in out[last..].chunks_exact_mut(STRIP_ROWS * width) {
-        block[rows_of_last * width..].fill(T::zeroed());
-    }
-    out.into()
-}
-
-/// Repeats `values` up to `len` values.
-fn cycled<T: Pod>(values: &[T], len: usize) -> Vec<T> {
-    let mut out = Vec::with_capacity(len);
-    while out.len() < len {
-        out.extend_from_slice(&values[..values.len().min(len - out.len())]);
-    }
-    out
+/// Repeats `strip`, encoded as `layer` says, as a matrix of `rows` rows.
+fn repeated(layer: &LayerInfo, strip: &Matrix, rows: usize) -> Result<Matrix> {
+    encoder(layer.encoding()?)
+        .repeat(strip, rows)?
+        .ok_or_else(|| {
+            let message = "a random model in another encoding than q8, q4, t2, t3 or t4";
+            Error::new(ErrorKind::Unsupported, message)
+        })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::plan::options::Choice;
-    use upg_kernel::format::{Encoding, LayerInfo, UpgFile};
+    use upg_kernel::format::{Encoding, UpgFile};
+    use upg_kernel::matrix::Levels;
+    use upg_kernel::matrix::strips::TILE_COLS;
 
     /// Rows of every kind: less than a strip (48), not a multiple of it (80, 112, 96), several
     /// strips (256).
@@ -173,7 +127,7 @@ mod tests {
             layer.group = Some(32);
             let strip = encode_matrix(&w, &layer, 0, None, &()).unwrap();
             for rows in [1, 63, 64, 65, 128, 130] {
-                let matrix = repeated(&strip, rows).unwrap();
+                let matrix = repeated(&layer, &strip, rows).unwrap();
                 let expected: Vec<f32> = (strip.to_dense().iter().cycle().copied())
                     .take(rows * 40)
                     .collect();

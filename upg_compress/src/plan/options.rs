@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::sparsity::Sparse;
+use crate::encode::matrix::profile;
 use crate::sensitivity::calibration::Calibration;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -206,6 +207,5 @@ impl Budget {
 
 /// Returns whether the encoder of a matrix can use the inputs of a calibration.
 pub(crate) fn is_calibrated(layer: &LayerInfo) -> bool {
-    let looks = !matches!(layer.encoding(), Err(_) | Ok(Encoding::MdCsr));
-    looks && Input::of(&layer.name).is_some()
+    profile(layer).is_ok_and(|profile| profile.is_calibrated) && Input::of(&layer.name).is_some()
 }

@@ -4,11 +4,12 @@
 use super::options::CompressOptions;
 use super::recipe::metadata;
 use super::tensors::{Plan, PlannedTensor};
+use crate::encode::matrix::encoder;
 use crate::encode::panel::sequential_rows;
 use crate::sensitivity::curvature::PANEL_ROWS;
 use crate::source::{Source, SourceDtype};
 use upg_kernel::Result;
-use upg_kernel::format::{Encoding, LayerInfo, TENSOR_ALIGNMENT, header_bytes, header_capacity};
+use upg_kernel::format::{LayerInfo, TENSOR_ALIGNMENT, header_bytes, header_capacity};
 
 /// Bytes per column of a part: a strip of 64 rows in several forms.
 const STRIP_BYTES: u64 = 64 * 4 * 10;
@@ -59,26 +60,22 @@ pub(crate) fn tensor_bytes(
     let arrays = array_bytes(source, planned)?.iter().sum();
     let tensor = &source.tensors()[planned.index];
     Ok(match (&planned.layer, tensor.dtype) {
-        (Some(layer), _) => encoding(layer, options, arrays),
+        (Some(layer), _) => encoding(layer, options, arrays)?,
         (None, SourceDtype::Float(_)) => arrays,
         // The values, and their bytes.
         (None, SourceDtype::Quantized(_)) => 2 * arrays,
     })
 }
 
-/// Returns the memory for encoding a matrix into `arrays` bytes.
-fn encoding(layer: &LayerInfo, options: &CompressOptions, arrays: u64) -> u64 {
+/// Returns the memory that a matrix takes while it is encoded into `arrays` bytes.
+fn encoding(layer: &LayerInfo, options: &CompressOptions, arrays: u64) -> Result<u64> {
     let (rows, cols) = (layer.rows as u64, layer.cols as u64);
     let weights = rows * cols;
     let is_calibrated = options.calibrates(layer);
     // Parts that are encoded at the same time.
     let parts = layer.rows.div_ceil(sequential_rows(is_calibrated));
     let parts = parts.min(rayon::current_num_threads()) as u64;
-    let codes = match layer.encoding() {
-        Ok(Encoding::MdCsr) => 8 * weights,
-        Ok(Encoding::T2 | Encoding::T3 | Encoding::T4) => parts * 2_400_000,
-        _ => weights,
-    };
+    let codes = encoder(layer.encoding()?).scratch_bytes(weights, parts);
     let feedback = match is_calibrated {
         // Peak during the decomposition: the rotated or reordered matrix in f32, three in f64; then
         // the rows of each panel.
@@ -94,5 +91,5 @@ fn encoding(layer: &LayerInfo, options: &CompressOptions, arrays: u64) -> u64 {
         false => 0,
     };
     let feedback = feedback.max(measuring);
-    F32 * weights + codes + arrays + parts * cols * STRIP_BYTES + feedback
+    Ok(F32 * weights + codes + arrays + parts * cols * STRIP_BYTES + feedback)
 }

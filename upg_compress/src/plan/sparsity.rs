@@ -4,7 +4,6 @@
 use crate::source::Source;
 use std::fmt;
 use std::str::FromStr;
-use upg_kernel::format::Encoding;
 use upg_kernel::matrix::BITMAP_GROUP;
 use upg_kernel::{Error, ErrorKind, Result};
 
@@ -53,28 +52,16 @@ impl FromStr for Sparse {
     }
 }
 
-/// Returns the sparse encoding with as many bits for the nonzero weights.
-pub(crate) fn sparse_form(encoding: Encoding) -> Option<Encoding> {
-    match encoding {
-        Encoding::Q8 => Some(Encoding::S8),
-        Encoding::Q4 => Some(Encoding::S4),
-        _ => None,
-    }
-}
-
-/// Returns the [`sparse_form`] of an `encoding` if tensor `index` has enough zeros for it.
+/// Returns whether tensor `index` has enough zeros for the sparse form of its encoding.
 ///
 /// `group` is the number of columns that share a prime in the dense form. Reads up to 64 rows.
 /// Errors: those of the source.
-pub(crate) fn sparse_if_smaller(
+pub(crate) fn pays(
     source: &dyn Source,
     index: usize,
-    encoding: Encoding,
+    level_bits: f64,
     group: usize,
-) -> Result<Option<Encoding>> {
-    let Some(sparse) = sparse_form(encoding) else {
-        return Ok(None);
-    };
+) -> Result<bool> {
     let rows = source.tensors()[index].rows();
     let (mut zeros, mut weights) = (0, 0);
     for row in (0..rows).step_by(rows.div_ceil(SAMPLE_ROWS).max(1)) {
@@ -83,38 +70,34 @@ pub(crate) fn sparse_if_smaller(
         weights += row.len();
     }
     let kept = 1.0 - zeros as f64 / weights.max(1) as f64;
-    let pays = sparse_bits(encoding, kept) <= (1.0 - WORTH) * dense_bits(encoding, group);
-    Ok(pays.then_some(sparse))
+    Ok(sparse_bits(level_bits, kept) <= (1.0 - WORTH) * dense_bits(level_bits, group))
 }
 
-/// Returns the bits of a level.
-fn level_bits(encoding: Encoding) -> f64 {
-    if encoding == Encoding::Q8 { 8.0 } else { 4.0 }
-}
-
-/// Returns the bits per weight, with a prime per group.
-fn dense_bits(encoding: Encoding, group: usize) -> f64 {
-    level_bits(encoding) + 8.0 / group as f64
+/// Bits for each weight, with a prime for each group.
+fn dense_bits(level_bits: f64, group: usize) -> f64 {
+    level_bits + 8.0 / group as f64
 }
 
 /// Returns the bits per weight in the sparse form.
 ///
-/// They are one bit of the bitmap, and levels for the nonzero share. The half bytes at the ends of
-/// words, at most 2 % of the whole, are ignored.
-fn sparse_bits(encoding: Encoding, kept: f64) -> f64 {
-    1.0 + 8.0 / BITMAP_GROUP as f64 + level_bits(encoding) * kept
+/// The half bytes at the ends of words, at most 2 % of the whole, are not counted.
+fn sparse_bits(level_bits: f64, kept: f64) -> f64 {
+    1.0 + 8.0 / BITMAP_GROUP as f64 + level_bits * kept
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::encode::matrix::encoder;
+    use upg_kernel::format::Encoding;
 
     /// Shares of zeros as documented.
     #[test]
     fn a_tenth_is_saved_from_these_shares_of_zeros_on() {
         for (encoding, group, zeros) in [(Encoding::Q8, 64, 0.227), (Encoding::Q4, 32, 0.325)] {
-            let dense = dense_bits(encoding, group);
-            let saved = |zeros: f64| 1.0 - sparse_bits(encoding, 1.0 - zeros) / dense;
+            let bits = encoder(encoding).profile().sparse.unwrap().level_bits;
+            let dense = dense_bits(bits, group);
+            let saved = |zeros: f64| 1.0 - sparse_bits(bits, 1.0 - zeros) / dense;
             assert!(saved(zeros - 0.01) < WORTH && saved(zeros + 0.01) > WORTH);
         }
     }

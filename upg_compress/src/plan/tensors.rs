@@ -1,10 +1,11 @@
 //! Plan of a file: the encoding of every tensor, in file order.
 #![forbid(unsafe_code)]
 
+use crate::encode::encoder::DefaultEmbedding;
+use crate::encode::matrix::{encoder, profile};
 use crate::encode::prune::check_sparsity;
-use crate::encode::rotation::hadamard_size;
 use crate::plan::options::{Choice, CompressOptions, is_calibrated};
-use crate::plan::sparsity::{Sparse, sparse_form, sparse_if_smaller};
+use crate::plan::sparsity::{Sparse, pays};
 use crate::source::{Source, TensorInfo};
 use std::cmp::Reverse;
 use upg_kernel::format::{Encoding, LayerInfo, TOKENIZER, check_kept_name};
@@ -130,8 +131,10 @@ impl Plan {
             .iter()
             .filter(|(_, t)| is_matrix(t))
             .map(|(_, t)| choose(t));
-        let grouped = [Encoding::Q8, Encoding::Q4].map(Choice::Encode);
-        let none_grouped = !choices.any(|choice| grouped.contains(&choice));
+        let none_grouped = !choices.any(|choice| match choice {
+            Choice::Keep => false,
+            Choice::Encode(encoding) => encoder(encoding).profile().takes_group,
+        });
         if options.group.is_some() && options.budget.is_none() && none_grouped {
             let message = "a group of columns, but no matrix that becomes q8 or q4";
             return Err(Error::new(ErrorKind::Argument, message).hint("leave it out"));
@@ -159,7 +162,7 @@ impl Plan {
 
 /// Returns whether the weights of a matrix are pruned on request.
 pub(crate) fn is_prunable(layer: &LayerInfo) -> bool {
-    matches!(layer.encoding(), Ok(Encoding::S8 | Encoding::S4)) && is_calibrated(layer)
+    profile(layer).is_ok_and(|profile| profile.stores_zeros) && is_calibrated(layer)
 }
 
 /// Returns the encoding of matrix `index` given its present or future zeros.
@@ -169,26 +172,25 @@ fn with_zeros(
     encoding: Encoding,
     options: &CompressOptions,
 ) -> Result<Encoding> {
-    let pruned = options.prune.is_some() && Input::of(&source.tensors()[index].name).is_some();
-    let sparse = match options.sparse {
-        _ if pruned => sparse_form(encoding),
-        Sparse::Auto => {
-            let group = group_of(encoding, options.group).unwrap_or(BITMAP_GROUP);
-            sparse_if_smaller(source, index, encoding, group)?
-        }
-        Sparse::Never => None,
+    let tensor = &source.tensors()[index];
+    let Some(sparse) = encoder(encoding).profile().sparse else {
+        return Ok(encoding);
     };
-    Ok(sparse.unwrap_or(encoding))
-}
-
-/// Returns the columns that share a prime index.
-fn group_of(encoding: Encoding, group: Option<usize>) -> Option<usize> {
-    match encoding {
-        Encoding::Q4 => Some(group.unwrap_or(32)),
-        Encoding::Q8 => Some(group.unwrap_or(64)),
-        Encoding::S8 | Encoding::S4 => Some(BITMAP_GROUP),
-        _ => None,
-    }
+    let is_pruned = options.prune.is_some() && Input::of(&tensor.name).is_some();
+    let pays = match options.sparse {
+        _ if is_pruned => true,
+        Sparse::Auto => {
+            let group = describe_layer(tensor, encoding, options.group).group;
+            pays(
+                source,
+                index,
+                sparse.level_bits,
+                group.unwrap_or(BITMAP_GROUP),
+            )?
+        }
+        Sparse::Never => false,
+    };
+    Ok(if pays { sparse.encoding } else { encoding })
 }
 
 pub(crate) fn describe_layer(
@@ -197,10 +199,7 @@ pub(crate) fn describe_layer(
     group: Option<usize>,
 ) -> LayerInfo {
     let mut layer = LayerInfo::new(&tensor.name, tensor.rows(), tensor.cols(), encoding);
-    layer.group = group_of(encoding, group);
-    layer.hadamard = encoding
-        .trellis_bits()
-        .and_then(|_| hadamard_size(tensor.cols()));
+    encoder(encoding).describe(&mut layer, group);
     layer
 }
 
@@ -216,11 +215,13 @@ fn is_embedding(tensor: &TensorInfo) -> bool {
 }
 
 fn default_embedding(body: Choice, tensors: &[(usize, &TensorInfo)]) -> Choice {
-    let body_bits = match body {
-        Choice::Keep | Choice::Encode(Encoding::MdCsr) => return body,
-        Choice::Encode(Encoding::T2) => 2.1,
-        Choice::Encode(Encoding::T3) => 3.1,
-        Choice::Encode(_) => return Choice::Encode(Encoding::Q8),
+    let Choice::Encode(encoding) = body else {
+        return body;
+    };
+    let block_bits = match encoder(encoding).profile().embedding {
+        DefaultEmbedding::AsBlocks => return body,
+        DefaultEmbedding::Q8 => return Choice::Encode(Encoding::Q8),
+        DefaultEmbedding::Q8OrQ4 { block_bits } => block_bits,
     };
     let weights = |embedding: bool| -> f64 {
         let of_kind = tensors
@@ -228,7 +229,7 @@ fn default_embedding(body: Choice, tensors: &[(usize, &TensorInfo)]) -> Choice {
             .filter(|(_, t)| is_matrix(t) && is_embedding(t) == embedding);
         of_kind.map(|(_, t)| t.weights() as f64).sum()
     };
-    let (embedding, rest) = (8.13 * weights(true), body_bits * weights(false));
+    let (embedding, rest) = (8.13 * weights(true), block_bits * weights(false));
     if embedding > (embedding + rest) / 5.0 {
         Choice::Encode(Encoding::Q4)
     } else {

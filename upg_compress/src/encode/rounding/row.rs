@@ -8,10 +8,10 @@ use upg_kernel::prime_lut::PRIME_LUT;
 const PRIMES: usize = 256;
 
 /// An encoded row: codes of the weights that are stored, in column order.
-pub(super) struct EncodedRow {
-    pub(super) scale: f32,
-    pub(super) primes: Vec<u8>,
-    pub(super) codes: Vec<u8>,
+pub(crate) struct EncodedRow {
+    pub(crate) scale: f32,
+    pub(crate) primes: Vec<u8>,
+    pub(crate) codes: Vec<u8>,
 }
 
 pub(super) fn encode_row<L: LevelSet>(groups: &[Vec<f32>], levels: &L) -> EncodedRow {

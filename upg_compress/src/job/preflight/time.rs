@@ -1,7 +1,7 @@
 //! Estimate of the time of a compression, from samples.
 #![forbid(unsafe_code)]
 
-use crate::encode::matrix::encode_matrix;
+use crate::encode::matrix::{encode_matrix, encoder, profile};
 use crate::encode::panel::sequential_rows;
 use crate::job::parallel::TensorBatch;
 use crate::plan::options::CompressOptions;
@@ -68,7 +68,7 @@ pub(super) fn seconds(source: &dyn Source, options: &CompressOptions, plan: &Pla
             };
             let (rows, cols) = (layer.rows as f64, layer.cols as f64);
             all += rate.matrix + rate.weight * rows * cols;
-            let in_turn = in_turn(layer, calibrated, matrices == 1) as f64;
+            let in_turn = in_turn(layer, profile(layer)?.by_row, calibrated, matrices == 1) as f64;
             longest = longest.max(rate.matrix + rate.weight * in_turn * cols);
             if calibrated {
                 products += feedback_products(rows, cols, options.output_errors);
@@ -90,14 +90,13 @@ pub(super) fn seconds(source: &dyn Source, options: &CompressOptions, plan: &Pla
     Ok(total)
 }
 
-/// Returns the minimum rows of a matrix that one thread encodes.
-///
-/// Parts of a matrix that is `alone` are distributed evenly.
-fn in_turn(layer: &LayerInfo, calibrated: bool, alone: bool) -> usize {
-    // Without a trellis most of the time is spent in the search for primes, row by row.
-    let together = match layer.hadamard {
-        Some(_) => sequential_rows(calibrated),
-        None => 1,
+/// Returns the minimum rows of a matrix that one thread encodes. Parts of a matrix that is `alone` are shared
+/// out evenly.
+fn in_turn(layer: &LayerInfo, by_row: bool, calibrated: bool, alone: bool) -> usize {
+    // Without a trellis most of the time goes into the search for primes, row by row.
+    let together = match by_row {
+        true => 1,
+        false => sequential_rows(calibrated),
     };
     let turns = match alone {
         true => layer
@@ -151,9 +150,7 @@ fn measured(
             .collect();
         let mut sample = layer.clone();
         (sample.rows, sample.cols) = (rows, cols);
-        sample.hadamard = sample
-            .hadamard
-            .and(crate::encode::rotation::hadamard_size(cols));
+        encoder(layer.encoding()?).describe(&mut sample, layer.group);
         let curvature = curvature.as_ref();
         let matrix =
             alone.install(|| encode_matrix(&weights, &sample, options.seed, curvature, &()))?;

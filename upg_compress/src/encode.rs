@@ -10,7 +10,6 @@ pub(crate) mod matrix;
 mod mdcsr;
 pub(crate) mod panel;
 pub(crate) mod prune;
-mod repeat;
 pub(crate) mod rotation;
 pub(crate) mod rounding;
 pub mod trellis;

@@ -16,13 +16,13 @@ use crate::format::json;
 use crate::format::rules;
 use crate::format::tensors::LayerArrays;
 use crate::matrix::Matrix;
-use layer::{ArraySpec, Codec, LayerInfo};
+use layer::{ArraySpec, LayerInfo};
 use std::fmt;
 use std::str::FromStr;
 
 /// Makes the enum and its methods from the table.
 macro_rules! encodings {
-    ($($(#[$doc:meta])* $encoding:ident, $name:literal, $codec:path, $matrix:ident;)*) => {
+    ($($(#[$doc:meta])* $encoding:ident, $codec:path, $matrix:ident;)*) => {
         /// How the weights of a matrix are stored.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
         #[non_exhaustive]
@@ -30,77 +30,71 @@ macro_rules! encodings {
 
         impl Encoding {
             /// Every encoding, in the order of the specification.
-            pub const ALL: [Self; [$($name),*].len()] = [$(Self::$encoding),*];
+            pub const ALL: [Self; [$($codec.minor),*].len()] = [$(Self::$encoding),*];
 
             /// The name in files and on the command line.
             pub const fn name(self) -> &'static str {
-                match self {$(Self::$encoding => $name,)*}
+                match self {$(Self::$encoding => $codec.name,)*}
+            }
+
+            /// Bits of a trellis code, if it is one of the trellis encodings.
+            pub const fn trellis_bits(self) -> Option<u8> {
+                match self {$(Self::$encoding => $codec.trellis_bits,)*}
             }
 
             /// The first minor version of the format that has it.
             pub(crate) fn minor(self) -> u16 {
-                match self {$(Self::$encoding => $codec.minor(),)*}
+                match self {$(Self::$encoding => $codec.minor,)*}
             }
         }
 
         impl LayerInfo {
             fn check_parameters(&self, encoding: Encoding) -> Result<()> {
-                match encoding {$(Encoding::$encoding => $codec.check(self),)*}
+                match encoding {$(Encoding::$encoding => ($codec.check)(self),)*}
             }
 
             /// Returns the arrays in the order in which they are written (rule 7).
             pub(crate) fn arrays(&self) -> Result<Vec<ArraySpec>> {
-                match self.encoding()? {$(Encoding::$encoding => $codec.arrays(self),)*}
+                match self.encoding()? {$(Encoding::$encoding => ($codec.arrays)(self),)*}
             }
 
             /// Checks scales and pointers (rules 9 and 10).
             pub(crate) fn check_opened(&self, arrays: &LayerArrays<'_>) -> Result<()> {
                 match self.encoding()? {
-                    $(Encoding::$encoding => $codec.check_opened(self, arrays),)*
+                    $(Encoding::$encoding => ($codec.check_opened)(self, arrays),)*
                 }
             }
 
-            /// Makes the matrix. The bits and columns of a sparse one are read here for the first time.
+            /// Makes the matrix. The bits and columns of a sparse one are read here for the first
+            /// time.
             pub(crate) fn matrix(&self, arrays: &LayerArrays<'_>) -> Result<Matrix> {
                 Ok(match self.encoding()? {
-                    $(Encoding::$encoding => Matrix::$matrix($codec.matrix(self, arrays)?),)*
+                    $(Encoding::$encoding => Matrix::$matrix(($codec.matrix)(self, arrays)?),)*
                 })
             }
         }
     };
 }
 
-// The table: the name, the file with the rest, and the kind of matrix.
+// The table: an encoding, its codec, and how a `Matrix` holds it.
 encodings! {
     /// Delta-compressed sparse rows with a prime for every weight; 32 bits a weight, nearly lossless.
-    MdCsr, "mdcsr", mdcsr::MdCsr, MdCsr;
+    MdCsr, mdcsr::MDCSR, MdCsr;
     /// int8 levels, a prime for every 64 columns; 8.13 bits a weight.
-    Q8, "q8", grouped::Q8, Grouped;
+    Q8, grouped::Q8, Grouped;
     /// 4-bit codes into a codebook, a prime for every 32 columns; 4.25 bits a weight.
-    Q4, "q4", grouped::Q4, Grouped;
+    Q4, grouped::Q4, Grouped;
     /// Trellis codes of 2 bits in a rotated basis; 2.01 bits a weight with 5120 columns.
-    T2, "t2", trellis::T2, Trellis;
+    T2, trellis::T2, Trellis;
     /// As `t2`, with codes of 3 bits.
-    T3, "t3", trellis::T3, Trellis;
+    T3, trellis::T3, Trellis;
     /// As `t2`, with codes of 4 bits.
-    T4, "t4", trellis::T4, Trellis;
+    T4, trellis::T4, Trellis;
     /// `q8` under a bitmap of kept weights: zeros stay exactly zero; 1.13 bits a weight and 8 for each
     /// that is kept.
-    S8, "s8", bitmap::S8, Bitmap;
+    S8, bitmap::S8, Bitmap;
     /// `q4` under a bitmap of kept weights; about 1.16 bits a weight and 4 for each that is kept.
-    S4, "s4", bitmap::S4, Bitmap;
-}
-
-impl Encoding {
-    /// Bits of a trellis code, if it is one of the trellis encodings.
-    pub const fn trellis_bits(self) -> Option<u8> {
-        match self {
-            Self::T2 => Some(2),
-            Self::T3 => Some(3),
-            Self::T4 => Some(4),
-            Self::MdCsr | Self::Q8 | Self::Q4 | Self::S8 | Self::S4 => None,
-        }
-    }
+    S4, bitmap::S4, Bitmap;
 }
 
 impl fmt::Display for Encoding {

@@ -8,7 +8,6 @@ mod header;
 mod index;
 pub mod json;
 mod kept;
-mod layout;
 pub(crate) mod rules;
 mod sizes;
 pub(crate) mod tensors;

@@ -9,7 +9,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use safetensors::Dtype;
 use std::path::Path;
-use upg_kernel::format::{MAX_TOKENIZER_BYTES, UpgFile};
+use upg_kernel::format::{Encoding, MAX_TOKENIZER_BYTES, UpgFile};
 use upg_kernel::{Error, ErrorKind, UPGDecompressor};
 
 /// Time at which a damage must be detected.
@@ -425,8 +425,8 @@ fn change(draft: &mut Draft, rng: &mut ChaCha8Rng) {
             draft.layers[layer][field] = number.into();
         }
         1 => {
-            let encoding = ["mdcsr", "q8", "q4", "t2", "t3", "t4", "s8", "s4"][pick(8)];
-            draft.layers[layer]["encoding"] = encoding.into();
+            let encoding = Encoding::ALL[pick(Encoding::ALL.len())];
+            draft.layers[layer]["encoding"] = encoding.name().into();
         }
         2 => draft.layers[layer]["name"] = NAMES[pick(8)].into(),
         3 => draft.tensors[tensor].name = NAMES[pick(8)].into(),

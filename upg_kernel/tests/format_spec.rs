@@ -132,5 +132,7 @@ fn every_encoding_has_an_example_that_decodes_as_it_says() {
     }
     seen.sort();
     seen.dedup();
-    assert_eq!(seen, ["mdcsr", "q4", "q8", "s4", "s8", "t2", "t3", "t4"]);
+    let mut all = Encoding::ALL.map(Encoding::name);
+    all.sort();
+    assert_eq!(seen, all);
 }

@@ -5,6 +5,7 @@
 use draft::Draft;
 use safetensors::Dtype;
 use serde_json::json;
+use upg_kernel::format::Encoding;
 
 #[path = "../../../upg_kernel/tests/draft/mod.rs"]
 #[allow(dead_code, reason = "other tests use the rest")]
@@ -18,8 +19,6 @@ const DTYPES: [Dtype; 6] = [
     Dtype::F32,
     Dtype::BF16,
 ];
-
-const ENCODINGS: [&str; 9] = ["mdcsr", "q8", "q4", "t2", "t3", "t4", "s8", "s4", "q9"];
 
 /// Sizes at the edges of a rule.
 const SIZES: [u64; 12] = [
@@ -97,7 +96,10 @@ fn apply(draft: &mut Draft, [what, which, low, high, a, b, c, d]: [u8; 8]) {
             let key = ["rows", "cols", "group", "hadamard"][usize::from(a) % 4];
             draft.layers[layer][key] = json!(at);
         }
-        9 => draft.layers[layer]["encoding"] = json!(ENCODINGS[at % ENCODINGS.len()]),
+        9 => {
+            let name = Encoding::ALL.get(at % (Encoding::ALL.len() + 1));
+            draft.layers[layer]["encoding"] = json!(name.map_or("q9", |e| e.name()));
+        }
         10 => {
             let name = draft.tensors[at % tensors].name.clone();
             draft.tensors[tensor].name = name;

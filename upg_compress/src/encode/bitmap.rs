@@ -1,16 +1,15 @@
 //! The encoders of `s8` and `s4`: a bitmap says which weights are stored, all others are zero.
 #![forbid(unsafe_code)]
 
-use super::encoder::{DefaultEmbedding, Encoder, Profile};
-use super::rounding::levels::{Codebook, Kept8, LevelSet};
+use super::encoder::{DefaultEmbedding, Encoder};
+use super::rounding::levels::{Codebook, Kept8};
 use super::rounding::row::EncodedRow;
-use super::rounding::{encode, fit_codebook, primes, scales};
-use crate::progress::Progress;
+use super::rounding::{encode, fit_codebook, levels, primes, scales};
 use crate::sensitivity::curvature::Curvature;
 use rayon::prelude::*;
-use upg_kernel::format::LayerInfo;
+use upg_kernel::format::Encoding;
 use upg_kernel::matrix::strips::{STRIP_ROWS, TILE_COLS, TILE_WEIGHTS, count, position};
-use upg_kernel::matrix::{BITMAP_GROUP, BitmapArrays, BitmapMatrix, Levels, WORD as WORD_BITS};
+use upg_kernel::matrix::{BITMAP_GROUP, BitmapArrays, BitmapMatrix, WORD as WORD_BITS};
 use upg_kernel::{Error, ErrorKind, Matrix, Result};
 
 const WORD_BYTES: usize = WORD_BITS / 8;
@@ -19,52 +18,33 @@ const WORDS_PER_TILE: usize = TILE_WEIGHTS / WORD_BITS;
 
 const ROWS_PER_WORD: usize = WORD_BITS / TILE_COLS;
 
-/// `s8`, or with nibbles `s4`.
-pub(super) struct Bitmap {
-    nibbles: bool,
-}
-
-pub(super) const S8: Bitmap = Bitmap { nibbles: false };
-pub(super) const S4: Bitmap = Bitmap { nibbles: true };
-
-impl Encoder for Bitmap {
-    fn profile(&self) -> Profile {
-        Profile {
-            is_calibrated: true,
-            takes_group: false,
-            stores_zeros: true,
-            sparse: None,
-            by_row: true,
-            embedding: DefaultEmbedding::Q8,
-        }
-    }
-
-    fn describe(&self, layer: &mut LayerInfo, _: Option<usize>) {
-        layer.group = Some(BITMAP_GROUP);
-    }
-
-    fn encode(
-        &self,
-        weights: &[f32],
-        layer: &LayerInfo,
-        _: u64,
-        curvature: Option<&Curvature>,
-        progress: &dyn Progress,
-    ) -> Result<Matrix> {
-        let round = if self.nibbles { round_s4 } else { round_s8 };
-        let matrix = round(weights, layer.rows, layer.cols, curvature)?;
+pub(super) const S8: Encoder = Encoder {
+    encoding: Encoding::S8,
+    describe: |layer, _| layer.group = Some(BITMAP_GROUP),
+    encode: |weights, layer, _, curvature, progress| {
+        let matrix = round_s8(weights, layer.rows, layer.cols, curvature)?;
         progress.advance(weights.len() as u64);
         Ok(Matrix::Bitmap(matrix))
-    }
+    },
+    repeat: |_, _| Ok(None),
+    scratch_bytes: |weights, _| weights,
+    is_calibrated: true,
+    takes_group: false,
+    stores_zeros: true,
+    sparse: None,
+    by_row: true,
+    embedding: DefaultEmbedding::Q8,
+};
 
-    fn repeat(&self, _: &Matrix, _: usize) -> Result<Option<Matrix>> {
-        Ok(None)
-    }
-
-    fn scratch_bytes(&self, weights: u64, _: u64) -> u64 {
-        weights
-    }
-}
+pub(super) const S4: Encoder = Encoder {
+    encoding: Encoding::S4,
+    encode: |weights, layer, _, curvature, progress| {
+        let matrix = round_s4(weights, layer.rows, layer.cols, curvature)?;
+        progress.advance(weights.len() as u64);
+        Ok(Matrix::Bitmap(matrix))
+    },
+    ..S8
+};
 
 /// Rounds the weights that are not zero to `s8`.
 ///
@@ -78,11 +58,7 @@ pub fn round_s8(
     curvature: Option<&Curvature>,
 ) -> Result<BitmapMatrix> {
     let encoded = encode(weights, rows, cols, BITMAP_GROUP, curvature, true, &Kept8)?;
-    let pack = |codes: &[u8], out: &mut Vec<i8>| {
-        out.extend(codes.iter().map(|&code| Kept8.level(code)));
-    };
-    let levels = |values: Vec<i8>| Levels::Bytes(values.into());
-    packed(weights, &encoded, cols, pack, levels)
+    pack(weights, &encoded, cols, None)
 }
 
 /// Rounds the weights that are not zero to `s4`, with a codebook without a zero.
@@ -105,35 +81,26 @@ pub fn round_s4(
         true,
         &codebook,
     )?;
-    let pack = |codes: &[u8], out: &mut Vec<u8>| {
-        let pairs = codes.chunks(2);
-        out.extend(pairs.map(|pair| pair[0] | pair.get(1).unwrap_or(&0) << 4));
-    };
-    let levels = |codes: Vec<u8>| Levels::Nibbles {
-        codes: codes.into(),
-        codebook: codebook.levels().to_vec().into(),
-    };
-    packed(weights, &encoded, cols, pack, levels)
+    pack(weights, &encoded, cols, Some(&codebook))
 }
 
-/// Packs a matrix of the weights that are not zero.
-///
-/// `pack` appends the codes of a word of the bitmap as they are stored, `levels` wraps all of them.
-fn packed<T: Copy + Send + Sync>(
+/// Packs the levels, or codes into a codebook, of the weights that are not zero.
+fn pack(
     weights: &[f32],
     encoded: &[EncodedRow],
     cols: usize,
-    pack: impl Fn(&[u8], &mut Vec<T>) + Sync,
-    levels: impl FnOnce(Vec<T>) -> Levels,
+    codebook: Option<&Codebook>,
 ) -> Result<BitmapMatrix> {
     let (rows, groups) = (encoded.len(), cols.div_ceil(BITMAP_GROUP));
     let strip_bytes = groups * BITMAP_GROUP * STRIP_ROWS / 8;
     let mut bits = vec![0; count(rows) * strip_bytes];
-    let strips: Vec<Vec<T>> = bits
+    let strips: Vec<Vec<u8>> = bits
         .par_chunks_exact_mut(strip_bytes.max(1))
         .zip(encoded.par_chunks(STRIP_ROWS))
         .zip(weights.par_chunks((STRIP_ROWS * cols).max(1)))
-        .map(|((bits, encoded), weights)| pack_kept(weights, encoded, cols, bits, &pack))
+        .map(|((bits, encoded), weights)| {
+            pack_strip(weights, encoded, cols, bits, codebook.is_some())
+        })
         .collect();
     let mut pointers = vec![0; count(rows) + 1];
     let mut end = 0usize;
@@ -147,7 +114,7 @@ fn packed<T: Copy + Send + Sync>(
     }
     let arrays = BitmapArrays {
         bitmap: bits.into(),
-        levels: levels(strips.concat()),
+        levels: levels(strips.concat(), codebook),
         strip_pointers: pointers.into(),
         prime_indices: primes(encoded, groups).into(),
         scales: scales(encoded).into(),
@@ -155,14 +122,14 @@ fn packed<T: Copy + Send + Sync>(
     BitmapMatrix::new(rows, cols, arrays)
 }
 
-/// Sets the `bits` of a strip and returns its codes, word by word.
-fn pack_kept<T>(
+/// Sets the `bits` of a strip and returns its codes, word by word: a byte each, or two a byte.
+fn pack_strip(
     weights: &[f32],
     encoded: &[EncodedRow],
     cols: usize,
     bits: &mut [u8],
-    pack: &impl Fn(&[u8], &mut Vec<T>),
-) -> Vec<T> {
+    nibbles: bool,
+) -> Vec<u8> {
     // Columns ascend from tile to tile: the codes of a row are taken one after the other.
     let mut rest: Vec<_> = encoded.iter().map(|row| row.codes.iter()).collect();
     let (mut out, mut codes) = (Vec::new(), Vec::with_capacity(WORD_BITS));
@@ -182,7 +149,14 @@ fn pack_kept<T>(
             }
         }
         *word = kept.to_le_bytes();
-        pack(&codes, &mut out);
+        match nibbles {
+            false => out.extend(&codes),
+            true => out.extend(
+                codes
+                    .chunks(2)
+                    .map(|pair| pair[0] | pair.get(1).unwrap_or(&0) << 4),
+            ),
+        }
     }
     out
 }

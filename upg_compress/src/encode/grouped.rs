@@ -1,89 +1,64 @@
 //! The encoders of `q8` and `q4`: a level for every weight, a prime for every group of columns.
 #![forbid(unsafe_code)]
 
-use super::encoder::{DefaultEmbedding, Encoder, Profile, SparseForm};
-use super::repeat::{by_strip, cycled};
-use super::rounding::levels::{Codebook, LevelSet, Linear8};
+use super::encoder::{DefaultEmbedding, Encoder, by_strip, cycled};
+use super::rounding::levels::{Codebook, Linear8};
 use super::rounding::row::EncodedRow;
-use super::rounding::{encode, fit_codebook, primes, scales};
-use crate::progress::Progress;
+use super::rounding::{encode, fit_codebook, levels, primes, scales};
 use crate::sensitivity::curvature::Curvature;
 use rayon::prelude::*;
-use upg_kernel::format::{Encoding, LayerInfo};
+use upg_kernel::format::Encoding;
 use upg_kernel::matrix::strips::{STRIP_ROWS, TILE_COLS, count, nibble, position};
 use upg_kernel::matrix::{GroupedMatrix, Levels};
 use upg_kernel::{Matrix, Result};
 
-/// Columns of a group, if the options do not say: with `q8`, and with `q4`.
-const GROUPS: [usize; 2] = [64, 32];
-
-/// `q8`, or with nibbles `q4`.
-pub(super) struct Grouped {
-    nibbles: bool,
-}
-
-pub(super) const Q8: Grouped = Grouped { nibbles: false };
-pub(super) const Q4: Grouped = Grouped { nibbles: true };
-
-impl Encoder for Grouped {
-    fn profile(&self) -> Profile {
-        let (encoding, level_bits) = match self.nibbles {
-            false => (Encoding::S8, 8.0),
-            true => (Encoding::S4, 4.0),
-        };
-        Profile {
-            is_calibrated: true,
-            takes_group: true,
-            stores_zeros: false,
-            sparse: Some(SparseForm {
-                encoding,
-                level_bits,
-            }),
-            by_row: true,
-            embedding: DefaultEmbedding::Q8,
-        }
-    }
-
-    fn describe(&self, layer: &mut LayerInfo, group: Option<usize>) {
-        layer.group = Some(group.unwrap_or(GROUPS[usize::from(self.nibbles)]));
-    }
-
-    fn encode(
-        &self,
-        weights: &[f32],
-        layer: &LayerInfo,
-        _: u64,
-        curvature: Option<&Curvature>,
-        progress: &dyn Progress,
-    ) -> Result<Matrix> {
-        let group = layer.group.unwrap_or(GROUPS[0]);
-        let round = if self.nibbles { round_q4 } else { round_q8 };
-        let matrix = round(weights, layer.rows, layer.cols, group, curvature)?;
+pub(super) const Q8: Encoder = Encoder {
+    encoding: Encoding::Q8,
+    describe: |layer, group| layer.group = group.or(Some(64)),
+    encode: |weights, layer, _, curvature, progress| {
+        let group = layer.group.unwrap_or(64);
+        let matrix = round_q8(weights, layer.rows, layer.cols, group, curvature)?;
         progress.advance(weights.len() as u64);
         Ok(Matrix::Grouped(matrix))
-    }
+    },
+    repeat,
+    scratch_bytes: |weights, _| weights,
+    is_calibrated: true,
+    takes_group: true,
+    stores_zeros: false,
+    sparse: Some((Encoding::S8, 8.0)),
+    by_row: true,
+    embedding: DefaultEmbedding::Q8,
+};
 
-    fn repeat(&self, strip: &Matrix, rows: usize) -> Result<Option<Matrix>> {
-        let Matrix::Grouped(m) = strip else {
-            return Ok(None);
-        };
-        let levels = match m.levels() {
-            Levels::Bytes(values) => Levels::Bytes(by_strip(values, TILE_COLS, rows)),
-            Levels::Nibbles { codes, codebook } => Levels::Nibbles {
-                codes: by_strip(codes, TILE_COLS, rows),
-                codebook: codebook.clone(),
-            },
-        };
-        let primes = by_strip(m.prime_indices(), 1, rows);
-        let scales = cycled(m.scales(), rows);
-        let matrix =
-            GroupedMatrix::new(rows, strip.cols(), m.group(), levels, primes, scales.into());
-        Ok(Some(Matrix::Grouped(matrix?)))
-    }
+pub(super) const Q4: Encoder = Encoder {
+    encoding: Encoding::Q4,
+    describe: |layer, group| layer.group = group.or(Some(32)),
+    encode: |weights, layer, _, curvature, progress| {
+        let group = layer.group.unwrap_or(64);
+        let matrix = round_q4(weights, layer.rows, layer.cols, group, curvature)?;
+        progress.advance(weights.len() as u64);
+        Ok(Matrix::Grouped(matrix))
+    },
+    sparse: Some((Encoding::S4, 4.0)),
+    ..Q8
+};
 
-    fn scratch_bytes(&self, weights: u64, _: u64) -> u64 {
-        weights
-    }
+fn repeat(strip: &Matrix, rows: usize) -> Result<Option<Matrix>> {
+    let Matrix::Grouped(m) = strip else {
+        return Ok(None);
+    };
+    let levels = match m.levels() {
+        Levels::Bytes(values) => Levels::Bytes(by_strip(values, TILE_COLS, rows)),
+        Levels::Nibbles { codes, codebook } => Levels::Nibbles {
+            codes: by_strip(codes, TILE_COLS, rows),
+            codebook: codebook.clone(),
+        },
+    };
+    let primes = by_strip(m.prime_indices(), 1, rows);
+    let scales = cycled(m.scales(), rows).into();
+    let matrix = GroupedMatrix::new(rows, strip.cols(), m.group(), levels, primes, scales)?;
+    Ok(Some(Matrix::Grouped(matrix)))
 }
 
 /// Rounds a matrix `[rows, cols]` to `q8` with groups of `group` columns.
@@ -102,11 +77,7 @@ pub fn round_q8(
     curvature: Option<&Curvature>,
 ) -> Result<GroupedMatrix> {
     let encoded = encode(weights, rows, cols, group, curvature, false, &Linear8)?;
-    let strip = cols.div_ceil(group) * group * STRIP_ROWS;
-    let values = pack_all(&encoded, strip, |strip: &mut [i8], row, col, code| {
-        strip[position(row, col)] = Linear8.level(code);
-    });
-    grouped(&encoded, cols, group, Levels::Bytes(values.into()))
+    pack(&encoded, cols, group, None)
 }
 
 /// Rounds a matrix to `q4`: fits a codebook to a sample of its rows, then proceeds as [`round_q8`].
@@ -122,53 +93,40 @@ pub fn round_q4(
     let start = Codebook::gaussian();
     let codebook = fit_codebook(weights, rows, cols, group, false, start)?;
     let encoded = encode(weights, rows, cols, group, curvature, false, &codebook)?;
-    let strip = cols.div_ceil(group) * group * STRIP_ROWS / 2;
-    let codes = pack_all(&encoded, strip, |strip: &mut [u8], row, col, code| {
-        let (byte, shift) = nibble(row, col);
-        strip[byte] |= code << shift;
-    });
-    let levels = Levels::Nibbles {
-        codes: codes.into(),
-        codebook: codebook.levels().to_vec().into(),
-    };
-    grouped(&encoded, cols, group, levels)
+    pack(&encoded, cols, group, Some(&codebook))
 }
 
-/// The codes of whole rows in strips of `strip_len` elements: `put(strip, row, col, code)` adds
-/// one of them.
-fn pack_all<T: Copy + Default + Send>(
+/// Packs whole rows of levels, or of codes into a codebook, into strips.
+fn pack(
     encoded: &[EncodedRow],
-    strip_len: usize,
-    put: impl Fn(&mut [T], usize, usize, u8) + Sync,
-) -> Vec<T> {
-    let mut out = vec![T::default(); count(encoded.len()) * strip_len];
-    out.par_chunks_exact_mut(strip_len.max(1))
+    cols: usize,
+    group: usize,
+    codebook: Option<&Codebook>,
+) -> Result<GroupedMatrix> {
+    let groups = cols.div_ceil(group);
+    let len = groups * group * STRIP_ROWS / if codebook.is_some() { 2 } else { 1 };
+    let mut codes = vec![0; count(encoded.len()) * len];
+    let strips = codes.par_chunks_exact_mut(len.max(1));
+    strips
         .zip(encoded.par_chunks(STRIP_ROWS))
         .for_each(|(strip, encoded)| {
             for (row, encoded) in encoded.iter().enumerate() {
                 for (col, &code) in encoded.codes.iter().enumerate() {
-                    put(strip, row, col, code);
+                    let (byte, shift) = match codebook {
+                        None => (position(row, col), 0),
+                        Some(_) => nibble(row, col),
+                    };
+                    strip[byte] |= code << shift;
                 }
             }
         });
-    out
-}
-
-/// A matrix of these `levels`, with the primes and the scales of the rows.
-fn grouped(
-    encoded: &[EncodedRow],
-    cols: usize,
-    group: usize,
-    levels: Levels,
-) -> Result<GroupedMatrix> {
-    let primes = primes(encoded, cols.div_ceil(group));
-    let scales = scales(encoded);
+    let (levels, primes) = (levels(codes, codebook), primes(encoded, groups).into());
     GroupedMatrix::new(
         encoded.len(),
         cols,
         group,
         levels,
-        primes.into(),
-        scales.into(),
+        primes,
+        scales(encoded).into(),
     )
 }

@@ -1,7 +1,7 @@
 //! The table of encoders; one matrix encoded as its description says, and measures of its error.
 #![forbid(unsafe_code)]
 
-use super::encoder::{Encoder, Profile};
+use super::encoder::Encoder;
 use super::{bitmap, grouped, mdcsr, trellis};
 use crate::progress::Progress;
 use crate::sensitivity::curvature::Curvature;
@@ -19,22 +19,22 @@ pub(crate) struct Encoded {
 }
 
 /// The encoders: one for each of [`Encoding::ALL`], in its order.
-const ENCODERS: [(Encoding, &dyn Encoder); Encoding::ALL.len()] = [
-    (Encoding::MdCsr, &mdcsr::MdCsr),
-    (Encoding::Q8, &grouped::Q8),
-    (Encoding::Q4, &grouped::Q4),
-    (Encoding::T2, &trellis::T2),
-    (Encoding::T3, &trellis::T3),
-    (Encoding::T4, &trellis::T4),
-    (Encoding::S8, &bitmap::S8),
-    (Encoding::S4, &bitmap::S4),
+static ENCODERS: [Encoder; Encoding::ALL.len()] = [
+    mdcsr::MDCSR,
+    grouped::Q8,
+    grouped::Q4,
+    trellis::T2,
+    trellis::T3,
+    trellis::T4,
+    bitmap::S8,
+    bitmap::S4,
 ];
 
 const _: () = {
     let mut i = 0;
     while i < ENCODERS.len() {
         assert!(
-            ENCODERS[i].0 as usize == i,
+            ENCODERS[i].encoding as usize == i,
             "not in the order of Encoding::ALL"
         );
         i += 1;
@@ -42,13 +42,13 @@ const _: () = {
 };
 
 /// Returns the encoder of an encoding.
-pub(crate) fn encoder(encoding: Encoding) -> &'static dyn Encoder {
-    ENCODERS[encoding as usize].1
+pub(crate) fn encoder(encoding: Encoding) -> &'static Encoder {
+    &ENCODERS[encoding as usize]
 }
 
-/// Returns the properties of the encoding of a layer. Errors: those of [`LayerInfo::encoding`].
-pub(crate) fn profile(layer: &LayerInfo) -> Result<Profile> {
-    Ok(encoder(layer.encoding()?).profile())
+/// Returns the encoder of a layer. Errors: those of [`LayerInfo::encoding`].
+pub(crate) fn encoder_of(layer: &LayerInfo) -> Result<&'static Encoder> {
+    layer.encoding().map(encoder)
 }
 
 /// Encodes `weights [rows, cols]`, row by row, as `layer` says.
@@ -61,7 +61,7 @@ pub fn encode_matrix(
     curvature: Option<&Curvature>,
     progress: &dyn Progress,
 ) -> Result<Matrix> {
-    encoder(layer.encoding()?).encode(weights, layer, seed, curvature, progress)
+    (encoder_of(layer)?.encode)(weights, layer, seed, curvature, progress)
 }
 
 /// Returns `|decoded - original| / |original|` in the Frobenius norm, to six digits.

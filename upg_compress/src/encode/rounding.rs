@@ -11,6 +11,7 @@ use crate::sensitivity::curvature::Curvature;
 use levels::{Codebook, LevelSet};
 use rayon::prelude::*;
 use row::{EncodedRow, encode_row, products, row_error};
+use upg_kernel::matrix::Levels;
 use upg_kernel::matrix::strips::{STRIP_ROWS, count};
 use upg_kernel::{Error, ErrorKind, Result};
 
@@ -125,6 +126,17 @@ fn check(weights: &[f32], rows: usize, cols: usize) -> Result<()> {
                 weights[i]
             ),
         )),
+    }
+}
+
+/// Returns the arrays of packed levels, or of packed codes into a codebook.
+pub(super) fn levels(codes: Vec<u8>, codebook: Option<&Codebook>) -> Levels {
+    match codebook {
+        None => Levels::Bytes(bytemuck::cast_vec(codes).into()),
+        Some(codebook) => Levels::Nibbles {
+            codes: codes.into(),
+            codebook: codebook.levels().to_vec().into(),
+        },
     }
 }
 

@@ -18,15 +18,14 @@ pub use code::{Code, UNIT};
 pub use search::Search;
 pub use simd::Isa;
 
-use super::encoder::{DefaultEmbedding, Encoder, Profile};
+use super::encoder::{DefaultEmbedding, Encoder, cycled};
 use super::panel::{Panel, StripRows};
-use super::repeat::cycled;
 use super::rotation::{hadamard_size, rotation};
 use crate::progress::Progress;
 use crate::sensitivity::curvature::Curvature;
 use crate::sensitivity::hessian::Feedback;
 use rayon::prelude::*;
-use upg_kernel::format::LayerInfo;
+use upg_kernel::format::Encoding;
 use upg_kernel::matrix::strips::{self, STRIP_ROWS, TILE_COLS, position};
 use upg_kernel::matrix::trellis::{strip_bytes, strip_weights};
 use upg_kernel::matrix::{TrellisMatrix, TrellisParts};
@@ -62,66 +61,45 @@ pub(crate) const SQUARED_ERRORS: [f64; 3] = [0.0682, 0.0177, 0.004_87];
 /// Memory of a thread for the search, in bytes.
 const SEARCH_BYTES: u64 = 2_400_000;
 
-/// `t2`, `t3` or `t4`, by the bits of its codes.
-pub(super) struct Trellis {
-    k: u8,
+pub(super) const T2: Encoder =
+    encoder::<2>(Encoding::T2, DefaultEmbedding::Q8OrQ4 { block_bits: 2.1 });
+pub(super) const T3: Encoder =
+    encoder::<3>(Encoding::T3, DefaultEmbedding::Q8OrQ4 { block_bits: 3.1 });
+pub(super) const T4: Encoder = encoder::<4>(Encoding::T4, DefaultEmbedding::Q8);
+
+const fn encoder<const K: u8>(encoding: Encoding, embedding: DefaultEmbedding) -> Encoder {
+    Encoder {
+        encoding,
+        describe: |layer, _| layer.hadamard = hadamard_size(layer.cols),
+        encode: |weights, layer, seed, curvature, progress| {
+            let (rows, cols) = (layer.rows, layer.cols);
+            let matrix = encode_with(weights, rows, cols, K, seed, curvature, progress);
+            matrix.map(Matrix::Trellis)
+        },
+        repeat,
+        scratch_bytes: |_, parts| parts * SEARCH_BYTES,
+        is_calibrated: true,
+        takes_group: false,
+        stores_zeros: false,
+        sparse: None,
+        by_row: false,
+        embedding,
+    }
 }
 
-pub(super) const T2: Trellis = Trellis { k: 2 };
-pub(super) const T3: Trellis = Trellis { k: 3 };
-pub(super) const T4: Trellis = Trellis { k: 4 };
-
-impl Encoder for Trellis {
-    fn profile(&self) -> Profile {
-        Profile {
-            is_calibrated: true,
-            takes_group: false,
-            stores_zeros: false,
-            sparse: None,
-            by_row: false,
-            embedding: match self.k {
-                2 => DefaultEmbedding::Q8OrQ4 { block_bits: 2.1 },
-                3 => DefaultEmbedding::Q8OrQ4 { block_bits: 3.1 },
-                _ => DefaultEmbedding::Q8,
-            },
-        }
-    }
-
-    fn describe(&self, layer: &mut LayerInfo, _: Option<usize>) {
-        layer.hadamard = hadamard_size(layer.cols);
-    }
-
-    fn encode(
-        &self,
-        weights: &[f32],
-        layer: &LayerInfo,
-        seed: u64,
-        curvature: Option<&Curvature>,
-        progress: &dyn Progress,
-    ) -> Result<Matrix> {
-        let (rows, cols) = (layer.rows, layer.cols);
-        let matrix = encode_with(weights, rows, cols, self.k, seed, curvature, progress)?;
-        Ok(Matrix::Trellis(matrix))
-    }
-
-    fn repeat(&self, strip: &Matrix, rows: usize) -> Result<Option<Matrix>> {
-        let Matrix::Trellis(m) = strip else {
-            return Ok(None);
-        };
-        let parts = m.parts();
-        let parts = TrellisParts {
-            codes: cycled(&parts.codes, strips::count(rows) * parts.codes.len()).into(),
-            prime_indices: cycled(&parts.prime_indices, rows).into(),
-            scales: cycled(&parts.scales, rows).into(),
-            ..parts.clone()
-        };
-        let matrix = TrellisMatrix::new(rows, strip.cols(), m.k(), parts)?;
-        Ok(Some(Matrix::Trellis(matrix)))
-    }
-
-    fn scratch_bytes(&self, _: u64, parts: u64) -> u64 {
-        parts * SEARCH_BYTES
-    }
+fn repeat(strip: &Matrix, rows: usize) -> Result<Option<Matrix>> {
+    let Matrix::Trellis(m) = strip else {
+        return Ok(None);
+    };
+    let parts = m.parts();
+    let parts = TrellisParts {
+        codes: cycled(&parts.codes, strips::count(rows) * parts.codes.len()).into(),
+        prime_indices: cycled(&parts.prime_indices, rows).into(),
+        scales: cycled(&parts.scales, rows).into(),
+        ..parts.clone()
+    };
+    let matrix = TrellisMatrix::new(rows, strip.cols(), m.k(), parts)?;
+    Ok(Some(Matrix::Trellis(matrix)))
 }
 
 /// Encodes `w [rows, cols]` (row by row, original basis) with `k` = 2, 3 or 4 bits a weight.

@@ -2,7 +2,7 @@
 //! memory and speed without hours of encoding.
 #![forbid(unsafe_code)]
 
-use crate::encode::matrix::{Encoded, encode_matrix, encoder};
+use crate::encode::matrix::{Encoded, encode_matrix, encoder_of};
 use crate::job::compress::{MatrixJob, compress_with};
 use crate::job::report::CompressReport;
 use crate::plan::options::CompressOptions;
@@ -65,12 +65,10 @@ pub fn compress_random(
 
 /// Repeats `strip`, encoded as `layer` says, as a matrix of `rows` rows.
 fn repeated(layer: &LayerInfo, strip: &Matrix, rows: usize) -> Result<Matrix> {
-    encoder(layer.encoding()?)
-        .repeat(strip, rows)?
-        .ok_or_else(|| {
-            let message = "a random model in another encoding than q8, q4, t2, t3 or t4";
-            Error::new(ErrorKind::Unsupported, message)
-        })
+    (encoder_of(layer)?.repeat)(strip, rows)?.ok_or_else(|| {
+        let message = "a random model in another encoding than q8, q4, t2, t3 or t4";
+        Error::new(ErrorKind::Unsupported, message)
+    })
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::sparsity::Sparse;
-use crate::encode::matrix::profile;
+use crate::encode::matrix::encoder_of;
 use crate::sensitivity::calibration::Calibration;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -207,5 +207,5 @@ impl Budget {
 
 /// Returns whether the encoder of a matrix can use the inputs of a calibration.
 pub(crate) fn is_calibrated(layer: &LayerInfo) -> bool {
-    profile(layer).is_ok_and(|profile| profile.is_calibrated) && Input::of(&layer.name).is_some()
+    encoder_of(layer).is_ok_and(|encoder| encoder.is_calibrated) && Input::of(&layer.name).is_some()
 }

@@ -4,7 +4,7 @@
 use super::options::CompressOptions;
 use super::recipe::metadata;
 use super::tensors::{Plan, PlannedTensor};
-use crate::encode::matrix::encoder;
+use crate::encode::matrix::encoder_of;
 use crate::encode::panel::sequential_rows;
 use crate::sensitivity::curvature::PANEL_ROWS;
 use crate::source::{Source, SourceDtype};
@@ -75,7 +75,7 @@ fn encoding(layer: &LayerInfo, options: &CompressOptions, arrays: u64) -> Result
     // Parts that are encoded at the same time.
     let parts = layer.rows.div_ceil(sequential_rows(is_calibrated));
     let parts = parts.min(rayon::current_num_threads()) as u64;
-    let codes = encoder(layer.encoding()?).scratch_bytes(weights, parts);
+    let codes = (encoder_of(layer)?.scratch_bytes)(weights, parts);
     let feedback = match is_calibrated {
         // Peak during the decomposition: the rotated or reordered matrix in f32, three in f64; then
         // the rows of each panel.

@@ -95,7 +95,7 @@ mod tests {
     #[test]
     fn a_tenth_is_saved_from_these_shares_of_zeros_on() {
         for (encoding, group, zeros) in [(Encoding::Q8, 64, 0.227), (Encoding::Q4, 32, 0.325)] {
-            let bits = encoder(encoding).profile().sparse.unwrap().level_bits;
+            let bits = encoder(encoding).sparse.unwrap().1;
             let dense = dense_bits(bits, group);
             let saved = |zeros: f64| 1.0 - sparse_bits(bits, 1.0 - zeros) / dense;
             assert!(saved(zeros - 0.01) < WORTH && saved(zeros + 0.01) > WORTH);

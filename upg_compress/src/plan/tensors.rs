@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use crate::encode::encoder::DefaultEmbedding;
-use crate::encode::matrix::{encoder, profile};
+use crate::encode::matrix::{encoder, encoder_of};
 use crate::encode::prune::check_sparsity;
 use crate::plan::options::{Choice, CompressOptions, is_calibrated};
 use crate::plan::sparsity::{Sparse, pays};
@@ -133,7 +133,7 @@ impl Plan {
             .map(|(_, t)| choose(t));
         let none_grouped = !choices.any(|choice| match choice {
             Choice::Keep => false,
-            Choice::Encode(encoding) => encoder(encoding).profile().takes_group,
+            Choice::Encode(encoding) => encoder(encoding).takes_group,
         });
         if options.group.is_some() && options.budget.is_none() && none_grouped {
             let message = "a group of columns, but no matrix that becomes q8 or q4";
@@ -162,7 +162,7 @@ impl Plan {
 
 /// Returns whether the weights of a matrix are pruned on request.
 pub(crate) fn is_prunable(layer: &LayerInfo) -> bool {
-    profile(layer).is_ok_and(|profile| profile.stores_zeros) && is_calibrated(layer)
+    encoder_of(layer).is_ok_and(|encoder| encoder.stores_zeros) && is_calibrated(layer)
 }
 
 /// Returns the encoding of matrix `index` given its present or future zeros.
@@ -173,7 +173,7 @@ fn with_zeros(
     options: &CompressOptions,
 ) -> Result<Encoding> {
     let tensor = &source.tensors()[index];
-    let Some(sparse) = encoder(encoding).profile().sparse else {
+    let Some((sparse, level_bits)) = encoder(encoding).sparse else {
         return Ok(encoding);
     };
     let is_pruned = options.prune.is_some() && Input::of(&tensor.name).is_some();
@@ -181,16 +181,11 @@ fn with_zeros(
         _ if is_pruned => true,
         Sparse::Auto => {
             let group = describe_layer(tensor, encoding, options.group).group;
-            pays(
-                source,
-                index,
-                sparse.level_bits,
-                group.unwrap_or(BITMAP_GROUP),
-            )?
+            pays(source, index, level_bits, group.unwrap_or(BITMAP_GROUP))?
         }
         Sparse::Never => false,
     };
-    Ok(if pays { sparse.encoding } else { encoding })
+    Ok(if pays { sparse } else { encoding })
 }
 
 pub(crate) fn describe_layer(
@@ -199,7 +194,7 @@ pub(crate) fn describe_layer(
     group: Option<usize>,
 ) -> LayerInfo {
     let mut layer = LayerInfo::new(&tensor.name, tensor.rows(), tensor.cols(), encoding);
-    encoder(encoding).describe(&mut layer, group);
+    (encoder(encoding).describe)(&mut layer, group);
     layer
 }
 
@@ -218,7 +213,7 @@ fn default_embedding(body: Choice, tensors: &[(usize, &TensorInfo)]) -> Choice {
     let Choice::Encode(encoding) = body else {
         return body;
     };
-    let block_bits = match encoder(encoding).profile().embedding {
+    let block_bits = match encoder(encoding).embedding {
         DefaultEmbedding::AsBlocks => return body,
         DefaultEmbedding::Q8 => return Choice::Encode(Encoding::Q8),
         DefaultEmbedding::Q8OrQ4 { block_bits } => block_bits,

@@ -1,14 +1,13 @@
 //! `s8` and `s4`: one bit a weight says kept or zero; levels are stored for the kept ones only.
 #![forbid(unsafe_code)]
 
-use super::layer::{ArraySpec, Codec, LayerInfo};
+use super::layer::{ArraySpec, Codec};
 use super::levels::Levels;
 use super::stored::{self, StoredMatrix, checked_scales, weight};
 use super::strips::{self, STRIP_ROWS, TILE_COLS, TILE_WEIGHTS};
 use crate::array::Array;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::rules;
-use crate::format::tensors::LayerArrays;
 use crate::kernels::views::{Codes, Primes, Strip};
 use crate::prime_lut::PRIME_LUT;
 use bytemuck::cast_slice;
@@ -24,70 +23,55 @@ const WORD_BYTES: usize = WORD / 8;
 
 const WORDS_PER_TILE: usize = TILE_WEIGHTS / WORD;
 
-/// `s8`, or with nibbles `s4`.
-pub(super) struct Bitmap {
-    nibbles: bool,
-}
+pub(super) const S8: Codec<BitmapMatrix> = codec::<false>("s8");
+pub(super) const S4: Codec<BitmapMatrix> = codec::<true>("s4");
 
-pub(super) const S8: Bitmap = Bitmap { nibbles: false };
-pub(super) const S4: Bitmap = Bitmap { nibbles: true };
-
-impl Bitmap {
-    /// Suffix of the array that the pointers point into.
-    fn codes(&self) -> &'static str {
-        if self.nibbles { "codes" } else { "values" }
-    }
-}
-
-impl Codec for Bitmap {
-    type Matrix = BitmapMatrix;
-
-    fn minor(&self) -> u16 {
-        1
-    }
-
-    fn check(&self, layer: &LayerInfo) -> Result<()> {
-        if layer.group != Some(BITMAP_GROUP) {
-            return Err(layer.wrong_parameter(&format!("with 'group' {:?}", layer.group)));
-        }
-        layer.has_no("hadamard", layer.hadamard)
-    }
-
-    fn arrays(&self, layer: &LayerInfo) -> Result<Vec<ArraySpec>> {
-        let strips = strips::count(layer.rows);
-        let weights =
-            strips::padded_weights(layer.cols, BITMAP_GROUP).map_err(|e| e.rule(rules::LAYERS))?;
-        let primes = [strips, layer.cols.div_ceil(BITMAP_GROUP), STRIP_ROWS];
-        let most = layer.weights();
-        let mut arrays = vec![
-            ArraySpec::fixed("bitmap", Dtype::U8, &[strips, weights / 8]),
-            match self.nibbles {
-                false => ArraySpec::counted("values", Dtype::I8, most),
-                // Two codes a byte, and a strip starts with a byte of its own.
-                true => ArraySpec::counted("codes", Dtype::U8, most / 2 + layer.rows),
-            },
-            ArraySpec::fixed("strip_pointers", Dtype::U32, &[strips + 1]),
-            ArraySpec::fixed("prime_indices", Dtype::U8, &primes),
-            ArraySpec::scales(layer),
-        ];
-        arrays.extend(self.nibbles.then(Levels::codebook_spec));
-        Ok(arrays)
-    }
-
-    fn check_opened(&self, layer: &LayerInfo, arrays: &LayerArrays<'_>) -> Result<()> {
-        stored::check_scales(arrays, layer.rows)?;
-        stored::check_pointers(arrays, "strip", strips::count(layer.rows), self.codes())
-    }
-
-    fn matrix(&self, layer: &LayerInfo, arrays: &LayerArrays<'_>) -> Result<BitmapMatrix> {
-        let arrays = BitmapArrays {
-            bitmap: arrays.get("bitmap")?,
-            levels: Levels::read(arrays, self.nibbles)?,
-            strip_pointers: arrays.get("strip_pointers")?,
-            prime_indices: arrays.get("prime_indices")?,
-            scales: arrays.get("scales")?,
-        };
-        BitmapMatrix::new(layer.rows, layer.cols, arrays)
+const fn codec<const NIBBLES: bool>(name: &'static str) -> Codec<BitmapMatrix> {
+    Codec {
+        name,
+        minor: 1,
+        trellis_bits: None,
+        check: |layer| {
+            if layer.group != Some(BITMAP_GROUP) {
+                return Err(layer.wrong_parameter(&format!("with 'group' {:?}", layer.group)));
+            }
+            layer.has_no("hadamard", layer.hadamard)
+        },
+        arrays: |layer| {
+            let strips = strips::count(layer.rows);
+            let weights = strips::padded_weights(layer.cols, BITMAP_GROUP)
+                .map_err(|e| e.rule(rules::LAYERS))?;
+            let primes = [strips, layer.cols.div_ceil(BITMAP_GROUP), STRIP_ROWS];
+            let most = layer.weights();
+            let mut arrays = vec![
+                ArraySpec::fixed("bitmap", Dtype::U8, &[strips, weights / 8]),
+                match NIBBLES {
+                    false => ArraySpec::counted("values", Dtype::I8, most),
+                    // Two codes a byte, and a strip starts with a byte of its own.
+                    true => ArraySpec::counted("codes", Dtype::U8, most / 2 + layer.rows),
+                },
+                ArraySpec::fixed("strip_pointers", Dtype::U32, &[strips + 1]),
+                ArraySpec::fixed("prime_indices", Dtype::U8, &primes),
+                ArraySpec::scales(layer),
+            ];
+            arrays.extend(NIBBLES.then(Levels::codebook_spec));
+            Ok(arrays)
+        },
+        check_opened: |layer, arrays| {
+            stored::check_scales(arrays, layer.rows)?;
+            let codes = if NIBBLES { "codes" } else { "values" };
+            stored::check_pointers(arrays, "strip", strips::count(layer.rows), codes)
+        },
+        matrix: |layer, arrays| {
+            let arrays = BitmapArrays {
+                bitmap: arrays.get("bitmap")?,
+                levels: Levels::read(arrays, NIBBLES)?,
+                strip_pointers: arrays.get("strip_pointers")?,
+                prime_indices: arrays.get("prime_indices")?,
+                scales: arrays.get("scales")?,
+            };
+            BitmapMatrix::new(layer.rows, layer.cols, arrays)
+        },
     }
 }
 

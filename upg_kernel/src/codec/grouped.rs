@@ -1,14 +1,13 @@
 //! `q8` and `q4`: a level for every weight, a prime index for every group of columns.
 #![forbid(unsafe_code)]
 
-use super::layer::{ArraySpec, Codec, LayerInfo};
+use super::layer::{ArraySpec, Codec};
 use super::levels::Levels;
 use super::stored::{self, StoredMatrix, checked_scales, weight};
 use super::strips::{self, STRIP_ROWS};
 use crate::array::Array;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::format::rules;
-use crate::format::tensors::LayerArrays;
 use crate::kernels::views::{Codes, Primes, Strip};
 use crate::prime_lut::PRIME_LUT;
 use bytemuck::cast_slice;
@@ -17,59 +16,56 @@ use safetensors::Dtype;
 /// Columns of a group in a description without one, which is wrong but has a size.
 const DEFAULT_GROUP: usize = 64;
 
-/// `q8`, or with nibbles `q4`.
-pub(super) struct Grouped {
-    nibbles: bool,
+pub(super) const Q8: Codec<GroupedMatrix> = codec::<false>("q8");
+pub(super) const Q4: Codec<GroupedMatrix> = codec::<true>("q4");
+
+const fn codec<const NIBBLES: bool>(name: &'static str) -> Codec<GroupedMatrix> {
+    Codec {
+        name,
+        minor: 1,
+        trellis_bits: None,
+        check: |layer| {
+            let none = || layer.wrong_parameter("with 'group' None");
+            check_group(layer.group.ok_or_else(none)?)?;
+            layer.has_no("hadamard", layer.hadamard)
+        },
+        arrays: |layer| {
+            let group = layer.group.unwrap_or(DEFAULT_GROUP);
+            let strips = strips::count(layer.rows);
+            let weights =
+                strips::padded_weights(layer.cols, group).map_err(|e| e.rule(rules::LAYERS))?;
+            let primes = [strips, layer.cols.div_ceil(group), STRIP_ROWS];
+            let mut arrays = vec![
+                match NIBBLES {
+                    false => ArraySpec::fixed("values", Dtype::I8, &[strips, weights]),
+                    true => ArraySpec::fixed("codes", Dtype::U8, &[strips, weights / 2]),
+                },
+                ArraySpec::fixed("prime_indices", Dtype::U8, &primes),
+                ArraySpec::scales(layer),
+            ];
+            arrays.extend(NIBBLES.then(Levels::codebook_spec));
+            Ok(arrays)
+        },
+        check_opened: |layer, arrays| stored::check_scales(arrays, layer.rows),
+        matrix: |layer, arrays| {
+            GroupedMatrix::new(
+                layer.rows,
+                layer.cols,
+                layer.group.unwrap_or(DEFAULT_GROUP),
+                Levels::read(arrays, NIBBLES)?,
+                arrays.get("prime_indices")?,
+                arrays.get("scales")?,
+            )
+        },
+    }
 }
 
-pub(super) const Q8: Grouped = Grouped { nibbles: false };
-pub(super) const Q4: Grouped = Grouped { nibbles: true };
-
-impl Codec for Grouped {
-    type Matrix = GroupedMatrix;
-
-    fn minor(&self) -> u16 {
-        1
+fn check_group(group: usize) -> Result<()> {
+    if matches!(group, 32 | 64) {
+        return Ok(());
     }
-
-    fn check(&self, layer: &LayerInfo) -> Result<()> {
-        let none = || layer.wrong_parameter("with 'group' None");
-        rules::group(layer.group.ok_or_else(none)?)?;
-        layer.has_no("hadamard", layer.hadamard)
-    }
-
-    fn arrays(&self, layer: &LayerInfo) -> Result<Vec<ArraySpec>> {
-        let group = layer.group.unwrap_or(DEFAULT_GROUP);
-        let strips = strips::count(layer.rows);
-        let weights =
-            strips::padded_weights(layer.cols, group).map_err(|e| e.rule(rules::LAYERS))?;
-        let primes = [strips, layer.cols.div_ceil(group), STRIP_ROWS];
-        let mut arrays = vec![
-            match self.nibbles {
-                false => ArraySpec::fixed("values", Dtype::I8, &[strips, weights]),
-                true => ArraySpec::fixed("codes", Dtype::U8, &[strips, weights / 2]),
-            },
-            ArraySpec::fixed("prime_indices", Dtype::U8, &primes),
-            ArraySpec::scales(layer),
-        ];
-        arrays.extend(self.nibbles.then(Levels::codebook_spec));
-        Ok(arrays)
-    }
-
-    fn check_opened(&self, layer: &LayerInfo, arrays: &LayerArrays<'_>) -> Result<()> {
-        stored::check_scales(arrays, layer.rows)
-    }
-
-    fn matrix(&self, layer: &LayerInfo, arrays: &LayerArrays<'_>) -> Result<GroupedMatrix> {
-        GroupedMatrix::new(
-            layer.rows,
-            layer.cols,
-            layer.group.unwrap_or(DEFAULT_GROUP),
-            Levels::read(arrays, self.nibbles)?,
-            arrays.get("prime_indices")?,
-            arrays.get("scales")?,
-        )
-    }
+    let message = format!("group of {group} columns, expected 32 or 64");
+    Err(Error::new(ErrorKind::Invalid, message).rule(rules::ENCODING))
 }
 
 /// A matrix `[rows, cols]` of int8 levels (`q8`) or 4-bit codes into a codebook (`q4`).
@@ -101,7 +97,7 @@ impl GroupedMatrix {
         prime_indices: Array<u8>,
         scales: Array<f32>,
     ) -> Result<Self> {
-        rules::group(group)?;
+        check_group(group)?;
         let weights = strips::padded_weights(cols, group)?;
         let per_strip = match levels {
             Levels::Bytes(_) => weights,
@@ -232,22 +228,15 @@ impl StoredMatrix for GroupedMatrix {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::ErrorKind;
-    use crate::test_data::{noise, signed};
+    use crate::test_data::grouped;
 
-    /// Random codes for all that is stored, padding included.
     fn matrix(rows: usize, cols: usize, group: usize, is_q8: bool) -> GroupedMatrix {
-        let groups = rows.div_ceil(64) * cols.div_ceil(group);
-        let levels = match is_q8 {
-            true => Levels::Bytes(signed(noise(groups * group * 64, 1))),
-            false => Levels::Nibbles {
-                codes: noise(groups * group * 32, 2).into(),
-                codebook: signed(noise(16, 3)),
-            },
-        };
         let scales: Vec<f32> = (0..rows).map(|row| 0.5 + row as f32).collect();
-        let primes = noise(groups * 64, 4).into();
-        GroupedMatrix::new(rows, cols, group, levels, primes, scales.into()).unwrap()
+        let scales = scales.into();
+        GroupedMatrix {
+            scales,
+            ..grouped(rows, cols, group, !is_q8)
+        }
     }
 
     #[test]

@@ -56,33 +56,27 @@ impl LayerInfo {
 pub(crate) struct ArraySpec {
     pub suffix: &'static str,
     pub dtype: Dtype,
-    shape: ArrayShape,
-}
-
-enum ArrayShape {
-    Fixed(Vec<usize>),
-    /// A vector, whose length depends on the content.
-    UpTo(usize),
+    shape: Vec<usize>,
+    /// Whether the length depends on the content; `shape` is the most then.
+    is_counted: bool,
 }
 
 impl ArraySpec {
     /// An array of a shape that the description of the layer gives.
     pub(super) fn fixed(suffix: &'static str, dtype: Dtype, shape: &[usize]) -> Self {
-        let shape = ArrayShape::Fixed(shape.to_vec());
         Self {
             suffix,
             dtype,
-            shape,
+            shape: shape.to_vec(),
+            is_counted: false,
         }
     }
 
-    /// A vector of a value for each stored weight, `most` if every weight is stored.
+    /// A vector of `most` elements if every weight is stored, of fewer if not.
     pub(super) fn counted(suffix: &'static str, dtype: Dtype, most: usize) -> Self {
-        let shape = ArrayShape::UpTo(most);
         Self {
-            suffix,
-            dtype,
-            shape,
+            is_counted: true,
+            ..Self::fixed(suffix, dtype, &[most])
         }
     }
 
@@ -93,57 +87,48 @@ impl ArraySpec {
 
     /// Returns whether an array can have this shape.
     pub fn allows(&self, shape: &[usize]) -> bool {
-        match &self.shape {
-            ArrayShape::Fixed(fixed) => fixed == shape,
-            ArrayShape::UpTo(_) => shape.len() == 1,
-        }
+        self.shape == shape || self.is_counted && shape.len() == 1
     }
 
     /// Returns the shape of an array of `len` elements.
     pub fn shape(&self, len: usize) -> Vec<usize> {
-        match &self.shape {
-            ArrayShape::Fixed(fixed) => fixed.clone(),
-            ArrayShape::UpTo(_) => vec![len],
+        match self.is_counted {
+            true => vec![len],
+            false => self.shape.clone(),
         }
     }
 
     /// Bytes of the array; an upper bound where they depend on the content.
     pub fn most_bytes(&self) -> u64 {
-        let elements: u64 = match &self.shape {
-            ArrayShape::Fixed(fixed) => fixed.iter().map(|&n| n as u64).product(),
-            ArrayShape::UpTo(most) => *most as u64,
-        };
+        let elements: u64 = self.shape.iter().map(|&n| n as u64).product();
         elements * self.dtype.bitsize() as u64 / 8
     }
 
     /// The shape in messages.
     pub fn expected(&self) -> String {
-        match &self.shape {
-            ArrayShape::Fixed(fixed) => format!("{fixed:?}"),
-            ArrayShape::UpTo(_) => "[any]".into(),
+        match self.is_counted {
+            true => "[any]".into(),
+            false => format!("{:?}", self.shape),
         }
     }
 }
 
-/// Knowledge of one encoding, beside its row in the table of [`super`].
-pub(crate) trait Codec {
-    /// The matrices that it stores.
-    type Matrix;
-
+/// Knowledge of one encoding, which stores matrices as an `M`.
+pub(crate) struct Codec<M> {
+    /// The name in files and on the command line.
+    pub name: &'static str,
     /// The first minor version of the format that has it.
-    fn minor(&self) -> u16;
-
+    pub minor: u16,
+    /// Bits of a trellis code, if it is one of the trellis encodings.
+    pub trellis_bits: Option<u8>,
     /// Checks the parameters of a layer (rule 6).
-    fn check(&self, layer: &LayerInfo) -> Result<()>;
-
+    pub check: fn(&LayerInfo) -> Result<()>,
     /// Returns the arrays of a layer, in the order in which they are written (rule 7).
-    fn arrays(&self, layer: &LayerInfo) -> Result<Vec<ArraySpec>>;
-
+    pub arrays: fn(&LayerInfo) -> Result<Vec<ArraySpec>>,
     /// Checks what opening a file reads: scales and pointers (rules 9 and 10).
     ///
     /// All arrays are there, and have the right dtypes and shapes.
-    fn check_opened(&self, layer: &LayerInfo, arrays: &LayerArrays<'_>) -> Result<()>;
-
-    /// Makes the matrix of a layer, and checks all that its kernels rely on.
-    fn matrix(&self, layer: &LayerInfo, arrays: &LayerArrays<'_>) -> Result<Self::Matrix>;
+    pub check_opened: fn(&LayerInfo, &LayerArrays<'_>) -> Result<()>,
+    /// Makes the matrix of a layer, and checks all that its kernels rely on (rules 11 to 13).
+    pub matrix: fn(&LayerInfo, &LayerArrays<'_>) -> Result<M>,
 }

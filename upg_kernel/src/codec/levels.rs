@@ -55,7 +55,7 @@ impl Levels {
         match self {
             Self::Bytes(values) => Ok(values.len()),
             Self::Nibbles { codes, codebook } => {
-                rules::codebook(codebook)?;
+                rules::length("codebook", codebook.len(), &[16])?;
                 Ok(codes.len())
             }
         }

@@ -13,22 +13,15 @@ use bytemuck::cast_slice;
 use rayon::prelude::*;
 use safetensors::Dtype;
 
-/// `mdcsr`.
-pub(super) struct MdCsr;
-
-impl Codec for MdCsr {
-    type Matrix = MdCSRMatrix;
-
-    fn minor(&self) -> u16 {
-        0
-    }
-
-    fn check(&self, layer: &LayerInfo) -> Result<()> {
+pub(super) const MDCSR: Codec<MdCSRMatrix> = Codec {
+    name: "mdcsr",
+    minor: 0,
+    trellis_bits: None,
+    check: |layer| {
         layer.has_no("group", layer.group)?;
         layer.has_no("hadamard", layer.hadamard)
-    }
-
-    fn arrays(&self, layer: &LayerInfo) -> Result<Vec<ArraySpec>> {
+    },
+    arrays: |layer| {
         let most = layer.weights();
         Ok(vec![
             ArraySpec::counted("values", Dtype::I8, most),
@@ -37,22 +30,9 @@ impl Codec for MdCsr {
             ArraySpec::counted("prime_indices", Dtype::U16, most),
             ArraySpec::scales(layer),
         ])
-    }
-
-    fn check_opened(&self, layer: &LayerInfo, arrays: &LayerArrays<'_>) -> Result<()> {
-        let nnz = arrays.len("values");
-        for suffix in ["delta_indices", "prime_indices"] {
-            let found = arrays.len(suffix);
-            if found != nnz {
-                let message = format!("{found} elements for {nnz} values");
-                return Err(rules::shape(message).tensor(arrays.name(suffix)));
-            }
-        }
-        stored::check_scales(arrays, layer.rows)?;
-        stored::check_pointers(arrays, "row", layer.rows, "values")
-    }
-
-    fn matrix(&self, layer: &LayerInfo, arrays: &LayerArrays<'_>) -> Result<MdCSRMatrix> {
+    },
+    check_opened,
+    matrix: |layer, arrays| {
         let arrays = MdCSRArrays {
             values: arrays.get("values")?,
             delta_indices: arrays.get("delta_indices")?,
@@ -61,7 +41,20 @@ impl Codec for MdCsr {
             scales: arrays.get("scales")?,
         };
         MdCSRMatrix::new(layer.rows, layer.cols, arrays)
+    },
+};
+
+fn check_opened(layer: &LayerInfo, arrays: &LayerArrays<'_>) -> Result<()> {
+    let nnz = arrays.len("values");
+    for suffix in ["delta_indices", "prime_indices"] {
+        let found = arrays.len(suffix);
+        if found != nnz {
+            let message = format!("{found} elements for {nnz} values");
+            return Err(rules::shape(message).tensor(arrays.name(suffix)));
+        }
     }
+    stored::check_scales(arrays, layer.rows)?;
+    stored::check_pointers(arrays, "row", layer.rows, "values")
 }
 
 /// A sparse matrix `[rows, cols]` whose every entry has been checked to lie inside it.

@@ -8,13 +8,12 @@
 //! own ([`crate::trellis_code`]).
 #![forbid(unsafe_code)]
 
-use super::layer::{ArraySpec, Codec, LayerInfo};
+use super::layer::{ArraySpec, Codec};
 use super::stored::{self, StoredMatrix, checked_scales, weight};
 use super::strips::{self, STRIP_ROWS, TILE_COLS, TILE_WEIGHTS};
 use crate::array::Array;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::rules;
-use crate::format::tensors::LayerArrays;
 use crate::kernels::views::{Codes, Primes, Strip};
 use crate::prime_lut::PRIME_LUT;
 use crate::rotation::Rotation;
@@ -41,55 +40,44 @@ pub fn strip_bytes(cols: usize, k: u8) -> Option<usize> {
         .checked_add(STRIP_TAIL)
 }
 
-/// `t2`, `t3` or `t4`, by the bits of its codes.
-pub(super) struct Trellis {
-    k: u8,
-}
+pub(super) const T2: Codec<TrellisMatrix> = codec::<2>("t2");
+pub(super) const T3: Codec<TrellisMatrix> = codec::<3>("t3");
+pub(super) const T4: Codec<TrellisMatrix> = codec::<4>("t4");
 
-pub(super) const T2: Trellis = Trellis { k: 2 };
-pub(super) const T3: Trellis = Trellis { k: 3 };
-pub(super) const T4: Trellis = Trellis { k: 4 };
-
-impl Codec for Trellis {
-    type Matrix = TrellisMatrix;
-
-    fn minor(&self) -> u16 {
-        1
-    }
-
-    fn check(&self, layer: &LayerInfo) -> Result<()> {
-        layer.has_no("group", layer.group)?;
-        let none = || layer.wrong_parameter("without 'hadamard'");
-        rules::hadamard(layer.cols, layer.hadamard.ok_or_else(none)?)
-    }
-
-    fn arrays(&self, layer: &LayerInfo) -> Result<Vec<ArraySpec>> {
-        let strip = strip_bytes(layer.cols, self.k).ok_or_else(|| {
-            let message = format!("a trellis matrix of {} columns", layer.cols);
-            Error::new(ErrorKind::TooLarge, message).rule(rules::LAYERS)
-        })?;
-        let signs = layer.hadamard.unwrap_or(1).div_ceil(8);
-        Ok(vec![
-            ArraySpec::fixed("codes", Dtype::U8, &[strips::count(layer.rows), strip]),
-            ArraySpec::fixed("prime_indices", Dtype::U8, &[layer.rows, 1]),
-            ArraySpec::scales(layer),
-            ArraySpec::fixed("signs", Dtype::U8, &[signs]),
-        ])
-    }
-
-    fn check_opened(&self, layer: &LayerInfo, arrays: &LayerArrays<'_>) -> Result<()> {
-        stored::check_scales(arrays, layer.rows)
-    }
-
-    fn matrix(&self, layer: &LayerInfo, arrays: &LayerArrays<'_>) -> Result<TrellisMatrix> {
-        let hadamard = layer.hadamard.unwrap_or(1);
-        let parts = TrellisParts {
-            codes: arrays.get("codes")?,
-            prime_indices: arrays.get("prime_indices")?,
-            scales: arrays.get("scales")?,
-            rotation: Rotation::new(layer.cols, hadamard, arrays.get("signs")?)?,
-        };
-        TrellisMatrix::new(layer.rows, layer.cols, self.k, parts)
+const fn codec<const K: u8>(name: &'static str) -> Codec<TrellisMatrix> {
+    Codec {
+        name,
+        minor: 1,
+        trellis_bits: Some(K),
+        check: |layer| {
+            layer.has_no("group", layer.group)?;
+            let none = || layer.wrong_parameter("without 'hadamard'");
+            rules::hadamard(layer.cols, layer.hadamard.ok_or_else(none)?)
+        },
+        arrays: |layer| {
+            let strip = strip_bytes(layer.cols, K).ok_or_else(|| {
+                let message = format!("a trellis matrix of {} columns", layer.cols);
+                Error::new(ErrorKind::TooLarge, message).rule(rules::LAYERS)
+            })?;
+            let signs = layer.hadamard.unwrap_or(1).div_ceil(8);
+            Ok(vec![
+                ArraySpec::fixed("codes", Dtype::U8, &[strips::count(layer.rows), strip]),
+                ArraySpec::fixed("prime_indices", Dtype::U8, &[layer.rows, 1]),
+                ArraySpec::scales(layer),
+                ArraySpec::fixed("signs", Dtype::U8, &[signs]),
+            ])
+        },
+        check_opened: |layer, arrays| stored::check_scales(arrays, layer.rows),
+        matrix: |layer, arrays| {
+            let hadamard = layer.hadamard.unwrap_or(1);
+            let parts = TrellisParts {
+                codes: arrays.get("codes")?,
+                prime_indices: arrays.get("prime_indices")?,
+                scales: arrays.get("scales")?,
+                rotation: Rotation::new(layer.cols, hadamard, arrays.get("signs")?)?,
+            };
+            TrellisMatrix::new(layer.rows, layer.cols, K, parts)
+        },
     }
 }
 

@@ -5,8 +5,8 @@ use super::checksums::{self, Recorded};
 use super::container::Entry;
 use super::rules::{CHECKSUM, PAD_PREFIX, TOKENIZER};
 use super::tensors::{LayerArrays, Tensors, array_name};
-use super::{checksum, index, json, layout, rules};
-use crate::codec::layer::LayerInfo;
+use super::{checksum, index, json, rules};
+use crate::codec::layer::{ArraySpec, LayerInfo};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mapped::{MappedFile, OpenOptions};
 use crate::matrix::Matrix;
@@ -76,7 +76,7 @@ impl UpgFile {
         upg.check_names()?;
         // The first bad layer, not the one that some thread comes to first.
         let layers = (0..upg.layers.len()).into_par_iter();
-        match layers.find_map_first(|i| layout::check(&upg.tensors, i, &upg.layers[i]).err()) {
+        match layers.find_map_first(|i| check_layer(&upg.tensors, i, &upg.layers[i]).err()) {
             Some(e) => Err(e),
             None => Ok(upg),
         }
@@ -267,6 +267,39 @@ impl UpgFile {
             None => Ok(()),
         }
     }
+}
+
+/// Checks presence, dtype and shape of every array of a layer, then its scales and pointers (rules 7, 9 and 10).
+fn check_layer(tensors: &Tensors, index: usize, layer: &LayerInfo) -> Result<()> {
+    let arrays = LayerArrays { tensors, index };
+    for spec in layer.arrays()? {
+        let name = arrays.name(spec.suffix);
+        let entry = tensors.entry(&name).ok_or_else(|| {
+            let message = format!(
+                "not in the file, {} '{}' needs it",
+                layer.encoding_name(),
+                layer.name
+            );
+            Error::new(ErrorKind::Missing, message)
+                .rule(rules::ARRAYS)
+                .tensor(&name)
+        })?;
+        check_entry(&entry, &spec).map_err(|e| e.tensor(&name))?;
+    }
+    layer.check_opened(&arrays)
+}
+
+fn check_entry(entry: &Entry<'_>, spec: &ArraySpec) -> Result<()> {
+    if entry.dtype == spec.dtype && spec.allows(entry.shape) {
+        return Ok(());
+    }
+    Err(rules::shape(format!(
+        "{} {:?}, expected {} {}",
+        entry.dtype,
+        entry.shape,
+        spec.dtype,
+        spec.expected()
+    )))
 }
 
 /// Returns whether a file that begins with `start` is a pickle of protocol 2 to 5.

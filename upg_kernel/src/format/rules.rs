@@ -83,18 +83,6 @@ pub fn length(name: &str, found: usize, expected: &[usize]) -> Result<()> {
     )))
 }
 
-/// The group of q8 and q4.
-pub fn group(group: usize) -> Result<()> {
-    if matches!(group, 32 | 64) {
-        return Ok(());
-    }
-    Err(Error::new(
-        ErrorKind::Invalid,
-        format!("group of {group} columns, expected 32 or 64"),
-    )
-    .rule(ENCODING))
-}
-
 /// The Hadamard size of a rotation: 1 for changes of signs only, or a power of two whose two passes reach every column.
 pub fn hadamard(cols: usize, size: usize) -> Result<()> {
     let half = cols.div_ceil(2);
@@ -105,11 +93,6 @@ pub fn hadamard(cols: usize, size: usize) -> Result<()> {
     let message =
         format!("Hadamard size {size}, expected 1 or a power of two from {half} to {cols}");
     Err(Error::new(ErrorKind::Invalid, message).rule(ENCODING))
-}
-
-/// A 4-bit codebook has 16 levels, so that every code has one.
-pub fn codebook(codebook: &[i8]) -> Result<()> {
-    length("codebook", codebook.len(), &[16])
 }
 
 /// A name that can stand in the header of a file for a matrix or another tensor of the model: without

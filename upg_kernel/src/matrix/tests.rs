@@ -1,14 +1,13 @@
 //! What all encodings have in common.
 
 use super::*;
-use crate::test_data::{noise, signed};
+use crate::test_data::grouped;
 
 fn q8(rows: usize, cols: usize) -> Matrix {
-    let groups = rows.div_ceil(64) * cols.div_ceil(64);
-    let levels = Levels::Bytes(signed(noise(groups * 64 * 64, 1)));
-    let primes = noise(groups * 64, 2).into();
-    let scales = vec![0.5; rows].into();
-    Matrix::Grouped(GroupedMatrix::new(rows, cols, 64, levels, primes, scales).unwrap())
+    let scales = vec![0.5; rows];
+    Matrix::Grouped(grouped(rows, cols, 64, false))
+        .with_scales(scales)
+        .unwrap()
 }
 
 #[test]

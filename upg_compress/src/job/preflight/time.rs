@@ -1,7 +1,7 @@
 //! Estimate of the time of a compression, from samples.
 #![forbid(unsafe_code)]
 
-use crate::encode::matrix::{encode_matrix, encoder, profile};
+use crate::encode::matrix::{encode_matrix, encoder_of};
 use crate::encode::panel::sequential_rows;
 use crate::job::parallel::TensorBatch;
 use crate::plan::options::CompressOptions;
@@ -68,7 +68,7 @@ pub(super) fn seconds(source: &dyn Source, options: &CompressOptions, plan: &Pla
             };
             let (rows, cols) = (layer.rows as f64, layer.cols as f64);
             all += rate.matrix + rate.weight * rows * cols;
-            let in_turn = in_turn(layer, profile(layer)?.by_row, calibrated, matrices == 1) as f64;
+            let in_turn = in_turn(layer, calibrated, matrices == 1)? as f64;
             longest = longest.max(rate.matrix + rate.weight * in_turn * cols);
             if calibrated {
                 products += feedback_products(rows, cols, options.output_errors);
@@ -92,9 +92,9 @@ pub(super) fn seconds(source: &dyn Source, options: &CompressOptions, plan: &Pla
 
 /// Returns the minimum rows of a matrix that one thread encodes. Parts of a matrix that is `alone` are shared
 /// out evenly.
-fn in_turn(layer: &LayerInfo, by_row: bool, calibrated: bool, alone: bool) -> usize {
+fn in_turn(layer: &LayerInfo, calibrated: bool, alone: bool) -> Result<usize> {
     // Without a trellis most of the time goes into the search for primes, row by row.
-    let together = match by_row {
+    let together = match encoder_of(layer)?.by_row {
         true => 1,
         false => sequential_rows(calibrated),
     };
@@ -105,7 +105,7 @@ fn in_turn(layer: &LayerInfo, by_row: bool, calibrated: bool, alone: bool) -> us
             .div_ceil(rayon::current_num_threads()),
         false => 1,
     };
-    layer.rows.min(turns * together)
+    Ok(layer.rows.min(turns * together))
 }
 
 /// Returns the largest matrix of a kind.
@@ -150,7 +150,7 @@ fn measured(
             .collect();
         let mut sample = layer.clone();
         (sample.rows, sample.cols) = (rows, cols);
-        encoder(layer.encoding()?).describe(&mut sample, layer.group);
+        (encoder_of(layer)?.describe)(&mut sample, layer.group);
         let curvature = curvature.as_ref();
         let matrix =
             alone.install(|| encode_matrix(&weights, &sample, options.seed, curvature, &()))?;

@@ -18,12 +18,13 @@ use upg_compress::sensitivity::{Curvature, Hessian};
 use upg_kernel::MappedFile;
 use upg_kernel::format::{Encoding, LayerInfo};
 
-const ENCODINGS: [Encoding; 5] = [
-    Encoding::Q8,
-    Encoding::Q4,
-    Encoding::T4,
-    Encoding::T3,
-    Encoding::T2,
+/// Encodings, and how many columns share a prime in each.
+const ENCODINGS: [(Encoding, Option<usize>); 5] = [
+    (Encoding::Q8, Some(64)),
+    (Encoding::Q4, Some(32)),
+    (Encoding::T4, None),
+    (Encoding::T3, None),
+    (Encoding::T2, None),
 ];
 
 /// Seed of the rotation.
@@ -57,8 +58,10 @@ fn main() -> Result<(), Box<dyn Error>> {
             hessian.add(&read(&tensors, inputs)?.1)?;
             curvatures.insert(inputs, Curvature::from(hessian));
         }
-        for encoding in ENCODINGS {
-            let layer = described(name, rows, cols, encoding);
+        for (encoding, group) in ENCODINGS {
+            let mut layer = LayerInfo::new(name, rows, cols, encoding);
+            layer.group = group;
+            layer.hadamard = encoding.trellis_bits().and_then(|_| hadamard_size(cols));
             let size = sizes.entry(encoding.name()).or_default();
             size.0 += layer.array_bytes()?.iter().sum::<u64>();
             size.1 += weights.len() as u64;
@@ -90,18 +93,6 @@ fn main() -> Result<(), Box<dyn Error>> {
         .collect::<Result<_, safetensors::SafeTensorError>>()?;
     serialize_to_file(views, Some(bits.collect()), Path::new(&outputs))?;
     Ok(())
-}
-
-/// Describes a matrix as `upg compress` stores it by default.
-fn described(name: &str, rows: usize, cols: usize, encoding: Encoding) -> LayerInfo {
-    let mut layer = LayerInfo::new(name, rows, cols, encoding);
-    layer.group = match encoding {
-        Encoding::Q8 => Some(64),
-        Encoding::Q4 => Some(32),
-        _ => None,
-    };
-    layer.hadamard = encoding.trellis_bits().and_then(|_| hadamard_size(cols));
-    layer
 }
 
 fn read(tensors: &SafeTensors<'_>, name: &str) -> Result<(Vec<usize>, Vec<f32>), Box<dyn Error>> {

@@ -1,4 +1,6 @@
-//! The encodings: one file each with its arrays, checks, sizes and reference decoder, and their table.
+//! The encodings and their table.
+//!
+//! Each has one file with its arrays, checks, sizes and reference decoder.
 #![forbid(unsafe_code)]
 
 pub(crate) mod bitmap;
@@ -65,8 +67,7 @@ macro_rules! encodings {
                 }
             }
 
-            /// Makes the matrix. The bits and columns of a sparse one are read here for the first
-            /// time.
+            /// Makes and checks the matrix. Reads the bits and columns of sparse matrices.
             pub(crate) fn matrix(&self, arrays: &LayerArrays<'_>) -> Result<Matrix> {
                 Ok(match self.encoding()? {
                     $(Encoding::$encoding => Matrix::$matrix(($codec.matrix)(self, arrays)?),)*
@@ -78,7 +79,8 @@ macro_rules! encodings {
 
 // The table: an encoding, its codec, and how a `Matrix` holds it.
 encodings! {
-    /// Delta-compressed sparse rows with a prime for every weight; 32 bits a weight, nearly lossless.
+    /// Delta-compressed sparse rows with a prime for every weight; 32 bits a weight, nearly
+    /// lossless.
     MdCsr, mdcsr::MDCSR, MdCsr;
     /// int8 levels, a prime for every 64 columns; 8.13 bits a weight.
     Q8, grouped::Q8, Grouped;
@@ -86,14 +88,15 @@ encodings! {
     Q4, grouped::Q4, Grouped;
     /// Trellis codes of 2 bits in a rotated basis; 2.01 bits a weight with 5120 columns.
     T2, trellis::T2, Trellis;
-    /// As `t2`, with codes of 3 bits.
+    /// Trellis codes of 3 bits; otherwise like `t2`.
     T3, trellis::T3, Trellis;
-    /// As `t2`, with codes of 4 bits.
+    /// Trellis codes of 4 bits; otherwise like `t2`.
     T4, trellis::T4, Trellis;
-    /// `q8` under a bitmap of kept weights: zeros stay exactly zero; 1.13 bits a weight and 8 for each
-    /// that is kept.
+    /// `q8` levels of the weights that a bitmap names; the others are exactly zero. 1.13 bits a
+    /// weight, and 8 for each stored weight.
     S8, bitmap::S8, Bitmap;
-    /// `q4` under a bitmap of kept weights; about 1.16 bits a weight and 4 for each that is kept.
+    /// `q4` codes of the weights that a bitmap names; about 1.16 bits a weight, and 4 for each
+    /// stored weight.
     S4, bitmap::S4, Bitmap;
 }
 
@@ -118,7 +121,7 @@ impl FromStr for Encoding {
 }
 
 impl LayerInfo {
-    /// A description without parameters or error.
+    /// Describes a layer, without parameters or error.
     pub fn new(name: impl Into<String>, rows: usize, cols: usize, encoding: Encoding) -> Self {
         Self {
             name: name.into(),
@@ -157,8 +160,10 @@ impl LayerInfo {
         self.check_parameters(encoding)
     }
 
-    /// Bytes of each of its arrays, in the order of writing: exactly, but for the arrays of `mdcsr`, `s8` and `s4` whose
-    /// length is that of what is kept; these are counted as if every weight were.
+    /// Bytes of each of its arrays, in the order of writing.
+    ///
+    /// An upper bound for the arrays of `mdcsr`, `s8` and `s4` with a value for each stored weight:
+    /// they are counted as if every weight were stored.
     ///
     /// Errors: those of [`LayerInfo::check`].
     pub fn array_bytes(&self) -> Result<Vec<u64>> {

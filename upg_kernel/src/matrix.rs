@@ -1,7 +1,7 @@
-//! Weight matrices in every encoding behind the same few methods.
+//! Weight matrices in any encoding, behind the same few methods.
 //!
-//! A `Matrix` was validated when it was made: nothing it holds can make a method read out of bounds,
-//! so the methods check only what the caller passes.
+//! A `Matrix` was validated when it was made: its content cannot make a method read out of bounds.
+//! Methods check their arguments only.
 #![forbid(unsafe_code)]
 
 pub(crate) mod decode;
@@ -27,7 +27,7 @@ use rayon::prelude::*;
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum Matrix {
-    /// Not compressed: BF16, F16 or F32 values.
+    /// Uncompressed: BF16, F16 or F32 values.
     Dense(DenseMatrix),
     /// `mdcsr`.
     MdCsr(MdCSRMatrix),
@@ -40,7 +40,7 @@ pub enum Matrix {
 }
 
 impl Matrix {
-    /// What all encodings have in common.
+    /// The methods that all encodings have.
     pub(crate) fn stored(&self) -> &dyn StoredMatrix {
         match self {
             Self::Dense(m) => m,
@@ -61,14 +61,15 @@ impl Matrix {
         }
     }
 
-    /// What the rows are multiplied by, `[rows]`; `None` for a matrix that is not compressed.
+    /// The scale of each row, `[rows]`; `None` for a matrix that is not compressed.
     pub fn scales(&self) -> Option<&Array<f32>> {
         self.stored().scales()
     }
 
-    /// The same codes, in the same memory, with other [`Matrix::scales`].
+    /// Returns a matrix with other [`Matrix::scales`]; it shares the codes in memory.
     ///
-    /// Errors: `Argument` for a matrix without any; `Shape` and `Invalid` for scales that no file may have (rule 9).
+    /// Errors: `Argument` for a matrix that is not compressed; `Shape` and `Invalid` for scales
+    /// that break rule 9.
     pub fn with_scales(&self, scales: Vec<f32>) -> Result<Self> {
         checked_scales(&scales, self.rows())?;
         let mut matrix = self.clone();
@@ -90,15 +91,15 @@ impl Matrix {
         self.stored().cols()
     }
 
-    /// Decodes `n` whole rows from `first` on into `out` (`[n, cols]`, f32, original basis).
+    /// Decodes `n` rows from `first` on into `out` (`[n, cols]`, f32, original basis).
     ///
-    /// Every element of `out` is overwritten. Errors: `Argument` if `out` is not a whole number of rows, or
-    /// they reach past the last row; those of [`Cpu::shared`].
+    /// Every element of `out` is overwritten. Errors: `Argument` if `out` is not a whole number of
+    /// rows, or they reach past the last row; those of [`Cpu::shared`].
     pub fn rows_into(&self, first: usize, out: &mut [f32]) -> Result<()> {
         self.rows_into_with(Cpu::shared()?.kernels(), first, out)
     }
 
-    /// [`Matrix::rows_into`] with chosen kernels: the same bits whatever they are.
+    /// Like [`Matrix::rows_into`], with chosen kernels. All kernels give the same bits.
     pub fn rows_into_with(&self, kernels: Kernels, first: usize, out: &mut [f32]) -> Result<()> {
         let (rows, cols) = (self.rows(), self.cols());
         let n = out.len() / cols.max(1);
@@ -118,15 +119,16 @@ impl Matrix {
         Ok(())
     }
 
-    /// Row `rows[i]` into row `i` of `out` (`[n, cols]`, f32, original basis), of any rows in any order, in parallel.
+    /// Decodes row `rows[i]` into row `i` of `out` (`[n, cols]`, f32, original basis).
     ///
-    /// Every element of `out` is overwritten. Errors: `Argument` if `out` has another length, or a row is past the last
-    /// one; those of [`Cpu::shared`].
+    /// Rows may repeat, in any order; they are decoded in parallel. Every element of `out` is
+    /// overwritten. Errors: `Argument` if `out` has another length, or a row is past the last one;
+    /// those of [`Cpu::shared`].
     pub fn gather(&self, rows: &[u32], out: &mut [f32]) -> Result<()> {
         self.gather_on(Cpu::shared()?, rows, out)
     }
 
-    /// [`Matrix::gather`] on a chosen device.
+    /// Like [`Matrix::gather`], on a chosen device.
     pub fn gather_on(&self, cpu: &Cpu, rows: &[u32], out: &mut [f32]) -> Result<()> {
         let cols = self.cols();
         let past = rows.iter().find(|&&row| row as usize >= self.rows());
@@ -151,8 +153,10 @@ impl Matrix {
         Ok(())
     }
 
-    /// Whole rows from `first` on, of which there are some, inside of the matrix; by kernels where there are some for
-    /// them, which write past the caches if `streamed`. `scratch` takes rows that are not f32, without one.
+    /// Decodes rows from `first` on into `out`, with kernels where the encoding has them.
+    ///
+    /// `out` is at least one whole row, and no row is past the last one. Kernels write past the
+    /// caches if `streamed`. `scratch` is for rows that are not f32 and have no kernel.
     pub(crate) fn decode<T: Decode>(
         &self,
         kernels: Kernels,
@@ -173,7 +177,9 @@ impl Matrix {
         T::decode(rows, out);
     }
 
-    /// The whole matrix `[rows, cols]` in f32, original basis. Allocates 4 bytes per weight.
+    /// Decodes the whole matrix `[rows, cols]` to f32, original basis.
+    ///
+    /// Allocates 4 bytes a weight.
     pub fn to_dense(&self) -> Vec<f32> {
         let (rows, cols) = (self.rows(), self.cols());
         let mut out = vec![0.0; rows * cols];

@@ -1,8 +1,8 @@
-//! MdCSR: memory-efficient delta-compressed sparse rows, the layout of format version 2.0.
+//! MdCSR: memory-efficient delta-compressed sparse rows, the encoding `mdcsr`, and its encoder.
 //!
-//! A row is a run of entries `(delta, value, prime)`. The column of an entry is the sum of the deltas
-//! so far, its weight `scales[row] * PRIME_LUT[prime_index] * value`. A free prime for every entry
-//! makes the encoding nearly lossless at 32 bits an entry.
+//! A row is a run of entries `(delta, value, prime)`. The column of an entry is the sum of the
+//! deltas so far, its weight `scales[row] * PRIME_LUT[prime_index] * value`. A free prime for
+//! every entry makes the encoding nearly lossless at 32 bits an entry.
 #![forbid(unsafe_code)]
 
 use crate::error::{Error, ErrorKind, Result};
@@ -43,8 +43,8 @@ impl MdCSRMatrix {
     /// Encodes a matrix in compressed sparse rows: row `r` has the columns
     /// `indices[indptr[r]..indptr[r + 1]]`, ascending, with the weights `data` beside them.
     ///
-    /// Errors as for [`MdCSRMatrix::from_dense`], and `Invalid` for pointers or columns that are not
-    /// ascending and inside the matrix.
+    /// Errors as for [`MdCSRMatrix::from_dense`], and `Invalid` for pointers or columns that are
+    /// not ascending and inside the matrix.
     pub fn from_csr(
         rows: usize,
         cols: usize,
@@ -123,7 +123,7 @@ impl MdCSRMatrix {
     }
 }
 
-/// One row on its way into the arrays.
+/// One encoded row.
 struct EncodedRow {
     scale: f32,
     entries: StoredEntries,
@@ -167,7 +167,7 @@ pub(crate) struct StoredEntries {
 }
 
 impl StoredEntries {
-    /// An entry `gap` columns after the last one of its row, with the padding that this takes.
+    /// Appends an entry `gap` columns after the last one of its row, padded if necessary.
     pub fn push(&mut self, mut gap: usize, value: i8, prime: u16) {
         while gap > LARGEST_DELTA {
             self.push_stored(0, LARGEST_DELTA as u8, 0);
@@ -183,8 +183,9 @@ impl StoredEntries {
     }
 }
 
-/// `(value, prime index)` whose product is nearest to `target`; `(0, 0)` if zero is nearest.
-/// Ties go to the smaller value, so the result does not depend on anything but `target`.
+/// Returns the `(value, prime index)` whose product is nearest to `target`; `(0, 0)` for zero.
+///
+/// Ties go to the smaller value, so the result depends on `target` only.
 fn nearest_product(target: f64) -> (i8, u16) {
     let magnitude = target.abs();
     let mut best = (magnitude, 0i8, 0u16);
@@ -201,7 +202,7 @@ fn nearest_product(target: f64) -> (i8, u16) {
     (if target < 0.0 { -value } else { value }, prime)
 }
 
-/// For every number up to the largest prime of the table, the index of the nearest prime.
+/// Index of the nearest prime to every number up to the largest prime of the table.
 static NEAREST_PRIME: LazyLock<Vec<u16>> = LazyLock::new(|| {
     let mut index = 0;
     (0..=LARGEST_PRIME)

@@ -49,8 +49,8 @@ pub(super) const S4: Encoder = Encoder {
 /// Rounds the weights that are not zero to `s8`.
 ///
 /// Their levels are not zero either: exactly the zeros of `weights` stay zero. With a `curvature`
-/// levels are chosen again, the zeros stay. Cost and errors as [`round_q8`], and `TooLarge` from 4
-/// GiB of codes on.
+/// levels are chosen again, the zeros stay. Cost and errors: as [`round_q8`](super::round_q8), and
+/// `TooLarge` from 4 GiB of codes on.
 pub fn round_s8(
     weights: &[f32],
     rows: usize,

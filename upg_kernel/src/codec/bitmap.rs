@@ -1,4 +1,4 @@
-//! `s8` and `s4`: one bit a weight says kept or zero; levels are stored for the kept ones only.
+//! `s8` and `s4`: a bitmap says which weights are stored; the others are zero.
 #![forbid(unsafe_code)]
 
 use super::layer::{ArraySpec, Codec};
@@ -13,7 +13,7 @@ use crate::prime_lut::PRIME_LUT;
 use bytemuck::cast_slice;
 use safetensors::Dtype;
 
-/// How many columns share a prime index.
+/// Columns that share a prime index.
 pub const BITMAP_GROUP: usize = 64;
 
 /// Weights that share a word of the bitmap: sixteen rows of a tile.
@@ -75,11 +75,12 @@ const fn codec<const NIBBLES: bool>(name: &'static str) -> Codec<BitmapMatrix> {
     }
 }
 
-/// A matrix `[rows, cols]` whose zeros are kept exactly.
+/// A matrix `[rows, cols]` whose zeros are exact and take one bit.
 ///
-/// In [`strips`], whose columns are padded to a whole number of groups. The codes of a strip follow each other in
-/// the order of [`strips::position`], word by word of the bitmap. A word with `n` kept weights takes `n` bytes
-/// (`s8`), or `ceil(n / 2)` (`s4`: low half first, every word starts on a byte).
+/// It is stored in [`strips`], whose columns are padded to a whole number of groups. The codes of a
+/// strip follow each other in the order of [`strips::position`], word by word of the bitmap. A word
+/// with `n` stored weights has `n` bytes of codes (`s8`), or `ceil(n / 2)` (`s4`: low half first,
+/// every word starts on a byte).
 #[derive(Debug, Clone)]
 pub struct BitmapMatrix {
     rows: usize,
@@ -87,15 +88,17 @@ pub struct BitmapMatrix {
     arrays: BitmapArrays,
 }
 
-/// The arrays of a [`BitmapMatrix`], as they stand in a file: with `S = ceil(rows / 64)` and
-/// `G = ceil(cols / 64)`
+/// The arrays of a [`BitmapMatrix`], as a file stores them.
+///
+/// `S` is `ceil(rows / 64)`, `G` is `ceil(cols / 64)`.
 #[derive(Debug, Clone)]
 pub struct BitmapArrays {
-    /// `[S, 512 * G]`: the bit of each weight at its [`strips::position`], least significant bit first; 1 means kept.
+    /// `[S, 512 * G]`: the bit of each weight at its [`strips::position`], least significant bit
+    /// first; 1 means stored.
     pub bitmap: Array<u8>,
-    /// Levels or codes of the kept weights.
+    /// Levels or codes of the stored weights.
     pub levels: Levels,
-    /// `[S + 1]`, in bytes of the codes.
+    /// `[S + 1]`: the byte where the codes of each strip start, and where they end.
     pub strip_pointers: Array<u32>,
     /// `[S, G, 64]` indices into the first 256 primes.
     pub prime_indices: Array<u8>,
@@ -104,11 +107,11 @@ pub struct BitmapArrays {
 }
 
 impl BitmapMatrix {
-    /// Checks all lengths and counts every bit once, so that nothing has to be checked later.
+    /// Makes a matrix of these arrays. Checks all lengths and counts every bit once.
     ///
-    /// Errors: `Shape` for a wrong length; `Invalid` for strip pointers that are not ascending or do
-    /// not match the bits, for bits past the last row or column, and for scales that are not finite; `TooLarge`
-    /// if sizes overflow.
+    /// Errors: `Shape` for a wrong length; `Invalid` for strip pointers that are not ascending or
+    /// do not match the bits, for bits past the last row or column, and for scales that are not
+    /// finite; `TooLarge` if sizes overflow.
     pub fn new(rows: usize, cols: usize, arrays: BitmapArrays) -> Result<Self> {
         let (strips, groups) = (strips::count(rows), cols.div_ceil(BITMAP_GROUP));
         let bytes = strips::padded_weights(cols, BITMAP_GROUP)? / 8;
@@ -172,7 +175,7 @@ impl BitmapMatrix {
         }
     }
 
-    /// The level of the `i`-th kept weight of the word whose codes start at byte `start`.
+    /// The level of the `i`-th stored weight of the word whose codes start at byte `start`.
     fn level(&self, start: usize, i: usize) -> i8 {
         match &self.arrays.levels {
             Levels::Bytes(values) => values[start + i],
@@ -182,7 +185,7 @@ impl BitmapMatrix {
         }
     }
 
-    /// Decodes some rows of a strip, the first of which is number `first` of the strip.
+    /// Decodes rows of a strip, from row `first` of the strip on.
     fn decode_in_strip(&self, strip: usize, first: usize, out: &mut [f32]) {
         let groups = self.cols.div_ceil(BITMAP_GROUP);
         let (primes, _) = self.arrays.prime_indices.as_chunks::<STRIP_ROWS>();
@@ -221,7 +224,7 @@ impl BitmapMatrix {
     }
 }
 
-/// The bits of the first so many rows and columns of a word.
+/// Returns a word with the bits of its first `rows` rows and `cols` columns set.
 fn first_bits(rows: usize, cols: usize) -> u64 {
     if (rows, cols) == (WORD / TILE_COLS, TILE_COLS) {
         return u64::MAX;
@@ -299,7 +302,7 @@ mod tests {
     use super::*;
     use crate::test_data::{noise, signed};
 
-    /// Arrays for random bits, of which those past the last row or column are 0.
+    /// Arrays with random bits; those past the last row or column are 0.
     fn arrays(rows: usize, cols: usize, is_s8: bool) -> BitmapArrays {
         let (strips, groups) = (rows.div_ceil(64), cols.div_ceil(64));
         let mut bitmap = noise(strips * groups * 512, 1);
@@ -384,7 +387,7 @@ mod tests {
         }
     }
 
-    /// Each in place of a bit that was set, so that there are as many as before.
+    /// A bit that was set is cleared for each, so that there are as many as before.
     #[test]
     fn every_bit_of_a_weight_that_the_matrix_does_not_have_is_refused() {
         let (rows, cols) = (65, 66);
@@ -412,7 +415,8 @@ mod tests {
 
     #[test]
     fn words_by_hand() {
-        // One, two and three codes in words of the first tile, from rows 0, 16 and 32 on; one in the second tile.
+        // One, two and three codes in words of the first tile, from rows 0, 16 and 32 on; one in
+        // the second tile.
         let mut bitmap = vec![0u8; 512];
         (bitmap[0], bitmap[8], bitmap[16], bitmap[32]) = (0b1, 0b1001, 0b111, 0b1000);
         let arrays = BitmapArrays {

@@ -19,7 +19,7 @@ pub enum DenseValues {
 }
 
 impl DenseValues {
-    /// Every value, widened.
+    /// Widens every value to f32.
     pub fn to_f32(&self) -> Vec<f32> {
         match self {
             Self::Bf16(v) => v.iter().map(|v| v.to_f32()).collect(),
@@ -38,7 +38,7 @@ pub struct DenseMatrix {
 }
 
 impl DenseMatrix {
-    /// A matrix of these values, row by row. Errors (`Shape`): they are not `rows * cols`.
+    /// Makes a matrix of these values, row by row. Errors (`Shape`): not `rows * cols` values.
     pub fn new(rows: usize, cols: usize, values: DenseValues) -> Result<Self> {
         let len = match &values {
             DenseValues::Bf16(v) => v.len(),

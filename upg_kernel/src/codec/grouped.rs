@@ -13,7 +13,7 @@ use crate::prime_lut::PRIME_LUT;
 use bytemuck::cast_slice;
 use safetensors::Dtype;
 
-/// Columns of a group in a description without one, which is wrong but has a size.
+/// Columns of a group in a description without `group`, which is invalid but has a size.
 const DEFAULT_GROUP: usize = 64;
 
 pub(super) const Q8: Codec<GroupedMatrix> = codec::<false>("q8");
@@ -70,7 +70,7 @@ fn check_group(group: usize) -> Result<()> {
 
 /// A matrix `[rows, cols]` of int8 levels (`q8`) or 4-bit codes into a codebook (`q4`).
 ///
-/// In [`strips`], whose columns are padded to a whole number of groups.
+/// It is stored in [`strips`], whose columns are padded to a whole number of groups.
 #[derive(Debug, Clone)]
 pub struct GroupedMatrix {
     rows: usize,
@@ -82,13 +82,14 @@ pub struct GroupedMatrix {
 }
 
 impl GroupedMatrix {
-    /// Checks all lengths; the content of every array but `scales` is valid whatever it is.
+    /// Makes a matrix of these arrays. Checks all lengths and scales.
     ///
-    /// With `S = ceil(rows / 64)` and `G = ceil(cols / group)`, `levels` is `[S, 64 * G * group]` levels at
-    /// their [`strips::position`] or half as many bytes with codes at their [`strips::nibble`],
-    /// `prime_indices` `[S, G, 64]`, and `scales` `[rows]`.
-    /// Errors: `Shape` for a wrong length, `Invalid` for a group other than 32 or 64 or a scale that
-    /// is not finite, `TooLarge` if sizes overflow.
+    /// With `S = ceil(rows / 64)` and `G = ceil(cols / group)`, `levels` is `[S, 64 * G * group]`
+    /// levels at their [`strips::position`] or half as many bytes with codes at their
+    /// [`strips::nibble`], `prime_indices` is `[S, G, 64]` and `scales` `[rows]`.
+    ///
+    /// Errors: `Shape` for a wrong length, `Invalid` for a group other than 32 or 64 or a scale
+    /// that is not finite, `TooLarge` if sizes overflow.
     pub fn new(
         rows: usize,
         cols: usize,
@@ -118,7 +119,7 @@ impl GroupedMatrix {
         })
     }
 
-    /// How many columns share a prime index.
+    /// Columns that share a prime index.
     pub fn group(&self) -> usize {
         self.group
     }
@@ -133,7 +134,7 @@ impl GroupedMatrix {
         &self.prime_indices
     }
 
-    /// One scale a row.
+    /// The scale of each row.
     pub fn scales(&self) -> &Array<f32> {
         &self.scales
     }

@@ -1,4 +1,4 @@
-//! What the list of layers says of a matrix, and what an encoding makes of it.
+//! The description of a layer, its arrays, and the functions of a codec.
 #![forbid(unsafe_code)]
 
 use crate::error::{Error, ErrorKind, Result};
@@ -7,7 +7,7 @@ use crate::format::tensors::LayerArrays;
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 
-/// One compressed matrix: what it is called in the source model, and how it is stored.
+/// One compressed matrix: its name in the source model, and its encoding.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct LayerInfo {
@@ -20,7 +20,7 @@ pub struct LayerInfo {
     /// Name of the encoding; [`LayerInfo::encoding`] gives the value.
     #[serde(rename = "encoding")]
     pub(super) encoding_name: String,
-    /// `q8`, `q4`, `s8`, `s4`: how many columns share a prime index.
+    /// `q8`, `q4`, `s8`, `s4`: columns that share a prime index.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub group: Option<usize>,
     /// `t2`, `t3`, `t4`: columns of a Hadamard transform.
@@ -32,7 +32,7 @@ pub struct LayerInfo {
 }
 
 impl LayerInfo {
-    /// Errors (`Invalid`, rule 6): there is a `value` of parameter `key`, which the encoding has not.
+    /// Refuses a `value` of the parameter `key`, which the encoding lacks (`Invalid`, rule 6).
     pub(super) fn has_no(&self, key: &str, value: Option<usize>) -> Result<()> {
         match value {
             None => Ok(()),
@@ -57,12 +57,12 @@ pub(crate) struct ArraySpec {
     pub suffix: &'static str,
     pub dtype: Dtype,
     shape: Vec<usize>,
-    /// Whether the length depends on the content; `shape` is the most then.
+    /// True if the length depends on the content; `shape` is an upper bound then.
     is_counted: bool,
 }
 
 impl ArraySpec {
-    /// An array of a shape that the description of the layer gives.
+    /// An array whose shape follows from the description of the layer.
     pub(super) fn fixed(suffix: &'static str, dtype: Dtype, shape: &[usize]) -> Self {
         Self {
             suffix,
@@ -72,7 +72,7 @@ impl ArraySpec {
         }
     }
 
-    /// A vector of `most` elements if every weight is stored, of fewer if not.
+    /// A vector whose length depends on the content: `most` if every weight is stored.
     pub(super) fn counted(suffix: &'static str, dtype: Dtype, most: usize) -> Self {
         Self {
             is_counted: true,
@@ -104,7 +104,7 @@ impl ArraySpec {
         elements * self.dtype.bitsize() as u64 / 8
     }
 
-    /// The shape in messages.
+    /// The shape as error messages show it.
     pub fn expected(&self) -> String {
         match self.is_counted {
             true => "[any]".into(),
@@ -113,7 +113,7 @@ impl ArraySpec {
     }
 }
 
-/// Knowledge of one encoding, which stores matrices as an `M`.
+/// One encoding; `M` is its type of matrix.
 pub(crate) struct Codec<M> {
     /// The name in files and on the command line.
     pub name: &'static str,
@@ -125,10 +125,10 @@ pub(crate) struct Codec<M> {
     pub check: fn(&LayerInfo) -> Result<()>,
     /// Returns the arrays of a layer, in the order in which they are written (rule 7).
     pub arrays: fn(&LayerInfo) -> Result<Vec<ArraySpec>>,
-    /// Checks what opening a file reads: scales and pointers (rules 9 and 10).
+    /// Checks scales and pointers when a file is opened (rules 9 and 10).
     ///
-    /// All arrays are there, and have the right dtypes and shapes.
+    /// Presence, dtypes and shapes of all arrays were checked before.
     pub check_opened: fn(&LayerInfo, &LayerArrays<'_>) -> Result<()>,
-    /// Makes the matrix of a layer, and checks all that its kernels rely on (rules 11 to 13).
+    /// Makes the matrix of a layer and checks everything that kernels rely on (rules 11 to 13).
     pub matrix: fn(&LayerInfo, &LayerArrays<'_>) -> Result<M>,
 }

@@ -1,4 +1,4 @@
-//! The levels of `q8 q4 s8 s4`: one array, or codes and a codebook.
+//! The levels of `q8 q4 s8 s4`: one array, or codes into a codebook.
 #![forbid(unsafe_code)]
 
 use super::layer::ArraySpec;
@@ -12,9 +12,9 @@ use safetensors::Dtype;
 /// The levels of a packed matrix: int8 values, or 4-bit codes into a table of them.
 #[derive(Debug, Clone)]
 pub enum Levels {
-    /// One int8 level a weight.
+    /// An int8 level for each weight.
     Bytes(Array<i8>),
-    /// Two weights a byte.
+    /// 4-bit codes, two in a byte.
     Nibbles {
         /// Packed codes.
         codes: Array<u8>,
@@ -24,12 +24,12 @@ pub enum Levels {
 }
 
 impl Levels {
-    /// The array of a codebook.
+    /// The array with the codebook.
     pub(super) fn codebook_spec() -> ArraySpec {
         ArraySpec::fixed("codebook", Dtype::I8, &[16])
     }
 
-    /// Reads the arrays of a layer with 4-bit codes, or without.
+    /// Reads the arrays of a layer: with `nibbles` codes and codebook, else int8 levels.
     pub(super) fn read(arrays: &LayerArrays<'_>, nibbles: bool) -> Result<Self> {
         Ok(match nibbles {
             false => Self::Bytes(arrays.get("values")?),
@@ -50,7 +50,7 @@ impl Levels {
         }
     }
 
-    /// Returns the length of the values or codes. Errors: `Shape` for a codebook of another length than 16.
+    /// Returns the bytes of levels or codes. Errors (`Shape`): a codebook without 16 levels.
     pub(super) fn checked_len(&self) -> Result<usize> {
         match self {
             Self::Bytes(values) => Ok(values.len()),

@@ -1,4 +1,4 @@
-//! `mdcsr`: entries of a row by the distances of their columns, each with a prime of its own.
+//! `mdcsr`: rows of entries with column deltas, values, and a prime for each.
 #![forbid(unsafe_code)]
 
 use super::layer::{ArraySpec, Codec, LayerInfo};
@@ -65,7 +65,7 @@ pub struct MdCSRMatrix {
     arrays: MdCSRArrays,
 }
 
-/// The arrays of a [`MdCSRMatrix`], as they stand in a file.
+/// The arrays of a [`MdCSRMatrix`], as a file stores them.
 #[derive(Debug, Clone)]
 pub struct MdCSRArrays {
     /// `[nnz]`; 0 marks padding that bridges a gap of more than 255 columns.
@@ -81,7 +81,7 @@ pub struct MdCSRArrays {
 }
 
 impl MdCSRMatrix {
-    /// Checks every entry once (reads all arrays), so that nothing has to be checked later.
+    /// Makes a matrix of these arrays. Reads all of them and checks every entry once.
     ///
     /// Errors: `Shape` if the lengths do not fit each other, `Invalid` if row pointers, columns,
     /// prime indices or scales break rules 9 to 12 of the format.
@@ -152,7 +152,7 @@ impl MdCSRMatrix {
         &self.arrays
     }
 
-    /// The whole matrix `[rows, cols]` in f32.
+    /// Decodes the whole matrix `[rows, cols]` to f32.
     pub fn to_dense(&self) -> Vec<f32> {
         let mut out = vec![0.0; self.rows * self.cols];
         if self.cols > 0 {
@@ -161,7 +161,7 @@ impl MdCSRMatrix {
         out
     }
 
-    /// `W x` for `x [cols]`, touching only stored entries; returns `[rows]`, f32 sums.
+    /// Returns `W x [rows]` for `x [cols]`, accumulated in f32 over the stored entries.
     ///
     /// Errors (`Argument`): `x` has another length.
     pub fn spmv(&self, x: &[f32]) -> Result<Vec<f32>> {
@@ -179,7 +179,7 @@ impl MdCSRMatrix {
         self.arrays.row_pointers[row] as usize..self.arrays.row_pointers[row + 1] as usize
     }
 
-    /// The entries of a row as `(column, weight)`.
+    /// Returns the entries of a row as `(column, weight)`.
     fn row(&self, row: usize) -> impl Iterator<Item = (usize, f32)> {
         let range = self.range(row);
         let scale = self.arrays.scales[row];

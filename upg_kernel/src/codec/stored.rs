@@ -1,4 +1,4 @@
-//! The methods that an encoding offers, and the checks that all of them share.
+//! The methods of every stored matrix, and the checks that encodings share.
 #![forbid(unsafe_code)]
 
 use crate::array::Array;
@@ -8,17 +8,20 @@ use crate::format::tensors::LayerArrays;
 use crate::kernels::views::{Entries, Strip};
 use crate::rotation::Rotation;
 
-/// The largest magnitude of a scale. A weight is below 2^24 times it, and turning a row of 2^20 such
-/// weights back adds 20 bits at most: nothing overflows an f32.
+/// The largest magnitude of a scale.
+///
+/// A weight is below 2^24 times it, and inverting the rotation of a row of 2^20 weights adds at
+/// most 20 bits: nothing overflows an f32.
 const LARGEST_SCALE: f32 = (1u64 << 63) as f32 * 2.0;
 
-/// The one formula: `scale * prime * value`. The integer product is below 2^24 and so exact in f32:
-/// there is one rounding.
+/// Returns `scale * prime * value`, the one formula of the format.
+///
+/// The integer product is below 2^24, so it is exact in f32: there is one rounding.
 pub(crate) fn weight(scale: f32, prime: u32, value: i8) -> f32 {
     scale * (prime as i32 * i32::from(value)) as f32
 }
 
-/// Checks that there is one scale for each row and that none can make a weight overflow.
+/// Checks that there is a scale for each row, and that no weight can overflow.
 pub(crate) fn checked_scales(scales: &[f32], rows: usize) -> Result<()> {
     if scales.len() != rows {
         return Err(rules::shape(format!(
@@ -40,7 +43,7 @@ pub(crate) fn checked_scales(scales: &[f32], rows: usize) -> Result<()> {
     }
 }
 
-/// Checks the scales of a layer with so many rows (rule 9).
+/// Checks the scales of a layer with `rows` rows (rule 9).
 pub(super) fn check_scales(arrays: &LayerArrays<'_>, rows: usize) -> Result<()> {
     let scales = arrays.get::<f32>("scales")?;
     checked_scales(&scales, rows).map_err(|e| e.tensor(arrays.name("scales")))
@@ -59,28 +62,29 @@ pub(super) fn check_pointers(
         .map_err(|e| e.tensor(arrays.name(&suffix)))
 }
 
-/// The methods that an encoding offers; everything else is built on them, once.
+/// The methods of a matrix in any encoding; everything else is built on them, once.
 pub(crate) trait StoredMatrix: Send + Sync {
     fn rows(&self) -> usize;
     fn cols(&self) -> usize;
-    /// Decodes whole rows from `first` on into `out` (`[n, cols]`), in the stored basis.
-    /// The caller keeps `first + n <= rows` and `out.len() == n * cols`.
+    /// Decodes rows from `first` on into `out` (`[n, cols]`), in the stored basis.
+    ///
+    /// This is the reference. The caller keeps `first + n <= rows` and `out.len() == n * cols`.
     fn decode_rows(&self, first: usize, out: &mut [f32]);
-    /// The bytes of an array, by its suffix in a file; `None` for an array that the encoding has not.
+    /// Returns the bytes of an array by its suffix in a file; `None` if there is no such array.
     fn array(&self, suffix: &str) -> Option<&[u8]>;
-    /// What the rows are multiplied by, `[rows]`; `None` for a matrix that is not compressed.
+    /// The scale of each row, `[rows]`; `None` for a matrix that is not compressed.
     fn scales(&self) -> Option<&Array<f32>>;
-    /// To exchange them for others that are checked.
+    /// The scales, to exchange them for others that are checked.
     fn scales_mut(&mut self) -> Option<&mut Array<f32>>;
-    /// The rotation of the input that the stored basis asks for.
+    /// The rotation from the input to the stored basis.
     fn rotation(&self) -> Option<&Rotation> {
         None
     }
-    /// Strip `index` in place, for kernels that need no decoded weights; `None` if there is none.
+    /// Strip `index` in place, for kernels on packed weights; `None` if there are no strips.
     fn strip(&self, _index: usize) -> Option<Strip<'_>> {
         None
     }
-    /// Stored entries of a row, for kernels that touch nothing else; `None` where all weights are stored.
+    /// Stored entries of a row, for kernels that skip zeros; `None` if all weights are stored.
     fn entries(&self, _row: usize) -> Option<Entries<'_>> {
         None
     }

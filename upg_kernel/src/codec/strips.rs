@@ -1,7 +1,7 @@
-//! How the packed encodings lay out a matrix: strips of 64 rows, cut into tiles of 4 columns.
+//! The layout of packed matrices: strips of 64 rows, cut into tiles of 4 columns.
 //!
-//! A kernel meets a tile as registers whose lanes are rows with four columns each: four activations are
-//! broadcast to all lanes, dot products of bytes do the rest, and nothing is summed up across lanes.
+//! A kernel loads a tile into registers whose lanes are rows with four columns each. It broadcasts
+//! four activations to all lanes and adds dot products of bytes; it never sums across lanes.
 #![forbid(unsafe_code)]
 
 use crate::error::{Error, ErrorKind, Result};
@@ -16,12 +16,12 @@ pub const TILE_COLS: usize = 4;
 /// Weights in a tile, padding included.
 pub const TILE_WEIGHTS: usize = STRIP_ROWS * TILE_COLS;
 
-/// The number of the weight of `row`, `col` within its strip: tile by tile, and row by row in a tile.
+/// Returns the number of weight `row`, `col` in its strip: tile by tile, row by row in a tile.
 pub fn position(row: usize, col: usize) -> usize {
     col / TILE_COLS * TILE_WEIGHTS + row % STRIP_ROWS * TILE_COLS + col % TILE_COLS
 }
 
-/// The byte of the strip that has the 4-bit code of `row`, `col`, and how many bits below it this byte has.
+/// Returns the byte of a strip with the 4-bit code of `row`, `col`, and the bits below the code.
 ///
 /// Two tiles share their bytes: the first of them has the low halves.
 pub fn nibble(row: usize, col: usize) -> (usize, u32) {
@@ -30,18 +30,20 @@ pub fn nibble(row: usize, col: usize) -> (usize, u32) {
     (byte, if tile.is_multiple_of(2) { 0 } else { 4 })
 }
 
-/// Strips of a matrix with so many rows.
+/// Returns the number of strips of a matrix with `rows` rows.
 pub fn count(rows: usize) -> usize {
     rows.div_ceil(STRIP_ROWS)
 }
 
-/// The rows of strip `index`, of a matrix with so many.
+/// Returns the rows of strip `index` in a matrix with `rows` rows.
 pub(crate) fn rows(index: usize, rows: usize) -> Range<usize> {
     let first = index * STRIP_ROWS;
     first..rows.min(first + STRIP_ROWS)
 }
 
-/// Weights in a strip for `cols` columns, which are padded to a multiple of `group`. `TooLarge`: overflow.
+/// Returns the weights in a strip of `cols` columns, padded to a multiple of `group`.
+///
+/// Errors (`TooLarge`): overflow.
 pub(crate) fn padded_weights(cols: usize, group: usize) -> Result<usize> {
     let padded = cols.div_ceil(group).checked_mul(group * STRIP_ROWS);
     padded.ok_or_else(|| Error::new(ErrorKind::TooLarge, format!("a strip of {cols} columns")))

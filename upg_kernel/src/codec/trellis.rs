@@ -1,11 +1,10 @@
 //! The trellis encodings `t2`, `t3`, `t4`: 2, 3 or 4 bits a weight in a rotated basis.
 //!
-//! A strip of 64 rows is one bit stream; every weight reads 13 bits of it, and its neighbour the
-//! same bits moved on by `k`. So a weight costs `k` bits, but its level depends on what was chosen
-//! for the weights before it, and a search over such chains (trellis-coded quantization) comes
-//! within 0.4 to 0.9 dB of the best that any code of that size could do. Any weight can still be
-//! decoded on its own. Source: QTIP (arXiv 2406.11235), with a code of its
-//! own ([`crate::trellis_code`]).
+//! A strip of 64 rows is one bit stream. Every weight reads 13 bits of it; the next weight reads 13
+//! bits that start `k` later. So a weight costs `k` bits, but its level also depends on the weights
+//! before it. A search over such chains (trellis-coded quantization) comes within 0.4 to 0.9 dB of
+//! the best possible code of that size. Any weight can still be decoded on its own. Source: QTIP
+//! (arXiv 2406.11235), with a different code ([`crate::trellis_code`]).
 #![forbid(unsafe_code)]
 
 use super::layer::{ArraySpec, Codec};
@@ -24,15 +23,16 @@ use safetensors::Dtype;
 /// Bytes after the last tile of a strip: the end of the last state, and room for wide loads.
 const STRIP_TAIL: usize = 16;
 
-/// Tiles that are decoded row by row before the next ones: what they take stays in the L1 cache.
+/// Tiles that are decoded row by row before the next ones: they stay in the L1 cache.
 const TILES_AT_ONCE: usize = 16;
 
-/// Weights in the stream of a strip for `cols` columns, padding included. `None`: overflow.
+/// Weights in the stream of a strip of `cols` columns, padding included. `None`: overflow.
 pub fn strip_weights(cols: usize) -> Option<usize> {
     cols.div_ceil(TILE_COLS).checked_mul(TILE_WEIGHTS)
 }
 
-/// Bytes of a strip for `cols` columns at `k` bits: `32 * k * ceil(cols / 4) + 16`.
+/// Bytes of a strip of `cols` columns at `k` bits: `32 * k * ceil(cols / 4) + 16`.
+///
 /// `None`: overflow.
 pub fn strip_bytes(cols: usize, k: u8) -> Option<usize> {
     (strip_weights(cols)? / 8)
@@ -81,16 +81,16 @@ const fn codec<const K: u8>(name: &'static str) -> Codec<TrellisMatrix> {
     }
 }
 
-/// The stored parts of a [`TrellisMatrix`], as they are in the file.
+/// The arrays of a [`TrellisMatrix`], as a file stores them.
 #[derive(Debug, Clone)]
 pub struct TrellisParts {
     /// The strips, one after the other, [`strip_bytes`] each.
     pub codes: Array<u8>,
-    /// One a row, into the first 256 primes.
+    /// An index into the first 256 primes for each row.
     pub prime_indices: Array<u8>,
-    /// One a row, finite.
+    /// The scale of each row, finite.
     pub scales: Array<f32>,
-    /// Of the input: the matrix holds `W R^T`.
+    /// The rotation `R` of the input: the matrix holds `W R^T`.
     pub rotation: Rotation,
 }
 
@@ -110,12 +110,11 @@ pub struct TrellisMatrix {
 }
 
 impl TrellisMatrix {
-    /// Puts a matrix together and checks all of it but the codes, of which every value is valid.
-    /// Cost: reads `scales` once; `codes` is not read.
+    /// Makes a matrix of these parts. Checks all lengths and scales; every code is valid.
     ///
-    /// Errors: `Unsupported` if `k` is not 2, 3 or 4; `Shape` if a part has another length than
-    /// `rows`, `cols` and `k` ask for; `Invalid` if a scale is not finite or above
-    /// 2^64; `TooLarge` if the sizes overflow.
+    /// Cost: reads `scales` once; `codes` is not read. Errors: `Unsupported` if `k` is not 2, 3 or
+    /// 4; `Shape` for a part of a wrong length; `Invalid` if a scale is not finite or above 2^64;
+    /// `TooLarge` if the sizes overflow.
     pub fn new(rows: usize, cols: usize, k: u8, parts: TrellisParts) -> Result<Self> {
         let levels = trellis_code::levels(k).ok_or_else(|| {
             let message = format!("trellis code of {k} bits a weight, expected 2, 3 or 4");
@@ -145,7 +144,7 @@ impl TrellisMatrix {
         self.k
     }
 
-    /// What the file stores.
+    /// The parts, as a file stores them.
     pub fn parts(&self) -> &TrellisParts {
         &self.parts
     }

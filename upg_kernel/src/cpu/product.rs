@@ -40,16 +40,18 @@ pub(crate) struct Scratch {
 }
 
 impl Matrix {
-    /// `W x` for one vector `x [cols]`; returns `[rows]`, accumulated in f32.
+    /// Returns `W x [rows]` for one vector `x [cols]`, accumulated in f32.
     ///
     /// Errors (`Argument`): `x` has another length.
+    #[doc(alias = "matvec")]
     pub fn spmv(&self, x: &[f32]) -> Result<Vec<f32>> {
         self.spmm(x, 1)
     }
 
-    /// `W X` for `n` vectors, `x [n, cols]` row by row; returns `[n, rows]`, accumulated in f32.
+    /// Returns the products `[n, rows]` with `n` vectors `x [n, cols]`, accumulated in f32.
     ///
     /// Errors (`Argument`): `x` has another length.
+    #[doc(alias = "matmul")]
     pub fn spmm(&self, x: &[f32], n: usize) -> Result<Vec<f32>> {
         let len = n.checked_mul(self.rows()).ok_or_else(|| {
             Error::new(
@@ -62,20 +64,23 @@ impl Matrix {
         Ok(out)
     }
 
-    /// [`Matrix::spmm`] into the caller's `out [n, rows]`; every element is overwritten.
+    /// Like [`Matrix::spmm`], into the caller's `out [n, rows]`; every element is overwritten.
     ///
-    /// With few vectors, and kernels for it ([`Kernels`]), packed weights are multiplied as they
-    /// are with activations rounded to 14 bits, and `mdcsr` entry by entry in f32; else rows are decoded 64 at a
-    /// time, once for all `n` vectors. `docs/numerics.md` says what each way adds to the error. In parallel; the result does not
-    /// depend on the number of threads. Scratch: 3 bytes per column and vector or 256 bytes per column and
-    /// thread, and 4 more per column and vector where the input is rotated.
+    /// For few vectors, and with kernels for it ([`Kernels`]), packed weights are multiplied
+    /// directly, with activations rounded to 14 bits, and `mdcsr` entry by entry in f32. Otherwise
+    /// rows are decoded 64 at a time, once for all `n` vectors. `docs/numerics.md` has the error of
+    /// each way. Works in parallel; the result does not depend on the number of threads. Scratch: 3
+    /// bytes a column and vector, or 256 bytes a column and thread; 4 more a column and vector where
+    /// the input is rotated.
     ///
     /// Errors: `Argument` if `x` or `out` has another length; those of [`Cpu::shared`].
     pub fn spmm_into(&self, x: &[f32], n: usize, out: &mut [f32]) -> Result<()> {
         self.spmm_on(Cpu::shared()?, x, n, out)
     }
 
-    /// [`Matrix::spmm_into`] on a chosen device; `docs/numerics.md` says how far the results of kernels differ.
+    /// Like [`Matrix::spmm_into`], on a chosen device.
+    ///
+    /// `docs/numerics.md` says how far the results of kernels differ.
     pub fn spmm_on(&self, cpu: &Cpu, x: &[f32], n: usize, out: &mut [f32]) -> Result<()> {
         let scratch = &mut Scratch::default();
         multiply(cpu, [Some(self)], x, n, Write::Set, scratch, out)

@@ -24,7 +24,7 @@ pub(super) const CHECKSUMS: &str = "checksums";
 /// An open UPG file: its metadata, its layers and its uncompressed tensors, all read in place.
 ///
 /// Opening reads the header, the scales and the pointers, nothing else: the time does not grow
-/// with the weights. What is checked when, is listed in `upg_format_v2.md`, "When a reader checks".
+/// with the weights. `upg_format_v2.md` lists the checks in "When a reader checks".
 pub struct UpgFile {
     tensors: Tensors,
     layers: Vec<LayerInfo>,
@@ -36,22 +36,23 @@ pub struct UpgFile {
 impl UpgFile {
     /// Maps and checks `path`.
     ///
-    /// Errors: `Io`; `Malformed` if it is not safetensors or cut short; `Unsupported` for a file of version 1;
-    /// `Unsupported`, `Missing`, `Shape`, `Invalid`, `TooLarge` or `Checksum` with the broken rule.
+    /// Errors: `Io`; `Malformed` if it is not safetensors or cut short; `Unsupported` for a file
+    /// of version 1; `Unsupported`, `Missing`, `Shape`, `Invalid`, `TooLarge` or `Checksum` with
+    /// the broken rule.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         Self::open_with(path, OpenOptions::default())
     }
 
-    /// [`UpgFile::open`] with options. A file that is read, not mapped, is verified before anything else is done with it:
-    /// what is used later is what had the right checksums.
+    /// Like [`UpgFile::open`], with options. A file that is read instead of mapped is verified
+    /// first: the bytes that are used later are those with the right checksums.
     ///
-    /// Cost of reading: the file in memory, read once, and the computing of [`UpgFile::verify`]. Errors: those of
-    /// [`UpgFile::open`], [`MappedFile::read`] and [`UpgFile::verify`].
+    /// Cost of reading: the file in memory, read once, and the computing of [`UpgFile::verify`].
+    /// Errors: those of [`UpgFile::open`], [`MappedFile::read`] and [`UpgFile::verify`].
     pub fn open_with(path: impl AsRef<Path>, options: OpenOptions) -> Result<Self> {
         Self::checked(MappedFile::open_with(path, options)?, options)
     }
 
-    /// [`UpgFile::open_with`] for a file in memory, as `options` say.
+    /// Like [`UpgFile::open_with`], for a file in memory.
     pub(crate) fn checked(file: MappedFile, options: OpenOptions) -> Result<Self> {
         let file = Arc::new(file);
         let check = || {
@@ -74,7 +75,7 @@ impl UpgFile {
         check_identity(tensors.metadata())?;
         let upg = Self::indexed(tensors)?;
         upg.check_names()?;
-        // The first bad layer, not the one that some thread comes to first.
+        // The error is that of the first bad layer, whatever the order of the threads.
         let layers = (0..upg.layers.len()).into_par_iter();
         match layers.find_map_first(|i| check_layer(&upg.tensors, i, &upg.layers[i]).err()) {
             Some(e) => Err(e),
@@ -112,7 +113,7 @@ impl UpgFile {
         })
     }
 
-    /// Every tensor has a place: an array of a layer, the tokenizer, padding, or kept as it was.
+    /// Checks that every tensor is an array of a layer, the tokenizer, padding, or uncompressed.
     fn check_names(&self) -> Result<()> {
         for entry in self.tensors.iter() {
             let is_known = match entry.name {
@@ -145,7 +146,7 @@ impl UpgFile {
             return Ok(false);
         };
         let mut specs = layer.arrays()?.into_iter();
-        // A number can be spelled in several ways, of which one is the name.
+        // A number can be spelled in several ways; one of them is the name.
         Ok(specs.any(|spec| spec.suffix == suffix) && array_name(index, suffix) == name)
     }
 
@@ -191,15 +192,16 @@ impl UpgFile {
 
     /// The bytes of `tokenizer.json` in the map, if the file has one.
     ///
-    /// They are for copying: another process may change the file. What parses them takes [`UpgFile::tokenizer_text`].
+    /// They are for copying: another process may change the file. Parsers take
+    /// [`UpgFile::tokenizer_text`].
     pub fn tokenizer_json(&self) -> Option<&[u8]> {
         self.bytes(TOKENIZER)
     }
 
     /// A copy of the text of `tokenizer.json`, if the file has one.
     ///
-    /// Errors: `TooLarge` above [`MAX_TOKENIZER_BYTES`](super::MAX_TOKENIZER_BYTES), before anything is
-    /// copied; `Malformed` for what is not UTF-8.
+    /// Errors: `TooLarge` above [`MAX_TOKENIZER_BYTES`](super::MAX_TOKENIZER_BYTES), before
+    /// anything is copied; `Malformed` for what is not UTF-8.
     pub fn tokenizer_text(&self) -> Result<Option<String>> {
         let Some(bytes) = self.tokenizer_json() else {
             return Ok(None);
@@ -213,7 +215,7 @@ impl UpgFile {
         })
     }
 
-    /// Names, dtypes and shapes of the tensors that are kept as they were, in order of names.
+    /// Names, dtypes and shapes of the uncompressed tensors, in order of names.
     pub fn kept(&self) -> impl Iterator<Item = (&str, Dtype, &[usize])> {
         let kept = self.tensors.iter().filter(is_kept);
         kept.map(|t| (t.name, t.dtype, t.shape))
@@ -269,7 +271,7 @@ impl UpgFile {
     }
 }
 
-/// Checks presence, dtype and shape of every array of a layer, then its scales and pointers (rules 7, 9 and 10).
+/// Checks the arrays of a layer, then its scales and pointers (rules 7, 9 and 10).
 fn check_layer(tensors: &Tensors, index: usize, layer: &LayerInfo) -> Result<()> {
     let arrays = LayerArrays { tensors, index };
     for spec in layer.arrays()? {

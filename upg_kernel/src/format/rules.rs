@@ -44,7 +44,8 @@ pub const PAD_PREFIX: &str = "upg_pad_";
 /// The tensor with the text of `tokenizer.json`.
 pub const TOKENIZER: &str = "tokenizer.json";
 
-/// Largest `tokenizer.json` that is read or stored, in bytes: the largest published one, of Gemma, has 35 MB.
+/// Largest `tokenizer.json` that is read or stored, in bytes: the largest published one, of Gemma,
+/// has 35 MB.
 pub const MAX_TOKENIZER_BYTES: usize = 64 << 20;
 
 /// Rows of a matrix. With the limits below, a short hostile file cannot ask for much memory.
@@ -56,7 +57,7 @@ pub const LARGEST_MATRIX: usize = 1 << 32;
 /// Layers of a file.
 pub const MOST_LAYERS: usize = 100_000;
 
-/// Errors (`TooLarge`): a `tokenizer.json` of `bytes` bytes is above [`MAX_TOKENIZER_BYTES`].
+/// Refuses a `tokenizer.json` of more than [`MAX_TOKENIZER_BYTES`] bytes (`TooLarge`).
 pub fn tokenizer_bytes(bytes: usize) -> Result<()> {
     match bytes <= MAX_TOKENIZER_BYTES {
         true => Ok(()),
@@ -67,12 +68,12 @@ pub fn tokenizer_bytes(bytes: usize) -> Result<()> {
     }
 }
 
-/// A wrong shape or length (rule 7).
+/// Returns the error for a wrong shape or length (rule 7).
 pub fn shape(message: impl Into<String>) -> Error {
     Error::new(ErrorKind::Shape, message).rule(ARRAYS)
 }
 
-/// `found` is the product of `expected`, without overflow.
+/// Checks that `found` is the product of `expected`.
 pub fn length(name: &str, found: usize, expected: &[usize]) -> Result<()> {
     let product = expected.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
     if product == Some(found) {
@@ -83,7 +84,9 @@ pub fn length(name: &str, found: usize, expected: &[usize]) -> Result<()> {
     )))
 }
 
-/// The Hadamard size of a rotation: 1 for changes of signs only, or a power of two whose two passes reach every column.
+/// Checks the Hadamard size of a rotation of `cols` columns.
+///
+/// It is 1, for changes of signs only, or a power of two whose two passes reach every column.
 pub fn hadamard(cols: usize, size: usize) -> Result<()> {
     let half = cols.div_ceil(2);
     let reaches_all = size.is_power_of_two() && (half..=cols).contains(&size);
@@ -95,8 +98,10 @@ pub fn hadamard(cols: usize, size: usize) -> Result<()> {
     Err(Error::new(ErrorKind::Invalid, message).rule(ENCODING))
 }
 
-/// A name that can stand in the header of a file for a matrix or another tensor of the model: without
-/// control characters, not too long, and none of those that the format uses itself. `rule` is what it breaks.
+/// Checks the name of a matrix or another tensor of the model.
+///
+/// It has no control characters, is not too long, and is no name that the format reserves. The
+/// error names `rule`.
 pub fn name(name: &str, rule: u8) -> Result<()> {
     if name.len() > MOST_NAME_BYTES {
         let message = format!("a name of {} bytes, at most {MOST_NAME_BYTES}", name.len());
@@ -116,7 +121,7 @@ pub fn name(name: &str, rule: u8) -> Result<()> {
         .tensor(name))
 }
 
-/// `n + 1` pointers to what belongs to each of `n` rows or strips (`what`), which ascend from 0 to `stored`.
+/// Checks the pointers of `n` rows or strips (`what`): `n + 1`, ascending from 0 to `stored`.
 pub fn pointers(pointers: &[u32], what: &str, n: usize, stored: usize) -> Result<()> {
     if n.checked_add(1) != Some(pointers.len()) {
         let found = pointers.len();

@@ -1,4 +1,4 @@
-//! How much room a file and its parts take.
+//! Bytes and bits of a file and its parts.
 #![forbid(unsafe_code)]
 
 use super::UpgFile;
@@ -38,8 +38,8 @@ impl UpgFile {
         8.0 * self.file_len() as f64 / self.weights() as f64
     }
 
-    /// Bits for each weight in the matrices of the transformer blocks, compressed or not; NaN if there
-    /// are none.
+    /// Bits for each weight in the matrices of the transformer blocks, compressed or not; NaN if
+    /// there are none.
     pub fn bits_per_weight_blocks(&self) -> f64 {
         let in_block = |name: &str| name.starts_with("model.layers.");
         let layers = self.layers().iter().enumerate();

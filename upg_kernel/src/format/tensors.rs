@@ -17,8 +17,8 @@ pub(crate) struct Tensors {
 }
 
 impl Tensors {
-    /// Reads the table. Errors: those of [`Container::read`]; `Malformed` (rule 8) for a tensor that starts in the middle of an
-    /// element.
+    /// Reads the table. Errors: those of [`Container::read`]; `Malformed` (rule 8) for a tensor
+    /// that starts in the middle of an element.
     pub fn read(file: Arc<MappedFile>) -> Result<Self> {
         let table = Container::read(&file).map_err(|e| e.rule(rules::CONTAINER))?;
         for entry in table.iter() {
@@ -60,7 +60,8 @@ impl Tensors {
         self.entry(name).map(|entry| &self.file[entry.range])
     }
 
-    /// A tensor as values of `T`, in place; the caller has checked its dtype. Errors: `Missing`; `Malformed` (rule 8).
+    /// A tensor as values of `T`, in place; the caller has checked its dtype. Errors: `Missing`;
+    /// `Malformed` (rule 8).
     pub fn array<T: Pod>(&self, name: &str) -> Result<Array<T>> {
         let entry = self
             .entry(name)
@@ -69,7 +70,7 @@ impl Tensors {
     }
 }
 
-/// `layer_{index}_{suffix}`.
+/// Returns `layer_{index}_{suffix}`, the name of an array in the file.
 pub(super) fn array_name(index: usize, suffix: &str) -> String {
     format!("{LAYER_PREFIX}{index}_{suffix}")
 }
@@ -91,7 +92,7 @@ impl LayerArrays<'_> {
         self.tensors.array(&self.name(suffix))
     }
 
-    /// Number of elements of an array; 0 if the file has not it.
+    /// Number of elements of an array; 0 if it is missing.
     pub fn len(&self, suffix: &str) -> usize {
         let entry = self.tensors.entry(&self.name(suffix));
         entry.map_or(0, |t| t.shape.iter().product())

@@ -22,8 +22,8 @@ pub const ALIGNMENT: u64 = 64;
 /// Readers refuse more (rule 1); less a rounding up.
 const LARGEST_HEADER: u64 = 100_000_000 - ALIGNMENT;
 
-/// Bytes of a header entry beside the name: dtype, a shape of two and two offsets, its checksum, and
-/// a padding tensor with the same.
+/// Bytes of a header entry beside the name: dtype, a shape of two and two offsets, its checksum,
+/// and a padding tensor with the same.
 const ENTRY_BYTES: usize = 330;
 
 /// Bytes of a layer's description that are known only when it is encoded.
@@ -42,7 +42,7 @@ pub fn reserve_figures(metadata: &mut BTreeMap<String, String>) {
     }
 }
 
-/// How large a file of so many bytes is for each of the weights in it.
+/// Inserts the compression ratio and the bits per weight of a file into its metadata.
 pub fn insert_figures(metadata: &mut BTreeMap<String, String>, file_bytes: u64, weights: u64) {
     let (bytes, weights) = (file_bytes as f64, weights as f64);
     let ratio = format!("{:.4}", 4.0 * weights / bytes);
@@ -51,8 +51,10 @@ pub fn insert_figures(metadata: &mut BTreeMap<String, String>, file_bytes: u64, 
     metadata.insert(BITS_PER_WEIGHT.to_owned(), bits);
 }
 
-/// Bytes that the header of a file needs at most: for these layers, other tensors of these names, and
-/// these texts as metadata (beside what [`FileWriter::finish`] adds).
+/// Returns an upper bound for the bytes of the header of a file.
+///
+/// It has these layers, other tensors of these names, and this metadata beside that of
+/// [`FileWriter::finish`].
 ///
 /// Errors: `TooLarge` for more layers than a reader takes; those of the layers.
 pub fn header_capacity<'a>(
@@ -82,29 +84,31 @@ pub fn header_capacity<'a>(
     Ok(bytes)
 }
 
-/// Where the first tensor of a file starts that has room for a header of `header_capacity` bytes.
+/// Returns where the first tensor of a file with this `header_capacity` starts.
 pub fn header_bytes(header_capacity: usize) -> u64 {
     (8 + header_capacity as u64).next_multiple_of(ALIGNMENT)
 }
 
-/// Errors (`Invalid`, rule 14) for a name under which no file can have an uncompressed tensor.
+/// Checks that a file can have an uncompressed tensor of this name (`Invalid`, rule 14).
 pub fn check_kept_name(name: &str) -> Result<()> {
     rules::name(name, rules::KEPT)
 }
 
-/// An array as it was written: what its place does not say.
+/// A written array: everything but its name and place.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WrittenArray {
-    /// As in the file.
+    /// The shape in the file.
     pub shape: Vec<usize>,
-    /// What its values take.
+    /// Bytes of its values.
     pub bytes: u64,
-    /// [`checksum_of`](super::checksum_of) its bytes.
+    /// Checksum of its bytes ([`checksum_of`](super::checksum_of)).
     pub checksum: String,
 }
 
-/// Writes a UPG file. The data goes to a temporary file beside the target, which takes the target's
-/// place in [`FileWriter::finish`]; if that is never reached nothing is left.
+/// Writes a UPG file.
+///
+/// The data goes to a temporary file beside the target. [`FileWriter::finish`] moves it to the
+/// target; if that is never reached nothing is left.
 ///
 /// The bytes depend only on what is passed. Memory: one buffer of 1 MiB and the table of tensors.
 pub struct FileWriter {
@@ -127,12 +131,13 @@ struct Written {
 impl FileWriter {
     /// Starts a file at `path` with room for a header of `header_capacity` bytes.
     ///
-    /// Errors: `Io` if the folder cannot be written to; `TooLarge` if no reader takes such a header.
+    /// Errors: `Io` if the folder cannot be written to; `TooLarge` if no reader takes such a
+    /// header.
     pub fn create(path: impl AsRef<Path>, header_capacity: usize) -> Result<Self> {
         Self::new(AtomicFile::create(path)?, header_capacity)
     }
 
-    /// [`FileWriter::create`] with a file that was started elsewhere.
+    /// Like [`FileWriter::create`], with a file that was started elsewhere.
     pub fn new(mut out: AtomicFile, header_capacity: usize) -> Result<Self> {
         if header_capacity as u64 > LARGEST_HEADER {
             let message = format!("a header of {header_capacity} bytes, at most {LARGEST_HEADER}");
@@ -209,8 +214,8 @@ impl FileWriter {
         });
     }
 
-    /// Appends the arrays of layer `index`. Errors: as [`FileWriter::tensor`]; `Argument` if `matrix`
-    /// is not what `layer` describes; those of [`LayerInfo::check`].
+    /// Appends the arrays of layer `index`. Errors: as [`FileWriter::tensor`]; `Argument` if
+    /// `matrix` is not what `layer` describes; those of [`LayerInfo::check`].
     pub fn layer(
         &mut self,
         index: usize,
@@ -238,8 +243,10 @@ impl FileWriter {
         Ok(written)
     }
 
-    /// In the place of [`FileWriter::tensor`]: takes over what an earlier run has written here, if the file
-    /// ([`AtomicFile::resume`]) has it. `false`: it has not, and [`FileWriter::cut`] comes next.
+    /// Takes over a tensor of an earlier run, instead of [`FileWriter::tensor`].
+    ///
+    /// Returns `false` if the file ([`AtomicFile::resume`]) does not have it; call
+    /// [`FileWriter::cut`] then.
     ///
     /// Cost: reads these bytes. Errors: `Io`.
     pub fn restore_tensor(
@@ -264,7 +271,9 @@ impl FileWriter {
         Ok(true)
     }
 
-    /// [`FileWriter::restore_tensor`] for all of [`FileWriter::layer`]. Errors: `Io`; those of [`LayerInfo::check`].
+    /// Like [`FileWriter::restore_tensor`], for all arrays of a layer.
+    ///
+    /// Errors: `Io`; those of [`LayerInfo::check`].
     pub fn restore_layer(
         &mut self,
         index: usize,
@@ -289,7 +298,7 @@ impl FileWriter {
         Ok(true)
     }
 
-    /// Where the list of tensors ends: what [`FileWriter::forget`] goes back to.
+    /// The end of the list of tensors, for [`FileWriter::forget`].
     fn end(&self) -> (u64, usize, usize) {
         (self.position, self.tensors.len(), self.pads)
     }
@@ -300,7 +309,7 @@ impl FileWriter {
         self.pads = pads;
     }
 
-    /// Cuts off what the file has after what was written and taken over. Errors: `Io`.
+    /// Truncates the file after the last tensor that was written or taken over. Errors: `Io`.
     pub fn cut(&mut self) -> Result<()> {
         let len = self.file_len();
         self.out.truncate(len)
@@ -318,9 +327,9 @@ impl FileWriter {
 
     /// Writes the header, flushes everything to disk and puts the file in its place.
     ///
-    /// `metadata` is completed with `format`, `version`, `num_layers`, `layers` and the checksums. The
-    /// version is 2.0 if every layer is `mdcsr`, else 2.1. Errors: `Io`; `TooLarge` if the header
-    /// does not fit the capacity it was given.
+    /// `metadata` is completed with `format`, `version`, `num_layers`, `layers` and the checksums.
+    /// The version is the lowest that has the encodings of all layers. Errors: `Io`; `TooLarge` if
+    /// the header exceeds its capacity; `Unsupported` for an unknown encoding.
     pub fn finish(self, metadata: BTreeMap<String, String>, layers: &[LayerInfo]) -> Result<()> {
         self.complete(metadata, layers)?.commit()
     }

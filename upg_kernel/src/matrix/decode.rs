@@ -1,4 +1,4 @@
-//! Weights as floats.
+//! Decoding of rows to f32, f16 or bf16.
 #![forbid(unsafe_code)]
 
 use crate::codec::stored::StoredMatrix;
@@ -8,21 +8,22 @@ use crate::kernels::{Float, Kernels};
 use crate::rotation::Rotation;
 use half::{bf16, f16};
 
-/// Whole rows to decode from `first` on, of which there are some, inside of the matrix.
+/// Rows to decode: at least one, and none past the last.
 pub struct Rows<'a> {
     pub(crate) stored: &'a dyn StoredMatrix,
-    /// They are turned back by it.
+    /// The rotation of their basis, which is inverted.
     pub(crate) rotation: Option<&'a Rotation>,
     pub(crate) kernels: Kernels,
     pub(crate) first: usize,
-    /// Past the caches, where kernels write.
+    /// True if kernels write past the caches.
     pub(crate) streamed: bool,
-    /// For rows that are not f32, without a kernel.
+    /// Memory for rows that are not f32 and have no kernel.
     pub(crate) scratch: &'a mut Vec<f32>,
 }
 
-/// What rows are decoded to. Type by type, so that all kernels for it are compiled with this crate, and not again in
-/// every one that names it.
+/// A type that rows are decoded to.
+///
+/// It is implemented type by type, so that its kernels are compiled once, with this crate.
 pub trait Decode: Sized {
     /// Fills `out`.
     fn decode(rows: Rows<'_>, out: &mut [Self]);

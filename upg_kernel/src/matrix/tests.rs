@@ -1,4 +1,4 @@
-//! What all encodings have in common.
+//! Methods that all encodings share.
 
 use super::*;
 use crate::test_data::grouped;

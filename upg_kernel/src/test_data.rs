@@ -69,8 +69,8 @@ pub(crate) fn bitmap(rows: usize, cols: usize, nibbles: bool) -> BitmapMatrix {
         let (a, b) = (random as u64, (random >> 64) as u64);
         // Each kind is met in every quarter of a tile.
         let dense = match (i + i / 4) % 4 {
-            0 => 0,
-            1 => u64::MAX,
+            0 => u64::MAX,
+            1 => 0,
             2 => a,
             _ => a & b,
         };

@@ -234,12 +234,8 @@ fn first_bits(rows: usize, cols: usize) -> u64 {
 }
 
 impl StoredMatrix for BitmapMatrix {
-    fn rows(&self) -> usize {
-        self.rows
-    }
-
-    fn cols(&self) -> usize {
-        self.cols
+    fn size(&self) -> [usize; 2] {
+        [self.rows, self.cols]
     }
 
     fn array(&self, suffix: &str) -> Option<&[u8]> {
@@ -300,45 +296,13 @@ impl StoredMatrix for BitmapMatrix {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::test_data::{noise, signed};
+    use crate::test_data::{bitmap, signed};
 
-    /// Arrays with random bits; those past the last row or column are 0.
     fn arrays(rows: usize, cols: usize, is_s8: bool) -> BitmapArrays {
-        let (strips, groups) = (rows.div_ceil(64), cols.div_ceil(64));
-        let mut bitmap = noise(strips * groups * 512, 1);
-        for (i, byte) in bitmap.iter_mut().enumerate() {
-            for bit in 0..8 {
-                let n = i % (groups * 512) * 8 + bit;
-                let row = i / (groups * 512) * 64 + n % 256 / 4;
-                let col = n / 256 * 4 + n % 4;
-                if row >= rows || col >= cols {
-                    *byte &= !(1 << bit);
-                }
-            }
-        }
-        let mut pointers = vec![0];
-        for strip in bitmap.chunks(groups * 512) {
-            let kept = strip.chunks(8).map(|word| {
-                let bits = word.iter().map(|byte| byte.count_ones()).sum::<u32>();
-                if is_s8 { bits } else { bits.div_ceil(2) }
-            });
-            pointers.push(pointers[pointers.len() - 1] + kept.sum::<u32>());
-        }
-        let stored = pointers[strips] as usize;
-        let levels = match is_s8 {
-            true => Levels::Bytes(signed(noise(stored, 2))),
-            false => Levels::Nibbles {
-                codes: noise(stored, 3).into(),
-                codebook: signed(noise(16, 4)),
-            },
-        };
         let scales: Vec<f32> = (0..rows).map(|row| 0.5 + row as f32).collect();
         BitmapArrays {
-            bitmap: bitmap.into(),
-            levels,
-            strip_pointers: pointers.into(),
-            prime_indices: noise(strips * groups * 64, 5).into(),
             scales: scales.into(),
+            ..bitmap(rows, cols, !is_s8).arrays
         }
     }
 

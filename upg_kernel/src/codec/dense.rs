@@ -61,12 +61,8 @@ impl DenseMatrix {
 }
 
 impl StoredMatrix for DenseMatrix {
-    fn rows(&self) -> usize {
-        self.rows
-    }
-
-    fn cols(&self) -> usize {
-        self.cols
+    fn size(&self) -> [usize; 2] {
+        [self.rows, self.cols]
     }
 
     fn array(&self, _suffix: &str) -> Option<&[u8]> {

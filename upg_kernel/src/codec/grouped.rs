@@ -161,12 +161,8 @@ impl GroupedMatrix {
 }
 
 impl StoredMatrix for GroupedMatrix {
-    fn rows(&self) -> usize {
-        self.rows
-    }
-
-    fn cols(&self) -> usize {
-        self.cols
+    fn size(&self) -> [usize; 2] {
+        [self.rows, self.cols]
     }
 
     fn array(&self, suffix: &str) -> Option<&[u8]> {

@@ -206,12 +206,8 @@ impl StoredMatrix for MdCSRMatrix {
         })
     }
 
-    fn rows(&self) -> usize {
-        self.rows
-    }
-
-    fn cols(&self) -> usize {
-        self.cols
+    fn size(&self) -> [usize; 2] {
+        [self.rows, self.cols]
     }
 
     fn array(&self, suffix: &str) -> Option<&[u8]> {

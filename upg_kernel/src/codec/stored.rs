@@ -64,8 +64,16 @@ pub(super) fn check_pointers(
 
 /// The methods of a matrix in any encoding; everything else is built on them, once.
 pub(crate) trait StoredMatrix: Send + Sync {
-    fn rows(&self) -> usize;
-    fn cols(&self) -> usize;
+    /// Rows and columns.
+    fn size(&self) -> [usize; 2];
+    /// Number of rows.
+    fn rows(&self) -> usize {
+        self.size()[0]
+    }
+    /// Number of columns.
+    fn cols(&self) -> usize {
+        self.size()[1]
+    }
     /// Decodes rows from `first` on into `out` (`[n, cols]`), in the stored basis.
     ///
     /// This is the reference. The caller keeps `first + n <= rows` and `out.len() == n * cols`.

@@ -185,12 +185,8 @@ impl TrellisMatrix {
 }
 
 impl StoredMatrix for TrellisMatrix {
-    fn rows(&self) -> usize {
-        self.rows
-    }
-
-    fn cols(&self) -> usize {
-        self.cols
+    fn size(&self) -> [usize; 2] {
+        [self.rows, self.cols]
     }
 
     fn array(&self, suffix: &str) -> Option<&[u8]> {

@@ -368,13 +368,10 @@ fn put(products: &[f32], write: Write, out: &mut [f32]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::matrix::{
-        DenseMatrix, DenseValues, GroupedMatrix, Levels, TrellisMatrix, TrellisParts,
-        trellis::strip_bytes,
-    };
+    use crate::matrix::{DenseMatrix, DenseValues, TrellisMatrix, TrellisParts};
     use crate::rotation::Rotation;
     use crate::sparse::MdCSRMatrix;
-    use crate::test_data::{noise, signed};
+    use crate::test_data::{grouped, noise, trellis};
 
     /// Tolerance relative to the sum of the magnitudes of all products.
     ///
@@ -388,11 +385,8 @@ mod tests {
     }
 
     fn q8(rows: usize, cols: usize) -> Matrix {
-        let groups = rows.div_ceil(64) * cols.div_ceil(64);
-        let levels = Levels::Bytes(signed(noise(groups * 64 * 64, 1)));
-        let primes = noise(groups * 64, 2).into();
-        let scales = vec![1e-5; rows].into();
-        Matrix::Grouped(GroupedMatrix::new(rows, cols, 64, levels, primes, scales).unwrap())
+        let matrix = Matrix::Grouped(grouped(rows, cols, 64, false));
+        matrix.with_scales(vec![1e-5; rows]).unwrap()
     }
 
     /// Creates a `t3` matrix; `seed` is the seed of the signs.
@@ -400,10 +394,9 @@ mod tests {
         let size = 1 << cols.ilog2();
         let signs = noise(usize::div_ceil(size, 8), seed).into();
         let parts = TrellisParts {
-            codes: noise(rows.div_ceil(64) * strip_bytes(cols, 3).unwrap(), 3).into(),
-            prime_indices: noise(rows, 6).into(),
             scales: vec![1e-5; rows].into(),
             rotation: Rotation::new(cols, size, signs).unwrap(),
+            ..trellis(rows, cols, 3, size).parts().clone()
         };
         Matrix::Trellis(TrellisMatrix::new(rows, cols, 3, parts).unwrap())
     }

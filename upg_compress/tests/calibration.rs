@@ -15,7 +15,7 @@ use upg_compress::{
     source,
 };
 use upg_kernel::format::{Encoding, LayerInfo, UpgFile};
-use upg_kernel::inference::Input;
+use upg_kernel::inference::LayerInput;
 use upg_kernel::{Error, ErrorKind};
 
 /// Remaining output error relative to rounding that considers only the weights. Measured:
@@ -304,7 +304,7 @@ fn every_family_is_calibrated_from_the_last_layer_to_the_first() {
             let found = calibrator.curvature(&tensor.name, &()).unwrap();
             assert_eq!(
                 found.is_some(),
-                Input::of(&tensor.name).is_some(),
+                LayerInput::of(&tensor.name).is_some(),
                 "{}",
                 tensor.name
             );

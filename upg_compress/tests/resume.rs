@@ -12,7 +12,7 @@ use upg_compress::{
     compress, partial_files,
 };
 use upg_kernel::format::Encoding;
-use upg_kernel::inference::Input;
+use upg_kernel::inference::LayerInput;
 use upg_kernel::{Error, ErrorKind};
 
 const CONFIG: &str = r#"{"model_type": "llama", "hidden_size": 96, "intermediate_size": 80,
@@ -35,7 +35,7 @@ impl Stop {
     fn before(source: &dyn Source, tensor: usize, calibrated: bool) -> Self {
         let mut tensors: Vec<_> = source.tensors().iter().collect();
         if calibrated {
-            tensors.sort_by_key(|t| Input::of(&t.name).map(|(layer, _)| Reverse(layer)));
+            tensors.sort_by_key(|t| LayerInput::of(&t.name).map(|(layer, _)| Reverse(layer)));
         }
         let finished = tensors[..tensor].iter();
         Self {

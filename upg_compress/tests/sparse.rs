@@ -11,7 +11,7 @@ use upg_compress::{
     Calibration, Choice, CompressOptions, CompressReport, Source, Sparse, compress, source,
 };
 use upg_kernel::format::{Encoding, UpgFile};
-use upg_kernel::inference::Input;
+use upg_kernel::inference::LayerInput;
 use upg_kernel::{Error, ErrorKind};
 
 use safetensors::{Dtype, SafeTensors, serialize, tensor::TensorView};
@@ -141,7 +141,7 @@ fn layers_are_pruned_to_a_share() {
                 assert!(layer.error.unwrap() > 0.0, "{}", layer.name);
             }
             _ => {
-                let exempt = Input::of(&layer.name).is_none() || layer.name.contains("q_proj");
+                let exempt = LayerInput::of(&layer.name).is_none() || layer.name.contains("q_proj");
                 assert!(exempt, "{}", layer.name);
             }
         }

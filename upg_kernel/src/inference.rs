@@ -39,7 +39,7 @@ pub use config::ModelConfig;
 pub use context::{Context, Logits, Part, Sequence, SessionOptions};
 pub use evaluate::{Evaluation, evaluate};
 pub use generate::{FinishReason, PieceDecoder, StopStrings, Timings};
-pub use layer_input::LayerInput as Input;
+pub use layer_input::LayerInput;
 pub use layerwise::{Layerwise, Observer, POSITIONS_TOGETHER};
 pub use logits::{LogProbs, LogitBias, LogitsProcessor, Penalties};
 pub use model::Model;

@@ -14,7 +14,7 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 use std::collections::HashMap;
 use std::sync::Arc;
 use upg_kernel::inference::{
-    Backward, Head, Input, Layerwise, Model, ModelConfig, Session, WeightSource,
+    Backward, Head, LayerInput, Layerwise, Model, ModelConfig, Session, WeightSource,
 };
 use upg_kernel::matrix::{DenseMatrix, DenseValues, Matrix};
 use upg_kernel::{ErrorKind, Result};
@@ -131,7 +131,7 @@ fn gradients_are_differences_of_the_loss() {
         let mut expected: HashMap<String, (Vec<f32>, f64)> = HashMap::new();
         for layer in (0..config.num_layers).rev() {
             let mut inputs = Vec::new();
-            let mut observe = |input: Input, x: &[f32], gradients: &[f32]| {
+            let mut observe = |input: LayerInput, x: &[f32], gradients: &[f32]| {
                 inputs.push(input);
                 let parts = input.matrices(&config);
                 let width: usize = parts.iter().map(|(_, rows)| rows).sum();
@@ -165,10 +165,10 @@ fn gradients_are_differences_of_the_loss() {
             run.layer(layer, &source, &before[layer], &mut observe)
                 .unwrap();
             let all = [
-                Input::Down,
-                Input::FeedForward,
-                Input::Output,
-                Input::Attention,
+                LayerInput::Down,
+                LayerInput::FeedForward,
+                LayerInput::Output,
+                LayerInput::Attention,
             ];
             assert_eq!(inputs, all);
         }
@@ -239,7 +239,7 @@ fn toward(
     let last = "model.norm.weight".to_owned();
     found.insert(last.clone(), of_gains(&last, run.of_last_gain()));
     for layer in (0..config.num_layers).rev() {
-        let mut observe = |input: Input, x: &[f32], gradients: &[f32]| {
+        let mut observe = |input: LayerInput, x: &[f32], gradients: &[f32]| {
             let parts = input.matrices(config);
             let width: usize = parts.iter().map(|(_, rows)| rows).sum();
             let n = gradients.len() / width;

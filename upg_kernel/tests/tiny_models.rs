@@ -14,8 +14,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use upg_kernel::inference::config::FAMILIES;
 use upg_kernel::inference::{
-    CacheType, FinishReason, Input, Layerwise, Model, ModelConfig, Request, Scheduler, Session,
-    SessionOptions, WeightSource,
+    CacheType, FinishReason, LayerInput, Layerwise, Model, ModelConfig, Request, Scheduler,
+    Session, SessionOptions, WeightSource,
 };
 use upg_kernel::{Error, ErrorKind, Matrix};
 
@@ -92,7 +92,7 @@ fn layer_by_layer_gives_the_logits_of_transformers() {
             let mut inputs = Vec::new();
             run.layer(layer, &source, &mut |input, n, x| {
                 assert!(n == 2 * len && x.len().is_multiple_of(n));
-                if input == Input::Attention {
+                if input == LayerInput::Attention {
                     let difference = largest_difference(&x[..hidden], &first);
                     assert!(difference <= LOGIT_TOLERANCE, "{name}: {difference}");
                 }
@@ -101,10 +101,10 @@ fn layer_by_layer_gives_the_logits_of_transformers() {
             })
             .unwrap();
             let all = [
-                Input::Attention,
-                Input::Output,
-                Input::FeedForward,
-                Input::Down,
+                LayerInput::Attention,
+                LayerInput::Output,
+                LayerInput::FeedForward,
+                LayerInput::Down,
             ];
             assert_eq!(inputs, all);
         }

@@ -23,7 +23,7 @@ use safetensors::Dtype;
 use std::path::Path;
 use std::time::Instant;
 use upg_kernel::format::{FileWriter, LayerInfo, TOKENIZER, header_capacity, insert_figures};
-use upg_kernel::inference::Input;
+use upg_kernel::inference::LayerInput;
 use upg_kernel::support::AtomicFile;
 use upg_kernel::{Error, ErrorKind, Result};
 
@@ -93,7 +93,8 @@ pub fn compress_checked(
                     let curvature = calibrator.curvature(name, progress);
                     let curvature = curvature.map_err(|e| e.tensor(name))?;
                     calibration_seconds += started.elapsed().as_secs_f64();
-                    calibrated_layers = Input::of(name).map_or(0, |(layer, _)| all_layers - layer);
+                    calibrated_layers =
+                        LayerInput::of(name).map_or(0, |(layer, _)| all_layers - layer);
                     curvature
                 }
                 _ => None,

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use upg_kernel::Matrix;
 use upg_kernel::format::LayerInfo;
-use upg_kernel::inference::Input;
+use upg_kernel::inference::LayerInput;
 use upg_kernel::support::peak_memory;
 
 /// Tensor of the file.
@@ -53,7 +53,7 @@ impl TensorReport {
 
     /// Returns whether its encoding uses a calibration.
     fn may_be_calibrated(&self) -> bool {
-        !self.is_uncompressed() && self.encoding != "mdcsr" && Input::of(&self.name).is_some()
+        !self.is_uncompressed() && self.encoding != "mdcsr" && LayerInput::of(&self.name).is_some()
     }
 
     fn to_json(&self) -> Value {

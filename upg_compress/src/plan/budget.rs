@@ -19,7 +19,7 @@ use crate::sensitivity::calibrator::Calibrator;
 use crate::source::{Source, TensorInfo};
 use std::collections::BTreeMap;
 use upg_kernel::format::{Encoding, LayerInfo, TENSOR_ALIGNMENT};
-use upg_kernel::inference::Input;
+use upg_kernel::inference::LayerInput;
 use upg_kernel::{Error, ErrorKind, Result};
 
 /// Mixed encodings, from few bits to many, with the square of their relative error.
@@ -118,7 +118,7 @@ impl Least {
         let (mut blocks, mut weights) = (0, 0);
         for planned in &plan.tensors {
             let tensor = &source.tensors()[planned.index];
-            if Input::of(&tensor.name).is_some() {
+            if LayerInput::of(&tensor.name).is_some() {
                 blocks += aligned(array_bytes(source, planned)?);
                 weights += tensor.weights() as u64;
             }
@@ -240,7 +240,7 @@ fn spend(candidates: &mut [Candidate], mut left: u64) {
 /// Counts the matrices of the blocks by the name of their encoding.
 pub fn count_encodings(layers: &[LayerInfo]) -> BTreeMap<&str, usize> {
     let mut counts = BTreeMap::new();
-    for layer in layers.iter().filter(|l| Input::of(&l.name).is_some()) {
+    for layer in layers.iter().filter(|l| LayerInput::of(&l.name).is_some()) {
         *counts.entry(layer.encoding_name()).or_default() += 1;
     }
     counts

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 use upg_kernel::format::{Encoding, LayerInfo};
-use upg_kernel::inference::Input;
+use upg_kernel::inference::LayerInput;
 use upg_kernel::{Error, ErrorKind, Result};
 
 /// Default seed of the random signs of the rotation.
@@ -207,5 +207,6 @@ impl Budget {
 
 /// Returns whether the encoder of a matrix can use the inputs of a calibration.
 pub(crate) fn is_calibrated(layer: &LayerInfo) -> bool {
-    encoder_of(layer).is_ok_and(|encoder| encoder.is_calibrated) && Input::of(&layer.name).is_some()
+    encoder_of(layer).is_ok_and(|encoder| encoder.is_calibrated)
+        && LayerInput::of(&layer.name).is_some()
 }

@@ -9,7 +9,7 @@ use crate::plan::sparsity::{Sparse, pays};
 use crate::source::{Source, TensorInfo};
 use std::cmp::Reverse;
 use upg_kernel::format::{Encoding, LayerInfo, TOKENIZER, check_kept_name};
-use upg_kernel::inference::Input;
+use upg_kernel::inference::LayerInput;
 use upg_kernel::inference::weights::{EMBEDDING, HEAD};
 use upg_kernel::matrix::BITMAP_GROUP;
 use upg_kernel::{Error, ErrorKind, Result};
@@ -125,7 +125,7 @@ impl Plan {
         if options.calibration.is_some() {
             // Gradients are computed from the last layer to the first.
             let name = |t: &PlannedTensor| source.tensors()[t.index].name.as_str();
-            plan.sort_by_key(|t| Input::of(name(t)).map(|(layer, _)| Reverse(layer)));
+            plan.sort_by_key(|t| LayerInput::of(name(t)).map(|(layer, _)| Reverse(layer)));
         }
         let mut choices = tensors
             .iter()
@@ -176,7 +176,7 @@ fn with_zeros(
     let Some((sparse, level_bits)) = encoder(encoding).sparse else {
         return Ok(encoding);
     };
-    let is_pruned = options.prune.is_some() && Input::of(&tensor.name).is_some();
+    let is_pruned = options.prune.is_some() && LayerInput::of(&tensor.name).is_some();
     let pays = match options.sparse {
         _ if is_pruned => true,
         Sparse::Auto => {

@@ -12,7 +12,7 @@ use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::sync::Arc;
 use upg_kernel::inference::weights::EMBEDDING;
-use upg_kernel::inference::{Backward, Input, Layerwise, ModelConfig, WeightSource};
+use upg_kernel::inference::{Backward, LayerInput, Layerwise, ModelConfig, WeightSource};
 use upg_kernel::{Error, ErrorKind, Result};
 
 /// Seed of the random factors of the logits in the backward pass.
@@ -78,7 +78,7 @@ impl<'a> Calibrator<'a> {
         name: &str,
         progress: &dyn Progress,
     ) -> Result<Option<Arc<Curvature>>> {
-        let Some((layer, _)) = Input::of(name) else {
+        let Some((layer, _)) = LayerInput::of(name) else {
             return Ok(None);
         };
         if layer >= self.config.num_layers {

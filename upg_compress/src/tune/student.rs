@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use std::collections::HashMap;
 use upg_kernel::format::UpgFile;
 use upg_kernel::inference::weights::EMBEDDING;
-use upg_kernel::inference::{Backward, Head, Input, Layerwise, ModelConfig, WeightSource};
+use upg_kernel::inference::{Backward, Head, LayerInput, Layerwise, ModelConfig, WeightSource};
 use upg_kernel::{Error, ErrorKind, Matrix, Result};
 
 /// Compressed model with the current state of its training.
@@ -36,7 +36,7 @@ impl<'a> Student<'a> {
         };
         for (id, layer) in file.layers().iter().enumerate() {
             let matrix = file.matrix(id)?;
-            if let (Some(_), Some(scales)) = (Input::of(&layer.name), matrix.scales()) {
+            if let (Some(_), Some(scales)) = (LayerInput::of(&layer.name), matrix.scales()) {
                 student.add(&layer.name, scales.to_vec());
                 let weights = layer.rows as u64 * layer.cols as u64;
                 student.matrices.push((layer.name.clone(), weights));
@@ -161,7 +161,7 @@ impl<'a> Student<'a> {
     fn row_gradients(
         &self,
         layer: usize,
-        input: Input,
+        input: LayerInput,
         x: &[f32],
         gradients: &[f32],
     ) -> Result<Vec<(String, Vec<f32>)>> {

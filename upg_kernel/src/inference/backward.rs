@@ -244,7 +244,7 @@ impl Backward {
     /// Propagates the gradients back through layer `index`, whose input was
     /// `hidden [sequences, len, hidden]`.
     ///
-    /// `observe` sees the four [`Input`](super::Input)s from the last to the first, for a few
+    /// `observe` sees the four [`LayerInput`](super::LayerInput)s from the last to the first, for a few
     /// sequences at a time. Returns the gradients of the gains of its norms. Cost: about three
     /// times a forward pass of the layer.
     ///

@@ -108,7 +108,7 @@ impl Layerwise {
     /// Passes all sequences through layer `index` with the weights of `source`.
     ///
     /// `observe` sees the inputs of all positions, a few sequences at a time: for these the four
-    /// [`Input`](super::Input)s in order.
+    /// [`LayerInput`](super::LayerInput)s in order.
     ///
     /// Errors: those of loading the layer ([`Model::load`](super::Model::load)) and of `observe`.
     /// After an error the hidden states are unusable.

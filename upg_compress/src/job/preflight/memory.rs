@@ -9,7 +9,7 @@ use crate::sensitivity::curvature::PANEL_ROWS;
 use crate::source::Source;
 use std::collections::BTreeMap;
 use upg_kernel::Result;
-use upg_kernel::inference::{Input, ModelConfig, POSITIONS_TOGETHER};
+use upg_kernel::inference::{LayerInput, ModelConfig, POSITIONS_TOGETHER};
 
 /// Bytes of the program, its tables, its threads and freed memory that the allocator keeps.
 const BASE: u64 = 60_000_000;
@@ -115,7 +115,7 @@ fn held(source: &dyn Source, config: &ModelConfig, calibration: &Calibration) ->
     let workspace = workspace + threads * 2 * F32 * window * window;
     let mut weights: BTreeMap<usize, u64> = BTreeMap::new();
     for tensor in source.tensors() {
-        if let Some((layer, _)) = Input::of(&tensor.name) {
+        if let Some((layer, _)) = LayerInput::of(&tensor.name) {
             *weights.entry(layer).or_default() += tensor.weights() as u64;
         }
     }

@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 use std::hint::black_box;
 use std::time::Instant;
 use upg_kernel::format::LayerInfo;
-use upg_kernel::inference::Input;
+use upg_kernel::inference::LayerInput;
 use upg_kernel::inference::weights::{EMBEDDING, HEAD};
 use upg_kernel::matrix::strips::STRIP_ROWS;
 use upg_kernel::{Error, ErrorKind, Result};
@@ -208,7 +208,7 @@ fn products_of_token(source: &dyn Source, window: usize) -> f64 {
     let mut products = 0.0;
     for tensor in source.tensors() {
         let weights = tensor.weights() as f64;
-        let Some((_, input)) = Input::of(&tensor.name) else {
+        let Some((_, input)) = LayerInput::of(&tensor.name) else {
             if tensor.name == HEAD || tensor.name == EMBEDDING {
                 // The head forward and backward; in a model that has both, the embedding is only
                 // looked up.
@@ -220,7 +220,7 @@ fn products_of_token(source: &dyn Source, window: usize) -> f64 {
         // Forward, forward again during the backward pass, and backward.
         products += 3.0 * weights;
         products += (cols * cols + rows * rows.min(PANEL_ROWS as f64)) / 2.0;
-        if input == Input::Output {
+        if input == LayerInput::Output {
             // Queries times keys, and values: over half of the window on average in the forward
             // pass, over all of it later; twice each, and their gradients.
             products += cols * window as f64 * 8.0;

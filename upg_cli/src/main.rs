@@ -21,6 +21,7 @@ const FAILED: u8 = 1;
 /// Exit code of a wrong option or argument, the same as clap's.
 const USAGE: u8 = 2;
 /// Exit code when a mapped file was truncated or overwritten.
+#[cfg(unix)]
 const FILE_CHANGED: u8 = 3;
 
 /// Logger that prints the libraries' warnings like messages of the command.

@@ -1,7 +1,8 @@
-//! With the feature `metal`: compiles `kernels/spmv.metal` for the GPU where Xcode is there, so that programs need not.
+//! With the feature `metal`: compiles `kernels/spmv.metal` for the GPU where Xcode is there, so
+//! that programs need not.
 //!
-//! `UPG_METALLIB` names a compiled file to take instead, or `none`. Without one the library compiles the source when it
-//! is first used, which every system with Metal can.
+//! `UPG_METALLIB` names a compiled file to take instead, or `none`. Without one the library
+//! compiles the source when it is first used, which every system with Metal can.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -36,7 +37,8 @@ fn main() {
     }
 }
 
-/// With the compiler of Xcode, which not every Mac has. Whether it did; a warning says what it does not like.
+/// With the compiler of Xcode, which not every Mac has. Whether it did; a warning says what it does
+/// not like.
 fn compile(library: &Path) -> bool {
     let sdk = match std::env::var("CARGO_CFG_TARGET_OS").as_deref() {
         Ok("macos") => "macosx",

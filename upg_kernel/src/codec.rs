@@ -25,7 +25,7 @@ use std::str::FromStr;
 /// Makes the enum and its methods from the table.
 macro_rules! encodings {
     ($($(#[$doc:meta])* $encoding:ident, $codec:path, $matrix:ident;)*) => {
-        /// How the weights of a matrix are stored.
+        /// Encoding of the weights of a matrix.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
         #[non_exhaustive]
         pub enum Encoding {$($(#[$doc])* $encoding,)*}

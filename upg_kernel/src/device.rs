@@ -32,9 +32,10 @@ pub(crate) struct Norm<V = Vec<f32>> {
 
 /// Hardware that computes the steps of a decoder layer.
 ///
-/// The decoder is written once over these steps and calls them in order, from one thread. A device may compute a step when
-/// it is called, or record it and compute all steps in [`Device::read`]. Buffers are rows of f32 values, `[n, width]`; a
-/// step that writes one gives it the size that it needs.
+/// The decoder is written once over these steps and calls them in order, from one thread. A device
+/// may compute a step when it is called, or record it and compute all steps in [`Device::read`].
+/// Buffers are rows of f32 values, `[n, width]`; a step that writes one gives it the size that it
+/// needs.
 pub(crate) trait Device: Send + Sync + Sized + 'static {
     /// Rows of f32 values.
     type Buffer: Default + Send;
@@ -47,7 +48,8 @@ pub(crate) trait Device: Send + Sync + Sized + 'static {
     /// Memory that the steps of a pass share.
     type Scratch: Default + Send;
 
-    /// Makes a matrix known to the device. A mapped file is not copied where the device can read it in place.
+    /// Makes a matrix known to the device. A mapped file is not copied where the device can read it
+    /// in place.
     fn matrix(&self, matrix: Matrix) -> Result<Self::Weight>;
 
     /// Makes a vector known to the device.
@@ -56,7 +58,8 @@ pub(crate) trait Device: Send + Sync + Sized + 'static {
     /// Makes an empty cache, which grows with the blocks that passes refer to.
     fn cache(&self, layout: &CacheLayout) -> Result<Self::Cache>;
 
-    /// Calls `compute`, which computes a pass and calls its argument after each layer: another pass may have its turn then.
+    /// Calls `compute`, which computes a pass and calls its argument after each layer: another pass
+    /// may have its turn then.
     fn in_turn<R>(&self, compute: impl FnOnce(&mut dyn FnMut()) -> R) -> R {
         compute(&mut || {})
     }
@@ -84,7 +87,8 @@ pub(crate) trait Device: Send + Sync + Sized + 'static {
     /// Normalizes each row of `x` by its root mean square into `out`.
     fn norm(&self, norm: &Norm<Self::Vector>, x: &Self::Buffer, out: &mut Self::Buffer);
 
-    /// Multiplies `x [n, inputs]` by matrices with this input: `out [n, outputs of all]`, side by side.
+    /// Multiplies `x [n, inputs]` by matrices with this input: `out [n, outputs of all]`, side by
+    /// side.
     fn linear(
         &self,
         parts: &[Linear<Self::Weight, Self::Vector>],
@@ -95,7 +99,8 @@ pub(crate) trait Device: Send + Sync + Sized + 'static {
         out: &mut Self::Buffer,
     ) -> Result<()>;
 
-    /// Normalizes and rotates the heads of `qkv [n, queries, keys, values]` in place, and stores keys and values of `layer`.
+    /// Normalizes and rotates the heads of `qkv [n, queries, keys, values]` in place, and stores
+    /// keys and values of `layer`.
     fn rope_append(
         &self,
         pass: &Pass,

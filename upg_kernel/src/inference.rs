@@ -1,10 +1,10 @@
 //! The decoder: configuration, weights, KV cache, forward pass, sampling and generation.
 //!
-//! `config.json` -> [`ModelConfig`]; with a [`WeightSource`] -> [`Model`] (shared, read-only);
-//! with a KV cache -> [`Context`], which computes several [`Sequence`]s at once; with a [`Sampler`] for
-//! each [`Request`] -> [`Scheduler`], which continues one prompt or many. A [`Session`] is a context with one
-//! sequence. `UPGModel` has all of it from one file; it, the tokenizer and the chat template need the feature
-//! `text`.
+//! `config.json` -> [`ModelConfig`]; with a [`WeightSource`] -> [`Model`] (shared, read-only); with
+//! a KV cache -> [`Context`], which computes several [`Sequence`]s at once; with a [`Sampler`] for
+//! each [`Request`] -> [`Scheduler`], which continues one prompt or many. A [`Session`] is a
+//! context with one sequence. `UPGModel` has all of it from one file; it, the tokenizer and the
+//! chat template need the feature `text`.
 #![forbid(unsafe_code)]
 
 mod backward;

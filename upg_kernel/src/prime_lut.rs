@@ -1,7 +1,7 @@
 //! The first 10,000 primes, 2 to 104,729, computed at compile time.
 #![forbid(unsafe_code)]
 
-/// How many primes the table holds.
+/// Number of primes in the table.
 pub const PRIME_COUNT: usize = 10_000;
 
 /// The largest prime of the table, the 10,000th.

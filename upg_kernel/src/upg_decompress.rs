@@ -16,14 +16,14 @@ use rayon::prelude::*;
 use std::path::Path;
 use std::sync::Arc;
 
-/// From so many bytes on a matrix is written past the caches: it would not stay in them, and memory that is only
-/// overwritten need not be read. Few processors have more cache than that for a core.
+/// From so many bytes on a matrix is written past the caches: it would not stay in them, and memory
+/// that is only overwritten need not be read. Few processors have more cache than that for a core.
 const STREAMED: usize = 8 << 20;
 
 /// A weight type that a matrix can be decompressed to: `f32`, `f16` or `bf16`.
 pub trait WeightFloat: Float + Decode + Into<f32> + Send + Sync {
-    /// The nearest value of each weight, ties to even. Errors: those of [`Cpu::shared`]. Panics if the lengths
-    /// differ.
+    /// The nearest value of each weight, ties to even. Errors: those of [`Cpu::shared`]. Panics if
+    /// the lengths differ.
     fn from_weights(weights: &[f32], out: &mut [Self]) -> Result<()> {
         Self::round(Cpu::shared()?.kernels(), weights, out);
         Ok(())
@@ -56,7 +56,8 @@ impl<'a> From<&'a str> for LayerId<'a> {
     }
 }
 
-/// The weight of value 1: `scale * PRIME_LUT[prime_index]`, rounded to f16 (infinite from 65,520 on).
+/// The weight of value 1: `scale * PRIME_LUT[prime_index]`, rounded to f16 (infinite from 65,520
+/// on).
 pub fn reconstruct_weight(prime_index: PrimeIndex, scale: f32) -> f16 {
     f16::from_f32(scale * prime_index.prime() as f32)
 }
@@ -98,8 +99,8 @@ impl UPGDecompressor {
         self.file.layers().len()
     }
 
-    /// Fills `out` (`rows * cols` values, row by row) with layer `id`; allocates only one tile of 64
-    /// rows per thread. Errors: `Argument` for an unknown layer or another length of `out`, and
+    /// Fills `out` (`rows * cols` values, row by row) with layer `id`; allocates only one tile of
+    /// 64 rows per thread. Errors: `Argument` for an unknown layer or another length of `out`, and
     /// those of [`UpgFile::matrix`].
     pub fn decompress_layer_into<'a, T: WeightFloat>(
         &self,
@@ -131,14 +132,15 @@ impl UPGDecompressor {
 impl UPGDecompressor {
     /// Layer `id` as a BF16 tensor `[rows, cols]` on the CPU.
     ///
-    /// Allocates 2 bytes a weight; tiles of 64 rows are decoded in parallel. Errors: `Argument` for an
-    /// unknown layer, `TooLarge` if the memory is not to be had, and those of [`UpgFile::matrix`].
+    /// Allocates 2 bytes a weight; tiles of 64 rows are decoded in parallel. Errors: `Argument` for
+    /// an unknown layer, `TooLarge` if the memory is not to be had, and those of
+    /// [`UpgFile::matrix`].
     pub fn decompress_layer<'a>(&self, id: impl Into<LayerId<'a>>) -> Result<Tensor> {
         self.decompress_layer_as(id, DType::BF16)
     }
 
-    /// [`UPGDecompressor::decompress_layer`] as BF16, F16 or F32, rounded to nearest, ties to even. F16
-    /// overflows to infinity from 65,520 on. Errors: `Argument` for any other type.
+    /// [`UPGDecompressor::decompress_layer`] as BF16, F16 or F32, rounded to nearest, ties to even.
+    /// F16 overflows to infinity from 65,520 on. Errors: `Argument` for any other type.
     pub fn decompress_layer_as<'a>(
         &self,
         id: impl Into<LayerId<'a>>,

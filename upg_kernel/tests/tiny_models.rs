@@ -346,7 +346,8 @@ fn timings_count_what_was_computed() {
     }
 }
 
-/// Whatever sequence its beginning was taken from, and however far that was cut back, an answer is that of transformers.
+/// Whatever sequence its beginning was taken from, and however far that was cut back, an answer is
+/// that of transformers.
 #[test]
 fn a_prompt_continues_what_is_in_the_cache() {
     for (name, _) in MODELS {

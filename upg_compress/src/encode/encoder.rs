@@ -24,23 +24,23 @@ pub(crate) struct Encoder {
     /// Returns the bytes that codes take before they are in their arrays, for so many weights in
     /// all and parts at a time.
     pub scratch_bytes: fn(u64, u64) -> u64,
-    /// Whether the encoder uses a curvature.
+    /// Set if the encoder uses a curvature.
     pub is_calibrated: bool,
-    /// Whether the option for the columns of a group applies.
+    /// Set if the option for the columns of a group applies.
     pub takes_group: bool,
-    /// Whether zeros stay zeros and take less room, so that pruning pays.
+    /// Set if zeros stay zeros and take less room, so that pruning pays.
     pub stores_zeros: bool,
-    /// The encoding that stores zeros with as many bits for the other weights, and these bits.
+    /// Encoding that stores zeros, with as many bits for the other weights; and these bits.
     pub sparse: Option<(Encoding, f64)>,
-    /// Whether single rows take most of the time, not strips.
+    /// Set if single rows take most of the time, not strips.
     pub by_row: bool,
-    /// The default for embeddings beside blocks in this encoding.
+    /// Default for embeddings beside blocks in this encoding.
     pub embedding: DefaultEmbedding,
 }
 
 /// Default encoding of embeddings and output head.
 pub(crate) enum DefaultEmbedding {
-    /// That of the blocks.
+    /// The encoding of the blocks.
     AsBlocks,
     Q8,
     /// `q8`, or `q4` if `q8` embeddings would exceed a fifth of the file.

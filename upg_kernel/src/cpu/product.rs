@@ -70,8 +70,8 @@ impl Matrix {
     /// directly, with activations rounded to 14 bits, and `mdcsr` entry by entry in f32. Otherwise
     /// rows are decoded 64 at a time, once for all `n` vectors. `docs/numerics.md` has the error of
     /// each way. Works in parallel; the result does not depend on the number of threads. Scratch: 3
-    /// bytes a column and vector, or 256 bytes a column and thread; 4 more a column and vector where
-    /// the input is rotated.
+    /// bytes a column and vector, or 256 bytes a column and thread; 4 more a column and vector
+    /// where the input is rotated.
     ///
     /// Errors: `Argument` if `x` or `out` has another length; those of [`Cpu::shared`].
     pub fn spmm_into(&self, x: &[f32], n: usize, out: &mut [f32]) -> Result<()> {

@@ -118,11 +118,12 @@ impl Team {
         self.threads.len() + 1
     }
 
-    /// Waits until no other caller has a turn, so that the loops of this one get all threads. A thread must not ask for a
-    /// turn while it has one.
+    /// Waits until no other caller has a turn, so that the loops of this one get all threads. A
+    /// thread must not ask for a turn while it has one.
     ///
-    /// `None` with up to two threads: callers side by side, each computing alone, get as much as each other then, and
-    /// more in all (SmolLM2, two callers on two cores: 346 tokens/s, 305 in turns).
+    /// `None` with up to two threads: callers side by side, each computing alone, get as much as
+    /// each other then, and more in all (SmolLM2, two callers on two cores: 346 tokens/s, 305 in
+    /// turns).
     pub(crate) fn turn(&self) -> Option<Turn<'_>> {
         (self.threads() > 2).then(|| self.turns.wait())
     }

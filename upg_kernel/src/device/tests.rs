@@ -1,5 +1,5 @@
-//! A second device, in plain f32 loops, which records the steps of a pass and computes them when it is read: the seam
-//! holds if tiny models of all families give the same logits on it.
+//! A second device, in plain f32 loops, which records the steps of a pass and computes them when it
+//! is read: the seam holds if tiny models of all families give the same logits on it.
 
 #[path = "../../tests/common/mod.rs"]
 #[allow(dead_code, reason = "helpers of other tests")]
@@ -17,7 +17,8 @@ use std::collections::HashMap;
 use std::mem::take;
 use std::sync::{Arc, Mutex};
 
-/// Largest difference from logits up to 5 that transformers computes in f32, as in `tests/tiny_models.rs`.
+/// Largest difference from logits up to 5 that transformers computes in f32, as in
+/// `tests/tiny_models.rs`.
 const TOLERANCE: f32 = 3e-5;
 
 /// A value that recorded steps share.

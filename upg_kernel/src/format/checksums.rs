@@ -40,7 +40,8 @@ impl fmt::Display for Recorded {
 
 /// Reads the checksums of the tensors of `table`, in its order; others are passed over.
 ///
-/// Memory: 17 bytes for each tensor. Errors (`Invalid`): no JSON object of texts, or one that has a tensor twice.
+/// Memory: 17 bytes for each tensor. Errors (`Invalid`): no JSON object of texts, or one that has a
+/// tensor twice.
 pub(super) fn read(text: &str, table: &Container) -> Result<Vec<Recorded>> {
     json::parse(text, Sums(table)).map_err(|e| {
         let message = json::message("metadata 'checksums'", &e);

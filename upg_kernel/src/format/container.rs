@@ -1,7 +1,8 @@
 //! The header of a safetensors file, read within bounds.
 //!
-//! The crate `safetensors` takes up to 18 times the bytes of a header. Here each byte of it is read once, from a map that
-//! another process may be writing to, and goes into a compact table. Memory: at most 4 times the header, and 4 MiB.
+//! The crate `safetensors` takes up to 18 times the bytes of a header. Here each byte of it is read
+//! once, from a map that another process may be writing to, and goes into a compact table. Memory:
+//! at most 4 times the header, and 4 MiB.
 #![forbid(unsafe_code)]
 
 use super::json;
@@ -21,7 +22,8 @@ use std::ops::Range;
 
 /// Largest header in bytes, as in every reader of safetensors.
 pub const MOST_HEADER_BYTES: usize = 100_000_000;
-/// Most tensors of a file: three parts for each of 3 matrices of 256 experts in 400 layers are 921,600.
+/// Most tensors of a file: three parts for each of 3 matrices of 256 experts in 400 layers are
+/// 921,600.
 pub const MOST_TENSORS: usize = 1 << 20;
 /// Longest name of a tensor in bytes; real ones stay below 200.
 pub const MOST_NAME_BYTES: usize = 1 << 12;
@@ -75,15 +77,17 @@ struct Slot {
 impl Container {
     /// Reads the header of `file`, which is a whole safetensors file.
     ///
-    /// Time is linear in the header but for sorting. Errors: `Malformed` for what is no safetensors file, with tensors that
-    /// overlap, leave gaps, do not fit their shape or are listed twice; `TooLarge` above the caps of this module.
+    /// Time is linear in the header but for sorting. Errors: `Malformed` for what is no safetensors
+    /// file, with tensors that overlap, leave gaps, do not fit their shape or are listed twice;
+    /// `TooLarge` above the caps of this module.
     pub fn read(file: &[u8]) -> Result<Self> {
         let header = header_of(file)?;
         // Not from the slice: its texts would be borrowed from bytes that may change meanwhile.
         Self::parse(header, header.len(), file.len())
     }
 
-    /// Reads the header of a safetensors file of `file_len` bytes, without a map and without the rest of the file.
+    /// Reads the header of a safetensors file of `file_len` bytes, without a map and without the
+    /// rest of the file.
     ///
     /// Errors: as [`Container::read`]; `Malformed` also if `file` cannot be read.
     pub fn read_from(mut file: impl Read, file_len: u64) -> Result<Self> {
@@ -171,7 +175,8 @@ impl Container {
         }
     }
 
-    /// Checks that the tensors are all of the file from `start` to `end`, and counts their places from its first byte.
+    /// Checks that the tensors are all of the file from `start` to `end`, and counts their places
+    /// from its first byte.
     fn place(&mut self, start: usize, end: usize) -> Result<()> {
         let mut order: Vec<u32> = (0..self.slots.len() as u32).collect();
         order.sort_unstable_by_key(|&i| (self.slots[i as usize].begin, self.slots[i as usize].end));

@@ -1,4 +1,5 @@
-//! JSON texts of files, read within bounds: caps before memory is taken, and errors of one short line.
+//! JSON texts of files, read within bounds: caps before memory is taken, and errors of one short
+//! line.
 #![forbid(unsafe_code)]
 
 use crate::error::{Error, ErrorKind, Result};
@@ -6,7 +7,8 @@ use serde::de::{DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value};
 use std::fmt;
 
-/// Most values (objects, lists, texts, numbers) of a text that is kept as a tree, where each takes up to 250 bytes.
+/// Most values (objects, lists, texts, numbers) of a text that is kept as a tree, where each takes
+/// up to 250 bytes.
 ///
 /// The largest published `config.json`, with lists of what is not quantized, have some thousands.
 pub const MAX_VALUES: usize = 1 << 17;
@@ -16,17 +18,18 @@ const MAX_MESSAGE: usize = 200;
 
 /// Parses `text`, which is that of `document`.
 ///
-/// Time is linear in the text. Memory: the texts in it, and 250 bytes for each value. Errors: `Malformed` for
-/// what is no JSON; `TooLarge` for more than [`MAX_VALUES`] values.
+/// Time is linear in the text. Memory: the texts in it, and 250 bytes for each value. Errors:
+/// `Malformed` for what is no JSON; `TooLarge` for more than [`MAX_VALUES`] values.
 pub fn value(document: &str, text: &str) -> Result<Value> {
     let mut values = Values::new(MAX_VALUES);
     parse(text, Tree(&mut values)).map_err(|e| values.refused(document, e))
 }
 
-/// The values of `keys` in the object that `text` is; other keys are passed over, and take no memory.
+/// The values of `keys` in the object that `text` is; other keys are passed over, and take no
+/// memory.
 ///
-/// Cost as for [`value`]. Errors: those of [`value`], which counts the object and the values of these keys; `Malformed` for
-/// what is no object.
+/// Cost as for [`value`]. Errors: those of [`value`], which counts the object and the values of
+/// these keys; `Malformed` for what is no object.
 pub fn fields(document: &str, text: &str, keys: &[&str]) -> Result<Map<String, Value>> {
     let mut values = Values::new(MAX_VALUES);
     let picked = Picked {
@@ -96,7 +99,8 @@ impl Values {
 /// Beginning of the message of the error for a value too many.
 const TOO_MANY: &str = "too many values";
 
-/// Returns whether `e` is the error for a value too many. No text of a file comes first in a message of this crate.
+/// Returns whether `e` is the error for a value too many. No text of a file comes first in a
+/// message of this crate.
 #[cfg(feature = "text")]
 pub(crate) fn is_too_many(e: &serde_json::Error) -> bool {
     e.is_data() && e.to_string().starts_with(TOO_MANY)
@@ -174,8 +178,8 @@ impl<'a> Visitor<'_> for OneOf<'a> {
 
 /// A value that is checked as a kept one is, and not kept.
 ///
-/// [`serde::de::IgnoredAny`] lets pass what no parser takes as a value: numbers out of range, half of a surrogate pair,
-/// lists of any depth.
+/// [`serde::de::IgnoredAny`] lets pass what no parser takes as a value: numbers out of range, half
+/// of a surrogate pair, lists of any depth.
 struct Checked;
 
 impl<'de> DeserializeSeed<'de> for Checked {

@@ -17,7 +17,8 @@ impl UpgFile {
         DenseMatrix::new(rows, cols, self.kept_values(name, &entry)?).map_err(|e| e.tensor(name))
     }
 
-    /// An uncompressed vector, widened to f32. Errors: `Missing`; `Shape` if it has not one dimension.
+    /// An uncompressed vector, widened to f32. Errors: `Missing`; `Shape` if it has not one
+    /// dimension.
     pub fn kept_vector(&self, name: &str) -> Result<Vec<f32>> {
         let entry = self.kept_entry(name)?;
         if entry.shape.len() != 1 {

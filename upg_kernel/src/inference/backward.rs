@@ -241,11 +241,11 @@ impl Backward {
         &self.gradients
     }
 
-    /// Propagates the gradients back through layer `index`, whose input was
-    /// `hidden [sequences, len, hidden]`.
+    /// Propagates the gradients back through layer `index`, whose input was `hidden [sequences,
+    /// len, hidden]`.
     ///
-    /// `observe` sees the four [`LayerInput`](super::LayerInput)s from the last to the first, for a few
-    /// sequences at a time. Returns the gradients of the gains of its norms. Cost: about three
+    /// `observe` sees the four [`LayerInput`](super::LayerInput)s from the last to the first, for a
+    /// few sequences at a time. Returns the gradients of the gains of its norms. Cost: about three
     /// times a forward pass of the layer.
     ///
     /// Errors: `Argument` for another number of values; those of loading the layer and of

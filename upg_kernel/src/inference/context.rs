@@ -1,4 +1,5 @@
-//! Sequences and the memory of their keys and values: a [`Context`] computes one or several [`Sequence`]s in a pass.
+//! Sequences and the memory of their keys and values: a [`Context`] computes one or several
+//! [`Sequence`]s in a pass.
 #![forbid(unsafe_code)]
 
 use super::cache::{BlockPool, BlockTables, CacheLayout, CacheType};
@@ -15,15 +16,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 pub struct SessionOptions {
     /// Most positions of a sequence, prompt and answer; `None` is what the model was made for.
     pub context: Option<usize>,
-    /// Number of positions of a sequence that are computed at once, 1 to 65,536; bounds the memory for
-    /// activations.
+    /// Number of positions of a sequence that are computed at once, 1 to 65,536; bounds the memory
+    /// for activations.
     pub prefill_chunk: usize,
     /// Storage of keys and values.
     pub cache_type: CacheType,
     /// Most bytes of the KV cache of all sequences; `None` is no limit.
     pub max_cache_bytes: Option<usize>,
     /// A flag that ends every call with an error of kind `Interrupted`, within the time of one
-    /// layer, once it is true; sequences are then as before the call. `None`: calls cannot be stopped.
+    /// layer, once it is true; sequences are then as before the call. `None`: calls cannot be
+    /// stopped.
     pub interrupt: Option<Arc<AtomicBool>>,
 }
 
@@ -53,9 +55,9 @@ pub enum Logits {
 
 /// The KV cache of some sequences, and the forward passes over them.
 ///
-/// Weights are read once for all sequences of a pass. Each call says which sequences take part: some may join, leave, or be
-/// cut back between two calls. One token of one sequence and many of another may be in the same call, so that a prompt is
-/// taken piece by piece while others generate.
+/// Weights are read once for all sequences of a pass. Each call says which sequences take part:
+/// some may join, leave, or be cut back between two calls. One token of one sequence and many of
+/// another may be in the same call, so that a prompt is taken piece by piece while others generate.
 ///
 /// ```no_run
 /// # fn main() -> upg_kernel::Result<()> {
@@ -110,7 +112,8 @@ impl Sequence {
         self.tables.truncate(len);
     }
 
-    /// Returns how many of the first of `tokens` the sequence already has; all but the last at most.
+    /// Returns how many of the first of `tokens` the sequence already has; all but the last at
+    /// most.
     pub fn common_prefix(&self, tokens: &[u32]) -> usize {
         let pairs = self.tokens.iter().zip(tokens);
         let common = pairs.take_while(|(a, b)| a == b).count();
@@ -215,14 +218,15 @@ impl Context {
 
     /// Appends to each sequence its tokens; `logits` becomes those that are wanted, `[n, vocab]`.
     ///
-    /// The logits of a sequence stand together, and are those that it gets alone, as closely as products with several
-    /// vectors are those with one (`docs/numerics.md`). Takes as many passes as the longest part needs; a pass has at most
-    /// `prefill_chunk` positions of each sequence, which bounds the memory for activations. Allocates nothing once it has
-    /// computed as much, unless the cache has to grow. No parts: no logits.
+    /// The logits of a sequence stand together, and are those that it gets alone, as closely as
+    /// products with several vectors are those with one (`docs/numerics.md`). Takes as many passes
+    /// as the longest part needs; a pass has at most `prefill_chunk` positions of each sequence,
+    /// which bounds the memory for activations. Allocates nothing once it has computed as much,
+    /// unless the cache has to grow. No parts: no logits.
     ///
-    /// Errors: `Argument` (no tokens, an id beyond the vocabulary, more than fit into the context, a sequence of another
-    /// context), `TooLarge` (no memory for the cache or for the result), `Interrupted`. After an error every sequence is as
-    /// before.
+    /// Errors: `Argument` (no tokens, an id beyond the vocabulary, more than fit into the context,
+    /// a sequence of another context), `TooLarge` (no memory for the cache or for the result),
+    /// `Interrupted`. After an error every sequence is as before.
     pub fn extend(
         &mut self,
         parts: &mut [Part<'_>],

@@ -67,7 +67,8 @@ impl fmt::Display for Timings {
     }
 }
 
-/// Decoder of token ids into text, one after the other. A closure `FnMut(u32) -> Result<String>` is one.
+/// Decoder of token ids into text, one after the other. A closure `FnMut(u32) -> Result<String>` is
+/// one.
 pub trait PieceDecoder: Send {
     /// Returns the text that `id` adds; empty while a character is incomplete.
     fn piece(&mut self, id: u32) -> Result<String>;
@@ -95,13 +96,15 @@ impl Text {
         Self { decoder, stops }
     }
 
-    /// Takes a token. Returns the text that is certain now, and the index of a stop string that ends it.
+    /// Takes a token. Returns the text that is certain now, and the index of a stop string that
+    /// ends it.
     pub(super) fn token(&mut self, token: u32) -> Result<(String, Option<usize>)> {
         let piece = self.decoder.piece(token)?;
         Ok(self.stops.push(&piece))
     }
 
-    /// Returns what was held back, after the last token, and the index of a stop string that ends it.
+    /// Returns what was held back, after the last token, and the index of a stop string that ends
+    /// it.
     pub(super) fn end(&mut self) -> Result<(String, Option<usize>)> {
         let rest = self.decoder.finish()?;
         let (mut text, stopped) = self.stops.push(&rest);
@@ -168,7 +171,7 @@ impl StopStrings {
         std::mem::take(&mut self.held)
     }
 
-    /// Where the longest end of the held text starts that is the beginning of a stop string.
+    /// Returns the start of the longest suffix of the held text that begins a stop string.
     fn undecided(&self) -> usize {
         let longest = self.stops.iter().map(String::len).max().unwrap_or(0);
         let earliest = (self.held.len() + 1).saturating_sub(longest);

@@ -1,4 +1,5 @@
-//! Requests that share forward passes: a [`Scheduler`] whose requests join, end and fail one by one.
+//! Requests that share forward passes: a [`Scheduler`] whose requests join, end and fail one by
+//! one.
 #![forbid(unsafe_code)]
 
 use super::context::{Context, Logits, Part, Sequence, SessionOptions};
@@ -15,8 +16,8 @@ mod stream;
 
 pub use stream::TextStream;
 
-/// A prompt to continue. [`UPGModel::request`](super::UPGModel::request) makes one that gives text and ends where the model
-/// ends.
+/// A prompt to continue. [`UPGModel::request`](super::UPGModel::request) makes one that gives text
+/// and ends where the model ends.
 #[non_exhaustive]
 pub struct Request {
     /// Token ids of the prompt; in a chat, of all turns so far.
@@ -31,7 +32,8 @@ pub struct Request {
     pub decoder: Option<Box<dyn PieceDecoder>>,
     /// Texts that end the answer, and are not given out. They need a decoder.
     pub stop_strings: Vec<String>,
-    /// Number of the most probable tokens that [`Event::Token`] reports for each position; `None`: no probabilities.
+    /// Number of the most probable tokens that [`Event::Token`] reports for each position; `None`:
+    /// no probabilities.
     pub log_probs: Option<usize>,
 }
 
@@ -71,7 +73,8 @@ pub struct RequestId(u64);
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Event {
-    /// A token of the answer was chosen; with probabilities if [`Request::log_probs`] asks for them.
+    /// A token of the answer was chosen; with probabilities if [`Request::log_probs`] asks for
+    /// them.
     Token(u32, Option<LogProbs>),
     /// The next piece of the answer; never empty.
     Text(String),
@@ -83,17 +86,20 @@ pub enum Event {
 
 /// Continues any number of prompts, some of them in the same forward passes.
 ///
-/// It owns what it needs and can be kept in a thread of its own. Each [`Scheduler::step`] is one forward pass: every
-/// sequence that generates has one token in it, and prompts share what `prefill_chunk` leaves, so that a long prompt holds
-/// up nobody for longer than that. (A longrope model computes a sequence again, all at once, where it grows past the
-/// switch of its frequencies.) Answers are those that a request gets alone, as closely as products with several vectors
-/// are those with one (`docs/numerics.md`).
+/// It owns what it needs and can be kept in a thread of its own. Each [`Scheduler::step`] is one
+/// forward pass: every sequence that generates has one token in it, and prompts share what
+/// `prefill_chunk` leaves, so that a long prompt holds up nobody for longer than that. (A longrope
+/// model computes a sequence again, all at once, where it grows past the switch of its
+/// frequencies.) Answers are those that a request gets alone, as closely as products with several
+/// vectors are those with one (`docs/numerics.md`).
 ///
-/// A request starts when fewer than `at_once` others run and the memory is there that it may need to its end:
-/// [`SessionOptions::max_cache_bytes`] is never exceeded, and no request is interrupted for the memory of another.
+/// A request starts when fewer than `at_once` others run and the memory is there that it may need
+/// to its end: [`SessionOptions::max_cache_bytes`] is never exceeded, and no request is interrupted
+/// for the memory of another.
 ///
-/// A prompt that begins as a sequence that runs, or as one of the last `at_once` that ended, shares the keys and values
-/// of the common part: the next turn of a chat computes what is new. What ended gives way where others need its memory.
+/// A prompt that begins as a sequence that runs, or as one of the last `at_once` that ended, shares
+/// the keys and values of the common part: the next turn of a chat computes what is new. What ended
+/// gives way where others need its memory.
 ///
 /// ```no_run
 /// # fn main() -> upg_kernel::Result<()> {
@@ -181,8 +187,9 @@ impl Scheduler {
 
     /// Takes a request, which starts with one of the next [`Scheduler::step`]s.
     ///
-    /// Errors: `Argument` (a prompt that is empty, too long or has ids beyond the vocabulary; an empty stop string, or stop
-    /// strings without a decoder), `TooLarge` (it may need more than `max_cache_bytes` by itself).
+    /// Errors: `Argument` (a prompt that is empty, too long or has ids beyond the vocabulary; an
+    /// empty stop string, or stop strings without a decoder), `TooLarge` (it may need more than
+    /// `max_cache_bytes` by itself).
     pub fn submit(&mut self, request: Request) -> Result<RequestId> {
         self.context.check(0, &request.prompt)?;
         let positions = request.prompt.len().saturating_add(request.max_tokens);
@@ -221,15 +228,18 @@ impl Scheduler {
         Ok(id)
     }
 
-    /// Submits a request and returns its text as an iterator, which computes a forward pass where it needs one.
+    /// Submits a request and returns its text as an iterator, which computes a forward pass where
+    /// it needs one.
     ///
-    /// An answer that is not read to its end is cancelled; its sequence may be continued. Errors: those of
-    /// [`Scheduler::submit`]; `Argument` if other requests run or wait, or for a request without a decoder.
+    /// An answer that is not read to its end is cancelled; its sequence may be continued. Errors:
+    /// those of [`Scheduler::submit`]; `Argument` if other requests run or wait, or for a request
+    /// without a decoder.
     pub fn stream(&mut self, request: Request) -> Result<TextStream<'_>> {
         TextStream::new(self, request)
     }
 
-    /// Ends a request without another event; its memory is free at once. Returns whether it was there.
+    /// Ends a request without another event; its memory is free at once. Returns whether it was
+    /// there.
     pub fn cancel(&mut self, id: RequestId) -> bool {
         self.take(id).is_some()
     }
@@ -273,14 +283,16 @@ impl Scheduler {
             .map(|request| request.timings)
     }
 
-    /// Returns the bytes of the KV cache that are in use, those of sequences that have ended included.
+    /// Returns the bytes of the KV cache that are in use, those of sequences that have ended
+    /// included.
     pub fn cache_bytes(&self) -> usize {
         self.context.cache_bytes()
     }
 
     /// Computes one forward pass; returns what follows from it, in the order of the requests' ids.
     ///
-    /// An error ends the request that it belongs to. An interrupt ([`SessionOptions::interrupt`]) ends all that run.
+    /// An error ends the request that it belongs to. An interrupt ([`SessionOptions::interrupt`])
+    /// ends all that run.
     pub fn step(&mut self) -> Vec<(RequestId, Event)> {
         self.admit();
         let mut events = Vec::new();
@@ -373,7 +385,8 @@ impl Scheduler {
             .extend(&mut parts, Logits::Last, &mut self.logits)
     }
 
-    /// Computes a pass for each request alone, after a common pass has failed, to find whose error it was.
+    /// Computes a pass for each request alone, after a common pass has failed, to find whose error
+    /// it was.
     fn one_by_one(&mut self, events: &mut Vec<(RequestId, Event)>) {
         for index in 0..self.running.len() {
             let (started, chunk) = (Instant::now(), self.context.prefill_chunk());
@@ -386,7 +399,8 @@ impl Scheduler {
         }
     }
 
-    /// Chooses the next token of the requests from `first` on that `logits` has rows of, after a pass of this time.
+    /// Chooses the next token of the requests from `first` on that `logits` has rows of, after a
+    /// pass of this time.
     fn advance(&mut self, first: usize, time: Duration, events: &mut Vec<(RequestId, Event)>) {
         let vocab = self.context.model().config().vocab_size;
         let context = self.context.max_len();
@@ -400,7 +414,8 @@ impl Scheduler {
 }
 
 impl Running {
-    /// Returns what to compute next: of the prompt up to `more` tokens beside the one that it has in any case.
+    /// Returns what to compute next: of the prompt up to `more` tokens beside the one that it has
+    /// in any case.
     fn next_part(&mut self, more: usize) -> Part<'_> {
         let tokens = match &self.pending {
             Some(token) => std::slice::from_ref(token),

@@ -90,9 +90,9 @@ impl Session {
 
     /// Makes `tokens` the whole sequence; returns the logits `[vocab]` of the last one.
     ///
-    /// What the sequence has in common with `tokens` at the front is not computed again, but at
-    /// least the last token is. Errors: as [`Session::prefill`]; only what is in common is left then, unless it
-    /// was an `Argument`.
+    /// The common prefix of the sequence and `tokens` is not computed again, but at
+    /// least the last token is. Errors: as [`Session::prefill`]; only what is in common is left
+    /// then, unless it was an `Argument`.
     pub fn replace(&mut self, tokens: &[u32]) -> Result<Vec<f32>> {
         self.context.check(0, tokens)?;
         let kept = self.sequence.common_prefix(tokens);

@@ -4,7 +4,8 @@
 use crate::error::{Error, ErrorKind, Result};
 use serde_json::{Map, Value};
 
-/// Returns the template in a parsed `tokenizer_config.json`: a text, or of several named ones `default`.
+/// Returns the template in a parsed `tokenizer_config.json`: a text, or of several named ones
+/// `default`.
 ///
 /// Errors: `Malformed` when `chat_template` is neither.
 pub(crate) fn default_template(config: &Map<String, Value>) -> Result<Option<&str>> {

@@ -19,7 +19,8 @@ use std::sync::Arc;
 /// Sequences of [`UPGModel::generate_batch`] in a forward pass.
 const AT_ONCE: usize = 16;
 
-/// A model that is ready to generate; shared by any number of [`Session`]s. A clone shares everything.
+/// A model that is ready to generate; shared by any number of [`Session`]s. A clone shares
+/// everything.
 #[derive(Clone)]
 pub struct UPGModel {
     file: Arc<UpgFile>,
@@ -30,8 +31,8 @@ pub struct UPGModel {
 impl UPGModel {
     /// Opens a UPG file with everything that is in it.
     ///
-    /// Weights are mapped, not read: the time goes into the header and the tokenizer. Errors: those of [`UpgFile::open`] and
-    /// [`UPGModel::new`].
+    /// Weights are mapped, not read: the time goes into the header and the tokenizer. Errors: those
+    /// of [`UpgFile::open`] and [`UPGModel::new`].
     ///
     /// ```no_run
     /// # fn main() -> upg_kernel::Result<()> {
@@ -62,8 +63,8 @@ impl UPGModel {
 
     /// Loads the model of a file that is already open.
     ///
-    /// Errors: `Missing` if there is no `config.json` in the file; those of [`ModelConfig::from_json`],
-    /// [`Tokenizer::from_json`] and [`Model::load`].
+    /// Errors: `Missing` if there is no `config.json` in the file; those of
+    /// [`ModelConfig::from_json`], [`Tokenizer::from_json`] and [`Model::load`].
     pub fn new(file: Arc<UpgFile>) -> Result<Self> {
         Self::load(&file).map_err(|e| e.at(file.path()))
     }
@@ -111,8 +112,8 @@ impl UPGModel {
             .hint("pass token ids instead of text, or compress a directory with tokenizer.json")
     }
 
-    /// The chat template of the model; if it asks for the date, it is told today's (UTC). Errors: `Missing` if it has none, and those of
-    /// [`ChatTemplate::new`].
+    /// The chat template of the model; if it asks for the date, it is told today's (UTC). Errors:
+    /// `Missing` if it has none, and those of [`ChatTemplate::new`].
     pub fn chat_template(&self) -> Result<ChatTemplate> {
         let template = match self.file.metadata("chat_template") {
             Some(source) => {
@@ -153,13 +154,14 @@ impl UPGModel {
         Ok(Tensor::from_vec(logits, shape, &Device::Cpu)?)
     }
 
-    /// Makes a scheduler for up to `at_once` sequences in a forward pass. Errors: those of [`Scheduler::new`].
+    /// Makes a scheduler for up to `at_once` sequences in a forward pass. Errors: those of
+    /// [`Scheduler::new`].
     pub fn scheduler(&self, at_once: usize, options: &SessionOptions) -> Result<Scheduler> {
         Scheduler::new(Arc::clone(&self.model), at_once, options)
     }
 
-    /// Makes a request for the `max_tokens` most probable tokens after the token ids `prompt`, up to a stop token of
-    /// the model. Its answer is a text if the model has a tokenizer.
+    /// Makes a request for the `max_tokens` most probable tokens after the token ids `prompt`, up
+    /// to a stop token of the model. Its answer is a text if the model has a tokenizer.
     pub fn request(&self, prompt: Vec<u32>, max_tokens: usize) -> Request {
         let mut request = Request::new(prompt, max_tokens);
         request.stop_ids.clone_from(&self.model.config().eos_ids);
@@ -182,7 +184,8 @@ impl UPGModel {
             .collect()
     }
 
-    /// [`UPGModel::generate`] for several prompts, 16 of them at once; the texts in the order of the prompts.
+    /// [`UPGModel::generate`] for several prompts, 16 of them at once; the texts in the order of
+    /// the prompts.
     ///
     /// Errors: the first of those of [`UPGModel::generate`].
     ///

@@ -56,8 +56,8 @@ impl RowFeedback {
 /// Returns for each row the scale of its levels with which they cost least; `None` where any would
 /// do.
 ///
-/// What is searched together, a tile or some rows of it, is searched with what comes next in view,
-/// whose targets do not know of its errors yet.
+/// A tile, or some rows of it, is searched as one. The search looks ahead at the next one, whose
+/// targets do not include the errors of this one yet.
 pub(super) fn search(
     search: &mut Search<'_>,
     targets: &[f32],

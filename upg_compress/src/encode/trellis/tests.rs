@@ -11,7 +11,7 @@ use upg_kernel::trellis_code::TrellisCode;
 /// -24.08. Sampling noise of 65,536 weights: about 0.03 dB.
 const BAR: [(u8, f64); 3] = [(2, -11.55), (3, -17.4), (4, -23.1)];
 
-/// How much more than the exact search the integer search may cost: its steps are 1/115 of an
+/// Largest cost of the integer search relative to that of the exact search: its steps are 1/115 of an
 /// average error, and their rounding averages out.
 const SEARCH_LOSS: f64 = 1.0005;
 
@@ -320,8 +320,8 @@ fn what_cannot_be_encoded_is_refused() {
     }
 }
 
-/// How much larger the inputs of one column are, and the most that errors cost, as a part of what
-/// the sensitivity promises: it counts damping in, which costs nothing really. Measured: 0.92 to
+/// Factor of the inputs of one column, and largest cost of errors as a share of what the
+/// sensitivity promises. The sensitivity includes damping, which costs nothing in fact. Measured: 0.92 to
 /// 1.01, 0.90 to 1.00, 0.10 to 0.18; the last one was 0.32 for `t2` where weights of a search were
 /// 1 on average over the matrix, and ran into the end of its costs.
 const KEPT_PROMISES: [(f32, f64); 3] = [(1.0, 1.05), (30.0, 1.05), (3000.0, 0.25)];

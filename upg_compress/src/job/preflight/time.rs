@@ -90,8 +90,8 @@ pub(super) fn seconds(source: &dyn Source, options: &CompressOptions, plan: &Pla
     Ok(total)
 }
 
-/// Returns the minimum rows of a matrix that one thread encodes. Parts of a matrix that is `alone` are shared
-/// out evenly.
+/// Returns the minimum rows of a matrix that one thread encodes. Parts of a matrix that is `alone`
+/// are shared out evenly.
 fn in_turn(layer: &LayerInfo, calibrated: bool, alone: bool) -> Result<usize> {
     // Without a trellis most of the time goes into the search for primes, row by row.
     let together = match encoder_of(layer)?.by_row {

@@ -5,8 +5,8 @@ use super::handover::lock;
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Time that a caller computes before it lets another one go on: long beside the wake-up of a thread, short
-/// beside what people notice.
+/// Time that a caller computes before it lets another one go on: long beside the wake-up of a
+/// thread, short beside what people notice.
 const SLICE: Duration = Duration::from_millis(2);
 
 /// A queue for the team: callers compute one after the other, in the order in which they came.

@@ -6,7 +6,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::inference::generate::{FinishReason, Timings};
 use std::collections::VecDeque;
 
-/// The text of an answer in non-empty pieces, from [`Scheduler::stream`]. It ends for good after an error.
+/// The text of an answer in non-empty pieces, from [`Scheduler::stream`]. It ends for good after an
+/// error.
 #[derive(Debug)]
 pub struct TextStream<'a> {
     scheduler: &'a mut Scheduler,

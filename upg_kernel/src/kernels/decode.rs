@@ -1,8 +1,8 @@
 //! Decoding of packed weights to floats, written once for the instruction sets of x86-64.
 #![forbid(unsafe_code)]
 
-use super::Kernels;
 use super::activations::GROUP;
+use super::scalar::Signs;
 use super::views::{Primes, Strip};
 use crate::prime_lut::PRIME_LUT;
 use crate::rotation::Rotation;
@@ -139,7 +139,10 @@ pub(super) fn put_turned<W: Weights, T: Element>(
     out: &mut [T],
 ) {
     put_row::<W, f32>(proof, row, turned);
-    W::kernels(proof).rotate_back(rotation, turned);
+    rotation.invert_by(
+        |x, factor, signs| W::transform(proof, x, factor, signs),
+        turned,
+    );
     convert::<W, T>(proof, turned, out);
 }
 
@@ -214,8 +217,8 @@ pub(super) trait Weights: Numbers<GROUP> {
     /// Loads weights as they are in memory.
     fn load(proof: Self::Proof, weights: &[f32; GROUP]) -> Self;
 
-    /// Returns the kernels that belong to these registers.
-    fn kernels(proof: Self::Proof) -> Kernels;
+    /// Runs [`super::scalar::transform`].
+    fn transform(proof: Self::Proof, x: &mut [f32], factor: f32, signs: Signs<'_>);
 
     /// Writes the weights of a row to `out [cols]`, inverse-rotated and rounded. `turned [cols]`
     /// is scratch memory.

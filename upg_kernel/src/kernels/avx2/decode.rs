@@ -3,7 +3,6 @@
 use super::levels::{self, Levels};
 use super::*;
 use crate::kernels::decode::{self, Element, Line, Numbers, TILES, Weights};
-use crate::kernels::{Kernels, Set};
 
 /// Decodes a strip to `out [rows, cols]`.
 ///
@@ -117,8 +116,8 @@ impl Weights for Eights {
     }
 
     #[inline(always)]
-    fn kernels(proof: Avx2) -> Kernels {
-        Kernels(Set::Avx2(proof))
+    fn transform(proof: Avx2, x: &mut [f32], factor: f32, signs: Signs<'_>) {
+        proof.transform(x, factor, signs);
     }
 
     #[inline(always)]

@@ -5,7 +5,6 @@ use super::*;
 use crate::kernels::decode::{self, Element, Line, Numbers, Row, TILES, Weights};
 use crate::kernels::hadamard::{self, Register as _, Same, ScaledAndFlipped, Sink, Source};
 use crate::kernels::views::Primes;
-use crate::kernels::{Kernels, Set};
 
 /// Decodes a strip to `out [rows, cols]`.
 ///
@@ -143,8 +142,8 @@ impl Weights for Sixteens {
     }
 
     #[inline(always)]
-    fn kernels(proof: Avx512) -> Kernels {
-        Kernels(Set::Avx512(proof))
+    fn transform(proof: Avx512, x: &mut [f32], factor: f32, signs: Signs<'_>) {
+        proof.transform(x, factor, signs);
     }
 
     /// Decoding is part of the first pass over memory, and rounding part of the last.

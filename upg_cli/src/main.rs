@@ -121,13 +121,17 @@ fn run(cli: cli::Cli) -> Result<()> {
 
 /// Returns whether a command reads weights at memory bandwidth.
 fn runs_a_model(command: &cli::Command) -> bool {
-    matches!(
-        command,
-        cli::Command::Run(_)
-            | cli::Command::Chat(_)
-            | cli::Command::Eval(_)
-            | cli::Command::Bench(_)
-    )
+    use cli::Command as C;
+    match command {
+        C::Run(_) | C::Chat(_) | C::Eval(_) | C::Bench(_) => true,
+        C::Compress(_)
+        | C::Tune(_)
+        | C::Convert(_)
+        | C::Decompress(_)
+        | C::Inspect(_)
+        | C::Verify(_)
+        | C::Completions(_) => false,
+    }
 }
 
 fn print_version(verbose: bool) -> Result<()> {

@@ -33,8 +33,8 @@ pub(crate) struct Norm<V = Vec<f32>> {
 /// Hardware that computes the steps of a decoder layer.
 ///
 /// The decoder is written once over these steps and calls them in order, from one thread. A device
-/// may compute a step when it is called, or record it and compute all steps in [`Device::read`].
-/// Buffers are rows of f32 values, `[n, width]`; a step that writes one gives it the size that it
+/// may compute a step when it is called, or record it and compute all steps at the end of the pass,
+/// in [`Device::read`] or [`Device::finish`]. Buffers are rows of f32 values, `[n, width]`; a step that writes one gives it the size that it
 /// needs.
 pub(crate) trait Device: Send + Sync + Sized + 'static {
     /// Rows of f32 values.
@@ -127,6 +127,11 @@ pub(crate) trait Device: Send + Sync + Sized + 'static {
 
     /// Copies some rows of `x [n, width]`.
     fn select(&self, x: &Self::Buffer, width: usize, rows: &[usize], out: &mut Self::Buffer);
+
+    /// Waits for all steps of a pass that no values are read from.
+    fn finish(&self) -> Result<()> {
+        Ok(())
+    }
 
     /// Waits for all steps and appends the values of `x` to `out`.
     fn read(&self, x: &Self::Buffer, out: &mut Vec<f32>) -> Result<()>;

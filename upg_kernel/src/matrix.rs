@@ -179,15 +179,16 @@ impl Matrix {
 
     /// Decodes the whole matrix `[rows, cols]` to f32, original basis.
     ///
-    /// Allocates 4 bytes a weight.
+    /// Allocates 4 bytes a weight. Uses the best kernels of the machine, whatever `UPG_KERNEL` says:
+    /// all give the same bits.
     pub fn to_dense(&self) -> Vec<f32> {
-        let (rows, cols) = (self.rows(), self.cols());
+        let (rows, cols, kernels) = (self.rows(), self.cols(), Kernels::best());
         let mut out = vec![0.0; rows * cols];
         if cols > 0 {
             out.par_chunks_mut(STRIP_ROWS * cols)
                 .enumerate()
                 .for_each(|(strip, out)| {
-                    self.rows_into(strip * STRIP_ROWS, out)
+                    self.rows_into_with(kernels, strip * STRIP_ROWS, out)
                         .expect("whole rows inside the matrix");
                 });
         }

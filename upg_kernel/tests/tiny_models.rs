@@ -273,7 +273,7 @@ fn bad_calls_are_refused_and_leave_the_session_as_it_was() {
         (vec![1, 256], "token id 256 is not in the vocabulary of 256"),
         (
             vec![1; 254],
-            "prompt of 257 tokens does not fit the context of 256",
+            "sequence of 257 tokens does not fit the context of 256",
         ),
     ] {
         for error in [used.prefill(&tokens), used.forward(&tokens)] {

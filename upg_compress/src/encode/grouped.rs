@@ -7,16 +7,16 @@ use super::rounding::row::EncodedRow;
 use super::rounding::{encode, fit_codebook, levels, primes, scales};
 use crate::sensitivity::curvature::Curvature;
 use rayon::prelude::*;
-use upg_kernel::format::Encoding;
+use upg_kernel::format::{Encoding, LayerInfo};
 use upg_kernel::matrix::strips::{STRIP_ROWS, TILE_COLS, count, nibble, position};
 use upg_kernel::matrix::{GroupedMatrix, Levels};
-use upg_kernel::{Matrix, Result};
+use upg_kernel::{Error, ErrorKind, Matrix, Result};
 
 pub(super) const Q8: Encoder = Encoder {
     encoding: Encoding::Q8,
     describe: |layer, group| layer.group = group.or(Some(64)),
     encode: |weights, layer, _, curvature, progress| {
-        let group = layer.group.unwrap_or(64);
+        let group = group_of(layer)?;
         let matrix = round_q8(weights, layer.rows, layer.cols, group, curvature)?;
         progress.advance(weights.len() as u64);
         Ok(Matrix::Grouped(matrix))
@@ -35,7 +35,7 @@ pub(super) const Q4: Encoder = Encoder {
     encoding: Encoding::Q4,
     describe: |layer, group| layer.group = group.or(Some(32)),
     encode: |weights, layer, _, curvature, progress| {
-        let group = layer.group.unwrap_or(64);
+        let group = group_of(layer)?;
         let matrix = round_q4(weights, layer.rows, layer.cols, group, curvature)?;
         progress.advance(weights.len() as u64);
         Ok(Matrix::Grouped(matrix))
@@ -76,6 +76,7 @@ pub fn round_q8(
     group: usize,
     curvature: Option<&Curvature>,
 ) -> Result<GroupedMatrix> {
+    check_group(group)?;
     let encoded = encode(weights, rows, cols, group, curvature, false, &Linear8)?;
     pack(&encoded, cols, group, None)
 }
@@ -90,10 +91,28 @@ pub fn round_q4(
     group: usize,
     curvature: Option<&Curvature>,
 ) -> Result<GroupedMatrix> {
+    check_group(group)?;
     let start = Codebook::gaussian();
     let codebook = fit_codebook(weights, rows, cols, group, false, start)?;
     let encoded = encode(weights, rows, cols, group, curvature, false, &codebook)?;
     pack(&encoded, cols, group, Some(&codebook))
+}
+
+/// Returns the columns of a group. Errors (`Argument`): the description has none.
+fn group_of(layer: &LayerInfo) -> Result<usize> {
+    layer.group.ok_or_else(|| {
+        let message = "a description without 'group', expected 32 or 64 columns";
+        Error::new(ErrorKind::Argument, message)
+    })
+}
+
+/// Errors (`Argument`): a group of other than 32 or 64 columns.
+fn check_group(group: usize) -> Result<()> {
+    if matches!(group, 32 | 64) {
+        return Ok(());
+    }
+    let message = format!("group of {group} columns, expected 32 or 64");
+    Err(Error::new(ErrorKind::Argument, message))
 }
 
 /// Packs whole rows of levels, or of codes into a codebook, into strips.

@@ -116,6 +116,8 @@ pub(crate) fn significant(value: f64) -> f64 {
 pub(crate) fn to_six_digits(error: f64, norm: f64) -> f64 {
     match norm == 0.0 {
         true => 0.0,
-        false => ((error.max(0.0) / norm).sqrt() * 1e6).round() / 1e6,
+        // A sum of differences may end a little below 0; what is not a number stays so.
+        false if error < 0.0 => 0.0,
+        false => ((error / norm).sqrt() * 1e6).round() / 1e6,
     }
 }

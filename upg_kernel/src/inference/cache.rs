@@ -182,6 +182,14 @@ impl BlockPool {
             .sum()
     }
 
+    fn full(&self) -> Error {
+        let message = match self.max_bytes {
+            usize::MAX => "no memory for another block of the KV cache".into(),
+            bytes => format!("the KV cache has reached its limit of {bytes} bytes"),
+        };
+        Error::new(ErrorKind::TooLarge, message).hint("end other sequences, or raise the limit")
+    }
+
     fn take(&self, group: usize) -> Option<Arc<Block>> {
         if self.max_bytes - self.used_bytes().min(self.max_bytes) < self.bytes[group] {
             return None;
@@ -268,7 +276,7 @@ impl BlockTables {
             if let Some(shared) = table.blocks.get_mut(written)
                 && Arc::strong_count(shared) > 1
             {
-                let own = pool.take(group).ok_or_else(too_large)?;
+                let own = pool.take(group).ok_or_else(|| pool.full())?;
                 pass.copies.push(Copy {
                     group,
                     from: shared.number,
@@ -280,7 +288,9 @@ impl BlockTables {
                 self.copied_from = Some(start.min(before));
             }
             while table.first + table.blocks.len() * BLOCK < end {
-                table.blocks.push(pool.take(group).ok_or_else(too_large)?);
+                table
+                    .blocks
+                    .push(pool.take(group).ok_or_else(|| pool.full())?);
             }
             let start = pass.tables.len();
             pass.tables
@@ -299,20 +309,28 @@ impl BlockTables {
         self.copied_from = None;
     }
 
+    /// Returns the positions that [`BlockTables::truncate`] to `len` would keep.
+    pub(crate) fn usable(&self, len: usize) -> usize {
+        let copied = self.copied_from.unwrap_or(self.len);
+        let len = len.min(self.len).min(copied);
+        let lost =
+            |(table, group): (&Table, &LayerGroup)| table.first > first_seen(group.window, len);
+        match self.tables.iter().zip(&self.layout.groups).any(lost) {
+            true => 0,
+            false => len,
+        }
+    }
+
     /// Keeps the first `len` positions, or none if a window has released some
     /// that the next query needs.
     ///
     /// Also releases blocks that were reserved and not committed, and the positions of a block
     /// whose copy was not committed: the pass may have failed before it.
     pub(crate) fn truncate(&mut self, len: usize) {
-        let copied = self.copied_from.take().unwrap_or(self.len);
-        let len = len.min(self.len).min(copied);
-        let lost =
-            |(table, group): (&Table, &LayerGroup)| table.first > first_seen(group.window, len);
-        let is_lost = self.tables.iter().zip(&self.layout.groups).any(lost);
-        self.len = if is_lost { 0 } else { len };
+        self.len = self.usable(len);
+        self.copied_from = None;
         for table in &mut self.tables {
-            if is_lost {
+            if self.len == 0 {
                 table.first = 0;
             }
             let kept = (self.len.max(table.first) - table.first).div_ceil(BLOCK);

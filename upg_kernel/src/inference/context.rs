@@ -125,6 +125,18 @@ impl Sequence {
         self.tables.len()
     }
 
+    /// Returns how many of the first of `tokens` have keys and values here that `tokens` can
+    /// continue; 0 where a window has given back what it would see, or where the frequencies of
+    /// `model` are others for a sequence of that length.
+    pub(super) fn usable_prefix(&self, tokens: &[u32], model: &Model) -> usize {
+        let common = self.tables.usable(self.common_prefix(tokens));
+        let is_same = |len| model.rope().is_long(len) == self.long;
+        match is_same(common + 1) && is_same(tokens.len()) {
+            true => common,
+            false => 0,
+        }
+    }
+
     /// Returns the number of positions that are not computed yet.
     fn pending(&self) -> usize {
         self.tokens.len() - self.tables.len()
@@ -258,7 +270,7 @@ impl Context {
     pub(super) fn check(&self, position: usize, tokens: &[u32]) -> Result<()> {
         let argument = |message: String| Error::new(ErrorKind::Argument, message);
         if tokens.is_empty() {
-            return Err(argument("no tokens to compute".into()).hint("pass some text"));
+            return Err(argument("no tokens to compute".into()));
         }
         let vocab = self.model.config().vocab_size;
         if let Some(token) = tokens.iter().find(|&&token| token as usize >= vocab) {
@@ -270,11 +282,16 @@ impl Context {
         if len <= self.len {
             return Ok(());
         }
+        let what = if position == 0 { "prompt" } else { "sequence" };
         let message = format!(
-            "prompt of {len} tokens does not fit the context of {}",
+            "{what} of {len} tokens does not fit the context of {}",
             self.len
         );
-        Err(argument(message).hint("shorten it or ask for a larger context"))
+        let hint = match self.len < self.model.config().context {
+            true => "shorten it or ask for a larger context",
+            false => "shorten it: the model has no larger context",
+        };
+        Err(argument(message).hint(hint))
     }
 
     /// Computes what is pending, pass by pass.

@@ -103,7 +103,7 @@ impl<D: Device> Decoder<D> {
             layer_done();
         }
         if pass.wanted.is_empty() {
-            return Ok(());
+            return device.finish();
         }
         let Workspace {
             x,

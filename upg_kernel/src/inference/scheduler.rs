@@ -255,6 +255,9 @@ impl Scheduler {
 
     /// Keeps the sequence of a request that has ended, in place of an older one.
     fn keep(&mut self, sequence: Sequence) {
+        if sequence.computed() == 0 {
+            return;
+        }
         self.ended.push_back(sequence);
         if self.ended.len() > self.at_once {
             self.ended.pop_front();
@@ -337,12 +340,11 @@ impl Scheduler {
     fn start(&mut self, mut request: Running) {
         let prompt = &request.prompt;
         let running = self.running.iter().map(|other| &other.sequence);
-        let longest = running
-            .chain(&self.ended)
-            .max_by_key(|sequence| sequence.common_prefix(prompt));
-        if let Some(sequence) = longest {
+        let usable = |sequence: &Sequence| sequence.usable_prefix(prompt, self.context.model());
+        let longest = running.chain(&self.ended).max_by_key(|s| usable(s));
+        if let Some(sequence) = longest.filter(|sequence| usable(sequence) > 0) {
             request.sequence = sequence.clone();
-            request.sequence.truncate(sequence.common_prefix(prompt));
+            request.sequence.truncate(usable(sequence));
         }
         // What the request continues is part of it now.
         self.ended

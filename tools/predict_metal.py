@@ -3,7 +3,7 @@
 
     python3 tools/predict_metal.py
 
-Prints the tables of docs/gpu.md: instructions and bytes for each weight, and tokens per second of Phi-4
+Prints the tables of docs/notes/gpu.md: instructions and bytes for each weight, and tokens per second of Phi-4
 by chip, as memory allows and as arithmetic allows. Instructions were counted by hand in
 kernels/spmv.metal, for one vector. Cycles were measured on M1 and A14 by
 github.com/philipturner/metal-benchmarks; later chips are assumed to be the same.

@@ -53,7 +53,7 @@
 //   their own, those that the kernel before has used would stay in an encoder, and may count.)
 //   Tables are of halves: 16 levels, 128 (t2, t3) or 256 (t4) levels, 256 primes. All are integers
 //   of magnitudes below 2048, which halves hold exactly. Shuffles would not do: with an index of its own for each thread they
-//   take about 30 cycles (docs/gpu.md).
+//   take about 30 cycles (docs/notes/gpu.md).
 //
 // Rotation of the input of t: a pass over `size` columns, signs and then a Hadamard transform
 //   rotate_block_*  a threadgroup transforms a block of up to 4096 columns in threadgroup memory: a thread takes 16

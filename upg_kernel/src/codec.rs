@@ -84,7 +84,7 @@ encodings! {
     MdCsr, mdcsr::MDCSR, MdCsr;
     /// int8 levels, a prime for every 64 columns; 8.13 bits a weight.
     Q8, grouped::Q8, Grouped;
-    /// 4-bit codes into a codebook, a prime for every 32 columns; 4.25 bits a weight.
+    /// 4-bit codes into a codebook, a prime for every 32 columns; 4.26 bits a weight.
     Q4, grouped::Q4, Grouped;
     /// Trellis codes of 2 bits in a rotated basis; 2.01 bits a weight with 5120 columns.
     T2, trellis::T2, Trellis;

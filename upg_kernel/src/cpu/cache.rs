@@ -26,12 +26,12 @@ pub(crate) struct CpuCache {
     groups: Vec<Blocks>,
     /// Destinations of the rows of the pass for each group of layers;
     /// those in the same slab are consecutive.
-    writes: Vec<Vec<Write>>,
+    writes: Vec<Vec<BlockRows>>,
 }
 
 /// Rows of a pass that are written to one block.
 #[derive(Debug)]
-struct Write {
+struct BlockRows {
     block: usize,
     /// Entry of the first row in the block.
     entry: usize,
@@ -111,7 +111,7 @@ impl CpuCache {
                 while row < segment.rows.end {
                     let entry = segment.first + row - segment.rows.start - view.first;
                     let end = segment.rows.end.min(row + BLOCK - entry % BLOCK);
-                    self.writes[group].push(Write {
+                    self.writes[group].push(BlockRows {
                         block: blocks[entry / BLOCK] as usize,
                         entry: entry % BLOCK,
                         rows: row..end,
@@ -271,7 +271,7 @@ impl Rows<'_> {
     }
 
     /// Stores the rows of one slab. If there are many rows, each head is a task.
-    fn store<T: Stored>(&self, team: &Team, slab: &mut [T], writes: &[Write]) {
+    fn store<T: Stored>(&self, team: &Team, slab: &mut [T], writes: &[BlockRows]) {
         let size = BLOCK * self.dim;
         let of_head = 2 * SLAB * size;
         let slab = &mut slab[self.first_head * of_head..][..self.heads * of_head];
@@ -302,7 +302,7 @@ impl Rows<'_> {
     }
 
     /// Stores the rows of one slab as int8.
-    fn quantize(&self, slab: &mut [i8], scales: &mut [f32], writes: &[Write]) {
+    fn quantize(&self, slab: &mut [i8], scales: &mut [f32], writes: &[BlockRows]) {
         let (dim, groups) = (self.dim, self.dim.div_ceil(SCALED));
         for (head, write) in (0..self.heads).flat_map(|head| writes.iter().map(move |w| (head, w)))
         {

@@ -7,7 +7,7 @@
 #![forbid(unsafe_code)]
 
 use super::config::ModelConfig;
-use super::pass::{Copy, Pass, TableView};
+use super::pass::{BlockCopy, Pass, TableView};
 use crate::error::{Error, ErrorKind, Result};
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -277,7 +277,7 @@ impl BlockTables {
                 && Arc::strong_count(shared) > 1
             {
                 let own = pool.take(group).ok_or_else(|| pool.full())?;
-                pass.copies.push(Copy {
+                pass.copies.push(BlockCopy {
                     group,
                     from: shared.number,
                     to: own.number,

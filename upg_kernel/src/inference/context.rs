@@ -21,7 +21,10 @@ pub struct SessionOptions {
     pub prefill_chunk: usize,
     /// Storage of keys and values.
     pub cache_type: CacheType,
-    /// Most bytes of the KV cache of all sequences; `None` is no limit.
+    /// Most bytes of the KV cache that all sequences use; `None` is no limit.
+    ///
+    /// The memory behind it is allocated for 256 positions of all layers at a time, and kept for
+    /// later sequences until the context is dropped.
     pub max_cache_bytes: Option<usize>,
     /// A flag that ends every call with an error of kind `Interrupted`, within the time of one
     /// layer, once it is true; sequences are then as before the call. `None`: calls cannot be

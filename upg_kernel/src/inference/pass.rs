@@ -15,7 +15,7 @@ pub(crate) struct Pass {
     /// Block numbers, in which [`TableView::blocks`] are ranges.
     pub(crate) tables: Vec<u32>,
     /// Blocks to copy before anything is computed.
-    pub(crate) copies: Vec<Copy>,
+    pub(crate) copies: Vec<BlockCopy>,
     /// Rows whose logits are wanted, ascending.
     pub(crate) wanted: Vec<usize>,
 }
@@ -42,7 +42,7 @@ pub(crate) struct TableView {
 
 /// Copy of one block to another.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Copy {
+pub(crate) struct BlockCopy {
     pub(crate) group: usize,
     pub(crate) from: u32,
     pub(crate) to: u32,

@@ -95,7 +95,7 @@ pub enum Event {
 ///
 /// A request starts when fewer than `at_once` others run and the memory is there that it may need
 /// to its end: [`SessionOptions::max_cache_bytes`] is never exceeded, and no request is interrupted
-/// for the memory of another.
+/// for the memory of another. Shared memory counts for each request that shares it.
 ///
 /// A prompt that begins as a sequence that runs, or as one of the last `at_once` that ended, shares
 /// the keys and values of the common part: the next turn of a chat computes what is new. What ended

@@ -5,8 +5,8 @@ use super::handover::lock;
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Time that a caller computes before it lets another one go on: long beside the wake-up of a
-/// thread, short beside what people notice.
+/// Minimum time that a caller computes before it lets another one continue, at the end of a layer.
+/// It is long compared with the wake-up of a thread.
 const SLICE: Duration = Duration::from_millis(2);
 
 /// A queue for the team: callers compute one after the other, in the order in which they came.

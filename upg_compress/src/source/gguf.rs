@@ -303,8 +303,10 @@ fn match_tensors(
         )
         .tensor(*name));
     }
-    for (seen, possible) in biases {
-        if seen != 0 && (seen != possible || family.model_type == "mistral") {
+    let keys = [family.keys.attention_bias, family.keys.mlp_bias];
+    for ((seen, possible), has_key) in biases.into_iter().zip(keys) {
+        // All of a part or none, and none that the config would not tell of.
+        if seen != 0 && (seen != possible || !has_key) {
             return Err(Error::new(
                 ErrorKind::Unsupported,
                 format!("{seen} of {possible} biases, which no {} has", family.class),

@@ -6,7 +6,7 @@
 #![forbid(unsafe_code)]
 
 use super::dims::{Dims, FromTensors};
-use super::families::{Family, family};
+use super::families::{Family, Window, family};
 use super::metadata::Metadata;
 use super::rope;
 use serde_json::{Map, Value, json};
@@ -110,7 +110,7 @@ pub(super) fn config_json(
     let derived =
         dims.hidden.is_multiple_of(dims.heads) && dims.hidden / dims.heads == dims.head_dim;
     // Qwen3's head dimension defaults to 128 for any other sizes.
-    if !derived || family.model_type == "qwen3" {
+    if !derived || family.keys.head_dim {
         set("head_dim", json!(dims.head_dim));
     }
     set("max_position_embeddings", json!(dims.context));
@@ -122,24 +122,22 @@ pub(super) fn config_json(
     set("pad_token_id", json!(id("padding")?));
     set("use_cache", json!(true));
     set("attention_dropout", json!(0.0));
-    if matches!(family.model_type, "llama" | "qwen3") {
+    if family.keys.attention_bias {
         set("attention_bias", json!(tensors.attention_bias));
     }
-    match family.model_type {
-        "llama" => {
-            set("mlp_bias", json!(tensors.mlp_bias));
-        }
-        "mistral" | "phi3" => {
-            set("sliding_window", json!(dims.sliding_window));
-        }
-        _ => {
-            // For the Qwen families llama.cpp stores no window: its files never slide.
+    if family.keys.mlp_bias {
+        set("mlp_bias", json!(tensors.mlp_bias));
+    }
+    match family.keys.window {
+        Window::Absent => {}
+        Window::Size => drop(set("sliding_window", json!(dims.sliding_window))),
+        Window::Off => {
             set("use_sliding_window", json!(false));
             set("sliding_window", json!(null));
         }
     }
     set("rope_theta", json!(dims.rope_theta));
-    if family.model_type == "phi3" {
+    if family.keys.longrope {
         let original = m.number("phi3.rope.scaling.original_context_length")?;
         let original = original.unwrap_or(dims.context);
         set("original_max_position_embeddings", json!(original));

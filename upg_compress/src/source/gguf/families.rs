@@ -16,8 +16,32 @@ pub(in crate::source) struct Family {
     pub(in crate::source) model_type: &'static str,
     /// Class in transformers, `architectures`.
     pub(in crate::source) class: &'static str,
+    /// Keys of its `config.json` that not every family has.
+    pub(in crate::source) keys: Keys,
     /// Tensors of one layer.
     layer: &'static [Slot],
+}
+
+/// Keys of `config.json` in which families differ. There is no default: a new family says each.
+#[derive(Debug)]
+pub(in crate::source) struct Keys {
+    /// Set if there is a `head_dim` even where it is the hidden size over the number of heads.
+    pub(in crate::source) head_dim: bool,
+    pub(in crate::source) attention_bias: bool,
+    pub(in crate::source) mlp_bias: bool,
+    pub(in crate::source) window: Window,
+    /// Set if a part of each head may be rotated, with longrope scaling.
+    pub(in crate::source) longrope: bool,
+}
+
+/// Keys of a sliding window.
+#[derive(Debug)]
+pub(in crate::source) enum Window {
+    Absent,
+    /// `sliding_window`.
+    Size,
+    /// `use_sliding_window` too, which is false: llama.cpp stores no window for these families.
+    Off,
 }
 
 /// Tensor of a layer: GGUF name, Hugging Face name, shape, and whether it is required.
@@ -152,27 +176,76 @@ const PHI3: &[Slot] = slots! {
     "ffn_down.weight"    "mlp.down_proj.weight"            [Hidden, Ffn] Required;
 };
 
-macro_rules! family {
-    ($arch:literal $model_type:literal $class:literal $layer:ident) => {
-        Family {
-            arch: $arch,
-            model_type: $model_type,
-            class: $class,
-            layer: $layer,
-        }
-    };
-}
-
 /// Supported families.
 ///
 /// llama.cpp converts Mistral to the architecture `llama` too. The second entry is chosen if the
 /// file has a sliding window.
 static FAMILIES: [Family; 5] = [
-    family!("llama" "llama" "LlamaForCausalLM" LLAMA),
-    family!("llama" "mistral" "MistralForCausalLM" LLAMA),
-    family!("qwen2" "qwen2" "Qwen2ForCausalLM" QWEN2),
-    family!("qwen3" "qwen3" "Qwen3ForCausalLM" QWEN3),
-    family!("phi3" "phi3" "Phi3ForCausalLM" PHI3),
+    Family {
+        arch: "llama",
+        model_type: "llama",
+        class: "LlamaForCausalLM",
+        keys: Keys {
+            head_dim: false,
+            attention_bias: true,
+            mlp_bias: true,
+            window: Window::Absent,
+            longrope: false,
+        },
+        layer: LLAMA,
+    },
+    Family {
+        arch: "llama",
+        model_type: "mistral",
+        class: "MistralForCausalLM",
+        keys: Keys {
+            head_dim: false,
+            attention_bias: false,
+            mlp_bias: false,
+            window: Window::Size,
+            longrope: false,
+        },
+        layer: LLAMA,
+    },
+    Family {
+        arch: "qwen2",
+        model_type: "qwen2",
+        class: "Qwen2ForCausalLM",
+        keys: Keys {
+            head_dim: false,
+            attention_bias: false,
+            mlp_bias: false,
+            window: Window::Off,
+            longrope: false,
+        },
+        layer: QWEN2,
+    },
+    Family {
+        arch: "qwen3",
+        model_type: "qwen3",
+        class: "Qwen3ForCausalLM",
+        keys: Keys {
+            head_dim: true,
+            attention_bias: true,
+            mlp_bias: false,
+            window: Window::Off,
+            longrope: false,
+        },
+        layer: QWEN3,
+    },
+    Family {
+        arch: "phi3",
+        model_type: "phi3",
+        class: "Phi3ForCausalLM",
+        keys: Keys {
+            head_dim: false,
+            attention_bias: false,
+            mlp_bias: false,
+            window: Window::Size,
+            longrope: true,
+        },
+        layer: PHI3,
+    },
 ];
 
 /// Returns the family of `general.architecture`; `windowed`: the file has a sliding window.
@@ -185,9 +258,11 @@ pub(in crate::source) fn family(arch: &str, windowed: bool) -> Result<&'static F
         (first, _) => first,
     };
     chosen.ok_or_else(|| {
+        let mut known: Vec<&str> = FAMILIES.iter().map(|f| f.arch).collect();
+        known.dedup();
         Error::new(
             ErrorKind::Unsupported,
-            format!("model architecture {arch:?}, expected llama, qwen2, qwen3 or phi3"),
+            format!("model architecture {arch:?}, expected {}", known.join(", ")),
         )
     })
 }
@@ -212,7 +287,7 @@ impl Family {
     pub(in crate::source) fn check(&self, dims: &Dims) -> Result<()> {
         dims.check()?;
         let (head_dim, rotary_dim) = (dims.head_dim, dims.rotary_dim);
-        if rotary_dim != head_dim && self.model_type != "phi3" {
+        if rotary_dim != head_dim && !self.keys.longrope {
             return Err(Error::new(
                 ErrorKind::Unsupported,
                 format!(

@@ -4,15 +4,13 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 #[path = "../../upg_kernel/tests/common/counting.rs"]
-#[allow(dead_code, reason = "helpers of other programs")]
 mod counting;
-#[path = "../../upg_kernel/tests/common/tiny.rs"]
-#[allow(dead_code, reason = "helpers of other tests")]
-mod tiny;
+#[path = "../../upg_kernel/tests/common/data.rs"]
+mod data;
 
 use counting::allocations;
+use data::data;
 use std::sync::Arc;
-use tiny::data;
 use upg_compress::{CompressOptions, compress, source};
 use upg_kernel::UPGModel;
 use upg_kernel::format::Encoding;

@@ -4,8 +4,9 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 #[path = "../../upg_kernel/tests/common/counting.rs"]
-#[allow(dead_code, reason = "helpers of other programs")]
 mod counting;
+#[path = "../../upg_kernel/tests/common/data.rs"]
+mod data;
 
 use serde_json::json;
 use std::fmt::Write;
@@ -552,9 +553,7 @@ fn others(folder: &Path) {
         journal += &format!("{chain} 0\n");
     }
     std::fs::write(folder.join("out.safetensors.partial.journal"), &journal).unwrap();
-    let model =
-        Path::new(env!("CARGO_MANIFEST_DIR")).join("../upg_kernel/tests/data/tiny-models/qwen2");
-    let source = source::open(model).unwrap();
+    let source = source::open(data::data("tiny-models/qwen2")).unwrap();
     let mut options = CompressOptions::new("keep".parse().unwrap());
     options.resume = true;
     let found = within("journal", &JOURNAL, journal.len(), || {

@@ -10,7 +10,6 @@
 //! resident size also includes freed memory that the allocator keeps.
 
 #[path = "../../tests/common/counting.rs"]
-#[allow(dead_code, reason = "helpers of tests")]
 mod counting;
 mod samples;
 mod work;

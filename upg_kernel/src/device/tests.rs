@@ -1,9 +1,12 @@
 //! A second device, in plain f32 loops, which records the steps of a pass and computes them when it
 //! is read: the seam holds if tiny models of all families give the same logits on it.
 
-#[path = "../../tests/common/mod.rs"]
-#[allow(dead_code, reason = "helpers of other tests")]
-mod common;
+#[path = "../../tests/common/data.rs"]
+mod data;
+#[path = "../../tests/common/dense.rs"]
+mod dense;
+#[path = "../../tests/common/tiny.rs"]
+mod tiny;
 
 use super::{Device, Heads, Linear, Norm, Write};
 use crate::error::{ErrorKind, Result};
@@ -12,14 +15,11 @@ use crate::inference::pass::Pass;
 use crate::inference::rope::Rope;
 use crate::inference::{Context, Logits, Model, SessionOptions};
 use crate::matrix::Matrix;
-use common::tiny::{MODELS, cases, largest_difference};
+use dense::{LOGIT_TOLERANCE, config, source};
 use std::collections::HashMap;
 use std::mem::take;
 use std::sync::{Arc, Mutex};
-
-/// Largest difference from logits up to 5 that transformers computes in f32, as in
-/// `tests/tiny_models.rs`.
-const TOLERANCE: f32 = 3e-5;
+use tiny::{MODELS, cases, exact, largest_difference};
 
 /// A value that recorded steps share.
 type Shared<T> = Arc<Mutex<T>>;
@@ -343,11 +343,10 @@ impl Device for Recorder {
 fn context(name: &str, prefill_chunk: usize) -> (Recorder, Context) {
     let recorder = Recorder::default();
     let (_, weights) = MODELS.iter().find(|model| model.0 == name).unwrap();
-    let source = common::source(weights);
-    let model = Model::on_device(recorder.clone(), common::config(name), &source).unwrap();
+    let model = Model::on_device(recorder.clone(), config(name), &source(weights)).unwrap();
     let options = SessionOptions {
         prefill_chunk,
-        ..common::options()
+        ..exact()
     };
     (recorder, Context::new(Arc::new(model), &options).unwrap())
 }
@@ -365,14 +364,28 @@ fn tiny_models_of_all_families_give_the_logits_of_transformers() {
                 context.extend(parts, Logits::All, &mut logits).unwrap();
                 let last = &logits[logits.len() - case.logits.len()..];
                 let difference = largest_difference(last, &case.logits);
-                assert!(difference <= TOLERANCE, "{name} {chunk}: {difference}");
+                assert!(
+                    difference <= LOGIT_TOLERANCE,
+                    "{name} {chunk}: {difference}"
+                );
+                let vocab = context.model().config().vocab_size;
+                let row = &logits[logits.len() - vocab..];
+                let best = (0..vocab).max_by(|&a, &b| row[a].total_cmp(&row[b]));
+                assert_eq!(best, Some(case.greedy[0] as usize), "{name} {chunk}");
+                assert!(
+                    difference <= LOGIT_TOLERANCE,
+                    "{name} {chunk}: {difference}"
+                );
                 // Passes before the last one want no logits.
                 let mut sequence = context.sequence();
                 let parts = &mut [(&mut sequence, &case.prompt[..])];
                 context.extend(parts, Logits::Last, &mut logits).unwrap();
                 let expected = &case.logits[case.logits.len() - logits.len()..];
                 let difference = largest_difference(&logits, expected);
-                assert!(difference <= TOLERANCE, "{name} {chunk}: {difference}");
+                assert!(
+                    difference <= LOGIT_TOLERANCE,
+                    "{name} {chunk}: {difference}"
+                );
             }
         }
     }
@@ -425,5 +438,5 @@ fn forks_and_failed_calls_leave_other_sequences_as_they_are() {
     assert_eq!(of_one, of_fork);
     let tokens = [prompt, &[7, 8]].concat();
     let alone = extend(&mut context, &mut other, &tokens).unwrap();
-    assert!(largest_difference(&alone, &of_one) <= TOLERANCE);
+    assert!(largest_difference(&alone, &of_one) <= LOGIT_TOLERANCE);
 }

@@ -1,4 +1,5 @@
 //! System allocator with counters, for programs that set it as their global allocator.
+#![allow(dead_code, reason = "a program reads some of the counters")]
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicI64, AtomicUsize, Ordering};

@@ -1,14 +1,9 @@
 //! Tiny random models of every family, with the results of transformers.
 
+use super::data::data;
 use safetensors::SafeTensors;
-use std::path::{Path, PathBuf};
-
-/// Returns a file or folder of the test data of `upg_kernel`, for tests of any crate.
-pub(crate) fn data(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("../upg_kernel/tests/data")
-        .join(path)
-}
+use std::path::PathBuf;
+use upg_kernel::inference::{CacheType, SessionOptions};
 
 /// Returns the values of a tensor, which may be unaligned.
 pub(crate) fn collect<T: bytemuck::Pod>(bytes: &[u8]) -> Vec<T> {
@@ -67,4 +62,12 @@ pub(crate) fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
     let differences = a.iter().zip(b).map(|(a, b)| (a - b).abs());
     // NaN must not get lost in `max`.
     differences.fold(0.0, |m, d| if d.is_nan() { d } else { m.max(d) })
+}
+
+/// Returns options with unrounded keys and values, as the reference has them.
+pub(crate) fn exact() -> SessionOptions {
+    SessionOptions {
+        cache_type: CacheType::F32,
+        ..SessionOptions::default()
+    }
 }

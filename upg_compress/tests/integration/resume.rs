@@ -1,9 +1,9 @@
 //! Stopped runs resume and give the same bytes, for any state that the stop has left.
-#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
+use crate::common::copy_model;
 use std::cmp::Reverse;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use tempfile::TempDir;
 use upg_compress::source::{self, SyntheticSource};
@@ -242,22 +242,11 @@ fn torn_and_damaged_files_cost_work_only() {
     assert_eq!(case.finish(), 0);
 }
 
-/// Copies a directory, which each test may change.
-fn directory(folder: &Path) -> PathBuf {
-    let from =
-        Path::new(env!("CARGO_MANIFEST_DIR")).join("../upg_kernel/tests/data/tiny-models/phi3");
-    let to = folder.join("phi3");
-    fs::create_dir(&to).unwrap();
-    for file in ["config.json", "model.safetensors"] {
-        fs::copy(from.join(file), to.join(file)).unwrap();
-    }
-    to
-}
-
 #[test]
 fn nothing_else_is_continued() {
     let folder = tempfile::tempdir().unwrap();
-    let model = directory(folder.path());
+    let model = folder.path().join("phi3");
+    copy_model("phi3", "phi3", &model);
     let out = folder.path().join("out");
     let mut options = CompressOptions::new(Choice::Encode(Encoding::T3));
     options.resume = true;

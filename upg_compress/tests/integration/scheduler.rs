@@ -1,17 +1,12 @@
 //! Requests that share forward passes get the same result as alone,
 //! whatever happens to the others.
-#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
-#[path = "../../upg_kernel/tests/common/tiny.rs"]
-#[allow(dead_code, reason = "helpers of other tests")]
-mod tiny;
-
+use crate::common::copy_model;
 use serde_json::{Map, json};
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use tiny::model_file;
 use upg_compress::{Choice, CompressOptions, compress, source};
 use upg_kernel::format::Encoding;
 use upg_kernel::inference::{
@@ -34,10 +29,7 @@ fn poisoned_model(folder: &Path) -> UPGModel {
 /// its embedding is not compressed.
 fn model(folder: &Path) -> UPGModel {
     let source = folder.join("source");
-    std::fs::create_dir(&source).unwrap();
-    for file in ["config.json", "model.safetensors"] {
-        std::fs::copy(model_file("phi3", file), source.join(file)).unwrap();
-    }
+    copy_model("phi3", "phi3", &source);
     let character = |id: u32| char::from_u32(0x4e00 + id).unwrap().to_string();
     let vocab: Map<_, _> = (0..256).map(|id| (character(id), json!(id))).collect();
     let tokenizer = json!({"version": "1.0", "added_tokens": [], "normalizer": null,

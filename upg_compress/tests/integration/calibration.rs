@@ -1,18 +1,12 @@
 //! Rounding that considers the inputs of a matrix,
 //! and the calibration run that provides them.
-#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
-#[path = "../../upg_kernel/tests/common/tiny.rs"]
-#[allow(dead_code, reason = "of the cases only prompts are used")]
-mod tiny;
-
+use crate::common::{MODELS, Stopped, calibration, copy_model, layer};
 use std::path::Path;
-use tiny::{MODELS, cases, model_file};
 use upg_compress::encode::encode_matrix;
 use upg_compress::sensitivity::{Calibrator, Curvature, Hessian, json_lines};
 use upg_compress::{
-    Budget, Calibration, Choice, CompressOptions, Progress, Source, compress, count_encodings,
-    source,
+    Budget, Calibration, Choice, CompressOptions, Source, compress, count_encodings, source,
 };
 use upg_kernel::format::{Encoding, LayerInfo, UpgFile};
 use upg_kernel::inference::LayerInput;
@@ -57,16 +51,6 @@ fn inputs(n: usize, cols: usize) -> Vec<f32> {
     x
 }
 
-fn layer(rows: usize, cols: usize, encoding: Encoding) -> LayerInfo {
-    let mut layer = LayerInfo::new("matrix", rows, cols, encoding);
-    layer.group = match encoding {
-        Encoding::Q4 => Some(32),
-        Encoding::Q8 | Encoding::S8 | Encoding::S4 => Some(64),
-        _ => None,
-    };
-    layer
-}
-
 #[test]
 fn outputs_are_kept_better_than_by_the_weights_alone() {
     let (rows, cols) = (70, 150);
@@ -83,7 +67,7 @@ fn outputs_are_kept_better_than_by_the_weights_alone() {
         Encoding::T3,
         Encoding::T4,
     ] {
-        let layer = layer(rows, cols, encoding);
+        let layer = layer("matrix", rows, cols, encoding);
         let is_sparse = matches!(encoding, Encoding::S8 | Encoding::S4);
         let w: Vec<f32> = match is_sparse {
             true => dense
@@ -137,7 +121,7 @@ fn predictions_are_kept_better_than_outputs() {
         curvature.add(x, gradients).unwrap();
     }
     for (encoding, most) in LEFT_OF_PREDICTIONS {
-        let layer = layer(rows, cols, encoding);
+        let layer = layer("matrix", rows, cols, encoding);
         let cost = |used| cost(&w, &layer, used, &curvature);
         let left = cost(Some(&curvature)) / cost(Some(&Curvature::from(of_inputs.clone())));
         println!("{encoding}: {left:.3}");
@@ -165,7 +149,7 @@ fn one_more_bit_costs_a_third_whatever_the_costs_are() {
     let mut curvature = Curvature::new(rows, cols);
     curvature.add(&x, &gradients).unwrap();
     let cost = |encoding| {
-        let layer = layer(rows, cols, encoding);
+        let layer = layer("matrix", rows, cols, encoding);
         cost(&w, &layer, Some(&curvature), &curvature)
     };
     let (of_t2, of_t3, of_t4) = (cost(Encoding::T2), cost(Encoding::T3), cost(Encoding::T4));
@@ -193,7 +177,7 @@ fn wild_rows_make_up_for_each_other() {
         Encoding::T3,
         Encoding::T4,
     ] {
-        let layer = layer(rows, cols, encoding);
+        let layer = layer("matrix", rows, cols, encoding);
         let decoded = encode_matrix(&w, &layer, 3, Some(&curvature), &())
             .unwrap()
             .to_dense();
@@ -211,7 +195,7 @@ fn the_result_does_not_depend_on_threads() {
     let w = noise(rows * cols, 2);
     let (x, gradients) = (inputs(500, cols), inputs(500, rows));
     for encoding in [Encoding::Q4, Encoding::T3] {
-        let layer = layer(rows, cols, encoding);
+        let layer = layer("matrix", rows, cols, encoding);
         let with = |threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
             let encode = || {
@@ -228,7 +212,7 @@ fn the_result_does_not_depend_on_threads() {
 #[test]
 fn the_curvature_of_another_matrix_is_refused() {
     for encoding in [Encoding::Q8, Encoding::Q4, Encoding::S4, Encoding::T3] {
-        let layer = layer(4, 8, encoding);
+        let layer = layer("matrix", 4, 8, encoding);
         for other in [
             Hessian::new(9).into(),
             Curvature::new(4, 9),
@@ -276,17 +260,8 @@ fn the_cost_of_one_position_is_the_squared_change_of_the_loss() {
 /// Opens the model of folder `name` as a source in `folder`.
 fn open(name: &str, weights: &str, folder: &Path) -> Box<dyn Source> {
     let directory = folder.join(name);
-    std::fs::create_dir(&directory).unwrap();
-    for (from, file) in [(name, "config.json"), (weights, "model.safetensors")] {
-        std::fs::copy(model_file(from, file), directory.join(file)).unwrap();
-    }
+    copy_model(name, weights, &directory);
     source::open(&directory).unwrap()
-}
-
-/// Creates sequences of 24 tokens of a tiny model.
-fn calibration(name: &str) -> Calibration {
-    let prompt = cases(name).pop().unwrap().prompt;
-    Calibration::new(prompt, 24).unwrap()
 }
 
 #[test]
@@ -413,12 +388,6 @@ fn a_budget_is_spent_and_kept_to() {
 
 #[test]
 fn the_run_over_the_text_can_be_stopped() {
-    struct Stopped;
-    impl Progress for Stopped {
-        fn is_cancelled(&self) -> bool {
-            true
-        }
-    }
     let folder = tempfile::tempdir().unwrap();
     let source = open("qwen3", "qwen3", folder.path());
     let calibration = calibration("qwen3");
@@ -488,7 +457,7 @@ fn the_checksum_is_that_of_other_programs() {
 
 #[test]
 fn no_tokenizer_cuts_the_built_in_text_into_more_tokens_than_fit() {
-    let built_in = include_str!("../data/calibration.txt");
+    let built_in = include_str!("../../data/calibration.txt");
     assert!(built_in.len() <= 1 << 18);
     assert!(!built_in.contains('\r') && !built_in.contains("<|"));
 }

@@ -1,10 +1,8 @@
 //! Sequences that share passes, compared with the same sequences alone.
 
-#[allow(dead_code, reason = "helpers of other tests")]
-mod common;
-
-use common::tiny::{MODELS, cases, largest_difference};
-use common::{CUT_TOLERANCE, config, model, options, session, source};
+use crate::common::{
+    CUT_TOLERANCE, MODELS, cases, config, exact, largest_difference, model, session, source,
+};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use upg_kernel::inference::{Context, Logits, Model, Sequence, Session, SessionOptions};
@@ -27,7 +25,7 @@ impl Twin {
         tokens.truncate([80, 33, 64, 7][index % 4]);
         let options = SessionOptions {
             prefill_chunk: [512, 5, 16][index % 3],
-            ..options()
+            ..exact()
         };
         let alone = Session::new(Arc::clone(context.model()), &options);
         Self {
@@ -48,7 +46,7 @@ impl Twin {
 fn new_context(model: &Arc<Model>, prefill_chunk: usize) -> Context {
     let options = SessionOptions {
         prefill_chunk,
-        ..options()
+        ..exact()
     };
     Context::new(Arc::clone(model), &options).expect("good options")
 }
@@ -150,7 +148,7 @@ fn after_an_error_every_sequence_is_as_before() {
     let small = SessionOptions {
         context: Some(42),
         interrupt: Some(Arc::clone(&interrupt)),
-        ..options()
+        ..exact()
     };
     let prompt = cases(name).pop().unwrap().prompt;
     let mut context = Context::new(Arc::clone(&model), &small).unwrap();

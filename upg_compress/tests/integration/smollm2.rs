@@ -1,14 +1,6 @@
 //! Real model, from GGUF to text, compared with transformers in float32.
-//!
-//! `UPG_TEST_GGUF` is the path of SmolLM2-135M-Instruct as GGUF; `./test.sh` downloads it and sets
-//! the variable.
-#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
-#[path = "../../upg_kernel/tests/common/answer.rs"]
-mod answer;
-mod common;
-
-use common::smollm2_gguf;
+use crate::common::{answer, exact, json, smollm2_gguf};
 use serde_json::Value;
 use std::path::Path;
 use upg_compress::{Choice, CompressOptions, compress, source};
@@ -16,7 +8,7 @@ use upg_kernel::Cpu;
 use upg_kernel::UPGModel;
 use upg_kernel::format::Encoding;
 use upg_kernel::inference::{
-    CacheType, Event, FinishReason, Request, Sampler, SamplingOptions, SessionOptions,
+    Event, FinishReason, Request, Sampler, SamplingOptions, SessionOptions,
 };
 
 /// Tolerance for sums of 576 to 1,536 products over 30 layers in another order than torch's,
@@ -24,14 +16,6 @@ use upg_kernel::inference::{
 ///
 /// Measured: 4e-5.
 const KEPT: f32 = 3e-4;
-
-/// Returns options with unrounded keys and values, as the reference has them.
-fn exact() -> SessionOptions {
-    SessionOptions {
-        cache_type: CacheType::F32,
-        ..SessionOptions::default()
-    }
-}
 
 fn compressed(choice: Choice, folder: &Path) -> UPGModel {
     let source = source::open(smollm2_gguf()).unwrap();
@@ -53,11 +37,7 @@ struct Expected {
 }
 
 fn oracle() -> Vec<Expected> {
-    let path = concat!(
-        env!("CARGO_MANIFEST_DIR"),
-        "/../upg_kernel/tests/data/smollm2_oracle.json"
-    );
-    let json: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    let json = json("smollm2_oracle.json");
     let list = |value: &Value| value.as_array().unwrap().clone();
     let ids = |value: &Value| {
         let ids = list(value);
@@ -89,7 +69,7 @@ fn greedy(model: &UPGModel, expected: &Expected) -> Vec<u32> {
         .unwrap();
     assert_eq!(prompt, expected.prompt_ids);
     let request = Request::new(prompt, expected.generated_ids.len());
-    answer::answer(&mut model.scheduler(1, &exact()).unwrap(), request).0
+    answer(&mut model.scheduler(1, &exact()).unwrap(), request).0
 }
 
 #[test]

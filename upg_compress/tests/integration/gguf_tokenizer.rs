@@ -1,18 +1,10 @@
 //! The tokenizer of a real GGUF file gives the ids of llama.cpp and transformers.
-//!
-//! `UPG_TEST_GGUF` is the path of SmolLM2-135M-Instruct as GGUF; `./test.sh` downloads it and sets
-//! the variable.
 
-#![allow(clippy::unwrap_used, reason = "helpers of tests")]
-
-mod common;
-
+use crate::common::{data, json, smollm2_gguf};
+use candle_core::quantized::gguf_file::{Content, Value};
+use serde_json::Value as Json;
 use std::fs::File;
 use std::path::PathBuf;
-
-use candle_core::quantized::gguf_file::{Content, Value};
-use common::smollm2_gguf;
-use serde_json::Value as Json;
 use upg_compress::Calibration;
 use upg_compress::source::{self, GgufVocab, TokenizerFiles};
 use upg_kernel::inference::chat_template::{ChatTemplate, Message};
@@ -65,24 +57,17 @@ fn ids(value: &Json) -> Vec<u32> {
     value.as_array().unwrap().iter().map(one).collect()
 }
 
-fn data(name: &str) -> String {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-        .join("../upg_kernel/tests/data")
-        .join(name);
-    std::fs::read_to_string(path).unwrap()
-}
-
-fn json(name: &str) -> Json {
-    serde_json::from_str(&data(name)).unwrap()
-}
-
 /// Returns the text of a case: its own, or the first characters of another file.
 fn text(case: &Json) -> String {
     match case["text_file"].as_str() {
         None => case["text"].as_str().unwrap().to_owned(),
         Some(name) => {
             let first = case["first_chars"].as_u64().unwrap();
-            data(name).chars().take(first as usize).collect()
+            std::fs::read_to_string(data(name))
+                .unwrap()
+                .chars()
+                .take(first as usize)
+                .collect()
         }
     }
 }

@@ -1,8 +1,6 @@
 //! Rounding to the plain encodings: errors on Gaussian weights, exact zeros, ragged sizes.
-#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
-use rand_chacha::ChaCha8Rng;
-use rand_chacha::rand_core::{Rng, SeedableRng};
+use crate::common::{gaussian, relative_error};
 use upg_compress::encode::{round_q4, round_q8, round_s4, round_s8};
 use upg_kernel::Matrix;
 use upg_kernel::matrix::Levels;
@@ -17,33 +15,11 @@ const S8: f64 = 0.0065;
 const S4: f64 = 0.092;
 const MDCSR: f64 = 0.00001;
 
-/// Returns `n` Gaussian values (Box-Muller) of a fixed stream; every `zeros`-th is 0 (none if
-/// `zeros` is 0).
-fn gaussian(n: usize, seed: u64, zeros: usize) -> Vec<f32> {
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let mut uniform = || (f64::from(rng.next_u32()) + 0.5) / 4_294_967_296.0;
-    (0..n)
-        .map(|i| {
-            let (u, v) = (uniform(), uniform());
-            let g = (-2.0 * u.ln()).sqrt() * (std::f64::consts::TAU * v).cos();
-            if zeros > 0 && i % zeros == 0 {
-                0.0
-            } else {
-                g as f32
-            }
-        })
-        .collect()
-}
-
-fn relative_error(original: &[f32], decoded: &[f32]) -> f64 {
-    let square = |v: f64| v * v;
-    let norm: f64 = original.iter().map(|&w| square(f64::from(w))).sum();
-    let error: f64 = original
-        .iter()
-        .zip(decoded)
-        .map(|(&a, &b)| square(f64::from(a) - f64::from(b)))
-        .sum();
-    (error / norm).sqrt()
+/// Returns Gaussian values in which every `step`-th is 0.
+fn with_zeros(n: usize, seed: u64, step: usize) -> Vec<f32> {
+    let mut values = gaussian(n, seed);
+    values.iter_mut().step_by(step).for_each(|w| *w = 0.0);
+    values
 }
 
 /// Returns every encoding of this file, with its maximum error.
@@ -80,9 +56,9 @@ fn round_all(w: &[f32], rows: usize, cols: usize) -> Vec<(&'static str, Matrix, 
 #[test]
 fn errors_on_gaussian_weights() {
     let (rows, cols) = (96, 1024);
-    let w = gaussian(rows * cols, 1, 3);
+    let w = with_zeros(rows * cols, 1, 3);
     for (name, matrix, limit) in round_all(&w, rows, cols) {
-        let error = relative_error(&w, &matrix.to_dense());
+        let error = relative_error(&matrix.to_dense(), &w);
         println!("{name}: relative error {error:.7}");
         assert!(error < limit, "{name}: {error}");
     }
@@ -99,8 +75,8 @@ fn ragged_sizes_round_and_multiply_like_their_dense_form() {
         (64, 65),
         (2, 700),
     ] {
-        let w = gaussian(rows * cols, (rows * 1000 + cols) as u64, 2);
-        let x = gaussian(3 * cols, 9, 0);
+        let w = with_zeros(rows * cols, (rows * 1000 + cols) as u64, 2);
+        let x = gaussian(3 * cols, 9);
         let largest = x.iter().fold(0.0f32, |m, x| m.max(x.abs()));
         for (name, matrix, _) in round_all(&w, rows, cols) {
             let dense = matrix.to_dense();
@@ -126,7 +102,7 @@ fn ragged_sizes_round_and_multiply_like_their_dense_form() {
 #[test]
 fn what_fills_up_a_strip_is_zeros() {
     let (rows, cols) = (65, 69);
-    let w = gaussian(rows * cols, 8, 0);
+    let w = gaussian(rows * cols, 8);
     // Returns whether prime index `i` has a row, with `strip` of them per strip.
     let has_row = |i: usize, strip: usize| i / strip * 64 + i % 64 < rows;
     for (group, is_q8) in [(32, true), (64, true), (32, false), (64, false)] {
@@ -182,7 +158,7 @@ fn what_fills_up_a_strip_is_zeros() {
 #[test]
 fn zeros_stay_exactly_zero_and_zero_matrices_work() {
     let (rows, cols) = (7, 130);
-    let w = gaussian(rows * cols, 5, 2);
+    let w = with_zeros(rows * cols, 5, 2);
     for (name, matrix, _) in round_all(&w, rows, cols) {
         let sparse = matches!(name, "s8" | "s4" | "mdcsr");
         for (&original, &decoded) in w.iter().zip(&matrix.to_dense()) {
@@ -199,12 +175,12 @@ fn extreme_scales_neither_overflow_nor_vanish() {
     let (rows, cols) = (4, 64);
     for exponent in [-30, 0, 20] {
         let factor = 10f32.powi(exponent);
-        let w: Vec<f32> = gaussian(rows * cols, 6, 0)
+        let w: Vec<f32> = gaussian(rows * cols, 6)
             .iter()
             .map(|w| w * factor)
             .collect();
         for (name, matrix, limit) in round_all(&w, rows, cols) {
-            let error = relative_error(&w, &matrix.to_dense());
+            let error = relative_error(&matrix.to_dense(), &w);
             assert!(error < 1.3 * limit, "{name} at 1e{exponent}: {error}");
         }
     }
@@ -233,7 +209,7 @@ fn wide_gaps_are_bridged() {
     let matrix = MdCSRMatrix::from_dense(&w, 2, cols).unwrap();
     // Row 0: gaps 0, 255, 256 (one bridge), 255, 433 (one); row 1: 1199 = 4 bridges and 179.
     assert_eq!(matrix.nnz(), 5 + 2 + 1 + 4);
-    assert!(relative_error(&w, &matrix.to_dense()) < 1e-6);
+    assert!(relative_error(&matrix.to_dense(), &w) < 1e-6);
     let x: Vec<f32> = (0..cols).map(|c| (c % 7) as f32).collect();
     let (sparse, dense) = (
         matrix.spmv(&x).unwrap(),

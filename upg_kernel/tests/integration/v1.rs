@@ -1,16 +1,11 @@
 //! Version 1 files that Python has written, and pickles that must be refused.
-#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
-#[path = "common/tiny.rs"]
-#[allow(dead_code, reason = "helpers of other tests")]
-mod tiny;
-
+use crate::common::{collect, data};
 use safetensors::SafeTensors;
 use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use tiny::{collect, data};
 use upg_kernel::format::UpgFile;
 use upg_kernel::inference::model_dir::ModelFiles;
 use upg_kernel::v1::{V1File, is_pickle, open_any, open_any_with};

@@ -1,7 +1,6 @@
 //! All stored inputs of the fuzz targets (`fuzz/seeds`), without a fuzzer: none panics.
-#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
-#[path = "../../fuzz/src/targets/mod.rs"]
+#[path = "../../../fuzz/src/targets/mod.rs"]
 mod targets;
 
 use std::fs;

@@ -1,10 +1,7 @@
 //! Damaged files: one for every rule of `upg_format_v2.md`, truncations,
 //! and random byte flips.
-#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
-mod draft;
-
-use draft::{COLS, Draft, ROWS};
+use crate::draft::{COLS, Draft, ROWS};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use safetensors::Dtype;

@@ -1,8 +1,4 @@
 //! Examples of `upg_format_v2.md`, read from its text.
-#![allow(
-    clippy::unwrap_used,
-    reason = "a broken example fails the test where it is"
-)]
 
 use safetensors::Dtype;
 use std::collections::BTreeMap;
@@ -95,7 +91,7 @@ fn required_metadata() -> BTreeMap<String, String> {
 
 #[test]
 fn every_encoding_has_an_example_that_decodes_as_it_says() {
-    let text = include_str!("../../upg_format_v2.md");
+    let text = include_str!("../../../upg_format_v2.md");
     let examples: Vec<Example> = text
         .split("```example ")
         .skip(1)

@@ -2,13 +2,8 @@
 //! of the loss.
 //!
 //! The decoder computes the loss in a forward pass, with a matrix moved a little to both sides.
-#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
-#[allow(dead_code, reason = "helpers of other tests")]
-mod common;
-
-use common::tiny::{MODELS, cases};
-use common::{config, options, source};
+use crate::common::{MODELS, cases, config, exact, source};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use std::collections::HashMap;
@@ -74,7 +69,7 @@ fn scale(values: &mut [f32], by: &[f32]) {
 fn logits(config: &ModelConfig, source: &dyn WeightSource, tokens: &[u32], len: usize) -> Vec<f32> {
     let model = Arc::new(Model::load(config.clone(), source).unwrap());
     let of_sequence = |sequence| {
-        let mut session = Session::new(Arc::clone(&model), &options()).unwrap();
+        let mut session = Session::new(Arc::clone(&model), &exact()).unwrap();
         session.forward(sequence).unwrap().to_vec()
     };
     tokens.chunks_exact(len).flat_map(of_sequence).collect()

@@ -1,15 +1,9 @@
 //! Fine-tuning of scales and gains towards the original.
-#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
-#[path = "../../upg_kernel/tests/common/tiny.rs"]
-#[allow(dead_code, reason = "of the cases only prompts are used")]
-mod tiny;
-
+use crate::common::{Stopped, calibration, model_file, recipe};
 use std::path::{Path, PathBuf};
-use tiny::{cases, model_file};
 use upg_compress::{
-    Calibration, Choice, CompressOptions, Progress, Source, TuneOptions, TuneReport, compress,
-    source, tune,
+    Choice, CompressOptions, Progress, Source, TuneOptions, TuneReport, compress, source, tune,
 };
 use upg_kernel::ErrorKind;
 use upg_kernel::format::{Encoding, UpgFile};
@@ -30,18 +24,20 @@ fn compressed(source: &dyn Source, choice: Choice, folder: &Path) -> PathBuf {
     path
 }
 
-/// Returns three sequences of 24 tokens.
-fn text(name: &str) -> Calibration {
-    let prompt = cases(name).pop().unwrap().prompt;
-    Calibration::new(prompt, 24).unwrap()
-}
-
 fn tuned(name: &str, folder: &Path) -> (UpgFile, UpgFile, TuneReport) {
     let source = original(name);
     let path = compressed(source.as_ref(), Choice::Encode(Encoding::T2), folder);
     let file = UpgFile::open(&path).unwrap();
     let out = folder.join("tuned.safetensors");
-    let report = tune(source.as_ref(), &file, &text(name), OPTIONS, &out, &()).unwrap();
+    let report = tune(
+        source.as_ref(),
+        &file,
+        &calibration(name),
+        OPTIONS,
+        &out,
+        &(),
+    )
+    .unwrap();
     (file, UpgFile::open(out).unwrap(), report)
 }
 
@@ -80,8 +76,7 @@ fn a_file_comes_nearer_to_its_original_and_keeps_its_codes() {
             changed += shape[0];
         }
         assert_eq!(report.parameters, changed);
-        let recipe: serde_json::Value =
-            serde_json::from_str(after.metadata("recipe").unwrap()).unwrap();
+        let recipe = recipe(&after);
         assert_eq!(recipe["encoding"], "t2");
         assert_eq!(recipe["tuned"][0]["passes"], 10);
         assert_eq!(recipe["tuned"][0]["calibration"]["tokens"], 72);
@@ -95,7 +90,16 @@ fn the_same_text_gives_the_same_bytes_and_a_file_may_take_its_own_place() {
     let source = original("qwen3");
     let path = folder.path().join("t2.safetensors");
     let file = UpgFile::open(&path).unwrap();
-    let again = || tune(source.as_ref(), &file, &text("qwen3"), OPTIONS, &path, &());
+    let again = || {
+        tune(
+            source.as_ref(),
+            &file,
+            &calibration("qwen3"),
+            OPTIONS,
+            &path,
+            &(),
+        )
+    };
     again().unwrap();
     let bytes = std::fs::read(after.path()).unwrap();
     assert_eq!(bytes, std::fs::read(&path).unwrap());
@@ -117,7 +121,15 @@ fn what_has_scales_is_tuned_beside_what_has_none() {
     let path = folder.path().join("mixed");
     compress(source.as_ref(), &path, &options, &()).unwrap();
     let file = UpgFile::open(&path).unwrap();
-    let report = tune(source.as_ref(), &file, &text("qwen2"), OPTIONS, &path, &()).unwrap();
+    let report = tune(
+        source.as_ref(),
+        &file,
+        &calibration("qwen2"),
+        OPTIONS,
+        &path,
+        &(),
+    )
+    .unwrap();
     assert!(
         report.divergence.1 < LEFT * report.divergence.0,
         "{report:?}"
@@ -142,15 +154,13 @@ fn what_has_scales_is_tuned_beside_what_has_none() {
     tune(
         source.as_ref(),
         &tuned,
-        &text("qwen2"),
+        &calibration("qwen2"),
         OPTIONS,
         &again,
         &(),
     )
     .unwrap();
-    let recipe = UpgFile::open(again).unwrap();
-    let recipe: serde_json::Value =
-        serde_json::from_str(recipe.metadata("recipe").unwrap()).unwrap();
+    let recipe = recipe(&UpgFile::open(again).unwrap());
     assert_eq!(recipe["tuned"].as_array().unwrap().len(), 2);
 }
 
@@ -162,7 +172,15 @@ fn a_file_that_would_be_worse_is_not_written() {
     let before = std::fs::read(&q8).unwrap();
     let file = UpgFile::open(&q8).unwrap();
     let wild = TuneOptions::new(3, 0.9);
-    let e = tune(source.as_ref(), &file, &text("qwen3"), wild, &q8, &()).unwrap_err();
+    let e = tune(
+        source.as_ref(),
+        &file,
+        &calibration("qwen3"),
+        wild,
+        &q8,
+        &(),
+    )
+    .unwrap_err();
     assert_eq!(e.kind(), ErrorKind::Invalid);
     assert!(e.to_string().contains("use a lower rate"), "{e}");
     assert_eq!(std::fs::read(&q8).unwrap(), before);
@@ -171,18 +189,12 @@ fn a_file_that_would_be_worse_is_not_written() {
 
 #[test]
 fn what_cannot_be_tuned_is_refused_and_nothing_is_written() {
-    struct Stopped;
-    impl Progress for Stopped {
-        fn is_cancelled(&self) -> bool {
-            true
-        }
-    }
     let folder = tempfile::tempdir().unwrap();
     let source = original("qwen3");
     let [q4, keep] = [Choice::Encode(Encoding::Q4), Choice::Keep]
         .map(|choice| UpgFile::open(compressed(source.as_ref(), choice, folder.path())).unwrap());
     let other = original("qwen2");
-    let text = text("qwen3");
+    let text = calibration("qwen3");
     let out = folder.path().join("out");
     let refused = |source: &dyn Source, file: &UpgFile, options, progress: &dyn Progress| {
         let e = tune(source, file, &text, options, &out, progress).unwrap_err();

@@ -1,20 +1,13 @@
 //! Models with many zeros, and models that are pruned.
-#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
-#[path = "../../upg_kernel/tests/common/tiny.rs"]
-#[allow(dead_code, reason = "of the cases only prompts are used")]
-mod tiny;
-
+use crate::common::{calibration, model_file};
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors, serialize};
 use std::path::Path;
-use tiny::{cases, model_file};
-use upg_compress::{
-    Calibration, Choice, CompressOptions, CompressReport, Source, Sparse, compress, source,
-};
+use upg_compress::{Choice, CompressOptions, CompressReport, Source, Sparse, compress, source};
 use upg_kernel::format::{Encoding, UpgFile};
 use upg_kernel::inference::LayerInput;
 use upg_kernel::{Error, ErrorKind};
-
-use safetensors::{Dtype, SafeTensors, serialize, tensor::TensorView};
 
 const UP: &str = "model.layers.0.mlp.up_proj.weight";
 const DOWN: &str = "model.layers.1.mlp.down_proj.weight";
@@ -122,7 +115,7 @@ fn layers_are_pruned_to_a_share() {
     let folder = tempfile::tempdir().unwrap();
     let source = pruned(folder.path());
     let mut options = CompressOptions::new(Choice::Encode(Encoding::Q8));
-    options.calibration = Some(Calibration::new(cases("qwen3").pop().unwrap().prompt, 24).unwrap());
+    options.calibration = Some(calibration("qwen3"));
     options.overrides = vec!["*.1.self_attn.q_proj.weight=t3".parse().unwrap()];
     options.prune = Some(0.6);
     let (file, report) = run(source.as_ref(), &options).unwrap();
@@ -153,7 +146,7 @@ fn layers_are_pruned_to_a_share() {
 fn pruning_that_cannot_be_done_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let source = pruned(folder.path());
-    let calibration = Calibration::new(cases("qwen3").pop().unwrap().prompt, 24).unwrap();
+    let calibration = calibration("qwen3");
     for (encoding, prune, calibrated, message) in [
         (Encoding::S8, 0.5, false, "without a calibration text"),
         (Encoding::S8, 1.5, true, "a share of 1.5"),

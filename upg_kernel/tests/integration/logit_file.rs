@@ -1,5 +1,4 @@
 //! Reference logits in a file, which is read as untrusted input.
-#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 use std::fs;
 use std::path::{Path, PathBuf};

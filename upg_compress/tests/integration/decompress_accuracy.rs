@@ -1,22 +1,14 @@
 //! Errors of decompressed weights, for real and Gaussian ones, with every encoding,
 //! through a file.
-//!
-//! `UPG_TEST_GGUF` is the path of SmolLM2-135M-Instruct as GGUF; `./test.sh` downloads it and sets
-//! the variable.
-#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
-mod common;
-
+use crate::common::{gaussian, layer, relative_error, smollm2_gguf};
 use candle_core::DType;
-use common::smollm2_gguf;
-use rand_chacha::ChaCha8Rng;
-use rand_chacha::rand_core::{Rng, SeedableRng};
 use std::collections::BTreeMap;
 use std::path::Path;
 use upg_compress::encode::encode_matrix;
 use upg_compress::source;
 use upg_kernel::UPGDecompressor;
-use upg_kernel::format::{Encoding, FileWriter, LayerInfo, header_capacity};
+use upg_kernel::format::{Encoding, FileWriter, header_capacity};
 use upg_kernel::matrix::Matrix;
 
 /// Maximum error of `q8`, `s8` and `mdcsr` on every tensor.
@@ -76,12 +68,7 @@ impl Weights {
 
 /// Writes `weights` to a file in this encoding and reads them back.
 fn through_a_file(folder: &Path, weights: &Weights, encoding: Encoding) -> Vec<f32> {
-    let mut layer = LayerInfo::new(&weights.name, weights.rows, weights.cols, encoding);
-    layer.group = match encoding {
-        Encoding::Q4 => Some(32),
-        Encoding::Q8 | Encoding::S8 | Encoding::S4 => Some(64),
-        _ => None,
-    };
+    let mut layer = layer(&weights.name, weights.rows, weights.cols, encoding);
     let matrix = encode_matrix(&weights.values, &layer, 0, None, &()).unwrap();
     if let Matrix::Trellis(m) = &matrix {
         layer.hadamard = Some(m.parts().rotation.size());
@@ -108,17 +95,6 @@ fn through_a_file(folder: &Path, weights: &Weights, encoding: Encoding) -> Vec<f
     let bits = |t: candle_core::Tensor| t.flatten_all().unwrap().to_vec1::<half::bf16>().unwrap();
     assert_eq!(bits(rounded), bits(expected));
     tensor.flatten_all().unwrap().to_vec1().unwrap()
-}
-
-/// Returns the relative error in the Frobenius norm.
-fn error(original: &[f32], decoded: &[f32]) -> f64 {
-    let squares = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>();
-    let mut differences = original
-        .iter()
-        .zip(decoded)
-        .map(|(&a, &b)| f64::from(a) - f64::from(b));
-    let mut values = original.iter().map(|&a| f64::from(a));
-    (squares(&mut differences) / squares(&mut values)).sqrt()
 }
 
 /// One matrix of every kind, from an early and a late block, and rows of the embedding.
@@ -163,7 +139,7 @@ fn test_decompress_accuracy() {
                 },
             };
             let decoded = through_a_file(folder.path(), &weights, encoding);
-            let found = error(&weights.values, &decoded);
+            let found = relative_error(&decoded, &weights.values);
             println!(
                 "{encoding:6} {:>8.4} %  {} [{}, {}]",
                 100.0 * found,
@@ -190,22 +166,16 @@ fn test_decompress_accuracy() {
 #[test]
 fn trellis_codes_reach_their_error_on_gaussian_weights() {
     let (rows, cols) = (256, 1024);
-    let mut rng = ChaCha8Rng::seed_from_u64(11);
-    let mut uniform = || (f64::from(rng.next_u32()) + 0.5) / 4_294_967_296.0;
-    let values = (0..rows * cols).map(|_| {
-        let (u, v) = (uniform(), uniform());
-        ((-2.0 * u.ln()).sqrt() * (std::f64::consts::TAU * v).cos()) as f32
-    });
     let weights = Weights {
         name: "gaussian".into(),
         rows,
         cols,
-        values: values.collect(),
+        values: gaussian(rows * cols, 11),
     };
     let folder = tempfile::tempdir().unwrap();
     for (encoding, bound) in TRELLIS_DECIBELS {
         let decoded = through_a_file(folder.path(), &weights, encoding);
-        let decibels = 20.0 * error(&weights.values, &decoded).log10();
+        let decibels = 20.0 * relative_error(&decoded, &weights.values).log10();
         println!("{encoding}: {decibels:.2} dB");
         assert!(decibels <= bound, "{encoding}: {decibels}");
     }

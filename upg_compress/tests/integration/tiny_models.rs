@@ -1,18 +1,14 @@
 //! Tiny models of every family, compressed from their directories and run from the file.
 //!
 //! Their logits and greedy tokens are compared with those of transformers.
-#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
-#[path = "../../upg_kernel/tests/common/answer.rs"]
-mod answer;
-#[path = "../../upg_kernel/tests/common/tiny.rs"]
-mod tiny;
-
+use crate::common::{
+    Case, MODELS, answer, cases, copy_model, exact, largest_difference, model_file, relative_error,
+};
 use std::path::Path;
-use tiny::{Case, MODELS, cases, largest_difference, model_file};
 use upg_compress::{Choice, CompressOptions, Preflight, compress, source};
 use upg_kernel::format::Encoding;
-use upg_kernel::inference::{CacheType, Request, SessionOptions};
+use upg_kernel::inference::Request;
 use upg_kernel::{ErrorKind, UPGModel};
 
 /// Tolerance without compression: only the order of additions differs; measured: 4e-6 at
@@ -23,23 +19,12 @@ const KEPT: f32 = 3e-5;
 /// 0.5 to 0.6 %.
 ///
 /// Measured: 0.010 to 0.026.
-const Q8: f32 = 0.03;
-
-/// Returns options with unrounded keys and values, as the reference has them.
-fn exact() -> SessionOptions {
-    SessionOptions {
-        cache_type: CacheType::F32,
-        ..SessionOptions::default()
-    }
-}
+const Q8: f64 = 0.03;
 
 /// Compresses the model of folder `name` into `folder` and opens it.
 fn compressed(name: &str, weights: &str, choice: Choice, folder: &Path) -> UPGModel {
     let directory = folder.join(name);
-    std::fs::create_dir(&directory).unwrap();
-    for (from, file) in [(name, "config.json"), (weights, "model.safetensors")] {
-        std::fs::copy(model_file(from, file), directory.join(file)).unwrap();
-    }
+    copy_model(name, weights, &directory);
     let out = folder.join(format!("{name}.safetensors"));
     let mut options = CompressOptions::new(choice);
     options.embedding = Some(choice);
@@ -59,16 +44,9 @@ fn logits(model: &UPGModel, case: &Case) -> [Vec<f32>; 2] {
     [whole, steps].map(|logits| logits[logits.len() - case.logits.len()..].to_vec())
 }
 
-/// Returns `|found - expected| / |expected|`.
-fn relative_error(found: &[f32], expected: &[f32]) -> f32 {
-    let norm = |values: &mut dyn Iterator<Item = f32>| values.map(|v| v * v).sum::<f32>().sqrt();
-    let mut differences = found.iter().zip(expected).map(|(a, b)| a - b);
-    norm(&mut differences) / norm(&mut expected.iter().copied())
-}
-
 fn greedy(model: &UPGModel, case: &Case) -> Vec<u32> {
     let request = Request::new(case.prompt.clone(), case.greedy.len());
-    answer::answer(&mut model.scheduler(1, &exact()).unwrap(), request).0
+    answer(&mut model.scheduler(1, &exact()).unwrap(), request).0
 }
 
 /// A file that `UPGModel` would not open is not worth hours of work.
@@ -76,10 +54,7 @@ fn greedy(model: &UPGModel, case: &Case) -> Vec<u32> {
 fn texts_that_no_file_can_be_opened_with_are_refused_first() {
     let folder = tempfile::tempdir().unwrap();
     let directory = folder.path().join("qwen2");
-    std::fs::create_dir(&directory).unwrap();
-    for file in ["config.json", "model.safetensors"] {
-        std::fs::copy(model_file("qwen2", file), directory.join(file)).unwrap();
-    }
+    copy_model("qwen2", "qwen2", &directory);
     let out = folder.path().join("out.safetensors");
     let options = CompressOptions::new(Choice::Keep);
     let merge = r#"{"model":{"type":"BPE","vocab":{"a":0},"merges":[["a","a"]]}}"#;

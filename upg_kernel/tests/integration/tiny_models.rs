@@ -3,13 +3,10 @@
 //!
 //! `tests/data/tiny-models/make_expected.py` creates them.
 
-#[path = "common/answer.rs"]
-mod answer;
-mod common;
-
-use answer::answer;
-use common::tiny::{MODELS, cases, largest_difference};
-use common::{CUT_TOLERANCE, DenseSource, config, model, options, session, source};
+use crate::common::{
+    CUT_TOLERANCE, DenseSource, LOGIT_TOLERANCE, MODELS, answer, cases, config, exact,
+    largest_difference, model, session, source,
+};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use upg_kernel::inference::config::FAMILIES;
@@ -18,9 +15,6 @@ use upg_kernel::inference::{
     Session, SessionOptions, WeightSource,
 };
 use upg_kernel::{Error, ErrorKind, Matrix};
-
-/// Tolerance for f32 arithmetic in another order; measured: 4e-6 at logits up to 5.
-const LOGIT_TOLERANCE: f32 = 3e-5;
 
 /// Tolerance of an int8 cache; measured: 0.046, and 0.093 without a rotation.
 const INT8_TOLERANCE: f32 = 0.065;
@@ -135,7 +129,7 @@ fn greedy_tokens_are_those_of_transformers() {
         let model = model(name);
         for (i, case) in cases(name).iter().enumerate() {
             let request = Request::new(case.prompt.clone(), case.greedy.len());
-            let (tokens, reason, _) = answer(&mut scheduler(&model, &options()), request);
+            let (tokens, reason, _) = answer(&mut scheduler(&model, &exact()), request);
             assert_eq!(tokens, case.greedy, "{name} case{i}");
             assert_eq!(reason, FinishReason::MaxTokens);
         }
@@ -156,7 +150,7 @@ fn the_cut_of_a_prompt_does_not_matter() {
             }
             let options = SessionOptions {
                 prefill_chunk: piece,
-                ..options()
+                ..exact()
             };
             let mut chunked = Session::new(Arc::clone(&model), &options).unwrap();
             let every = chunked.forward(&case.prompt).unwrap();
@@ -180,7 +174,7 @@ fn a_session_cut_back_is_as_good_as_new() {
         let prompt = cases(name).pop().unwrap().prompt;
         let options = SessionOptions {
             prefill_chunk: 5,
-            ..options()
+            ..exact()
         };
         for kept in [0, 1, 10, 31, 32, 33, 70, 79, 80, 200] {
             let mut used = Session::new(Arc::clone(&model), &options).unwrap();
@@ -216,7 +210,7 @@ fn generation_crosses_the_longrope_switch_as_transformers_does() {
         244, 244, 244, 244, 162, 162, 162, 162, 162, 133, 60, 60, 60, 60, 60, 60,
     ];
     let request = Request::new(prompt, expected.len());
-    let (tokens, ..) = answer(&mut scheduler(&model, &options()), request);
+    let (tokens, ..) = answer(&mut scheduler(&model, &exact()), request);
     assert_eq!(tokens, expected);
 }
 
@@ -250,7 +244,7 @@ fn an_int8_cache_bears_a_few_large_elements_of_keys() {
     let logits = |cache_type| {
         let options = SessionOptions {
             cache_type,
-            ..options()
+            ..exact()
         };
         let mut session = Session::new(Arc::clone(&model), &options).unwrap();
         session.forward(&prompt).unwrap()
@@ -292,7 +286,7 @@ fn bad_calls_are_refused_and_leave_the_session_as_it_was() {
         context,
         prefill_chunk,
         max_cache_bytes,
-        ..options()
+        ..exact()
     };
     // 256 positions, 2 layers, 2 heads of 24, keys and values of 4 bytes.
     let bytes = 256 * 2 * 2 * 24 * 2 * 4;
@@ -316,7 +310,7 @@ fn an_interrupted_session_is_as_before_and_goes_on() {
     let interrupt = Arc::new(AtomicBool::new(false));
     let options = SessionOptions {
         interrupt: Some(Arc::clone(&interrupt)),
-        ..options()
+        ..exact()
     };
     let mut used = Session::new(Arc::clone(&model), &options).unwrap();
     used.prefill(&prompt[..40]).unwrap();
@@ -333,7 +327,7 @@ fn an_interrupted_session_is_as_before_and_goes_on() {
 
 #[test]
 fn timings_count_what_was_computed() {
-    let mut scheduler = scheduler(&model("qwen3"), &options());
+    let mut scheduler = scheduler(&model("qwen3"), &exact());
     for (prompt, cached) in [(vec![5, 6, 7], 0), (vec![5, 6, 8, 9], 2)] {
         let computed = prompt.len() - cached;
         let (tokens, _, timings) = answer(&mut scheduler, Request::new(prompt, 4));
@@ -353,7 +347,7 @@ fn a_prompt_continues_what_is_in_the_cache() {
     for (name, _) in MODELS {
         let model = model(name);
         let case = cases(name).pop().unwrap();
-        let mut scheduler = scheduler(&model, &options());
+        let mut scheduler = scheduler(&model, &exact());
         for kept in [1, 16, 31, 40, 79, 80] {
             let mut other = case.prompt[..kept].to_vec();
             other.extend([9, 8, 7]);
@@ -378,10 +372,7 @@ fn generation_stops_at_stop_ids_and_at_the_end_of_the_context() {
     let model = model(name);
     let case = cases(name).remove(1);
     let run = |context, max_tokens, stop_ids| {
-        let options = SessionOptions {
-            context,
-            ..options()
-        };
+        let options = SessionOptions { context, ..exact() };
         let mut request = Request::new(case.prompt.clone(), max_tokens);
         request.stop_ids = stop_ids;
         let (tokens, reason, timings) = answer(&mut scheduler(&model, &options), request);
@@ -403,7 +394,7 @@ fn generation_stops_at_stop_ids_and_at_the_end_of_the_context() {
 
 #[test]
 fn text_ends_before_a_stop_string() {
-    let mut scheduler = scheduler(&model("qwen3"), &options());
+    let mut scheduler = scheduler(&model("qwen3"), &exact());
     let case = cases("qwen3").remove(1);
     let text: String = case.greedy.iter().map(|id| format!("<{id}>")).collect();
     let request = |stop_strings| {

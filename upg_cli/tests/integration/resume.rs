@@ -1,15 +1,20 @@
 //! Long compression runs: killed and resumed, estimated beforehand, reported afterwards.
-#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
-mod common;
-
-use common::{catches_interrupts, names, output, succeed, tiny_model, upg};
+use crate::common::{
+    catches_interrupts, compress, compress_tiny, kill_when, names, output, succeed_json, success,
+    tiny_model,
+};
+#[cfg(unix)]
+use crate::common::{send, wait_until};
+#[cfg(unix)]
+use nix::sys::signal::Signal;
 use safetensors::tensor::TensorView;
 use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::time::Duration;
+use tempfile::TempDir;
 use upg_compress::Source;
 use upg_compress::source::SyntheticSource;
 
@@ -52,55 +57,32 @@ fn journaled(path: &Path) -> usize {
     lines.saturating_sub(2)
 }
 
-/// Waits until this many tensors are journaled; `false` if the process ended before.
-fn wait_for(child: &mut Child, journal: &Path, tensors: usize) -> bool {
-    for _ in 0..120_000 {
-        if journal.exists() && journaled(journal) >= tensors {
-            return true;
-        }
-        if child.try_wait().unwrap().is_some() {
-            return false;
-        }
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    panic!("two minutes and nothing happened");
+/// Returns a folder, a random model in it, and the path of an output in a folder of its own.
+fn workplace() -> (TempDir, PathBuf, PathBuf) {
+    let folder = tempfile::tempdir().unwrap();
+    let model = directory(folder.path());
+    let work = folder.path().join("work");
+    fs::create_dir(&work).unwrap();
+    (folder, model, work.join("out"))
 }
 
 #[test]
 fn a_process_killed_at_any_point_goes_on_to_the_same_bytes() {
-    let folder = tempfile::tempdir().unwrap();
-    let model = directory(folder.path());
-    let (model, whole) = (model.to_str().unwrap(), folder.path().join("whole"));
-    let args = |out: &Path| {
-        [
-            "compress",
-            model,
-            "-o",
-            out.to_str().unwrap(),
-            "-e",
-            "t4",
-            "--threads",
-            "1",
-        ]
-        .map(str::to_owned)
-    };
-    succeed(args(&whole));
+    let (folder, model, out) = workplace();
+    let whole = folder.path().join("whole");
+    let options = ["-e", "t4", "--threads", "1"];
+    success(&mut compress(&model, &whole, &options));
 
-    let work = folder.path().join("work");
-    fs::create_dir(&work).unwrap();
-    let out = work.join("out");
-    let journal = work.join("out.partial.journal");
-    let resume = args(&out).into_iter().chain(["--resume".to_owned()]);
+    let journal = out.with_file_name("out.partial.journal");
+    let resume = || {
+        let mut command = compress(&model, &out, &options);
+        command.arg("--resume");
+        command
+    };
     let mut killed = 0;
     for tensors in KILLS {
-        let mut command = upg(resume.clone());
-        command.stdout(Stdio::null()).stderr(Stdio::piped());
-        let mut child = command.spawn().unwrap();
-        let running = wait_for(&mut child, &journal, tensors);
-        // SIGKILL, or its equivalent on Windows.
-        child.kill().unwrap();
-        child.wait().unwrap();
-        if !running {
+        let is_due = |_: &Child| journal.exists() && journaled(&journal) >= tensors;
+        if !kill_when(&mut resume(), is_due) {
             break;
         }
         killed += 1;
@@ -109,70 +91,48 @@ fn a_process_killed_at_any_point_goes_on_to_the_same_bytes() {
     }
     // A process may die slowly and finish the last tensors first.
     assert!(killed >= KILLS.len() - 2, "killed {killed} times");
-    let last = succeed(resume);
+    let last = success(&mut resume());
     assert!(last.contains("were there from an earlier run"), "{last}");
     assert!(fs::read(&out).unwrap() == fs::read(&whole).unwrap());
-    assert_eq!(names(&work), ["out"]);
+    assert_eq!(names(out.parent().unwrap()), ["out"]);
 }
 
 #[cfg(unix)]
 #[test]
 fn ctrl_c_keeps_what_is_done_if_asked_to() {
-    let folder = tempfile::tempdir().unwrap();
-    let model = directory(folder.path());
-    let work = folder.path().join("work");
-    fs::create_dir(&work).unwrap();
-    let out = work.join("out");
-    let args = [
-        "compress",
-        model.to_str().unwrap(),
-        "-o",
-        out.to_str().unwrap(),
-        "-e",
-        "t4",
-    ];
-    let resume = args.iter().copied().chain(["--threads", "1", "--resume"]);
-    let mut command = upg(resume);
+    let (_folder, model, out) = workplace();
+    let work = out.parent().unwrap();
+    let journal = work.join("out.partial.journal");
+    let mut command = compress(&model, &out, &["-e", "t4", "--threads", "1", "--resume"]);
     let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
-    assert!(wait_for(&mut child, &work.join("out.partial.journal"), 5));
-    let pid = child.id().to_string();
-    let sent = std::process::Command::new("kill")
-        .args(["-INT", &pid])
-        .status();
-    assert!(sent.unwrap().success());
+    wait_until("journal", || {
+        assert_eq!(child.try_wait().unwrap(), None, "it ended by itself");
+        journaled(&journal) >= 5
+    });
+    send(&child, Signal::SIGINT);
     let ended = child.wait_with_output().unwrap();
     let stderr = String::from_utf8(ended.stderr).unwrap();
     assert_eq!(ended.status.code(), Some(130), "{stderr}");
     assert!(stderr.contains("same command again to resume"), "{stderr}");
-    assert_eq!(names(&work), ["out.partial", "out.partial.journal"]);
+    assert_eq!(names(work), ["out.partial", "out.partial.journal"]);
 
     // A different encoding is not mixed in; without --resume the partial files stay untouched.
-    let other = args.map(|arg| if arg == "t4" { "q8" } else { arg });
-    let (code, _, stderr) = output(&mut upg(other.iter().copied().chain(["--resume"])));
+    let (code, _, stderr) = output(&mut compress(&model, &out, &["-e", "q8", "--resume"]));
     assert_eq!(code, Some(2), "{stderr}");
     assert!(stderr.contains("another options"), "{stderr}");
-    let (code, _, stderr) = output(&mut upg(other));
+    let (code, _, stderr) = output(&mut compress(&model, &out, &["-e", "q8"]));
     assert_eq!(code, Some(0), "{stderr}");
     assert!(stderr.contains("--resume continues it"), "{stderr}");
-    assert_eq!(names(&work), ["out", "out.partial", "out.partial.journal"]);
+    assert_eq!(names(work), ["out", "out.partial", "out.partial.journal"]);
 }
 
 #[test]
 fn a_dry_run_says_what_would_be_and_writes_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let source = tiny_model("phi3").canonicalize().unwrap();
-    let args = [
-        "compress",
-        source.to_str().unwrap(),
-        "-o",
-        "out",
-        "-e",
-        "t3",
-        "--dry-run",
-        "--report",
-        "report",
-    ];
-    let (code, text, stderr) = output(upg(args).current_dir(folder.path()));
+    let options = ["-e", "t3", "--dry-run", "--report", "report"];
+    let mut command = compress(&source, "out".as_ref(), &options);
+    let (code, text, stderr) = output(command.current_dir(folder.path()));
     assert_eq!(code, Some(0), "{stderr}");
     assert!(
         text.contains("model.layers.*.mlp.down_proj.weight"),
@@ -189,15 +149,7 @@ fn the_texts_of_a_model_are_checked_once() {
     let model = directory(folder.path());
     fs::write(model.join("chat_template.jinja"), "{% if").unwrap();
     let out = folder.path().join("out");
-    let args = [
-        "compress",
-        model.to_str().unwrap(),
-        "-o",
-        out.to_str().unwrap(),
-        "-e",
-        "q8",
-    ];
-    let (code, _, stderr) = output(&mut upg(args));
+    let (code, _, stderr) = output(&mut compress(&model, &out, &["-e", "q8"]));
     assert_eq!(code, Some(0), "{stderr}");
     let warnings = stderr.matches("its chat template cannot be read").count();
     assert_eq!(warnings, 1, "{stderr}");
@@ -206,27 +158,16 @@ fn the_texts_of_a_model_are_checked_once() {
 #[test]
 fn a_report_has_every_tensor() {
     let folder = tempfile::tempdir().unwrap();
-    let (source, out) = (tiny_model("phi3"), folder.path().join("out"));
     let report = folder.path().join("report.json");
-    let args = [
-        "compress",
-        source.to_str().unwrap(),
-        "-o",
-        out.to_str().unwrap(),
-        "-e",
-        "t3",
-        "--report",
-        report.to_str().unwrap(),
-    ];
-    succeed(args);
+    let more = ["--report", report.to_str().unwrap()];
+    let out = compress_tiny(folder.path(), "out", "t3", &more);
     let json: Value = serde_json::from_slice(&fs::read(&report).unwrap()).unwrap();
     assert_eq!(
         json["totals"]["file_bytes"],
         fs::metadata(&out).unwrap().len()
     );
     assert_eq!(json["stated"]["file_bytes"], json["totals"]["file_bytes"]);
-    let inspected: Value =
-        serde_json::from_str(&succeed(["inspect", out.to_str().unwrap(), "--json"])).unwrap();
+    let inspected = succeed_json(["inspect", out.to_str().unwrap(), "--json"]);
     for layer in inspected["layers"].as_array().unwrap() {
         let mut tensors = json["tensors"].as_array().unwrap().iter();
         let tensor = tensors.find(|t| t["name"] == layer["name"]).unwrap();
@@ -260,21 +201,10 @@ fn has_unnamed_files(folder: &Path) -> bool {
 /// holds after the next run.
 #[test]
 fn a_process_that_is_killed_leaves_no_hidden_file() {
-    let folder = tempfile::tempdir().unwrap();
-    let model = directory(folder.path());
-    let work = folder.path().join("work");
-    fs::create_dir(&work).unwrap();
-    let out = work.join("out");
-    let args = [
-        "compress",
-        model.to_str().unwrap(),
-        "-o",
-        out.to_str().unwrap(),
-        "-e",
-        "t4",
-    ];
-    let args = args.into_iter().chain(["--threads", "1"]);
-    let is_unnamed = has_unnamed_files(&work);
+    let (_folder, model, out) = workplace();
+    let work = out.parent().unwrap();
+    let run = || compress(&model, &out, &["-e", "t4", "--threads", "1"]);
+    let is_unnamed = has_unnamed_files(work);
     if !is_unnamed {
         eprintln!("NOT RUN: nothing hidden at once: no O_TMPFILE where temporary files are");
     }
@@ -283,14 +213,15 @@ fn a_process_that_is_killed_leaves_no_hidden_file() {
             fs::write(&out, old).unwrap();
         }
         for wait in [0, 30, 100, 200] {
-            let mut child = upg(args.clone()).stderr(Stdio::piped()).spawn().unwrap();
-            while !catches_interrupts(&child) && child.try_wait().unwrap().is_none() {
-                std::thread::sleep(Duration::from_millis(1));
-            }
-            std::thread::sleep(Duration::from_millis(wait));
-            child.kill().unwrap();
-            assert!(!child.wait().unwrap().success());
-            let left = names(&work);
+            // Any time during the run will do.
+            let wait = Duration::from_millis(wait);
+            assert!(kill_when(&mut run(), |child| {
+                catches_interrupts(child) && {
+                    std::thread::sleep(wait);
+                    true
+                }
+            }));
+            let left = names(work);
             let is_out = |name: &String| name == "out";
             assert_eq!(
                 left.iter().filter(|name| is_out(name)).count(),
@@ -305,35 +236,24 @@ fn a_process_that_is_killed_leaves_no_hidden_file() {
             assert!(hidden.len() <= most, "{left:?}");
             assert_eq!(fs::read_to_string(&out).ok().as_deref(), old);
         }
-        succeed(args.clone());
-        assert_eq!(names(&work), ["out"]);
+        success(&mut run());
+        assert_eq!(names(work), ["out"]);
     }
 }
 
 #[test]
 fn several_that_write_the_same_output_all_succeed() {
-    let folder = tempfile::tempdir().unwrap();
-    let model = directory(folder.path());
-    let work = folder.path().join("work");
-    fs::create_dir(&work).unwrap();
-    let out = work.join("out");
-    let args = [
-        "compress",
-        model.to_str().unwrap(),
-        "-o",
-        out.to_str().unwrap(),
-        "-e",
-        "q4",
-    ];
-    succeed(args);
+    let (_folder, model, out) = workplace();
+    let run = || compress(&model, &out, &["-e", "q4"]);
+    success(&mut run());
     let expected = fs::read(&out).unwrap();
     for _ in 0..3 {
-        let children = [(); 4].map(|()| upg(args).stdout(Stdio::null()).spawn().unwrap());
+        let children = [(); 4].map(|()| run().stdout(Stdio::null()).spawn().unwrap());
         for mut child in children {
             assert!(child.wait().unwrap().success());
         }
         assert!(fs::read(&out).unwrap() == expected);
-        assert_eq!(names(&work), ["out"]);
+        assert_eq!(names(out.parent().unwrap()), ["out"]);
         fs::remove_file(&out).unwrap();
     }
 }

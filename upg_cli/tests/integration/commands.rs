@@ -1,52 +1,20 @@
 //! End-to-end tests of the `upg` command: its output, files and exit codes.
-//!
-//! `UPG_TEST_GGUF` is the path of SmolLM2-135M-Instruct as GGUF; `./test.sh` downloads it and sets
-//! the variable.
-#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
-#[path = "../common/mod.rs"]
-mod common;
 mod convert;
 mod endings;
 mod refusals;
 
-use common::{compress_tiny, names, output, succeed, upg};
+use crate::common::{
+    compress, compress_tiny, logits, names, output, smollm2, smollm2_gguf, succeed, succeed_json,
+    success, upg,
+};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 use std::fs;
 use std::io::Write;
-use std::path::PathBuf;
 use std::process::Stdio;
-use std::sync::LazyLock;
-use tempfile::TempDir;
 
 const ENCODINGS: [&str; 9] = ["keep", "mdcsr", "q8", "q4", "t2", "t3", "t4", "s8", "s4"];
-
-fn gguf() -> PathBuf {
-    let path = std::env::var_os("UPG_TEST_GGUF").expect(
-        "UPG_TEST_GGUF is not set: run ./test.sh, which downloads SmolLM2-135M-Instruct and sets it",
-    );
-    path.into()
-}
-
-/// SmolLM2 as q8, compressed once for all tests.
-fn smollm2() -> &'static str {
-    static MODEL: LazyLock<(TempDir, String)> = LazyLock::new(|| {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("smollm2.safetensors");
-        let path = path.to_str().unwrap().to_owned();
-        succeed([
-            "compress",
-            gguf().to_str().unwrap(),
-            "-o",
-            &path,
-            "--encoding",
-            "q8",
-        ]);
-        (folder, path)
-    });
-    &MODEL.1
-}
 
 #[test]
 fn every_encoding_is_written_alike_by_any_number_of_threads_and_verifies() {
@@ -71,7 +39,7 @@ fn every_encoding_is_written_alike_by_any_number_of_threads_and_verifies() {
         );
         let path = one.to_str().unwrap();
         assert!(succeed(["verify", path]).contains("sound"));
-        let json: Value = serde_json::from_str(&succeed(["inspect", path, "--json"])).unwrap();
+        let json = succeed_json(["inspect", path, "--json"]);
         let layers = json["layers"].as_array().unwrap();
         assert_eq!(layers.len(), if encoding == "keep" { 0 } else { 10 });
         assert!(layers.iter().all(|l| l["encoding"] == encoding));
@@ -86,24 +54,19 @@ fn every_encoding_is_written_alike_by_any_number_of_threads_and_verifies() {
 fn keys_and_values_are_kept_as_asked() {
     let folder = tempfile::tempdir().unwrap();
     let file = compress_tiny(folder.path(), "model", "keep", &[]);
-    let logits = ["f32", "f16", "int8"].map(|cache| {
+    let found = ["f32", "f16", "int8"].map(|cache| {
         let out = folder.path().join("logits");
         let (file, path) = (file.to_str().unwrap(), out.to_str().unwrap());
         let run = ["run", file, "--tokens", "5,6,7,8", "--logits", path];
         succeed([&run[..], &["--cache-type", cache]].concat());
-        let bytes = fs::read(&out).unwrap();
-        let tensors = SafeTensors::deserialize(&bytes).unwrap();
-        let data = tensors.tensor("logits").unwrap().data().as_chunks::<4>().0;
-        data.iter()
-            .map(|v| f32::from_le_bytes(*v))
-            .collect::<Vec<_>>()
+        logits(&out)
     });
     let difference = |of: &[f32]| {
-        let pairs = of.iter().zip(&logits[0]).map(|(a, b)| (a - b).abs());
+        let pairs = of.iter().zip(&found[0]).map(|(a, b)| (a - b).abs());
         pairs.fold(0.0, f32::max)
     };
     // Logits up to 5; measured: 3e-4 and 1e-2.
-    let (f16, int8) = (difference(&logits[1]), difference(&logits[2]));
+    let (f16, int8) = (difference(&found[1]), difference(&found[2]));
     assert!(
         0.0 < f16 && f16 < 3e-3 && f16 < int8 && int8 < 0.1,
         "{f16} {int8}"
@@ -161,8 +124,7 @@ fn overrides_and_groups_reach_the_file() {
     let folder = tempfile::tempdir().unwrap();
     let more = ["--tensor", "*.down_proj.weight=t3", "--group", "64"];
     let file = compress_tiny(folder.path(), "model", "q4", &more);
-    let json = succeed(["inspect", file.to_str().unwrap(), "--json"]);
-    let json: Value = serde_json::from_str(&json).unwrap();
+    let json = succeed_json(["inspect", file.to_str().unwrap(), "--json"]);
     for layer in json["layers"].as_array().unwrap() {
         let name = layer["name"].as_str().unwrap();
         let expected = match name {
@@ -224,7 +186,7 @@ fn a_real_model_answers_is_measured_and_goes_back_to_its_directory() {
         let inputs = ["eval", model, "--text", text, "--against", against];
         [&inputs[..], &["--window", "32", "--json"]].concat()
     };
-    let json: Value = serde_json::from_str(&succeed(eval(model))).unwrap();
+    let json = succeed_json(eval(model));
     assert!(json["perplexity"].as_f64().unwrap() > 1.0);
     assert!(
         json["bits_per_weight"].as_f64().unwrap()
@@ -236,11 +198,11 @@ fn a_real_model_answers_is_measured_and_goes_back_to_its_directory() {
     );
 
     // Against the original, whose logits are computed once.
-    let original = gguf();
+    let original = smollm2_gguf();
     let logits = folder.path().join("logits");
     let logits = logits.to_str().unwrap();
     let against_original = eval(original.to_str().unwrap());
-    let exact: Value = serde_json::from_str(&succeed(against_original.clone())).unwrap();
+    let exact = succeed_json(against_original.clone());
     let kept = [&against_original[..], &["--logits", logits]].concat();
     let first = succeed(kept.clone());
     assert_eq!(succeed(kept), first);
@@ -263,8 +225,7 @@ fn a_real_model_answers_is_measured_and_goes_back_to_its_directory() {
     // A directory that lacks some of the optional files.
     let of_directory = folder.path().join("logits of a directory");
     let kept = ["--logits", of_directory.to_str().unwrap()];
-    let json = succeed([&eval(exported.to_str().unwrap())[..], &kept].concat());
-    let json: Value = serde_json::from_str(&json).unwrap();
+    let json = succeed_json([&eval(exported.to_str().unwrap())[..], &kept].concat());
     assert!(json["kl_mean"].as_f64().unwrap() < 0.1, "{json}");
     assert_eq!(
         names(&exported),
@@ -293,15 +254,8 @@ fn a_real_model_answers_is_measured_and_goes_back_to_its_directory() {
     );
     // A lossless export used as a source again gives the same text.
     let again = folder.path().join("again");
+    success(&mut compress(&exported, &again, &["-e", "keep"]));
     let again = again.to_str().unwrap();
-    succeed([
-        "compress",
-        exported.to_str().unwrap(),
-        "-o",
-        again,
-        "--encoding",
-        "keep",
-    ]);
     assert!(succeed(["run", again, "-p", "The capital of France is", "-n", "4"]).contains("Paris"));
 }
 
@@ -311,7 +265,7 @@ fn a_real_model_is_tuned_on_a_text() {
     let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
     let (text, out) = (at("text"), at("tuned"));
     fs::write(&text, "It was a bright cold day in April. ".repeat(60)).unwrap();
-    let (model, original) = (smollm2(), gguf());
+    let (model, original) = (smollm2(), smollm2_gguf());
     let said = succeed([
         "tune",
         model,
@@ -401,17 +355,13 @@ fn kernels_are_shown_and_chosen_and_give_the_same_logits() {
             "--logits",
         ];
         let args = [&args[..], &[out.to_str().unwrap()]].concat();
-        let logits = |kernels: &str| -> Vec<f32> {
+        let run = |kernels: &str| -> Vec<f32> {
             assert_eq!(with(kernels, &args).0, Some(0));
-            let bytes = fs::read(&out).unwrap();
-            let tensors = SafeTensors::deserialize(&bytes).unwrap();
-            let data = tensors.tensor("logits").unwrap().data();
-            let values = data.as_chunks::<4>().0.iter();
-            values.map(|v| f32::from_le_bytes(*v)).collect()
+            logits(&out)
         };
-        let plain = logits("scalar");
+        let plain = run("scalar");
         for kernels in upg_kernel::kernels::Kernels::available() {
-            let found = logits(kernels.name());
+            let found = run(kernels.name());
             let pairs = plain.iter().zip(&found).map(|(a, b)| (a - b).abs());
             let largest = pairs.fold(0.0, f32::max);
             assert!(largest <= 1e-3, "{} {encoding}: {largest}", kernels.name());

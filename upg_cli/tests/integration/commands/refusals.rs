@@ -1,7 +1,8 @@
 //! Refused input: messages and exit codes.
 
-use crate::common::{compress_tiny, names, output, succeed, tiny_model, upg};
-use crate::{gguf, smollm2};
+use crate::common::{
+    compress, compress_tiny, copy_model, names, output, smollm2, smollm2_gguf, success, upg,
+};
 use serde_json::{Value, json};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -76,12 +77,7 @@ const BAD: &[(&[&str], i32, &[&str])] = &[
 /// Creates all files that `BAD` names.
 fn bad_inputs(folder: &Path) {
     let at = |name: &str| folder.join(name);
-    let copy = |name: &str| {
-        fs::create_dir(at(name)).unwrap();
-        for file in ["config.json", "model.safetensors"] {
-            fs::copy(tiny_model("phi3").join(file), at(name).join(file)).unwrap();
-        }
-    };
+    let copy = |name: &str| copy_model("phi3", "phi3", &at(name));
     let replace = |path: PathBuf, from: &str, to: &str| {
         let text = fs::read_to_string(&path).unwrap();
         assert!(text.contains(from));
@@ -130,13 +126,7 @@ fn bad_inputs(folder: &Path) {
         *weight = 0x4800u16.to_le_bytes();
     }
     fs::write(weights, bytes).unwrap();
-    let (source, out) = (at("large"), at("huge"));
-    succeed([
-        "compress",
-        source.to_str().unwrap(),
-        "-o",
-        out.to_str().unwrap(),
-    ]);
+    success(&mut compress(&at("large"), &at("huge"), &[]));
 
     copy("infinite");
     let weights = at("infinite/model.safetensors");
@@ -208,7 +198,7 @@ fn bad_input_gives_one_line_an_exit_code_and_no_file() {
     let before = names(folder.path());
     for (args, expected, fragments) in BAD {
         let args = args.iter().map(|arg| {
-            arg.replace("{smollm2-gguf}", gguf().to_str().unwrap())
+            arg.replace("{smollm2-gguf}", smollm2_gguf().to_str().unwrap())
                 .replace("{smollm2}", smollm2())
                 .replace("{}", folder.path().to_str().unwrap())
         });

@@ -1,11 +1,20 @@
 //! Work that ends early: by Ctrl-C, a full disk or a closed pipe.
 
-use crate::common::{catches_interrupts, compress_tiny, names, output, succeed, tiny_model, upg};
-use crate::{gguf, smollm2};
+#[cfg(unix)]
+use crate::common::{
+    catches_interrupts, compress, names, output, send, smollm2, smollm2_gguf, succeed, tiny_model,
+    wait_until,
+};
+use crate::common::{compress_tiny, upg};
+#[cfg(unix)]
+use nix::sys::signal::Signal::SIGINT;
+#[cfg(unix)]
 use std::fs;
+#[cfg(unix)]
 use std::io::Write;
-use std::process::{Command, Stdio};
-use std::time::Duration;
+#[cfg(unix)]
+use std::process::Command;
+use std::process::Stdio;
 
 #[cfg(unix)]
 #[test]
@@ -24,9 +33,9 @@ fn ctrl_c_ends_an_answer_and_not_the_chat() {
     for question in [STORY, "Write a long story about a ship."] {
         let before = text().len();
         writeln!(input, "{question}").unwrap();
-        wait_until(|| text().len() > before + 20);
-        interrupt(&child);
-        wait_until(|| text().ends_with('\n'));
+        wait_until("answer", || text().len() > before + 20);
+        send(&child, SIGINT);
+        wait_until("end of the answer", || text().ends_with('\n'));
     }
     drop(input);
     let output = child.wait_with_output().unwrap();
@@ -82,19 +91,11 @@ fn a_write_that_fails_leaves_nothing_behind() {
 #[test]
 fn ctrl_c_ends_work_with_its_exit_code_and_no_file() {
     let folder = tempfile::tempdir().unwrap();
-    let mut child = upg([
-        "compress",
-        gguf().to_str().unwrap(),
-        "-o",
-        folder.path().join("out").to_str().unwrap(),
-        "--encoding",
-        "t2",
-    ])
-    .stderr(Stdio::piped())
-    .spawn()
-    .unwrap();
-    wait_until(|| catches_interrupts(&child));
-    interrupt(&child);
+    let out = folder.path().join("out");
+    let mut command = compress(&smollm2_gguf(), &out, &["-e", "t2"]);
+    let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
+    wait_until("handler", || catches_interrupts(&child));
+    send(&child, SIGINT);
     assert_eq!(child.wait().unwrap().code(), Some(130));
     assert_eq!(names(folder.path()), [""; 0]);
 
@@ -104,28 +105,10 @@ fn ctrl_c_ends_work_with_its_exit_code_and_no_file() {
         .spawn()
         .unwrap();
     let text = || fs::read_to_string(folder.path().join("text")).unwrap();
-    wait_until(|| text().len() > 20);
-    interrupt(&child);
+    wait_until("answer", || text().len() > 20);
+    send(&child, SIGINT);
     assert_eq!(child.wait().unwrap().code(), Some(130));
     assert!(text().starts_with("Once upon a time") && text().ends_with('\n'));
-}
-
-#[cfg(unix)]
-fn interrupt(child: &std::process::Child) {
-    let pid = child.id().to_string();
-    let killed = Command::new("kill").args(["-INT", &pid]).status().unwrap();
-    assert!(killed.success());
-}
-
-#[cfg(unix)]
-fn wait_until(condition: impl Fn() -> bool) {
-    for _ in 0..12_000 {
-        if condition() {
-            return;
-        }
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    panic!("two minutes and nothing happened");
 }
 
 #[test]

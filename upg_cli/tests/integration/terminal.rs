@@ -1,15 +1,10 @@
 //! The real `upg` command on a pseudo-terminal, and its reaction to signals.
-#![cfg(unix)]
-#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
-mod common;
-
-use common::{output, succeed, tiny_model, upg};
+use crate::common::{compress, copy_model, output, send, success, upg, wait_until};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::pty::openpty;
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::Signal;
 use nix::sys::termios::{LocalFlags, tcgetattr};
-use nix::unistd::Pid;
 use serde_json::{Value, json};
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, PipeReader, PipeWriter, Read, Write};
@@ -17,17 +12,14 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Creates a model that answers with the last token of the prompt, over and over.
 ///
 /// Its tokens are `token(0..=255)`, in the spelling of byte-level tokenizers, except that 1 is `a`.
 fn model(folder: &Path, token: impl Fn(usize) -> String) -> PathBuf {
     let source = folder.join("source");
-    fs::create_dir(&source).unwrap();
-    for file in ["config.json", "model.safetensors"] {
-        fs::copy(tiny_model("phi3").join(file), source.join(file)).unwrap();
-    }
+    copy_model("phi3", "phi3", &source);
     let spelled = |id: usize| if id == 1 { "a".to_owned() } else { token(id) };
     let vocab: serde_json::Map<String, Value> =
         (0..256).map(|id| (spelled(id), json!(id))).collect();
@@ -42,8 +34,7 @@ fn model(folder: &Path, token: impl Fn(usize) -> String) -> PathBuf {
     let template = "{% for message in messages %}{{ message.content }}{% endfor %}";
     fs::write(source.join("chat_template.jinja"), template).unwrap();
     let path = folder.join("model.safetensors");
-    let [source, out] = [&source, &path].map(|path| path.to_str().unwrap());
-    succeed(["compress", source, "-o", out, "--encoding", "q8"]);
+    success(&mut compress(&source, &path, &["-e", "q8"]));
     path
 }
 
@@ -111,22 +102,7 @@ impl Terminal {
     }
 }
 
-fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !condition() {
-        assert!(
-            start.elapsed() < Duration::from_secs(60),
-            "a minute and no {what}"
-        );
-        std::thread::sleep(Duration::from_millis(5));
-    }
-}
-
-fn send(child: &Child, signal: Signal) {
-    kill(Pid::from_raw(child.id().try_into().unwrap()), signal).unwrap();
-}
-
-/// Returns the exit code, or `None` if a signal ended the process. Waits a minute at most.
+/// Returns the exit code, or `None` if a signal ended the process.
 fn code(child: &mut Child) -> Option<i32> {
     let mut status = None;
     wait_until("end", || {

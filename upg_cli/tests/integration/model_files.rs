@@ -1,45 +1,24 @@
 //! Model files that are overwritten during use, mapped or read into memory.
-#![cfg(unix)]
-#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
-mod common;
-
-use common::{compress_tiny, model_of_two_letters, names, output, succeed, tiny_model, upg};
+use crate::common::{
+    compress_tiny, model_of_two_letters, names, output, send, succeed, upg, wait_until,
+    waiting_for_its_prompt,
+};
+use nix::sys::signal::Signal;
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Child, ChildStdin, Command, Output, Stdio};
-use std::time::Duration;
+use std::process::{Child, ChildStdin, Command, Output};
 
 /// Largest page size in bytes of the supported systems.
 const LARGEST_PAGE: usize = 1 << 16;
 
-const SIGBUS: i32 = if cfg!(target_os = "linux") { 7 } else { 10 };
-
-/// Starts `upg run` on standard input; returns once it has the model and waits
-/// for more input.
-fn waiting_for_its_prompt(model: &Path, more: &[&str]) -> (Child, ChildStdin) {
-    let run = [
-        "run",
-        model.to_str().unwrap(),
-        "-p",
-        "-",
-        "-n",
-        "4",
-        "--quiet",
-    ];
-    let mut child = upg(run.into_iter().chain(more.iter().copied()))
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut input = child.stdin.take().unwrap();
-    // More than a pipe holds: once it is written, most of it has been read. The model has no token
-    // for any of it.
-    input.write_all("x ".repeat(1 << 16).as_bytes()).unwrap();
-    (child, input)
+/// Starts `upg run` on a model of two letters, which has no token for its first input.
+fn run(model: &Path, more: &[&str]) -> (Child, ChildStdin) {
+    let model = model.to_str().unwrap();
+    let run = ["run", model, "-p", "-", "-n", "4", "--quiet"];
+    waiting_for_its_prompt(upg(run).args(more))
 }
 
 fn answer(child: Child, mut input: ChildStdin) -> Output {
@@ -56,13 +35,13 @@ fn a_file_that_is_cut_short_while_it_is_mapped_is_named() {
     // The pages that are cut off hold weights that every token needs.
     assert!(whole.len() > 4 * LARGEST_PAGE);
     let undisturbed = {
-        let (child, input) = waiting_for_its_prompt(&model, &[]);
+        let (child, input) = run(&model, &[]);
         answer(child, input)
     };
     assert!(undisturbed.status.success(), "{undisturbed:?}");
     for threads in ["1", "3"] {
         for kept in [0, LARGEST_PAGE, 2 * LARGEST_PAGE] {
-            let (child, input) = waiting_for_its_prompt(&model, &["--threads", threads]);
+            let (child, input) = run(&model, &["--threads", threads]);
             let file = File::options().write(true).open(&model).unwrap();
             file.set_len(kept as u64).unwrap();
             let Output { status, stderr, .. } = answer(child, input);
@@ -78,7 +57,7 @@ fn a_file_that_is_cut_short_while_it_is_mapped_is_named() {
         }
     }
     // A renamed file is a different file.
-    let (child, input) = waiting_for_its_prompt(&model, &[]);
+    let (child, input) = run(&model, &[]);
     fs::write(folder.path().join("other"), b"other").unwrap();
     fs::rename(folder.path().join("other"), &model).unwrap();
     assert_eq!(answer(child, input).stdout, undisturbed.stdout);
@@ -88,18 +67,14 @@ fn a_file_that_is_cut_short_while_it_is_mapped_is_named() {
 fn a_bus_error_elsewhere_does_what_it_did() {
     let folder = tempfile::tempdir().unwrap();
     let model = model_of_two_letters(folder.path());
-    let (mut child, _input) = waiting_for_its_prompt(&model, &[]);
-    // The first runs gradually restore the previous content.
-    for _ in 0..1000 {
-        let pid = child.id().to_string();
-        let sent = Command::new("kill").args(["-BUS", &pid]).status().unwrap();
-        if !sent.success() || child.try_wait().unwrap().is_some() {
-            break;
-        }
-        std::thread::sleep(Duration::from_millis(10));
-    }
+    let (mut child, _input) = run(&model, &[]);
+    // The first signals gradually restore the previous action.
+    wait_until("end", || {
+        send(&child, Signal::SIGBUS);
+        child.try_wait().unwrap().is_some()
+    });
     let ended = child.wait().unwrap();
-    assert_eq!(ended.signal(), Some(SIGBUS), "{ended}");
+    assert_eq!(ended.signal(), Some(Signal::SIGBUS as i32), "{ended}");
     let mut stderr = String::new();
     child
         .stderr
@@ -114,9 +89,9 @@ fn a_bus_error_elsewhere_does_what_it_did() {
 fn a_file_that_was_read_into_memory_may_change() {
     let folder = tempfile::tempdir().unwrap();
     let model = model_of_two_letters(folder.path());
-    let (child, input) = waiting_for_its_prompt(&model, &[]);
+    let (child, input) = run(&model, &[]);
     let undisturbed = answer(child, input);
-    let (child, input) = waiting_for_its_prompt(&model, &["--no-mmap"]);
+    let (child, input) = run(&model, &["--no-mmap"]);
     fs::write(&model, b"gone").unwrap();
     let found = answer(child, input);
     assert!(found.status.success(), "{found:?}");
@@ -129,15 +104,9 @@ fn what_is_read_into_memory_is_what_would_be_mapped() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
     let text = |name: &str| fs::read(at(name)).unwrap();
-    let phi3 = tiny_model("phi3");
-    let phi3 = phi3.to_str().unwrap();
     let model = at("mapped");
-    let compress = |out: &str, more: &[&str]| {
-        let args = ["compress", phi3, "-o", out, "-e", "t3"];
-        succeed(args.iter().chain(more));
-    };
-    compress(&model, &[]);
-    compress(&at("read"), &["--no-mmap"]);
+    compress_tiny(folder.path(), "mapped", "t3", &[]);
+    compress_tiny(folder.path(), "read", "t3", &["--no-mmap"]);
     assert!(text("mapped") == text("read"));
     for flag in [&[][..], &["--no-mmap"]] {
         let name = |kind: &str| at(&format!("{kind}{}", flag.len()));

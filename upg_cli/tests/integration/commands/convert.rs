@@ -1,21 +1,14 @@
 //! `upg convert`, and other commands on version 1 files.
 
-use crate::common::{names, output, succeed, upg};
-use serde_json::Value;
+#[cfg(unix)]
+use crate::common::waiting_for_its_prompt;
+use crate::common::{data, names, output, succeed, succeed_json, upg};
 use std::fs;
-#[cfg(unix)]
-use std::io::{BufRead, BufReader};
-use std::path::{Path, PathBuf};
-#[cfg(unix)]
-use std::process::Stdio;
-#[cfg(unix)]
-use std::time::Duration;
+use std::path::PathBuf;
 use upg_kernel::format::UpgFile;
 
 fn v1(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("../upg_kernel/tests/data/v1")
-        .join(name)
+    data("v1").join(name)
 }
 
 /// Runs a command; returns the exit code, standard output and standard error.
@@ -107,21 +100,13 @@ fn an_old_file_gets_its_config_and_another_encoding_in_one_go() {
 fn nothing_is_left_of_an_old_file_that_was_opened() {
     let folder = tempfile::tempdir().unwrap();
     let old = v1("model/tiny.upg");
-    // Waits for its prompt with the model loaded.
     let mut command = upg(["run", old.to_str().unwrap(), "-p", "-"]);
-    command.env("TMPDIR", folder.path());
-    command.stdin(Stdio::piped()).stderr(Stdio::piped());
-    let mut running = command.spawn().unwrap();
-    let mut warning = String::new();
-    let stderr = running.stderr.as_mut().unwrap();
-    BufReader::new(stderr).read_line(&mut warning).unwrap();
-    assert!(warning.contains("deprecated"), "{warning}");
-    for _ in 0..50 {
-        assert_eq!(names(folder.path()), [""; 0]);
-        std::thread::sleep(Duration::from_millis(10));
-    }
+    let (mut running, _input) = waiting_for_its_prompt(command.env("TMPDIR", folder.path()));
+    assert_eq!(names(folder.path()), [""; 0]);
     running.kill().unwrap();
-    running.wait().unwrap();
+    let ended = running.wait_with_output().unwrap();
+    let warning = String::from_utf8(ended.stderr).unwrap();
+    assert!(warning.contains("deprecated"), "{warning}");
     assert_eq!(names(folder.path()), [""; 0]);
 }
 
@@ -137,8 +122,7 @@ fn catalogues_are_shown() {
     ] {
         assert!(table.contains(part), "{table}");
     }
-    let json: Value =
-        serde_json::from_str(&succeed(["inspect", "--json", catalogue.to_str().unwrap()])).unwrap();
+    let json = succeed_json(["inspect", "--json", catalogue.to_str().unwrap()]);
     assert_eq!(json["tensors"][0]["shape"], serde_json::json!([5, 700]));
     assert_eq!(json["tensors"][0]["weights"], false);
     assert_eq!(json["tensors"][0]["notes"]["sparsity_level"], 0.5);

@@ -1,9 +1,6 @@
 //! `upg bench`: every figure is present and of its type; values depend on the machine.
-#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
-mod common;
-
-use common::{compress_tiny, names, output, succeed, upg};
+use crate::common::{compress_tiny, names, output, succeed, succeed_json, upg};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fs;
@@ -20,7 +17,7 @@ const SMALL: [&str; 7] = ["-p", "16", "-n", "4", "--repetitions", "2", "--json"]
 
 fn bench(file: &Path, more: &[&str]) -> Value {
     let args = [&["bench", file.to_str().unwrap()], &SMALL[..], more].concat();
-    serde_json::from_str(&succeed(args)).unwrap()
+    succeed_json(args)
 }
 
 fn positive(json: &Value, key: &str) -> f64 {
@@ -105,8 +102,7 @@ fn every_figure_is_there() {
     }
 
     // A token reads one row of the embedding, and everything else once.
-    let inspect: Value =
-        serde_json::from_str(&succeed(["inspect", file.to_str().unwrap(), "--json"])).unwrap();
+    let inspect = succeed_json(["inspect", file.to_str().unwrap(), "--json"]);
     let bytes = |layer: &Value| {
         let bytes = layer["bytes"].as_u64().unwrap();
         match layer["name"] == "model.embed_tokens.weight" {

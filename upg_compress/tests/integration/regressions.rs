@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 const MOST_BYTES: u64 = 2 << 20;
 
 /// Far above the time of an input, even where every other processor is busy: only a hang
-/// takes longer.
+/// takes longer. Nothing but a clock shows it: the targets run code of many kinds.
 const LONGEST: Duration = Duration::from_secs(60);
 
 fn seeds() -> PathBuf {

@@ -5,6 +5,10 @@ use serde_json::Value as Json;
 
 use super::*;
 
+/// Far above the time of any template (up to two seconds): only a hang takes longer.
+/// Nothing but a clock shows it: fuel counts instructions, whatever each of them takes.
+const HANG: Duration = Duration::from_secs(60);
+
 fn data(name: &str) -> String {
     let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data/chat_templates");
     std::fs::read_to_string(folder.join(name)).unwrap()
@@ -292,8 +296,7 @@ fn hostile_templates_are_stopped() {
         let start = Instant::now();
         let found = ChatTemplate::new(source, None, None)
             .and_then(|t| t.render(&user(&"word ".repeat(100)), true));
-        // Far above the time of any of them (up to two seconds), and far below for ever.
-        assert!(start.elapsed() < Duration::from_secs(20), "{name}");
+        assert!(start.elapsed() < HANG, "{name}");
         let e = found.map(|text| text.len()).expect_err(name);
         assert!(e.to_string().len() < 1000, "{name}: {e}");
     }
@@ -324,7 +327,7 @@ fn hostile_templates_are_stopped() {
     ] {
         let start = Instant::now();
         let _ = ChatTemplate::new(source, None, None).and_then(|t| t.render(&user("hi"), true));
-        assert!(start.elapsed() < Duration::from_secs(20));
+        assert!(start.elapsed() < HANG);
     }
 }
 

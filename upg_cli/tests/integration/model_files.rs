@@ -9,7 +9,7 @@ use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Child, ChildStdin, Command, Output};
+use std::process::{Child, ChildStdin, Output};
 
 /// Largest page size in bytes of the supported systems.
 const LARGEST_PAGE: usize = 1 << 16;
@@ -180,7 +180,7 @@ fn a_file_that_does_not_fit_in_memory_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let big = folder.path().join("big");
     File::create(&big).unwrap().set_len(BYTES).unwrap();
-    let mut command = Command::new("sh");
+    let mut command = std::process::Command::new("sh");
     // Address space limit in KiB, for the program and all its threads.
     let limited = "ulimit -v 6000000; exec \"$0\" \"$@\"";
     command.args([

@@ -67,8 +67,8 @@ fn repeat(strip: &Matrix, rows: usize) -> Result<Option<Matrix>> {
 /// leaves, 115 for the group with the largest weight of its row. With a `curvature` also `rows *
 /// cols^2 / 2` multiplications, and what
 /// [`Feedback::new`](crate::sensitivity::hessian::Feedback::new) takes. Errors: `Shape` for a
-/// wrong length or the curvature of another matrix, `Invalid` for a weight that is not finite;
-/// those of `Feedback::new`.
+/// wrong length or the curvature of another matrix, `Invalid` for a weight that is not finite,
+/// `Argument` for a group other than 32 or 64; those of `Feedback::new`.
 pub fn round_q8(
     weights: &[f32],
     rows: usize,
@@ -148,4 +148,19 @@ fn pack(
         primes,
         scales(encoded).into(),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn groups_of_other_sizes_are_refused() {
+        for group in [0, 1, 48, usize::MAX] {
+            for round in [round_q8, round_q4] {
+                let error = round(&[1.0; 64], 1, 64, group, None).unwrap_err();
+                assert_eq!(error.kind(), ErrorKind::Argument, "{error}");
+            }
+        }
+    }
 }

@@ -3,6 +3,7 @@
 
 use crate::error::Result;
 use crate::inference::cache::CacheLayout;
+use crate::inference::config::ModelConfig;
 use crate::inference::pass::Pass;
 use crate::inference::rope::Rope;
 use crate::matrix::Matrix;
@@ -34,8 +35,8 @@ pub(crate) struct Norm<V = Vec<f32>> {
 ///
 /// The decoder is written once over these steps and calls them in order, from one thread. A device
 /// may compute a step when it is called, or record it and compute all steps at the end of the pass,
-/// in [`Device::read`] or [`Device::finish`]. Buffers are rows of f32 values, `[n, width]`; a step that writes one gives it the size that it
-/// needs.
+/// in [`Device::read`] or [`Device::finish`]. Buffers are rows of f32 values, `[n, width]`; a step
+/// that writes one gives it the size that it needs.
 pub(crate) trait Device: Send + Sync + Sized + 'static {
     /// Rows of f32 values.
     type Buffer: Default + Send;
@@ -149,6 +150,15 @@ pub(crate) struct Heads {
 }
 
 impl Heads {
+    /// Returns the sizes of the heads of a model.
+    pub(crate) fn new(config: &ModelConfig) -> Self {
+        Self {
+            queries: config.num_heads,
+            kv: config.num_kv_heads,
+            dim: config.head_dim,
+        }
+    }
+
     /// Returns the number of query heads that share a key/value head.
     pub(crate) fn group(&self) -> usize {
         self.queries / self.kv

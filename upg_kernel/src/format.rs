@@ -13,7 +13,7 @@ mod sizes;
 pub(crate) mod tensors;
 mod writer;
 
-pub use crate::codec::Encoding;
+pub use crate::codec::encoding::Encoding;
 pub use crate::codec::layer::LayerInfo;
 pub use checksum::data as checksum_of;
 pub use header::UpgFile;

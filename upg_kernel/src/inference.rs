@@ -48,4 +48,4 @@ pub use scheduler::{Event, Request, RequestId, Scheduler, TextStream};
 pub use session::Session;
 #[cfg(feature = "text")]
 pub use upg_model::UPGModel;
-pub use weights::WeightSource;
+pub use weights::{WeightSource, check_weights};

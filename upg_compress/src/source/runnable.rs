@@ -3,8 +3,8 @@
 
 use super::{Source, TensorInfo};
 use std::collections::HashMap;
-use upg_kernel::inference::WeightSource;
 use upg_kernel::inference::weights::shape_mismatch;
+use upg_kernel::inference::{WeightSource, check_weights};
 use upg_kernel::sparse::{MdCSRArrays, MdCSRMatrix};
 use upg_kernel::{Error, ErrorKind, Matrix, Result};
 
@@ -26,7 +26,7 @@ pub fn check_runnable(source: &dyn Source) -> Result<()> {
             .map(|tensor| (tensor.name.as_str(), tensor))
             .collect(),
     );
-    files.config()?.check_weights(&shapes).map_err(|e| {
+    check_weights(&files.config()?, &shapes).map_err(|e| {
         e.hint("the weights are not those of this config: pass all of them, with the config that belongs to them")
     })
 }

@@ -23,14 +23,11 @@ const WORD_BYTES: usize = WORD / 8;
 
 const WORDS_PER_TILE: usize = TILE_WEIGHTS / WORD;
 
-pub(super) const S8: Codec<BitmapMatrix> = codec::<false>("s8");
-pub(super) const S4: Codec<BitmapMatrix> = codec::<true>("s4");
+pub(super) const S8: Codec<BitmapMatrix> = codec::<false>();
+pub(super) const S4: Codec<BitmapMatrix> = codec::<true>();
 
-const fn codec<const NIBBLES: bool>(name: &'static str) -> Codec<BitmapMatrix> {
+const fn codec<const NIBBLES: bool>() -> Codec<BitmapMatrix> {
     Codec {
-        name,
-        minor: 1,
-        trellis_bits: None,
         check: |layer| {
             if layer.group != Some(BITMAP_GROUP) {
                 return Err(layer.wrong_parameter(&format!("with 'group' {:?}", layer.group)));

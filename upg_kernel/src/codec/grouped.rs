@@ -16,14 +16,11 @@ use safetensors::Dtype;
 /// Columns of a group in a description without `group`, which is invalid but has a size.
 const DEFAULT_GROUP: usize = 64;
 
-pub(super) const Q8: Codec<GroupedMatrix> = codec::<false>("q8");
-pub(super) const Q4: Codec<GroupedMatrix> = codec::<true>("q4");
+pub(super) const Q8: Codec<GroupedMatrix> = codec::<false>();
+pub(super) const Q4: Codec<GroupedMatrix> = codec::<true>();
 
-const fn codec<const NIBBLES: bool>(name: &'static str) -> Codec<GroupedMatrix> {
+const fn codec<const NIBBLES: bool>() -> Codec<GroupedMatrix> {
     Codec {
-        name,
-        minor: 1,
-        trellis_bits: None,
         check: |layer| {
             let none = || layer.wrong_parameter("with 'group' None");
             check_group(layer.group.ok_or_else(none)?)?;

@@ -1,6 +1,7 @@
 //! The description of a layer, its arrays, and the functions of a codec.
 #![forbid(unsafe_code)]
 
+use super::encoding::Encoding;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::rules;
 use crate::format::tensors::LayerArrays;
@@ -32,6 +33,29 @@ pub struct LayerInfo {
 }
 
 impl LayerInfo {
+    /// Describes a layer, without parameters or error.
+    pub fn new(name: impl Into<String>, rows: usize, cols: usize, encoding: Encoding) -> Self {
+        Self {
+            name: name.into(),
+            rows,
+            cols,
+            encoding_name: encoding.name().to_owned(),
+            group: None,
+            hadamard: None,
+            error: None,
+        }
+    }
+
+    /// The name of the encoding.
+    pub fn encoding_name(&self) -> &str {
+        &self.encoding_name
+    }
+
+    /// The encoding; a layer of an open file always has a known one.
+    pub fn encoding(&self) -> Result<Encoding> {
+        self.encoding_name.parse()
+    }
+
     /// Refuses a `value` of the parameter `key`, which the encoding lacks (`Invalid`, rule 6).
     pub(super) fn has_no(&self, key: &str, value: Option<usize>) -> Result<()> {
         match value {
@@ -115,12 +139,6 @@ impl ArraySpec {
 
 /// One encoding; `M` is its type of matrix.
 pub(crate) struct Codec<M> {
-    /// The name in files and on the command line.
-    pub name: &'static str,
-    /// The first minor version of the format that has it.
-    pub minor: u16,
-    /// Bits of a trellis code, if it is one of the trellis encodings.
-    pub trellis_bits: Option<u8>,
     /// Checks the parameters of a layer (rule 6).
     pub check: fn(&LayerInfo) -> Result<()>,
     /// Returns the arrays of a layer, in the order in which they are written (rule 7).

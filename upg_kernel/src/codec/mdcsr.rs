@@ -14,9 +14,6 @@ use rayon::prelude::*;
 use safetensors::Dtype;
 
 pub(super) const MDCSR: Codec<MdCSRMatrix> = Codec {
-    name: "mdcsr",
-    minor: 0,
-    trellis_bits: None,
     check: |layer| {
         layer.has_no("group", layer.group)?;
         layer.has_no("hadamard", layer.hadamard)

@@ -40,15 +40,12 @@ pub fn strip_bytes(cols: usize, k: u8) -> Option<usize> {
         .checked_add(STRIP_TAIL)
 }
 
-pub(super) const T2: Codec<TrellisMatrix> = codec::<2>("t2");
-pub(super) const T3: Codec<TrellisMatrix> = codec::<3>("t3");
-pub(super) const T4: Codec<TrellisMatrix> = codec::<4>("t4");
+pub(super) const T2: Codec<TrellisMatrix> = codec::<2>();
+pub(super) const T3: Codec<TrellisMatrix> = codec::<3>();
+pub(super) const T4: Codec<TrellisMatrix> = codec::<4>();
 
-const fn codec<const K: u8>(name: &'static str) -> Codec<TrellisMatrix> {
+const fn codec<const K: u8>() -> Codec<TrellisMatrix> {
     Codec {
-        name,
-        minor: 1,
-        trellis_bits: Some(K),
         check: |layer| {
             layer.has_no("group", layer.group)?;
             let none = || layer.wrong_parameter("without 'hadamard'");

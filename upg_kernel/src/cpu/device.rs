@@ -27,7 +27,11 @@ impl Scratch {
     }
 }
 
-impl Device for Cpu {
+/// The CPU as the device of a decoder.
+#[derive(Debug, Clone)]
+pub(crate) struct CpuDevice(pub(crate) Cpu);
+
+impl Device for CpuDevice {
     type Buffer = Vec<f32>;
     type Weight = Matrix;
     type Vector = Vec<f32>;
@@ -47,7 +51,7 @@ impl Device for Cpu {
     }
 
     fn in_turn<R>(&self, compute: impl FnOnce(&mut dyn FnMut()) -> R) -> R {
-        let mut turn = self.team().turn();
+        let mut turn = self.0.team().turn();
         compute(&mut || {
             if let Some(turn) = &mut turn {
                 turn.pass_on();
@@ -75,11 +79,11 @@ impl Device for Cpu {
 
     fn gather(&self, embedding: &Matrix, tokens: &[u32], out: &mut Vec<f32>) -> Result<()> {
         out.resize(tokens.len() * embedding.cols(), 0.0);
-        embedding.gather_on(self, tokens, out)
+        embedding.gather_on(&self.0, tokens, out)
     }
 
     fn norm(&self, norm: &Norm, x: &Vec<f32>, out: &mut Vec<f32>) {
-        norm_rows(self, norm, x, out);
+        norm_rows(&self.0, norm, x, out);
     }
 
     fn linear(
@@ -93,7 +97,7 @@ impl Device for Cpu {
     ) -> Result<()> {
         let width: usize = parts.iter().map(|part| part.weight.rows()).sum();
         out.resize(n * width, 0.0);
-        linear(self, parts, x, n, write, &mut scratch.product, out)
+        linear(&self.0, parts, x, n, write, &mut scratch.product, out)
     }
 
     fn rope_append(
@@ -107,15 +111,15 @@ impl Device for Cpu {
     ) {
         debug_assert_eq!(qkv.len(), pass.rows() * scratch.heads().width());
         let (heads, rope) = (scratch.heads(), &scratch.rope);
-        self.team().chunks(qkv, heads.width(), |number, row| {
-            rotate(self, heads, norms, rope, number, row);
+        self.0.team().chunks(qkv, heads.width(), |number, row| {
+            rotate(&self.0, heads, norms, rope, number, row);
             if let Some(rotation) = cache.rotation() {
                 for head in row.chunks_exact_mut(heads.dim) {
-                    self.kernels().rotate(rotation, head);
+                    self.0.kernels().rotate(rotation, head);
                 }
             }
         });
-        cache.append(self.team(), layer, qkv, heads.width());
+        cache.append(self.0.team(), layer, qkv, heads.width());
     }
 
     fn attend(
@@ -135,18 +139,18 @@ impl Device for Cpu {
             queries: qkv,
             shape,
         };
-        attention.compute(self, &mut scratch.tasks, out);
+        attention.compute(&self.0, &mut scratch.tasks, out);
         if let Some(rotation) = cache.rotation() {
-            self.team().chunks(out, shape.query_size(), |_, row| {
+            self.0.team().chunks(out, shape.query_size(), |_, row| {
                 for head in row.chunks_exact_mut(shape.dim) {
-                    self.kernels().rotate_back(rotation, head);
+                    self.0.kernels().rotate_back(rotation, head);
                 }
             });
         }
     }
 
     fn gated_silu(&self, gate_up: &Vec<f32>, size: usize, out: &mut Vec<f32>) {
-        gated_silu(self, gate_up, size, out);
+        gated_silu(&self.0, gate_up, size, out);
     }
 
     fn select(&self, x: &Vec<f32>, width: usize, rows: &[usize], out: &mut Vec<f32>) {

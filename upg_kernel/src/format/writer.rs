@@ -6,7 +6,7 @@ use super::rules::{CHECKSUM, PAD_PREFIX};
 use super::tensors::array_name;
 use super::{checksum, rules};
 use crate::atomic_file::AtomicFile;
-use crate::codec::Encoding;
+use crate::codec::encoding::Encoding;
 use crate::codec::layer::LayerInfo;
 use crate::error::{Error, ErrorKind, Result};
 use crate::matrix::Matrix;

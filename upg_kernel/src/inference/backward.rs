@@ -10,8 +10,7 @@ use super::weights::{HeadWeights, Layer, WeightSource};
 use crate::cpu::Cpu;
 use crate::cpu::device::{gated_silu, linear, norm_rows, rotate};
 use crate::cpu::product::{Scratch, multiply};
-use crate::device::Write;
-use crate::device::{Linear, Norm};
+use crate::device::{Heads, Linear, Norm, Write};
 use crate::error::{Error, ErrorKind, Result};
 use crate::kernels::gemm::{View, product};
 use crate::kernels::scalar::exp;
@@ -317,7 +316,7 @@ impl Pass<'_> {
             cpu, config, layer, ..
         } = self;
         let n = x.len() / config.hidden_size;
-        let heads = config.heads();
+        let heads = Heads::new(config);
         let width = heads.width();
         let (query, size) = (config.query_size(), config.intermediate_size);
 

@@ -92,7 +92,7 @@ impl<D: Device> Decoder<D> {
         logits: &mut Vec<f32>,
     ) -> Result<()> {
         let (device, weights) = (&self.device, &self.weights);
-        let heads = self.config.heads();
+        let heads = Heads::new(&self.config);
         device.begin(pass, &self.rope, heads, cache, &mut workspace.scratch)?;
         device.gather(&weights.embedding, &pass.tokens, &mut workspace.x)?;
         for (index, layer) in weights.layers.iter().enumerate() {
@@ -196,16 +196,5 @@ impl<D: Device> Engine for DecoderEngine<D> {
         decoder.device.in_turn(|layer_done| {
             decoder.compute(pass, proceed, cache, workspace, layer_done, logits)
         })
-    }
-}
-
-impl ModelConfig {
-    /// Returns the sizes of the heads of a layer.
-    pub(crate) fn heads(&self) -> Heads {
-        Heads {
-            queries: self.num_heads,
-            kv: self.num_kv_heads,
-            dim: self.head_dim,
-        }
     }
 }

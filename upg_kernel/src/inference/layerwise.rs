@@ -9,7 +9,8 @@ use super::pass::{Pass, Segment};
 use super::rope::Rope;
 use super::weights::{Layer, WeightSource};
 use crate::cpu::Cpu;
-use crate::device::Device;
+use crate::cpu::device::CpuDevice;
+use crate::device::{Device, Heads};
 use crate::error::{Error, ErrorKind, Result};
 use crate::matrix::Matrix;
 use std::fmt;
@@ -30,14 +31,14 @@ pub const POSITIONS_TOGETHER: usize = 2048;
 /// [`Session`](super::Session) with f32 keys and values; with uncompressed weights all arithmetic
 /// is f32.
 pub struct Layerwise {
-    cpu: Cpu,
+    cpu: CpuDevice,
     config: ModelConfig,
     rope: Rope,
     /// Tokens of each sequence.
     len: usize,
     /// Hidden states `[sequences, len, hidden]`.
     hidden: Vec<f32>,
-    workspace: Workspace<Cpu>,
+    workspace: Workspace<CpuDevice>,
     pass: Pass,
 }
 
@@ -82,8 +83,8 @@ impl Layerwise {
         let mut hidden = Vec::new();
         hidden.try_reserve_exact(values).map_err(|_| too_large())?;
         hidden.resize(values, 0.0);
-        let cpu = Cpu::shared()?.clone();
-        embedding.gather_on(&cpu, tokens, &mut hidden)?;
+        let cpu = CpuDevice(Cpu::shared()?.clone());
+        embedding.gather_on(&cpu.0, tokens, &mut hidden)?;
         Ok(Self {
             cpu,
             rope: Rope::new(&config.rope),
@@ -157,7 +158,7 @@ impl Layerwise {
             cpu.begin(
                 pass,
                 rope,
-                config.heads(),
+                Heads::new(config),
                 &mut cache,
                 &mut workspace.scratch,
             )?;

@@ -7,6 +7,7 @@ use super::decoder::{Decoder, Engine, MakeEngine};
 use super::rope::Rope;
 use super::weights::{WeightSource, Weights};
 use crate::cpu::Cpu;
+use crate::cpu::device::CpuDevice;
 use crate::device::Device;
 use crate::error::Result;
 use std::fmt;
@@ -35,7 +36,7 @@ impl Model {
     /// Errors: `Invalid` (sizes of the config), `Missing`, `Shape` (prints both shapes), and
     /// `Unsupported` for a tensor that this family would have to ignore.
     pub fn load_on(cpu: Cpu, config: ModelConfig, source: &dyn WeightSource) -> Result<Self> {
-        Self::on_device(cpu, config, source)
+        Self::on_device(CpuDevice(cpu), config, source)
     }
 
     pub(crate) fn on_device<D: Device>(

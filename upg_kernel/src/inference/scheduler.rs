@@ -3,86 +3,17 @@
 #![forbid(unsafe_code)]
 
 use super::context::{Context, Logits, Part, Sequence, SessionOptions};
-use super::generate::{FinishReason, PieceDecoder, StopStrings, Text, Timings};
+use super::generate::{FinishReason, StopStrings, Text, Timings};
 use super::model::Model;
 use super::{LogProbs, Sampler};
 use crate::error::{Error, ErrorKind, Result};
 use std::collections::VecDeque;
-use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-mod stream;
+mod request;
 
-pub use stream::TextStream;
-
-/// A prompt to continue. [`UPGModel::request`](super::UPGModel::request) makes one that gives text
-/// and ends where the model ends.
-#[non_exhaustive]
-pub struct Request {
-    /// Token ids of the prompt; in a chat, of all turns so far.
-    pub prompt: Vec<u32>,
-    /// Most tokens to generate.
-    pub max_tokens: usize,
-    /// Chooses the tokens of this request alone; greedy unless set.
-    pub sampler: Sampler,
-    /// Ids that end the answer; the id itself is not given out.
-    pub stop_ids: Vec<u32>,
-    /// Decoder of the answer; `None`: no text, only tokens.
-    pub decoder: Option<Box<dyn PieceDecoder>>,
-    /// Texts that end the answer, and are not given out. They need a decoder.
-    pub stop_strings: Vec<String>,
-    /// Number of the most probable tokens that [`Event::Token`] reports for each position; `None`:
-    /// no probabilities.
-    pub log_probs: Option<usize>,
-}
-
-impl Request {
-    /// Makes a request for the `max_tokens` most probable tokens after `prompt`.
-    pub fn new(prompt: Vec<u32>, max_tokens: usize) -> Self {
-        Self {
-            prompt,
-            max_tokens,
-            sampler: Sampler::default(),
-            stop_ids: Vec::new(),
-            decoder: None,
-            stop_strings: Vec::new(),
-            log_probs: None,
-        }
-    }
-}
-
-impl fmt::Debug for Request {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Request")
-            .field("prompt", &self.prompt)
-            .field("max_tokens", &self.max_tokens)
-            .field("sampler", &self.sampler)
-            .field("stop_ids", &self.stop_ids)
-            .field("stop_strings", &self.stop_strings)
-            .field("log_probs", &self.log_probs)
-            .finish_non_exhaustive()
-    }
-}
-
-/// The number of a request, given by [`Scheduler::submit`] in ascending order.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct RequestId(u64);
-
-/// News of a request. After `Finished` or `Failed` there is none.
-#[derive(Debug)]
-#[non_exhaustive]
-pub enum Event {
-    /// A token of the answer was chosen; with probabilities if [`Request::log_probs`] asks for
-    /// them.
-    Token(u32, Option<LogProbs>),
-    /// The next piece of the answer; never empty.
-    Text(String),
-    /// The answer is complete.
-    Finished(FinishReason, Timings),
-    /// The request has ended with an error. Others continue.
-    Failed(Error, Timings),
-}
+pub use request::{Event, Request, RequestId};
 
 /// Continues any number of prompts, some of them in the same forward passes.
 ///
@@ -512,5 +443,86 @@ impl Running {
             _ => State::Failed,
         };
         events.push((self.id, Event::Failed(error, self.timings)));
+    }
+}
+
+/// The text of an answer in non-empty pieces, from [`Scheduler::stream`]. It ends for good after an
+/// error.
+#[derive(Debug)]
+pub struct TextStream<'a> {
+    scheduler: &'a mut Scheduler,
+    id: RequestId,
+    /// Pieces that were computed.
+    pieces: VecDeque<Result<String>>,
+    timings: Timings,
+    finish: Option<FinishReason>,
+    is_over: bool,
+}
+
+impl<'a> TextStream<'a> {
+    pub(super) fn new(scheduler: &'a mut Scheduler, request: Request) -> Result<Self> {
+        let argument = |message| Err(Error::new(ErrorKind::Argument, message));
+        if !scheduler.is_idle() {
+            return argument("a stream beside other requests; use Scheduler::submit for several");
+        }
+        if request.decoder.is_none() {
+            return argument("a text without a decoder");
+        }
+        Ok(Self {
+            id: scheduler.submit(request)?,
+            scheduler,
+            pieces: VecDeque::new(),
+            timings: Timings::default(),
+            finish: None,
+            is_over: false,
+        })
+    }
+
+    /// Returns why the answer ended; `None` while it has not, and after an error.
+    pub fn finish_reason(&self) -> Option<FinishReason> {
+        self.finish
+    }
+
+    /// Returns the tokens and the time so far.
+    pub fn timings(&self) -> Timings {
+        self.timings
+    }
+
+    fn step(&mut self) {
+        for (_, event) in self.scheduler.step() {
+            match event {
+                Event::Token(..) => {}
+                Event::Text(text) => self.pieces.push_back(Ok(text)),
+                Event::Finished(reason, timings) => {
+                    (self.finish, self.timings, self.is_over) = (Some(reason), timings, true);
+                }
+                Event::Failed(error, timings) => {
+                    (self.timings, self.is_over) = (timings, true);
+                    self.pieces.push_back(Err(error));
+                }
+            }
+        }
+        if let Some(timings) = self.scheduler.timings(self.id) {
+            self.timings = timings;
+        }
+    }
+}
+
+impl Iterator for TextStream<'_> {
+    type Item = Result<String>;
+
+    fn next(&mut self) -> Option<Result<String>> {
+        while self.pieces.is_empty() && !self.is_over {
+            self.step();
+        }
+        self.pieces.pop_front()
+    }
+}
+
+impl Drop for TextStream<'_> {
+    fn drop(&mut self) {
+        if let Some(request) = self.scheduler.take(self.id) {
+            self.scheduler.keep(request.sequence);
+        }
     }
 }

@@ -5,37 +5,31 @@
 //! generated text piece by piece.
 #![forbid(unsafe_code)]
 
+mod added_tokens;
 mod allowed;
+mod contained;
 mod cut_points;
 mod encode;
 mod expressions;
 mod file;
-mod stream;
+mod limits;
+mod options;
 
-use std::collections::HashSet;
-use std::sync::OnceLock;
-
-use serde_json::Value;
-use tokenizers::{NormalizedString, Normalizer};
+pub use file::check_count;
+pub use limits::{
+    MAX_ADDED_BYTES, MAX_ADDED_TOKENS, MAX_MERGES, MAX_RUN_CHARS, MAX_TEXT_BYTES, MAX_TOKENS,
+};
+pub use options::{EncodeOptions, SpecialText};
 
 use super::config::ModelConfig;
 use crate::format::json;
 use crate::{Error, ErrorKind, Result};
-
-pub use encode::{EncodeOptions, SpecialText};
-pub use file::{MAX_ADDED_BYTES, MAX_ADDED_TOKENS, MAX_MERGES, MAX_TOKENS, check_count};
-pub use stream::DecodeStream;
-
-/// Maximum text of one encode call in bytes.
-pub const MAX_TEXT_BYTES: usize = 16 << 20;
-
-/// Maximum run of whitespace, or of characters without any.
-///
-/// Known splitting expressions backtrack over a run, as `\s+(?!\S)` does over whitespace. Far above
-/// this limit the regex engine gives up (after a million steps), and the rest of the text would
-/// stay in one piece: other ids, without an error. All other expressions are refused if they may
-/// backtrack over more than a few characters.
-pub const MAX_RUN_CHARS: usize = 200_000;
+use added_tokens::check_added_tokens;
+use contained::{contained, wrapped};
+use serde_json::Value;
+use std::borrow::Borrow;
+use std::collections::HashSet;
+use std::sync::OnceLock;
 
 /// Ids with a meaning for generation, from the model's configuration.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -284,73 +278,6 @@ pub(super) fn token_text(value: Option<&Value>) -> Option<String> {
     text.as_str().map(str::to_owned)
 }
 
-/// Checks that added tokens have the ids of the file and a non-empty text.
-///
-/// The crate gives an added token the next free id, whatever the file says. An empty text is found
-/// everywhere, even within characters. A token that takes the whitespace before it, after one that
-/// already took it, has a negative length.
-///
-/// Errors (`Invalid`, `Unsupported`): there is such a token.
-fn check_added_tokens(
-    inner: &tokenizers::Tokenizer,
-    added: &[file::AddedTokenWithId],
-) -> Result<()> {
-    let takes_space_after = added.iter().any(|token| token.rstrip);
-    for token in added {
-        let starts_with_space = token.content.starts_with(char::is_whitespace);
-        if is_empty_as_text(inner, token)? || takes_space_after && token.lstrip && starts_with_space
-        {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                format!(
-                    "tokenizer.json: added token '{}' of id {} cannot be distinguished from other text",
-                    token.content.escape_debug(),
-                    token.id
-                ),
-            ));
-        }
-        let found = inner.token_to_id(&token.content);
-        if found != Some(token.id) {
-            return Err(Error::new(
-                ErrorKind::Invalid,
-                format!(
-                    "tokenizer.json: added token '{}' should have id {}, found {}",
-                    token.content.escape_debug(),
-                    token.id,
-                    found.map_or("none".to_owned(), |id| id.to_string())
-                ),
-            ));
-        }
-    }
-    Ok(())
-}
-
-/// Returns whether an added token is empty after the normalization of the text
-/// that is searched.
-fn is_empty_as_text(inner: &tokenizers::Tokenizer, token: &file::AddedTokenWithId) -> Result<bool> {
-    let normalizer = inner.get_normalizer().filter(|_| token.normalized);
-    let Some(normalizer) = normalizer.filter(|_| !token.content.is_empty()) else {
-        return Ok(token.content.is_empty());
-    };
-    let mut text = NormalizedString::from(token.content.as_str());
-    contained(|| normalizer.normalize(&mut text))?
-        .map_err(|e| wrapped(ErrorKind::Invalid, "tokenizer.json", e))?;
-    Ok(text.get().is_empty())
-}
-
-/// Runs code of the `tokenizers` crate; a panic in it becomes an error.
-///
-/// The checks of `allowed` leave none that we know of.
-fn contained<T>(run: impl FnOnce() -> T) -> Result<T> {
-    // Unwind safe: the tokenizer only changes its own cache, which stays consistent.
-    std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).map_err(|_| {
-        Error::new(
-            ErrorKind::Invalid,
-            "the tokenizer failed: tokenizer.json has a part that it cannot work with",
-        )
-    })
-}
-
 /// Returns whether `"type": name` occurs anywhere in a (nested) decoder description.
 fn names_type(value: &Value, name: &str) -> bool {
     match value {
@@ -363,8 +290,111 @@ fn names_type(value: &Value, name: &str) -> bool {
     }
 }
 
-fn wrapped(kind: ErrorKind, what: &str, e: tokenizers::Error) -> Error {
-    Error::new(kind, format!("{what}: {e}")).with_source(e)
+/// Maximum pending ids.
+///
+/// Real text needs four at most (one character in bytes). If a model writes only broken bytes,
+/// steps must not keep getting longer.
+const MAX_PENDING: usize = 256;
+
+/// Decoder of a stream of ids that never returns half a character.
+///
+/// The concatenation of everything that [`push`](Self::push) and [`finish`](Self::finish) return
+/// equals [`Tokenizer::decode`] of all ids (unless more than 256 consecutive ids give no whole
+/// character). A step decodes a handful of ids, independent of the length of the stream.
+///
+/// The text of an id depends on its neighbours: a space is stripped at the start of a text only,
+/// and bytes join to characters. So each step decodes the ids whose text was returned last together
+/// with the new ones, and returns the text that the new ones add.
+///
+/// `T` is the tokenizer: a reference, or an [`Arc`](std::sync::Arc) for a stream that is stored.
+#[derive(Debug)]
+pub struct DecodeStream<T> {
+    tokenizer: T,
+    skip_special: bool,
+    /// Ids before `pending` that decode to some text, all of it returned already.
+    prefix: Vec<u32>,
+    /// Bytes of text that `prefix` alone decodes to.
+    prefix_len: usize,
+    /// Ids whose text is not certain yet.
+    pending: Vec<u32>,
+}
+
+impl<T: Borrow<Tokenizer>> DecodeStream<T> {
+    /// Creates a stream at the start of a text; `skip_special` omits special tokens.
+    pub fn new(tokenizer: T, skip_special: bool) -> Self {
+        Self {
+            tokenizer,
+            skip_special,
+            prefix: Vec::new(),
+            prefix_len: 0,
+            pending: Vec::new(),
+        }
+    }
+
+    /// Takes one id and returns the text that is now certain, often empty.
+    ///
+    /// # Errors
+    /// The errors of [`Tokenizer::decode`].
+    pub fn push(&mut self, id: u32) -> Result<String> {
+        // Such ids decode to nothing, and must not be the context of others.
+        let tokenizer = self.tokenizer.borrow();
+        if self.skip_special && tokenizer.is_special(id) || tokenizer.id_to_token(id).is_none() {
+            return Ok(String::new());
+        }
+        self.pending.push(id);
+        let full = self.pending.len() >= MAX_PENDING;
+        // A run of raw bytes is decoded as a whole:
+        // one invalid byte affects the characters before it.
+        if !full && self.tokenizer.borrow().is_fallback_byte(id) {
+            return Ok(String::new());
+        }
+        let text = self.pending_text()?;
+        if !full && text.ends_with(char::REPLACEMENT_CHARACTER) {
+            return Ok(String::new());
+        }
+        self.settle()?;
+        Ok(text)
+    }
+
+    /// Returns the text that is still pending, at the end of the stream.
+    ///
+    /// # Errors
+    /// The errors of [`Tokenizer::decode`].
+    pub fn finish(&mut self) -> Result<String> {
+        let text = self.pending_text()?;
+        self.pending.clear();
+        Ok(text)
+    }
+
+    fn pending_text(&self) -> Result<String> {
+        if self.pending.is_empty() {
+            return Ok(String::new());
+        }
+        let window = [self.prefix.as_slice(), self.pending.as_slice()].concat();
+        let mut text = self.tokenizer.borrow().decode(&window, self.skip_special)?;
+        Ok(if text.is_char_boundary(self.prefix_len) {
+            text.split_off(self.prefix_len)
+        } else {
+            String::new()
+        })
+    }
+
+    /// Makes the pending ids the context of the next ones, if they have any text of their own.
+    ///
+    /// Otherwise a following space could be taken for the start of the whole text.
+    fn settle(&mut self) -> Result<()> {
+        let pending = std::mem::take(&mut self.pending);
+        let len = self
+            .tokenizer
+            .borrow()
+            .decode(&pending, self.skip_special)?;
+        let len = len.len();
+        if len > 0 || self.prefix.is_empty() {
+            self.prefix = pending;
+            self.prefix_len = len;
+        }
+        Ok(())
+    }
 }
 
 #[cfg(test)]

@@ -183,15 +183,12 @@ impl Weights {
     }
 }
 
-impl ModelConfig {
-    /// Checks that `source` has every weight that this config requires,
-    /// and none that would be ignored.
-    ///
-    /// Cost: that of fetching all of them. Errors: those of [`Model::load`](super::Model::load).
-    pub fn check_weights(&self, source: &dyn WeightSource) -> Result<()> {
-        self.check()?;
-        Weights::load(self, source).map(drop)
-    }
+/// Checks that `source` has every weight that `config` requires, and none that would be ignored.
+///
+/// Cost: that of fetching all of them. Errors: those of [`Model::load`](super::Model::load).
+pub fn check_weights(config: &ModelConfig, source: &dyn WeightSource) -> Result<()> {
+    config.check()?;
+    Weights::load(config, source).map(drop)
 }
 
 impl HeadWeights {

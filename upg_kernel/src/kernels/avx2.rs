@@ -12,22 +12,22 @@ mod levels;
 mod many;
 mod product;
 mod quantize;
+mod tiles;
 mod trellis;
 
-use super::activations::{Activations, Block, GROUP};
+use super::activations::Activations;
 use super::attention;
 use super::decode::Element;
 use super::lanes::Lanes;
 use super::many::{Panel, Rows};
 use super::scalar::Signs;
 use super::sparse;
-use super::views::{Codes, Entries, Strip, with_levels};
+use super::views::{Entries, Strip};
 use crate::prime_lut::PRIME_LUT;
 use crate::rotation::Rotation;
 use half::{bf16, f16};
 use std::arch::asm;
 use std::arch::x86_64::*;
-use std::ops::Range;
 
 /// The first 256 primes.
 static PRIMES: [f32; 256] = {

@@ -54,7 +54,7 @@ macro_rules! decode_entries {
             pub(crate) fn decode_entries<T: Float>(self, entries: Entries<'_>, out: &mut [T]) {
                 #[target_feature(enable = $features)]
                 fn compiled<T: Float>(kernels: Kernels, entries: Entries<'_>, out: &mut [T]) {
-                    sparse::decode(kernels, entries, out)
+                    sparse::decode(|x, out| T::round(kernels, x, out), entries, out)
                 }
                 // SAFETY: `self` proves that the processor has the features.
                 unsafe { compiled(Kernels($set(self)), entries, out) }

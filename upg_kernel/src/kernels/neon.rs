@@ -12,20 +12,20 @@ mod hadamard;
 mod levels;
 mod many;
 mod product;
+mod tiles;
 mod trellis;
 
-use super::activations::{Activations, Block, GROUP};
+use super::activations::Activations;
 use super::lanes::Lanes;
 use super::scalar::Signs;
-use super::views::{Codes, Entries, Primes, Strip};
+use super::views::{Entries, Strip};
 use super::{attention, sparse};
 use crate::prime_lut::PRIME_LUT;
-use dot::{Dot, Sdot, Widened};
+use dot::{Sdot, Widened};
 use half::f16;
 pub(crate) use many::Panel;
 use std::arch::aarch64::*;
 use std::arch::asm;
-use std::ops::Range;
 
 /// NEON kernels. A value proves that this machine has the instructions.
 #[derive(Debug, Clone, Copy)]

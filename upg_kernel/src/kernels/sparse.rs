@@ -5,7 +5,6 @@
 
 use super::lanes::Lanes;
 use super::views::Entries;
-use super::{Float, Kernels};
 use crate::prime_lut::PRIME_LUT;
 
 /// Entries that are processed together.
@@ -95,12 +94,16 @@ fn is_run(deltas: &[u8; BLOCK]) -> bool {
     deltas.iter().fold(0, |sum, delta| sum + odd(*delta)) == odd(deltas[0])
 }
 
-/// Decodes a row.
+/// Decodes a row; `round` rounds every weight.
 ///
 /// The result is bit-identical to [`crate::matrix::StoredMatrix::decode_rows`], rounded to nearest,
 /// ties to even.
 #[inline(always)]
-pub(super) fn decode<T: Float>(kernels: Kernels, entries: Entries<'_>, out: &mut [T]) {
+pub(super) fn decode<T: Copy + Default>(
+    round: impl Fn(&[f32], &mut [T]),
+    entries: Entries<'_>,
+    out: &mut [T],
+) {
     let mut blocks = Blocks::new(entries, out.len());
     if !blocks.is_full {
         out.fill(T::default());
@@ -112,10 +115,10 @@ pub(super) fn decode<T: Float>(kernels: Kernels, entries: Entries<'_>, out: &mut
         match block.place {
             Place::From(first) => {
                 let out = &mut out[first..first + block.len];
-                T::round(kernels, &weights[..block.len], out);
+                round(&weights[..block.len], out);
             }
             Place::Apart => {
-                T::round(kernels, &weights, &mut rounded);
+                round(&weights, &mut rounded);
                 column = put_apart(&block, &rounded, column, out);
             }
         }

@@ -176,9 +176,11 @@ macro_rules! with_levels {
             }};
         }
         match $strip.codes {
-            Codes::Bytes(codes) => with!(levels::Bytes::new(codes)),
-            Codes::Nibbles(codes, codebook) => with!(levels::Nibbles::new(codes, codebook)),
-            Codes::Kept {
+            $crate::kernels::views::Codes::Bytes(codes) => with!(levels::Bytes::new(codes)),
+            $crate::kernels::views::Codes::Nibbles(codes, codebook) => {
+                with!(levels::Nibbles::new(codes, codebook))
+            }
+            $crate::kernels::views::Codes::Kept {
                 bitmap,
                 codes,
                 codebook,
@@ -191,7 +193,7 @@ macro_rules! with_levels {
                     }
                 }
             }
-            Codes::Trellis { k, stream } => {
+            $crate::kernels::views::Codes::Trellis { k, stream } => {
                 let end = &mut [0; levels::TRELLIS_END];
                 match k {
                     2 => with!(levels::Trellis::<2>::new(stream, end)),

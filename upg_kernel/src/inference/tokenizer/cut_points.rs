@@ -6,9 +6,9 @@
 //! side, so that no merge can join them.
 #![forbid(unsafe_code)]
 
-use super::MAX_TEXT_BYTES;
 use super::expressions::{Cuts, examine};
 use super::file::Parts;
+use super::limits::MAX_TEXT_BYTES;
 use crate::{Error, ErrorKind, Result};
 use serde_json::Value;
 use std::collections::HashSet;

@@ -1,57 +1,15 @@
 //! Encoding of text to ids, in pieces, with an interrupt flag checked between them.
 #![forbid(unsafe_code)]
 
-use super::{MAX_RUN_CHARS, MAX_TEXT_BYTES, Tokenizer, contained, wrapped};
+use super::Tokenizer;
+use super::contained::{contained, wrapped};
+use super::limits::{MAX_RUN_CHARS, MAX_TEXT_BYTES};
+use super::options::{EncodeOptions, SpecialText};
 use crate::{Error, ErrorKind, Result};
-use std::sync::atomic::{AtomicBool, Ordering};
 use tokenizers::{
     Encoding, Model, NormalizedString, Normalizer, NormalizerWrapper, OffsetReferential,
     OffsetType, PreTokenizer,
 };
-
-/// Treatment of special tokens that occur in a text.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum SpecialText {
-    /// `<|im_end|>` in the text becomes the token of that name, as in transformers.
-    Parse,
-    /// Special tokens in the text are ordinary characters. For text from people who are not
-    /// trusted to write them.
-    Plain,
-}
-
-/// Options of [`Tokenizer::encode_with`].
-#[derive(Debug, Clone, Copy)]
-pub struct EncodeOptions<'a> {
-    /// Adds begin and end of sequence where the model wants them.
-    ///
-    /// Leave it off for the output of a chat template, which has them already.
-    pub add_special: bool,
-    /// Treatment of special tokens in the text.
-    pub special_text: SpecialText,
-    /// Flag that, once set, ends the work with an error of kind `Interrupted`.
-    pub interrupt: Option<&'a AtomicBool>,
-}
-
-impl Default for EncodeOptions<'_> {
-    fn default() -> Self {
-        Self {
-            add_special: true,
-            special_text: SpecialText::Parse,
-            interrupt: None,
-        }
-    }
-}
-
-impl EncodeOptions<'_> {
-    fn check_interrupt(&self) -> Result<()> {
-        match self.interrupt {
-            Some(flag) if flag.load(Ordering::Relaxed) => {
-                Err(Error::new(ErrorKind::Interrupted, "interrupted"))
-            }
-            _ => Ok(()),
-        }
-    }
-}
 
 impl Tokenizer {
     /// Returns the ids of `text`; special tokens in it are parsed.

@@ -6,7 +6,8 @@
 //! 16 times the file plus 4 MiB.
 #![forbid(unsafe_code)]
 
-use super::wrapped;
+use super::contained::wrapped;
+use super::limits::{MAX_ADDED_BYTES, MAX_ADDED_TOKENS, MAX_MERGES, MAX_TOKENS};
 use crate::format::{check_tokenizer_bytes, json};
 use crate::{Error, ErrorKind, Result};
 use serde::Deserialize;
@@ -21,18 +22,6 @@ use tokenizers::{
     AddedToken, DecoderWrapper, ModelWrapper, NormalizerWrapper, PostProcessorWrapper,
     PreTokenizerWrapper, TokenizerBuilder,
 };
-
-/// Maximum tokens of a vocabulary: the largest published ones have 262,144.
-pub const MAX_TOKENS: usize = 1 << 19;
-
-/// Maximum merges: Gemma has 580,604.
-pub const MAX_MERGES: usize = 1 << 20;
-
-/// Maximum added tokens: speech models have one for each of 65,536 sounds.
-pub const MAX_ADDED_TOKENS: usize = 1 << 17;
-
-/// Maximum bytes of all added tokens, which become a table of 16 bytes for each of theirs.
-pub const MAX_ADDED_BYTES: usize = 2 << 20;
 
 /// Maximum values in a component that is neither vocabulary nor added tokens; real ones have
 /// less than 300.

@@ -1,8 +1,14 @@
 //! Decoding of packed weights to floats, and conversion of f32 to 16-bit floats.
 
 use super::levels::{self, Levels};
-use super::*;
+use super::{Avx2, biased, load, load_f32, store, store_f32, store_half, stream};
+use crate::kernels::activations::GROUP;
 use crate::kernels::decode::{self, Element, Line, Numbers, TILES, Weights};
+use crate::kernels::scalar::Signs;
+use crate::kernels::views::{Strip, with_levels};
+use crate::rotation::Rotation;
+use half::{bf16, f16};
+use std::arch::x86_64::*;
 
 /// Decodes a strip to `out [rows, cols]`.
 ///

@@ -1,8 +1,9 @@
 //! Hadamard transform of a rotation.
 
-use super::*;
+use super::{Avx2, load_f32, store_f32};
 use crate::kernels::hadamard;
 use crate::kernels::scalar::Signs;
+use std::arch::x86_64::*;
 
 /// Runs [`crate::kernels::scalar::transform`]; 4,096 elements take three passes over memory.
 #[target_feature(enable = "avx2,fma")]

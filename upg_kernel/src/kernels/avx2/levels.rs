@@ -1,33 +1,14 @@
 //! Levels of a strip from each kind of code; [`Trellis`] has its own file.
 
+pub(super) use super::tiles::Levels;
+use super::tiles::{go_on, look_at};
 pub(super) use super::trellis::{END as TRELLIS_END, Trellis};
-use super::*;
+use super::{biased, load, load_half, prefetch, store, twice};
 use crate::kernels::places::PLACES;
+use std::arch::x86_64::*;
 
 /// Prefetch distance for codes, in bytes.
 const AHEAD: usize = 4096;
-
-/// Tiles of a strip in order, two at a time.
-///
-/// A value exists only where the processor has the features: every constructor requires them.
-pub(super) trait Levels {
-    /// Advances to the next two tiles, if any.
-    fn next(&mut self);
-
-    /// Returns `level + 128` of sixteen rows, eight per register.
-    ///
-    /// They are a quarter of one of the two tiles (0 or 1).
-    /// Each quarter is requested once, in order.
-    fn sixteen_rows(&mut self, tile: usize, quarter: usize) -> [__m256i; 2];
-}
-
-/// Takes the next `N` bytes of the rest, if there are as many.
-#[inline(always)]
-fn go_on<'a, const N: usize>(now: &mut &'a [u8; N], rest: &mut &'a [u8]) {
-    if let Some((first, after)) = rest.split_first_chunk() {
-        (*now, *rest) = (first, after);
-    }
-}
 
 /// Levels of `q8`.
 pub(super) struct Bytes<'a> {
@@ -106,27 +87,6 @@ impl Levels for Nibbles<'_> {
                 _mm256_shuffle_epi8(self.codebook, _mm256_and_si256(b, half)),
             ]
         }
-    }
-}
-
-/// Sets `now` to the first `N` bytes of the rest.
-///
-/// If there are fewer, the rest is copied once to `end`, followed by arbitrary bytes.
-#[inline(always)]
-pub(super) fn look_at<'a, const N: usize, const END: usize>(
-    now: &mut &'a [u8; N],
-    rest: &mut &'a [u8],
-    end: &mut Option<&'a mut [u8; END]>,
-) {
-    if rest.len() < N
-        && let Some(end) = end.take()
-    {
-        end[..rest.len()].copy_from_slice(rest);
-        *rest = end;
-    }
-    // There are as many: at the end, at least half of the bytes are not part of the rest.
-    if let Some(first) = rest.first_chunk() {
-        *now = first;
     }
 }
 

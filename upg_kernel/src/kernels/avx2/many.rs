@@ -5,8 +5,11 @@
 //! first and third, and the second and fourth, because separating these takes only shifts.
 
 use super::levels::{self, Levels};
-use super::*;
+use super::{biased, load, load_f32, primes, store, store_f32};
+use crate::kernels::activations::{Activations, Block};
 use crate::kernels::many::{self, Decoded, Many, Panel, Rows, TILES};
+use crate::kernels::views::{Strip, with_levels};
+use std::arch::x86_64::*;
 
 /// Multiplies every row by every vector.
 #[target_feature(enable = "avx2,fma,popcnt,bmi2")]

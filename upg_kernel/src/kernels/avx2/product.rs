@@ -1,8 +1,12 @@
 //! Products of a strip with one vector.
 
 use super::levels::{self, Levels};
-use super::*;
+use super::{dot, load_f32, primes, store_f32};
+use crate::kernels::activations::{Activations, Block};
 use crate::kernels::views::PAIRS;
+use crate::kernels::views::{Strip, with_levels};
+use std::arch::x86_64::*;
+use std::ops::Range;
 
 #[target_feature(enable = "avx2,fma,popcnt,bmi2")]
 pub(super) fn multiply(strip: Strip<'_>, x: &Activations, out: &mut [f32]) {

@@ -8,9 +8,10 @@
 //!
 //! This takes 15 instructions per 32 levels from the multiplication on, and 8 or 9 before it.
 
-use super::levels::{Levels, look_at};
-use super::*;
+use super::tiles::{Levels, look_at};
+use super::{load, load_half, load_i32, prefetch, twice};
 use crate::trellis_code::{STATES, code};
+use std::arch::x86_64::*;
 
 /// Buffer size for the end of the stream, followed by arbitrary bytes.
 pub(super) const END: usize = 2 * WINDOW;

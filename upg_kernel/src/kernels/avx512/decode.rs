@@ -1,10 +1,18 @@
 //! Decoding of packed weights to floats, and conversion of f32 to 16-bit floats.
 
 use super::levels::{self, Levels};
-use super::*;
+use super::{Avx512, Register, biased, load, load_f32, load_u16, store, stream, to_array};
+use crate::kernels::activations::GROUP;
 use crate::kernels::decode::{self, Element, Line, Numbers, Row, TILES, Weights};
 use crate::kernels::hadamard::{self, Register as _, Same, ScaledAndFlipped, Sink, Source};
+use crate::kernels::scalar::Signs;
 use crate::kernels::views::Primes;
+use crate::kernels::views::{Strip, with_levels};
+use crate::prime_lut::PRIME_LUT;
+use crate::rotation::Rotation;
+use half::{bf16, f16};
+use std::arch::asm;
+use std::arch::x86_64::*;
 
 /// Decodes a strip to `out [rows, cols]`.
 ///

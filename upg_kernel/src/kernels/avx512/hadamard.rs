@@ -1,8 +1,9 @@
 //! Hadamard transform of a rotation.
 
-use super::*;
+use super::{Avx512, Register, load_f32, to_array};
 use crate::kernels::hadamard;
 use crate::kernels::scalar::Signs;
+use std::arch::x86_64::*;
 
 /// Runs [`crate::kernels::scalar::transform`]; 4,096 elements take two passes over memory.
 #[target_feature(enable = "avx512f")]

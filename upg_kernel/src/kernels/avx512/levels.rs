@@ -1,8 +1,9 @@
 //! Levels of a strip from each kind of code.
 
-use super::*;
+use super::{biased, codebook_register, load, prefetch, to_array};
 use crate::kernels::places::window;
 use crate::trellis_code::{SHIFTS, STATE_BITS, code};
+use std::arch::x86_64::*;
 
 /// Prefetches the codes somewhat more than `at` bytes after the start of `codes`,
 /// into the L2 cache.

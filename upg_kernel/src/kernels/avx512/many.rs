@@ -1,8 +1,11 @@
 //! Products of packed weights with many vectors.
 
 use super::levels::{self, Levels};
-use super::*;
+use super::{load, load_f32, primes_of, store, to_array};
+use crate::kernels::activations::{Activations, Block};
 use crate::kernels::many::{self, Decoded, Many, Panel, Rows, TILES};
+use crate::kernels::views::{Strip, with_levels};
+use std::arch::x86_64::*;
 
 /// Registers per tile.
 const QUARTERS: usize = 4;

@@ -2,8 +2,12 @@
 #![forbid(unsafe_code)]
 
 use super::levels::{self, Levels};
-use super::*;
+use super::primes_of;
+use crate::kernels::activations::{Activations, Block};
 use crate::kernels::views::PAIRS;
+use crate::kernels::views::{Strip, with_levels};
+use std::arch::x86_64::*;
+use std::ops::Range;
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,popcnt")]
 pub(super) fn multiply(strip: Strip<'_>, x: &Activations, out: &mut [f32]) {

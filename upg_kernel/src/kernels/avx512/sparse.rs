@@ -6,9 +6,14 @@
 //! and loaded again were slightly slower (0.24).
 
 use super::decode::Sixteens;
-use super::*;
+use super::{Avx512, load_f32, load_half};
+use crate::kernels::decode::Element;
 use crate::kernels::sparse::{BLOCK, Block, Blocks, Place, put_apart};
+use crate::kernels::views::Entries;
 use crate::prime_lut::PRIME_COUNT;
+use crate::prime_lut::PRIME_LUT;
+use std::arch::asm;
+use std::arch::x86_64::*;
 
 /// Runs [`crate::kernels::sparse::decode`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]

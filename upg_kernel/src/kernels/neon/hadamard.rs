@@ -1,8 +1,9 @@
 //! Hadamard transform of a rotation.
 
-use super::*;
+use super::{Neon, load_f32, store_f32};
 use crate::kernels::hadamard;
 use crate::kernels::scalar::Signs;
+use std::arch::aarch64::*;
 
 /// Runs [`crate::kernels::scalar::transform`]; 4,096 elements take three passes over memory.
 #[target_feature(enable = "neon")]

@@ -1,30 +1,13 @@
 //! Levels of a strip from each kind of code; [`Trellis`] has its own file.
 
+pub(super) use super::tiles::Levels;
 pub(super) use super::trellis::Trellis;
-use super::*;
+use super::{load, load_i8, prefetch, store};
 use crate::kernels::places::{PLACES, sixteen_codes, window};
+use std::arch::aarch64::*;
 
 /// Prefetch distance for codes, in bytes.
 const AHEAD: usize = 4096;
-
-/// Levels of a strip, one block of 64 columns at a time.
-///
-/// A value exists only where the processor has the features: every constructor requires them.
-pub(super) trait Levels {
-    /// Advances to the next block of columns.
-    fn next(&mut self);
-
-    /// Returns four rows of two tiles.
-    ///
-    /// `quad` is one of the 16 groups of four rows in a strip, `pair` one of the 8 pairs of tiles
-    /// in a block. Levels are arbitrary where a tile starts past the last column. Panics if there
-    /// is no group of columns.
-    fn pair(&self, pair: usize, quad: usize) -> [int8x16_t; 2];
-
-    /// Prefetches the data ahead of this and the next three quads.
-    #[inline(always)]
-    fn prefetch(&self, _pair: usize, _quad: usize) {}
-}
 
 /// Takes the next elements, up to `n`.
 #[inline(always)]
@@ -44,9 +27,11 @@ macro_rules! with_levels {
             }};
         }
         match $strip.codes {
-            Codes::Bytes(codes) => with!(levels::Bytes::<true>::new(codes)),
-            Codes::Nibbles(codes, codebook) => with!(levels::Nibbles::new(codes, codebook)),
-            Codes::Kept {
+            $crate::kernels::views::Codes::Bytes(codes) => with!(levels::Bytes::<true>::new(codes)),
+            $crate::kernels::views::Codes::Nibbles(codes, codebook) => {
+                with!(levels::Nibbles::new(codes, codebook))
+            }
+            $crate::kernels::views::Codes::Kept {
                 bitmap,
                 codes,
                 codebook,
@@ -54,7 +39,7 @@ macro_rules! with_levels {
                 None => with!(levels::Kept::<false>::new(bitmap, codes, &[0; 16])),
                 Some(codebook) => with!(levels::Kept::<true>::new(bitmap, codes, codebook)),
             },
-            Codes::Trellis { k, stream } => match k {
+            $crate::kernels::views::Codes::Trellis { k, stream } => match k {
                 2 => with!(levels::Trellis::<2>::new(stream)),
                 3 => with!(levels::Trellis::<3>::new(stream)),
                 _ => with!(levels::Trellis::<4>::new(stream)),

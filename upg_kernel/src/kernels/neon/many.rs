@@ -3,9 +3,13 @@
 //! The levels of some blocks of columns are decoded once for all vectors, to the form of `q8`.
 #![forbid(unsafe_code)]
 
+use super::dot::Dot;
 use super::levels::{self, Bytes, Levels, PAIRS, Pair, with_levels};
 use super::product::{QUADS, Rows, add_blocks};
-use super::*;
+use super::{load_f32, primes_of, store, store_f32};
+use crate::kernels::activations::{Activations, GROUP};
+use crate::kernels::views::{Primes, Strip};
+use std::arch::aarch64::*;
 
 /// Blocks of columns that are decoded at once: 64 KiB stay in the L1 or L2 cache.
 const BLOCKS: usize = 16;

@@ -1,8 +1,13 @@
 //! Products of a strip with one vector.
 #![forbid(unsafe_code)]
 
+use super::dot::Dot;
 use super::levels::{self, Levels, with_levels};
-use super::*;
+use super::{load_f32, load_i8, primes_of, store_f32};
+use crate::kernels::activations::{Activations, Block, GROUP};
+use crate::kernels::views::{Primes, Strip};
+use std::arch::aarch64::*;
+use std::ops::Range;
 
 /// Registers of four rows per strip.
 pub(super) const QUADS: usize = 16;

@@ -5,9 +5,11 @@
 //! columns 1 and 3 those of another. The upper bytes of their products with the multiplier of the
 //! code ([`crate::trellis_code`]) are in column order.
 
-use super::levels::{Levels, PAIRS};
-use super::*;
+use super::tiles::Levels;
+use super::{load, prefetch};
+use crate::kernels::views::PAIRS;
 use crate::trellis_code::{STATES, code};
+use std::arch::aarch64::*;
 
 /// Prefetch distance in the stream, in bytes.
 const AHEAD: usize = 2048;

@@ -3,6 +3,7 @@
 
 use super::*;
 use crate::codec::stored::StoredMatrix;
+use crate::kernels::{Float, Kernels};
 use crate::sparse::{MdCSRArrays, MdCSRMatrix};
 use crate::test_data::{noise, signed};
 use half::{bf16, f16};

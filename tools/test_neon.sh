@@ -66,7 +66,7 @@ trap 'rm -rf "$logs"' EXIT
 # reports. Output goes to a file.
 test_as() {
     CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -cpu $1" \
-        cargo test --package upg_kernel --lib --locked --target $linux -- \
+        cargo test --package upg_kernel --lib --no-default-features --locked --target $linux -- \
         kernels:: --skip metal_kernels:: --nocapture --test-threads 1 >"$logs/$1" 2>&1 || return
     for line in "dot products: $2" \
         "every_kernel_multiplies_every_encoding_as_the_reference_does ... ok" \
@@ -78,7 +78,7 @@ test_as() {
     done
 }
 
-cargo test --package upg_kernel --lib --locked --target $linux --no-run
+cargo test --package upg_kernel --lib --no-default-features --locked --target $linux --no-run
 # An emulator has one thread, so both run at once.
 processors=(max)
 test_as max true &

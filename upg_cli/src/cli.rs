@@ -1,6 +1,10 @@
 //! The command line: every flag, its default and its help text.
 #![forbid(unsafe_code)]
 
+mod generation;
+
+pub use generation::{ChatArgs, RunArgs, SamplingArgs};
+
 use clap::builder::PossibleValuesParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::num::NonZeroUsize;
@@ -62,7 +66,7 @@ Control characters are escaped on a terminal, as \\u{1b}, and unchanged in a fil
 pub struct Cli {
     /// Number of threads [default: one per available core; one per hardware thread for all
     /// commands except run, chat, eval and bench]
-    #[arg(long, global = true, value_name = "N")]
+    #[arg(short = 't', long, global = true, value_name = "N")]
     pub threads: Option<usize>,
     /// Read model files into memory instead of mapping them, and verify the checksums of UPG
     /// files while reading. For network drives and for files that may be written during use
@@ -309,53 +313,6 @@ pub struct FileArgs {
     pub file: PathBuf,
 }
 
-#[derive(Args)]
-pub struct SamplingArgs {
-    /// Sampling temperature; 0: greedy
-    #[arg(short, long, default_value_t = 0.0, allow_negative_numbers = true)]
-    pub temperature: f32,
-    /// Top-k sampling; 0: disabled
-    #[arg(long, default_value_t = 0, value_name = "K")]
-    pub top_k: usize,
-    /// Top-p (nucleus) sampling; 1: disabled
-    #[arg(long, default_value_t = 1.0, value_name = "P")]
-    pub top_p: f32,
-    /// Min-p sampling, relative to the most probable token; 0: disabled
-    #[arg(long, default_value_t = 0.0, value_name = "P")]
-    pub min_p: f32,
-    /// Repetition penalty on the last 64 tokens; 1: disabled
-    #[arg(long, default_value_t = 1.0, value_name = "FACTOR")]
-    pub repetition_penalty: f32,
-    /// Frequency penalty on the last 64 tokens: logit reduction per occurrence; 0: disabled
-    #[arg(
-        long,
-        default_value_t = 0.0,
-        value_name = "X",
-        allow_negative_numbers = true
-    )]
-    pub frequency_penalty: f32,
-    /// Presence penalty on the last 64 tokens: logit reduction if present; 0: disabled
-    #[arg(
-        long,
-        default_value_t = 0.0,
-        value_name = "X",
-        allow_negative_numbers = true
-    )]
-    pub presence_penalty: f32,
-    /// Random seed
-    #[arg(long, default_value_t = 0)]
-    pub seed: u64,
-    /// Stop sequence; repeatable
-    #[arg(long = "stop", value_name = "TEXT")]
-    pub stop: Vec<String>,
-    /// Context size in tokens [default: the maximum of the model]
-    #[arg(long, value_name = "N")]
-    pub context: Option<usize>,
-    /// Data type of the KV cache
-    #[arg(long, value_enum, default_value_t)]
-    pub cache_type: CacheArg,
-}
-
 #[derive(Clone, Copy, Default, ValueEnum)]
 pub enum CacheArg {
     /// 4 bytes per element
@@ -364,6 +321,7 @@ pub enum CacheArg {
     #[default]
     F16,
     /// 1 byte per element, and a 4-byte scale per 32 elements
+    #[value(alias = "q8_0")]
     Int8,
 }
 
@@ -375,67 +333,6 @@ impl From<CacheArg> for CacheType {
             CacheArg::Int8 => Self::Int8,
         }
     }
-}
-
-#[derive(Args)]
-#[command(after_help = "\
-Examples:
-  upg run model.safetensors -p 'Once upon a time' -n 100 --temperature 0.8 --seed 7
-  upg run model.safetensors --chat -p 'Why is the sky blue?' -n 200
-  upg run model.safetensors --tokens 504,3575,282 --logits logits.safetensors")]
-pub struct RunArgs {
-    /// UPG file
-    pub file: PathBuf,
-    /// Prompt text, or - to read it from standard input. Special tokens in it are recognized
-    #[arg(
-        short,
-        long,
-        conflicts_with_all = ["tokens", "logits"],
-        required_unless_present = "tokens"
-    )]
-    pub prompt: Option<String>,
-    /// Maximum number of tokens to generate
-    #[arg(short = 'n', long, default_value_t = 128, value_name = "N")]
-    pub max_tokens: usize,
-    /// Apply the chat template of the model to the prompt
-    #[arg(long, conflicts_with = "tokens")]
-    pub chat: bool,
-    /// System message for --chat
-    #[arg(long, requires = "chat", value_name = "TEXT")]
-    pub system: Option<String>,
-    /// Token ids instead of a prompt, comma-separated; for --logits
-    #[arg(long, value_delimiter = ',', num_args = 1.., requires = "logits", value_name = "IDS",
-        value_parser = |id: &str| id.trim().parse::<u32>())]
-    pub tokens: Option<Vec<u32>>,
-    /// With --tokens: write the logits of every position to a safetensors file,
-    /// F32 [positions, vocab]
-    #[arg(long, requires = "tokens", value_name = "FILE")]
-    pub logits: Option<PathBuf>,
-    /// Don't print speed and memory use at the end
-    #[arg(short, long)]
-    pub quiet: bool,
-    #[command(flatten)]
-    pub sampling: SamplingArgs,
-}
-
-#[derive(Args)]
-#[command(after_help = "\
-Ctrl-C stops the answer. Ctrl-D, or Ctrl-C at the prompt, exits; SIGTERM and SIGHUP exit at any \
-time. /clear resets the conversation.
-
-Example:
-  upg chat model.safetensors --system 'You answer in one sentence.' --temperature 0.7")]
-pub struct ChatArgs {
-    /// UPG file
-    pub file: PathBuf,
-    /// System message
-    #[arg(long, value_name = "TEXT")]
-    pub system: Option<String>,
-    /// Maximum number of tokens per answer
-    #[arg(short = 'n', long, default_value_t = 1024, value_name = "N")]
-    pub max_tokens: usize,
-    #[command(flatten)]
-    pub sampling: SamplingArgs,
 }
 
 #[derive(Args)]

@@ -8,6 +8,7 @@ pub mod compress;
 pub mod convert;
 pub mod decompress;
 pub mod eval;
+mod generation;
 pub mod inspect;
 mod inspect_v1;
 mod model_file;

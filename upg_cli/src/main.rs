@@ -6,6 +6,7 @@ mod progress;
 mod signals;
 mod terminal;
 mod threads;
+mod wrap;
 
 use clap::Parser;
 use log::{Level, LevelFilter, Log};

@@ -16,6 +16,8 @@ mod context;
 mod decoder;
 pub mod evaluate;
 pub mod generate;
+#[cfg(feature = "text")]
+mod generation_config;
 mod layer_input;
 mod layerwise;
 mod logits;

@@ -1,88 +1,66 @@
 //! `upg chat`.
 #![forbid(unsafe_code)]
 
+mod commands;
+mod input;
+mod transcript;
+
+use super::generation::{note_cut, sampling_options, session_options, template, warn_if_hot};
 use super::model_file;
-use super::run::{note_end, sampling_options, session_options};
 use crate::cli::ChatArgs;
+use crate::wrap::Wrap;
 use crate::{signals, terminal};
-use rustyline::DefaultEditor;
-use rustyline::error::ReadlineError;
+use commands::{HELP, Line, Options};
+use input::Lines;
 use std::io::IsTerminal;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use upg_kernel::inference::chat_template::{ChatTemplate, Message};
-use upg_kernel::inference::tokenizer::{EncodeOptions, MAX_TEXT_BYTES};
-use upg_kernel::inference::{Sampler, SamplingOptions, Scheduler};
+use upg_kernel::inference::tokenizer::EncodeOptions;
+use upg_kernel::inference::{FinishReason, Sampler, Scheduler};
 use upg_kernel::{Error, ErrorKind, OpenOptions, Result, UPGModel};
+
+/// Share of the context that is kept free for an answer: one in this many positions.
+const ANSWER_SHARE: usize = 4;
 
 pub fn run(args: &ChatArgs, open: OpenOptions) -> Result<()> {
     let model = model_file::load(&args.file, open)?;
     let interrupt = signals::interrupt_flag()?;
+    let session = session_options(&args.sampling, Arc::clone(&interrupt));
+    let longest = model.model().config().context;
     let mut chat = Chat {
-        template: model.chat_template()?,
-        scheduler: model.scheduler(1, &session_options(&args.sampling, Arc::clone(&interrupt)))?,
-        sampling: sampling_options(&args.sampling),
-        messages: Vec::new(),
+        template: template(&args.sampling, &model)?,
+        scheduler: model.scheduler(1, &session)?,
+        context: args.sampling.context.map_or(longest, |n| n.min(longest)),
+        options: Options {
+            sampling: sampling_options(&args.sampling, &model)?,
+            max_tokens: args.sampling.max_tokens,
+        },
+        system: args.system.clone(),
+        turns: Vec::new(),
+        used: 0,
         model: &model,
         interrupt,
         args,
     };
-    chat.clear();
-    let mut lines = Lines::new()?;
+    let mut lines = Lines::new(!args.no_history)?;
+    if std::io::stdin().is_terminal() {
+        terminal::note(chat.banner());
+    }
     while let Some(line) = signals::while_waiting(|| lines.next())?? {
-        match line.trim() {
-            "" => continue,
-            "/clear" => chat.clear(),
-            "/exit" | "/quit" => return Ok(()),
-            command if command.starts_with('/') => {
-                terminal::note("upg: unknown command; the commands are /clear and /exit");
+        match Line::parse(&line) {
+            Ok(Line::End) => return Ok(()),
+            Ok(line) => {
+                if let Line::Question(question) = &line {
+                    lines.keep(question);
+                }
+                chat.act(line)?;
             }
-            line => {
-                lines.keep(line);
-                chat.turn(line)?;
-            }
+            Err(e) => terminal::note(format_args!("upg: {e}")),
         }
     }
     Ok(())
-}
-
-/// Source of the questions.
-enum Lines {
-    Terminal(Box<DefaultEditor>),
-    /// File or pipe, whose lines may be unbounded.
-    Piped,
-}
-
-impl Lines {
-    fn new() -> Result<Self> {
-        match std::io::stdin().is_terminal() {
-            true => {
-                let editor = DefaultEditor::new().map_err(|e| input_error(&e))?;
-                Ok(Self::Terminal(Box::new(editor)))
-            }
-            false => Ok(Self::Piped),
-        }
-    }
-
-    /// Returns the next line; `None` at the end of input, and after Ctrl-C at the prompt.
-    fn next(&mut self) -> Result<Option<String>> {
-        match self {
-            Self::Terminal(editor) => match editor.readline("> ") {
-                Ok(line) => Ok(Some(line)),
-                Err(ReadlineError::Eof | ReadlineError::Interrupted) => Ok(None),
-                Err(e) => Err(input_error(&e)),
-            },
-            Self::Piped => terminal::read_line(&mut std::io::stdin().lock(), MAX_TEXT_BYTES),
-        }
-    }
-
-    /// Adds a line to the history of the arrow keys.
-    fn keep(&mut self, line: &str) {
-        if let Self::Terminal(editor) = self {
-            // A line that the history refuses is no reason to stop.
-            let _ = editor.add_history_entry(line);
-        }
-    }
 }
 
 /// Conversation so far.
@@ -91,21 +69,106 @@ struct Chat<'a> {
     args: &'a ChatArgs,
     template: ChatTemplate,
     scheduler: Scheduler,
-    /// Options of the next answer: each has a seed of its own.
-    sampling: SamplingOptions,
-    messages: Vec<Message>,
+    /// Positions of the context.
+    context: usize,
+    options: Options,
+    system: Option<String>,
+    /// Questions and answers in turn.
+    turns: Vec<Message>,
+    /// Positions that the last prompt and its answer took.
+    used: usize,
     interrupt: Arc<AtomicBool>,
 }
 
 impl Chat<'_> {
-    fn clear(&mut self) {
-        let system = self.args.system.iter();
-        self.messages = system.map(|text| Message::new("system", text)).collect();
+    fn banner(&self) -> String {
+        let file = self.model.file();
+        let metadata = |key| file.metadata(key).unwrap_or_default();
+        format!(
+            "{}: {}, {} bits a weight, {}; context of {} tokens; /help lists the commands",
+            file_name(file.path()),
+            metadata("model"),
+            metadata("bits_per_weight"),
+            terminal::bytes(file.file_len()),
+            self.context,
+        )
+    }
+
+    /// Does what a line asks for. A failure of a command is told, and the conversation goes on.
+    fn act(&mut self, line: Line) -> Result<()> {
+        let done = match line {
+            Line::Nothing | Line::End => Ok(()),
+            Line::Question(question) => return self.ask(question),
+            Line::Again => return self.ask_again(),
+            Line::Help => terminal::print(HELP),
+            Line::Show => terminal::print(&self.show()),
+            Line::Set(name, value) => self.options.set(&name, &value).map(|()| {
+                warn_if_hot(self.options.sampling.temperature);
+            }),
+            Line::System(text) => {
+                self.system = text;
+                Ok(())
+            }
+            Line::Save(path) => transcript::save(&path, self.system.as_deref(), &self.turns),
+            Line::Load(path) => transcript::load(&path).map(|(system, turns)| {
+                (self.system, self.turns) = (system, turns);
+                let questions = questions(&self.turns);
+                terminal::note(format_args!("upg: {questions} from {}", path.display()));
+            }),
+            Line::Undo => {
+                self.turns.truncate(self.last_question().unwrap_or(0));
+                Ok(())
+            }
+            Line::Clear => {
+                self.turns.clear();
+                self.used = 0;
+                Ok(())
+            }
+        };
+        match done {
+            Err(e) if terminal::is_broken_pipe(&e) => Err(e),
+            Err(e) => {
+                terminal::note(format_args!("upg: {e}"));
+                Ok(())
+            }
+            Ok(()) => Ok(()),
+        }
+    }
+
+    fn show(&self) -> String {
+        let system = match &self.system {
+            Some(text) => format!("system message: {text}\n"),
+            None => String::new(),
+        };
+        format!(
+            "{}\n{system}{}; {} of {} tokens of the context used\noptions (/set NAME VALUE):\n{}",
+            self.banner(),
+            questions(&self.turns),
+            self.used,
+            self.context,
+            self.options.show(),
+        )
+    }
+
+    /// Returns the index of the last question.
+    fn last_question(&self) -> Option<usize> {
+        self.turns.iter().rposition(|turn| turn.role == "user")
+    }
+
+    /// Answers the last question again, with another seed.
+    fn ask_again(&mut self) -> Result<()> {
+        let Some(index) = self.last_question() else {
+            terminal::note("upg: no question yet");
+            return Ok(());
+        };
+        let question = self.turns.swap_remove(index);
+        self.turns.truncate(index);
+        self.ask(question.content)
     }
 
     /// Processes one question. An error in its text is printed, and the question is removed.
-    fn turn(&mut self, line: &str) -> Result<()> {
-        self.messages.push(Message::new("user", line));
+    fn ask(&mut self, question: String) -> Result<()> {
+        self.turns.push(Message::new("user", question));
         let mut answer = String::new();
         match self.answer(&mut answer) {
             Ok(()) => {}
@@ -113,43 +176,119 @@ impl Chat<'_> {
             Err(e) if e.kind() == ErrorKind::Interrupted => signals::start_again(&self.interrupt),
             Err(e) if matches!(e.kind(), ErrorKind::Argument | ErrorKind::TooLarge) => {
                 terminal::note(format_args!("upg: {e}"));
-                terminal::note("upg: use /clear to start again");
-                self.messages.pop();
+                self.turns.pop();
                 return Ok(());
             }
             Err(e) => return Err(e),
         }
-        terminal::print("\n")?;
         signals::check_end()?;
-        self.messages.push(Message::new("assistant", answer));
+        self.turns.push(Message::new("assistant", answer));
         Ok(())
     }
 
     /// Prints the answer as it is generated and appends it to `answer`,
     /// even if it ends with an error.
     fn answer(&mut self, answer: &mut String) -> Result<()> {
-        let text = self.template.render(&self.messages, true)?;
+        let prompt = self.prompt()?;
+        let length = prompt.len();
+        let most = self.options.max_tokens.unwrap_or(usize::MAX);
+        let mut request = self.model.request(prompt, most);
+        request.sampler = Sampler::new(self.options.sampling.clone())?;
+        request.stop_strings.clone_from(&self.args.sampling.stop);
+        // Each answer has a seed of its own.
+        let seed = &mut self.options.sampling.seed;
+        *seed = seed.wrapping_add(1);
+        let mut stream = self.scheduler.stream(request)?;
+        let mut wrap = Wrap::new(columns().filter(|_| !self.args.no_wrap));
+        let finished = stream.by_ref().try_for_each(|piece| {
+            let piece = piece?;
+            answer.push_str(&piece);
+            terminal::print(&wrap.push(&piece))
+        });
+        terminal::print(&(wrap.finish() + "\n"))?;
+        let (timings, reason) = (stream.timings(), stream.finish_reason());
+        self.used = length + timings.generated_tokens;
+        if self.args.stats {
+            terminal::note(format_args!(
+                "[{timings}; {} tokens; {} of {} of the context]",
+                timings.generated_tokens, self.used, self.context
+            ));
+        }
+        match reason {
+            // The next question makes room.
+            Some(FinishReason::ContextFull) => terminal::note("upg: cut: the context is full"),
+            reason => note_cut(reason, self.options.max_tokens),
+        }
+        finished
+    }
+
+    /// Returns the tokens of the conversation. Where they leave no room for an answer, the oldest
+    /// turns are left out from here on.
+    ///
+    /// Errors: those of the template and the tokenizer; `TooLarge` if the last question alone does
+    /// not fit.
+    fn prompt(&mut self) -> Result<Vec<u32>> {
+        let room = (self.context / ANSWER_SHARE).min(self.options.max_tokens.unwrap_or(usize::MAX));
+        let mut tokens = self.encode()?;
+        if tokens.len() + room <= self.context {
+            return Ok(tokens);
+        }
+        let before = self.turns.len();
+        // More than necessary, because a prompt with another beginning is computed anew.
+        while self.turns.len() > 1 && tokens.len() > self.context / 2 {
+            self.turns.drain(..2.min(self.turns.len() - 1));
+            tokens = self.encode()?;
+        }
+        if self.turns.len() < before {
+            let left_out = plural((before - self.turns.len()) / 2);
+            terminal::note(format_args!(
+                "upg: the context is full; left out from here on: the oldest {left_out}"
+            ));
+        }
+        if tokens.len() < self.context {
+            return Ok(tokens);
+        }
+        let message = format!(
+            "the question has {} tokens with the template; the context has {}",
+            tokens.len(),
+            self.context
+        );
+        Err(Error::new(ErrorKind::TooLarge, message).hint("shorten it; --context sets the size"))
+    }
+
+    fn encode(&self) -> Result<Vec<u32>> {
+        let system = self.system.iter().map(|text| Message::new("system", text));
+        let messages: Vec<_> = system.chain(self.turns.iter().cloned()).collect();
+        let text = self.template.render(&messages, true)?;
         let options = EncodeOptions {
             add_special: false,
             interrupt: Some(&self.interrupt),
             ..EncodeOptions::default()
         };
-        let prompt = self.model.tokenizer()?.encode_with(&text, options)?;
-        let mut request = self.model.request(prompt, self.args.max_tokens);
-        request.sampler = Sampler::new(self.sampling.clone())?;
-        request.stop_strings.clone_from(&self.args.sampling.stop);
-        self.sampling.seed = self.sampling.seed.wrapping_add(1);
-        let mut stream = self.scheduler.stream(request)?;
-        for piece in stream.by_ref() {
-            let piece = piece?;
-            answer.push_str(&piece);
-            terminal::print(&piece)?;
-        }
-        note_end(stream.finish_reason());
-        Ok(())
+        self.model.tokenizer()?.encode_with(&text, options)
     }
 }
 
-fn input_error(e: &ReadlineError) -> Error {
-    Error::new(ErrorKind::Io, format!("cannot read the terminal: {e}"))
+/// Returns the number of questions in words.
+fn questions(turns: &[Message]) -> String {
+    plural(turns.iter().filter(|turn| turn.role == "user").count())
+}
+
+fn plural(questions: usize) -> String {
+    format!(
+        "{questions} question{}",
+        if questions == 1 { "" } else { "s" }
+    )
+}
+
+fn file_name(path: &Path) -> String {
+    let name = path.file_name().unwrap_or(path.as_os_str());
+    name.to_string_lossy().into_owned()
+}
+
+/// Returns the columns of the terminal; `None` if the output goes elsewhere.
+fn columns() -> Option<usize> {
+    let is_terminal = std::io::stdout().is_terminal();
+    let size = terminal_size::terminal_size().filter(|_| is_terminal);
+    size.map(|(width, _)| usize::from(width.0))
 }

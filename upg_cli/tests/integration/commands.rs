@@ -146,18 +146,20 @@ fn overrides_and_groups_reach_the_file() {
 fn a_real_model_answers_is_measured_and_goes_back_to_its_directory() {
     let folder = tempfile::tempdir().unwrap();
     let model = smollm2();
-    let run = ["run", model, "-p", "The capital of France is", "-n", "4"];
-    let text = succeed(run);
+    let run = ["run", model, "--raw", "The capital of France is"];
+    let greedy = ["--temperature", "0", "-n", "4"];
+    let text = succeed([&run[..], &greedy].concat());
     assert!(
         text.starts_with("The capital of France is Paris."),
         "{text}"
     );
-    assert_eq!(succeed([&run[..], &["--temperature", "0"]].concat()), text);
+    let prompt = ["run", model, "--raw", "-p", "The capital of France is"];
+    assert_eq!(succeed([&prompt[..], &greedy].concat()), text);
     // The seed determines the output; another seed gives another output.
     let sampled = |seed| {
         succeed(
             [
-                &run[..4],
+                &run[..],
                 &["-n", "12", "--temperature", "1.5", "--seed", seed],
             ]
             .concat(),
@@ -165,18 +167,9 @@ fn a_real_model_answers_is_measured_and_goes_back_to_its_directory() {
     };
     assert_eq!(sampled("1"), sampled("1"));
     assert_ne!(sampled("1"), sampled("2"));
-    let stopped = succeed([&run[..4], &["-n", "20", "--stop", "Paris"]].concat());
+    let stopped = succeed([&run[..], &["--temp", "0", "--stop", "Paris"]].concat());
     assert_eq!(stopped, "The capital of France is \n");
-    let chat = succeed([
-        "run",
-        model,
-        "--chat",
-        "-p",
-        "Say hello.",
-        "-n",
-        "8",
-        "--quiet",
-    ]);
+    let chat = succeed(["run", model, "Say hello.", "-n", "8", "--quiet"]);
     assert!(chat.len() > 2 && !chat.contains("<|im_"), "{chat}");
 
     let text = folder.path().join("text");
@@ -256,7 +249,7 @@ fn a_real_model_answers_is_measured_and_goes_back_to_its_directory() {
     let again = folder.path().join("again");
     success(&mut compress(&exported, &again, &["-e", "keep"]));
     let again = again.to_str().unwrap();
-    assert!(succeed(["run", again, "-p", "The capital of France is", "-n", "4"]).contains("Paris"));
+    assert!(succeed([&["run", again], &run[2..], &greedy].concat()).contains("Paris"));
 }
 
 #[test]
@@ -288,7 +281,16 @@ fn a_real_model_is_tuned_on_a_text() {
     // The recipe is longer.
     assert!(size(&out).abs_diff(size(model)) <= 4096);
     succeed(["verify", &out]);
-    let answer = succeed(["run", &out, "-p", "The capital of France is", "-n", "4"]);
+    let answer = succeed([
+        "run",
+        &out,
+        "--raw",
+        "The capital of France is",
+        "--temp",
+        "0",
+        "-n",
+        "4",
+    ]);
     assert!(answer.contains("Paris"), "{answer}");
 }
 

@@ -161,7 +161,19 @@ fn texts_and_names_do_not_steer_a_terminal() {
     let folder = tempfile::tempdir().unwrap();
     let model = model(folder.path(), red);
     let model = model.to_str().unwrap();
-    let run = || upg(["run", model, "-p", "\u{1b}[31m0", "-n", "3", "--quiet"]);
+    let run = || {
+        upg([
+            "run",
+            model,
+            "--raw",
+            "\u{1b}[31m0",
+            "-n",
+            "3",
+            "--quiet",
+            "--temp",
+            "0",
+        ])
+    };
     let (_, piped, _) = output(&mut run());
     assert_eq!(piped.matches("\u{1b}[31m").count(), 4, "{piped:?}");
 
@@ -176,7 +188,7 @@ fn texts_and_names_do_not_steer_a_terminal() {
     let mut child = terminal.start(&mut upg([
         "run",
         model,
-        "-p",
+        "--raw",
         "a\u{9b}2J\r!",
         "-n",
         "1",
@@ -192,6 +204,12 @@ fn texts_and_names_do_not_steer_a_terminal() {
     });
 }
 
+/// Starts a conversation whose answers have this many tokens, and which leaves no history.
+fn chat(model: &Path, tokens: &str) -> Command {
+    let model = model.to_str().unwrap();
+    upg(["chat", model, "-n", tokens, "--temp", "0", "--no-history"])
+}
+
 #[test]
 fn signals_at_the_prompt_end_a_chat_and_leave_the_terminal_as_it_was() {
     let folder = tempfile::tempdir().unwrap();
@@ -205,7 +223,7 @@ fn signals_at_the_prompt_end_a_chat_and_leave_the_terminal_as_it_was() {
     for (signal, expected) in ENDS {
         let terminal = Terminal::new();
         assert!(terminal.is_cooked());
-        let mut child = terminal.start(&mut upg(["chat", model.to_str().unwrap(), "-n", "2"]));
+        let mut child = terminal.start(&mut chat(&model, "2"));
         wait_until("prompt", || {
             terminal.text().contains("> ") && !terminal.is_cooked()
         });
@@ -231,7 +249,7 @@ fn signals_at_the_prompt_end_a_chat_and_leave_the_terminal_as_it_was() {
     }
     // A pipe that sends nothing.
     for (signal, expected) in ENDS {
-        let mut command = upg(["chat", model.to_str().unwrap(), "-n", "2"]);
+        let mut command = chat(&model, "2");
         let mut child = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -281,7 +299,7 @@ fn a_second_signal_ends_the_process_at_once() {
 
 fn long_answer(model: &Path) -> Command {
     let model = model.to_str().unwrap();
-    upg(["run", model, "-p", &long(0), "-n", "200", "--quiet"])
+    upg(["run", model, "--raw", &long(0), "-n", "200", "--temp", "0"])
 }
 
 /// `timeout` signals a process and its group, and so does a closing terminal.
@@ -334,7 +352,7 @@ fn sigterm_in_an_answer_ends_the_chat_and_ctrl_c_the_answer() {
     ] {
         let (asked, mut input) = std::io::pipe().unwrap();
         writeln!(input, "{}", long(0)).unwrap();
-        let mut command = upg(["chat", model.to_str().unwrap(), "-n", "200"]);
+        let mut command = chat(&model, "200");
         let (mut child, mut answer) = {
             command.stdin(asked);
             hold_up(command)

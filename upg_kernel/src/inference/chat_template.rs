@@ -15,6 +15,7 @@ use std::io::Write;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Value;
 use minijinja::{Environment, context};
+use serde_json::{Map, Value as Json};
 
 use crate::format::json;
 use crate::inference::tokenizer::token_text;
@@ -46,6 +47,9 @@ const STACK_BYTES: usize = 64 << 20;
 
 /// Maximum characters of a template's own message (`raise_exception`) in an error.
 const MAX_MESSAGE_CHARS: usize = 300;
+
+/// Names that every rendering defines.
+const DEFINED: [&str; 4] = ["messages", "tools", "documents", "add_generation_prompt"];
 
 /// One turn of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -81,6 +85,7 @@ pub struct ChatTemplate {
     bos_token: Option<String>,
     eos_token: Option<String>,
     date: Option<Date>,
+    arguments: Map<String, Json>,
 }
 
 impl ChatTemplate {
@@ -108,6 +113,7 @@ impl ChatTemplate {
             bos_token: bos_token.map(str::to_owned),
             eos_token: eos_token.map(str::to_owned),
             date: None,
+            arguments: Map::new(),
         };
         template.source = guard::guarded(&template.source, syntax()).map_err(malformed)?;
         with_stack(|| {
@@ -142,6 +148,19 @@ impl ChatTemplate {
     pub fn with_date(mut self, date: Date) -> Self {
         self.date = Some(date);
         self
+    }
+
+    /// Defines more names for the template, such as `enable_thinking`.
+    ///
+    /// They replace those of an earlier call. transformers and servers call them
+    /// `chat_template_kwargs`. Errors (`Argument`): a name that [`ChatTemplate::render`] defines.
+    pub fn with_arguments(mut self, arguments: Map<String, Json>) -> Result<Self> {
+        if let Some(name) = DEFINED.iter().find(|name| arguments.contains_key(**name)) {
+            let message = format!("'{name}' of the chat template is set from the conversation");
+            return Err(Error::new(ErrorKind::Argument, message));
+        }
+        self.arguments = arguments;
+        Ok(self)
     }
 
     /// Renders the text of a conversation.
@@ -180,6 +199,7 @@ impl ChatTemplate {
             tools => (),
             documents => (),
             add_generation_prompt,
+            ..pairs(&self.arguments),
         };
         let mut output = Capped(Vec::new());
         match template.render_captured_to(values, &mut output) {
@@ -217,6 +237,30 @@ impl ChatTemplate {
             }
         }
         env
+    }
+}
+
+/// Returns the members of an object as a value of the engine.
+fn pairs(object: &Map<String, Json>) -> Value {
+    object
+        .iter()
+        .map(|(name, value)| (name.clone(), to_value(value)))
+        .collect()
+}
+
+/// Converts a JSON value. JSON texts are at most 128 levels deep.
+fn to_value(json: &Json) -> Value {
+    match json {
+        Json::Null => Value::from(()),
+        Json::Bool(flag) => (*flag).into(),
+        Json::Number(number) => match (number.as_i64(), number.as_u64()) {
+            (Some(number), _) => number.into(),
+            (_, Some(number)) => number.into(),
+            _ => number.as_f64().unwrap_or(f64::NAN).into(),
+        },
+        Json::String(text) => text.as_str().into(),
+        Json::Array(items) => items.iter().map(to_value).collect(),
+        Json::Object(members) => pairs(members),
     }
 }
 

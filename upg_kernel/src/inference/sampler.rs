@@ -53,7 +53,8 @@ impl Default for SamplingOptions {
 }
 
 impl SamplingOptions {
-    fn check(&self) -> Result<()> {
+    /// Checks that every option is in its range. Errors: `Argument`.
+    pub fn check(&self) -> Result<()> {
         let rules = [
             (
                 "temperature",

@@ -5,7 +5,7 @@ use super::chat_template::{ChatTemplate, Date};
 use super::generate::PieceDecoder;
 use super::scheduler::{Event, Request, Scheduler};
 use super::tokenizer::{DecodeStream, SpecialIds, Tokenizer};
-use super::{Model, ModelConfig, Session, SessionOptions};
+use super::{Model, ModelConfig, SamplingOptions, Session, SessionOptions};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::UpgFile;
 use crate::mapped::OpenOptions;
@@ -137,6 +137,14 @@ impl UPGModel {
                 .hint("give it a plain prompt instead")
         })?;
         Ok(template.with_date(Date::today()))
+    }
+
+    /// Returns the sampling options that the model recommends, or common ones.
+    ///
+    /// Errors: those of [`SamplingOptions::from_generation_config`].
+    pub fn sampling_options(&self) -> Result<SamplingOptions> {
+        let config = self.file.metadata("generation_config.json");
+        SamplingOptions::from_generation_config(config.unwrap_or("{}"))
     }
 
     /// An empty sequence. Errors: those of [`Session::new`].

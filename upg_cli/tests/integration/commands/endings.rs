@@ -22,7 +22,7 @@ fn ctrl_c_ends_an_answer_and_not_the_chat() {
     const STORY: &str = "Write a long story about a dragon.";
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("text");
-    let mut child = upg(["chat", smollm2(), "-n", "4000"])
+    let mut child = upg(["chat", smollm2(), "--temp", "0"])
         .stdin(Stdio::piped())
         .stdout(fs::File::create(&out).unwrap())
         .stderr(Stdio::piped())
@@ -45,11 +45,11 @@ fn ctrl_c_ends_an_answer_and_not_the_chat() {
     let beginning = [
         "run",
         smollm2(),
-        "--chat",
         "--quiet",
+        "--temp",
+        "0",
         "-n",
         "300",
-        "-p",
         STORY,
     ];
     assert!(text().len() < succeed(beginning).len(), "{}", text());
@@ -99,11 +99,20 @@ fn ctrl_c_ends_work_with_its_exit_code_and_no_file() {
     assert_eq!(child.wait().unwrap().code(), Some(130));
     assert_eq!(names(folder.path()), [""; 0]);
 
-    let mut child = upg(["run", smollm2(), "-p", "Once upon a time", "-n", "8000"])
-        .stdout(fs::File::create(folder.path().join("text")).unwrap())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut child = upg([
+        "run",
+        smollm2(),
+        "--raw",
+        "Once upon a time",
+        "-n",
+        "8000",
+        "--temp",
+        "0",
+    ])
+    .stdout(fs::File::create(folder.path().join("text")).unwrap())
+    .stderr(Stdio::piped())
+    .spawn()
+    .unwrap();
     let text = || fs::read_to_string(folder.path().join("text")).unwrap();
     wait_until("answer", || text().len() > 20);
     send(&child, SIGINT);

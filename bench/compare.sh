@@ -79,7 +79,7 @@ for encoding in "${encodings[@]}"; do
     # An older file may come from an older upg, with other results.
     out=$folder/smollm2-$encoding.safetensors
     if [ ! "$out" -nt "$upg" ]; then
-        "$upg" compress "$source" --output "$out" --encoding "$encoding" >&2
+        "$upg" compress "$source" --output "$out" --encoding "$encoding" --no-calibrate >&2
     fi
     for type in $(types_of "$encoding"); do
         out=$folder/smollm2-$type.gguf log=$folder/quantize.log

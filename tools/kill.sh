@@ -78,8 +78,8 @@ log="$work/log"
 command_of() {
     local out="$2/model.safetensors"
     case "$1" in
-    compress) command=(compress "$model" -o "$out" --encoding q4) ;;
-    resume) command=(compress "$model" -o "$out" --encoding t3 --resume) ;;
+    compress) command=(compress "$model" -o "$out" --encoding q4 --no-calibrate) ;;
+    resume) command=(compress "$model" -o "$out" --encoding t3 --no-calibrate --resume) ;;
     calibrate) command=(compress "$model" -o "$out" --encoding t3 --calibrate --calibration-tokens "$tokens") ;;
     calibrate-resume) command_of calibrate "$2" && command+=(--resume) ;;
     tune)
@@ -172,7 +172,7 @@ check_finished() {
     }
 }
 
-run compress "$model" -o "$work/input/t2" --encoding t2
+run compress "$model" -o "$work/input/t2" --encoding t2 --no-calibrate
 run compress "$model" -o "$work/input/q8" --encoding q8
 if [ -n "$only" ]; then
     IFS=, read -r -a cases <<<"$only"

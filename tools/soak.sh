@@ -36,7 +36,7 @@ if [ -z "$file" ]; then
     if [ ! -f "$file" ]; then
         gguf=$(python3 tools/get_smollm2.py models)
         "${build[@]}" --bin upg
-        "$built/upg" compress "$gguf" --output "$file" --encoding q4 --embedding q4
+        "$built/upg" compress "$gguf" --output "$file" --encoding q4 --embedding q4 --no-calibrate
     fi
 fi
 "${build[@]}" --example soak

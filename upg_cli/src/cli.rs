@@ -50,8 +50,8 @@ fn size(text: &str) -> Result<u64, String> {
     max_term_width = 100,
     after_help = "\
 Examples:
-  upg compress SmolLM2-135M-Instruct/ -o smollm2.safetensors --encoding q4
-  upg run smollm2.safetensors -p 'The capital of France is' -n 20
+  upg compress SmolLM2-135M-Instruct/ -o smollm2.safetensors
+  upg run smollm2.safetensors 'Why is the sky blue?'
   upg chat smollm2.safetensors
 
 Exit codes:
@@ -122,15 +122,14 @@ Encodings, with bits per weight:
   s4     1.2, and 4 per nonzero weight; zeros are exact
 
 Examples:
-  upg compress Phi-4/ -o phi4.safetensors --encoding t3
-  upg compress model.gguf -o model.safetensors --encoding q4 --embedding q8
-  upg compress Phi-4/ -o phi4.safetensors --encoding t3 --tensor '*.down_proj.weight=t4'
-  upg compress Phi-4/ -o phi4.safetensors --encoding t3 --calibrate
+  upg compress SmolLM2-135M-Instruct/ -o smollm2.safetensors
+  upg compress model.gguf -o model.safetensors --encoding q4
+  upg compress Phi-4/ -o phi4.safetensors --size 5.5GB --resume
   upg compress Phi-4/ -o phi4.safetensors --encoding t3 --calibrate text.txt
-  upg compress Phi-4/ -o phi4.safetensors --size 5.5GB --calibrate
-  upg compress Phi-4/ -o phi4.safetensors --encoding s8 --calibrate --prune 0.5
-  upg compress Phi-4/ -o phi4.safetensors --encoding t3 --calibrate --resume
-  upg compress Phi-4/ -o phi4.safetensors --encoding t3 --dry-run")]
+  upg compress Phi-4/ -o phi4.safetensors --encoding t3 --tensor '*.down_proj.weight=t4'
+  upg compress Phi-4/ -o phi4.safetensors --encoding s8 --prune 0.5
+  upg compress Phi-4/ -o phi4.safetensors --encoding t3 --dry-run
+  upg compress Phi-4/ -o phi4.safetensors --encoding q4 --no-calibrate")]
 pub struct CompressArgs {
     /// Hugging Face directory (config.json, *.safetensors),
     /// GGUF file or version 1 UPG file (see convert)
@@ -138,19 +137,20 @@ pub struct CompressArgs {
     /// Output file, written atomically; replaces an existing one
     #[arg(short, long, value_name = "FILE")]
     pub output: PathBuf,
-    /// Encoding of the transformer block matrices
-    #[arg(short, long, default_value = "q4")]
-    pub encoding: Choice,
+    /// Encoding of the transformer block matrices [default: q8 for a model of less than a billion
+    /// weights, which bears little loss, else q4]
+    #[arg(short, long)]
+    pub encoding: Option<Choice>,
     /// Target average bits per weight of the transformer block matrices: picks t2, t3, t4 or q8
     /// per matrix, with more bits for the most sensitive ones
-    #[arg(long, value_name = "BITS", value_parser = positive, group = "budget", requires = "calibrate", conflicts_with_all = ["encoding", "prune"])]
+    #[arg(long, value_name = "BITS", value_parser = positive, group = "budget", conflicts_with_all = ["encoding", "prune", "no_calibrate"])]
     pub bpw: Option<f64>,
     /// Like --bpw, with a target for the whole file:
     /// smaller than its weights in F32 by this factor
-    #[arg(long, value_name = "FACTOR", value_parser = positive, group = "budget", requires = "calibrate", conflicts_with_all = ["encoding", "prune"])]
+    #[arg(long, value_name = "FACTOR", value_parser = positive, group = "budget", conflicts_with_all = ["encoding", "prune", "no_calibrate"])]
     pub ratio: Option<f64>,
     /// Like --bpw, with a maximum size of the whole file, for example 5.5GB or 700MB
-    #[arg(long, value_name = "SIZE", value_parser = size, group = "budget", requires = "calibrate", conflicts_with_all = ["encoding", "prune"])]
+    #[arg(long, value_name = "SIZE", value_parser = size, group = "budget", conflicts_with_all = ["encoding", "prune", "no_calibrate"])]
     pub size: Option<u64>,
     /// Encoding of the embeddings and the output head [default: q8; q4 with t2 or t3 if q8
     /// embeddings would exceed 20 % of the file; the same as --encoding for keep and mdcsr]
@@ -170,20 +170,24 @@ pub struct CompressArgs {
     /// Calibrate on a text: minimize the change of the model's predictions instead of its
     /// weights. Works with all block encodings except keep and mdcsr, and takes many times as long.
     /// TEXT is UTF-8, or JSON lines with a string "text" each if its name ends in .jsonl [without
-    /// TEXT: a built-in text]
+    /// TEXT: a built-in text; without this option: a fourth of that for q4 t4 t3 t2 s4, and for
+    /// --bpw, --ratio, --size and --prune]
     #[arg(long, value_name = "TEXT", num_args = 0..=1)]
     pub calibrate: Option<Option<PathBuf>>,
     /// Maximum number of calibration tokens, at least one sequence (512); time is proportional to
-    /// it [default: all of TEXT, 32768 of the built-in text]
-    #[arg(long, value_name = "N", requires = "calibrate")]
+    /// it [default: all of TEXT, 32768 of the built-in text with --calibrate, 8192 without]
+    #[arg(long, value_name = "N")]
     pub calibration_tokens: Option<NonZeroUsize>,
+    /// Round the weights without a text: much faster, and the model loses more
+    #[arg(long, conflicts_with_all = ["calibrate", "calibration_tokens"])]
+    pub no_calibrate: bool,
     /// Store matrices with many zeros as s8 instead of q8 and as s4 instead of q4: auto if that
     /// saves 10 % (from 23 % and 33 % zeros), or never
     #[arg(long, value_name = "WHEN", default_value_t)]
     pub sparse: Sparse,
     /// Set this share of the block weights to zero, the least sensitive ones, and store the rest
     /// as s8 or s4. At equal size an encoding with fewer bits is better
-    #[arg(long, value_name = "SHARE", requires = "calibrate")]
+    #[arg(long, value_name = "SHARE", conflicts_with = "no_calibrate")]
     pub prune: Option<f64>,
     /// Make the run restartable: after a stop of any kind the same command continues from
     /// FILE.partial and FILE.partial.journal, and writes the same bytes. If the name of FILE is
@@ -295,12 +299,19 @@ pub enum FloatArg {
 #[command(after_help = "\
 Examples:
   upg inspect model.safetensors
+  upg inspect model.safetensors --plot
   upg inspect model.safetensors --json | jq '.layers[] | select(.encoding == \"q4\")'")]
 pub struct InspectArgs {
     /// UPG file, version 1 or 2
     pub file: PathBuf,
-    /// Print JSON
+    /// List every layer; by default those that differ only in their number are one line
     #[arg(long)]
+    pub layers: bool,
+    /// Draw the bits of each kind of matrix over the layers
+    #[arg(long, conflicts_with = "layers")]
+    pub plot: bool,
+    /// Print JSON
+    #[arg(long, conflicts_with_all = ["layers", "plot"])]
     pub json: bool,
 }
 

@@ -1,7 +1,7 @@
 //! Measures threads that generate at once with one model: each has a scheduler of its own.
 //!
 //! ```text
-//! cargo run --release --example callers -- models/smollm2-q4.safetensors 2 128
+//! cargo run --release --example callers -- models/smollm2.safetensors 2 128
 //! ```
 
 use std::sync::Barrier;

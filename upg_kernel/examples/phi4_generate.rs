@@ -91,7 +91,7 @@ fn run() -> Result<()> {
 
 /// Returns the file that `quickstart.sh` writes, independent of the working directory.
 fn quickstart_model() -> Result<PathBuf> {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../models/smollm2-q4.safetensors");
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../models/smollm2.safetensors");
     path.canonicalize().map_err(|e| {
         Error::io("cannot open", path, e).hint(format!(
             "run ./quickstart.sh first, or name a file; {USAGE}"

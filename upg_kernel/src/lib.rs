@@ -7,7 +7,7 @@
 //!
 //! ```no_run
 //! # fn main() -> upg_kernel::Result<()> {
-//! let model = upg_kernel::UPGModel::from_file("models/smollm2-q4.safetensors")?;
+//! let model = upg_kernel::UPGModel::from_file("models/smollm2.safetensors")?;
 //! println!("{}", model.generate("The capital of France is", 20)?);
 //! # Ok(())
 //! # }
@@ -23,7 +23,7 @@
 //! # fn main() -> upg_kernel::Result<()> {
 //! use upg_kernel::UPGDecompressor;
 //!
-//! let file = UPGDecompressor::from_safetensors("models/smollm2-q4.safetensors")?;
+//! let file = UPGDecompressor::from_safetensors("models/smollm2.safetensors")?;
 //! let tensor = file.decompress_layer("model.layers.0.mlp.down_proj.weight")?; // BF16 [rows, cols]
 //! let (info, matrix) = file.layer(0)?;
 //! let y = matrix.spmv(&vec![1.0; info.cols])?; // W x, without rebuilding W

@@ -13,6 +13,7 @@ use upg_compress::{
     Budget, Calibration, Choice, CompressOptions, CompressReport, Preflight, Source,
     compress_checked, count_encodings, partial_files, source,
 };
+use upg_kernel::format::Encoding;
 use upg_kernel::inference::tokenizer::MAX_TEXT_BYTES;
 use upg_kernel::support::{AtomicFile, refuse_to_overwrite};
 use upg_kernel::{Error, ErrorKind, OpenOptions, Result};
@@ -22,6 +23,13 @@ const WORTH_A_LINE: f64 = 10.0;
 
 /// Estimated seconds above which the notice recommends `--resume`.
 const WORTH_RESUMING: f64 = 600.0;
+
+/// Weights below which a model is compressed with `q8` by default: it bears less loss, and is
+/// small anyway.
+const SMALL_MODEL: usize = 1_000_000_000;
+
+/// Tokens of the built-in text for a calibration that was not asked for.
+const UNASKED_TOKENS: usize = BUILT_IN_TOKENS / 4;
 
 /// Largest JSON lines file to calibrate on, in bytes;
 /// each document may be as long as a plain text.
@@ -54,7 +62,7 @@ pub fn run(args: &CompressArgs, open: OpenOptions) -> Result<()> {
         return preflight.check();
     }
     preflight.check()?;
-    announce(args, &preflight)?;
+    announce(args, &preflight, options.calibration.is_some())?;
 
     let progress = WeightsBar::new()?;
     let report = compress_checked(source.as_ref(), &args.output, &options, &progress).map_err(
@@ -70,8 +78,31 @@ pub fn run(args: &CompressArgs, open: OpenOptions) -> Result<()> {
     terminal::print(&summary(&args.output, source.as_ref(), &report))
 }
 
+/// Returns the encoding of a model for which none was chosen.
+///
+/// SmolLM2 (135 M weights): q8 takes 9 s and gives a KL divergence of 0.001; q4 gives 0.19, and
+/// 0.06 after two minutes of calibration.
+fn default_encoding(source: &dyn Source) -> Choice {
+    let weights: usize = source.tensors().iter().map(|t| t.weights()).sum();
+    Choice::Encode(match weights < SMALL_MODEL {
+        true => Encoding::Q8,
+        false => Encoding::Q4,
+    })
+}
+
+/// Returns whether a model loses so much in this encoding that it is calibrated unasked.
+fn needs_calibration(encoding: Choice) -> bool {
+    match encoding {
+        Choice::Encode(encoding) => {
+            !matches!(encoding, Encoding::MdCsr | Encoding::Q8 | Encoding::S8)
+        }
+        _ => false,
+    }
+}
+
 fn options(args: &CompressArgs, source: &dyn Source) -> Result<CompressOptions> {
-    let mut options = CompressOptions::new(args.encoding);
+    let encoding = args.encoding.unwrap_or_else(|| default_encoding(source));
+    let mut options = CompressOptions::new(encoding);
     options.embedding = args.embedding;
     options.group = args.group;
     options.overrides = args.overrides.clone();
@@ -84,9 +115,21 @@ fn options(args: &CompressArgs, source: &dyn Source) -> Result<CompressOptions> 
     if let Some(budget) = options.budget {
         options.encoding = Choice::Encode(budget.encoding());
     }
+    let most = args.calibration_tokens.map(NonZeroUsize::get);
+    let is_needed = options.budget.is_some() || options.prune.is_some() || most.is_some();
     if let Some(text) = &args.calibrate {
-        let most = args.calibration_tokens.map(NonZeroUsize::get);
         options.calibration = Some(calibration(source, text.as_deref(), most)?);
+    } else if is_needed || needs_calibration(options.encoding) && !args.no_calibrate {
+        let calibration = Calibration::built_in(source, most.unwrap_or(UNASKED_TOKENS));
+        options.calibration = match calibration {
+            Ok(calibration) => Some(calibration),
+            // Weights without a config or a tokenizer cannot run.
+            Err(e) if e.kind() == ErrorKind::Missing && !is_needed => {
+                terminal::note(format_args!("upg: not calibrated: {e}"));
+                None
+            }
+            Err(e) => return Err(e),
+        };
     }
     Ok(options)
 }
@@ -131,7 +174,7 @@ fn cost(preflight: &Preflight) -> String {
 }
 
 /// Announces the work if it will take long enough.
-fn announce(args: &CompressArgs, preflight: &Preflight) -> Result<()> {
+fn announce(args: &CompressArgs, preflight: &Preflight, is_calibrated: bool) -> Result<()> {
     let [data, journal] = partial_files(&args.output)?;
     if !args.resume && data.exists() && journal.exists() {
         terminal::note(format_args!(
@@ -141,6 +184,9 @@ fn announce(args: &CompressArgs, preflight: &Preflight) -> Result<()> {
     }
     if preflight.seconds >= WORTH_A_LINE {
         terminal::note(format_args!("upg: {}", cost(preflight)));
+        if is_calibrated && args.calibrate.is_none() {
+            terminal::note("upg: most of that is calibration; --no-calibrate leaves it out");
+        }
     }
     if preflight.seconds >= WORTH_RESUMING && !args.resume {
         terminal::note("upg: with --resume this run could be continued after a stop");

@@ -129,6 +129,10 @@ fn report(args: &EvalArgs, model: &UPGModel, result: &Evaluation) -> Result<()> 
             "perplexity_ratio_error": comparison.map(|c| c.perplexity_ratio_error),
             "kl_mean": comparison.map(|c| c.kl_mean),
             "kl_error": comparison.map(|c| c.kl_error),
+            "kl_median": comparison.map(|c| c.kl_quantiles[0]),
+            "kl_90": comparison.map(|c| c.kl_quantiles[1]),
+            "kl_99": comparison.map(|c| c.kl_quantiles[2]),
+            "kl_max": comparison.map(|c| c.kl_quantiles[3]),
             "top1_agreement": comparison.map(|c| c.top1_agreement),
             "top1_error": comparison.map(|c| c.top1_error),
         });
@@ -139,15 +143,21 @@ fn report(args: &EvalArgs, model: &UPGModel, result: &Evaluation) -> Result<()> 
         result.perplexity, result.perplexity_error, result.positions, args.window, bits, block_bits
     );
     if let Some(c) = comparison {
+        let [median, most, nearly_all, maximum] = c.kl_quantiles;
         out += &format!(
             "reference perplexity {:.4} +- {:.4} (x{:.4} +- {:.4})\n\
-             KL divergence {:.5} +- {:.5}, same first choice {:.2} +- {:.2} %\n",
+             KL divergence {:.5} +- {:.5}, median {:.5}, 90 % {:.5}, 99 % {:.5}, maximum {:.5}\n\
+             same first choice {:.2} +- {:.2} %\n",
             c.reference_perplexity,
             c.reference_perplexity_error,
             c.perplexity_ratio,
             c.perplexity_ratio_error,
             c.kl_mean,
             c.kl_error,
+            median,
+            most,
+            nearly_all,
+            maximum,
             100.0 * c.top1_agreement,
             100.0 * c.top1_error
         );

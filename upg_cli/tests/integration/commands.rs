@@ -1,5 +1,6 @@
 //! End-to-end tests of the `upg` command: its output, files and exit codes.
 
+mod conversations;
 mod convert;
 mod endings;
 mod refusals;
@@ -11,8 +12,6 @@ use crate::common::{
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 use std::fs;
-use std::io::Write;
-use std::process::Stdio;
 
 const ENCODINGS: [&str; 9] = ["keep", "mdcsr", "q8", "q4", "t2", "t3", "t4", "s8", "s4"];
 
@@ -292,32 +291,6 @@ fn a_real_model_is_tuned_on_a_text() {
         "4",
     ]);
     assert!(answer.contains("Paris"), "{answer}");
-}
-
-#[test]
-fn chat_keeps_to_its_commands_and_ends_with_its_input() {
-    let mut child = upg(["chat", smollm2(), "-n", "8"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut input = child.stdin.take().unwrap();
-    input
-        .write_all(b"Say hello.\n/clear\n\nSay it again.\n")
-        .unwrap();
-    drop(input);
-    let output = child.wait_with_output().unwrap();
-    let (text, errors) = (
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr),
-    );
-    assert!(output.status.success(), "{errors}");
-    let answers = text
-        .lines()
-        .filter(|l| l.chars().any(char::is_alphabetic))
-        .count();
-    assert!(answers >= 2, "{text}");
 }
 
 #[test]

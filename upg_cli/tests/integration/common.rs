@@ -80,18 +80,31 @@ pub(crate) fn tiny_model(name: &str) -> PathBuf {
     data("tiny-models").join(name)
 }
 
-/// Returns `upg compress`, from `source` to `out`.
+/// Options of `upg compress` that calibrate, or say that it must not.
+const ABOUT_CALIBRATION: [&str; 6] = [
+    "--calibrate",
+    "--no-calibrate",
+    "--calibration-tokens",
+    "--bpw",
+    "--ratio",
+    "--size",
+];
+
+/// Returns `upg compress`, from `source` to `out`; without calibration unless asked.
 pub(crate) fn compress(source: &Path, out: &Path, more: &[&str]) -> Command {
     let mut command = upg([OsStr::new("compress"), source.as_ref()]);
     command.arg("-o").arg(out).args(more);
+    if !more.iter().any(|option| ABOUT_CALIBRATION.contains(option)) {
+        command.arg("--no-calibrate");
+    }
     command
 }
 
 /// Compresses the tiny phi3 with this encoding to `folder/NAME`.
 pub(crate) fn compress_tiny(folder: &Path, name: &str, encoding: &str, more: &[&str]) -> PathBuf {
     let out = folder.join(name);
-    let mut command = compress(&tiny_model("phi3"), &out, &["--encoding", encoding]);
-    success(command.args(more));
+    let options = [&["--encoding", encoding], more].concat();
+    success(&mut compress(&tiny_model("phi3"), &out, &options));
     out
 }
 

@@ -68,7 +68,7 @@ pub enum Logits {
 /// use upg_kernel::UPGModel;
 /// use upg_kernel::inference::{Context, Logits, SessionOptions};
 ///
-/// let model = UPGModel::from_file("smollm2-q4.safetensors")?;
+/// let model = UPGModel::from_file("smollm2.safetensors")?;
 /// let mut context = Context::new(Arc::clone(model.model()), &SessionOptions::default())?;
 /// let (mut one, mut other) = (context.sequence(), context.sequence());
 /// let mut logits = Vec::new();

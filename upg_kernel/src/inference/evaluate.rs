@@ -44,6 +44,10 @@ pub struct Comparison {
     pub kl_mean: f64,
     /// Standard error of `kl_mean`.
     pub kl_error: f64,
+    /// Quantiles of the divergence over the positions: 0.5, 0.9, 0.99 and 1, the maximum.
+    ///
+    /// Between two positions they are interpolated, as numpy does by default.
+    pub kl_quantiles: [f64; 4],
     /// Share of positions at which both rank the same token first, 0 to 1.
     pub top1_agreement: f64,
     /// Standard error of `top1_agreement`.
@@ -159,6 +163,7 @@ fn summary(scored: &[Scored], compared: bool) -> Evaluation {
             perplexity_ratio_error: difference.exp() * difference_error,
             kl_mean,
             kl_error,
+            kl_quantiles: quantiles(scored),
             top1_agreement,
             top1_error,
         }
@@ -169,6 +174,18 @@ fn summary(scored: &[Scored], compared: bool) -> Evaluation {
         positions: scored.len(),
         comparison: compared.then(comparison),
     }
+}
+
+/// Returns [`Comparison::kl_quantiles`].
+fn quantiles(scored: &[Scored]) -> [f64; 4] {
+    let mut kl: Vec<f64> = scored.iter().map(|s| s.kl).collect();
+    kl.sort_by(f64::total_cmp);
+    [0.5, 0.9, 0.99, 1.0].map(|share| {
+        let place = share * kl.len().saturating_sub(1) as f64;
+        let at = |place: f64| kl.get(place as usize).copied().unwrap_or(f64::NAN);
+        let (below, above) = (at(place.floor()), at(place.ceil()));
+        below + (above - below) * place.fract()
+    })
 }
 
 /// Returns the mean of a figure and its standard error.
@@ -196,5 +213,21 @@ mod tests {
         let e = summary(&[s, same], true);
         assert!(near(e.perplexity, (2.0f64 * 4.0).sqrt()), "{e:?}");
         assert_eq!(e.comparison.map(|c| c.top1_agreement), Some(0.5));
+    }
+
+    #[test]
+    fn quantiles_are_those_of_numpy() {
+        let of = |kl| Scored {
+            loss: 0.0,
+            reference_loss: 0.0,
+            kl,
+            same_top: true,
+        };
+        // numpy.quantile([3, 1, 4, 1.5, 9], [0.5, 0.9, 0.99, 1])
+        let found = quantiles(&[3.0, 1.0, 4.0, 1.5, 9.0].map(of));
+        for (found, expected) in found.into_iter().zip([3.0, 7.0, 8.8, 9.0]) {
+            assert!((found - expected).abs() < 1e-12, "{found} {expected}");
+        }
+        assert_eq!(quantiles(&[of(2.0)]), [2.0; 4]);
     }
 }

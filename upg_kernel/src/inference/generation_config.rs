@@ -47,19 +47,16 @@ impl SamplingOptions {
             },
             false => Self::chat(),
         };
-        let set: [(&str, fn(&mut Self, f32)); 5] = [
-            ("temperature", |options, x| options.temperature = x),
-            ("top_k", |options, x| options.top_k = x as usize),
-            ("top_p", |options, x| options.top_p = x),
-            ("min_p", |options, x| options.min_p = x),
-            ("repetition_penalty", |options, x| {
-                options.repetition_penalty = x
-            }),
-        ];
-        for (key, set) in set {
+        for key in &keys[1..] {
             let Some(value) = number(key) else { continue };
             let mut changed = options.clone();
-            set(&mut changed, value);
+            match *key {
+                "temperature" => changed.temperature = value,
+                "top_k" => changed.top_k = value as usize,
+                "top_p" => changed.top_p = value,
+                "min_p" => changed.min_p = value,
+                _ => changed.repetition_penalty = value,
+            }
             match changed.check() {
                 Ok(()) => options = changed,
                 Err(e) => log::warn!("{NAME}: {e}; ignored"),

@@ -37,7 +37,7 @@ pub use request::{Event, Request, RequestId};
 /// use upg_kernel::UPGModel;
 /// use upg_kernel::inference::{Event, SessionOptions};
 ///
-/// let model = UPGModel::from_file("smollm2-q4.safetensors")?;
+/// let model = UPGModel::from_file("smollm2.safetensors")?;
 /// let mut scheduler = model.scheduler(8, &SessionOptions::default())?;
 /// for prompt in ["Once upon a time", "1, 2, 3,"] {
 ///     let mut request = model.request(model.tokenizer()?.encode(prompt, true)?, 20);

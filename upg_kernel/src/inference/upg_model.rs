@@ -36,7 +36,7 @@ impl UPGModel {
     ///
     /// ```no_run
     /// # fn main() -> upg_kernel::Result<()> {
-    /// let model = upg_kernel::UPGModel::from_file("smollm2-q4.safetensors")?;
+    /// let model = upg_kernel::UPGModel::from_file("smollm2.safetensors")?;
     /// println!("{}", model.generate("The capital of France is", 20)?);
     /// # Ok(())
     /// # }
@@ -53,7 +53,7 @@ impl UPGModel {
     /// # fn main() -> upg_kernel::Result<()> {
     /// use upg_kernel::{OpenOptions, UPGModel};
     ///
-    /// let model = UPGModel::from_file_with("/net/smollm2-q4.safetensors", OpenOptions::in_memory())?;
+    /// let model = UPGModel::from_file_with("/net/smollm2.safetensors", OpenOptions::in_memory())?;
     /// # Ok(())
     /// # }
     /// ```
@@ -199,7 +199,7 @@ impl UPGModel {
     ///
     /// ```no_run
     /// # fn main() -> upg_kernel::Result<()> {
-    /// let model = upg_kernel::UPGModel::from_file("smollm2-q4.safetensors")?;
+    /// let model = upg_kernel::UPGModel::from_file("smollm2.safetensors")?;
     /// let prompts = ["The capital of France is", "The capital of Italy is"];
     /// for (prompt, text) in prompts.iter().zip(model.generate_batch(&prompts, 20)?) {
     ///     println!("{prompt}{text}");

@@ -106,7 +106,40 @@ pub enum Command {
     Bench(BenchArgs),
     /// Print a shell completion script
     Completions(CompletionsArgs),
+    /// Make a page of the report of a compression
+    Report(ReportArgs),
+    /// Write man pages
+    Man(ManArgs),
+    /// Explain the words of this program
+    #[command(after_help = GLOSSARY)]
+    Glossary,
 }
+
+/// Text of `upg glossary`.
+pub const GLOSSARY: &str = "\
+encoding         How the weights of a matrix are stored: q8, q4, t4, t3, t2, s8, s4, mdcsr, or
+                 keep for uncompressed.
+bits per weight  Bytes of a file times 8, divided by the number of weights. `in blocks` leaves out
+                 the embeddings and the output head, which usually have more bits.
+block            A layer of the transformer: attention and MLP. Most weights are in blocks.
+embedding        The matrix that turns a token into a vector. In models with tied embeddings it is
+                 also the output head, which turns a vector into probabilities of tokens.
+perplexity       How unexpected a text is to a model: e to the mean negative log-probability of its
+                 tokens. Lower is better; it depends on the text and the tokenizer.
+KL divergence    How far the predictions of a compressed model are from those of the original, in
+                 nats for each position; 0 is equal. 0.01 is hard to notice, 0.1 is noticeable.
+top-1 agreement  Share of positions at which both models find the same token most probable.
+calibrate        Compress so that the predictions on a text change least, not the weights. Takes
+                 longer, and gives much better files below 8 bits.
+tune             Train the scales and norms of a finished file to match the original.
+budget           A size, a mean number of bits or a ratio, for which compress chooses the encoding
+                 of each matrix.
+group            Columns of a matrix that share a scale.
+context          The tokens that a model can see at once: the conversation and the answer.
+KV cache         What the model keeps of each token of the context, in memory.
+temperature      Randomness of the choice of tokens; 0 always takes the most probable one.
+chat template    Text of the model that frames the messages of a conversation.
+";
 
 #[derive(Args)]
 #[command(after_help = "\
@@ -197,7 +230,7 @@ pub struct CompressArgs {
     /// Print the encoding of each tensor and the estimated size, memory and time; write nothing
     #[arg(long)]
     pub dry_run: bool,
-    /// Write a JSON report: error, zeros, bits and seconds per tensor, and speed; with
+    /// Write a report, as a page if FILE ends in .html and otherwise as JSON: error, zeros, bits and seconds per tensor, and speed; with
     /// --calibrate also output errors and predicted divergence. Tensors finished by an earlier run
     /// without --report have no errors in it
     #[arg(long, value_name = "FILE")]
@@ -499,6 +532,30 @@ Example:
 pub struct CompletionsArgs {
     /// Shell to generate the script for
     pub shell: clap_complete::Shell,
+}
+
+#[derive(Args)]
+#[command(after_help = "\
+The page has the bits of each matrix as a heat map, the predicted divergence of each layer and the \
+means of each kind of matrix. It needs no other file.
+
+Example:
+  upg report phi4.json -o phi4.html")]
+pub struct ReportArgs {
+    /// Report that `upg compress --report FILE.json` wrote
+    pub report: PathBuf,
+    /// HTML file, written atomically; replaces an existing one
+    #[arg(short, long, value_name = "FILE")]
+    pub output: PathBuf,
+}
+
+#[derive(Args)]
+#[command(after_help = "\
+Example:
+  upg man ~/.local/share/man/man1 && man upg-compress")]
+pub struct ManArgs {
+    /// Directory, created if missing
+    pub folder: PathBuf,
 }
 
 #[cfg(test)]

@@ -117,6 +117,9 @@ fn run(cli: cli::Cli) -> Result<()> {
         cli::Command::Eval(args) => commands::eval::run(&args, open),
         cli::Command::Bench(args) => commands::bench::run(&args, open),
         cli::Command::Completions(args) => commands::completions::run(&args),
+        cli::Command::Report(args) => commands::report::run(&args),
+        cli::Command::Man(args) => commands::man::run(&args),
+        cli::Command::Glossary => terminal::print(cli::GLOSSARY),
     }
 }
 
@@ -131,7 +134,10 @@ fn runs_a_model(command: &cli::Command) -> bool {
         | C::Decompress(_)
         | C::Inspect(_)
         | C::Verify(_)
-        | C::Completions(_) => false,
+        | C::Completions(_)
+        | C::Report(_)
+        | C::Man(_)
+        | C::Glossary => false,
     }
 }
 

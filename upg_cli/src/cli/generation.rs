@@ -124,8 +124,8 @@ pub struct RunArgs {
 
 #[derive(Args)]
 #[command(after_help = "\
-Ctrl-C stops the answer. Ctrl-D, /bye, or Ctrl-C at the prompt, exits; SIGTERM and SIGHUP exit at \
-any time. /help lists the commands. When the context is full, the oldest turns are left out.
+Ctrl-C stops the answer. Ctrl-D, /bye, or Ctrl-C twice at the prompt, exits; SIGTERM and SIGHUP \
+exit at any time. /help lists the commands. When the context is full, the oldest turns are left out.
 
 Examples:
   upg chat model.safetensors

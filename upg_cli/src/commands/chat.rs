@@ -85,10 +85,10 @@ impl Chat<'_> {
         let file = self.model.file();
         let metadata = |key| file.metadata(key).unwrap_or_default();
         format!(
-            "{}: {}, {} bits a weight, {}; context of {} tokens; /help lists the commands",
+            "{}: {}, {:.2} bits a weight, {}, context {}; /help",
             file_name(file.path()),
             metadata("model"),
-            metadata("bits_per_weight"),
+            file.bits_per_weight(),
             terminal::bytes(file.file_len()),
             self.context,
         )
@@ -210,8 +210,12 @@ impl Chat<'_> {
         self.used = length + timings.generated_tokens;
         if self.args.stats {
             terminal::note(format_args!(
-                "[{timings}; {} tokens; {} of {} of the context]",
-                timings.generated_tokens, self.used, self.context
+                "[first token after {:.2} s, then {:.1} tokens/s; {} tokens; context {} of {}]",
+                timings.prompt_time.as_secs_f64(),
+                timings.step_rate(),
+                timings.generated_tokens,
+                self.used,
+                self.context
             ));
         }
         match reason {

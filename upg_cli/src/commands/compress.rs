@@ -1,6 +1,7 @@
 //! `upg compress`.
 #![forbid(unsafe_code)]
 
+use super::report;
 use crate::cli::CompressArgs;
 use crate::progress::WeightsBar;
 use crate::terminal::{self, bytes, duration};
@@ -207,7 +208,12 @@ fn write_report(
         "seconds": preflight.seconds,
     });
     let path = file.path().to_path_buf();
-    writeln!(file, "{json:#}").map_err(|e| Error::io("cannot write", path, e))?;
+    let text = match report::is_page(&path) {
+        true => report::page(&json)?,
+        false => format!("{json:#}\n"),
+    };
+    file.write_all(text.as_bytes())
+        .map_err(|e| Error::io("cannot write", path, e))?;
     file.commit()
 }
 

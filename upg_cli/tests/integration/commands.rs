@@ -360,6 +360,12 @@ fn help_and_completions_are_there() {
         let help = succeed([command, "--help"]);
         assert!(help.contains("Example"), "{command}");
     }
+    let folder = tempfile::tempdir().unwrap();
+    succeed(["man", folder.path().to_str().unwrap()]);
+    let page = fs::read_to_string(folder.path().join("upg-compress.1")).unwrap();
+    assert!(page.contains("no\\-calibrate"), "{page}");
+    assert!(succeed(["glossary"]).contains("KL divergence"));
+    assert!(succeed(["help", "glossary"]).contains("KL divergence"));
     for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
         assert!(succeed(["completions", shell]).contains("compress"));
     }

@@ -233,7 +233,16 @@ fn signals_at_the_prompt_end_a_chat_and_leave_the_terminal_as_it_was() {
             has_next_prompt(&terminal.text()) && !terminal.is_cooked()
         });
         send(&child, signal);
-        // Ctrl-C at the prompt exits normally, as Ctrl-D does.
+        if signal == Signal::SIGINT {
+            wait_until("hint", || {
+                let text = terminal.text();
+                text.rsplit_once("Ctrl-C again")
+                    .is_some_and(|(_, rest)| rest.contains("> "))
+                    && !terminal.is_cooked()
+            });
+            send(&child, signal);
+        }
+        // Ctrl-C twice at the prompt exits normally, as Ctrl-D does.
         let expected = if signal == Signal::SIGINT {
             0
         } else {

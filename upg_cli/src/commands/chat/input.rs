@@ -51,17 +51,29 @@ impl Lines {
         Ok(Self::Terminal(Box::new(Prompt { editor, history })))
     }
 
-    /// Returns the next question; `None` at the end of input, and after Ctrl-C at the prompt.
+    /// Returns the next question; `None` at the end of input, and after Ctrl-C twice in a row: the
+    /// first may have been meant for an answer that has just ended.
     ///
     /// A line that ends with a backslash goes on in the next one, and so does everything between
     /// two `"""`.
     pub fn next(&mut self) -> Result<Option<String>> {
         match self {
-            Self::Terminal(prompt) => match prompt.editor.readline("> ") {
-                Ok(line) => Ok(Some(joined(&line))),
-                Err(ReadlineError::Eof | ReadlineError::Interrupted) => Ok(None),
-                Err(e) => Err(input_error(&e)),
-            },
+            Self::Terminal(prompt) => {
+                let mut was_interrupted = false;
+                loop {
+                    match prompt.editor.readline("> ") {
+                        Ok(line) => return Ok(Some(joined(&line))),
+                        Err(ReadlineError::Interrupted) if !was_interrupted => {
+                            was_interrupted = true;
+                            terminal::note(
+                                "upg: Ctrl-D or /bye ends the chat, and so does Ctrl-C again",
+                            );
+                        }
+                        Err(ReadlineError::Eof | ReadlineError::Interrupted) => return Ok(None),
+                        Err(e) => return Err(input_error(&e)),
+                    }
+                }
+            }
             Self::Piped => {
                 let mut input = std::io::stdin().lock();
                 let mut text = String::new();

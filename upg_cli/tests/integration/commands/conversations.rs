@@ -99,7 +99,7 @@ fn chat_keeps_to_its_commands_and_ends_with_its_input() {
         "//nothing sends the text",
         "2 questions from",
         "'x' is no value of seed",
-        "of 8192 of the context",
+        " of 8192]",
     ] {
         assert!(said.contains(expected), "{expected}: {said}");
     }

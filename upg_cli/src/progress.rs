@@ -15,7 +15,7 @@ use upg_kernel::Result;
 const LINES_EVERY: Duration = Duration::from_secs(60);
 
 /// Divisor of the weights: this fraction must be done before a remaining time is shown.
-const LEAST_PART: u64 = 100;
+const LEAST_PART: u64 = 20;
 
 /// Progress bar over weights that also checks for Ctrl-C.
 ///
@@ -23,6 +23,9 @@ const LEAST_PART: u64 = 100;
 pub struct WeightsBar {
     bar: ProgressBar,
     interrupted: Arc<AtomicBool>,
+    started: Instant,
+    /// Seconds that the work was estimated to take before it began.
+    estimate: Option<f64>,
     speed: Mutex<Speed>,
 }
 
@@ -35,13 +38,13 @@ struct Speed {
 }
 
 impl WeightsBar {
-    pub fn new() -> Result<Self> {
+    /// Creates the bar of a work that takes about `estimate` seconds; `None`: nobody knows.
+    pub fn new(estimate: Option<f64>) -> Result<Self> {
         Ok(Self {
-            bar: terminal::bar(
-                0,
-                "{bar:30} {percent:>3}%  {human_pos}/{human_len} weights  {msg}",
-            ),
+            bar: terminal::bar(0, "{bar:24} {percent:>3}%  {wide_msg}"),
             interrupted: signals::interrupt_flag()?,
+            started: Instant::now(),
+            estimate,
             speed: Mutex::new(Speed {
                 first: None,
                 told: Instant::now(),
@@ -49,9 +52,19 @@ impl WeightsBar {
         })
     }
 
-    /// Estimates the remaining seconds from the layers so far;
-    /// `None` while that would be a guess.
+    /// Estimates the remaining seconds: from the layers so far, and before there are some, from
+    /// the estimate before the work.
     fn left(&self, speed: &Speed) -> Option<f64> {
+        let of_estimate = || {
+            self.estimate
+                .map(|all| all - self.started.elapsed().as_secs_f64())
+        };
+        self.measured(speed)
+            .or_else(|| of_estimate().filter(|left| *left > 1.0))
+    }
+
+    /// Estimates the remaining seconds from the layers so far; `None` while there are too few.
+    fn measured(&self, speed: &Speed) -> Option<f64> {
         let (started, before) = speed.first?;
         let position = self.bar.position();
         let all = self.bar.length()?;

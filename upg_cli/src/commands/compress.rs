@@ -65,7 +65,7 @@ pub fn run(args: &CompressArgs, open: OpenOptions) -> Result<()> {
     preflight.check()?;
     announce(args, &preflight, options.calibration.is_some())?;
 
-    let progress = WeightsBar::new()?;
+    let progress = WeightsBar::new(Some(preflight.seconds))?;
     let report = compress_checked(source.as_ref(), &args.output, &options, &progress).map_err(
         |e| match e.kind() {
             ErrorKind::Interrupted if args.resume => e.hint("run the same command again to resume"),

@@ -46,7 +46,7 @@ fn convert(args: &ConvertArgs, output: &Path) -> Result<()> {
     let file = V1File::open(&args.file, &args.buffers)?;
     let texts = args.model.as_deref().map(ModelFiles::read);
     let texts = texts.transpose()?.unwrap_or_default();
-    let progress = WeightsBar::new()?;
+    let progress = WeightsBar::new(None)?;
     // Sizes are not validated yet.
     let sizes = file.catalogue().tensors.iter().map(|tensor| &tensor.shape);
     let weights = sizes.map(|shape| shape.iter().fold(1u64, |n, &d| n.saturating_mul(d)));
@@ -82,7 +82,7 @@ fn encode(args: &ConvertArgs, output: &Path, choice: Choice) -> Result<()> {
     let options = CompressOptions::new(choice);
     let preflight = Preflight::new(&source, output, &options).map_err(|e| e.at(&args.file))?;
     preflight.check()?;
-    let progress = WeightsBar::new()?;
+    let progress = WeightsBar::new(None)?;
     let report = compress_checked(&source, output, &options, &progress);
     let report = report.map_err(|e| e.at(&args.file))?;
     drop(progress);

@@ -16,7 +16,7 @@ pub fn run(args: &DecompressArgs, open: OpenOptions) -> Result<()> {
         FloatArg::F16 => FloatType::F16,
         FloatArg::F32 => FloatType::F32,
     });
-    let progress = WeightsBar::new()?;
+    let progress = WeightsBar::new(None)?;
     export(&model, &args.output, dtype, args.force, &progress)?;
     drop(progress);
     terminal::print(&format!(

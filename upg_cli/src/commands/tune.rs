@@ -18,7 +18,7 @@ pub fn run(args: &TuneArgs, open: OpenOptions) -> Result<()> {
     let most = args.tokens.map(NonZeroUsize::get);
     let calibration = calibration(source.as_ref(), args.text.as_deref(), most)?;
     let options = TuneOptions::new(args.passes, args.rate);
-    let progress = WeightsBar::new()?;
+    let progress = WeightsBar::new(None)?;
     let tuned = tune(
         source.as_ref(),
         &file,

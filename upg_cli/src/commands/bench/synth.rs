@@ -15,7 +15,7 @@ pub fn run(args: &SynthArgs) -> Result<()> {
     options.embedding = args.embedding.map(Into::into);
     options.seed = args.seed;
     let started = Instant::now();
-    let progress = WeightsBar::new()?;
+    let progress = WeightsBar::new(None)?;
     let report = compress_random(&source, &args.output, &options, &progress)?;
     drop(progress);
     terminal::print(&format!(

@@ -152,8 +152,8 @@ pub(super) fn config_json(
     pretty(&Value::Object(config))
 }
 
-/// Returns the text of `generation_config.json`: the special tokens, and every token that
-/// ends an answer.
+/// Returns the text of `generation_config.json`: the special tokens, every token that ends an
+/// answer, and the recommended options of sampling.
 ///
 /// The latter are those in the metadata, and `known`, the tokens of the vocabulary that are known
 /// to end answers.
@@ -174,12 +174,27 @@ pub(super) fn generation_config_json(
         [one] => json!(one),
         several => json!(several),
     };
-    pretty(&json!({
+    let mut config = json!({
         "bos_token_id": m.token_id("bos", vocab)?,
         "eos_token_id": eos,
         "pad_token_id": m.token_id("padding", vocab)?,
-    }))
+    });
+    for (key, name) in SAMPLING {
+        if let Some(value) = m.recommended(key) {
+            config[name] = value;
+        }
+    }
+    pretty(&config)
 }
+
+/// Recommended options of sampling, with their names in `generation_config.json`.
+const SAMPLING: [(&str, &str); 5] = [
+    ("general.sampling.temp", "temperature"),
+    ("general.sampling.top_k", "top_k"),
+    ("general.sampling.top_p", "top_p"),
+    ("general.sampling.min_p", "min_p"),
+    ("general.sampling.penalty_repeat", "repetition_penalty"),
+];
 
 fn pretty(value: &Value) -> Result<String> {
     serde_json::to_string_pretty(value)

@@ -3,6 +3,7 @@
 
 use super::header::{Array, Header, Value, malformed};
 use super::tokenizer::vocab::{GgufVocab, MAX_TOKEN_BYTES};
+use serde_json::Value as Json;
 use std::ops::Range;
 use upg_kernel::inference::chat_template::MAX_TEMPLATE_BYTES;
 use upg_kernel::inference::tokenizer::{MAX_MERGES, MAX_TOKENS};
@@ -96,6 +97,16 @@ impl<'a> Metadata<'a> {
             None => Ok(None),
             Some(Value::Float(x)) if x.is_finite() => Ok(Some(*x)),
             Some(_) => Err(malformed(format!("{key} is not a finite number"))),
+        }
+    }
+
+    /// Returns a number that nothing depends on; `None` if there is none.
+    pub(super) fn recommended(&self, key: &str) -> Option<Json> {
+        match self.header.get(key)? {
+            Value::Int(n) => i64::try_from(*n).ok().map(Json::from),
+            // As few digits as the f32 needs.
+            Value::Float(x) => serde_json::from_str(&(*x as f32).to_string()).ok(),
+            _ => None,
         }
     }
 

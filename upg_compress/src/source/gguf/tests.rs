@@ -313,3 +313,26 @@ fn reading_beyond_the_tensors_is_refused() {
         assert!(source.read_rows_f32(0, rows..rows).unwrap().is_empty());
     }
 }
+
+/// `general.sampling.*` of llama.cpp become what transformers calls them.
+#[test]
+fn recommended_sampling_is_in_the_generation_config() {
+    let (int, float) = (5, 6);
+    let bytes = builder::llama(
+        &[
+            ("general.sampling.temp", float, &0.6f32.to_le_bytes()),
+            ("general.sampling.top_k", int, &20i32.to_le_bytes()),
+            // Not a number: left out, as nothing depends on it.
+            ("general.sampling.top_p", 7, &[1]),
+        ],
+        &[],
+    );
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), bytes).unwrap();
+    let gguf = GgufSource::open(file.path()).unwrap();
+    let text = gguf.files().generation_config_json.clone().unwrap();
+    let config: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(config["temperature"], json!(0.6));
+    assert_eq!(config["top_k"], json!(20));
+    assert_eq!(config.get("top_p"), None);
+}

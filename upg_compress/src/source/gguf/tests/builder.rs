@@ -76,7 +76,7 @@ pub(super) fn floats(values: &[f32]) -> Vec<u8> {
 /// Returns an all-zero llama of one layer and one head of 8,
 /// with additional keys and tensors.
 ///
-/// A key is a name below `llama.`, a value type and bytes.
+/// A key is a name, below `llama.` unless it begins with `general.`, a value type and bytes.
 pub(super) fn llama(keys: &[(&str, u32, &[u8])], tensors: &[(&str, &[u64])]) -> Vec<u8> {
     let sizes = [
         "embedding_length",
@@ -109,7 +109,11 @@ pub(super) fn llama(keys: &[(&str, u32, &[u8])], tensors: &[(&str, &[u64])]) -> 
         file = file.number(&format!("llama.{name}"), if one { 1 } else { 8 });
     }
     for (name, kind, bytes) in keys {
-        file = file.key(&format!("llama.{name}"), *kind).bytes(bytes);
+        let key = match name.starts_with("general.") {
+            true => (*name).to_owned(),
+            false => format!("llama.{name}"),
+        };
+        file = file.key(&key, *kind).bytes(bytes);
     }
     file = file.tensor("token_embd.weight", &[8, 8], 0, 0);
     for name in matrices {

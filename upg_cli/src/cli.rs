@@ -230,6 +230,9 @@ pub struct CompressArgs {
     /// Print the encoding of each tensor and the estimated size, memory and time; write nothing
     #[arg(long)]
     pub dry_run: bool,
+    /// Print the result as JSON: size, bits, seconds, memory, predicted divergence
+    #[arg(long, conflicts_with = "dry_run")]
+    pub json: bool,
     /// Write a report, as a page if FILE ends in .html and otherwise as JSON: error, zeros, bits and seconds per tensor, and speed; with
     /// --calibrate also output errors and predicted divergence. Tensors finished by an earlier run
     /// without --report have no errors in it

@@ -76,6 +76,11 @@ pub fn run(args: &CompressArgs, open: OpenOptions) -> Result<()> {
     if let Some(file) = report_file {
         write_report(file, &report, &preflight)?;
     }
+    if args.json {
+        let mut json = report.to_json()["totals"].take();
+        json["file"] = args.output.display().to_string().into();
+        return terminal::print(&format!("{json:#}\n"));
+    }
     terminal::print(&summary(&args.output, source.as_ref(), &report))
 }
 

@@ -7,7 +7,7 @@ mod refusals;
 
 use crate::common::{
     compress, compress_tiny, logits, names, output, smollm2, smollm2_gguf, succeed, succeed_json,
-    success, upg,
+    success, tiny_model, upg,
 };
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
@@ -45,6 +45,9 @@ fn every_encoding_is_written_alike_by_any_number_of_threads_and_verifies() {
         assert!(layers.iter().all(|l| l["error"].as_f64().unwrap() < 0.3));
         assert_eq!(json["weights"], 197_088);
         assert!(succeed(["inspect", path]).contains("bits per weight"));
+        let all = succeed(["inspect", path, "--layers"]);
+        assert_eq!(all.matches(".down_proj.").count(), layers.len().min(2));
+        assert!(succeed(["inspect", path, "--plot"]).contains("A full bar"));
     }
     assert_eq!(names(folder.path()), ["one", "two"]);
 }
@@ -342,6 +345,28 @@ fn kernels_are_shown_and_chosen_and_give_the_same_logits() {
             assert!(largest <= 1e-3, "{} {encoding}: {largest}", kernels.name());
         }
     }
+}
+
+#[test]
+fn compress_prints_json_and_a_page() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("model");
+    let page = folder.path().join("report.html");
+    let options = ["-e", "q8", "--json", "--report", page.to_str().unwrap()];
+    let text = success(&mut compress(&tiny_model("phi3"), &out, &options));
+    let json: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(json["weights"], 197_088);
+    assert_eq!(json["file_bytes"], fs::metadata(&out).unwrap().len());
+    assert_eq!(json["file"], out.to_str().unwrap());
+    let page = fs::read_to_string(page).unwrap();
+    assert!(page.contains("mlp.down_proj") && page.ends_with("</html>\n"));
+    // The same of a report in JSON.
+    let [report, made] = ["report.json", "made.html"].map(|name| folder.path().join(name));
+    let report = report.to_str().unwrap();
+    let options = ["-e", "q8", "--report", report];
+    success(&mut compress(&tiny_model("phi3"), &out, &options));
+    succeed(["report", report, "-o", made.to_str().unwrap()]);
+    assert!(fs::read_to_string(made).unwrap().contains("mlp.down_proj"));
 }
 
 #[test]

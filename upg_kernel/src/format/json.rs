@@ -5,6 +5,7 @@
 use crate::error::{Error, ErrorKind, Result};
 use serde::de::{DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value};
+use std::borrow::Cow;
 use std::fmt;
 
 /// Most values (objects, lists, texts, numbers) of a text that is kept as a tree, where each takes
@@ -18,17 +19,20 @@ const MAX_MESSAGE: usize = 200;
 
 /// Parses `text`, which is that of `document`.
 ///
+/// The numbers `NaN`, `Infinity` and `-Infinity` of Python's JSON become texts of these names: a
+/// setting that is used refuses them as it refuses every text.
+///
 /// Time is linear in the text. Memory: the texts in it, and 250 bytes for each value. Errors:
 /// `Malformed` for what is no JSON; `TooLarge` for more than [`MAX_VALUES`] values.
 pub fn value(document: &str, text: &str) -> Result<Value> {
     let mut values = Values::new(MAX_VALUES);
-    parse(text, Tree(&mut values)).map_err(|e| values.refused(document, e))
+    parse(&with_python_numbers(text), Tree(&mut values)).map_err(|e| values.refused(document, e))
 }
 
 /// The values of `keys` in the object that `text` is; other keys are passed over, and take no
 /// memory.
 ///
-/// Cost as for [`value`]. Errors: those of [`value`], which counts the object and the values of
+/// Cost and numbers of Python as for [`value`]. Errors: those of [`value`], which counts the object and the values of
 /// these keys; `Malformed` for what is no object.
 pub fn fields(document: &str, text: &str, keys: &[&str]) -> Result<Map<String, Value>> {
     let mut values = Values::new(MAX_VALUES);
@@ -36,7 +40,43 @@ pub fn fields(document: &str, text: &str, keys: &[&str]) -> Result<Map<String, V
         keys,
         values: &mut values,
     };
-    parse(text, picked).map_err(|e| values.refused(document, e))
+    parse(&with_python_numbers(text), picked).map_err(|e| values.refused(document, e))
+}
+
+/// Numbers that Python's `json` writes, and JSON does not have.
+const PYTHON_NUMBERS: [&str; 3] = ["NaN", "Infinity", "-Infinity"];
+
+/// Returns `text` with quotes around [`PYTHON_NUMBERS`] outside of texts.
+///
+/// Time is linear in the text; memory: a copy of a text that has such a number. Behind
+/// [`MAX_VALUES`] of them, more than any text may have, nothing changes.
+fn with_python_numbers(text: &str) -> Cow<'_, str> {
+    if !PYTHON_NUMBERS[..2].iter().any(|name| text.contains(name)) {
+        return Cow::Borrowed(text);
+    }
+    let numbers = PYTHON_NUMBERS[..2]
+        .iter()
+        .map(|name| text.matches(name).count());
+    let mut left = numbers.sum::<usize>().min(MAX_VALUES);
+    let mut quoted = String::with_capacity(text.len() + 2 * left);
+    let (mut in_text, mut escaped, mut skip) = (false, false, 0_usize);
+    for (at, c) in text.char_indices() {
+        if at < skip {
+            continue;
+        }
+        let rest = &text[at..];
+        let number = PYTHON_NUMBERS.iter().find(|name| rest.starts_with(**name));
+        if let Some(name) = number.filter(|_| !in_text && left > 0) {
+            left -= 1;
+            quoted.extend(["\"", name, "\""]);
+            skip = at + name.len();
+            continue;
+        }
+        in_text ^= c == '"' && !escaped;
+        escaped = in_text && c == '\\' && !escaped;
+        quoted.push(c);
+    }
+    Cow::Owned(quoted)
 }
 
 /// The error (`Malformed`) of a JSON text, cut to a line that can be shown.
@@ -322,12 +362,27 @@ mod tests {
     #[test]
     fn what_is_not_kept_has_to_be_json_too() {
         let deep = format!("{}{}", "[".repeat(200), "]".repeat(200));
-        for bad in ["1e999", "\"\\ud800\"", &"9".repeat(400), &deep, "NaN"] {
+        for bad in ["1e999", "\"\\ud800\"", &"9".repeat(400), &deep, "Nan"] {
             let e = fields("d", &format!(r#"{{"a":1,"b":{bad}}}"#), &["a"]).unwrap_err();
             assert_eq!(e.kind(), ErrorKind::Malformed, "{bad}");
         }
         let good = r#"{"a":1,"b":[null,true,-1,2.5,"x",{"c":{}}]}"#;
         assert_eq!(fields("d", good, &["a"]).unwrap().len(), 1);
+    }
+
+    /// As `json.dumps` of Python writes them; their names in texts stay as they are.
+    #[test]
+    fn numbers_of_python_are_texts() {
+        let text = r#"{"a":[NaN,Infinity,-Infinity],"b":"\"NaN\\","c":{"Infinity":1}}"#;
+        let found = value("d", text).unwrap();
+        let expected = serde_json::json!({
+            "a": ["NaN", "Infinity", "-Infinity"], "b": "\"NaN\\", "c": {"Infinity": 1},
+        });
+        assert_eq!(found, expected);
+        assert_eq!(fields("d", text, &["b"]).unwrap()["b"], expected["b"]);
+        for bad in ["NaN 1", "-NaN", "InfinityNaN", "nan", "Inf", "NaN\""] {
+            assert!(value("d", bad).is_err(), "{bad}");
+        }
     }
 
     /// The last value that is allowed does not change what is said of a mistake behind it.

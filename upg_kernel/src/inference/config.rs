@@ -70,10 +70,12 @@ pub struct ModelConfig {
     pub output_bias: bool,
     /// Flag: gate, up and down have a bias.
     pub mlp_bias: bool,
-    /// End-of-sequence ids, from `generation_config.json` if that names any.
+    /// End-of-sequence ids of `generation_config.json`, then the others of `config.json`.
     pub eos_ids: Vec<u32>,
     /// Begin-of-sequence id, if the config names one.
     pub bos_id: Option<u32>,
+    /// Settings that are ignored, each as a sentence for a note.
+    pub notes: Vec<String>,
 }
 
 impl ModelConfig {
@@ -134,6 +136,7 @@ impl ModelConfig {
             mlp_bias: bias(family.mlp_bias)?,
             eos_ids: eos_ids(&fields, generation.as_ref())?,
             bos_id: fields.token_ids("bos_token_id", 1)?.first().copied(),
+            notes: notes(&fields),
         };
         config.check()?;
         Ok(config)
@@ -317,15 +320,18 @@ fn windows(
     num_layers: usize,
     context: usize,
 ) -> Result<Vec<Option<usize>>> {
-    // Absent and null differ: only an absent key has the default of the family.
-    let given = match fields.map.get("sliding_window") {
-        None => family.default_window,
-        Some(_) => fields.size("sliding_window", usize::MAX)?,
+    let is_used = match family.window {
+        WindowRule::None => fields.flag("use_sliding_window", true)?,
+        WindowRule::EveryLayer => true,
+        WindowRule::ByLayer => fields.flag("use_sliding_window", false)?,
     };
-    let given = match family.window {
-        WindowRule::None | WindowRule::EveryLayer => given,
-        WindowRule::ByLayer if fields.flag("use_sliding_window", false)? => given,
-        WindowRule::ByLayer => None,
+    let given = match fields.map.get("sliding_window") {
+        _ if !is_used => None,
+        // Absent and null differ: only an absent key has the default of the family.
+        None => family.default_window,
+        // Two other spellings of null, which kernels of attention define.
+        Some(value) if matches!(value.as_i64(), Some(0 | -1)) => None,
+        Some(_) => fields.size("sliding_window", usize::MAX)?,
     };
     let narrow = given.filter(|&window| window < context);
     if let (WindowRule::None, Some(window)) = (family.window, narrow) {
@@ -406,17 +412,27 @@ fn windows_of_types(
 }
 
 fn eos_ids(fields: &Fields<'_>, generation: Option<&Map<String, Value>>) -> Result<Vec<u32>> {
-    if let Some(map) = generation {
-        let generation = Fields {
-            document: "generation_config.json",
-            map,
-        };
-        let ids = generation.token_ids("eos_token_id", MAX_EOS_IDS)?;
-        if !ids.is_empty() {
-            return Ok(ids);
+    let mut ids = match generation {
+        Some(map) => {
+            let document = "generation_config.json";
+            Fields { document, map }.token_ids("eos_token_id", MAX_EOS_IDS)?
+        }
+        None => Vec::new(),
+    };
+    for id in fields.token_ids("eos_token_id", MAX_EOS_IDS)? {
+        if !ids.contains(&id) {
+            ids.push(id);
         }
     }
-    fields.token_ids("eos_token_id", MAX_EOS_IDS)
+    Ok(ids)
+}
+
+fn notes(fields: &Fields<'_>) -> Vec<String> {
+    rope::ignored(fields)
+        .map(|key| {
+            format!("config.json: '{key}' of the rotary embedding is ignored, as in transformers")
+        })
+        .collect()
 }
 
 #[cfg(test)]

@@ -101,6 +101,14 @@ impl<'a> Fields<'a> {
             .ok_or_else(|| self.wrong(key, value, "a finite number above 0"))
     }
 
+    /// Reads a number for which zero means the default, as in transformers; none if it is zero.
+    pub(super) fn positive_or_zero(&self, key: &str) -> Result<Option<f64>> {
+        match self.get(key).and_then(Value::as_f64) {
+            Some(0.0) => Ok(None),
+            _ => self.positive(key),
+        }
+    }
+
     /// Reads a required finite number above zero.
     pub(super) fn required_positive(&self, key: &str) -> Result<f64> {
         self.positive(key)?.ok_or_else(|| self.missing(key))

@@ -5,6 +5,7 @@ use super::family::Family;
 use super::fields::Fields;
 use super::{MAX_CONTEXT, MAX_HEAD_DIM};
 use crate::error::{Error, ErrorKind, Result};
+use serde_json::Value;
 
 /// Parameters of the rotary embedding.
 #[derive(Debug, Clone, PartialEq)]
@@ -128,6 +129,11 @@ const KNOWN_KEYS: &[&str] = &[
     "type",
 ];
 
+/// Keys that transformers ignores, of which other engines give some a meaning.
+///
+/// `attn_factor` multiplies cos and sin in llama.cpp and vLLM.
+const IGNORED_KEYS: &[&str] = &["attn_factor", "extrapolation_factor"];
+
 /// Input of the scaling.
 struct Source<'a> {
     /// Keys of `rope_scaling` or `rope_parameters`.
@@ -156,7 +162,8 @@ pub(super) fn parse(
         ..*fields
     });
     for key in rope.map.keys() {
-        if !KNOWN_KEYS.contains(&key.as_str()) && rope.get(key).is_some() {
+        let known = [KNOWN_KEYS, IGNORED_KEYS].concat();
+        if !known.contains(&key.as_str()) && !is_off(rope.get(key)) {
             return Err(rope.error(
                 ErrorKind::Unsupported,
                 format_args!("unknown rope parameter '{}'", key.escape_debug()),
@@ -205,8 +212,10 @@ pub(super) fn parse(
             scaling
         }
         // For other families transformers does not recompute the cache at the switch, so that its
-        // output depends on how the prompt was split.
-        "longrope" if family.longrope => source.longrope()?,
+        // output depends on how the prompt was split, unless there is no switch.
+        "longrope" if family.longrope || rope.get("short_factor") == rope.get("long_factor") => {
+            source.longrope()?
+        }
         other => {
             return Err(rope.error(
                 ErrorKind::Unsupported,
@@ -223,6 +232,23 @@ pub(super) fn parse(
         dim,
         scaling,
     })
+}
+
+/// Returns whether a value of a key says that there is no such thing.
+fn is_off(value: Option<&Value>) -> bool {
+    match value {
+        None | Some(Value::Null | Value::Bool(false)) => true,
+        Some(Value::Array(list)) => list.is_empty(),
+        Some(Value::Object(map)) => map.is_empty(),
+        Some(Value::String(_) | Value::Number(_) | Value::Bool(true)) => false,
+    }
+}
+
+/// Returns the keys of the rotary embedding that are ignored.
+pub(super) fn ignored(fields: &Fields<'_>) -> impl Iterator<Item = &'static str> {
+    let objects = ["rope_scaling", "rope_parameters"].map(|key| fields.object(key).ok().flatten());
+    let given = move |key: &str| objects.iter().flatten().any(|rope| rope.get(key).is_some());
+    IGNORED_KEYS.iter().copied().filter(move |key| given(key))
 }
 
 fn rotated_dim(
@@ -284,8 +310,8 @@ impl Source<'_> {
         };
         let explicit = self.rope.positive("attention_factor")?;
         let pair = (
-            self.rope.positive("mscale")?,
-            self.rope.positive("mscale_all_dim")?,
+            self.rope.positive_or_zero("mscale")?,
+            self.rope.positive_or_zero("mscale_all_dim")?,
         );
         let attention_factor = match (explicit, pair) {
             (Some(factor), _) => factor,
@@ -303,8 +329,8 @@ impl Source<'_> {
         }
         let scaling = RopeScaling::Yarn {
             factor,
-            beta_fast: self.rope.positive("beta_fast")?.unwrap_or(32.0),
-            beta_slow: self.rope.positive("beta_slow")?.unwrap_or(1.0),
+            beta_fast: self.rope.positive_or_zero("beta_fast")?.unwrap_or(32.0),
+            beta_slow: self.rope.positive_or_zero("beta_slow")?.unwrap_or(1.0),
             truncate: self.rope.flag("truncate", true)?,
             original_context: original,
             attention_factor,

@@ -164,10 +164,10 @@ fn end_ids_come_from_the_generation_config_first() {
     };
     assert_eq!(eos(None), [7, 8]);
     assert_eq!(
-        eos(Some(r#"{"eos_token_id": [100257, 100265]}"#)),
-        [100_257, 100_265]
+        eos(Some(r#"{"eos_token_id": [100257, 7]}"#)),
+        [100_257, 7, 8]
     );
-    assert_eq!(eos(Some(r#"{"eos_token_id": 5}"#)), [5]);
+    assert_eq!(eos(Some(r#"{"eos_token_id": 5}"#)), [5, 7, 8]);
     assert_eq!(eos(Some(r#"{"eos_token_id": null}"#)), [7, 8]);
     assert_eq!(eos(Some("{}")), [7, 8]);
     let none = with("llama", json!({"eos_token_id": null}));
@@ -245,6 +245,35 @@ fn yarn_extends_the_context() {
     assert_eq!((yarn(128), yarn(16)), (512, 128));
 }
 
+/// As in transformers 5.24, `_compute_yarn_parameters`.
+#[test]
+fn rotary_keys_that_change_nothing() {
+    let yarn = |more: Value| {
+        let mut scaling = json!({"type": "yarn", "factor": 4.0});
+        scaling
+            .as_object_mut()
+            .unwrap()
+            .extend(more.as_object().unwrap().clone());
+        parse(&with("llama", json!({"rope_scaling": scaling}))).unwrap()
+    };
+    let plain = yarn(json!({}));
+    for same in [
+        json!({"mscale": 1.0, "mscale_all_dim": 0}),
+        json!({"mscale": 0.0, "mscale_all_dim": 0.7}),
+        json!({"beta_fast": 0, "beta_slow": 0}),
+        json!({"unheard_of": null, "unknown": false, "other": [], "more": {}}),
+    ] {
+        assert_eq!(yarn(same), plain);
+    }
+    let ignored = yarn(json!({"attn_factor": 0.87}));
+    assert_eq!(ignored.rope, plain.rope);
+    assert!(plain.notes.is_empty());
+    assert_eq!(
+        ignored.notes,
+        ["config.json: 'attn_factor' of the rotary embedding is ignored, as in transformers"]
+    );
+}
+
 #[test]
 fn windows_by_family() {
     let windows = |family, changes| parse(&with(family, changes)).unwrap().windows;
@@ -268,6 +297,21 @@ fn windows_by_family() {
     let types = json!({"sliding_window": 16, "use_sliding_window": true,
         "layer_types": [sliding, full, sliding, full]});
     assert_eq!(windows("qwen3", types), [sixteen, none, sixteen, none]);
+    for off in [json!(0), json!(-1)] {
+        assert_eq!(
+            windows("mistral", json!({"sliding_window": off})),
+            [none; 4]
+        );
+        assert_eq!(windows("qwen2", json!({"sliding_window": off})), [none; 4]);
+    }
+    for unused in [json!(16), json!("any")] {
+        let unused = json!({"sliding_window": unused, "use_sliding_window": false});
+        assert_eq!(windows("llama", unused.clone()), [none; 4]);
+        assert_eq!(windows("qwen2", unused), [none; 4]);
+    }
+    // The family has no such switch.
+    let switch = json!({"sliding_window": 16, "use_sliding_window": false});
+    assert_eq!(windows("mistral", switch), [sixteen; 4]);
     // An absent window is 4,096 for Mistral.
     let long = json!({"sliding_window": null, "max_position_embeddings": 8192});
     assert_eq!(windows("mistral", long), [Some(4096); 4]);
@@ -329,7 +373,8 @@ fn bad_configs_give_their_kind_of_error() {
         ),
         ("qwen2", json!({"use_mrope": true}), Unsupported),
         ("llama", json!({"sliding_window": 16}), Unsupported),
-        ("mistral", json!({"sliding_window": 0}), Invalid),
+        ("mistral", json!({"sliding_window": -2}), Invalid),
+        ("mistral", json!({"sliding_window": "none"}), Invalid),
         ("llama", json!({"partial_rotary_factor": 0.5}), Unsupported),
         ("phi3", json!({"partial_rotary_factor": 1.5}), Invalid),
         ("phi3", json!({"partial_rotary_factor": 0.01}), Invalid),
@@ -389,7 +434,7 @@ fn bad_configs_give_their_kind_of_error() {
         ),
         (
             "llama",
-            rope(json!({"type": "longrope", "short_factor": [1], "long_factor": [1]})),
+            rope(json!({"type": "longrope", "short_factor": [1], "long_factor": [2]})),
             Unsupported,
         ),
         ("phi3", rope(json!({"type": "longrope"})), Missing),
@@ -417,6 +462,15 @@ fn bad_configs_give_their_kind_of_error() {
     }
     let error = parse(&with("mamba", json!({}))).unwrap_err().to_string();
     assert!(error.contains("'mamba'") && error.contains("llama, mistral, qwen2, qwen3, phi3"));
+    // Numbers that JSON lacks are refused where they count.
+    let bad = with("llama", json!({"rope_theta": 123.0})).to_string();
+    let error = ModelConfig::from_json(&bad.replace("123.0", "Infinity"), None).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "config.json: 'rope_theta' is \"Infinity\", expected a finite number above 0"
+    );
+    let unused = with("llama", json!({"limit": [0, 123.0]})).to_string();
+    ModelConfig::from_json(&unused.replace("123.0", "-Infinity"), None).unwrap();
     // Settings that do not change the arithmetic are accepted.
     let harmless = json!({"logits_scaling": 1.0, "num_local_experts": 0, "use_mrope": false,
         "quantization_config": {}, "hidden_act": "swish", "unheard_of": [1, 2]});

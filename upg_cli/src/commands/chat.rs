@@ -194,7 +194,7 @@ impl Chat<'_> {
         let most = self.options.max_tokens.unwrap_or(usize::MAX);
         let mut request = self.model.request(prompt, most);
         request.sampler = Sampler::new(self.options.sampling.clone())?;
-        request.stop_strings.clone_from(&self.args.sampling.stop);
+        self.model.stop_at(&mut request, &self.args.sampling.stop);
         // Each answer has a seed of its own.
         let seed = &mut self.options.sampling.seed;
         *seed = seed.wrapping_add(1);

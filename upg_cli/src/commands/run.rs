@@ -39,7 +39,7 @@ pub fn run(args: &RunArgs, open: OpenOptions) -> Result<()> {
     let sampling = sampling_options(&args.sampling, &model)?;
     let seed = sampling.seed;
     request.sampler = Sampler::new(sampling)?;
-    request.stop_strings.clone_from(&args.sampling.stop);
+    model.stop_at(&mut request, &args.sampling.stop);
     let options = session_options(&args.sampling, signals::interrupt_flag()?);
     let mut scheduler = model.scheduler(1, &options)?;
     let mut stream = scheduler.stream(request)?;

@@ -10,11 +10,13 @@ mod allowed;
 mod contained;
 mod cut_points;
 mod encode;
+mod ends;
 mod expressions;
 mod file;
 mod limits;
 mod options;
 
+pub use ends::end_tokens;
 pub use file::check_count;
 pub use limits::{
     MAX_ADDED_BYTES, MAX_ADDED_TOKENS, MAX_MERGES, MAX_RUN_CHARS, MAX_TEXT_BYTES, MAX_TOKENS,
@@ -73,7 +75,8 @@ impl Tokenizer {
     /// Only `add_bos_token`, `add_eos_token`, `bos_token` and `eos_token` of the configuration are
     /// used. As in transformers, the begin and end of a text are the tokens named there. If it
     /// names none, the ids of `special` are used, which come from the model's configuration and may
-    /// differ. The ids of `special`, if any, end a generated text. Time is linear in the file,
+    /// differ. A generated text ends at the ids of `special`, at the end of a text, and at every
+    /// special token that is known to end a turn ([`end_tokens`]). Time is linear in the file,
     /// memory at most 16 times the file plus 4 MiB.
     ///
     /// `tokenizer_json` must not change meanwhile: pass a copy of a mapped file
@@ -101,7 +104,18 @@ impl Tokenizer {
         check_added_tokens(&inner, &parts.added_tokens.tokens)?;
 
         let config = Config::parse(tokenizer_config)?;
-        let (special, eos_id) = config.complete(special, &inner)?;
+        let special_set: HashSet<u32> = inner
+            .get_added_tokens_decoder()
+            .iter()
+            .filter(|(_, token)| token.special)
+            .map(|(&id, _)| id)
+            .collect();
+        let (mut special, eos_id) = config.complete(special, &inner)?;
+        let is_special = |id: &u32| special_set.contains(id);
+        let known = end_tokens(|token| inner.token_to_id(token).filter(is_special));
+        let mut seen = HashSet::new();
+        special.eos.extend(eos_id.into_iter().chain(known));
+        special.eos.retain(|id| seen.insert(*id));
         let spelled = |named: Option<Option<String>>, id: Option<u32>| {
             named.unwrap_or_else(|| id.and_then(|id| inner.id_to_token(id)))
         };
@@ -109,12 +123,6 @@ impl Tokenizer {
             spelled(config.bos, special.bos),
             spelled(config.eos, eos_id),
         );
-        let special_set = inner
-            .get_added_tokens_decoder()
-            .iter()
-            .filter(|(_, token)| token.special)
-            .map(|(&id, _)| id)
-            .collect();
         Ok(Self {
             vocab_size: inner.get_vocab_size(true),
             byte_fallback: names_type(&parts.decoder, "ByteFallback"),
@@ -186,6 +194,11 @@ impl Tokenizer {
         &self.special
     }
 
+    /// Returns the id of a special token that has exactly the spelling `text`.
+    pub fn special_id(&self, text: &str) -> Option<u32> {
+        self.token_to_id(text).filter(|id| self.is_special(*id))
+    }
+
     /// Returns whether `id` ends a generated text.
     pub fn is_eos(&self, id: u32) -> bool {
         self.special.eos.contains(&id)
@@ -238,8 +251,8 @@ impl Config {
         })
     }
 
-    /// Completes the ids with those named here, and returns the end-of-text id; checks that every
-    /// id exists.
+    /// Takes the begin of sequence named here, and returns the end-of-text id; checks that every id
+    /// exists.
     fn complete(
         &self,
         mut special: SpecialIds,
@@ -253,9 +266,6 @@ impl Config {
             Some(eos) => find(eos),
             None => special.eos.first().copied(),
         };
-        if special.eos.is_empty() {
-            special.eos.extend(eos);
-        }
         for id in special.bos.iter().chain(&special.eos) {
             if inner.id_to_token(*id).is_none() {
                 return Err(Error::new(

@@ -91,6 +91,26 @@ impl UPGModel {
         })
     }
 
+    /// Checks that the model of a file can be loaded and that its texts can be used.
+    ///
+    /// A file without config has only weights, of which nothing is checked. A chat template that
+    /// cannot be used is a warning in the log, because the model works without.
+    ///
+    /// Cost and errors: as [`UPGModel::new`].
+    pub fn check(file: &Arc<UpgFile>) -> Result<()> {
+        if file.metadata("config.json").is_none() {
+            return Ok(());
+        }
+        let model = Self::new(Arc::clone(file))?;
+        match model.chat_template() {
+            Err(e) if e.kind() != ErrorKind::Missing => {
+                log::warn!("chat is not available with this model: {e}");
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
     /// The open file.
     pub fn file(&self) -> &Arc<UpgFile> {
         &self.file
@@ -178,6 +198,20 @@ impl UPGModel {
             request.decoder = Some(Box::new(DecodeStream::new(Arc::clone(tokenizer), true)));
         }
         request
+    }
+
+    /// Ends the answer to `request` at each of `texts` too.
+    ///
+    /// A text that is exactly the spelling of a special token becomes a stop id, because special
+    /// tokens are no part of the answer. The others become stop strings.
+    pub fn stop_at(&self, request: &mut Request, texts: &[String]) {
+        let tokenizer = self.tokenizer.as_deref();
+        for text in texts {
+            match tokenizer.and_then(|tokenizer| tokenizer.special_id(text)) {
+                Some(id) => request.stop_ids.push(id),
+                None => request.stop_strings.push(text.clone()),
+            }
+        }
     }
 
     /// Continues `prompt` greedily by at most `max_tokens` tokens; ends at the model's stop tokens.

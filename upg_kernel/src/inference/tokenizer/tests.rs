@@ -163,7 +163,7 @@ const MAX_PENDING_IN_TEST: usize = 256;
 /// In transformers 5.24 a text gets the tokens of tokenizer_config.json, and answers end with
 /// the ids of the model's configuration.
 ///
-/// These differ in published models.
+/// These differ in published models. Here an answer ends at both, as in llama.cpp.
 #[test]
 fn texts_begin_and_end_with_the_tokens_of_the_tokenizer() {
     let with = |config: &str| {
@@ -175,7 +175,7 @@ fn texts_begin_and_end_with_the_tokens_of_the_tokenizer() {
         let t = Tokenizer::from_json(json.as_bytes(), Some(config), special).unwrap();
         let ids = t.encode("ab", true).unwrap();
         let spelled = [t.bos_token(), t.eos_token()].map(|t| t.map(str::to_owned));
-        assert_eq!(t.special_ids().eos, [0, 1]);
+        assert_eq!(t.special_ids().eos, [0, 1, 2]);
         (ids, spelled)
     };
     let text = |t: &str| Some(t.to_owned());
@@ -197,6 +197,40 @@ fn texts_begin_and_end_with_the_tokens_of_the_tokenizer() {
         (ids, spelled),
         (vec![2, ab, 0], [text("</s>"), text("<unk>")])
     );
+}
+
+#[test]
+fn answers_end_at_every_token_that_ends_a_turn() {
+    let mut json: Value = serde_json::from_str(&tokenizer_json(true)).unwrap();
+    let added = json["added_tokens"].as_array_mut().unwrap();
+    for (id, content) in [(1, "<|eot_id|>"), (2, "<|pad|>")] {
+        added[id]["content"] = content.into();
+    }
+    let vocab = json["model"]["vocab"].as_object_mut().unwrap();
+    for (from, to) in [
+        ("<s>", "<|eot_id|>"),
+        ("</s>", "<|pad|>"),
+        ("ab", "<|end|>"),
+    ] {
+        let id = vocab.remove(from).unwrap();
+        vocab.insert(to.to_owned(), id);
+    }
+    json["model"]["merges"] = json!([]);
+    let eos = |config, named: &[u32]| {
+        let special = SpecialIds {
+            bos: None,
+            eos: named.to_vec(),
+        };
+        let t = Tokenizer::from_json(json.to_string().as_bytes(), config, special).unwrap();
+        assert_eq!(t.special_id("<|eot_id|>"), Some(1));
+        assert_eq!((t.special_id("<|end|>"), t.special_id("a")), (None, None));
+        t.special_ids().eos.clone()
+    };
+    // `<|end|>` is no special token of this vocabulary.
+    assert_eq!(eos(None, &[]), [1]);
+    assert_eq!(eos(None, &[5]), [5, 1]);
+    assert_eq!(eos(Some(r#"{"eos_token": "<|pad|>"}"#), &[0, 1]), [0, 1, 2]);
+    assert_eq!(eos(Some(r#"{"eos_token": null}"#), &[0]), [0, 1]);
 }
 
 #[test]

@@ -3,26 +3,13 @@
 
 use serde_json::{Map, Value, json};
 use std::collections::HashMap;
-use upg_kernel::inference::tokenizer::{MAX_MERGES, MAX_TOKENS, SpecialIds, check_count};
+use upg_kernel::inference::tokenizer::{
+    MAX_MERGES, MAX_TOKENS, SpecialIds, check_count, end_tokens,
+};
 use upg_kernel::{Error, ErrorKind, Result};
 
 /// Maximum token in bytes; real ones have up to 512.
 pub(crate) const MAX_TOKEN_BYTES: usize = 4096;
-
-/// Control tokens that end a text or a turn for any `eos_token_id`.
-///
-/// This is as in llama.cpp: chat models often name the end of the document there and mean the end
-/// of the turn.
-const END_TOKENS: &[&str] = &[
-    "<|im_end|>",
-    "<|endoftext|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|end_of_text|>",
-    "<|end|>",
-    "<end_of_turn>",
-    "<｜end▁of▁sentence｜>",
-];
 
 /// Vocabulary as in the metadata of a GGUF file, under `tokenizer.ggml.*`.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -178,12 +165,10 @@ impl<'a> Vocab<'a> {
     }
 
     pub(super) fn special_ids(&self) -> SpecialIds {
-        let mut eos: Vec<u32> = self.eos.into_iter().collect();
-        for (id, token, kind) in self.iter() {
-            if kind == TokenType::Control && END_TOKENS.contains(&token) && !eos.contains(&id) {
-                eos.push(id);
-            }
-        }
+        let is_control = |id: &u32| self.types.get(*id as usize) == Some(&TokenType::Control);
+        let known = end_tokens(|token| self.ids.get(token).copied().filter(is_control));
+        let known = known.into_iter().filter(|id| Some(*id) != self.eos);
+        let eos = self.eos.into_iter().chain(known).collect();
         SpecialIds { bos: self.bos, eos }
     }
 

@@ -9,6 +9,7 @@
 mod date;
 mod guard;
 mod python_json;
+mod python_tests;
 
 use std::io::Write;
 
@@ -51,6 +52,9 @@ const MAX_MESSAGE_CHARS: usize = 300;
 /// Names that every rendering defines.
 const DEFINED: [&str; 4] = ["messages", "tools", "documents", "add_generation_prompt"];
 
+/// Maximum characters of a template's line in an error.
+const MAX_LINE_CHARS: usize = 120;
+
 /// One turn of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Message {
@@ -82,6 +86,8 @@ impl Message {
 #[derive(Debug, Clone)]
 pub struct ChatTemplate {
     source: String,
+    /// Text as given, with the same lines as `source`, for errors.
+    original: String,
     bos_token: Option<String>,
     eos_token: Option<String>,
     date: Option<Date>,
@@ -107,9 +113,10 @@ impl ChatTemplate {
                 ),
             ));
         }
-        let malformed = |e| template_error(ErrorKind::Malformed, &e);
+        let malformed = |e| template_error(ErrorKind::Malformed, &e, source);
         let mut template = Self {
             source: without_generation_tags(source),
+            original: source.to_owned(),
             bos_token: bos_token.map(str::to_owned),
             eos_token: eos_token.map(str::to_owned),
             date: None,
@@ -193,7 +200,7 @@ impl ChatTemplate {
         let env = self.environment(bytes);
         let template = env
             .template_from_str(&self.source)
-            .map_err(|e| template_error(ErrorKind::Malformed, &e))?;
+            .map_err(|e| template_error(ErrorKind::Malformed, &e, &self.original))?;
         let values = context! {
             messages => messages.iter().map(Message::to_value).collect::<Vec<Value>>(),
             tools => (),
@@ -210,7 +217,7 @@ impl ChatTemplate {
                 )
                 .with_source(e)
             }),
-            Err(e) => Err(render_error(&e)),
+            Err(e) => Err(render_error(&e, &self.original)),
         }
     }
 
@@ -224,6 +231,7 @@ impl ChatTemplate {
         env.set_syntax(syntax());
         env.add_function("raise_exception", raise_exception);
         env.add_filter("tojson", python_json::tojson);
+        python_tests::install(&mut env);
         guard::install(&mut env);
         if let Some(date) = self.date {
             env.add_function("strftime_now", move |format: &str| date.strftime(format));
@@ -335,7 +343,7 @@ fn too_large(what: &str) -> Error {
     )
 }
 
-fn render_error(e: &minijinja::Error) -> Error {
+fn render_error(e: &minijinja::Error, original: &str) -> Error {
     let mut cause: Option<&dyn std::error::Error> = Some(e);
     while let Some(this) = cause {
         if let Some(inner) = this.downcast_ref::<minijinja::Error>() {
@@ -353,27 +361,37 @@ fn render_error(e: &minijinja::Error) -> Error {
         if this.is::<Raised>() {
             return Error::new(
                 ErrorKind::Argument,
-                format!("the chat template refuses the messages: {}", short(e)),
+                format!(
+                    "the chat template refuses the messages: {}",
+                    detail(e).unwrap_or_default()
+                ),
             );
         }
         cause = this.source();
     }
-    template_error(ErrorKind::Invalid, e)
+    template_error(ErrorKind::Invalid, e, original)
 }
 
-fn template_error(kind: ErrorKind, e: &minijinja::Error) -> Error {
+/// Describes an error with its line, and the text of the line in `original` if nothing else says
+/// what is wrong.
+fn template_error(kind: ErrorKind, e: &minijinja::Error, original: &str) -> Error {
     let line = e.line().map_or(String::new(), |n| format!(", line {n}"));
-    Error::new(
-        kind,
-        format!("chat template{line}: {}: {}", e.kind(), short(e)),
-    )
+    let text = || {
+        let text = original.lines().nth(e.line()?.checked_sub(1)?)?;
+        let text: String = text.trim().chars().take(MAX_LINE_CHARS).collect();
+        Some(format!("in '{}'", text.escape_debug()))
+    };
+    let what = detail(e)
+        .or_else(text)
+        .map_or(String::new(), |what| format!(": {what}"));
+    Error::new(kind, format!("chat template{line}: {}{what}", e.kind()))
 }
 
 /// Returns the detail of an error, truncated:
 /// it may contain any text that the template computed.
-fn short(e: &minijinja::Error) -> String {
-    let detail = e.detail().unwrap_or("no detail");
-    detail.chars().take(MAX_MESSAGE_CHARS).collect()
+fn detail(e: &minijinja::Error) -> Option<String> {
+    let detail = e.detail().filter(|detail| !detail.is_empty())?;
+    Some(detail.chars().take(MAX_MESSAGE_CHARS).collect())
 }
 
 /// Replaces `{% generation %}`, which marks the assistant's text for training

@@ -393,3 +393,60 @@ fn arguments_are_names_of_the_template() {
         .unwrap_err();
     assert_eq!(e.kind(), ErrorKind::Argument);
 }
+
+/// Results of jinja2 3.1.6.
+#[test]
+fn tests_of_values_are_those_of_python() {
+    let values = [
+        ("none", "...."),
+        ("undefined_name", "IS.."),
+        ("'abc'", "IS.."),
+        ("''", "IS.."),
+        ("[1]", "IS.."),
+        ("(1, 2)", "IS.."),
+        ("{'a': 1}", "ISM."),
+        ("1", "...N"),
+        ("1.5", "...N"),
+        ("true", "...N"),
+    ];
+    for (value, expected) in values {
+        let tests = ["iterable", "sequence", "mapping", "number"];
+        let source: String = tests
+            .iter()
+            .zip(["I", "S", "M", "N"])
+            .map(|(test, letter)| format!("{{{{ '{letter}' if {value} is {test} else '.' }}}}"))
+            .collect();
+        let template = ChatTemplate::new(&source, None, None).unwrap();
+        assert_eq!(template.render(&[], false).unwrap(), expected, "{value}");
+    }
+    // As in published templates.
+    let source = "{% if tools is iterable and tools | length > 0 %}T{% else %}-{% endif %}";
+    let template = ChatTemplate::new(source, None, None).unwrap();
+    assert_eq!(template.render(&[], false).unwrap(), "-");
+}
+
+#[test]
+fn errors_say_what_and_where() {
+    let render = |source: &str| {
+        let template = ChatTemplate::new(source, None, None)?;
+        template.render(&[Message::new("user", "hi")], false)
+    };
+    for (source, expected) in [
+        (
+            "a\n  {{ messages[0].tool.name }}",
+            "chat template, line 2: undefined value: in '{{ messages[0].tool.name }}'",
+        ),
+        (
+            "{{ 'a'|nothing }}",
+            "chat template, line 1: unknown filter: filter nothing is unknown",
+        ),
+        ("{% if %}", "chat template, line 1: syntax error: "),
+    ] {
+        let error = render(source).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+        assert!(
+            !error.contains("no detail") && !error.contains("_upg"),
+            "{error}"
+        );
+    }
+}

@@ -171,12 +171,27 @@ impl<'a> Metadata<'a> {
     }
 }
 
+/// Returns `tokens` with the names of llama.cpp for the empty ones, if there are several.
+fn with_named_gaps(mut tokens: Vec<String>) -> Vec<String> {
+    let is_gap = |token: &String| token.is_empty();
+    if tokens.iter().filter(|token| is_gap(token)).count() > 1 {
+        for (id, token) in tokens
+            .iter_mut()
+            .enumerate()
+            .filter(|(_, token)| is_gap(token))
+        {
+            *token = format!("[EMPTY_{id}]");
+        }
+    }
+    tokens
+}
+
 /// Collects the tokenizer data of the metadata.
 ///
 /// Errors: `Malformed` (types, lists of different lengths), `TooLarge`.
 pub(super) fn read_vocab(metadata: &Metadata<'_>) -> Result<GgufVocab> {
     let text = |key: &str| metadata.text(key);
-    let tokens = metadata.texts(TOKENS, MAX_TOKENS)?;
+    let tokens = with_named_gaps(metadata.texts(TOKENS, MAX_TOKENS)?);
     let scores = metadata.list("tokenizer.ggml.scores", MAX_TOKENS, |value| match value {
         Value::Float(x) => Ok(x as f32),
         _ => Err(malformed("tokenizer.ggml.scores is not a list of floats")),
@@ -217,4 +232,21 @@ pub(super) fn read_vocab(metadata: &Metadata<'_>) -> Result<GgufVocab> {
         chat_template,
         tokens,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn empty_tokens_get_names_if_there_are_several() {
+        let named = |tokens: &[&str]| {
+            with_named_gaps(tokens.iter().map(|token| (*token).to_owned()).collect())
+        };
+        assert_eq!(
+            named(&["a", "", "b", ""]),
+            ["a", "[EMPTY_1]", "b", "[EMPTY_3]"]
+        );
+        assert_eq!(named(&["a", ""]), ["a", ""]);
+    }
 }

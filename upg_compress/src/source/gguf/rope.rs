@@ -40,6 +40,13 @@ pub(super) fn scaling(
     // Before `rope.scaling.*`, linear scaling had its own key.
     let factor = factor.or(m.float(&format!("{arch}.rope.scale_linear"))?);
     let factor = factor.filter(|f| *f != 1.0);
+    let is_yarn = kind.as_deref() == Some("yarn") && factor.is_some();
+    let attention = m.float(&format!("{arch}.rope.scaling.attn_factor"))?;
+    if let Some(attention) = attention.filter(|x| *x != 1.0 && !is_yarn) {
+        return Err(unsupported(format!(
+            "rope.scaling.attn_factor {attention} without YaRN"
+        )));
+    }
     match (kind.as_deref().unwrap_or("linear"), factor) {
         ("none", _) | ("linear", None) => Ok(Value::Null),
         (_, Some(f)) if f <= 0.0 => Err(unsupported(format!("rope scaling factor {f}"))),
@@ -67,12 +74,16 @@ fn yarn(m: &Metadata<'_>, arch: &str, factor: f64) -> Result<Value> {
             scaling.insert(hf.to_owned(), json!(x));
         }
     }
-    for name in [
-        "attn_factor",
-        "yarn_attn_factor",
-        "yarn_ext_factor",
-        "yarn_log_multiplier",
-    ] {
+    // llama.cpp multiplies the factor of cos and sin that the scaling implies.
+    if let Some(x) = m.float(&key("attn_factor"))?.filter(|x| *x != 1.0) {
+        let implied = if factor > 1.0 {
+            0.1 * factor.ln() + 1.0
+        } else {
+            1.0
+        };
+        scaling.insert("attention_factor".to_owned(), json!(x * implied));
+    }
+    for name in ["yarn_attn_factor", "yarn_ext_factor", "yarn_log_multiplier"] {
         if m.float(&key(name))?.is_some_and(|x| x != 1.0) {
             return Err(unsupported(format!("YaRN with {name}")));
         }
@@ -101,16 +112,12 @@ pub(super) fn longrope(
     if kind.as_ref().is_some_and(|k| k != "longrope") {
         return Err(unsupported(format!("rope scaling {kind:?} with factors")));
     }
-    let list = |factors: &[f32]| -> Vec<Value> {
-        let shortest = |f: &f32| f.to_string().parse::<f64>().unwrap_or(f64::NAN);
-        factors.iter().map(|f| json!(shortest(f))).collect()
-    };
     let mut scaling = Map::new();
     // Older versions of transformers read `type`, newer ones `rope_type`.
     scaling.insert("type".to_owned(), json!("longrope"));
     scaling.insert("rope_type".to_owned(), json!("longrope"));
-    scaling.insert("short_factor".to_owned(), json!(list(short)));
-    scaling.insert("long_factor".to_owned(), json!(list(long)));
+    scaling.insert("short_factor".to_owned(), json!(shortest(short)));
+    scaling.insert("long_factor".to_owned(), json!(shortest(long)));
     if let Some(stored) = m.float("phi3.rope.scaling.attn_factor")? {
         let formula = longrope_attention_factor(dims.context, original);
         if (stored / formula - 1.0).abs() > ATTENTION_TOLERANCE {
@@ -164,7 +171,7 @@ impl Llama3 {
 ///
 /// The largest divisor is the factor. Between the two ends 1/d is linear in 1/wavelength. So each
 /// point there gives `original` for the usual high factor 4, and two points give both. The result
-/// is accepted only if it reproduces every divisor.
+/// is accepted only if it reproduces every divisor; else all of them are listed, as in longrope.
 fn llama3(freqs: &[f32], dims: &Dims) -> Result<Value> {
     let count = dims.rotary_dim / 2;
     if freqs.len() != count || freqs.iter().any(|f| !f.is_finite() || *f <= 0.0) {
@@ -195,7 +202,7 @@ fn llama3(freqs: &[f32], dims: &Dims) -> Result<Value> {
         original,
     }) = found
     else {
-        return Err(unsupported("rotary factors that are not llama3's").tensor("rope_freqs.weight"));
+        return Ok(any_divisors(freqs, dims.context));
     };
     Ok(json!({
         "rope_type": "llama3",
@@ -204,6 +211,25 @@ fn llama3(freqs: &[f32], dims: &Dims) -> Result<Value> {
         "high_freq_factor": high,
         "original_max_position_embeddings": original as u64,
     }))
+}
+
+/// Returns scaling with a divisor for each frequency, at every length.
+fn any_divisors(freqs: &[f32], context: usize) -> Value {
+    let list = shortest(freqs);
+    json!({
+        "rope_type": "longrope",
+        "short_factor": list,
+        "long_factor": list,
+        "factor": 1.0,
+        "attention_factor": 1.0,
+        "original_max_position_embeddings": context,
+    })
+}
+
+/// Returns the shortest decimal numbers that give `factors` again.
+fn shortest(factors: &[f32]) -> Vec<Value> {
+    let number = |f: &f32| json!(f.to_string().parse::<f64>().unwrap_or(f64::NAN));
+    factors.iter().map(number).collect()
 }
 
 fn candidates(points: &[(f64, f64)], factor: f64) -> Vec<Llama3> {
@@ -291,15 +317,17 @@ mod tests {
     }
 
     #[test]
-    fn factors_that_do_nothing_are_none_and_others_are_refused() {
+    fn factors_that_do_nothing_are_none_and_others_are_listed() {
         let dims = dims(8, 10000.0);
         assert_eq!(llama3(&[1.0; 4], &dims).unwrap(), Value::Null);
-        for bad in [
-            &[1.0, 2.0, 1.0, 3.0][..],
-            &[1.0; 3],
-            &[1.0, 1.0, 1.0, f32::NAN],
-            &[0.0; 4],
-        ] {
+        let listed = llama3(&[1.0, 2.0, 1.0, 3.1], &dims).unwrap();
+        let factors = json!([1.0, 2.0, 1.0, 3.1]);
+        assert_eq!(
+            (&listed["short_factor"], &listed["long_factor"]),
+            (&factors, &factors)
+        );
+        assert_eq!(listed["attention_factor"], 1.0);
+        for bad in [&[1.0; 3][..], &[1.0, 1.0, 1.0, f32::NAN], &[0.0; 4]] {
             assert!(llama3(bad, &dims).is_err(), "{bad:?}");
         }
     }

@@ -45,8 +45,8 @@ impl GgufVocab {
     /// outside ASCII in `gpt-4o` and `tekken`; the long s, U+017F, after an apostrophe).
     ///
     /// # Errors
-    /// `Unsupported` for another `model` or `pre`; `Missing` for absent tokens, scores, merges or
-    /// `pre`; `TooLarge` above the limits of a `tokenizer.json` and 4096 bytes per token; `Invalid`
+    /// `Unsupported` for another `model` or `pre`; `Missing` for absent tokens, scores or merges;
+    /// `TooLarge` above the limits of a `tokenizer.json` and 4096 bytes per token; `Invalid`
     /// for a duplicate token, an id out of range, an unknown token type, a score that is not a
     /// number, a merge of or into an unknown token, lists of different lengths.
     pub fn to_tokenizer_files(&self) -> Result<TokenizerFiles> {

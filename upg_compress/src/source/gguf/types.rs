@@ -13,6 +13,8 @@ use upg_kernel::{Error, ErrorKind, Result};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum GgmlType {
     Float(FloatType),
+    /// 32 values of 4 bits with a power of two as scale.
+    Mxfp4,
     /// Quantized type, decoded by candle.
     Quantized(GgmlDType),
 }
@@ -26,6 +28,7 @@ impl GgmlType {
             0 => return Ok(Self::Float(FloatType::F32)),
             1 => return Ok(Self::Float(FloatType::F16)),
             30 => return Ok(Self::Float(FloatType::Bf16)),
+            39 => return Ok(Self::Mxfp4),
             2 => GgmlDType::Q4_0,
             3 => GgmlDType::Q4_1,
             6 => GgmlDType::Q5_0,
@@ -42,7 +45,9 @@ impl GgmlType {
                     ErrorKind::Unsupported,
                     format!("GGUF type {}", unread_name(number)),
                 )
-                .hint("take a file with F16, BF16, Q8_0, Q4_0 or K-quant types (Q2_K to Q6_K)"));
+                .hint(
+                    "take a file with F16, BF16, Q8_0, Q4_0, MXFP4 or K-quant types (Q2_K to Q6_K)",
+                ));
             }
         }))
     }
@@ -53,6 +58,7 @@ impl GgmlType {
             Self::Float(FloatType::F32) => "F32",
             Self::Float(FloatType::F16) => "F16",
             Self::Float(FloatType::Bf16) => "BF16",
+            Self::Mxfp4 => "MXFP4",
             Self::Quantized(dtype) => match dtype {
                 GgmlDType::Q4_0 => "Q4_0",
                 GgmlDType::Q4_1 => "Q4_1",
@@ -73,7 +79,7 @@ impl GgmlType {
     pub(super) fn source_dtype(self) -> SourceDtype {
         match self {
             Self::Float(float) => SourceDtype::Float(float),
-            Self::Quantized(_) => SourceDtype::Quantized(self.name()),
+            Self::Mxfp4 | Self::Quantized(_) => SourceDtype::Quantized(self.name()),
         }
     }
 
@@ -81,6 +87,7 @@ impl GgmlType {
     pub(super) fn block_values(self) -> usize {
         match self {
             Self::Float(_) => 1,
+            Self::Mxfp4 => 32,
             Self::Quantized(dtype) => dtype.block_size(),
         }
     }
@@ -89,6 +96,7 @@ impl GgmlType {
     pub(super) fn block_bytes(self) -> usize {
         match self {
             Self::Float(float) => float.size(),
+            Self::Mxfp4 => 17,
             Self::Quantized(dtype) => dtype.type_size(),
         }
     }
@@ -105,10 +113,6 @@ impl GgmlType {
     ///
     /// Errors (`Malformed`): `bytes` are not the blocks of `out.len()` values.
     pub(super) fn to_f32(self, bytes: &[u8], out: &mut [f32]) -> Result<()> {
-        let dtype = match self {
-            Self::Float(float) => return float.to_f32(bytes, out),
-            Self::Quantized(dtype) => dtype,
-        };
         let wrong_size = || {
             Error::new(
                 ErrorKind::Malformed,
@@ -126,6 +130,14 @@ impl GgmlType {
         {
             return Err(wrong_size());
         }
+        let dtype = match self {
+            Self::Float(float) => return float.to_f32(bytes, out),
+            Self::Mxfp4 => {
+                mxfp4_to_f32(bytes, out);
+                return Ok(());
+            }
+            Self::Quantized(dtype) => dtype,
+        };
         // candle casts the bytes to its blocks and asserts their alignment (2 bytes, Q8_K: 4). The
         // header guarantees it for mapped tensors; other callers get a copy.
         let align = if dtype == GgmlDType::Q8K { 4 } else { 2 };
@@ -147,6 +159,25 @@ impl GgmlType {
             _ => return Err(wrong_size()),
         }
         Ok(())
+    }
+}
+
+/// Levels of MXFP4: twice those of a float with two bits of exponent and one of mantissa.
+const MXFP4_LEVELS: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
+
+/// Decodes whole blocks of MXFP4 (ggml-quants.c, `dequantize_row_mxfp4`).
+///
+/// A block is an exponent and 16 bytes, whose lower halves come before the upper ones.
+fn mxfp4_to_f32(bytes: &[u8], out: &mut [f32]) {
+    let blocks = bytes.as_chunks::<17>().0.iter();
+    for ([exponent, codes @ ..], out) in blocks.zip(out.as_chunks_mut::<32>().0) {
+        // Half of the scale, because the levels are doubled; exact in f64 and f32.
+        let scale = 2f64.powi(i32::from(*exponent) - 128) as f32;
+        let level = |code: u8| f32::from(MXFP4_LEVELS[usize::from(code)]) * scale;
+        for (i, code) in codes.iter().enumerate() {
+            out[i] = level(code & 15);
+            out[i + 16] = level(code >> 4);
+        }
     }
 }
 
@@ -172,9 +203,36 @@ fn unread_name(number: u32) -> String {
         29 => "IQ1_M",
         34 => "TQ1_0",
         35 => "TQ2_0",
-        39 => "MXFP4",
         40 => "NVFP4",
         _ => return format!("number {number}"),
     };
     name.to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Two blocks, decoded by hand.
+    #[test]
+    fn mxfp4_values() {
+        let kind = GgmlType::from_number(39).unwrap();
+        assert_eq!((kind.block_values(), kind.block_bytes()), (32, 17));
+        let mut bytes = vec![128];
+        bytes.extend((0..16).map(|code: u8| code | (15 - code) << 4));
+        bytes.push(0);
+        bytes.extend([0x21; 16]);
+        let mut out = [0.0; 64];
+        kind.to_f32(&bytes, &mut out).unwrap();
+        let levels = [
+            0., 1., 2., 3., 4., 6., 8., 12., 0., -1., -2., -3., -4., -6., -8., -12.,
+        ];
+        assert_eq!(out[..16], levels);
+        assert!(out[16..32].iter().eq(levels.iter().rev()));
+        let smallest = 2f32.powi(-127) / 2.0;
+        assert_eq!(out[32..48], [smallest; 16]);
+        assert_eq!(out[48..], [2.0 * smallest; 16]);
+        assert!(kind.to_f32(&bytes[1..], &mut out).is_err());
+        assert!(kind.to_f32(&bytes, &mut out[1..]).is_err());
+    }
 }

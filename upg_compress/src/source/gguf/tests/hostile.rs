@@ -218,7 +218,7 @@ fn absurd_headers_are_refused() {
             Unsupported,
             "tensor 'blk.0.x': GGUF type IQ4_XS",
         ),
-        ("MXFP4", tensor(&[256], 39, 0), Unsupported, "MXFP4"),
+        ("NVFP4", tensor(&[256], 40, 0), Unsupported, "NVFP4"),
         ("Q8_1", tensor(&[32], 9, 0), Unsupported, "Q8_1"),
         (
             "new type",

@@ -4,6 +4,7 @@
 use super::super::{GgufSource, Source};
 use super::builder::{ARRAY, STRING, edited, floats, key_with, llama, text};
 use super::hostile::read_all;
+use upg_kernel::inference::config::{ModelConfig, RopeScaling};
 use upg_kernel::{ErrorKind, Result};
 
 #[test]
@@ -98,14 +99,14 @@ fn models_that_do_not_add_up_are_refused() {
             "long",
         ),
         (
-            "other factors",
+            "negative factors",
             edited(
                 "llama3",
                 &floats(&[8.0; 5]),
-                &floats(&[8.0, 8.0, 9.0, 8.0, 8.0]),
+                &floats(&[8.0, 8.0, -9.0, 8.0, 8.0]),
             ),
-            Unsupported,
-            "llama3",
+            Invalid,
+            "rotary factors",
         ),
         (
             "not a number",
@@ -228,6 +229,32 @@ fn variants_that_the_families_do_not_have_are_refused() {
     }
 }
 
+/// Divisors of any kind are read as longrope that is the same at every length.
+#[test]
+fn rotary_factors_of_no_known_kind_are_listed() {
+    let factors = [8.0, 8.0, 9.0, 8.0, 8.0];
+    let bytes = edited("llama3", &floats(&[8.0; 5]), &floats(&factors));
+    let config = config_of(&bytes).unwrap();
+    let rope = ModelConfig::from_json(&config.to_string(), None)
+        .unwrap()
+        .rope;
+    let RopeScaling::LongRope {
+        short,
+        long,
+        attention_factor,
+        ..
+    } = rope.scaling
+    else {
+        panic!("{rope:?}");
+    };
+    assert!(
+        short
+            .windows(5)
+            .any(|found| *found == factors.map(f64::from))
+    );
+    assert_eq!((short, attention_factor), (long, 1.0));
+}
+
 #[test]
 fn rope_scaling_keys_become_rope_scaling() {
     use serde_json::json;
@@ -256,4 +283,14 @@ fn rope_scaling_keys_become_rope_scaling() {
         json!({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32});
     let yarn = ("rope.scaling.type", STRING, yarn.as_slice());
     assert_eq!(scaling(&[yarn, factor, original]), expected);
+    let half = 0.5f32.to_le_bytes();
+    let attention = ("rope.scaling.attn_factor", 6, half.as_slice());
+    let found = scaling(&[yarn, factor, attention])["attention_factor"]
+        .as_f64()
+        .unwrap();
+    assert!((found - 0.5 * (0.1 * 4f64.ln() + 1.0)).abs() < 1e-12);
+    let e = config_of(&llama(&[attention], &[]))
+        .unwrap_err()
+        .to_string();
+    assert!(e.contains("attn_factor 0.5 without YaRN"), "{e}");
 }

@@ -10,6 +10,14 @@ use upg_kernel::{Error, ErrorKind, Result};
 use super::file::TokenizerParts;
 use super::vocab::{Vocab, invalid};
 
+/// Expressions of llama.cpp for files that name no pre-tokenizer.
+const DEFAULT: [&str; 4] = [
+    r"[\p{P}\$\+<=>\^~\|]+",
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    r"\p{N}+",
+    r"[0-9][0-9][0-9]",
+];
+
 /// Pre-tokenizer: the splitting rule, and the settings that belong to its name in llama.cpp.
 pub(super) struct PreTokenizer {
     cut: Cut,
@@ -26,6 +34,8 @@ enum Cut {
     DigitsGpt2,
     /// Expression; each match is a part.
     Expression(&'static str),
+    /// Expressions, each of which cuts the parts of those before it.
+    Expressions(&'static [&'static str]),
 }
 
 /// Expression of Llama 3 (also cl100k of tiktoken): digits in groups of three.
@@ -44,14 +54,14 @@ const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}
 /// Returns the pre-tokenizer for a `tokenizer.ggml.pre` (names as in llama.cpp's
 /// `llama_vocab::impl::load`).
 pub(super) fn pre_tokenizer(pre: Option<&str>) -> Result<PreTokenizer> {
-    let Some(pre) = pre else {
-        return Err(Error::new(
-            ErrorKind::Missing,
-            "tokenizer.ggml.pre is missing: how to cut the text is not known",
-        )
-        .hint("convert the model again with a newer converter"));
-    };
-    let (cut, ignore_merges, add_bos) = match pre {
+    let (cut, ignore_merges, add_bos) = match pre.unwrap_or_default() {
+        "" | "default" => {
+            log::warn!(
+                "the GGUF file names no pre-tokenizer: text is cut as llama.cpp does by default, \
+                 which may differ from the original model"
+            );
+            (Cut::Expressions(&DEFAULT), false, false)
+        }
         "smollm" | "starcoder" | "refact" | "command-r" | "codeshell" | "exaone" | "minerva-7b"
         | "mellum2" => (Cut::DigitsGpt2, false, false),
         "gpt-2" | "phi-2" | "mpt" | "olmo" | "jais" | "exaone4" | "gigachat" | "a.x-4.0"
@@ -115,16 +125,20 @@ impl Cut {
                     byte_level(true),
                 ],
             }),
-            Self::Expression(regex) => json!({
-                "type": "Sequence",
-                "pretokenizers": [
-                    {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated",
-                     "invert": false},
-                    byte_level(false),
-                ],
-            }),
+            Self::Expression(regex) => by_expressions(&[regex]),
+            Self::Expressions(list) => by_expressions(list),
         }
     }
+}
+
+fn by_expressions(list: &[&str]) -> Value {
+    let split = |regex: &&str| {
+        json!({"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated",
+               "invert": false})
+    };
+    let mut steps: Vec<Value> = list.iter().map(split).collect();
+    steps.push(byte_level(false));
+    json!({"type": "Sequence", "pretokenizers": steps})
 }
 
 fn byte_level(use_regex: bool) -> Value {

@@ -51,6 +51,7 @@ fn pre_tokenizers_cut_as_named() {
     for (pre, digits, spaces) in [
         ("smollm", &["1", "2", "3"][..], &["x", "Ġ", "Ġa"][..]),
         ("gpt-2", &["123"], &["x", "Ġ", "Ġa"]),
+        ("default", &["123"], &["x", "Ġ", "Ġa"]),
         ("llama-bpe", &["123"], &["x", "Ġ", "Ġa"]),
         ("dbrx", &["123"], &["x", "Ġ", "Ġa"]),
         ("gpt-4o", &["123"], &["x", "Ġ", "Ġa"]),
@@ -73,6 +74,12 @@ fn pre_tokenizers_cut_as_named() {
         assert_eq!(t.decode(&ids, false).unwrap(), text);
         assert_eq!(t.decode(&ids, true).unwrap(), "ab<think> é  12");
     }
+    // As in llama.cpp, a missing name is the default one.
+    let mut vocab = byte_level("default");
+    let named = vocab.to_tokenizer_files().unwrap().tokenizer_json;
+    vocab.pre = None;
+    assert_eq!(vocab.to_tokenizer_files().unwrap().tokenizer_json, named);
+    assert_eq!(spelled(&load(&vocab), "1231a"), ["123", "1", "a"]);
     // Only in one of them words end at a capital.
     let mut vocab = byte_level("gpt-4o");
     vocab.merges.push("b C".to_owned());
@@ -397,7 +404,6 @@ fn refuses_broken_vocabularies() {
         assert_eq!(e.kind(), kind, "{e}");
         assert!(e.to_string().contains(words), "{e}");
     };
-    bytes(&|v| v.pre = None, missing, "pre");
     bytes(
         &|v| v.pre = Some("new".into()),
         ErrorKind::Unsupported,

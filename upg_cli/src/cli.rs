@@ -94,7 +94,7 @@ pub enum Command {
     Decompress(DecompressArgs),
     /// List the contents of a UPG file
     Inspect(InspectArgs),
-    /// Verify the checksums and format rules of a UPG file
+    /// Verify the checksums and format rules of a UPG file, and that its model can run
     Verify(FileArgs),
     /// Generate text from a prompt, or compute logits for token ids
     Run(RunArgs),

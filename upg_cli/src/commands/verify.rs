@@ -3,11 +3,12 @@
 
 use crate::cli::FileArgs;
 use crate::terminal;
+use std::sync::Arc;
 use upg_kernel::format::UpgFile;
-use upg_kernel::{OpenOptions, Result};
+use upg_kernel::{OpenOptions, Result, UPGModel};
 
 pub fn run(args: &FileArgs, open: OpenOptions) -> Result<()> {
-    let file = UpgFile::open_with(&args.file, open)?;
+    let file = Arc::new(UpgFile::open_with(&args.file, open)?);
     // A file that was read into memory was verified then.
     if open.mmap {
         let bar = terminal::bar(
@@ -18,6 +19,7 @@ pub fn run(args: &FileArgs, open: OpenOptions) -> Result<()> {
         bar.finish_and_clear();
         verified?;
     }
+    UPGModel::check(&file)?;
     terminal::print(&format!(
         "{}: sound ({}, {} layers)\n",
         args.file.display(),

@@ -28,8 +28,22 @@ macos=aarch64-apple-darwin
 
 need_clang
 clang=$(find_clang)
-# For C code of dependencies: Apple's headers are missing here, and the result is not used.
-export CC_aarch64_apple_darwin=${clang/++/} CFLAGS_aarch64_apple_darwin=-ffreestanding
+# For C code of dependencies: Apple's headers are missing here, and the result is not used. These
+# names are all that ring needs of them.
+headers=$root/target/apple-headers
+mkdir -p "$headers"
+echo '#define TARGET_OS_OSX 1' >"$headers/TargetConditionals.h"
+echo '#define assert(condition) ((void)0)' >"$headers/assert.h"
+echo 'void abort(void);' >"$headers/stdlib.h"
+cat >"$headers/string.h" <<'END'
+#include <stddef.h>
+int memcmp(const void *, const void *, size_t);
+void *memcpy(void *, const void *, size_t);
+void *memmove(void *, const void *, size_t);
+void *memset(void *, int, size_t);
+END
+export CC_aarch64_apple_darwin=${clang/++/}
+export CFLAGS_aarch64_apple_darwin="-ffreestanding -isystem $headers"
 unset RUSTFLAGS CARGO_ENCODED_RUSTFLAGS CARGO_BUILD_RUSTFLAGS
 
 sysroot=$(rustc --print sysroot)

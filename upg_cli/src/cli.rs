@@ -2,8 +2,10 @@
 #![forbid(unsafe_code)]
 
 mod generation;
+mod models;
 
 pub use generation::{ChatArgs, RunArgs, SamplingArgs};
+pub use models::{ListArgs, ModelArgs, PullArgs, RmArgs, ShowArgs, TakesModel};
 
 use clap::builder::PossibleValuesParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -104,6 +106,14 @@ pub enum Command {
     Eval(EvalArgs),
     /// Measure speed and memory use
     Bench(BenchArgs),
+    /// Download a model by name, as user/model
+    Pull(PullArgs),
+    /// List the models in the caches
+    List(ListArgs),
+    /// Show what is in the caches of a model
+    Show(ShowArgs),
+    /// Remove a model from the caches
+    Rm(RmArgs),
     /// Print a shell completion script
     Completions(CompletionsArgs),
     /// Make a page of the report of a compression
@@ -156,6 +166,7 @@ Encodings, with bits per weight:
 
 Examples:
   upg compress SmolLM2-135M-Instruct/ -o smollm2.safetensors
+  upg compress microsoft/phi-4 -o phi4.safetensors
   upg compress model.gguf -o model.safetensors --encoding q4
   upg compress Phi-4/ -o phi4.safetensors --size 5.5GB --resume
   upg compress Phi-4/ -o phi4.safetensors --encoding t3 --calibrate text.txt
@@ -164,9 +175,12 @@ Examples:
   upg compress Phi-4/ -o phi4.safetensors --encoding t3 --dry-run
   upg compress Phi-4/ -o phi4.safetensors --encoding q4 --no-calibrate")]
 pub struct CompressArgs {
-    /// Hugging Face directory (config.json, *.safetensors),
-    /// GGUF file or version 1 UPG file (see convert)
+    /// Hugging Face directory (config.json, *.safetensors), GGUF file, name as user/model, or
+    /// version 1 UPG file (see convert)
     pub source: PathBuf,
+    /// Use what is in the cache of downloads, and no network
+    #[arg(long)]
+    pub offline: bool,
     /// Output file, written atomically; replaces an existing one
     #[arg(short, long, value_name = "FILE")]
     pub output: PathBuf,
@@ -338,8 +352,10 @@ Examples:
   upg inspect model.safetensors --plot
   upg inspect model.safetensors --json | jq '.layers[] | select(.encoding == \"q4\")'")]
 pub struct InspectArgs {
-    /// UPG file, version 1 or 2
+    /// UPG file, or an original: user/model, a .gguf file or a Hugging Face directory
     pub file: PathBuf,
+    #[command(flatten)]
+    pub original: ModelArgs,
     /// List every layer; by default those that differ only in their number are one line
     #[arg(long)]
     pub layers: bool,
@@ -356,8 +372,10 @@ pub struct InspectArgs {
 Example:
   upg verify model.safetensors && echo sound")]
 pub struct FileArgs {
-    /// UPG file
+    /// UPG file, or an original: user/model, a .gguf file or a Hugging Face directory
     pub file: PathBuf,
+    #[command(flatten)]
+    pub original: ModelArgs,
 }
 
 #[derive(Clone, Copy, Default, ValueEnum)]
@@ -391,14 +409,16 @@ Examples:
   upg eval small.safetensors --text book.txt --against Phi-4/ --json
   upg eval small.safetensors --text book.txt --against Phi-4/ --logits phi4.logits")]
 pub struct EvalArgs {
-    /// UPG file
+    /// UPG file, or an original: user/model, a .gguf file or a Hugging Face directory
     pub file: PathBuf,
+    #[command(flatten)]
+    pub original: ModelArgs,
     /// Text file (UTF-8)
     #[arg(long, value_name = "FILE")]
     pub text: PathBuf,
-    /// Reference model, for KL divergence and top-1 agreement: a UPG file, or an
-    /// original (Hugging Face directory or GGUF file), which runs in f32 and takes 4
-    /// bytes of memory per weight
+    /// Reference model, for KL divergence and top-1 agreement: a UPG file, or an original
+    /// (user/model, Hugging Face directory or GGUF file), which runs in f32 and takes 4 bytes of
+    /// memory per weight
     #[arg(long, value_name = "MODEL")]
     pub against: Option<PathBuf>,
     /// Cache the reference logits in this file; recomputed if the text, windows or reference
@@ -453,8 +473,10 @@ pub enum BenchCommand {
 
 #[derive(Args)]
 pub struct MeasureArgs {
-    /// UPG file
+    /// UPG file, or an original: user/model, a .gguf file or a Hugging Face directory
     pub file: PathBuf,
+    #[command(flatten)]
+    pub original: ModelArgs,
     /// Prompt length in tokens; 0: skip
     #[arg(short, long, default_value_t = 512, value_name = "N")]
     pub prompt_tokens: usize,

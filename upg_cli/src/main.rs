@@ -9,6 +9,9 @@ mod threads;
 mod wrap;
 
 use clap::Parser;
+use clap::error::{ContextKind, ContextValue};
+use cli::TakesModel;
+use commands::originals;
 use log::{Level, LevelFilter, Log};
 use std::ffi::OsString;
 use std::io::IsTerminal;
@@ -72,6 +75,13 @@ fn explain(e: &clap::Error) -> ExitCode {
         // If standard error is closed, nobody can be told.
         false => drop(e.print()),
     }
+    if let Some(ContextValue::String(word)) = e.get(ContextKind::InvalidSubcommand)
+        && originals::is_like_a_model(word)
+    {
+        terminal::note(format_args!(
+            "upg: to use a model: upg run {word}, upg chat {word}"
+        ));
+    }
     ExitCode::from(USAGE)
 }
 
@@ -106,21 +116,55 @@ fn run(cli: cli::Cli) -> Result<()> {
     let mut open = OpenOptions::default();
     open.mmap = !cli.no_mmap;
     match command {
-        cli::Command::Compress(args) => commands::compress::run(&args, open),
+        cli::Command::Compress(mut args) => {
+            args.source = originals::source(&args.source, args.offline)?;
+            commands::compress::run(&args, open)
+        }
         cli::Command::Tune(args) => commands::tune::run(&args, open),
         cli::Command::Convert(args) => commands::convert::run(&args),
         cli::Command::Decompress(args) => commands::decompress::run(&args, open),
-        cli::Command::Inspect(args) => commands::inspect::run(&args, open),
-        cli::Command::Verify(args) => commands::verify::run(&args, open),
-        cli::Command::Run(args) => commands::run::run(&args, open),
-        cli::Command::Chat(args) => commands::chat::run(&args, open),
-        cli::Command::Eval(args) => commands::eval::run(&args, open),
-        cli::Command::Bench(args) => commands::bench::run(&args, open),
+        cli::Command::Inspect(args) => with_upg_file(args, open, commands::inspect::run),
+        cli::Command::Verify(args) => with_upg_file(args, open, commands::verify::run),
+        cli::Command::Run(args) => with_upg_file(args, open, commands::run::run),
+        cli::Command::Chat(args) => with_upg_file(args, open, commands::chat::run),
+        cli::Command::Eval(mut args) => {
+            if let Some(reference) = &mut args.against {
+                *reference = originals::source(reference, args.original.offline)?;
+            }
+            with_upg_file(args, open, commands::eval::run)
+        }
+        cli::Command::Bench(mut args) => {
+            if let Some(measure) = &mut args.measure {
+                make_upg_file(measure, open)?;
+            }
+            commands::bench::run(&args, open)
+        }
+        cli::Command::Pull(args) => commands::pull::run(&args),
+        cli::Command::List(args) => commands::list::run(&args),
+        cli::Command::Show(args) => commands::show::run(&args),
+        cli::Command::Rm(args) => commands::rm::run(&args),
         cli::Command::Completions(args) => commands::completions::run(&args),
         cli::Command::Report(args) => commands::report::run(&args),
         cli::Command::Man(args) => commands::man::run(&args),
         cli::Command::Glossary => terminal::print(cli::GLOSSARY),
     }
+}
+
+/// Runs a command after its model was made a UPG file.
+fn with_upg_file<A: TakesModel>(
+    mut args: A,
+    open: OpenOptions,
+    command: impl FnOnce(&A, OpenOptions) -> Result<()>,
+) -> Result<()> {
+    make_upg_file(&mut args, open)?;
+    command(&args, open)
+}
+
+/// Puts a UPG file in the place of an original.
+fn make_upg_file(args: &mut impl TakesModel, open: OpenOptions) -> Result<()> {
+    let (file, original) = args.model();
+    *file = originals::upg_file(file, original, open)?;
+    Ok(())
 }
 
 /// Returns whether a command reads weights at memory bandwidth.
@@ -134,6 +178,10 @@ fn runs_a_model(command: &cli::Command) -> bool {
         | C::Decompress(_)
         | C::Inspect(_)
         | C::Verify(_)
+        | C::Pull(_)
+        | C::List(_)
+        | C::Show(_)
+        | C::Rm(_)
         | C::Completions(_)
         | C::Report(_)
         | C::Man(_)

@@ -37,13 +37,31 @@ const MAX_DEPTH: usize = 4;
 pub struct Cache(PathBuf);
 
 /// Model of which everything is on this machine.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct CachedModel {
     /// Directory with `config.json`, or the first GGUF file.
     pub path: PathBuf,
     /// Commit that the files belong to.
     pub commit: String,
+    /// Name of the GGUF file in the repository, if the model is one.
+    pub gguf: Option<String>,
+}
+
+impl CachedModel {
+    pub(crate) fn new(weights: &Weights, snapshot: &Path, commit: String) -> Self {
+        let gguf = match weights {
+            Weights::Gguf(files) => files.first().cloned(),
+            Weights::Safetensors(_) | Weights::Sharded => None,
+        };
+        Self {
+            path: gguf
+                .as_ref()
+                .map_or(snapshot.to_path_buf(), |f| snapshot.join(f)),
+            commit,
+            gguf,
+        }
+    }
 }
 
 /// Repository in the cache, perhaps only a part of it.
@@ -121,8 +139,8 @@ impl Cache {
 
     /// Returns the model `name`, if all of its weights, its config and its tokenizer are here.
     ///
-    /// Uses no network. Errors: `Io`; those of a malformed index; `Argument` for a quantization of
-    /// a repository without GGUF files.
+    /// Uses no network. Of several GGUF files it chooses among those that are here. Errors: `Io`;
+    /// those of a malformed index.
     pub fn model(&self, name: &ModelName) -> Result<Option<CachedModel>> {
         let Some(commit) = self.commit(name)? else {
             return Ok(None);
@@ -146,10 +164,7 @@ impl Cache {
         };
         // A link to a blob that is gone does not exist.
         let is_whole = needed.iter().all(|file| snapshot.join(file).is_file());
-        Ok(is_whole.then(|| CachedModel {
-            path: weights.path_in(&snapshot),
-            commit,
-        }))
+        Ok(is_whole.then(|| CachedModel::new(&weights, &snapshot, commit)))
     }
 
     /// Lists the models in the cache, in the order of their names.

@@ -7,7 +7,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
-use crate::cache::{create_folder_of, entries};
+use crate::cache::{CachedModel, create_folder_of, entries};
 use crate::download::{hex, lock};
 use crate::name::ModelName;
 use crate::settings::{user_cache, variable};
@@ -45,14 +45,14 @@ pub enum Origin {
     Hub {
         /// Name that was asked for.
         name: ModelName,
-        /// Commit of its revision.
-        commit: String,
+        /// Its files in the cache.
+        model: CachedModel,
     },
     /// File or directory.
     Local {
-        /// Canonical path.
+        /// Absolute path.
         path: PathBuf,
-        /// Names, sizes and modification times of its files.
+        /// Canonical path; names, sizes and modification times of its files.
         state: String,
     },
 }
@@ -65,6 +65,7 @@ impl Origin {
         let io = |e| Error::io("cannot open", path, e);
         let metadata = path.metadata().map_err(io)?;
         let canonical = path.canonicalize().map_err(io)?;
+        let absolute = std::path::absolute(path).map_err(io)?;
         let state = match metadata.is_dir() {
             false => state_of("", &metadata),
             true => {
@@ -79,8 +80,8 @@ impl Origin {
             }
         };
         Ok(Self::Local {
-            path: canonical,
-            state,
+            path: absolute,
+            state: format!("{canonical:?}\n{state}"),
         })
     }
 
@@ -95,11 +96,11 @@ impl Origin {
     /// Returns everything that the result depends on, apart from options.
     fn identity(&self) -> String {
         match self {
-            Self::Hub { name, commit } => {
-                let quantization = name.quantization().unwrap_or_default();
-                format!("hub\n{}\n{quantization}\n{commit}", name.repository())
+            Self::Hub { name, model } => {
+                let file = model.gguf.as_deref().unwrap_or_default();
+                format!("hub\n{}\n{file}\n{}", name.repository(), model.commit)
             }
-            Self::Local { path, state } => format!("local\n{path:?}\n{state}"),
+            Self::Local { state, .. } => format!("local\n{state}"),
         }
     }
 
@@ -123,7 +124,9 @@ impl Origin {
 
     fn as_json(&self) -> Value {
         match self {
-            Self::Hub { name, commit } => json!({ "name": name.to_string(), "commit": commit }),
+            Self::Hub { name, model } => {
+                json!({ "name": name.to_string(), "commit": model.commit })
+            }
             Self::Local { path, .. } => json!({ "path": path.to_string_lossy() }),
         }
     }
@@ -214,8 +217,17 @@ impl CompressedCache {
     ///
     /// Errors: `Io`.
     pub fn find(&self, name: &ModelName, options: &str) -> Result<Option<PathBuf>> {
-        let files = self.files()?.into_iter();
-        let same = files.filter(|f| f.name.as_ref() == Some(name) && f.options == options);
+        let is_same = |file: &CompressedFile| {
+            let Some(found) = &file.name else {
+                return false;
+            };
+            let same_commit = file.commit.as_deref() == Some(name.revision());
+            found.repository() == name.repository()
+                && found.quantization() == name.quantization()
+                && (found.revision() == name.revision() || same_commit)
+                && file.options == options
+        };
+        let same = self.files()?.into_iter().filter(is_same);
         Ok(same.max_by_key(|f| f.modified).map(|f| f.path))
     }
 
@@ -304,16 +316,20 @@ mod tests {
     fn a_name_depends_on_everything_that_the_content_depends_on() {
         let folder = std::env::temp_dir();
         let cache = CompressedCache::new("/cache");
-        let hub = |name: &str, commit: &str| Origin::Hub {
+        let hub = |name: &str, commit: &str, gguf: Option<&str>| Origin::Hub {
             name: name.parse().unwrap(),
-            commit: commit.to_owned(),
+            model: CachedModel {
+                path: PathBuf::new(),
+                commit: commit.to_owned(),
+                gguf: gguf.map(str::to_owned),
+            },
         };
         let paths = [
-            cache.path(&hub("u/m", "a"), "q8"),
-            cache.path(&hub("u/m", "b"), "q8"),
-            cache.path(&hub("u/m:Q8_0", "a"), "q8"),
-            cache.path(&hub("u/n", "a"), "q8"),
-            cache.path(&hub("u/m", "a"), "q4"),
+            cache.path(&hub("u/m", "a", None), "q8"),
+            cache.path(&hub("u/m", "b", None), "q8"),
+            cache.path(&hub("u/m", "a", Some("f")), "q8"),
+            cache.path(&hub("u/n", "a", None), "q8"),
+            cache.path(&hub("u/m", "a", None), "q4"),
             cache.path(&Origin::local(&folder).unwrap(), "q8"),
         ];
         for (i, path) in paths.iter().enumerate() {
@@ -326,7 +342,7 @@ mod tests {
             "{name}"
         );
         // A branch and its commit are the same.
-        assert_eq!(cache.path(&hub("u/m@main", "a"), "q8"), paths[0]);
+        assert_eq!(cache.path(&hub("u/m@main", "a", None), "q8"), paths[0]);
     }
 
     #[test]
@@ -351,9 +367,14 @@ mod tests {
                 .is_empty()
         );
         let name: ModelName = "u/m".parse().unwrap();
+        let model = CachedModel {
+            path: PathBuf::new(),
+            commit: "c0".into(),
+            gguf: None,
+        };
         let origin = Origin::Hub {
             name: name.clone(),
-            commit: "c".into(),
+            model,
         };
         let path = cache.path(&origin, "q8");
         fs::write(&path, "x").unwrap();
@@ -363,6 +384,13 @@ mod tests {
         assert_eq!((files[0].label(), files[0].bytes), ("u/m".to_owned(), 1));
         assert_eq!(cache.find(&name, "q8").unwrap(), Some(path));
         assert_eq!(cache.find(&name, "q4").unwrap(), None);
+        assert!(
+            cache
+                .find(&"u/m@c0".parse().unwrap(), "q8")
+                .unwrap()
+                .is_some()
+        );
+        assert_eq!(cache.find(&"u/m@c1".parse().unwrap(), "q8").unwrap(), None);
         cache.remove(&files[0]).unwrap();
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
     }

@@ -177,10 +177,11 @@ impl Hub {
             progress.position(download.before);
         }
         self.cache.set_commit(name, commit)?;
-        Ok(CachedModel {
-            path: listing.weights.path_in(&snapshot),
-            commit: commit.clone(),
-        })
+        Ok(CachedModel::new(
+            &listing.weights,
+            &snapshot,
+            commit.clone(),
+        ))
     }
 
     /// Refuses a download that does not fit on the disk (`Io`).

@@ -88,7 +88,10 @@ fn parse(text: &str) -> Option<ModelName> {
     is_sound.then(|| ModelName {
         repository: repository.to_owned(),
         quantization: quantization.map(str::to_owned),
-        revision: revision.map(str::to_owned),
+        // The default is not part of a name, so that both spellings are the same one.
+        revision: revision
+            .filter(|r| *r != DEFAULT_REVISION)
+            .map(str::to_owned),
     })
 }
 

@@ -4,7 +4,6 @@
 use crate::name::{ModelName, is_file};
 use serde_json::Value;
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
 use upg_kernel::{Error, ErrorKind, Result};
 
 pub(crate) const CONFIG: &str = "config.json";
@@ -58,14 +57,6 @@ pub enum Weights {
 }
 
 impl Weights {
-    /// Returns the path of the model in its snapshot: the folder, or the first GGUF file.
-    pub(crate) fn path_in(&self, snapshot: &Path) -> PathBuf {
-        match self {
-            Self::Gguf(files) => snapshot.join(files.first().map_or("", String::as_str)),
-            Self::Safetensors(_) | Self::Sharded => snapshot.to_path_buf(),
-        }
-    }
-
     /// Returns whether `file` has to be downloaded; shards, which the index lists, do not count.
     pub(crate) fn needs(&self, file: &str) -> bool {
         let is_text = TEXTS.contains(&file) || (file.starts_with(TEMPLATE) && !file.contains('/'));

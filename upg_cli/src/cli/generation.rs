@@ -1,7 +1,7 @@
 //! Options of the commands that generate text.
 #![forbid(unsafe_code)]
 
-use super::CacheArg;
+use super::{CacheArg, ModelArgs};
 use clap::Args;
 use serde_json::Value;
 use std::path::PathBuf;
@@ -82,9 +82,11 @@ Examples:
   upg run model.safetensors --raw 'Once upon a time' -n 100 --temperature 0.8 --seed 7
   upg run model.safetensors --tokens 504,3575,282 --logits logits.safetensors")]
 pub struct RunArgs {
-    /// UPG file
+    /// UPG file, or an original: user/model, a .gguf file or a Hugging Face directory
     #[arg(value_name = "MODEL")]
     pub file: PathBuf,
+    #[command(flatten)]
+    pub original: ModelArgs,
     /// Prompt, or - for standard input [default: standard input, if it is no terminal]
     #[arg(value_name = "TEXT", conflicts_with_all = ["tokens", "logits"])]
     pub text: Option<String>,
@@ -131,9 +133,11 @@ Examples:
   upg chat model.safetensors
   upg chat model.safetensors --system 'You answer in one sentence.' --temperature 0.2")]
 pub struct ChatArgs {
-    /// UPG file
+    /// UPG file, or an original: user/model, a .gguf file or a Hugging Face directory
     #[arg(value_name = "MODEL")]
     pub file: PathBuf,
+    #[command(flatten)]
+    pub original: ModelArgs,
     /// System message
     #[arg(long, value_name = "TEXT")]
     pub system: Option<String>,

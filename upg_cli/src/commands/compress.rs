@@ -96,6 +96,22 @@ fn default_encoding(source: &dyn Source) -> Choice {
     })
 }
 
+/// Returns the calibration of a compression without options; `None` where it is not worth its time,
+/// and, with a note, where it is not possible.
+pub fn unasked_calibration(source: &dyn Source, encoding: Choice) -> Result<Option<Calibration>> {
+    if !needs_calibration(encoding) {
+        return Ok(None);
+    }
+    match Calibration::built_in(source, UNASKED_TOKENS) {
+        // Weights without a config or a tokenizer cannot run.
+        Err(e) if e.kind() == ErrorKind::Missing => {
+            terminal::note(format_args!("upg: not calibrated: {e}"));
+            Ok(None)
+        }
+        calibration => calibration.map(Some),
+    }
+}
+
 /// Returns whether a model loses so much in this encoding that it is calibrated unasked.
 fn needs_calibration(encoding: Choice) -> bool {
     match encoding {
@@ -125,17 +141,11 @@ fn options(args: &CompressArgs, source: &dyn Source) -> Result<CompressOptions> 
     let is_needed = options.budget.is_some() || options.prune.is_some() || most.is_some();
     if let Some(text) = &args.calibrate {
         options.calibration = Some(calibration(source, text.as_deref(), most)?);
-    } else if is_needed || needs_calibration(options.encoding) && !args.no_calibrate {
-        let calibration = Calibration::built_in(source, most.unwrap_or(UNASKED_TOKENS));
-        options.calibration = match calibration {
-            Ok(calibration) => Some(calibration),
-            // Weights without a config or a tokenizer cannot run.
-            Err(e) if e.kind() == ErrorKind::Missing && !is_needed => {
-                terminal::note(format_args!("upg: not calibrated: {e}"));
-                None
-            }
-            Err(e) => return Err(e),
-        };
+    } else if is_needed {
+        let most = most.unwrap_or(UNASKED_TOKENS);
+        options.calibration = Some(Calibration::built_in(source, most)?);
+    } else if !args.no_calibrate {
+        options.calibration = unasked_calibration(source, options.encoding)?;
     }
     Ok(options)
 }

@@ -194,18 +194,23 @@ pub(crate) fn waiting_for_its_prompt(command: &mut Command) -> (Child, std::proc
     (child, input)
 }
 
-/// Compresses the tiny phi3 to q8, with a tokenizer of two letters that ignores all others.
-#[cfg(unix)]
-pub(crate) fn model_of_two_letters(folder: &Path) -> PathBuf {
-    let (source, out) = (folder.join("source"), folder.join("model.safetensors"));
-    copy_model("phi3", "phi3", &source);
+/// Returns a tokenizer of two letters, which ignores all others, for the tiny phi3.
+pub(crate) fn tokenizer_of_two_letters() -> String {
     let special = |id: u32, content: &str| {
         serde_json::json!({"id": id, "content": content, "special": true, "single_word": false, "lstrip": false,
             "rstrip": false, "normalized": false})
     };
     let tokenizer = serde_json::json!({"version": "1.0", "added_tokens": [special(1, "<s>"), special(2, "</s>")],
         "model": {"type": "BPE", "vocab": {"a": 0, "<s>": 1, "</s>": 2, "b": 3}, "merges": []}});
-    fs::write(source.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    tokenizer.to_string()
+}
+
+/// Compresses the tiny phi3 to q8, with the tokenizer of two letters.
+#[cfg(unix)]
+pub(crate) fn model_of_two_letters(folder: &Path) -> PathBuf {
+    let (source, out) = (folder.join("source"), folder.join("model.safetensors"));
+    copy_model("phi3", "phi3", &source);
+    fs::write(source.join("tokenizer.json"), tokenizer_of_two_letters()).unwrap();
     success(&mut compress(&source, &out, &["-e", "q8"]));
     fs::remove_dir_all(source).unwrap();
     out

@@ -7,8 +7,11 @@
 mod bench;
 mod commands;
 mod common;
+#[path = "../../../upg_hub/tests/common/mirror.rs"]
+mod mirror;
 #[cfg(unix)]
 mod model_files;
+mod models;
 mod resume;
 #[cfg(unix)]
 mod terminal;

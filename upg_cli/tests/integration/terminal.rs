@@ -404,3 +404,35 @@ fn endless_texts_are_refused() {
         );
     }
 }
+
+/// A question comes before an original is compressed, and `--yes` answers it.
+#[test]
+fn an_original_is_compressed_after_a_yes() {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, cache) = (folder.path().join("source"), folder.path().join("upg"));
+    copy_model("phi3", "phi3", &source);
+    let compressed = || {
+        let files = fs::read_dir(&cache).into_iter().flatten();
+        let paths = files.map(|f| f.unwrap().path());
+        paths
+            .filter(|p| p.extension().is_some_and(|e| e == "safetensors"))
+            .count()
+    };
+    for (answer, more, is_asked, expected) in [
+        ("n\n", &[][..], true, 130),
+        ("\n", &["--encoding", "q4"], true, 0),
+        ("", &["--yes"], false, 0),
+    ] {
+        let before = compressed();
+        let mut terminal = Terminal::new();
+        let mut command = upg(["verify", source.to_str().unwrap()]);
+        let mut child = terminal.start(command.args(more).env("UPG_CACHE", &cache));
+        if is_asked {
+            wait_until("question", || terminal.text().contains("[Y/n]"));
+            terminal.keys.write_all(answer.as_bytes()).unwrap();
+        }
+        assert_eq!(code(&mut child), Some(expected), "{}", terminal.text());
+        assert_eq!(terminal.text().contains("[Y/n]"), is_asked);
+        assert_eq!(compressed() - before, usize::from(expected == 0));
+    }
+}

@@ -55,6 +55,7 @@ Examples:
   upg compress SmolLM2-135M-Instruct/ -o smollm2.safetensors
   upg run smollm2.safetensors 'Why is the sky blue?'
   upg chat smollm2.safetensors
+  upg chat HuggingFaceTB/SmolLM2-135M-Instruct
 
 Exit codes:
   0    success
@@ -266,7 +267,7 @@ Examples:
 pub struct TuneArgs {
     /// UPG file
     pub file: PathBuf,
-    /// Original model of FILE: Hugging Face directory or GGUF file
+    /// Original model of FILE: Hugging Face directory, GGUF file or name as user/model
     #[arg(long, value_name = "SOURCE")]
     pub original: PathBuf,
     /// Output file, written atomically; may be FILE itself
@@ -463,6 +464,9 @@ pub struct BenchArgs {
     pub command: Option<BenchCommand>,
     #[command(flatten)]
     pub measure: Option<MeasureArgs>,
+    // Not in `MeasureArgs`: clap takes an optional group with another group in it for absent.
+    #[command(flatten)]
+    pub original: ModelArgs,
 }
 
 #[derive(Subcommand)]
@@ -475,8 +479,6 @@ pub enum BenchCommand {
 pub struct MeasureArgs {
     /// UPG file, or an original: user/model, a .gguf file or a Hugging Face directory
     pub file: PathBuf,
-    #[command(flatten)]
-    pub original: ModelArgs,
     /// Prompt length in tokens; 0: skip
     #[arg(short, long, default_value_t = 512, value_name = "N")]
     pub prompt_tokens: usize,

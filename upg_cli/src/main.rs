@@ -120,7 +120,10 @@ fn run(cli: cli::Cli) -> Result<()> {
             args.source = originals::source(&args.source, args.offline)?;
             commands::compress::run(&args, open)
         }
-        cli::Command::Tune(args) => commands::tune::run(&args, open),
+        cli::Command::Tune(mut args) => {
+            args.original = originals::source(&args.original, false)?;
+            commands::tune::run(&args, open)
+        }
         cli::Command::Convert(args) => commands::convert::run(&args),
         cli::Command::Decompress(args) => commands::decompress::run(&args, open),
         cli::Command::Inspect(args) => with_upg_file(args, open, commands::inspect::run),
@@ -135,7 +138,7 @@ fn run(cli: cli::Cli) -> Result<()> {
         }
         cli::Command::Bench(mut args) => {
             if let Some(measure) = &mut args.measure {
-                make_upg_file(measure, open)?;
+                measure.file = originals::upg_file(&measure.file, &args.original, open)?;
             }
             commands::bench::run(&args, open)
         }
@@ -156,15 +159,9 @@ fn with_upg_file<A: TakesModel>(
     open: OpenOptions,
     command: impl FnOnce(&A, OpenOptions) -> Result<()>,
 ) -> Result<()> {
-    make_upg_file(&mut args, open)?;
-    command(&args, open)
-}
-
-/// Puts a UPG file in the place of an original.
-fn make_upg_file(args: &mut impl TakesModel, open: OpenOptions) -> Result<()> {
     let (file, original) = args.model();
     *file = originals::upg_file(file, original, open)?;
-    Ok(())
+    command(&args, open)
 }
 
 /// Returns whether a command reads weights at memory bandwidth.

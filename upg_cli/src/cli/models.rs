@@ -5,18 +5,20 @@ use clap::Args;
 use std::path::PathBuf;
 use upg_compress::Choice;
 
+/// Heading of these options in the help.
+const HEADING: &str = "Originals (user/model, .gguf file, Hugging Face directory)";
+
 /// Options of commands that take an original in place of a UPG file.
 #[derive(Args)]
-#[command(next_help_heading = "Originals (user/model, .gguf, Hugging Face directory)")]
 pub struct ModelArgs {
     /// Download and compress without a question
-    #[arg(short, long)]
+    #[arg(short, long, help_heading = HEADING)]
     pub yes: bool,
     /// Encoding that the original is compressed with, once, into the cache (see `upg compress`)
-    #[arg(long, value_name = "ENCODING", default_value = "q8")]
+    #[arg(long, value_name = "ENCODING", default_value = "q8", help_heading = HEADING)]
     pub encoding: Choice,
     /// Use what is in the caches, and no network
-    #[arg(long)]
+    #[arg(long, help_heading = HEADING)]
     pub offline: bool,
 }
 
@@ -31,7 +33,7 @@ Examples:
   upg pull user/model@v1.0
   HF_TOKEN=hf_... upg pull meta-llama/Llama-3.2-1B")]
 pub struct PullArgs {
-    /// Model: user/model[:QUANTIZATION][@REVISION]
+    /// Name: user/model, user/model@REVISION, user/model:Q4_K_M
     #[arg(required = true, value_name = "NAME")]
     pub names: Vec<String>,
     /// Use what is in the cache, and no network
@@ -99,6 +101,5 @@ takes_model!(
     super::ChatArgs,
     super::EvalArgs,
     super::InspectArgs,
-    super::FileArgs,
-    super::MeasureArgs
+    super::FileArgs
 );

@@ -146,6 +146,8 @@ impl Work<'_> {
         if out.is_file() {
             return Ok(out);
         }
+        // First, so that nothing is created for what is no model.
+        let source = open_with(path, self.open)?;
         std::fs::create_dir_all(self.cache.folder())
             .map_err(|e| Error::io("cannot create", self.cache.folder(), e))?;
         let interrupt = signals::interrupt_flag()?;
@@ -158,7 +160,6 @@ impl Work<'_> {
         if out.is_file() {
             return Ok(out);
         }
-        let source = open_with(path, self.open)?;
         let mut options = CompressOptions::new(self.args.encoding);
         options.resume = true;
         options.calibration = unasked_calibration(source.as_ref(), self.args.encoding)?;

@@ -228,6 +228,17 @@ fn a_busy_server_is_asked_again() {
 }
 
 #[test]
+fn a_server_that_falls_silent_is_given_up() {
+    let (mirror, cache) = (mirror_of_one(), tempfile::tempdir().unwrap());
+    mirror.faults().delay = Duration::from_secs(60);
+    let mut own = settings(&mirror, cache.path());
+    (own.timeout, own.attempts) = (Duration::from_millis(100), 2);
+    let e = pull_with(own, &name()).unwrap_err();
+    assert_eq!(e.kind(), ErrorKind::Io, "{e}");
+    assert!(e.to_string().contains("2 attempts"), "{e}");
+}
+
+#[test]
 fn other_content_than_stated_is_refused_and_removed() {
     let (mirror, cache) = (mirror_of_one(), tempfile::tempdir().unwrap());
     mirror.faults().wrong = true;

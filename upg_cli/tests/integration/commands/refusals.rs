@@ -32,7 +32,7 @@ const BAD: &[(&[&str], i32, &[&str])] = &[
     (&["compress", "{}/phi3", "-o", "{}/out", "--report", "{}/text", "--calibrate", "{}/text"], 2, &["overwrite"]),
     (&["compress", "{}/phi3", "-o", "{}/out", "--report", "{}/out.partial"], 2, &["overwrite"]),
     (&["run", "{}/none", "-p", "x"], 1, &["none", "No such file"]),
-    (&["run", "{}/empty", "-p", "x"], 1, &["empty", "not a regular file"]),
+    (&["run", "{}/empty", "-p", "x"], 1, &["empty", "config.json"]),
     (&["run", "{}/text", "-p", "x"], 1, &["text", "safetensors"]),
     (&["run", "{}/phi3/model.safetensors", "-p", "x"], 1, &["not a UPG file", "upg compress"]),
     (&["run", "{}/model", "-p", "x"], 1, &["no tokenizer"]),

@@ -486,7 +486,7 @@ pub struct MeasureArgs {
     #[arg(short = 'n', long, default_value_t = 128, value_name = "N")]
     pub generate: usize,
     /// Context length in tokens before --generate starts
-    #[arg(long, default_value_t = 0, value_name = "N")]
+    #[arg(short, long, default_value_t = 0, value_name = "N")]
     pub depth: usize,
     /// Batch sizes: also generate this many sequences at once; comma-separated list
     #[arg(long, value_delimiter = ',', value_name = "N")]

@@ -26,6 +26,7 @@ pub use v1::V1Source;
 use std::io::Read;
 use std::path::Path;
 use upg_kernel::format::container::Container;
+use upg_kernel::inference::model_dir::{MAX_STAND_IN, check_link, check_stand_in};
 use upg_kernel::support::{folder_of, open_regular};
 use upg_kernel::{Error, ErrorKind, OpenOptions, Result};
 
@@ -49,12 +50,14 @@ pub fn open(path: impl AsRef<Path>) -> Result<Box<dyn Source>> {
 pub fn open_with(path: impl AsRef<Path>, options: OpenOptions) -> Result<Box<dyn Source>> {
     let path = path.as_ref();
     let io = |e| Error::io("cannot open", path, e);
+    check_link(path)?;
     if std::fs::metadata(path).map_err(io)?.is_dir() {
         return Ok(Box::new(HfSource::open_with(path, options)?));
     }
     let mut magic = Vec::new();
     let (file, _) = open_regular(path).map_err(io)?;
-    file.take(16).read_to_end(&mut magic).map_err(io)?;
+    let most = MAX_STAND_IN as u64 + 1;
+    file.take(most).read_to_end(&mut magic).map_err(io)?;
     if magic.starts_with(b"GGUF") {
         return Ok(Box::new(GgufSource::open_with(path, options)?));
     }
@@ -62,6 +65,7 @@ pub fn open_with(path: impl AsRef<Path>, options: OpenOptions) -> Result<Box<dyn
         let folder = folder_of(path);
         return Ok(Box::new(V1Source::open(path, &[], Some(folder))?));
     }
+    check_stand_in(path, &magic)?;
     Err(not_a_source(path, &magic).at(path))
 }
 

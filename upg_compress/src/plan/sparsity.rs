@@ -1,9 +1,12 @@
 //! Sparse storage for matrices with many zeros.
 #![forbid(unsafe_code)]
 
+use crate::encode::matrix::{encode_matrix, errors_of};
 use crate::source::Source;
+use std::collections::BTreeSet;
 use std::fmt;
 use std::str::FromStr;
+use upg_kernel::format::LayerInfo;
 use upg_kernel::matrix::BITMAP_GROUP;
 use upg_kernel::{Error, ErrorKind, Result};
 
@@ -23,7 +26,8 @@ const WORTH: f64 = 0.1;
 pub enum Sparse {
     /// `s8` instead of `q8`, and `s4` instead of `q4`, where this saves a tenth of the bytes.
     ///
-    /// This is the case from about 23 % zeros on with `q8`, and from 33 % on with `q4`.
+    /// This is the case from about 23 % zeros on with `q8`, and from 33 % on with `q4`. Matrices
+    /// with a row that an outlier would ruin in sparse form stay dense.
     #[default]
     Auto,
     /// Encodings stay unchanged.
@@ -52,17 +56,30 @@ impl FromStr for Sparse {
     }
 }
 
-/// Returns whether tensor `index` has enough zeros for the sparse form of its encoding.
+/// Most rows whose errors decide between the dense and the sparse form: evenly spread ones, and as
+/// many with the largest outliers.
+const CHECKED_ROWS: usize = 32;
+
+/// Squared error of a row in sparse form, in parts of that in dense form, above which its outliers
+/// ruin it.
 ///
-/// `group` is the number of columns that share a prime in the dense form. Reads up to 64 rows.
-/// Errors: those of the source.
+/// Every stored weight has a level that is not zero, so an outlier that makes the scale of the row
+/// large makes its small weights large too. The two errors of other rows differ by less than a
+/// half.
+const RUINED: f64 = 4.0;
+
+/// Returns whether the sparse form of the encoding of tensor `index` is better than the dense one.
+///
+/// It saves [`WORTH`] of the bytes, and it ruins no row. Reads 64 rows; if they have enough zeros
+/// also the whole matrix, and encodes up to 64 rows twice. Errors: those of the source, and of the
+/// encoders.
 pub(crate) fn pays(
     source: &dyn Source,
     index: usize,
+    (dense, sparse): (&LayerInfo, &LayerInfo),
     level_bits: f64,
-    group: usize,
 ) -> Result<bool> {
-    let rows = source.tensors()[index].rows();
+    let rows = dense.rows;
     let (mut zeros, mut weights) = (0, 0);
     for row in (0..rows).step_by(rows.div_ceil(SAMPLE_ROWS).max(1)) {
         let row = source.read_rows_f32(index, row..row + 1)?;
@@ -70,7 +87,63 @@ pub(crate) fn pays(
         weights += row.len();
     }
     let kept = 1.0 - zeros as f64 / weights.max(1) as f64;
-    Ok(sparse_bits(level_bits, kept) <= (1.0 - WORTH) * dense_bits(level_bits, group))
+    let group = dense.group.unwrap_or(BITMAP_GROUP);
+    if sparse_bits(level_bits, kept) > (1.0 - WORTH) * dense_bits(level_bits, group) {
+        return Ok(false);
+    }
+    let checked = checked_rows(source, index, dense)?;
+    let mut values = Vec::with_capacity(checked.len() * dense.cols);
+    for row in checked {
+        values.extend(source.read_rows_f32(index, row..row + 1)?);
+    }
+    let errors = |layer| squared_errors(&values, layer).map_err(|e| e.tensor(&dense.name));
+    Ok(!is_any_ruined(&errors(dense)?, &errors(sparse)?))
+}
+
+/// Returns up to [`CHECKED_ROWS`] rows with the largest outliers and as many others, in order.
+fn checked_rows(source: &dyn Source, index: usize, layer: &LayerInfo) -> Result<BTreeSet<usize>> {
+    let mut peaks = Vec::with_capacity(layer.rows);
+    for first in (0..layer.rows).step_by(SAMPLE_ROWS) {
+        let end = layer.rows.min(first + SAMPLE_ROWS);
+        let values = source.read_rows_f32(index, first..end)?;
+        let rows = values.chunks_exact(layer.cols.max(1));
+        peaks.extend(rows.zip(first..).map(|(row, number)| (peak(row), number)));
+    }
+    // In the order of the rows where peaks are equal.
+    peaks.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+    let spread = (0..layer.rows).step_by(layer.rows.div_ceil(CHECKED_ROWS).max(1));
+    let largest = peaks.into_iter().take(CHECKED_ROWS).map(|(_, row)| row);
+    Ok(largest.chain(spread).collect())
+}
+
+/// Returns the largest magnitude of a row in parts of the mean one of its weights other than zero.
+fn peak(row: &[f32]) -> f64 {
+    let nonzero = || row.iter().map(|w| f64::from(w.abs())).filter(|w| *w > 0.0);
+    let sum: f64 = nonzero().sum();
+    match sum > 0.0 {
+        true => nonzero().fold(0.0, f64::max) * nonzero().count() as f64 / sum,
+        false => 0.0,
+    }
+}
+
+/// Returns the squared error of each row of `values`, encoded like those of `layer`.
+fn squared_errors(values: &[f32], layer: &LayerInfo) -> Result<Vec<f64>> {
+    let mut sample = layer.clone();
+    sample.rows = values.len() / layer.cols.max(1);
+    let matrix = encode_matrix(values, &sample, 0, None, &())?;
+    let errors = errors_of(values, &matrix)?;
+    let squares = |row: &[f32]| row.iter().map(|e| f64::from(*e).powi(2)).sum();
+    Ok(errors
+        .chunks_exact(layer.cols.max(1))
+        .map(squares)
+        .collect())
+}
+
+/// Returns whether a row has a far larger error in sparse form, also than other rows in dense form.
+fn is_any_ruined(dense: &[f64], sparse: &[f64]) -> bool {
+    let mean = dense.iter().sum::<f64>() / dense.len().max(1) as f64;
+    let mut rows = dense.iter().zip(sparse);
+    rows.any(|(dense, sparse)| *sparse > RUINED * dense.max(mean))
 }
 
 /// Bits for each weight, with a prime for each group.

@@ -11,7 +11,6 @@ use std::cmp::Reverse;
 use upg_kernel::format::{Encoding, LayerInfo, TOKENIZER, check_kept_name};
 use upg_kernel::inference::LayerInput;
 use upg_kernel::inference::weights::{EMBEDDING, HEAD};
-use upg_kernel::matrix::BITMAP_GROUP;
 use upg_kernel::{Error, ErrorKind, Result};
 
 /// Encodings of all tensors, in the order of writing.
@@ -180,8 +179,13 @@ fn with_zeros(
     let pays = match options.sparse {
         _ if is_pruned => true,
         Sparse::Auto => {
-            let group = describe_layer(tensor, encoding, options.group).group;
-            pays(source, index, level_bits, group.unwrap_or(BITMAP_GROUP))?
+            let layer = |encoding| describe_layer(tensor, encoding, options.group);
+            pays(
+                source,
+                index,
+                (&layer(encoding), &layer(sparse)),
+                level_bits,
+            )?
         }
         Sparse::Never => false,
     };

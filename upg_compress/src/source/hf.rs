@@ -4,14 +4,17 @@
 
 mod compressed_tensors;
 mod directory;
+mod names;
 mod stored;
+mod text_part;
 
 use super::model::{
     FloatType, RawTensor, SkippedTensor, Source, SourceDtype, TensorInfo, check_rows, fill_rows,
     sort_key, tensor_at,
 };
 use compressed_tensors::{Compression, Gathered, Storage, without_compression};
-use directory::{INDEX, SINGLE, model_name, no_config, read_index};
+use directory::{INDEX, Index, SINGLE, model_name, no_config, read_index};
+use names::named;
 use safetensors::Dtype;
 use serde_json::Value;
 use std::borrow::Cow;
@@ -19,8 +22,12 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use stored::{Stored, Tensors};
+use text_part::text_part;
 use upg_kernel::format::container::Container;
-use upg_kernel::inference::model_dir::{ModelFiles, TEXTS, parse_object};
+use upg_kernel::inference::model_dir::{
+    MAX_STAND_IN, ModelFiles, TEXTS, check_link, check_stand_in, parse_object,
+};
+use upg_kernel::inference::weights::{EMBEDDING, HEAD};
 use upg_kernel::{Error, ErrorKind, MappedFile, OpenOptions, Result};
 
 /// Hugging Face model directory. Its weight files are mapped, not read,
@@ -55,8 +62,15 @@ impl HfSource {
         let Some(config_json) = &files.config_json else {
             return Err(no_config(dir));
         };
-        let config = parse_object(config_json, &dir.join("config.json"))?;
-        let compression = Compression::of(&config).map_err(|e| e.at(dir.join("config.json")))?;
+        let config_path = dir.join("config.json");
+        let mut config = parse_object(config_json, &config_path)?;
+        let text_part = text_part(&config).map_err(|e| e.at(&config_path))?;
+        let is_multimodal = text_part.is_some();
+        if let Some(text_part) = text_part {
+            files.config_json = Some(format!("{text_part:#}\n"));
+            config = text_part;
+        }
+        let compression = Compression::of(&config).map_err(|e| e.at(&config_path))?;
         if compression.is_some() {
             files.config_json = Some(without_compression(&config));
         }
@@ -69,8 +83,18 @@ impl HfSource {
             storage: Vec::new(),
             skipped: Vec::new(),
         };
-        let mut stored = source.map_shards(dir, options)?;
-        source.skip_unused(&mut stored, &config, dir)?;
+        let tied = config.get("tie_word_embeddings") == Some(&Value::Bool(true));
+        let stored = source.map_shards(dir, options, tied)?;
+        let found = named(stored, is_multimodal).map_err(|e| e.at(dir))?;
+        if let Some(prefix) = &found.prefix {
+            let prefix = prefix.escape_debug();
+            log::warn!("the tensors of this model are under '{prefix}', which becomes 'model.'");
+        }
+        source.skipped.extend(found.skipped);
+        let mut stored = found.tensors;
+        if tied {
+            source.skip_tied_head(&mut stored, dir)?;
+        }
         let gathered = match compression {
             Some(compression) => {
                 let gathered = compression.gather(&mut stored, &|stored| source.bytes(stored));
@@ -83,13 +107,17 @@ impl HfSource {
     }
 
     /// Maps every weight file and collects its tensors by name.
-    fn map_shards(&mut self, dir: &Path, options: OpenOptions) -> Result<Tensors> {
+    fn map_shards(&mut self, dir: &Path, options: OpenOptions, tied: bool) -> Result<Tensors> {
         let Some(index) = read_index(dir)? else {
             return self.map_shard(&dir.join(SINGLE), options);
         };
         let mut all = BTreeMap::new();
         for (shard, number) in &index.shards {
             let path = dir.join(shard);
+            let is_missing = std::fs::symlink_metadata(&path).is_err();
+            if tied && is_missing && index.names(*number).all(is_head) {
+                continue;
+            }
             for (name, stored) in self.map_shard(&path, options)? {
                 if index.tensors.get(&name) == Some(number) {
                     all.insert(name, stored);
@@ -98,17 +126,30 @@ impl HfSource {
                 }
             }
         }
-        let mut listed = index.tensors.iter();
-        match listed.find(|(name, _)| !all.contains_key(*name)) {
-            None => Ok(all),
-            Some((name, &shard)) => Err(Error::new(
+        self.check_listed(dir, &index, &all, tied)?;
+        Ok(all)
+    }
+
+    /// Checks that all tensors of the index are there. A `tied` head may be missing.
+    fn check_listed(&mut self, dir: &Path, index: &Index, all: &Tensors, tied: bool) -> Result<()> {
+        for (name, &shard) in &index.tensors {
+            if all.contains_key(name) {
+                continue;
+            }
+            if tied && is_head(name) {
+                let reason = "tied to the embeddings; the index lists it, but no file has it";
+                self.skip(name.clone(), reason);
+                continue;
+            }
+            return Err(Error::new(
                 ErrorKind::Missing,
                 format!("the index places it in this shard, which does not have it (see {INDEX})"),
             )
             .at(dir.join(index.shard(shard)))
             .tensor(name)
-            .hint("download the model again")),
+            .hint("download the model again"));
         }
+        Ok(())
     }
 
     /// Opens one weight file; [`Container`] checks that offsets,
@@ -116,6 +157,7 @@ impl HfSource {
     fn map_shard(&mut self, path: &Path, options: OpenOptions) -> Result<Tensors> {
         let map = match MappedFile::open_with(path, options) {
             Err(_) if !path.exists() => {
+                check_link(path)?;
                 return Err(
                     Error::new(ErrorKind::Missing, "this weight file is missing")
                         .at(path)
@@ -125,8 +167,15 @@ impl HfSource {
             opened => opened?,
         };
         let table = Container::read(&map).map_err(|e| {
-            e.at(path)
-                .hint("download it again (an unfinished download, or a git-lfs pointer?)")
+            // A copy: a mapped file may change while it is looked at.
+            let start = map
+                .get(..map.len().min(MAX_STAND_IN + 1))
+                .map(<[u8]>::to_vec);
+            let stand_in = check_stand_in(path, &start.unwrap_or_default()).err();
+            stand_in.unwrap_or_else(|| {
+                e.at(path)
+                    .hint("download it again: the download may be unfinished")
+            })
         })?;
         let mut found = BTreeMap::new();
         for tensor in table.iter() {
@@ -146,39 +195,24 @@ impl HfSource {
         self.skipped.push(SkippedTensor { name, reason });
     }
 
-    /// Removes tensors that no model uses: rotary tables, and the head that the config ties to
-    /// the embeddings.
-    fn skip_unused(&mut self, stored: &mut Tensors, config: &Value, dir: &Path) -> Result<()> {
-        let tables: Vec<String> = stored
-            .keys()
-            .filter(|name| name.contains(".rotary_emb."))
-            .cloned()
-            .collect();
-        for name in tables {
-            stored.remove(&name);
-            self.skip(name, "a rotary table, computed from the config");
+    /// Removes a stored head that equals the embeddings to which the config ties it.
+    fn skip_tied_head(&mut self, stored: &mut Tensors, dir: &Path) -> Result<()> {
+        let (Some(embeddings), Some(head)) = (stored.get(EMBEDDING), stored.get(HEAD)) else {
+            return Ok(());
+        };
+        let bytes = |s: &Stored| self.shards.get(s.shard)?.get(s.bytes.clone());
+        if head.dtype != embeddings.dtype
+            || head.shape != embeddings.shape
+            || bytes(head) != bytes(embeddings)
+        {
+            let message = "differs from the embeddings, though config.json ties the two";
+            return Err(Error::new(ErrorKind::Invalid, message)
+                .at(dir)
+                .tensor(HEAD)
+                .hint("set tie_word_embeddings to false in config.json if it was trained"));
         }
-        let head_name = "lm_head.weight";
-        let tied = config.get("tie_word_embeddings") == Some(&Value::Bool(true));
-        let embeddings = stored.get("model.embed_tokens.weight");
-        if let (true, Some(embeddings), Some(head)) = (tied, embeddings, stored.get(head_name)) {
-            let bytes = |s: &Stored| self.shards.get(s.shard)?.get(s.bytes.clone());
-            if head.dtype != embeddings.dtype
-                || head.shape != embeddings.shape
-                || bytes(head) != bytes(embeddings)
-            {
-                let message = "differs from the embeddings, though config.json ties the two";
-                return Err(Error::new(ErrorKind::Invalid, message)
-                    .at(dir)
-                    .tensor(head_name)
-                    .hint("set tie_word_embeddings to false in config.json if it was trained"));
-            }
-            stored.remove(head_name);
-            self.skip(
-                head_name.to_owned(),
-                "equal to the embeddings it is tied to",
-            );
-        }
+        stored.remove(HEAD);
+        self.skip(HEAD.to_owned(), "equal to the embeddings it is tied to");
         Ok(())
     }
 
@@ -278,6 +312,12 @@ impl HfSource {
             }
         }
     }
+}
+
+/// Returns whether a tensor is the output head, under any prefix.
+fn is_head(name: &str) -> bool {
+    name.strip_suffix(HEAD)
+        .is_some_and(|prefix| prefix.is_empty() || prefix.ends_with('.'))
 }
 
 impl Source for HfSource {

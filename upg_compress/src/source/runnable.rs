@@ -3,7 +3,7 @@
 
 use super::{Source, TensorInfo};
 use std::collections::HashMap;
-use upg_kernel::inference::weights::shape_mismatch;
+use upg_kernel::inference::weights::{HEAD, shape_mismatch};
 use upg_kernel::inference::{WeightSource, check_weights};
 use upg_kernel::sparse::{MdCSRArrays, MdCSRMatrix};
 use upg_kernel::{Error, ErrorKind, Matrix, Result};
@@ -27,6 +27,10 @@ pub fn check_runnable(source: &dyn Source) -> Result<()> {
             .collect(),
     );
     check_weights(&files.config()?, &shapes).map_err(|e| {
+        match e.tensor_name() {
+            Some(HEAD) if e.kind() == ErrorKind::Missing => return e,
+            _ => {}
+        }
         e.hint("the weights are not those of this config: pass all of them, with the config that belongs to them")
     })
 }
@@ -37,11 +41,15 @@ struct Shapes<'a>(HashMap<&'a str, &'a TensorInfo>);
 impl Shapes<'_> {
     fn check(&self, name: &str, expected: &[usize]) -> Result<()> {
         let tensor = self.0.get(name).ok_or_else(|| {
-            Error::new(
-                ErrorKind::Missing,
-                "the config requires this tensor, which is missing",
-            )
-            .tensor(name)
+            let message = match name {
+                HEAD => "the config does not tie the output head to the embeddings, and it is missing",
+                _ => "the config requires this tensor, which is missing",
+            };
+            let error = Error::new(ErrorKind::Missing, message).tensor(name);
+            match name {
+                HEAD => error.hint("download all weight files; or set tie_word_embeddings to true in config.json if the model has no head of its own"),
+                _ => error,
+            }
         })?;
         match tensor.shape == expected {
             true => Ok(()),

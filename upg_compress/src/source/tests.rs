@@ -45,6 +45,9 @@ const NORM: &str = "model.norm.weight";
 const EMBEDDINGS: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
 
+/// Name and content of a file.
+type File<'a> = (&'a str, &'a [u8]);
+
 /// Creates a directory with these files.
 fn directory(files: &[(&str, &[u8])]) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
@@ -302,6 +305,159 @@ fn bad_directories_say_what_is_wrong() {
             "{what}: {error}"
         );
     }
+}
+
+#[test]
+fn stand_ins_for_files_are_named() {
+    let pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n";
+    let good = shard(&[(NORM, Dtype::F32)]);
+    let index = index(&[(NORM, "a.safetensors")]);
+    let config: (&str, &[u8]) = ("config.json", b"{}");
+    let weights: (&str, &[u8]) = ("model.safetensors", &good);
+    let table: [(&[File<'_>], &str, &str); 6] = [
+        (
+            &[config, ("model.safetensors", pointer)],
+            "model.safetensors: ",
+            "git lfs pull",
+        ),
+        (
+            &[config, weights, ("tokenizer.json", pointer)],
+            "tokenizer.json: ",
+            "git lfs pull",
+        ),
+        (
+            &[("config.json", pointer), weights],
+            "config.json: ",
+            "git lfs pull",
+        ),
+        (
+            &[
+                config,
+                ("model.safetensors.index.json", &index),
+                ("a.safetensors", pointer),
+            ],
+            "a.safetensors: ",
+            "git lfs pull",
+        ),
+        (
+            &[config, ("model.safetensors", b"../../b/00")],
+            "model.safetensors: ",
+            "'../../b/00'",
+        ),
+        (
+            &[config, weights, ("tokenizer.json", b"../t")],
+            "tokenizer.json: ",
+            "'../t'",
+        ),
+    ];
+    for (files, file, cause) in table {
+        let dir = directory(files);
+        let error = open(dir.path()).err().unwrap().to_string();
+        assert!(error.contains(file) && error.contains(cause), "{error}");
+    }
+    let dir = directory(&[("m.gguf", pointer)]);
+    let error = open(dir.path().join("m.gguf")).err().unwrap().to_string();
+    assert!(
+        error.contains("m.gguf: this is a git-lfs pointer"),
+        "{error}"
+    );
+}
+
+#[cfg(unix)]
+#[test]
+fn links_to_nothing_are_named() {
+    let good = shard(&[(NORM, Dtype::F32)]);
+    let index = index(&[(NORM, "a.safetensors")]);
+    let config: (&str, &[u8]) = ("config.json", b"{}");
+    let weights: (&str, &[u8]) = ("model.safetensors", &good);
+    let table: [(&[File<'_>], &str); 5] = [
+        (&[config], "model.safetensors"),
+        (&[config], "model.safetensors.index.json"),
+        (
+            &[config, ("model.safetensors.index.json", &index)],
+            "a.safetensors",
+        ),
+        (&[config, weights], "tokenizer.json"),
+        (&[weights], "config.json"),
+    ];
+    for (files, link) in table {
+        let dir = directory(files);
+        std::os::unix::fs::symlink("../blobs/00", dir.path().join(link)).unwrap();
+        let error = open(dir.path()).err().unwrap();
+        assert_eq!(error.kind(), ErrorKind::Missing);
+        let error = error.to_string();
+        let expected = format!("{link}: this link points to ../blobs/00, which is missing");
+        assert!(error.contains(&expected), "{error}");
+    }
+}
+
+#[test]
+fn the_gguf_file_to_pass_is_named() {
+    let hint = |names: &[&str]| {
+        let mut files: Vec<(&str, &[u8])> = vec![("config.json", b"{}")];
+        files.extend(names.iter().map(|name| (*name, b"GGUF".as_slice())));
+        open(directory(&files).path()).err().unwrap().to_string()
+    };
+    let one = hint(&["m.gguf", "mmproj-m.gguf"]);
+    assert!(
+        one.contains("pass the GGUF file itself: ") && one.contains("/m.gguf"),
+        "{one}"
+    );
+    assert!(!one.contains("mmproj"), "{one}");
+    let several = hint(&["a-00001-of-00002.gguf", "a-00002-of-00002.gguf", "b.GGUF"]);
+    assert!(
+        several.contains("pass one of the GGUF files: "),
+        "{several}"
+    );
+    assert!(!several.contains("a-00002"), "{several}");
+}
+
+#[test]
+fn a_tied_head_may_be_missing_from_its_shard() {
+    let map = [(EMBEDDINGS, "a.safetensors"), (HEAD, "a.safetensors")];
+    let files = |config| {
+        directory(&[
+            ("config.json", config),
+            ("model.safetensors.index.json", &index(&map)),
+            ("a.safetensors", &shard(&[(EMBEDDINGS, Dtype::F16)])),
+        ])
+    };
+    let dir = files(br#"{"tie_word_embeddings":true}"#);
+    let source = open(dir.path()).unwrap();
+    assert_eq!(source.tensors().len(), 1);
+    assert_eq!(source.skipped()[0].name, HEAD);
+    let error = open(files(b"{}").path()).err().unwrap();
+    assert_eq!(error.tensor_name(), Some(HEAD));
+    // A shard of its own is not needed either.
+    let apart = index(&[(EMBEDDINGS, "a.safetensors"), (HEAD, "b.safetensors")]);
+    fs::write(dir.path().join("model.safetensors.index.json"), apart).unwrap();
+    let source = open(dir.path()).unwrap();
+    assert_eq!((source.tensors().len(), source.skipped().len()), (1, 1));
+}
+
+#[test]
+fn wrapped_and_multimodal_models_are_their_text_models() {
+    let weights = shard(&[
+        ("language_model.model.embed_tokens.weight", Dtype::F16),
+        ("language_model.model.norm.weight", Dtype::F32),
+        ("language_model.lm_head.weight", Dtype::BF16),
+        ("vision_tower.patch.weight", Dtype::F32),
+        ("vision_tower.position_ids", Dtype::I64),
+    ]);
+    let config = br#"{"model_type":"llava","text_config":{"model_type":"llama"}}"#;
+    let dir = directory(&[("config.json", config), ("model.safetensors", &weights)]);
+    let source = open(dir.path()).unwrap();
+    let names: Vec<&str> = source.tensors().iter().map(|t| t.name.as_str()).collect();
+    assert_eq!(names, [EMBEDDINGS, NORM, HEAD]);
+    assert_eq!(source.read_f32(1).unwrap(), VALUES);
+    let config = source.files().config_json.as_ref().unwrap();
+    let config: serde_json::Value = serde_json::from_str(config).unwrap();
+    assert_eq!(config, serde_json::json!({"model_type": "llama"}));
+    let skipped: Vec<&str> = source.skipped().iter().map(|s| s.name.as_str()).collect();
+    assert_eq!(
+        skipped,
+        ["vision_tower.position_ids", "vision_tower.patch.weight"]
+    );
 }
 
 #[test]

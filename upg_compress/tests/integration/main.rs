@@ -7,6 +7,7 @@
 mod calibration;
 mod common;
 mod decompress_accuracy;
+mod directories;
 mod gguf_tokenizer;
 mod regressions;
 mod resume;

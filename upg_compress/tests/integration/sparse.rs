@@ -1,6 +1,7 @@
 //! Models with many zeros, and models that are pruned.
 
 use crate::common::{calibration, model_file};
+use half::bf16;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors, serialize};
 use std::path::Path;
@@ -158,5 +159,28 @@ fn pruning_that_cannot_be_done_is_refused() {
         let e = run(source.as_ref(), &options).err().unwrap();
         assert_eq!(e.kind(), ErrorKind::Argument);
         assert!(e.to_string().contains(message), "{e}");
+    }
+}
+
+/// A row of small weights with one large weight: with a level above 0 for each, all would be large.
+#[test]
+fn a_matrix_whose_row_an_outlier_would_ruin_stays_dense() {
+    let folder = tempfile::tempdir().unwrap();
+    drop(pruned(folder.path()));
+    let path = folder.path().join("model.safetensors");
+    let bytes = std::fs::read(&path).unwrap();
+    let model = SafeTensors::deserialize(&bytes).unwrap();
+    let tensor = model.tensor(UP).unwrap().data();
+    // The last weight but one of the matrix is not zero.
+    let at = tensor.as_ptr().addr() - bytes.as_ptr().addr() + tensor.len() - 4;
+    let mut changed = bytes.clone();
+    changed[at..at + 2].copy_from_slice(&bf16::from_f32(1e8).to_le_bytes());
+    std::fs::write(&path, changed).unwrap();
+    let source = source::open(folder.path()).unwrap();
+    for (dense, sparse) in [(Encoding::Q4, Encoding::S4), (Encoding::Q8, Encoding::S8)] {
+        let options = CompressOptions::new(Choice::Encode(dense));
+        let (_, report) = run(source.as_ref(), &options).unwrap();
+        assert_eq!(encoding(&report, UP), dense);
+        assert_eq!(encoding(&report, DOWN), sparse);
     }
 }

@@ -119,9 +119,12 @@ impl ModelFiles {
     ///
     /// A model without config is only weights; then only the size of the tokenizer is checked.
     ///
+    /// Ignored settings are warnings in the log. So is an invalid template, because the model works
+    /// without.
+    ///
     /// Cost: loads the tokenizer. Errors: those of [`ModelFiles::config`] and
-    /// [`Tokenizer::from_json`]; `TooLarge` for a chat template above [`MAX_TEMPLATE_BYTES`]. An
-    /// invalid template is a warning in the log, because the model works without.
+    /// [`Tokenizer::from_json`]; `Invalid` if the begin or end of a text has no embedding;
+    /// `TooLarge` for a chat template above [`MAX_TEMPLATE_BYTES`].
     pub fn check(&self) -> Result<()> {
         let template = self.chat_template.as_deref();
         if let Some(len) = template.map(str::len).filter(|&n| n > MAX_TEMPLATE_BYTES) {
@@ -131,9 +134,11 @@ impl ModelFiles {
         }
         match (&self.config_json, &self.tokenizer_json) {
             (Some(_), tokenizer_json) => {
-                self.config()?;
+                let config = self.config()?;
+                config.notes.iter().for_each(|note| log::warn!("{note}"));
                 if tokenizer_json.is_some() {
-                    self.tokenizer().map_err(no_tokenizer)?;
+                    let tokenizer = self.tokenizer().map_err(no_tokenizer)?;
+                    check_ids(&tokenizer, config.vocab_size)?;
                 }
             }
             (None, Some(json)) => check_tokenizer_bytes(json.len())?,
@@ -146,6 +151,25 @@ impl ModelFiles {
         }
         Ok(())
     }
+}
+
+/// Checks that the embeddings, of `rows` rows, have the ids that every text gets.
+///
+/// Tokens without a row are a warning in the log, because few texts have them. Errors (`Invalid`):
+/// the begin or end of a text has no row.
+#[cfg(feature = "text")]
+pub(super) fn check_ids(tokenizer: &Tokenizer, rows: usize) -> Result<()> {
+    let around = tokenizer.encode("", true)?;
+    if let Some(id) = around.iter().find(|id| **id as usize >= rows) {
+        let message = format!("the tokenizer adds id {id} to every text, 'vocab_size' is {rows}");
+        return Err(Error::new(ErrorKind::Invalid, message)
+            .hint("pass the tokenizer and the config that belong to the weights"));
+    }
+    if tokenizer.vocab_size() > rows {
+        let tokens = tokenizer.vocab_size();
+        log::warn!("the tokenizer has {tokens} tokens, the model {rows}: texts with the rest fail");
+    }
+    Ok(())
 }
 
 /// Adds to the error `e` of a tokenizer how to compress the model without it.
@@ -184,11 +208,169 @@ pub fn read_text(path: &Path, cap: u64) -> Result<Option<String>> {
 fn read_capped(path: &Path, cap: u64) -> Result<Option<Vec<u8>>> {
     let io = |e| Error::io("cannot read", path, e);
     let (file, metadata) = match files::open_regular(path) {
-        Err(e) if e.kind() == IoKind::NotFound => return Ok(None),
+        Err(e) if e.kind() == IoKind::NotFound => {
+            check_link(path)?;
+            return Ok(None);
+        }
         opened => opened.map_err(io)?,
     };
     match files::read_at_most(file, metadata.len(), cap).map_err(io)? {
-        Some(bytes) => Ok(Some(bytes)),
+        Some(bytes) => {
+            check_stand_in(path, &bytes)?;
+            Ok(Some(bytes))
+        }
         None => Err(Error::new(ErrorKind::TooLarge, format!("more than {cap} bytes")).at(path)),
+    }
+}
+
+/// Checks that `path` is not a link to a missing file. Errors (`Missing`): it is.
+pub fn check_link(path: &Path) -> Result<()> {
+    match std::fs::read_link(path) {
+        Ok(target) if std::fs::metadata(path).is_err() => Err(Error::new(
+            ErrorKind::Missing,
+            format!("this link points to {}, which is missing", target.display()),
+        )
+        .at(path)
+        .hint("download the model again, or copy it with what its links point to (cp -rL)")),
+        _ => Ok(()),
+    }
+}
+
+/// Longest file that is taken for a stand-in of another one, in bytes.
+pub const MAX_STAND_IN: usize = 1024;
+
+/// Checks that `bytes`, those of the file `path`, are not a stand-in for the real file.
+///
+/// Errors (`Malformed`): they are a git-lfs pointer, the path of a link, or a web page.
+pub fn check_stand_in(path: &Path, bytes: &[u8]) -> Result<()> {
+    let start = &bytes[..bytes.len().min(MAX_STAND_IN)];
+    let start = match std::str::from_utf8(start) {
+        Ok(start) => start,
+        Err(e) => std::str::from_utf8(&start[..e.valid_up_to()]).unwrap_or_default(),
+    };
+    let line = start.trim();
+    let is_whole = bytes.len() <= MAX_STAND_IN;
+    let is_path = is_whole && (line.starts_with("../") || line.starts_with("./"));
+    let (found, hint) = if is_whole && line.starts_with("version https://git-lfs") {
+        (
+            "a git-lfs pointer, not the file itself".to_owned(),
+            "fetch the file: git lfs pull",
+        )
+    } else if is_path && !line.contains(char::is_control) {
+        let target = json::cut(line).escape_debug().to_string();
+        (
+            format!("the text of a link to '{target}', not the file itself"),
+            "download the model again: a copy without links has lost the file",
+        )
+    } else if line
+        .get(..9)
+        .is_some_and(|s| s.eq_ignore_ascii_case("<!doctype"))
+        || line
+            .get(..5)
+            .is_some_and(|s| s.eq_ignore_ascii_case("<html"))
+    {
+        (
+            "a web page, not the file itself".to_owned(),
+            "download the file again; the page may say why it was not sent",
+        )
+    } else {
+        return Ok(());
+    };
+    Err(Error::new(ErrorKind::Malformed, format!("this is {found}"))
+        .at(path)
+        .hint(hint))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const POINTER: &str = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7\n";
+
+    #[test]
+    fn stand_ins_are_named() {
+        let check = |text: &str| check_stand_in(Path::new("m/tokenizer.json"), text.as_bytes());
+        for (text, cause, mend) in [
+            (POINTER, "a git-lfs pointer", "git lfs pull"),
+            (
+                "../../blobs/0f\n",
+                "a link to '../../blobs/0f'",
+                "download the model again",
+            ),
+            (
+                "\n<!DOCTYPE html><p>",
+                "a web page",
+                "download the file again",
+            ),
+            ("<html><p>", "a web page", "download the file again"),
+        ] {
+            let e = check(text).unwrap_err();
+            assert_eq!(e.kind(), ErrorKind::Malformed);
+            let e = e.to_string();
+            assert!(e.starts_with("m/tokenizer.json: this is "), "{e}");
+            assert!(e.contains(cause) && e.contains(mend), "{e}");
+        }
+        let long = format!("../{}", "x".repeat(MAX_STAND_IN));
+        for text in ["{}", "", "..", "../a\n{% if x %}", &long, "\u{1f600}\0"] {
+            check(text).unwrap();
+        }
+        check_stand_in(Path::new("m"), &[0xff; 2000]).unwrap();
+    }
+
+    #[cfg(feature = "text")]
+    #[test]
+    fn the_begin_of_a_text_has_an_embedding() {
+        let check = |vocab_size: usize, tokenizer_config: &str| {
+            let config = serde_json::json!({
+                "model_type": "llama", "vocab_size": vocab_size, "hidden_size": 8,
+                "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1,
+                "max_position_embeddings": 8,
+            });
+            let tokenizer = br#"{"version": "1.0", "added_tokens": [{"id": 1, "content": "<s>",
+                "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
+                "special": true}],
+                "model": {"type": "BPE", "vocab": {"a": 0, "<s>": 1}, "merges": []}}"#;
+            let files = ModelFiles {
+                config_json: Some(config.to_string()),
+                tokenizer_json: Some(tokenizer.to_vec()),
+                tokenizer_config_json: Some(tokenizer_config.to_owned()),
+                ..ModelFiles::default()
+            };
+            files.check()
+        };
+        let begins = r#"{"bos_token": "<s>", "add_bos_token": true}"#;
+        check(2, begins).unwrap();
+        check(1, r#"{"bos_token": "<s>", "add_bos_token": false}"#).unwrap();
+        let e = check(1, begins).unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::Invalid);
+        assert!(
+            e.to_string()
+                .contains("adds id 1 to every text, 'vocab_size' is 1"),
+            "{e}"
+        );
+    }
+
+    #[test]
+    fn texts_of_a_directory_are_the_files_themselves() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["config.json", "tokenizer.json", "tokenizer_config.json"] {
+            let path = dir.path().join(name);
+            std::fs::write(&path, POINTER).unwrap();
+            let e = ModelFiles::read(dir.path()).unwrap_err().to_string();
+            assert!(e.contains(name) && e.contains("git lfs pull"), "{e}");
+            std::fs::remove_file(&path).unwrap();
+            #[cfg(unix)]
+            {
+                std::os::unix::fs::symlink("../none", &path).unwrap();
+                let e = ModelFiles::read(dir.path()).unwrap_err();
+                assert_eq!(e.kind(), ErrorKind::Missing);
+                assert!(
+                    e.to_string()
+                        .contains("points to ../none, which is missing"),
+                    "{e}"
+                );
+                std::fs::remove_file(&path).unwrap();
+            }
+        }
     }
 }

@@ -3,6 +3,7 @@
 
 use super::chat_template::{ChatTemplate, Date};
 use super::generate::PieceDecoder;
+use super::model_dir::check_ids;
 use super::scheduler::{Event, Request, Scheduler};
 use super::tokenizer::{DecodeStream, SpecialIds, Tokenizer};
 use super::{Model, ModelConfig, SamplingOptions, Session, SessionOptions};
@@ -96,12 +97,17 @@ impl UPGModel {
     /// A file without config has only weights, of which nothing is checked. A chat template that
     /// cannot be used is a warning in the log, because the model works without.
     ///
-    /// Cost and errors: as [`UPGModel::new`].
+    /// Cost and errors: as [`UPGModel::new`]; `Invalid` if the begin or end of a text has no
+    /// embedding.
     pub fn check(file: &Arc<UpgFile>) -> Result<()> {
         if file.metadata("config.json").is_none() {
             return Ok(());
         }
         let model = Self::new(Arc::clone(file))?;
+        if let Some(tokenizer) = &model.tokenizer {
+            let rows = model.model.config().vocab_size;
+            check_ids(tokenizer, rows).map_err(|e| e.at(file.path()))?;
+        }
         match model.chat_template() {
             Err(e) if e.kind() != ErrorKind::Missing => {
                 log::warn!("chat is not available with this model: {e}");

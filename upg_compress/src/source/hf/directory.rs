@@ -36,6 +36,15 @@ impl Index {
         found.map_or("", |(name, _)| name)
     }
 
+    /// Returns the names of the tensors in shard `number`.
+    pub fn names(&self, number: u32) -> impl Iterator<Item = &str> {
+        let inside = self
+            .tensors
+            .iter()
+            .filter(move |(_, found)| **found == number);
+        inside.map(|(name, _)| name.as_str())
+    }
+
     fn add(&mut self, name: String, shard: &str) {
         let number = match self.shards.get(shard) {
             Some(&number) => number,
@@ -54,7 +63,8 @@ impl Index {
 /// Memory: the text, and at most twice as much. Errors: `Malformed`; `TooLarge` for more tensors
 /// than a file may have.
 pub(super) fn read_index(dir: &Path) -> Result<Option<Index>> {
-    if dir.join(SINGLE).exists() {
+    // Also for a link that points to nothing, which is refused when it is opened.
+    if std::fs::symlink_metadata(dir.join(SINGLE)).is_ok() {
         return Ok(None);
     }
     let path = dir.join(INDEX);
@@ -182,6 +192,10 @@ fn no_weights(dir: &Path) -> Error {
             .at(dir)
             .hint("merge the adapter into its base model first");
     }
+    if let Some(gguf) = gguf_hint(dir) {
+        let message = format!("neither {SINGLE} nor {INDEX}, but a GGUF file");
+        return Error::new(ErrorKind::Missing, message).at(dir).hint(gguf);
+    }
     if let Some(name) = find(&|n| n.ends_with(".safetensors")) {
         return missing(&format!(", but {name}"))
             .at(dir)
@@ -200,21 +214,54 @@ fn no_weights(dir: &Path) -> Error {
         .hint("download the model's .safetensors files too")
 }
 
+/// Returns the error for a directory without config.
 pub(super) fn no_config(dir: &Path) -> Error {
-    let gguf = std::fs::read_dir(dir)
+    let hint = gguf_hint(dir);
+    let hint = hint.unwrap_or_else(|| "pass a Hugging Face model directory or a .gguf file".into());
+    Error::new(ErrorKind::Missing, "no config.json in this directory")
+        .at(dir)
+        .hint(hint)
+}
+
+/// Most GGUF files that a hint names.
+const MOST_NAMED: usize = 8;
+
+/// Returns which GGUF file of a directory to pass; none if it has none.
+///
+/// The projectors of multimodal models are no models, and the rest of a split file is not passed.
+fn gguf_hint(dir: &Path) -> Option<String> {
+    let is_rest = |stem: &str| {
+        let part = stem
+            .rsplit_once("-of-")
+            .and_then(|(start, _)| start.rsplit_once('-'));
+        part.is_some_and(|(_, number)| number.parse::<u32>().is_ok_and(|number| number > 1))
+    };
+    let mut files: Vec<PathBuf> = std::fs::read_dir(dir)
         .into_iter()
         .flatten()
         .flatten()
         .map(|entry| entry.path())
-        .filter(|p| p.extension().is_some_and(|e| e == "gguf"))
-        .min();
-    let hint = match gguf {
-        Some(file) => format!("pass the GGUF file itself: {}", file.display()),
-        None => "pass a Hugging Face model directory or a .gguf file".to_owned(),
-    };
-    Error::new(ErrorKind::Missing, "no config.json in this directory")
-        .at(dir)
-        .hint(hint)
+        .filter(|path| {
+            path.extension()
+                .is_some_and(|e| e.eq_ignore_ascii_case("gguf"))
+        })
+        .filter(|path| {
+            let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+            !stem.contains("mmproj") && !is_rest(&stem)
+        })
+        .collect();
+    files.sort();
+    let names = files
+        .iter()
+        .take(MOST_NAMED)
+        .map(|path| path.display().to_string());
+    let names = names.collect::<Vec<_>>().join(", ");
+    match files.len() {
+        0 => None,
+        1 => Some(format!("pass the GGUF file itself: {names}")),
+        n if n > MOST_NAMED => Some(format!("pass one of the {n} GGUF files: {names}, ...")),
+        _ => Some(format!("pass one of the GGUF files: {names}")),
+    }
 }
 
 /// Returns the name of the directory; for a snapshot in the Hugging Face cache, the name of

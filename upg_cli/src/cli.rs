@@ -49,6 +49,7 @@ fn size(text: &str) -> Result<u64, String> {
     name = "upg",
     disable_version_flag = true,
     arg_required_else_help = true,
+    args_override_self = true,
     max_term_width = 100,
     after_help = "\
 Examples:
@@ -128,28 +129,43 @@ pub enum Command {
 
 /// Text of `upg glossary`.
 pub const GLOSSARY: &str = "\
-encoding         How the weights of a matrix are stored: q8, q4, t4, t3, t2, s8, s4, mdcsr, or
-                 keep for uncompressed.
-bits per weight  Bytes of a file times 8, divided by the number of weights. `in blocks` leaves out
-                 the embeddings and the output head, which usually have more bits.
-block            A layer of the transformer: attention and MLP. Most weights are in blocks.
-embedding        The matrix that turns a token into a vector. In models with tied embeddings it is
-                 also the output head, which turns a vector into probabilities of tokens.
-perplexity       How unexpected a text is to a model: e to the mean negative log-probability of its
-                 tokens. Lower is better; it depends on the text and the tokenizer.
-KL divergence    How far the predictions of a compressed model are from those of the original, in
-                 nats for each position; 0 is equal. 0.01 is hard to notice, 0.1 is noticeable.
-top-1 agreement  Share of positions at which both models find the same token most probable.
-calibrate        Compress so that the predictions on a text change least, not the weights. Takes
-                 longer, and gives much better files below 8 bits.
-tune             Train the scales and norms of a finished file to match the original.
-budget           A size, a mean number of bits or a ratio, for which compress chooses the encoding
-                 of each matrix.
-group            Columns of a matrix that share a scale.
-context          The tokens that a model can see at once: the conversation and the answer.
+encoding         How the weights of a matrix are stored: q8, q4, t4, t3, t2,
+                 s8, s4, mdcsr, or keep for uncompressed.
+bits per weight  Bytes of a file times 8, divided by the number of weights. `in
+                 blocks` leaves out the embeddings and the output head, which
+                 usually have more bits.
+relative error   Error of the weights of a matrix against the original, as a
+                 share of their size. Calibration makes it larger, and the
+                 predictions better.
+block            A layer of the transformer: attention and MLP. Most weights
+                 are in blocks.
+embedding        The matrix that turns a token into a vector. In models with
+                 tied embeddings it is also the output head, which turns a
+                 vector into probabilities of tokens.
+perplexity       How unexpected a text is to a model: e to the mean negative
+                 log-probability of its tokens. Lower is better; it depends on
+                 the text and the tokenizer.
+KL divergence    How far the predictions of a compressed model are from those
+                 of the original, in nats for each position; 0 is equal. 0.01
+                 is hard to notice, 0.1 is noticeable.
+top-1 agreement  Share of positions at which both models find the same token
+                 most probable.
+calibrate        Compress so that the predictions on a text change least, not
+                 the weights. Takes longer, and gives much better files below 8
+                 bits.
+tune             Train the scales and norms of a finished file to match the
+                 original.
+budget           A size, a mean number of bits or a ratio, for which compress
+                 chooses the encoding of each matrix.
+group            Columns of a matrix that share a scale, which is a prime from
+                 a table.
+context          The tokens that a model can see at once: the conversation and
+                 the answer.
 KV cache         What the model keeps of each token of the context, in memory.
-temperature      Randomness of the choice of tokens; 0 always takes the most probable one.
+temperature      Randomness of the choice of tokens; 0 always takes the most
+                 probable one.
 chat template    Text of the model that frames the messages of a conversation.
+layer            In the list of `inspect` a matrix; in a model one block.
 ";
 
 #[derive(Args)]

@@ -139,6 +139,13 @@ pub fn bar(length: u64, template: &str) -> ProgressBar {
     bar
 }
 
+/// Returns the columns of the terminal; `None` if the output goes elsewhere.
+pub fn columns() -> Option<usize> {
+    let is_terminal = std::io::stdout().is_terminal();
+    let size = terminal_size::terminal_size().filter(|_| is_terminal);
+    size.map(|(width, _)| usize::from(width.0))
+}
+
 /// Formats bytes as `12.3 MB` and the like, in powers of 1,000.
 pub fn bytes(n: u64) -> String {
     indicatif::DecimalBytes(n).to_string()

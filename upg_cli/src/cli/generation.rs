@@ -31,14 +31,15 @@ pub struct SamplingArgs {
     /// Presence penalty on the last 64 tokens: logit reduction if present; 0: disabled
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub presence_penalty: Option<f32>,
-    /// Random seed [default: a random one, which is printed]
+    /// Random seed [default: a random one; --stats, --json and, in chat, /show tell it]
     #[arg(short, long, value_name = "N")]
     pub seed: Option<u64>,
     /// Maximum number of tokens of an answer [default: until it ends]
-    #[arg(short = 'n', long, aliases = ["predict", "n-predict"], value_name = "N")]
+    #[arg(short = 'n', long, aliases = ["predict", "n-predict"], value_name = "N",
+        allow_negative_numbers = true, value_parser = limit)]
     pub max_tokens: Option<usize>,
     /// Stop sequence; repeatable
-    #[arg(long = "stop", value_name = "TEXT")]
+    #[arg(long = "stop", value_name = "TEXT", allow_hyphen_values = true)]
     pub stop: Vec<String>,
     /// Context size in tokens [default: the maximum of the model]
     #[arg(
@@ -63,6 +64,14 @@ pub struct SamplingArgs {
     pub template_args: Vec<(String, Value)>,
 }
 
+/// Parses a number of tokens; -1 is no limit, as in llama.cpp.
+fn limit(text: &str) -> Result<usize, String> {
+    match text {
+        "-1" => Ok(usize::MAX),
+        text => text.parse().map_err(|e| format!("{e}")),
+    }
+}
+
 /// Parses `NAME=VALUE`; a value that is not JSON is a text.
 fn template_arg(text: &str) -> Result<(String, Value), String> {
     let (name, value) = text.split_once('=').ok_or("expected NAME=VALUE")?;
@@ -78,7 +87,7 @@ without a template always continues the text.
 Examples:
   upg run model.safetensors 'Why is the sky blue?'
   upg run model.safetensors 'Summarize this text:' -f notes.txt --json
-  git diff | upg run model.safetensors --system 'Review this change.'
+  git diff | upg run model.safetensors 'Review this change:' -f -
   upg run model.safetensors --raw 'Once upon a time' -n 100 --temperature 0.8 --seed 7
   upg run model.safetensors --tokens 504,3575,282 --logits logits.safetensors")]
 pub struct RunArgs {
@@ -91,16 +100,17 @@ pub struct RunArgs {
     #[arg(value_name = "TEXT", conflicts_with_all = ["tokens", "logits"])]
     pub text: Option<String>,
     /// Same as TEXT
-    #[arg(short, long, value_name = "TEXT", conflicts_with_all = ["text", "tokens", "logits"])]
+    #[arg(short, long, value_name = "TEXT", allow_hyphen_values = true,
+        conflicts_with_all = ["text", "tokens", "logits"])]
     pub prompt: Option<String>,
-    /// Read the prompt from a file; after TEXT, if that is given too
+    /// Read the prompt from a file, - for standard input; after TEXT, if that is given too
     #[arg(short = 'f', long = "file", value_name = "FILE", conflicts_with_all = ["tokens", "logits"])]
     pub prompt_file: Option<PathBuf>,
     /// Continue the text without the chat template
     #[arg(long)]
     pub raw: bool,
     /// System message
-    #[arg(long, value_name = "TEXT", conflicts_with_all = ["raw", "tokens"])]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true, conflicts_with_all = ["raw", "tokens"])]
     pub system: Option<String>,
     /// Token ids instead of a prompt, comma-separated; for --logits
     #[arg(long, value_delimiter = ',', num_args = 1.., requires = "logits", value_name = "IDS",
@@ -139,7 +149,7 @@ pub struct ChatArgs {
     #[command(flatten)]
     pub original: ModelArgs,
     /// System message
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub system: Option<String>,
     /// Print tokens and speed after each answer
     #[arg(long)]

@@ -13,7 +13,7 @@ use crate::{signals, terminal};
 use commands::{HELP, Line, Options};
 use input::Lines;
 use std::io::IsTerminal;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use upg_kernel::inference::chat_template::{ChatTemplate, Message};
@@ -39,7 +39,8 @@ pub fn run(args: &ChatArgs, open: OpenOptions) -> Result<()> {
         },
         system: args.system.clone(),
         turns: Vec::new(),
-        used: 0,
+        left_out: 0,
+        file: None,
         model: &model,
         interrupt,
         args,
@@ -75,8 +76,10 @@ struct Chat<'a> {
     system: Option<String>,
     /// Questions and answers in turn.
     turns: Vec<Message>,
-    /// Positions that the last prompt and its answer took.
-    used: usize,
+    /// Number of the oldest turns that the model no longer sees.
+    left_out: usize,
+    /// File that this conversation was saved to or loaded from.
+    file: Option<PathBuf>,
     interrupt: Arc<AtomicBool>,
 }
 
@@ -103,25 +106,34 @@ impl Chat<'_> {
             Line::Help => terminal::print(HELP),
             Line::Show => terminal::print(&self.show()),
             Line::Set(name, value) => self.options.set(&name, &value).map(|()| {
-                warn_if_hot(self.options.sampling.temperature);
+                if name.starts_with("temp") {
+                    warn_if_hot(self.options.sampling.temperature);
+                }
+                terminal::note(format_args!("upg: {name} is {value}"));
             }),
             Line::System(text) => {
+                let what = if text.is_some() { "set" } else { "removed" };
                 self.system = text;
+                terminal::note(format_args!("upg: system message {what}"));
                 Ok(())
             }
-            Line::Save(path) => transcript::save(&path, self.system.as_deref(), &self.turns),
-            Line::Load(path) => transcript::load(&path).map(|(system, turns)| {
-                (self.system, self.turns) = (system, turns);
-                let questions = questions(&self.turns);
-                terminal::note(format_args!("upg: {questions} from {}", path.display()));
-            }),
+            Line::Save(path) => self.save(&path),
+            Line::Load(path) => self.load(&path),
             Line::Undo => {
-                self.turns.truncate(self.last_question().unwrap_or(0));
+                match self.last_question() {
+                    Some(index) => {
+                        self.keep(index);
+                        let left = questions(&self.turns);
+                        terminal::note(format_args!("upg: forgotten; {left} left"));
+                    }
+                    None => terminal::note("upg: no question yet"),
+                }
                 Ok(())
             }
             Line::Clear => {
-                self.turns.clear();
-                self.used = 0;
+                self.keep(0);
+                self.file = None;
+                terminal::note("upg: the conversation starts again");
                 Ok(())
             }
         };
@@ -135,7 +147,42 @@ impl Chat<'_> {
         }
     }
 
+    /// Keeps the first `turns` turns.
+    fn keep(&mut self, turns: usize) {
+        self.turns.truncate(turns);
+        self.left_out = self.left_out.min(turns);
+    }
+
+    fn save(&mut self, path: &Path) -> Result<()> {
+        if self.last_question().is_none() {
+            return Err(Error::new(ErrorKind::Argument, "no question yet"));
+        }
+        if path.exists() && self.file.as_deref() != Some(path) {
+            let e = Error::new(ErrorKind::Argument, "the file exists").at(path);
+            return Err(e.hint("this conversation was neither saved there nor loaded from it"));
+        }
+        transcript::save(path, self.system.as_deref(), &self.turns)?;
+        let questions = questions(&self.turns);
+        terminal::note(format_args!("upg: {questions} in {}", path.display()));
+        self.file = Some(path.to_path_buf());
+        Ok(())
+    }
+
+    fn load(&mut self, path: &Path) -> Result<()> {
+        let (system, turns) = transcript::load(path)?;
+        let (before, now) = (questions(&self.turns), questions(&turns));
+        terminal::note(format_args!(
+            "upg: {now} from {}, in place of {before}",
+            path.display()
+        ));
+        (self.system, self.turns, self.left_out) = (system, turns, 0);
+        self.file = Some(path.to_path_buf());
+        Ok(())
+    }
+
     fn show(&self) -> String {
+        // A conversation that the template refuses takes nothing.
+        let used = self.encode().map_or(0, |tokens| tokens.len());
         let system = match &self.system {
             Some(text) => format!("system message: {text}\n"),
             None => String::new(),
@@ -144,7 +191,11 @@ impl Chat<'_> {
             "{}\n{system}{}; {} of {} tokens of the context used\noptions (/set NAME VALUE):\n{}",
             self.banner(),
             questions(&self.turns),
-            self.used,
+            if self.turns.is_empty() {
+                0
+            } else {
+                used.min(self.context)
+            },
             self.context,
             self.options.show(),
         )
@@ -161,9 +212,9 @@ impl Chat<'_> {
             terminal::note("upg: no question yet");
             return Ok(());
         };
-        let question = self.turns.swap_remove(index);
-        self.turns.truncate(index);
-        self.ask(question.content)
+        let question = self.turns[index].content.clone();
+        self.keep(index);
+        self.ask(question)
     }
 
     /// Processes one question. An error in its text is printed, and the question is removed.
@@ -199,7 +250,7 @@ impl Chat<'_> {
         let seed = &mut self.options.sampling.seed;
         *seed = seed.wrapping_add(1);
         let mut stream = self.scheduler.stream(request)?;
-        let mut wrap = Wrap::new(columns().filter(|_| !self.args.no_wrap));
+        let mut wrap = Wrap::new(terminal::columns().filter(|_| !self.args.no_wrap));
         let finished = stream.by_ref().try_for_each(|piece| {
             let piece = piece?;
             answer.push_str(&piece);
@@ -207,14 +258,13 @@ impl Chat<'_> {
         });
         terminal::print(&(wrap.finish() + "\n"))?;
         let (timings, reason) = (stream.timings(), stream.finish_reason());
-        self.used = length + timings.generated_tokens;
         if self.args.stats {
             terminal::note(format_args!(
                 "[first token after {:.2} s, then {:.1} tokens/s; {} tokens; context {} of {}]",
                 timings.prompt_time.as_secs_f64(),
                 timings.step_rate(),
                 timings.generated_tokens,
-                self.used,
+                length + timings.generated_tokens,
                 self.context
             ));
         }
@@ -226,8 +276,8 @@ impl Chat<'_> {
         finished
     }
 
-    /// Returns the tokens of the conversation. Where they leave no room for an answer, the oldest
-    /// turns are left out from here on.
+    /// Returns the tokens of the conversation. Where they leave no room for an answer, the model no
+    /// longer sees the oldest turns.
     ///
     /// Errors: those of the template and the tokenizer; `TooLarge` if the last question alone does
     /// not fit.
@@ -237,16 +287,16 @@ impl Chat<'_> {
         if tokens.len() + room <= self.context {
             return Ok(tokens);
         }
-        let before = self.turns.len();
+        let before = self.left_out;
         // More than necessary, because a prompt with another beginning is computed anew.
-        while self.turns.len() > 1 && tokens.len() > self.context / 2 {
-            self.turns.drain(..2.min(self.turns.len() - 1));
+        while self.left_out + 1 < self.turns.len() && tokens.len() > self.context / 2 {
+            self.left_out = (self.left_out + 2).min(self.turns.len() - 1);
             tokens = self.encode()?;
         }
-        if self.turns.len() < before {
-            let left_out = plural((before - self.turns.len()) / 2);
+        if self.left_out > before {
+            let oldest = questions(&self.turns[..self.left_out]);
             terminal::note(format_args!(
-                "upg: the context is full; left out from here on: the oldest {left_out}"
+                "upg: the context is full; the model no longer sees the oldest {oldest}"
             ));
         }
         if tokens.len() < self.context {
@@ -262,7 +312,9 @@ impl Chat<'_> {
 
     fn encode(&self) -> Result<Vec<u32>> {
         let system = self.system.iter().map(|text| Message::new("system", text));
-        let messages: Vec<_> = system.chain(self.turns.iter().cloned()).collect();
+        let messages: Vec<_> = system
+            .chain(self.turns[self.left_out..].iter().cloned())
+            .collect();
         let text = self.template.render(&messages, true)?;
         let options = EncodeOptions {
             add_special: false,
@@ -275,24 +327,13 @@ impl Chat<'_> {
 
 /// Returns the number of questions in words.
 fn questions(turns: &[Message]) -> String {
-    plural(turns.iter().filter(|turn| turn.role == "user").count())
-}
-
-fn plural(questions: usize) -> String {
-    format!(
-        "{questions} question{}",
-        if questions == 1 { "" } else { "s" }
-    )
+    match turns.iter().filter(|turn| turn.role == "user").count() {
+        1 => "1 question".to_owned(),
+        n => format!("{n} questions"),
+    }
 }
 
 fn file_name(path: &Path) -> String {
     let name = path.file_name().unwrap_or(path.as_os_str());
     name.to_string_lossy().into_owned()
-}
-
-/// Returns the columns of the terminal; `None` if the output goes elsewhere.
-fn columns() -> Option<usize> {
-    let is_terminal = std::io::stdout().is_terminal();
-    let size = terminal_size::terminal_size().filter(|_| is_terminal);
-    size.map(|(width, _)| usize::from(width.0))
 }

@@ -150,6 +150,10 @@ fn options(args: &CompressArgs, source: &dyn Source) -> Result<CompressOptions> 
     Ok(options)
 }
 
+fn budget_of(args: &CompressArgs) -> bool {
+    args.bpw.is_some() || args.ratio.is_some() || args.size.is_some()
+}
+
 fn budget(args: &CompressArgs, source: &dyn Source) -> Option<Budget> {
     let weights = source.tensors().iter().map(|t| t.weights() as f64);
     let of_ratio = |ratio: f64| Budget::File((4.0 * weights.sum::<f64>() / ratio) as u64);
@@ -201,7 +205,11 @@ fn announce(args: &CompressArgs, preflight: &Preflight, is_calibrated: bool) -> 
     if preflight.seconds >= WORTH_A_LINE {
         terminal::note(format_args!("upg: {}", cost(preflight)));
         if is_calibrated && args.calibrate.is_none() {
-            terminal::note("upg: most of that is calibration; --no-calibrate leaves it out");
+            let is_needed = args.prune.is_some() || budget_of(args);
+            terminal::note(match is_needed {
+                true => "upg: most of that is calibration; --calibration-tokens sets how much",
+                false => "upg: most of that is calibration; --no-calibrate leaves it out",
+            });
         }
     }
     if preflight.seconds >= WORTH_RESUMING && !args.resume {

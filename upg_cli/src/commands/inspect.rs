@@ -4,6 +4,7 @@
 mod plot;
 
 use super::inspect_v1;
+use super::kinds::split;
 use crate::cli::InspectArgs;
 use crate::terminal;
 use serde_json::{Value, json};
@@ -173,13 +174,12 @@ fn all(file: &UpgFile) -> Vec<Row> {
     layers.map(row).collect()
 }
 
-/// Returns a row for all layers whose names differ only in numbers, with the same shape and
-/// encoding.
+/// Returns a row for all matrices of a kind with the same shape and encoding.
 fn kinds(file: &UpgFile) -> Vec<Row> {
     let mut kinds: Vec<(Row, Vec<f64>, usize)> = Vec::new();
     let mut places: HashMap<_, usize> = HashMap::new();
     for mut row in all(file) {
-        row.name = without_numbers(&row.name);
+        row.name = split(&row.name).0;
         let same = (row.name.clone(), row.shape.clone(), row.encoding.clone());
         match places.entry(same) {
             Entry::Occupied(place) => {
@@ -204,15 +204,6 @@ fn kinds(file: &UpgFile) -> Vec<Row> {
     kinds.into_iter().map(mean).collect()
 }
 
-/// Replaces each number in a name by `*`.
-fn without_numbers(name: &str) -> String {
-    let parts = name.split('.').map(|part| {
-        let is_number = !part.is_empty() && part.bytes().all(|b| b.is_ascii_digit());
-        if is_number { "*" } else { part }
-    });
-    parts.collect::<Vec<_>>().join(".")
-}
-
 fn table(rows: Vec<Row>) -> String {
     if rows.is_empty() {
         return String::new();
@@ -222,7 +213,7 @@ fn table(rows: Vec<Row>) -> String {
     let names = width(|row| &row.name).unwrap_or(0).max(5);
     let mut out = format!(
         "{:>numbers$}  {:names$}  {:>15}  {:8}  {:>6}  {:>9}\n",
-        "", "layer", "shape", "encoding", "bits", "error"
+        "", "matrix", "shape", "encoding", "bits", "error"
     );
     for row in rows {
         let error = row.error.map(|e| format!("{:.4} %", 100.0 * e));

@@ -4,6 +4,7 @@
 use super::generation::{note_cut, sampling_options, session_options, template};
 use super::model_file;
 use crate::cli::RunArgs;
+use crate::wrap::Wrap;
 use crate::{signals, terminal};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensorError};
@@ -32,6 +33,9 @@ pub fn run(args: &RunArgs, open: OpenOptions) -> Result<()> {
     let model = model_file::load(&args.file, open)?;
     let loaded = started.elapsed();
     let text = prompt_text(given, args.prompt_file.as_deref())?;
+    if text.trim().is_empty() && !args.raw {
+        return Err(no_prompt("no prompt: the text is empty"));
+    }
     let (framed, is_raw) = frame(&model, args, &text)?;
     let prompt = model.tokenizer()?.encode(&framed, is_raw)?;
     let max_tokens = args.sampling.max_tokens;
@@ -44,6 +48,7 @@ pub fn run(args: &RunArgs, open: OpenOptions) -> Result<()> {
     let mut scheduler = model.scheduler(1, &options)?;
     let mut stream = scheduler.stream(request)?;
     let mut answer = String::new();
+    let mut wrap = Wrap::new(terminal::columns().filter(|_| !is_raw));
     if is_raw && !args.json {
         terminal::print(&text)?;
     }
@@ -52,7 +57,7 @@ pub fn run(args: &RunArgs, open: OpenOptions) -> Result<()> {
         let piece = piece?;
         match args.json {
             true => answer.push_str(&piece),
-            false => terminal::print(&piece)?,
+            false => terminal::print(&wrap.push(&piece))?,
         }
         Ok(())
     });
@@ -68,7 +73,7 @@ pub fn run(args: &RunArgs, open: OpenOptions) -> Result<()> {
         };
         terminal::print(&format!("{:#}\n", end.to_json(&args.file, &answer)))?;
     } else if !args.json {
-        terminal::print("\n")?;
+        terminal::print(&(wrap.finish() + "\n"))?;
         if !args.quiet && is_whole && (args.stats || std::io::stderr().is_terminal()) {
             terminal::note(End {
                 loaded,
@@ -119,6 +124,9 @@ impl End {
 
 impl std::fmt::Display for End {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if self.timings.generated_tokens == 0 && self.reason.is_none() {
+            return f.write_str("[stopped before the first token]");
+        }
         let peak = peak_memory().map_or_else(|| "unknown".into(), terminal::bytes);
         write!(
             f,
@@ -135,19 +143,18 @@ impl std::fmt::Display for End {
 fn prompt_text(given: Option<&str>, file: Option<&Path>) -> Result<String> {
     let input = || terminal::read_input(MAX_TEXT_BYTES).map(without_line_end);
     let mut text = match (given, file) {
-        (Some("-"), _) => input()?,
+        (None, None) | (Some("-"), _) => input()?,
         (Some(text), _) => text.to_owned(),
         (None, Some(_)) => String::new(),
-        (None, None) => match input()? {
-            text if text.is_empty() => return Err(no_prompt("no prompt: standard input is empty")),
-            text => text,
-        },
     };
     if let Some(path) = file {
         if !text.is_empty() {
             text += "\n\n";
         }
-        text += &without_line_end(terminal::read_text(path, MAX_TEXT_BYTES)?);
+        text += &match path.to_str() {
+            Some("-") => input()?,
+            _ => without_line_end(terminal::read_text(path, MAX_TEXT_BYTES)?),
+        };
     }
     Ok(text)
 }

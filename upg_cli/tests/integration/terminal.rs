@@ -276,6 +276,20 @@ fn signals_at_the_prompt_end_a_chat_and_leave_the_terminal_as_it_was() {
     }
 }
 
+#[test]
+fn lines_that_are_typed_before_the_prompt_are_all_answered() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = model(folder.path(), |id| format!("word{id}"));
+    let terminal = Terminal::new();
+    let lines = b"word0\n/set seed 1\n/set seed 2\n/bye\n";
+    (&terminal.keys).write_all(lines).unwrap();
+    let mut child = terminal.start(&mut chat(&model, "2"));
+    assert_eq!(code(&mut child), Some(0), "{}", terminal.text());
+    for expected in ["word0word0", "seed is 1", "seed is 2"] {
+        wait_until(expected, || terminal.text().contains(expected));
+    }
+}
+
 /// Starts a command whose answer fills a pipe that nobody reads.
 /// It blocks where it checks no flag.
 fn hold_up(mut command: Command) -> (Child, PipeReader) {

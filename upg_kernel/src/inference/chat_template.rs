@@ -250,10 +250,8 @@ impl ChatTemplate {
 
 /// Returns the members of an object as a value of the engine.
 fn pairs(object: &Map<String, Json>) -> Value {
-    object
-        .iter()
-        .map(|(name, value)| (name.clone(), to_value(value)))
-        .collect()
+    let members = object.iter();
+    Value::from_pairs(members.map(|(name, value)| (name.as_str(), to_value(value))))
 }
 
 /// Converts a JSON value. JSON texts are at most 128 levels deep.

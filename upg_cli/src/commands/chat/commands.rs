@@ -21,8 +21,9 @@ pub const HELP: &str = "\
 /undo             forget the last question and its answer
 /clear            start again
 /bye              end (also Ctrl-D)
-Ctrl-C stops an answer. A line that ends with \\ goes on in the next one, and so does
-what stands between two \"\"\". A question that begins with a slash gets two: //etc.
+Ctrl-C stops an answer. A line that ends with \\ goes on in the next one, and
+so does what stands between two \"\"\". A question that begins with a slash gets
+two: //etc.
 ";
 
 /// What a line asks for.
@@ -65,14 +66,14 @@ impl Line {
             "/help" | "/?" => Self::Help,
             "/set" => {
                 let usage = "/set NAME VALUE, for example /set temperature 0.7";
-                let pair = needed(usage)?.split_once(char::is_whitespace);
+                let pair = needed(usage)?.split_once(|c: char| c == '=' || c.is_whitespace());
                 let (name, value) = pair.ok_or_else(|| usage_error(usage))?;
                 Self::Set(name.to_owned(), value.trim().to_owned())
             }
             "/system" => Self::System((!rest.is_empty()).then(|| rest.to_owned())),
             "/show" => Self::Show,
-            "/save" => Self::Save(needed("/save FILE")?.into()),
-            "/load" => Self::Load(needed("/load FILE")?.into()),
+            "/save" => Self::Save(path(needed("/save FILE")?)),
+            "/load" => Self::Load(path(needed("/load FILE")?)),
             "/regen" | "/retry" => Self::Again,
             "/undo" => Self::Undo,
             "/clear" => Self::Clear,
@@ -83,6 +84,15 @@ impl Line {
                 return Err(Error::new(ErrorKind::Argument, message).hint(hint));
             }
         })
+    }
+}
+
+/// Returns a path in which `~/` stands for the home folder.
+fn path(text: &str) -> PathBuf {
+    let home = std::env::var_os("HOME").filter(|home| !home.is_empty());
+    match (text.strip_prefix("~/"), home) {
+        (Some(rest), Some(home)) => PathBuf::from(home).join(rest),
+        _ => text.into(),
     }
 }
 
@@ -134,7 +144,10 @@ impl Options {
             "max_tokens" => {
                 changed.max_tokens = match value {
                     "none" => None,
-                    value => Some(value.parse().map_err(|_| wrong())?),
+                    value => {
+                        let most = value.parse().ok().filter(|n| *n > 0);
+                        Some(most.ok_or_else(wrong)?)
+                    }
                 }
             }
             _ => {

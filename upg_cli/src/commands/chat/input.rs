@@ -57,38 +57,25 @@ impl Lines {
     /// A line that ends with a backslash goes on in the next one, and so does everything between
     /// two `"""`.
     pub fn next(&mut self) -> Result<Option<String>> {
-        match self {
-            Self::Terminal(prompt) => {
-                let mut was_interrupted = false;
-                loop {
-                    match prompt.editor.readline("> ") {
-                        Ok(line) => return Ok(Some(joined(&line))),
-                        Err(ReadlineError::Interrupted) if !was_interrupted => {
-                            was_interrupted = true;
-                            terminal::note(
-                                "upg: Ctrl-D or /bye ends the chat, and so does Ctrl-C again",
-                            );
-                        }
-                        Err(ReadlineError::Eof | ReadlineError::Interrupted) => return Ok(None),
-                        Err(e) => return Err(input_error(&e)),
-                    }
+        let Self::Terminal(prompt) = self else {
+            return next_of_input();
+        };
+        // The line editor would lose what was typed during the answer, but for the first line.
+        if is_typed_ahead() {
+            let line = next_of_input()?;
+            terminal::print(&format!("> {}\n", line.as_deref().unwrap_or_default()))?;
+            return Ok(line);
+        }
+        let mut was_interrupted = false;
+        loop {
+            match prompt.editor.readline("> ") {
+                Ok(line) => return Ok(Some(joined(&line))),
+                Err(ReadlineError::Interrupted) if !was_interrupted => {
+                    was_interrupted = true;
+                    terminal::note("upg: Ctrl-D or /bye ends the chat, and so does Ctrl-C again");
                 }
-            }
-            Self::Piped => {
-                let mut input = std::io::stdin().lock();
-                let mut text = String::new();
-                loop {
-                    let most = MAX_TEXT_BYTES.saturating_sub(text.len());
-                    match terminal::read_line(&mut input, most)? {
-                        None if text.is_empty() => return Ok(None),
-                        None => return Ok(Some(joined(&text))),
-                        Some(line) => text += &line,
-                    }
-                    if is_complete(&text) {
-                        return Ok(Some(joined(&text)));
-                    }
-                    text.push('\n');
-                }
+                Err(ReadlineError::Eof | ReadlineError::Interrupted) => return Ok(None),
+                Err(e) => return Err(input_error(&e)),
             }
         }
     }
@@ -104,6 +91,40 @@ impl Lines {
             }
         }
     }
+}
+
+/// Reads the next question from standard input, without line editor.
+fn next_of_input() -> Result<Option<String>> {
+    let mut input = std::io::stdin().lock();
+    let mut text = String::new();
+    loop {
+        let most = MAX_TEXT_BYTES.saturating_sub(text.len());
+        match terminal::read_line(&mut input, most)? {
+            None if text.is_empty() => return Ok(None),
+            None => return Ok(Some(joined(&text))),
+            Some(line) => text += &line,
+        }
+        if is_complete(&text) {
+            return Ok(Some(joined(&text)));
+        }
+        text.push('\n');
+    }
+}
+
+/// Returns whether the terminal has a whole line that nobody has read.
+#[cfg(unix)]
+fn is_typed_ahead() -> bool {
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    use std::os::fd::AsFd;
+
+    let input = std::io::stdin();
+    let mut line = [PollFd::new(input.as_fd(), PollFlags::POLLIN)];
+    poll(&mut line, PollTimeout::ZERO).is_ok_and(|n| n > 0)
+}
+
+#[cfg(not(unix))]
+fn is_typed_ahead() -> bool {
+    false
 }
 
 /// Returns the file of the history, if the environment says where files of a user are.

@@ -10,12 +10,8 @@ use upg_kernel::inference::tokenizer::MAX_TEXT_BYTES;
 use upg_kernel::support::AtomicFile;
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// Writes a conversation. Errors: `Io`; `Argument` if there is a file that is no conversation.
+/// Writes a conversation. Errors: `Io`.
 pub fn save(path: &Path, system: Option<&str>, turns: &[Message]) -> Result<()> {
-    if path.exists() && load(path).is_err() {
-        let message = "there is another file of this name";
-        return Err(Error::new(ErrorKind::Argument, message).at(path));
-    }
     let system = system.map(|text| Message::new("system", text));
     let messages: Vec<Value> = system
         .iter()
@@ -54,6 +50,9 @@ pub fn load(path: &Path) -> Result<(Option<String>, Vec<Message>)> {
             "system" if turns.is_empty() && system.is_none() => system = Some(content),
             _ => turns.push(Message::new(role, content)),
         }
+    }
+    if turns.iter().all(|turn| turn.role != "user") {
+        return Err(malformed("it has no question"));
     }
     Ok((system, turns))
 }

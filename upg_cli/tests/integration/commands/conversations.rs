@@ -43,6 +43,8 @@ fn a_prompt_is_an_argument_a_file_or_the_input_and_framed_by_the_template() {
         succeed(run(&["--system", "You are a pirate.", "What is 2+2?"])),
         answer
     );
+    let (_, of_input, _) = with_input(&run(&["-f", "-"]), "What is 2+2?\n");
+    assert_eq!(of_input, answer);
     let both = succeed(run(&["What is this sum?", "-f", file]));
     assert_ne!(both, answer);
     let (_, _, said) = with_input(&["run", smollm2(), "hi", "--temp", "0", "-n", "3"], "");
@@ -53,10 +55,7 @@ fn a_prompt_is_an_argument_a_file_or_the_input_and_framed_by_the_template() {
     for input in ["", "\n"] {
         let (code, _, said) = with_input(&run(&[]), input);
         assert_eq!(code, Some(2));
-        assert!(
-            said.contains("no prompt: standard input is empty"),
-            "{said}"
-        );
+        assert!(said.contains("no prompt: the text is empty"), "{said}");
     }
 }
 
@@ -98,6 +97,9 @@ fn chat_keeps_to_its_commands_and_ends_with_its_input() {
         "no command '/nothing'",
         "//nothing sends the text",
         "2 questions from",
+        "in place of 0 questions",
+        "top-k is 7",
+        "forgotten; 0 questions left",
         "'x' is no value of seed",
         " of 8192]",
     ] {
@@ -115,16 +117,19 @@ fn chat_keeps_to_its_commands_and_ends_with_its_input() {
         ["Be brief.", "/etc is what?", "It is \na folder."]
     );
     assert_eq!(messages[4]["role"], "assistant");
-    // Another file of the name is not overwritten, and is no conversation.
+    // A file that this conversation does not come from is not overwritten.
     let other = folder.path().join("other");
     fs::write(&other, "text").unwrap();
     let name = other.to_str().unwrap();
-    let (code, _, said) = with_input(&args, &format!("hi\n/save {name}\n/load {name}\n"));
+    let (code, _, said) = with_input(&args, &format!("/save x\nhi\n/save {name}\n/load {name}\n"));
     assert_eq!(code, Some(0));
-    assert!(
-        said.contains("another file") && said.contains("no saved conversation"),
-        "{said}"
-    );
+    for expected in [
+        "no question yet",
+        "the file exists",
+        "no saved conversation",
+    ] {
+        assert!(said.contains(expected), "{expected}: {said}");
+    }
     assert_eq!(fs::read(other).unwrap(), b"text");
 }
 
@@ -140,13 +145,20 @@ fn a_full_context_goes_on_without_the_oldest_questions() {
         "--temp",
         "0",
     ];
-    let (code, text, said) = with_input(&args, &"Tell me a story about a ship.\n".repeat(8));
+    let folder = tempfile::tempdir().unwrap();
+    let saved = folder.path().join("saved.json");
+    let questions = "Tell me a story about a ship.\n".repeat(8);
+    let input = format!("{questions}/save {}\n", saved.display());
+    let (code, text, said) = with_input(&args, &input);
     assert_eq!(code, Some(0), "{said}");
     assert!(
         text.lines().filter(|line| !line.is_empty()).count() >= 8,
         "{text}"
     );
-    assert!(said.contains("left out from here on: the oldest"), "{said}");
+    assert!(said.contains("no longer sees the oldest"), "{said}");
+    // What the model no longer sees is still part of the conversation.
+    let saved = fs::read_to_string(saved).unwrap();
+    assert_eq!(saved.matches("about a ship").count(), 8, "{saved}");
     // A question that does not fit alone.
     let long = "word ".repeat(200) + "\nhi\n";
     let (code, text, said) = with_input(&args, &long);

@@ -32,15 +32,15 @@ pub fn value(document: &str, text: &str) -> Result<Value> {
 /// The values of `keys` in the object that `text` is; other keys are passed over, and take no
 /// memory.
 ///
-/// Cost and numbers of Python as for [`value`]. Errors: those of [`value`], which counts the object and the values of
-/// these keys; `Malformed` for what is no object.
+/// Cost as for [`value`], without the numbers of Python. Errors: those of [`value`], which counts
+/// the object and the values of these keys; `Malformed` for what is no object.
 pub fn fields(document: &str, text: &str, keys: &[&str]) -> Result<Map<String, Value>> {
     let mut values = Values::new(MAX_VALUES);
     let picked = Picked {
         keys,
         values: &mut values,
     };
-    parse(&with_python_numbers(text), picked).map_err(|e| values.refused(document, e))
+    parse(text, picked).map_err(|e| values.refused(document, e))
 }
 
 /// Numbers that Python's `json` writes, and JSON does not have.
@@ -379,7 +379,7 @@ mod tests {
             "a": ["NaN", "Infinity", "-Infinity"], "b": "\"NaN\\", "c": {"Infinity": 1},
         });
         assert_eq!(found, expected);
-        assert_eq!(fields("d", text, &["b"]).unwrap()["b"], expected["b"]);
+        assert!(fields("d", text, &["b"]).is_err());
         for bad in ["NaN 1", "-NaN", "InfinityNaN", "nan", "Inf", "NaN\""] {
             assert!(value("d", bad).is_err(), "{bad}");
         }

@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::sampler::SamplingOptions;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::format::json;
 use serde_json::Value;
 
@@ -37,7 +37,13 @@ impl SamplingOptions {
             "min_p",
             "repetition_penalty",
         ];
-        let fields = json::fields(NAME, text, &keys)?;
+        let fields = match json::value(NAME, text)? {
+            Value::Object(fields) => fields,
+            _ => {
+                let message = format!("{NAME}: not a JSON object");
+                return Err(Error::new(ErrorKind::Malformed, message));
+            }
+        };
         let number = |key: &str| fields.get(key).and_then(Value::as_f64).map(|x| x as f32);
         let filters = keys[1..5].iter().any(|key| number(key).is_some());
         let mut options = match filters {

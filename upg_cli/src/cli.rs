@@ -4,7 +4,7 @@
 mod generation;
 mod models;
 
-pub use generation::{ChatArgs, RunArgs, SamplingArgs};
+pub use generation::{CacheArg, ChatArgs, RunArgs, SamplingArgs};
 pub use models::{ListArgs, ModelArgs, PullArgs, RmArgs, ShowArgs, TakesModel};
 
 use clap::builder::PossibleValuesParser;
@@ -14,7 +14,6 @@ use std::path::PathBuf;
 use upg_compress::source::PUBLISHED;
 use upg_compress::{Choice, Override, Sparse, TuneOptions};
 use upg_kernel::format::Encoding;
-use upg_kernel::inference::CacheType;
 
 /// Parses a finite number above 0.
 fn positive(text: &str) -> Result<f64, String> {
@@ -393,28 +392,6 @@ pub struct FileArgs {
     pub file: PathBuf,
     #[command(flatten)]
     pub original: ModelArgs,
-}
-
-#[derive(Clone, Copy, Default, ValueEnum)]
-pub enum CacheArg {
-    /// 4 bytes per element
-    F32,
-    /// 2 bytes per element
-    #[default]
-    F16,
-    /// 1 byte per element, and a 4-byte scale per 32 elements
-    #[value(alias = "q8_0")]
-    Int8,
-}
-
-impl From<CacheArg> for CacheType {
-    fn from(arg: CacheArg) -> Self {
-        match arg {
-            CacheArg::F32 => Self::F32,
-            CacheArg::F16 => Self::F16,
-            CacheArg::Int8 => Self::Int8,
-        }
-    }
 }
 
 #[derive(Args)]

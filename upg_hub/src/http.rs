@@ -38,7 +38,7 @@ impl From<Error> for Failure {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Follow {
     All,
-    /// Those on the endpoint: the answer that leaves it has the hash of the file.
+    /// Only those on the endpoint: the answer that leaves it has the hash of the file.
     OnEndpoint,
 }
 

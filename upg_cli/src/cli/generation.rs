@@ -1,10 +1,11 @@
 //! Options of the commands that generate text.
 #![forbid(unsafe_code)]
 
-use super::{CacheArg, ModelArgs};
-use clap::Args;
+use super::ModelArgs;
+use clap::{Args, ValueEnum};
 use serde_json::Value;
 use std::path::PathBuf;
+use upg_kernel::inference::CacheType;
 
 #[derive(Args)]
 #[command(next_help_heading = "Sampling (by default as the model recommends)")]
@@ -62,6 +63,28 @@ pub struct SamplingArgs {
     /// Name for the chat template, with a JSON value: enable_thinking=false; repeatable
     #[arg(long = "template-arg", value_name = "NAME=VALUE", value_parser = template_arg, help_heading = "Options")]
     pub template_args: Vec<(String, Value)>,
+}
+
+#[derive(Clone, Copy, Default, ValueEnum)]
+pub enum CacheArg {
+    /// 4 bytes per element
+    F32,
+    /// 2 bytes per element
+    #[default]
+    F16,
+    /// 1 byte per element, and a 4-byte scale per 32 elements
+    #[value(alias = "q8_0")]
+    Int8,
+}
+
+impl From<CacheArg> for CacheType {
+    fn from(arg: CacheArg) -> Self {
+        match arg {
+            CacheArg::F32 => Self::F32,
+            CacheArg::F16 => Self::F16,
+            CacheArg::Int8 => Self::Int8,
+        }
+    }
 }
 
 /// Parses a number of tokens; -1 is no limit, as in llama.cpp.

@@ -1,4 +1,4 @@
-//! What `run` and `chat` have in common: options of an answer, and what is said at its end.
+//! Common parts of `run` and `chat`: options of an answer, and what is said at its end.
 #![forbid(unsafe_code)]
 
 use crate::cli::SamplingArgs;

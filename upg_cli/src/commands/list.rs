@@ -26,7 +26,7 @@ pub fn run(args: &ListArgs) -> Result<()> {
     terminal::print(&table(&models))
 }
 
-/// What is in a cache.
+/// Content of a cache.
 pub enum Found {
     Original(CachedRepository),
     Compressed(CompressedFile),

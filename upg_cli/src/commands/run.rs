@@ -89,7 +89,7 @@ pub fn run(args: &RunArgs, open: OpenOptions) -> Result<()> {
     finished
 }
 
-/// What there is to say of an answer.
+/// Figures of an answer.
 struct End {
     loaded: Duration,
     timings: Timings,

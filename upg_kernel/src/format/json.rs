@@ -370,7 +370,7 @@ mod tests {
         assert_eq!(fields("d", good, &["a"]).unwrap().len(), 1);
     }
 
-    /// As `json.dumps` of Python writes them; their names in texts stay as they are.
+    /// Python's `json.dumps` writes them; their names in texts stay as they are.
     #[test]
     fn numbers_of_python_are_texts() {
         let text = r#"{"a":[NaN,Infinity,-Infinity],"b":"\"NaN\\","c":{"Infinity":1}}"#;

@@ -26,7 +26,7 @@ so does what stands between two \"\"\". A question that begins with a slash gets
 two: //etc.
 ";
 
-/// What a line asks for.
+/// Meaning of a line.
 #[derive(Debug, PartialEq)]
 pub enum Line {
     Nothing,

@@ -171,7 +171,7 @@ fn input_error(e: &ReadlineError) -> Error {
     Error::new(ErrorKind::Io, format!("cannot read the terminal: {e}"))
 }
 
-/// What the line editor asks about a line.
+/// Answers to the questions of the line editor about a line.
 #[derive(Helper, Highlighter, Hinter)]
 struct Words;
 

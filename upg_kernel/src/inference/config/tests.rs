@@ -245,7 +245,7 @@ fn yarn_extends_the_context() {
     assert_eq!((yarn(128), yarn(16)), (512, 128));
 }
 
-/// As in transformers 5.24, `_compute_yarn_parameters`.
+/// Source: `_compute_yarn_parameters` of transformers 5.24.
 #[test]
 fn rotary_keys_that_change_nothing() {
     let yarn = |more: Value| {

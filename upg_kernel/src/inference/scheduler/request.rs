@@ -1,4 +1,4 @@
-//! What a [`Scheduler`](super::Scheduler) is asked for, and what it reports.
+//! Requests to a [`Scheduler`](super::Scheduler), and its reports.
 #![forbid(unsafe_code)]
 
 use crate::error::Error;

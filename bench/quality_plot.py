@@ -46,13 +46,7 @@ def plot(runs, theme="light"):
     low, high = math.floor(min(logs)), math.ceil(max(logs))
     x = scale(first, last, LEFT, WIDTH - RIGHT)
     y = scale(low, high, HEIGHT - BOTTOM, TOP)
-    parts = [
-        f"<title>{TITLE}: {SUBTITLE}</title>",
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="{colours["page"]}"/>',
-        text(LEFT, 30, TITLE, "start", f' font-size="18" font-weight="bold" fill="{colours["text"]}"'),
-        text(LEFT, 52, SUBTITLE, "start", f' font-size="13" fill="{colours["faint"]}"'),
-    ]
-    parts += axes(colours, (first, last, x), (low, high, y))
+    parts = axes(colours, (first, last, x), (low, high, y))
 
     at = {id(run): (x(run["bits_per_weight_blocks"]), y(math.log10(run["kl_mean"]))) for run in runs}
     taken = [(px - 6, py - 6, px + 6, py + 6) for px, py in at.values()]
@@ -68,12 +62,24 @@ def plot(runs, theme="light"):
         label = name(run)
         lx, ly = place(label, at[id(run)], taken)
         parts.append(text(lx, ly, label, "start", f' fill="{colours[run["engine"]][1]}"'))
+    return page(colours, TITLE, SUBTITLE, HEIGHT, parts)
+
+
+def page(colours, title, subtitle, height, parts):
+    """Returns a plot of these parts as SVG, with its titles and the marks of the programs."""
+    head = [
+        f"<title>{title}: {subtitle}</title>",
+        f'<rect width="{WIDTH}" height="{height}" fill="{colours["page"]}"/>',
+        text(LEFT, 30, title, "start", f' font-size="18" font-weight="bold" fill="{colours["text"]}"'),
+        text(LEFT, 52, subtitle, "start", f' font-size="13" fill="{colours["faint"]}"'),
+    ]
+    legend = []
     for index, program in enumerate(PROGRAMS):
         lx, ly = WIDTH - RIGHT - 110, TOP + 20 + 22 * index
-        parts.append(mark(lx, ly, colours[program]))
-        parts.append(text(lx + 14, ly + 4, program, "start", f' font-size="14" fill="{colours["text"]}"'))
-    body = "\n".join(parts)
-    size = f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img" font-family="sans-serif" font-size="{FONT}"'
+        legend.append(mark(lx, ly, colours[program]))
+        legend.append(text(lx + 14, ly + 4, program, "start", f' font-size="14" fill="{colours["text"]}"'))
+    body = "\n".join(head + parts + legend)
+    size = f'viewBox="0 0 {WIDTH} {height}" role="img" font-family="sans-serif" font-size="{FONT}"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>\n{body}\n</svg>\n'
 
 
@@ -164,14 +170,16 @@ def overlap(a, b):
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def main(record, folder):
+def main(usage, name, draw):
+    """Writes `draw(runs, theme)` of the record on the command line, as FOLDER/name-theme.svg."""
+    if len(sys.argv) != 3:
+        raise SystemExit(usage)
+    record, folder = map(pathlib.Path, sys.argv[1:])
     runs = json.loads(record.read_text())["runs"]
     folder.mkdir(parents=True, exist_ok=True)
     for theme in THEMES:
-        (folder / f"quality-{theme}.svg").write_text(plot(runs, theme))
+        (folder / f"{name}-{theme}.svg").write_text(draw(runs, theme))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        raise SystemExit(__doc__)
-    main(*map(pathlib.Path, sys.argv[1:]))
+    main(__doc__, "quality", plot)

@@ -63,7 +63,7 @@ pub fn run(args: &CompressArgs, open: OpenOptions) -> Result<()> {
         return preflight.check();
     }
     preflight.check()?;
-    announce(args, &preflight, options.calibration.is_some())?;
+    announce(args, &preflight, &options)?;
 
     let progress = WeightsBar::new(Some(preflight.seconds))?;
     let report = compress_checked(source.as_ref(), &args.output, &options, &progress).map_err(
@@ -138,10 +138,9 @@ fn options(args: &CompressArgs, source: &dyn Source) -> Result<CompressOptions> 
         options.encoding = Choice::Encode(budget.encoding());
     }
     let most = args.calibration_tokens.map(NonZeroUsize::get);
-    let is_needed = options.budget.is_some() || options.prune.is_some() || most.is_some();
     if let Some(text) = &args.calibrate {
         options.calibration = Some(calibration(source, text.as_deref(), most)?);
-    } else if is_needed {
+    } else if needs_text(&options) || most.is_some() {
         let most = most.unwrap_or(UNASKED_TOKENS);
         options.calibration = Some(Calibration::built_in(source, most)?);
     } else if !args.no_calibrate {
@@ -150,8 +149,9 @@ fn options(args: &CompressArgs, source: &dyn Source) -> Result<CompressOptions> 
     Ok(options)
 }
 
-fn budget_of(args: &CompressArgs) -> bool {
-    args.bpw.is_some() || args.ratio.is_some() || args.size.is_some()
+/// Returns whether the options cannot be met without a calibration.
+fn needs_text(options: &CompressOptions) -> bool {
+    options.budget.is_some() || options.prune.is_some()
 }
 
 fn budget(args: &CompressArgs, source: &dyn Source) -> Option<Budget> {
@@ -194,7 +194,7 @@ fn cost(preflight: &Preflight) -> String {
 }
 
 /// Announces the work if it will take long enough.
-fn announce(args: &CompressArgs, preflight: &Preflight, is_calibrated: bool) -> Result<()> {
+fn announce(args: &CompressArgs, preflight: &Preflight, options: &CompressOptions) -> Result<()> {
     let [data, journal] = partial_files(&args.output)?;
     if !args.resume && data.exists() && journal.exists() {
         terminal::note(format_args!(
@@ -204,9 +204,8 @@ fn announce(args: &CompressArgs, preflight: &Preflight, is_calibrated: bool) -> 
     }
     if preflight.seconds >= WORTH_A_LINE {
         terminal::note(format_args!("upg: {}", cost(preflight)));
-        if is_calibrated && args.calibrate.is_none() {
-            let is_needed = args.prune.is_some() || budget_of(args);
-            terminal::note(match is_needed {
+        if options.calibration.is_some() && args.calibrate.is_none() {
+            terminal::note(match needs_text(options) {
                 true => "upg: most of that is calibration; --calibration-tokens sets how much",
                 false => "upg: most of that is calibration; --no-calibrate leaves it out",
             });

@@ -147,10 +147,10 @@ impl Chat<'_> {
         }
     }
 
-    /// Keeps the first `turns` turns.
+    /// Keeps the first `turns` turns. There may be room again for those that were left out.
     fn keep(&mut self, turns: usize) {
         self.turns.truncate(turns);
-        self.left_out = self.left_out.min(turns);
+        self.left_out = 0;
     }
 
     fn save(&mut self, path: &Path) -> Result<()> {
@@ -293,15 +293,17 @@ impl Chat<'_> {
             self.left_out = (self.left_out + 2).min(self.turns.len() - 1);
             tokens = self.encode()?;
         }
-        if self.left_out > before {
-            let oldest = questions(&self.turns[..self.left_out]);
-            terminal::note(format_args!(
-                "upg: the context is full; the model no longer sees the oldest {oldest}"
-            ));
-        }
         if tokens.len() < self.context {
+            if self.left_out > before {
+                let oldest = questions(&self.turns[..self.left_out]);
+                terminal::note(format_args!(
+                    "upg: the context is full; the model no longer sees the oldest {oldest}"
+                ));
+            }
             return Ok(tokens);
         }
+        // The question is taken back, so the model still sees the others.
+        self.left_out = before;
         let message = format!(
             "the question has {} tokens with the template; the context has {}",
             tokens.len(),

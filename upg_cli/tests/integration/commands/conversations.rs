@@ -160,12 +160,14 @@ fn a_full_context_goes_on_without_the_oldest_questions() {
     let saved = fs::read_to_string(saved).unwrap();
     assert_eq!(saved.matches("about a ship").count(), 8, "{saved}");
     // A question that does not fit alone.
-    let long = "word ".repeat(200) + "\nhi\n";
+    let long = "hi\n".to_owned() + &"word ".repeat(200) + "\n/show\nhi\n";
     let (code, text, said) = with_input(&args, &long);
     assert_eq!(code, Some(0));
     assert!(
         said.contains("the question has 2") && said.contains("the context has 160"),
         "{said}"
     );
-    assert!(!text.trim().is_empty());
+    // It is taken back, and the model still sees the one before.
+    assert!(!said.contains("no longer sees"), "{said}");
+    assert!(text.contains("\n1 question; "), "{text}");
 }

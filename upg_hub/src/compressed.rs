@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use upg_kernel::format::json::value;
 use upg_kernel::inference::model_dir::read_text;
-use upg_kernel::support::AtomicFile;
+use upg_kernel::support::{AtomicFile, PartName};
 use upg_kernel::{Error, Result};
 
 /// Version of names and content: with another one, no file of an earlier build is used.
@@ -52,7 +52,7 @@ pub enum Origin {
     Local {
         /// Absolute path.
         path: PathBuf,
-        /// Canonical path; names, sizes and modification times of its files.
+        /// Canonical path; names, sizes and modification times of its files or parts.
         state: String,
     },
 }
@@ -67,7 +67,11 @@ impl Origin {
         let canonical = path.canonicalize().map_err(io)?;
         let absolute = std::path::absolute(path).map_err(io)?;
         let state = match metadata.is_dir() {
-            false => state_of("", &metadata),
+            false => parts_of(path)
+                .iter()
+                .filter_map(|part| Some(state_of("", &part.metadata().ok()?)))
+                .collect::<Vec<_>>()
+                .join("\n"),
             true => {
                 let ends = [".safetensors", ".json", ".jinja"];
                 let mut files = entries(path)?;
@@ -110,7 +114,8 @@ impl Origin {
             Self::Hub { name, .. } => name.repository().replace('/', "--"),
             Self::Local { path, .. } => {
                 let name = path.file_name().unwrap_or_default().to_string_lossy();
-                name.strip_suffix(".gguf").unwrap_or(&name).to_owned()
+                let stem = name.strip_suffix(".gguf").unwrap_or(&name);
+                PartName::of(stem).map_or(stem, |part| part.name).to_owned()
             }
         };
         let is_plain = |c: &char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
@@ -129,6 +134,18 @@ impl Origin {
             }
             Self::Local { path, .. } => json!({ "path": path.to_string_lossy() }),
         }
+    }
+}
+
+/// Returns the files of the model in the file `path`: all parts of a split one.
+fn parts_of(path: &Path) -> Vec<PathBuf> {
+    let stem = path.file_stem().and_then(|s| s.to_str());
+    let extension = path.extension().and_then(|e| e.to_str());
+    match (stem.and_then(PartName::of), extension) {
+        (Some(part), Some(extension)) => (1..=part.count)
+            .map(|number| path.with_file_name(part.file_name(number, extension)))
+            .collect(),
+        _ => vec![path.to_path_buf()],
     }
 }
 
@@ -354,6 +371,21 @@ mod tests {
         assert_eq!(first, Origin::local(&file).unwrap());
         fs::write(&file, "three").unwrap();
         assert_ne!(first, Origin::local(&file).unwrap());
+    }
+
+    #[test]
+    fn a_changed_part_makes_another_original() {
+        let folder = tempfile::tempdir().unwrap();
+        let part = |number| folder.path().join(format!("a-0000{number}-of-00002.gguf"));
+        fs::write(part(1), "one").unwrap();
+        fs::write(part(2), "two").unwrap();
+        let first = Origin::local(&part(1)).unwrap();
+        fs::write(part(2), "three").unwrap();
+        assert_ne!(first, Origin::local(&part(1)).unwrap());
+        let cache = CompressedCache::new("/cache");
+        let name = cache.path(&first, "q8");
+        let name = name.file_name().unwrap().to_str().unwrap();
+        assert!(name.starts_with("a-q8-"), "{name}");
     }
 
     #[test]

@@ -4,6 +4,7 @@
 use crate::name::{ModelName, is_file};
 use serde_json::Value;
 use std::collections::BTreeSet;
+use upg_kernel::support::{MAX_PARTS, PartName};
 use upg_kernel::{Error, ErrorKind, Result};
 
 pub(crate) const CONFIG: &str = "config.json";
@@ -30,9 +31,6 @@ const TEMPLATE: &str = "chat_template.";
 const PREFERRED: [&str; 9] = [
     "Q8_0", "Q6_K", "BF16", "F16", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q4_0",
 ];
-
-/// Maximum shards of a model.
-const MAX_SHARDS: usize = 4096;
 
 /// File of a repository.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -137,11 +135,11 @@ fn gguf_models<'a>(files: &BTreeSet<&'a str>) -> Vec<Vec<&'a str>> {
         if base.starts_with("mmproj") || base.contains("imatrix") {
             continue;
         }
-        match part_of(stem) {
+        match PartName::of(stem) {
             None => models.push(vec![*file]),
-            Some((first, 1, count)) => {
-                let part = |n| format!("{first}-{n:05}-of-{count:05}.gguf");
-                let parts = (1..=count).map(|n| files.get(part(n).as_str()).copied());
+            Some(part) if part.number == 1 => {
+                let names = (1..=part.count).map(|number| part.file_name(number, "gguf"));
+                let parts = names.map(|name| files.get(name.as_str()).copied());
                 // An incomplete model cannot be chosen.
                 models.extend(parts.collect::<Option<Vec<_>>>());
             }
@@ -151,23 +149,10 @@ fn gguf_models<'a>(files: &BTreeSet<&'a str>) -> Vec<Vec<&'a str>> {
     models
 }
 
-/// Splits `NAME-00001-of-00003` into the name, the number of the part and the count.
-fn part_of(stem: &str) -> Option<(&str, usize, usize)> {
-    let (rest, count) = stem.rsplit_once("-of-")?;
-    let (name, number) = rest.rsplit_once('-')?;
-    let number_of = |text: &str| -> Option<usize> {
-        let is_number = text.len() == 5 && text.bytes().all(|b| b.is_ascii_digit());
-        text.parse()
-            .ok()
-            .filter(|&n| is_number && n > 0 && n <= MAX_SHARDS)
-    };
-    Some((name, number_of(number)?, number_of(count)?))
-}
-
 /// Returns whether the name of a GGUF file ends in this quantization, or is it altogether.
 fn has_quantization(file: &str, quantization: &str) -> bool {
     let stem = file.strip_suffix(".gguf").unwrap_or(file);
-    let stem = part_of(stem).map_or(stem, |(name, ..)| name);
+    let stem = PartName::of(stem).map_or(stem, |part| part.name);
     let base = stem.rsplit('/').next().unwrap_or(stem).to_lowercase();
     let wanted = quantization.to_lowercase();
     let wanted = wanted.strip_suffix(".gguf").unwrap_or(&wanted);
@@ -188,8 +173,8 @@ pub(crate) fn shards(index: &str) -> Result<Vec<String>> {
         let shard = shard.as_str().filter(|s| is_file(s) && !s.contains('/'));
         let shard = shard.filter(|s| s.ends_with(".safetensors"));
         shards.insert(shard.ok_or_else(|| malformed("a shard that is no safetensors file"))?);
-        if shards.len() > MAX_SHARDS {
-            let message = format!("more than {MAX_SHARDS} shards");
+        if shards.len() > MAX_PARTS {
+            let message = format!("more than {MAX_PARTS} shards");
             return Err(Error::new(ErrorKind::TooLarge, message));
         }
     }

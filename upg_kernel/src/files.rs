@@ -44,6 +44,44 @@ pub fn folder_of(path: &Path) -> &Path {
     }
 }
 
+/// Maximum files that one model is split into; real ones have up to about 200.
+pub const MAX_PARTS: usize = 4096;
+
+/// Name of a part of a model that is split into files: `NAME-00002-of-00003`, without extension.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PartName<'a> {
+    /// What the names of all parts begin with.
+    pub name: &'a str,
+    /// Number of the part, from 1 on.
+    pub number: usize,
+    /// Number of parts, [`MAX_PARTS`] at most.
+    pub count: usize,
+}
+
+impl<'a> PartName<'a> {
+    /// Recognizes a part by its name without extension.
+    pub fn of(stem: &'a str) -> Option<Self> {
+        let (rest, count) = stem.rsplit_once("-of-")?;
+        let (name, number) = rest.rsplit_once('-')?;
+        let parsed = |text: &str| -> Option<usize> {
+            let is_number = text.len() == 5 && text.bytes().all(|b| b.is_ascii_digit());
+            text.parse().ok().filter(|_| is_number)
+        };
+        let (number, count) = (parsed(number)?, parsed(count)?);
+        let is_part = (1..=count).contains(&number) && count <= MAX_PARTS;
+        is_part.then_some(Self {
+            name,
+            number,
+            count,
+        })
+    }
+
+    /// Returns the name of another part with this extension, for `number` from 1 on.
+    pub fn file_name(&self, number: usize, extension: &str) -> String {
+        format!("{}-{number:05}-of-{:05}.{extension}", self.name, self.count)
+    }
+}
+
 /// Returns an error unless `metadata` belongs to a regular file.
 pub(crate) fn check_regular(metadata: &Metadata) -> io::Result<()> {
     match metadata.is_file() {

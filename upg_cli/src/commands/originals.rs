@@ -13,7 +13,7 @@ use std::sync::atomic::Ordering;
 use upg_compress::{
     Choice, CompressOptions, Preflight, compress_checked, partial_files, source::open_with,
 };
-use upg_hub::{Cache, CompressedCache, Hub, Listing, ModelName, Origin, Weights};
+use upg_hub::{Cache, CompressedCache, Hub, Listing, ModelName, Origin};
 use upg_kernel::support::open_regular;
 use upg_kernel::{Error, ErrorKind, OpenOptions, Result};
 
@@ -84,7 +84,7 @@ pub fn source(path: &Path, offline: bool) -> Result<PathBuf> {
     let hub = pull::hub(pull::settings(offline)?)?;
     match hub.cached(&name)? {
         Some(model) => Ok(model.path),
-        None => Ok(pull::pull(&hub, &whole(hub.look_up(&name)?)?)?.path),
+        None => Ok(pull::pull(&hub, &hub.look_up(&name)?)?.path),
     }
 }
 
@@ -134,7 +134,7 @@ impl Work<'_> {
             return Ok(path);
         }
         let hub = pull::hub(settings)?;
-        let listing = whole(hub.look_up(name)?)?;
+        let listing = hub.look_up(name)?;
         self.ask(&self.download_question(&hub, &listing))?;
         let model = pull::pull(&hub, &listing)?;
         self.of_original(&origin(model.clone()), &model.path, false)
@@ -275,21 +275,6 @@ fn remove_partial(out: &Path) -> Result<bool> {
         found |= std::fs::remove_file(&path).is_ok();
     }
     Ok(found)
-}
-
-/// Refuses a split GGUF file (`Unsupported`), before it is downloaded.
-fn whole(listing: Listing) -> Result<Listing> {
-    match &listing.weights {
-        Weights::Gguf(parts) if parts.len() > 1 => {
-            let message = format!("{} is a GGUF file in {} parts", listing.name, parts.len());
-            Err(Error::new(ErrorKind::Unsupported, message).hint(format!(
-                "choose another one after a colon, or: upg pull {}, then llama-gguf-split --merge \
-                 FIRST_PART OUT.gguf",
-                listing.name
-            )))
-        }
-        _ => Ok(listing),
-    }
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@ use crate::common::{
 };
 use crate::mirror::{COMMIT, Faults, Mirror};
 use std::fs;
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
@@ -200,10 +201,24 @@ fn compress_takes_a_name() {
 }
 
 #[test]
+fn a_split_gguf_file_is_one_model() {
+    let place = Place::new();
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../upg_compress/tests/data");
+    for number in 1..=4 {
+        let name = format!("qwen3-{number:05}-of-00004.gguf");
+        let part = fs::read(fixtures.join("split").join(&name)).unwrap();
+        place.mirror.add(&format!("user/split/{name}"), part);
+    }
+    let whole = fixtures.join("families/qwen3/model.gguf");
+    let expected = place.logits(whole.to_str().unwrap(), &[]);
+    assert_eq!(place.logits("user/split", &[]), expected);
+    let last = fixtures.join("split/qwen3-00004-of-00004.gguf");
+    assert_eq!(place.logits(last.to_str().unwrap(), &[]), expected);
+}
+
+#[test]
 fn what_cannot_be_had_is_said_in_a_line() {
     let place = Place::new();
-    place.mirror.add("user/split/m-00001-of-00002.gguf", "GGUF");
-    place.mirror.add("user/split/m-00002-of-00002.gguf", "GGUF");
     let missing = place.folder.path().join("none.gguf");
     for (args, code, words) in [
         (
@@ -221,11 +236,6 @@ fn what_cannot_be_had_is_said_in_a_line() {
             &["chat", "user/tiny", "--offline"],
             1,
             &["user/tiny", "HF_HUB_OFFLINE"],
-        ),
-        (
-            &["run", "user/split", "-p", "x"],
-            1,
-            &["2 parts", "llama-gguf-split --merge"],
         ),
         (
             &["inspect", missing.to_str().unwrap()],

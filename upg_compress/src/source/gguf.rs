@@ -9,6 +9,7 @@ pub(super) mod dims;
 pub(super) mod families;
 mod header;
 mod metadata;
+mod parts;
 mod rope;
 pub(crate) mod tokenizer;
 mod types;
@@ -19,8 +20,8 @@ use super::model::{
 };
 use dims::{Dims, FromTensors};
 use families::{ExpectedTensor, Family, RowOrder};
-use header::{Entry, Header};
 use metadata::Metadata;
+use parts::{Opened, Parts, Stored};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -28,12 +29,15 @@ use std::path::{Path, PathBuf};
 use tokenizer::GgufVocab;
 use types::GgmlType;
 use upg_kernel::inference::model_dir::ModelFiles;
-use upg_kernel::{Error, ErrorKind, MappedFile, OpenOptions, Result};
+use upg_kernel::support::PartName;
+use upg_kernel::{Error, ErrorKind, OpenOptions, Result};
 
-/// Model in one GGUF file. The file is mapped, not read, unless options say otherwise.
+/// Model in one GGUF file, or in the parts of a split one.
+///
+/// The files are mapped, not read, unless options say otherwise.
 #[derive(Debug)]
 pub struct GgufSource {
-    file: MappedFile,
+    parts: Parts,
     name: String,
     files: ModelFiles,
     vocab: GgufVocab,
@@ -42,12 +46,13 @@ pub struct GgufSource {
     skipped: Vec<SkippedTensor>,
 }
 
-/// Location of a tensor in the file. Checked:
+/// Location of a tensor in a part of the file. Checked:
 /// `bytes` are inside it and hold the tensor's blocks.
 #[derive(Debug, Clone)]
 struct Place {
     kind: GgmlType,
     order: RowOrder,
+    part: usize,
     bytes: Range<usize>,
 }
 
@@ -59,9 +64,11 @@ const ROPE_LONG: &str = "rope_factors_long.weight";
 impl GgufSource {
     /// Opens a GGUF file: checks its header and rebuilds names, config and texts.
     ///
+    /// For any part of a split file, such as `NAME-00001-of-00003.gguf`, all parts are opened.
+    ///
     /// Cost: one walk over the metadata; no weights are read. Errors: `Malformed`, `Unsupported`
-    /// (architecture, tensor type, split files, features that the families do not have), `Missing`
-    /// (keys, tensors), `Shape`, `Invalid`, `TooLarge`.
+    /// (architecture, tensor type, features that the families do not have), `Missing` (keys,
+    /// tensors, parts), `Shape`, `Invalid`, `TooLarge`.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         Self::open_with(path, OpenOptions::default())
     }
@@ -69,24 +76,29 @@ impl GgufSource {
     /// Runs [`GgufSource::open`] with options. Errors: also those of [`MappedFile::read`].
     pub fn open_with(path: impl AsRef<Path>, options: OpenOptions) -> Result<Self> {
         let path = path.as_ref();
-        Self::from_map(MappedFile::open_with(path, options)?).map_err(|e| e.at(path))
+        let opened = Opened::open(path, options)?;
+        Self::from_parts(path, opened).map_err(|e| e.at(path))
     }
 
-    fn from_map(file: MappedFile) -> Result<Self> {
-        let header = Header::read(&file)?;
+    /// Checks what was opened by the name `path`.
+    fn from_parts(path: &Path, opened: Opened) -> Result<Self> {
+        let Opened {
+            parts,
+            header,
+            tensors,
+        } = opened;
         // A copy: texts of a mapped file may change while they are read.
-        let texts = file.get(..header.end).unwrap_or_default().to_vec();
+        let texts = parts.bytes(0).get(..header.end).unwrap_or_default();
+        let texts = texts.to_vec();
         let metadata = Metadata {
             header: &header,
             file: &texts,
         };
-        let mut stored: BTreeMap<&str, &Entry> = header
-            .tensors
-            .iter()
-            .map(|t| (t.name.as_str(), t))
-            .collect();
-        let embeddings = stored.get("token_embd.weight").map(|t| t.shape.as_slice());
-        let vocab_rows = embeddings.and_then(|s| s.first().copied()).unwrap_or(0);
+        let mut stored: BTreeMap<&str, &Stored> =
+            tensors.iter().map(|t| (t.entry.name.as_str(), t)).collect();
+        let embeddings = stored.get("token_embd.weight");
+        let vocab_rows = embeddings.and_then(|t| t.entry.shape.first().copied());
+        let vocab_rows = vocab_rows.unwrap_or(0);
         // The kind of file is checked before its tensors: a projector has no embeddings either.
         let (family, dims) = config::read_dims(&metadata, vocab_rows)?;
         let tokens = metadata.token_count()?;
@@ -96,7 +108,7 @@ impl GgufSource {
         }
         let vocab = metadata::read_vocab(&metadata)?;
         let mut facts = FromTensors::default();
-        let skipped = take_rope_tensors(&file, &mut stored, &mut facts)?;
+        let skipped = take_rope_tensors(&parts, &mut stored, &mut facts)?;
         let found = match_tensors(family, &dims, &mut stored, &mut facts)?;
         facts.torch_dtype = torch_dtype(&found);
         let (tokenizer, ends) = tokenizer_files(&vocab)?;
@@ -107,11 +119,12 @@ impl GgufSource {
             chat_template: vocab.chat_template.clone(),
             ..tokenizer
         };
-        let stem = file.path().file_stem().map(|s| s.to_string_lossy());
+        let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+        let stem = PartName::of(&stem).map_or(&*stem, |part| part.name);
         let name = metadata
             .text("general.name")?
             .filter(|n| !n.trim().is_empty());
-        let name = name.unwrap_or_else(|| stem.unwrap_or_default().into_owned());
+        let name = name.unwrap_or_else(|| stem.to_owned());
         let (tensors, places) = found.into_iter().unzip();
         Ok(Self {
             name,
@@ -120,7 +133,7 @@ impl GgufSource {
             tensors,
             places,
             skipped,
-            file,
+            parts,
         })
     }
 
@@ -133,7 +146,10 @@ impl GgufSource {
         let tensor = tensor_at(&self.tensors, index)?;
         self.places
             .get(index)
-            .and_then(|place| Some((tensor, place, self.file.get(place.bytes.clone())?)))
+            .and_then(|place| {
+                let bytes = self.parts.bytes(place.part);
+                Some((tensor, place, bytes.get(place.bytes.clone())?))
+            })
             .ok_or_else(|| {
                 Error::new(ErrorKind::Malformed, "outside the file").tensor(&tensor.name)
             })
@@ -158,7 +174,7 @@ impl Source for GgufSource {
     }
 
     fn own_files(&self) -> Vec<PathBuf> {
-        vec![self.file.path().to_path_buf()]
+        self.parts.paths().map(Path::to_path_buf).collect()
     }
 
     fn read_rows_f32(&self, index: usize, rows: Range<usize>) -> Result<Vec<f32>> {
@@ -223,13 +239,13 @@ fn tokenizer_files(vocab: &GgufVocab) -> Result<(ModelFiles, Vec<u32>)> {
 
 /// Moves the rotary factors from `stored` to `facts`.
 fn take_rope_tensors(
-    file: &[u8],
-    stored: &mut BTreeMap<&str, &Entry>,
+    parts: &Parts,
+    stored: &mut BTreeMap<&str, &Stored>,
     facts: &mut FromTensors,
 ) -> Result<Vec<SkippedTensor>> {
     let mut skipped = Vec::new();
     let mut take = |name: &str| -> Result<Option<Vec<f32>>> {
-        let Some(entry) = stored.remove(name) else {
+        let Some(Stored { part, entry }) = stored.remove(name) else {
             return Ok(None);
         };
         skipped.push(SkippedTensor {
@@ -245,7 +261,8 @@ fn take_rope_tensors(
             .tensor(name));
         }
         let mut values = vec![0f32; entry.shape.iter().product()];
-        let bytes = file.get(entry.bytes.clone()).unwrap_or_default();
+        let bytes = parts.bytes(*part).get(entry.bytes.clone());
+        let bytes = bytes.unwrap_or_default();
         entry
             .kind
             .to_f32(bytes, &mut values)
@@ -274,7 +291,7 @@ fn missing(name: &str) -> Error {
 fn match_tensors(
     family: &Family,
     dims: &Dims,
-    stored: &mut BTreeMap<&str, &Entry>,
+    stored: &mut BTreeMap<&str, &Stored>,
     facts: &mut FromTensors,
 ) -> Result<Vec<(TensorInfo, Place)>> {
     let mut found = Vec::new();
@@ -282,13 +299,13 @@ fn match_tensors(
     let mut biases = [(0usize, 0usize); 2];
     facts.tied = !stored.contains_key("output.weight");
     for expected in family.expected(dims) {
-        let entry = stored.remove(expected.gguf.as_str());
+        let found_here = stored.remove(expected.gguf.as_str());
         if !expected.required && expected.gguf.ends_with(".bias") {
             let part = &mut biases[usize::from(expected.hf.contains(".mlp."))];
-            *part = (part.0 + usize::from(entry.is_some()), part.1 + 1);
+            *part = (part.0 + usize::from(found_here.is_some()), part.1 + 1);
         }
-        match entry {
-            Some(entry) => found.push(matched(expected, entry)?),
+        match found_here {
+            Some(stored) => found.push(matched(expected, stored)?),
             None if expected.required => return Err(missing(&expected.gguf)),
             None => {}
         }
@@ -320,7 +337,8 @@ fn match_tensors(
 }
 
 /// Matches a tensor of the file with the expected tensor of the model.
-fn matched(expected: ExpectedTensor, entry: &Entry) -> Result<(TensorInfo, Place)> {
+fn matched(expected: ExpectedTensor, stored: &Stored) -> Result<(TensorInfo, Place)> {
+    let entry = &stored.entry;
     if entry.shape != expected.shape {
         return Err(Error::new(
             ErrorKind::Shape,
@@ -344,6 +362,7 @@ fn matched(expected: ExpectedTensor, entry: &Entry) -> Result<(TensorInfo, Place
     let place = Place {
         kind: entry.kind,
         order: expected.order,
+        part: stored.part,
         bytes: entry.bytes.clone(),
     };
     Ok((info, place))

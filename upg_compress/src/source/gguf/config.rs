@@ -13,10 +13,10 @@ use serde_json::{Map, Value, json};
 use std::collections::HashSet;
 use upg_kernel::{Error, ErrorKind, Result};
 
-/// Checks that the file is a whole unsplit model; returns its family and sizes.
+/// Checks that the file is a language model; returns its family and sizes.
 ///
-/// `vocab` is the number of rows of the embeddings. Errors: `Unsupported` (families, variants,
-/// split files), `Missing`, `Malformed`, `Invalid`.
+/// `vocab` is the number of rows of the embeddings. Errors: `Unsupported` (families, variants),
+/// `Missing`, `Malformed`, `Invalid`.
 pub(super) fn read_dims(m: &Metadata<'_>, vocab: usize) -> Result<(&'static Family, Dims)> {
     let arch = check_kind(m)?;
     let key = |name: &str| format!("{arch}.{name}");
@@ -69,15 +69,9 @@ pub(super) fn read_dims(m: &Metadata<'_>, vocab: usize) -> Result<(&'static Fami
     Ok((family, dims))
 }
 
-/// Returns the architecture if the file is a whole unsplit language model.
+/// Returns the architecture if the file is a language model.
 fn check_kind(m: &Metadata<'_>) -> Result<String> {
     let unsupported = |message: String| Error::new(ErrorKind::Unsupported, message);
-    if let Some(n) = m.number("split.count")?.filter(|n| *n > 1) {
-        return Err(
-            unsupported(format!("one of {n} parts of a split GGUF file"))
-                .hint("join them first: llama-gguf-split --merge FIRST_PART OUT.gguf"),
-        );
-    }
     if let Some(kind) = m.text("general.type")?.filter(|kind| kind != "model") {
         return Err(
             unsupported(format!("a GGUF file of type {kind:?}, not a model"))

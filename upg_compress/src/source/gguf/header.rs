@@ -16,7 +16,7 @@ use std::ops::Range;
 use upg_kernel::{Error, ErrorKind, Result};
 
 /// Maximum metadata keys and tensors; real files have about 50 and, for 126 layers, 1,140.
-const MAX_COUNT: u64 = 1 << 16;
+pub(super) const MAX_COUNT: u64 = 1 << 16;
 
 /// Maximum key or tensor name in bytes; ggml's own limits are 65,535 and 64.
 const MAX_NAME: usize = 1 << 12;

@@ -4,6 +4,7 @@
 
 mod builder;
 mod hostile;
+mod split;
 mod variants;
 
 use super::super::hf::HfSource;

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use upg_kernel::format::container::MOST_TENSORS;
 use upg_kernel::format::json::error as json_error;
 use upg_kernel::inference::model_dir::read_text;
+use upg_kernel::support::PartName;
 use upg_kernel::{Error, ErrorKind, Result};
 
 pub(super) const SINGLE: &str = "model.safetensors";
@@ -230,12 +231,7 @@ const MOST_NAMED: usize = 8;
 ///
 /// The projectors of multimodal models are no models, and the rest of a split file is not passed.
 fn gguf_hint(dir: &Path) -> Option<String> {
-    let is_rest = |stem: &str| {
-        let part = stem
-            .rsplit_once("-of-")
-            .and_then(|(start, _)| start.rsplit_once('-'));
-        part.is_some_and(|(_, number)| number.parse::<u32>().is_ok_and(|number| number > 1))
-    };
+    let is_rest = |stem: &str| PartName::of(stem).is_some_and(|part| part.number > 1);
     let mut files: Vec<PathBuf> = std::fs::read_dir(dir)
         .into_iter()
         .flatten()

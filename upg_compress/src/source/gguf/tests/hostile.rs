@@ -251,7 +251,7 @@ fn absurd_headers_are_refused() {
             "split",
             File::new(0, 1).key("split.count", 2).bytes(&[3, 0]),
             Unsupported,
-            "3 parts",
+            "part 1 of 3",
         ),
         (
             "adapter",

@@ -73,7 +73,8 @@ impl GgufSource {
         Self::open_with(path, OpenOptions::default())
     }
 
-    /// Runs [`GgufSource::open`] with options. Errors: also those of [`MappedFile::read`].
+    /// Runs [`GgufSource::open`] with options. Errors: also those of
+    /// [`MappedFile::read`](upg_kernel::MappedFile::read).
     pub fn open_with(path: impl AsRef<Path>, options: OpenOptions) -> Result<Self> {
         let path = path.as_ref();
         let opened = Opened::open(path, options)?;

@@ -38,7 +38,7 @@ bits count the zeros as weights, so they are those that a type has with any mode
 left out. `llama-quantize` chooses the mix of a type, with an importance matrix. Perplexity is a multiple
 of that of the original.
 
-| | | bits per weight | file MB | KL divergence | same first choice | perplexity |
+| | | bits per weight | file MB | KL divergence | top-1 agreement | perplexity |
 |---|---|---|---|---|---|---|
 """
 

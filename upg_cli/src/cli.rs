@@ -1,6 +1,7 @@
 //! The command line: every flag, its default and its help text.
 #![forbid(unsafe_code)]
 
+mod complete;
 mod generation;
 mod models;
 
@@ -9,6 +10,7 @@ pub use models::{ListArgs, ModelArgs, PullArgs, RmArgs, ShowArgs, TakesModel};
 
 use clap::builder::PossibleValuesParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap_complete::engine::{ArgValueCandidates, ArgValueCompleter};
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use upg_compress::source::PUBLISHED;
@@ -98,7 +100,7 @@ pub enum Command {
     /// List the contents of a UPG file
     Inspect(InspectArgs),
     /// Verify the checksums and format rules of a UPG file, and that its model can run
-    Verify(FileArgs),
+    Verify(VerifyArgs),
     /// Generate text from a prompt, or compute logits for token ids
     Run(RunArgs),
     /// Chat with a model
@@ -193,6 +195,7 @@ Examples:
 pub struct CompressArgs {
     /// Hugging Face directory (config.json, *.safetensors), GGUF file, name as user/model, or
     /// version 1 UPG file (see convert)
+    #[arg(add = ArgValueCompleter::new(complete::models))]
     pub source: PathBuf,
     /// Use what is in the cache of downloads, and no network
     #[arg(long)]
@@ -202,7 +205,7 @@ pub struct CompressArgs {
     pub output: PathBuf,
     /// Encoding of the transformer block matrices [default: q8 for a model of less than a billion
     /// weights, which bears little loss, else q4]
-    #[arg(short, long)]
+    #[arg(short, long, add = ArgValueCandidates::new(complete::encodings))]
     pub encoding: Option<Choice>,
     /// Target average bits per weight of the transformer block matrices: picks t2, t3, t4 or q8
     /// per matrix, with more bits for the most sensitive ones
@@ -217,7 +220,7 @@ pub struct CompressArgs {
     pub size: Option<u64>,
     /// Encoding of the embeddings and the output head [default: q8; q4 with t2 or t3 if q8
     /// embeddings would exceed 20 % of the file; the same as --encoding for keep and mdcsr]
-    #[arg(long, value_name = "ENCODING")]
+    #[arg(long, value_name = "ENCODING", add = ArgValueCandidates::new(complete::encodings))]
     pub embedding: Option<Choice>,
     /// Columns per group in q8 and q4 (they share a prime index): 32 or 64 [default: 64 for q8,
     /// 32 for q4]
@@ -283,7 +286,7 @@ pub struct TuneArgs {
     /// UPG file
     pub file: PathBuf,
     /// Original model of FILE: Hugging Face directory, GGUF file or name as user/model
-    #[arg(long, value_name = "SOURCE")]
+    #[arg(long, value_name = "SOURCE", add = ArgValueCompleter::new(complete::models))]
     pub original: PathBuf,
     /// Output file, written atomically; may be FILE itself
     #[arg(short, long, value_name = "FILE")]
@@ -326,7 +329,7 @@ pub struct ConvertArgs {
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
     /// Re-encode the transformer block matrices, as `upg compress --encoding` does
-    #[arg(long, value_name = "ENCODING")]
+    #[arg(long, value_name = "ENCODING", add = ArgValueCandidates::new(complete::encodings))]
     pub to: Option<Choice>,
     /// Out-of-band buffers of a protocol 5 pickle, in the order they were written; rarely needed
     #[arg(long, value_name = "FILE", num_args = 1..)]
@@ -369,6 +372,7 @@ Examples:
   upg inspect model.safetensors --json | jq '.layers[] | select(.encoding == \"q4\")'")]
 pub struct InspectArgs {
     /// UPG file, or an original: user/model, a .gguf file or a Hugging Face directory
+    #[arg(add = ArgValueCompleter::new(complete::models))]
     pub file: PathBuf,
     #[command(flatten)]
     pub original: ModelArgs,
@@ -387,11 +391,15 @@ pub struct InspectArgs {
 #[command(after_help = "\
 Example:
   upg verify model.safetensors && echo sound")]
-pub struct FileArgs {
+pub struct VerifyArgs {
     /// UPG file, or an original: user/model, a .gguf file or a Hugging Face directory
+    #[arg(add = ArgValueCompleter::new(complete::models))]
     pub file: PathBuf,
     #[command(flatten)]
     pub original: ModelArgs,
+    /// Print JSON; of a file that is not sound nothing, but an error
+    #[arg(long)]
+    pub json: bool,
 }
 
 #[derive(Args)]
@@ -404,6 +412,7 @@ Examples:
   upg eval small.safetensors --text book.txt --against Phi-4/ --logits phi4.logits")]
 pub struct EvalArgs {
     /// UPG file, or an original: user/model, a .gguf file or a Hugging Face directory
+    #[arg(add = ArgValueCompleter::new(complete::models))]
     pub file: PathBuf,
     #[command(flatten)]
     pub original: ModelArgs,
@@ -413,7 +422,7 @@ pub struct EvalArgs {
     /// Reference model, for KL divergence and top-1 agreement: a UPG file, or an original
     /// (user/model, Hugging Face directory or GGUF file), which runs in f32 and takes 4 bytes of
     /// memory per weight
-    #[arg(long, value_name = "MODEL")]
+    #[arg(long, value_name = "MODEL", add = ArgValueCompleter::new(complete::models))]
     pub against: Option<PathBuf>,
     /// Cache the reference logits in this file; recomputed if the text, windows or reference
     /// changed. Takes 2 bytes per scored position and vocabulary entry
@@ -471,6 +480,7 @@ pub enum BenchCommand {
 #[derive(Args)]
 pub struct MeasureArgs {
     /// UPG file, or an original: user/model, a .gguf file or a Hugging Face directory
+    #[arg(add = ArgValueCompleter::new(complete::models))]
     pub file: PathBuf,
     /// Prompt length in tokens; 0: skip
     #[arg(short, long, default_value_t = 512, value_name = "N")]
@@ -547,8 +557,12 @@ impl From<SynthEncoding> for Choice {
 
 #[derive(Args)]
 #[command(after_help = "\
-Example:
-  upg completions bash > ~/.local/share/bash-completion/completions/upg")]
+The script asks upg itself, which knows the models in the caches.
+
+Examples:
+  echo 'source <(upg completions bash)' >> ~/.bashrc
+  echo 'source <(upg completions zsh)' >> ~/.zshrc
+  upg completions fish > ~/.config/fish/completions/upg.fish")]
 pub struct CompletionsArgs {
     /// Shell to generate the script for
     pub shell: clap_complete::Shell,

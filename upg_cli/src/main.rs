@@ -2,6 +2,7 @@
 mod bus_error;
 mod cli;
 mod commands;
+mod hints;
 mod progress;
 mod signals;
 mod terminal;
@@ -46,6 +47,7 @@ impl Log for Warnings {
 }
 
 fn main() -> ExitCode {
+    commands::completions::answer();
     // Fails only if a logger is already set.
     if log::set_logger(&Warnings).is_ok() {
         log::set_max_level(LevelFilter::Warn);
@@ -60,6 +62,11 @@ fn main() -> ExitCode {
 
 /// Prints a help text or a usage error; returns the exit code.
 fn explain(e: &clap::Error) -> ExitCode {
+    let arguments: Vec<OsString> = std::env::args_os().collect();
+    if let Some(hint) = hints::of(e, &arguments) {
+        terminal::note(format_args!("upg: {hint}"));
+        return ExitCode::from(USAGE);
+    }
     let plain = e.render().to_string();
     if !e.use_stderr() {
         return end(match std::io::stdout().is_terminal() {
@@ -69,8 +76,8 @@ fn explain(e: &clap::Error) -> ExitCode {
         });
     }
     // Clap echoes arguments unescaped, and they may be file names with control characters.
-    let steer = |argument: OsString| argument.to_string_lossy().contains(steers);
-    match std::env::args_os().any(steer) {
+    let steer = |argument: &OsString| argument.to_string_lossy().contains(steers);
+    match arguments.iter().any(steer) {
         true => terminal::note(plain.trim_end()),
         // If standard error is closed, nobody can be told.
         false => drop(e.print()),

@@ -88,11 +88,29 @@ pub fn while_waiting<T>(read: impl FnOnce() -> T) -> Result<T> {
     result
 }
 
+/// Keeps what is typed from the screen until it is dropped, if standard input is a terminal.
+///
+/// The line editor shows it later.
+pub struct NoEcho(());
+
+/// Begins a time in which the program writes, and what is typed would stand in its lines.
+pub fn without_echo() -> NoEcho {
+    system::keep_terminal_mode();
+    system::hide_typed();
+    NoEcho(())
+}
+
+impl Drop for NoEcho {
+    fn drop(&mut self) {
+        system::restore_mode();
+    }
+}
+
 #[cfg(unix)]
 mod system {
     use super::{LAST, SHELL_BASE, SIGINT, WAITS};
     use crate::bus_error::is_ignored;
-    use nix::sys::termios::{SetArg, Termios, tcgetattr, tcsetattr};
+    use nix::sys::termios::{LocalFlags, SetArg, Termios, tcgetattr, tcsetattr};
     use signal_hook::consts::{SIGHUP, SIGTERM, SIGXFSZ};
     use signal_hook::iterator::Signals;
     use std::io::{IsTerminal, Write};
@@ -106,7 +124,7 @@ mod system {
     /// the shell signal.
     const PAIR: Duration = Duration::from_millis(500);
 
-    /// Terminal mode before a line was read.
+    /// Terminal mode before a line was read, or an answer began.
     static MODE: Mutex<Option<Termios>> = Mutex::new(None);
 
     /// Escape sequence that turns off the bracketed paste mode of the line editor.
@@ -133,11 +151,8 @@ mod system {
                         false
                     }
                 };
-                let waits = WAITS.load(Ordering::SeqCst);
-                if waits {
+                if WAITS.load(Ordering::SeqCst) || is_second {
                     restore_terminal();
-                }
-                if waits || is_second {
                     // No exit handlers: they could wait for a lock of a blocked thread.
                     signal_hook::low_level::exit(SHELL_BASE + signal);
                 }
@@ -156,11 +171,30 @@ mod system {
         *MODE.lock().unwrap_or_else(|e| e.into_inner()) = mode;
     }
 
-    fn restore_terminal() {
+    /// Stops showing what is typed. Signals of keys still work.
+    pub fn hide_typed() {
         let mode = MODE.lock().unwrap_or_else(|e| e.into_inner());
-        let Some(mode) = mode.as_ref() else { return };
+        if let Some(mut mode) = mode.clone() {
+            mode.local_flags.remove(LocalFlags::ECHO);
+            let _ = tcsetattr(std::io::stdin(), SetArg::TCSANOW, &mode);
+        }
+    }
+
+    /// Restores the mode that was kept; returns whether there was one.
+    pub fn restore_mode() -> bool {
+        let mode = MODE.lock().unwrap_or_else(|e| e.into_inner());
+        let Some(mode) = mode.as_ref() else {
+            return false;
+        };
         // A failure here means that the terminal is gone.
         let _ = tcsetattr(std::io::stdin(), SetArg::TCSANOW, mode);
+        true
+    }
+
+    fn restore_terminal() {
+        if !restore_mode() {
+            return;
+        }
         let mut error = std::io::stderr();
         if error.is_terminal() {
             let _ = error.write_all(NO_PASTE_MARKS);
@@ -189,4 +223,9 @@ mod system {
 
     /// Does nothing: the line editor restores the terminal.
     pub fn keep_terminal_mode() {}
+
+    /// Does nothing: what is typed stands in the lines of the answer.
+    pub fn hide_typed() {}
+
+    pub fn restore_mode() {}
 }

@@ -1,10 +1,13 @@
 //! Options of the commands that generate text.
 #![forbid(unsafe_code)]
 
-use super::ModelArgs;
+use super::{ModelArgs, complete};
 use clap::{Args, ValueEnum};
+use clap_complete::engine::ArgValueCompleter;
 use serde_json::Value;
+use std::num::ParseIntError;
 use std::path::PathBuf;
+use std::str::FromStr;
 use upg_kernel::inference::CacheType;
 
 #[derive(Args)]
@@ -32,9 +35,9 @@ pub struct SamplingArgs {
     /// Presence penalty on the last 64 tokens: logit reduction if present; 0: disabled
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub presence_penalty: Option<f32>,
-    /// Random seed [default: a random one; --stats, --json and, in chat, /show tell it]
-    #[arg(short, long, value_name = "N")]
-    pub seed: Option<u64>,
+    /// Random seed [default, and -1: a random one; --stats, --json and, in chat, /show tell it]
+    #[arg(short, long, value_name = "N", allow_negative_numbers = true)]
+    pub seed: Option<Seed>,
     /// Maximum number of tokens of an answer [default: until it ends]
     #[arg(short = 'n', long, aliases = ["predict", "n-predict"], value_name = "N",
         allow_negative_numbers = true, value_parser = limit)]
@@ -87,6 +90,21 @@ impl From<CacheArg> for CacheType {
     }
 }
 
+/// Random seed; `None`: a random one.
+#[derive(Debug, Clone, Copy)]
+pub struct Seed(pub Option<u64>);
+
+impl FromStr for Seed {
+    type Err = ParseIntError;
+
+    fn from_str(text: &str) -> Result<Self, ParseIntError> {
+        match text {
+            "-1" => Ok(Self(None)),
+            text => text.parse().map(|seed| Self(Some(seed))),
+        }
+    }
+}
+
 /// Parses a number of tokens; -1 is no limit, as in llama.cpp.
 fn limit(text: &str) -> Result<usize, String> {
     match text {
@@ -115,7 +133,7 @@ Examples:
   upg run model.safetensors --tokens 504,3575,282 --logits logits.safetensors")]
 pub struct RunArgs {
     /// UPG file, or an original: user/model, a .gguf file or a Hugging Face directory
-    #[arg(value_name = "MODEL")]
+    #[arg(value_name = "MODEL", add = ArgValueCompleter::new(complete::models))]
     pub file: PathBuf,
     #[command(flatten)]
     pub original: ModelArgs,
@@ -167,7 +185,7 @@ Examples:
   upg chat model.safetensors --system 'You answer in one sentence.' --temperature 0.2")]
 pub struct ChatArgs {
     /// UPG file, or an original: user/model, a .gguf file or a Hugging Face directory
-    #[arg(value_name = "MODEL")]
+    #[arg(value_name = "MODEL", add = ArgValueCompleter::new(complete::models))]
     pub file: PathBuf,
     #[command(flatten)]
     pub original: ModelArgs,

@@ -1,7 +1,9 @@
 //! Options of models by name, and the commands for the caches.
 #![forbid(unsafe_code)]
 
+use super::complete;
 use clap::Args;
+use clap_complete::engine::{ArgValueCandidates, ArgValueCompleter};
 use std::path::PathBuf;
 use upg_compress::Choice;
 
@@ -15,7 +17,8 @@ pub struct ModelArgs {
     #[arg(short, long, help_heading = HEADING)]
     pub yes: bool,
     /// Encoding that the original is compressed with, once, into the cache (see `upg compress`)
-    #[arg(long, value_name = "ENCODING", default_value = "q8", help_heading = HEADING)]
+    #[arg(long, value_name = "ENCODING", default_value = "q8", help_heading = HEADING,
+        add = ArgValueCandidates::new(complete::encodings))]
     pub encoding: Choice,
     /// Use what is in the caches, and no network
     #[arg(long, help_heading = HEADING)]
@@ -34,7 +37,7 @@ Examples:
   HF_TOKEN=hf_... upg pull meta-llama/Llama-3.2-1B")]
 pub struct PullArgs {
     /// Name: user/model, user/model@REVISION, user/model:Q4_K_M
-    #[arg(required = true, value_name = "NAME")]
+    #[arg(required = true, value_name = "NAME", add = ArgValueCompleter::new(complete::names))]
     pub names: Vec<String>,
     /// Use what is in the cache, and no network
     #[arg(long)]
@@ -58,6 +61,7 @@ Examples:
   upg show HuggingFaceTB/SmolLM2-135M-Instruct")]
 pub struct ShowArgs {
     /// Model, as `upg list` prints it, or the name of a file in the cache
+    #[arg(add = ArgValueCompleter::new(complete::names))]
     pub name: String,
 }
 
@@ -70,7 +74,7 @@ Examples:
   upg rm --keep-original HuggingFaceTB/SmolLM2-135M-Instruct")]
 pub struct RmArgs {
     /// Models, as `upg list` prints them, or names of files in the cache
-    #[arg(required = true, value_name = "NAME")]
+    #[arg(required = true, value_name = "NAME", add = ArgValueCompleter::new(complete::names))]
     pub names: Vec<String>,
     /// Remove compressed files only
     #[arg(long)]
@@ -101,5 +105,5 @@ takes_model!(
     super::ChatArgs,
     super::EvalArgs,
     super::InspectArgs,
-    super::FileArgs
+    super::VerifyArgs
 );

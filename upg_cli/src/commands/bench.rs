@@ -10,6 +10,7 @@ mod matrices;
 mod report;
 mod synth;
 
+use super::model_file;
 use crate::cli::{BenchArgs, BenchCommand, MeasureArgs};
 use crate::terminal;
 use llama::Llama;
@@ -17,8 +18,6 @@ use load::Loads;
 use machine::{Machine, Memory, Others};
 use matrices::Stored;
 use report::Report;
-use std::sync::Arc;
-use upg_kernel::format::UpgFile;
 use upg_kernel::support::peak_memory;
 use upg_kernel::{Error, ErrorKind, OpenOptions, Result};
 
@@ -53,7 +52,7 @@ fn measure(args: &MeasureArgs, open: OpenOptions) -> Result<()> {
     };
     let peak = peak_memory();
 
-    let file = Arc::new(UpgFile::open_with(&args.file, open)?);
+    let file = model_file::open_current(&args.file, open)?;
     let stored = Stored::of(&file)?;
     let memory = Memory::new()?;
     let products = stored.products(&memory, args.repetitions)?;

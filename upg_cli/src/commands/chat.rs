@@ -5,7 +5,9 @@ mod commands;
 mod input;
 mod transcript;
 
-use super::generation::{note_cut, sampling_options, session_options, template, warn_if_hot};
+use super::generation::{
+    compute_prompt, note_cut, sampling_options, session_options, template, warn_if_hot,
+};
 use super::model_file;
 use crate::cli::ChatArgs;
 use crate::wrap::Wrap;
@@ -101,7 +103,7 @@ impl Chat<'_> {
     fn act(&mut self, line: Line) -> Result<()> {
         let done = match line {
             Line::Nothing | Line::End => Ok(()),
-            Line::Question(question) => return self.ask(question),
+            Line::Question(question) => return self.ask(question).map(drop),
             Line::Again => return self.ask_again(),
             Line::Help => terminal::print(HELP),
             Line::Show => terminal::print(&self.show()),
@@ -206,35 +208,53 @@ impl Chat<'_> {
         self.turns.iter().rposition(|turn| turn.role == "user")
     }
 
-    /// Answers the last question again, with another seed.
+    /// Answers the last question again, with another seed. Without a new answer the old one stays.
     fn ask_again(&mut self) -> Result<()> {
         let Some(index) = self.last_question() else {
             terminal::note("upg: no question yet");
             return Ok(());
         };
         let question = self.turns[index].content.clone();
+        let before = (self.turns.clone(), self.left_out);
         self.keep(index);
-        self.ask(question)
+        if !self.ask(question)? {
+            (self.turns, self.left_out) = before;
+            terminal::note("upg: the answer before stays");
+        }
+        Ok(())
     }
 
-    /// Processes one question. An error in its text is printed, and the question is removed.
-    fn ask(&mut self, question: String) -> Result<()> {
+    /// Processes one question; returns whether there is an answer. Without one the question is
+    /// taken back.
+    fn ask(&mut self, question: String) -> Result<bool> {
         self.turns.push(Message::new("user", question));
         let mut answer = String::new();
-        match self.answer(&mut answer) {
-            Ok(()) => {}
+        let result = {
+            let _quiet = signals::without_echo();
+            self.answer(&mut answer)
+        };
+        let is_interrupted = match result {
+            Ok(()) => false,
             // Ctrl-C ends the answer, not the conversation.
-            Err(e) if e.kind() == ErrorKind::Interrupted => signals::start_again(&self.interrupt),
+            Err(e) if e.kind() == ErrorKind::Interrupted => {
+                signals::start_again(&self.interrupt);
+                true
+            }
             Err(e) if matches!(e.kind(), ErrorKind::Argument | ErrorKind::TooLarge) => {
                 terminal::note(format_args!("upg: {e}"));
                 self.turns.pop();
-                return Ok(());
+                return Ok(false);
             }
             Err(e) => return Err(e),
-        }
+        };
         signals::check_end()?;
+        if is_interrupted && answer.trim().is_empty() {
+            self.turns.pop();
+            terminal::note("upg: stopped before the first word; the question is taken back");
+            return Ok(false);
+        }
         self.turns.push(Message::new("assistant", answer));
-        Ok(())
+        Ok(true)
     }
 
     /// Prints the answer as it is generated and appends it to `answer`,
@@ -250,13 +270,16 @@ impl Chat<'_> {
         let seed = &mut self.options.sampling.seed;
         *seed = seed.wrapping_add(1);
         let mut stream = self.scheduler.stream(request)?;
+        compute_prompt(&mut stream);
         let mut wrap = Wrap::new(terminal::columns().filter(|_| !self.args.no_wrap));
         let finished = stream.by_ref().try_for_each(|piece| {
             let piece = piece?;
             answer.push_str(&piece);
             terminal::print(&wrap.push(&piece))
         });
-        terminal::print(&(wrap.finish() + "\n"))?;
+        if !answer.is_empty() || finished.is_ok() {
+            terminal::print(&(wrap.finish() + "\n"))?;
+        }
         let (timings, reason) = (stream.timings(), stream.finish_reason());
         if self.args.stats {
             terminal::note(format_args!(

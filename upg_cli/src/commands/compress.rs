@@ -260,7 +260,14 @@ pub fn summary(output: &Path, source: &dyn Source, report: &CompressReport) -> S
         .layers
         .iter()
         .max_by(|a, b| error(a.error).total_cmp(&error(b.error)));
-    if let Some((layer, error)) = worst.and_then(|l| Some((l, l.error?))) {
+    if let Some(calibration) = report.calibration {
+        // The weights have larger errors than without a text, and the predictions smaller ones.
+        text += &format!("calibrated on {} tokens", calibration.tokens);
+        text += &match report.divergence() {
+            Some(nats) => format!("; predicted KL divergence {nats:.4}\n"),
+            None => "\n".to_owned(),
+        };
+    } else if let Some((layer, error)) = worst.and_then(|l| Some((l, l.error?))) {
         text += &format!(
             "largest relative error {:.3} % ({}, {})\n",
             100.0 * error,

@@ -147,7 +147,7 @@ fn report(args: &EvalArgs, model: &UPGModel, result: &Evaluation) -> Result<()> 
         out += &format!(
             "reference perplexity {:.4} +- {:.4} (x{:.4} +- {:.4})\n\
              KL divergence {:.5} +- {:.5}, median {:.5}, 90 % {:.5}, 99 % {:.5}, maximum {:.5}\n\
-             same first choice {:.2} +- {:.2} %\n",
+             top-1 agreement {:.2} +- {:.2} %\n",
             c.reference_perplexity,
             c.reference_perplexity_error,
             c.perplexity_ratio,

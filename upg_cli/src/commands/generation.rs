@@ -7,11 +7,14 @@ use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use upg_kernel::inference::chat_template::ChatTemplate;
-use upg_kernel::inference::{FinishReason, SamplingOptions, SessionOptions};
+use upg_kernel::inference::{FinishReason, SamplingOptions, SessionOptions, TextStream};
 use upg_kernel::{Result, UPGModel};
 
 /// Temperature above which an answer is noise with every model.
 const HOT: f32 = 2.0;
+
+/// Tokens of a prompt that are computed without a progress bar.
+const SHORT_PROMPT: usize = 256;
 
 /// Returns the options of the command line; the others are those that the model recommends.
 pub fn sampling_options(args: &SamplingArgs, model: &UPGModel) -> Result<SamplingOptions> {
@@ -26,7 +29,10 @@ pub fn sampling_options(args: &SamplingArgs, model: &UPGModel) -> Result<Samplin
             .unwrap_or(recommended.repetition_penalty),
         frequency_penalty: args.frequency_penalty.unwrap_or_default(),
         presence_penalty: args.presence_penalty.unwrap_or_default(),
-        seed: args.seed.unwrap_or_else(random_seed),
+        seed: args
+            .seed
+            .and_then(|seed| seed.0)
+            .unwrap_or_else(random_seed),
         ..recommended
     };
     warn_if_hot(options.temperature);
@@ -60,7 +66,31 @@ pub fn session_options(args: &SamplingArgs, interrupt: Arc<AtomicBool>) -> Sessi
 /// Returns the template of the model with the names of the command line.
 pub fn template(args: &SamplingArgs, model: &UPGModel) -> Result<ChatTemplate> {
     let template = model.chat_template()?;
+    for (name, _) in &args.template_args {
+        if !template.reads(name) {
+            terminal::note(format_args!(
+                "upg: the chat template of this model does not use '{name}'"
+            ));
+        }
+    }
     template.with_arguments(args.template_args.iter().cloned().collect())
+}
+
+/// Computes the prompt of an answer, with a progress bar if that may take a while.
+pub fn compute_prompt(stream: &mut TextStream<'_>) {
+    let mut bar = None;
+    stream.compute_prompt(|done, all| {
+        if bar.is_none() && all - done > SHORT_PROMPT {
+            let template = "reading the prompt {bar:24} {pos} of {len} tokens";
+            bar = Some(terminal::bar(all as u64, template));
+        }
+        if let Some(bar) = &bar {
+            bar.set_position(done as u64);
+        }
+    });
+    if let Some(bar) = bar {
+        bar.finish_and_clear();
+    }
 }
 
 /// Says why an answer was cut, if it was.

@@ -5,6 +5,7 @@ mod plot;
 
 use super::inspect_v1;
 use super::kinds::split;
+use super::model_file;
 use crate::cli::InspectArgs;
 use crate::terminal;
 use serde_json::{Value, json};
@@ -20,7 +21,7 @@ pub fn run(args: &InspectArgs, open: OpenOptions) -> Result<()> {
     if is_pickle(&args.file) {
         return inspect_v1::run(args);
     }
-    let file = UpgFile::open_with(&args.file, open)?;
+    let file = model_file::open_current(&args.file, open)?;
     let text = if args.json {
         format!("{:#}\n", as_json(&file))
     } else {

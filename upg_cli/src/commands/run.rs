@@ -1,7 +1,7 @@
 //! `upg run`.
 #![forbid(unsafe_code)]
 
-use super::generation::{note_cut, sampling_options, session_options, template};
+use super::generation::{compute_prompt, note_cut, sampling_options, session_options, template};
 use super::model_file;
 use crate::cli::RunArgs;
 use crate::wrap::Wrap;
@@ -47,6 +47,9 @@ pub fn run(args: &RunArgs, open: OpenOptions) -> Result<()> {
     let options = session_options(&args.sampling, signals::interrupt_flag()?);
     let mut scheduler = model.scheduler(1, &options)?;
     let mut stream = scheduler.stream(request)?;
+    if !args.quiet {
+        compute_prompt(&mut stream);
+    }
     let mut answer = String::new();
     let mut wrap = Wrap::new(terminal::columns().filter(|_| !is_raw));
     if is_raw && !args.json {

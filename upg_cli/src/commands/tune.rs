@@ -2,18 +2,18 @@
 #![forbid(unsafe_code)]
 
 use super::compress::calibration;
+use super::model_file;
 use crate::cli::TuneArgs;
 use crate::progress::WeightsBar;
 use crate::terminal::{self, bytes, duration};
 use std::num::NonZeroUsize;
 use upg_compress::{TuneOptions, TuneReport, source, tune};
-use upg_kernel::format::UpgFile;
 use upg_kernel::support::refuse_to_overwrite;
 use upg_kernel::{ErrorKind, OpenOptions, Result};
 
 pub fn run(args: &TuneArgs, open: OpenOptions) -> Result<()> {
     refuse_to_overwrite(&args.output, &args.text)?;
-    let file = UpgFile::open_with(&args.file, open)?;
+    let file = model_file::open_current(&args.file, open)?;
     let source = source::open_with(&args.original, open)?;
     let most = args.tokens.map(NonZeroUsize::get);
     let calibration = calibration(source.as_ref(), args.text.as_deref(), most)?;

@@ -1,14 +1,14 @@
 //! `upg verify`.
 #![forbid(unsafe_code)]
 
-use crate::cli::FileArgs;
+use super::model_file;
+use crate::cli::VerifyArgs;
 use crate::terminal;
-use std::sync::Arc;
-use upg_kernel::format::UpgFile;
+use serde_json::json;
 use upg_kernel::{OpenOptions, Result, UPGModel};
 
-pub fn run(args: &FileArgs, open: OpenOptions) -> Result<()> {
-    let file = Arc::new(UpgFile::open_with(&args.file, open)?);
+pub fn run(args: &VerifyArgs, open: OpenOptions) -> Result<()> {
+    let file = model_file::open_current(&args.file, open)?;
     // A file that was read into memory was verified then.
     if open.mmap {
         let bar = terminal::bar(
@@ -20,6 +20,16 @@ pub fn run(args: &FileArgs, open: OpenOptions) -> Result<()> {
         verified?;
     }
     UPGModel::check(&file)?;
+    if args.json {
+        let json = json!({
+            "file": args.file.display().to_string(),
+            "sound": true,
+            "model": file.metadata("model"),
+            "file_bytes": file.file_len(),
+            "layers": file.layers().len(),
+        });
+        return terminal::print(&format!("{json:#}\n"));
+    }
     terminal::print(&format!(
         "{}: sound ({}, {} layers)\n",
         args.file.display(),

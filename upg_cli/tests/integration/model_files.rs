@@ -17,7 +17,9 @@ const LARGEST_PAGE: usize = 1 << 16;
 /// Starts `upg run` on a model of two letters, which has no token for its first input.
 fn run(model: &Path, more: &[&str]) -> (Child, ChildStdin) {
     let model = model.to_str().unwrap();
-    let run = ["run", model, "--raw", "-", "-n", "4", "--quiet"];
+    let run = [
+        "run", model, "--raw", "-", "-n", "4", "--temp", "0", "--quiet",
+    ];
     waiting_for_its_prompt(upg(run).args(more))
 }
 

@@ -1,17 +1,22 @@
 //! Models by name and other originals: from empty caches to text, against a server on this machine.
 
 use crate::common::{
-    copy_model, names, output, smollm2_gguf, success, tiny_model, tokenizer_of_two_letters, upg,
+    copy_model, names, output, success, tiny_model, tokenizer_of_two_letters, upg,
 };
 use crate::mirror::{COMMIT, Faults, Mirror};
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 /// Limit of the start of a command whose model is in the cache, with the load of other tests.
 const WARM: Duration = Duration::from_secs(5);
+
+/// Folder of GGUF files that another program wrote.
+fn gguf_fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../upg_compress/tests/data")
+}
 
 struct Place {
     mirror: Mirror,
@@ -71,7 +76,17 @@ fn a_name_is_enough_to_run_a_model() {
     let place = Place::new();
     place.mirror.faults().cuts = 1;
     place.mirror.faults().cut_after = 1000;
-    let run = ["run", "user/tiny", "-p", "ab", "-n", "4", "--quiet"];
+    let run = [
+        "run",
+        "user/tiny",
+        "-p",
+        "ab",
+        "-n",
+        "4",
+        "--temp",
+        "0",
+        "--quiet",
+    ];
     let (code, first, stderr) = output(&mut place.upg(&run));
     assert_eq!(code, Some(0), "{stderr}");
     // Without a terminal there is no question, but a word.
@@ -115,6 +130,11 @@ fn caches_are_listed_shown_and_cleared() {
     let json: serde_json::Value = serde_json::from_str(&list(&["--json"])).unwrap();
     assert_eq!(json.as_array().unwrap().len(), 3);
     assert!(json[1]["bits_per_weight"].as_f64().unwrap() > 4.0, "{json}");
+    // The tab key knows it, too.
+    let mut tab = place.upg(&["--", "upg", "run", "us"]);
+    tab.env("UPG_COMPLETE", "bash");
+    let tab = tab.env("_CLAP_COMPLETE_INDEX", "2").env("_CLAP_IFS", "\n");
+    assert_eq!(success(tab), "user/tiny");
     let shown = success(&mut place.upg(&["show", "user/tiny"]));
     assert!(
         shown.contains(COMMIT) && shown.contains("context"),
@@ -173,7 +193,7 @@ fn local_originals_are_compressed_once() {
 #[test]
 fn a_gguf_file_runs() {
     let place = Place::new();
-    let gguf = smollm2_gguf();
+    let gguf = gguf_fixtures().join("families/qwen3/model.gguf");
     let inspect = ["inspect", gguf.to_str().unwrap(), "--json"];
     let (code, first, stderr) = output(&mut place.upg(&inspect));
     assert_eq!(code, Some(0), "{stderr}");
@@ -203,7 +223,7 @@ fn compress_takes_a_name() {
 #[test]
 fn a_split_gguf_file_is_one_model() {
     let place = Place::new();
-    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../upg_compress/tests/data");
+    let fixtures = gguf_fixtures();
     for number in 1..=4 {
         let name = format!("qwen3-{number:05}-of-00004.gguf");
         let part = fs::read(fixtures.join("split").join(&name)).unwrap();

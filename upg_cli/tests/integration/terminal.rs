@@ -83,12 +83,18 @@ impl Terminal {
         String::from_utf8_lossy(&self.shown.lock().unwrap()).into_owned()
     }
 
-    /// Returns whether the terminal, not the program, edits lines.
+    fn flags(&self) -> LocalFlags {
+        tcgetattr(&self.slave).unwrap().local_flags
+    }
+
+    /// Returns whether the terminal, not the program, edits lines and shows them.
     fn is_cooked(&self) -> bool {
-        tcgetattr(&self.slave)
-            .unwrap()
-            .local_flags
-            .contains(LocalFlags::ICANON | LocalFlags::ECHO)
+        self.flags().contains(LocalFlags::ICANON | LocalFlags::ECHO)
+    }
+
+    /// Returns whether the terminal edits lines without showing them.
+    fn is_silent(&self) -> bool {
+        self.flags().contains(LocalFlags::ICANON) && !self.flags().contains(LocalFlags::ECHO)
     }
 
     fn start(&self, command: &mut Command) -> Child {
@@ -288,6 +294,27 @@ fn lines_that_are_typed_before_the_prompt_are_all_answered() {
     for expected in ["word0word0", "seed is 1", "seed is 2"] {
         wait_until(expected, || terminal.text().contains(expected));
     }
+}
+
+#[test]
+fn what_is_typed_during_an_answer_does_not_stand_in_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = model(folder.path(), long);
+    let terminal = Terminal::new();
+    let mut child = terminal.start(&mut chat(&model, "100000"));
+    wait_until("prompt", || terminal.text().contains("> "));
+    // While nobody reads the screen, the answer cannot end.
+    let unread = terminal.shown.lock().unwrap();
+    (&terminal.keys).write_all(b"a\r").unwrap();
+    wait_until("answer", || terminal.is_silent());
+    (&terminal.keys).write_all(b"/set seed 77\n").unwrap();
+    send(&child, Signal::SIGINT);
+    drop(unread);
+    wait_until("next line", || terminal.text().contains("> /set seed 77"));
+    assert_eq!(terminal.text().matches("/set seed 77").count(), 1);
+    (&terminal.keys).write_all(b"/bye\r").unwrap();
+    assert_eq!(code(&mut child), Some(0), "{}", terminal.text());
+    assert!(terminal.is_cooked());
 }
 
 /// Starts a command whose answer fills a pipe that nobody reads.

@@ -164,6 +164,17 @@ impl CompressReport {
         8.0 * bytes as f64 / weights as f64
     }
 
+    /// Returns the Kullback-Leibler divergence that the errors of all matrices cause, in nats for
+    /// each position.
+    ///
+    /// `None` without a calibration or [`CompressOptions::output_errors`](crate::CompressOptions),
+    /// or if a matrix has no figure: that of a part would be taken for that of the whole.
+    pub fn divergence(&self) -> Option<f64> {
+        self.calibration?;
+        let calibrated = self.tensors.iter().filter(|t| t.may_be_calibrated());
+        calibrated.map(|t| t.divergence).sum()
+    }
+
     /// Returns the report as JSON: `tensors` and `totals`.
     ///
     /// In `totals`, `encoding` covers the matrices that this run has encoded. Peak memory is that
@@ -176,10 +187,6 @@ impl CompressReport {
             weights += tensor.weights();
         }
         let seconds = self.encoding_seconds;
-        // The value of a part of the model would be taken for that of the whole.
-        let calibrated = self.tensors.iter().filter(|t| t.may_be_calibrated());
-        let divergence: Option<f64> = calibrated.map(|t| t.divergence).sum();
-        let divergence = divergence.filter(|_| self.calibration.is_some());
         json!({
             "totals": {
                 "file_bytes": self.file_bytes,
@@ -189,7 +196,7 @@ impl CompressReport {
                 "seconds": self.seconds,
                 "restored_tensors": self.restored,
                 "peak_memory_bytes": peak_memory(),
-                "divergence": divergence,
+                "divergence": self.divergence(),
                 "encoding": {
                     "matrices": matrices,
                     "weights": weights,

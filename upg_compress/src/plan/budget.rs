@@ -88,6 +88,8 @@ struct Least {
     options: CompressOptions,
     plan: Plan,
     file_bytes: u64,
+    /// Bytes of the file with the most bits for every matrix.
+    largest: u64,
     /// Bytes of the matrices of the blocks.
     blocks: u64,
     weights: u64,
@@ -114,6 +116,7 @@ impl Least {
             (None, Budget::Blocks(_)) => None,
         };
         let embedding = of(budget.encoding(), embedding)?.1.embedding;
+        let (_, _, largest) = of(LADDER[LADDER.len() - 1].0, Some(embedding))?;
         let (options, plan, file_bytes) = of(LADDER[0].0, Some(embedding))?;
         let (mut blocks, mut weights) = (0, 0);
         for planned in &plan.tensors {
@@ -127,19 +130,30 @@ impl Least {
             options,
             plan,
             file_bytes,
+            largest,
             blocks,
             weights,
         })
     }
 
-    /// Returns the bytes of a budget beyond these; `None` if the budget is smaller.
-    fn left(&self, budget: Budget) -> Option<u64> {
-        match budget {
+    /// Returns the bytes of a budget beyond these. Errors (`Argument`): the budget is smaller.
+    fn left(&self, budget: Budget) -> Result<u64> {
+        let left = match budget {
             Budget::Blocks(bits) => {
                 ((bits * self.weights as f64 / 8.0) as u64).checked_sub(self.blocks)
             }
             Budget::File(most) => most.checked_sub(self.file_bytes + self.header_room()),
-        }
+        };
+        left.ok_or_else(|| {
+            let message = format!(
+                "the budget is too small: with {} for all matrices of the blocks they have {:.3} bits per weight, the file {} bytes",
+                LADDER[0].0,
+                8.0 * self.blocks as f64 / self.weights as f64,
+                self.file_bytes
+            );
+            Error::new(ErrorKind::Argument, message)
+                .hint("allow more, or name an encoding of fewer bits for the embedding")
+        })
     }
 
     fn header_room(&self) -> u64 {
@@ -149,14 +163,15 @@ impl Least {
 
 /// Returns an upper bound for the bytes of the file under a budget.
 ///
-/// If the budget is too small, it is the size of the smallest file. Errors: those of the plan.
+/// Errors: those of the plan; `Argument` if the budget is too small for the fewest bits.
 pub(crate) fn most_bytes(
     source: &dyn Source,
     options: &CompressOptions,
     budget: Budget,
 ) -> Result<u64> {
     let least = Least::new(source, options, budget)?;
-    Ok(least.file_bytes + least.header_room() + least.left(budget).unwrap_or(0))
+    let all = least.file_bytes + least.left(budget)?;
+    Ok(all.min(least.largest) + least.header_room())
 }
 
 /// Returns `options` with an encoding for each matrix of the blocks that no pattern names.
@@ -172,16 +187,7 @@ pub(crate) fn choose_encodings(
     progress: &dyn Progress,
 ) -> Result<CompressOptions> {
     let least = Least::new(source, options, budget)?;
-    let Some(left) = least.left(budget) else {
-        let message = format!(
-            "the budget is too small: with {} for all matrices of the blocks they have {:.3} bits per weight, the file {} bytes",
-            LADDER[0].0,
-            8.0 * least.blocks as f64 / least.weights as f64,
-            least.file_bytes
-        );
-        return Err(Error::new(ErrorKind::Argument, message)
-            .hint("allow more, or name an encoding of fewer bits for the embedding"));
-    };
+    let left = least.left(budget)?;
     let Least {
         mut options, plan, ..
     } = least;

@@ -42,14 +42,42 @@ impl FromStr for Choice {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        match text {
+        match text.to_ascii_lowercase().as_str() {
             "keep" => Ok(Self::Keep),
-            _ => text.parse().map(Self::Encode).map_err(|_| {
+            lower => lower.parse().map(Self::Encode).map_err(|_| {
                 let known = Encoding::ALL.map(Encoding::name).join(" ");
-                Error::new(ErrorKind::Argument, format!("unknown encoding '{text}'"))
-                    .hint(format!("choose keep or one of {known}"))
+                let nearest = nearest(lower).map(|n| format!("nearest to {text} is {n}; "));
+                Error::new(ErrorKind::Argument, format!("unknown encoding '{text}'")).hint(format!(
+                    "{}choose keep or one of {known}",
+                    nearest.unwrap_or_default()
+                ))
             }),
         }
+    }
+}
+
+/// Returns the encoding, or the budget, that is nearest to a type of another program.
+///
+/// Knows those of GGUF (`q4_k_m`, `iq3_xs`, `tq2_0`), and spellings such as `int8`, `4bit`, `fp16`.
+fn nearest(lower: &str) -> Option<&'static str> {
+    if ["f16", "bf16", "fp16", "f32", "fp32"].contains(&lower) {
+        return Some("keep");
+    }
+    let number = ["iq", "tq", "q", "int", "fp", "w"]
+        .iter()
+        .find_map(|start| {
+            let rest = lower.strip_prefix(start)?;
+            Some(rest.split_once('_').map_or(rest, |(bits, _)| bits))
+        });
+    let number = number.or_else(|| lower.strip_suffix("bit").map(|n| n.trim_end_matches('-')));
+    match number? {
+        "8" => Some("q8"),
+        "6" => Some("a budget: --bpw 6.5"),
+        "5" => Some("a budget: --bpw 5.5"),
+        "4" => Some("q4, or t4 with a calibration"),
+        "3" => Some("t3"),
+        "2" | "1" => Some("t2"),
+        _ => None,
     }
 }
 

@@ -170,6 +170,16 @@ impl ChatTemplate {
         Ok(self)
     }
 
+    /// Returns whether the text of the template mentions the variable `name`.
+    pub fn reads(&self, name: &str) -> bool {
+        let found = with_stack(|| {
+            let env = self.environment(0);
+            let compiled = env.template_from_str(&self.source);
+            Ok(compiled.is_ok_and(|template| template.undeclared_variables(false).contains(name)))
+        });
+        found.unwrap_or(false)
+    }
+
     /// Renders the text of a conversation.
     ///
     /// `add_generation_prompt` appends the start of the assistant's turn. The template is compiled

@@ -217,6 +217,15 @@ impl Scheduler {
             .map(|request| request.timings)
     }
 
+    /// Returns how many tokens of a request's prompt are in the cache, and how many it has; `None`
+    /// if it has ended.
+    pub fn prompt_progress(&self, id: RequestId) -> Option<(usize, usize)> {
+        let mut all = self.running.iter().chain(&self.waiting);
+        let request = all.find(|request| request.id == id)?;
+        let len = request.prompt.len();
+        Some((request.sequence.computed().min(len), len))
+    }
+
     /// Returns the bytes of the KV cache that are in use, those of sequences that have ended
     /// included.
     pub fn cache_bytes(&self) -> usize {
@@ -486,6 +495,20 @@ impl<'a> TextStream<'a> {
     /// Returns the tokens and the time so far.
     pub fn timings(&self) -> Timings {
         self.timings
+    }
+
+    /// Computes the prompt. The iterator does it too, but cannot say how far it is.
+    ///
+    /// Calls `each` before every pass with the number of tokens that are in the cache, and of all.
+    pub fn compute_prompt(&mut self, mut each: impl FnMut(usize, usize)) {
+        while self.pieces.is_empty()
+            && !self.is_over
+            && let Some((done, all)) = self.scheduler.prompt_progress(self.id)
+            && done < all
+        {
+            each(done, all);
+            self.step();
+        }
     }
 
     fn step(&mut self) {

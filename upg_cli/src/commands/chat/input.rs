@@ -5,9 +5,10 @@ use super::commands::NAMES;
 use crate::terminal;
 use rustyline::completion::Completer;
 use rustyline::error::ReadlineError;
+use rustyline::hint::{Hint, Hinter};
 use rustyline::history::FileHistory;
 use rustyline::validate::{ValidationContext, ValidationResult, Validator};
-use rustyline::{Config, Context, Editor, Helper, Highlighter, Hinter};
+use rustyline::{Config, Context, Editor, Helper, Highlighter};
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use upg_kernel::inference::tokenizer::MAX_TEXT_BYTES;
@@ -172,8 +173,31 @@ fn input_error(e: &ReadlineError) -> Error {
 }
 
 /// Answers to the questions of the line editor about a line.
-#[derive(Helper, Highlighter, Hinter)]
+#[derive(Helper, Highlighter)]
 struct Words;
+
+/// Words behind the cursor that are no part of the line.
+struct Reminder(&'static str);
+
+impl Hint for Reminder {
+    fn display(&self) -> &str {
+        self.0
+    }
+
+    fn completion(&self) -> Option<&str> {
+        None
+    }
+}
+
+impl Hinter for Words {
+    type Hint = Reminder;
+
+    fn hint(&self, line: &str, position: usize, _: &Context<'_>) -> Option<Reminder> {
+        let is_open = position == line.len() && line.contains('\n') && !is_complete(line);
+        let is_quoted = line.trim_start().starts_with(QUOTES);
+        (is_open && is_quoted).then_some(Reminder("  (\"\"\" ends the question, Ctrl-C drops it)"))
+    }
+}
 
 impl Validator for Words {
     fn validate(&self, context: &mut ValidationContext<'_>) -> rustyline::Result<ValidationResult> {

@@ -59,6 +59,11 @@ const BAD: &[(&[&str], i32, &[&str])] = &[
     (&["verify", "{}/damaged"], 1, &["damaged", "checksum", "rule 15"]),
     (&["verify", "{}/damaged-header"], 1, &["damaged-header", "rule"]),
     (&["inspect", "{}/text"], 1, &["text"]),
+    (&["inspect", "{}/pointer"], 1, &["pointer", "git lfs pull"]),
+    (&["verify", "{}/pointer"], 1, &["pointer", "git lfs pull"]),
+    (&["run", "{}/pointer", "hello"], 1, &["pointer", "git lfs pull"]),
+    (&["quantize", "{}/phi3", "q4_0"], 2, &["upg compress SOURCE"]),
+    (&["run", "{}/model", "-ngl", "99", "-p", "hello"], 2, &["-ngl", "leave it out"]),
     (&["decompress", "{}/model", "-o", "{}/text"], 1, &["text", "folder"]),
     (&["decompress", "{}/upg-dir/model.safetensors", "-o", "{}/upg-dir", "--force"], 2, &["overwrite"]),
     (&["eval", "{smollm2}", "--text", "{}/none"], 1, &["none"]),
@@ -86,6 +91,8 @@ fn bad_inputs(folder: &Path) {
     };
     fs::create_dir(at("empty")).unwrap();
     fs::write(at("text"), "no model\n").unwrap();
+    let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n";
+    fs::write(at("pointer"), pointer).unwrap();
     fs::write(at("story"), "Once upon a time there was a miller.\n").unwrap();
     fs::write(
         at("lines.jsonl"),
@@ -166,6 +173,8 @@ fn add_tensor(path: &Path, name: &str) {
 fn options_that_do_not_fit_together_are_refused() {
     for (options, fragments) in [
         (&["--sparse", "always"][..], ["always", "auto or never"]),
+        (&["-e", "q4_k_m"], ["q4_k_m", "nearest to q4_k_m is q4"]),
+        (&["-e", "BF16"], ["BF16", "nearest to BF16 is keep"]),
         (
             &["--prune", "0.5", "--no-calibrate"],
             ["--prune", "cannot be used"],

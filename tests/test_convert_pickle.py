@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -29,32 +30,44 @@ MOST_SECONDS = 60
 
 
 def main(upg):
+    # A panic or a crash leaves no file behind.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         for test in (files_of_python, lists_of_numbers, texts_of_a_model, dangerous_pickles, cut_short, changed_bytes, whole_or_nothing):
             print(f"{test.__name__}: {test(pathlib.Path(folder), upg)}")
 
 
+def at_once(test, cases):
+    """Returns the results of `test` for all cases; most of the time goes into the start of Python."""
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        return list(threads.map(test, cases))
+
+
 def both(upg, file, *more):
     """Returns the result of each converter: (bytes or None, error)."""
     results = []
-    for name, command in (("python", [sys.executable, SCRIPT]), ("rust", [upg, "convert"])):
-        out = pathlib.Path(f"{name}.safetensors")
-        out.unlink(missing_ok=True)
-        result = run([*command, file, out, *more])
-        assert result.returncode in (0, 1, 2), f"{file}: {command} ended with {result.returncode}: {result.stderr}"
-        assert out.exists() == (result.returncode == 0), f"{file}: {result.stderr}"
-        results.append((out.read_bytes() if out.exists() else None, result.stderr))
+    with tempfile.TemporaryDirectory() as folder:
+        out = pathlib.Path(folder) / "made.safetensors"
+        for command in ([sys.executable, SCRIPT], [upg, "convert"]):
+            out.unlink(missing_ok=True)
+            result = run([*command, file, out, *more])
+            assert result.returncode in (0, 1, 2), f"{file}: {command} ended with {result.returncode}: {result.stderr}"
+            assert out.exists() == (result.returncode == 0), f"{file}: {result.stderr}"
+            results.append((out.read_bytes() if out.exists() else None, result.stderr))
     return results
 
 
-def run(command):
-    def limits():
-        # A panic or a crash leaves no file behind.
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+def both_of(upg, data):
+    """Returns the result of each converter for a file of these bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder) / "old.upg"
+        file.write_bytes(data)
+        return both(upg, file)
 
-    command = [str(c) for c in command]
-    return subprocess.run(command, capture_output=True, text=True, preexec_fn=limits, timeout=MOST_SECONDS)
+
+def run(command):
+    return subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=MOST_SECONDS)
 
 
 def buffers_of(file):
@@ -66,9 +79,9 @@ def files_of_python(folder, upg):
     expected = load_file(DATA / "expected.safetensors")
     files = sorted(DATA.glob("numpy*.upg"))
     assert len(files) == 72, len(files)
-    for file in files:
+    made = at_once(lambda file: both(upg, file, *buffers_of(file)), files)
+    for file, ((python, error), (rust, _)) in zip(files, made):
         kind = "one" if "-one" in file.name else "rows"
-        (python, error), (rust, _) = both(upg, file, *buffers_of(file))
         assert python is not None, error
         assert python == rust, f"{file.name}: the two differ"
         assert python == (DATA / f"{kind}.safetensors").read_bytes(), f"{file.name}: other bytes than recorded"
@@ -89,12 +102,9 @@ def joined(parts):
 def lists_of_numbers(folder, upg):
     cases = json.loads((DATA / "alike.json").read_text())
     assert len(cases) > 15
-    file = folder / "alike.upg"
-    for case in cases:
-        made = set()
-        for kind in ("lists", "arrays"):
-            file.write_bytes(joined(case[kind]))
-            made.update(both(upg, file))
+    results = at_once(lambda case: [both_of(upg, joined(case[kind])) for kind in ("lists", "arrays")], cases)
+    for case, (lists, arrays) in zip(cases, results):
+        made = {*lists, *arrays}
         assert len(made) == 1 and (None, "") not in made, f"{case['name']}: {[error for _, error in made]}"
     return f"{len(cases)} made alike, with lists and with arrays"
 
@@ -117,7 +127,9 @@ def texts_of_a_model(folder, upg):
         (python, error), (rust, _) = both(upg, file, "--model", model)
         assert python is not None and python == rust, f"{config}: {error}"
         # Sound, but not a model: no tokenizer of this kind exists.
-        verified = run([upg, "verify", "rust.safetensors"])
+        made = folder / "made.safetensors"
+        made.write_bytes(rust)
+        verified = run([upg, "verify", made])
         assert verified.returncode == 1 and "tokenizer" in str(verified.stderr), verified
     # Both must refuse the same files.
     deep = "[" * 200 + "]" * 200
@@ -139,18 +151,24 @@ def texts_of_a_model(folder, upg):
 def dangerous_pickles(folder, upg):
     cases = json.loads((DATA / "hostile.json").read_text())
     assert len(cases) >= 100
-    file, most, slowest = folder / "hostile.upg", 0, 0
-    for case in cases:
-        file.write_bytes(joined(case["parts"]))
-        for command in ([sys.executable, SCRIPT, file, "out"], [upg, "convert", file, "out"]):
-            started = time.monotonic()
-            code, error, memory = measured(command)
-            most, slowest = max(most, memory), max(slowest, time.monotonic() - started)
-            assert code == 1, f"{case['name']}: {command}: {error}"
-            assert case["says"] in error, f"{case['name']}: {command}: {error}"
-            assert error.count("\n") == 1, error
-            assert not pathlib.Path("out").exists()
-            assert not pathlib.Path(CANARY).exists(), f"{case['name']} was run"
+
+    def refused(case):
+        most, slowest = 0, 0
+        with tempfile.TemporaryDirectory() as folder:
+            file, out = pathlib.Path(folder) / "hostile.upg", pathlib.Path(folder) / "out"
+            file.write_bytes(joined(case["parts"]))
+            for command in ([sys.executable, SCRIPT, file, out], [upg, "convert", file, out]):
+                started = time.monotonic()
+                code, error, memory = measured(command)
+                most, slowest = max(most, memory), max(slowest, time.monotonic() - started)
+                assert code == 1, f"{case['name']}: {command}: {error}"
+                assert case["says"] in error, f"{case['name']}: {command}: {error}"
+                assert error.count("\n") == 1, error
+                assert not out.exists()
+                assert not pathlib.Path(CANARY).exists(), f"{case['name']} or one beside it was run"
+        return most, slowest
+
+    most, slowest = (max(values) for values in zip(*at_once(refused, cases)))
     assert most < MOST_MEMORY, most
     # A call in a pickle would have made the canary.
     first = cases[0]
@@ -197,13 +215,17 @@ def changed_bytes(folder, upg):
     """Tests files with a changed byte: both refuse, or both make the same file."""
     draw = random.Random(1)
     files = sorted(DATA.glob("numpy*-p[245]-*.upg"))
-    file, made, refused = folder / "changed.upg", 0, 0
-    for _ in range(80):
+
+    def changed():
         data = bytearray(draw.choice(files).read_bytes())
         for _ in range(draw.choice((1, 1, 2))):
             data[draw.randrange(len(data))] = draw.choice((0, 1, 2, 5, 0x2E, 0x80, 0xFF, draw.randrange(256)))
-        file.write_bytes(data)
-        (python, error), (rust, rust_error) = both(upg, file)
+        return bytes(data)
+
+    cases = [changed() for _ in range(80)]
+    made, refused = 0, 0
+    results = at_once(lambda data: both_of(upg, data), cases)
+    for data, ((python, error), (rust, rust_error)) in zip(cases, results):
         assert python == rust, f"{data.hex()}: {error!r} {rust_error!r}"
         made, refused = made + (python is not None), refused + (python is None)
     assert made > 5 and refused > 5, (made, refused)

@@ -5,6 +5,7 @@
 //! a pipe.
 #![forbid(unsafe_code)]
 
+use crate::wrap::Wrap;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::borrow::Cow;
 use std::fs::File;
@@ -32,14 +33,16 @@ pub fn output_error(e: std::io::Error) -> Error {
     Error::new(ErrorKind::Io, format!("cannot write the output: {e}")).with_source(e)
 }
 
-/// Writes a line to standard error; ignores failures, because nobody can be told.
+/// Writes a line to standard error, broken between words on a terminal; ignores failures, because
+/// nobody can be told.
 pub fn note(line: impl std::fmt::Display) {
     let mut out = std::io::stderr().lock();
-    let line = line.to_string();
-    let line = match out.is_terminal() {
-        true => harmless(&line),
-        false => Cow::Borrowed(line.as_str()),
-    };
+    let mut line = line.to_string();
+    if out.is_terminal() {
+        let width = terminal_size::terminal_size_of(&out).map(|(width, _)| usize::from(width.0));
+        let mut wrap = Wrap::new(width);
+        line = wrap.push(&harmless(&line)) + &wrap.finish();
+    }
     let _ = writeln!(out, "{line}");
 }
 

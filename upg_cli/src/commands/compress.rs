@@ -183,7 +183,8 @@ fn plan(preflight: &Preflight) -> String {
 fn cost(preflight: &Preflight) -> String {
     let memory_free = preflight.memory_free;
     format!(
-        "will write {} ({} free), use up to {} of memory ({} free) plus {} for the source, and take about {}",
+        "will write {}{} ({} free), use up to {} of memory ({} free) plus {} for the source, and take about {}",
+        if preflight.is_bound { "at most " } else { "" },
         bytes(preflight.file_bytes),
         bytes(preflight.disk_free),
         bytes(preflight.memory.own),

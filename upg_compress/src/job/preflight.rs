@@ -12,6 +12,7 @@ use crate::plan::tensors::{Plan, PlannedTensor};
 use crate::source::{Source, check_runnable};
 use std::path::Path;
 use sysinfo::System;
+use upg_kernel::format::{Encoding, LayerInfo};
 use upg_kernel::{Error, ErrorKind, Result};
 
 pub use memory::MemoryEstimate;
@@ -24,6 +25,8 @@ pub struct Preflight {
     pub groups: Vec<TensorGroup>,
     /// Output size in bytes; an upper bound for `mdcsr`, `s8`, `s4` and with a budget.
     pub file_bytes: u64,
+    /// Flag: `file_bytes` is such a bound.
+    pub is_bound: bool,
     /// Bytes that an earlier run may have written already.
     pub written_bytes: u64,
     /// Free bytes on the file system of the output.
@@ -95,6 +98,7 @@ impl Preflight {
         Ok(Self {
             groups,
             file_bytes,
+            is_bound: options.budget.is_some() || plan.layers().iter().any(varies),
             written_bytes: if options.resume {
                 written.min(file_bytes)
             } else {
@@ -214,6 +218,14 @@ fn memory_free() -> Option<u64> {
     Some(limits.map_or(free, |l| {
         free.min(l.free_memory.saturating_add(l.free_swap))
     }))
+}
+
+/// Returns whether the size of a matrix depends on its values.
+fn varies(layer: &LayerInfo) -> bool {
+    matches!(
+        layer.encoding(),
+        Ok(Encoding::MdCsr | Encoding::S8 | Encoding::S4)
+    )
 }
 
 fn megabytes(bytes: u64) -> String {

@@ -146,10 +146,10 @@ impl Least {
         };
         left.ok_or_else(|| {
             let message = format!(
-                "the budget is too small: with {} for all matrices of the blocks they have {:.3} bits per weight, the file {} bytes",
+                "the budget is too small: with {} for all matrices of the blocks they have {:.3} bits per weight, the file {:.1} MB",
                 LADDER[0].0,
                 8.0 * self.blocks as f64 / self.weights as f64,
-                self.file_bytes
+                self.file_bytes as f64 / 1e6
             );
             Error::new(ErrorKind::Argument, message)
                 .hint("allow more, or name an encoding of fewer bits for the embedding")

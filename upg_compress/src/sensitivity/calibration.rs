@@ -112,8 +112,14 @@ impl Calibration {
         for document in documents {
             tokens.extend(tokenizer.encode(document.as_ref(), true)?);
         }
+        let window = WINDOW.min(config.context);
+        if most < window {
+            let message =
+                format!("at most {most} tokens to calibrate on, of which a sequence has {window}");
+            return Err(Error::new(ErrorKind::Argument, message).hint("allow more tokens"));
+        }
         tokens.truncate(most);
-        Self::new(tokens, WINDOW.min(config.context))
+        Self::new(tokens, window)
     }
 
     /// Returns whether this is the text of [`Calibration::built_in`].

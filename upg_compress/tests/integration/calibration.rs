@@ -6,7 +6,8 @@ use std::path::Path;
 use upg_compress::encode::encode_matrix;
 use upg_compress::sensitivity::{Calibrator, Curvature, Hessian, json_lines};
 use upg_compress::{
-    Budget, Calibration, Choice, CompressOptions, Source, compress, count_encodings, source,
+    Budget, Calibration, Choice, CompressOptions, Preflight, Source, compress, count_encodings,
+    source,
 };
 use upg_kernel::format::{Encoding, LayerInfo, UpgFile};
 use upg_kernel::inference::LayerInput;
@@ -343,6 +344,7 @@ fn a_budget_is_spent_and_kept_to() {
     options.overrides = vec!["*.0.mlp.up_proj.weight=q4".parse().unwrap()];
     let out = folder.path().join("out.safetensors");
     let run = |options: &CompressOptions| compress(source.as_ref(), &out, options, &());
+    let preflight = |options: &CompressOptions| Preflight::new(source.as_ref(), &out, options);
     let with = |budget| {
         let mut options = options.clone();
         options.budget = Some(budget);
@@ -377,8 +379,19 @@ fn a_budget_is_spent_and_kept_to() {
         println!("{found} of {most}");
         assert!(found <= most && found > most - 8000, "{found} of {most}");
     }
+    // No file is larger than with the most bits everywhere.
+    let mut largest = options.clone();
+    largest.encoding = Choice::Encode(Encoding::Q8);
+    let largest = run(&largest).unwrap().file_bytes;
+    let stated = preflight(&with(Budget::File(1 << 40))).unwrap().file_bytes;
+    assert!(
+        (largest..largest + 8000).contains(&stated),
+        "{stated} for {largest}"
+    );
     for budget in [Budget::Blocks(2.0), Budget::File(1000)] {
         let e = run(&with(budget)).unwrap_err();
+        assert!(e.to_string().contains("too small"), "{e}");
+        let e = preflight(&with(budget)).unwrap_err();
         assert!(e.to_string().contains("too small"), "{e}");
         let mut free = with(budget);
         free.calibration = None;

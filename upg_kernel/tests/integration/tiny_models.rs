@@ -393,6 +393,28 @@ fn generation_stops_at_stop_ids_and_at_the_end_of_the_context() {
 }
 
 #[test]
+fn a_stream_says_how_much_of_its_prompt_is_computed() {
+    let options = SessionOptions {
+        prefill_chunk: 2,
+        ..exact()
+    };
+    let mut scheduler = scheduler(&model("qwen3"), &options);
+    let case = cases("qwen3").remove(1);
+    let mut request = Request::new(case.prompt.clone(), case.greedy.len());
+    request.decoder = Some(Box::new(|id| Ok(format!("<{id}>"))));
+    let mut stream = scheduler.stream(request).unwrap();
+    let mut seen = Vec::new();
+    stream.compute_prompt(|done, all| seen.push((done, all)));
+    let all = case.prompt.len();
+    let expected: Vec<_> = (0..all).step_by(2).map(|done| (done, all)).collect();
+    assert!(seen.len() > 1);
+    assert_eq!(seen, expected);
+    stream.compute_prompt(|done, all| panic!("{done} of {all} again"));
+    let text: String = case.greedy.iter().map(|id| format!("<{id}>")).collect();
+    assert_eq!(stream.map(Result::unwrap).collect::<String>(), text);
+}
+
+#[test]
 fn text_ends_before_a_stop_string() {
     let mut scheduler = scheduler(&model("qwen3"), &exact());
     let case = cases("qwen3").remove(1);

@@ -18,6 +18,9 @@ use upg_kernel::{Error, ErrorKind, Result};
 /// Maximum metadata keys and tensors; real files have about 50 and, for 126 layers, 1,140.
 pub(super) const MAX_COUNT: u64 = 1 << 16;
 
+/// Maximum bytes of the header, which is copied; with the largest vocabularies it has about 20 MB.
+const MAX_HEADER: usize = 256 << 20;
+
 /// Maximum key or tensor name in bytes; ggml's own limits are 65,535 and 64.
 const MAX_NAME: usize = 1 << 12;
 
@@ -79,7 +82,10 @@ impl Header {
     ///
     /// Errors: `Malformed`, `Unsupported` (version, tensor type), `TooLarge`.
     pub(super) fn read(file: &[u8]) -> Result<Self> {
-        let mut cursor = Cursor { file, at: 0 };
+        let mut cursor = Cursor {
+            file: &file[..file.len().min(MAX_HEADER)],
+            at: 0,
+        };
         if cursor.take(4)? != b"GGUF" {
             return Err(malformed("not a GGUF file"));
         }
@@ -104,7 +110,7 @@ impl Header {
             let kind = cursor.u32()?;
             let value = cursor
                 .value(kind, 0)
-                .map_err(|e| malformed(format!("metadata key {key:?}: {e}")))?;
+                .map_err(|e| Error::new(e.kind(), format!("metadata key {key:?}: {e}")))?;
             if values.insert(key.clone(), value).is_some() {
                 return Err(malformed(format!("metadata key {key:?} twice")));
             }
@@ -228,10 +234,16 @@ impl<'a> Cursor<'a> {
     fn take(&mut self, len: usize) -> Result<&'a [u8]> {
         let rest = self.file.get(self.at..).unwrap_or_default();
         let taken = rest.get(..len).ok_or_else(|| {
-            malformed(format!(
-                "the header ends at byte {}, {len} more bytes expected",
-                self.file.len()
-            ))
+            let end = self.file.len();
+            match end {
+                MAX_HEADER => Error::new(
+                    ErrorKind::TooLarge,
+                    format!("a header of over {} MiB", MAX_HEADER >> 20),
+                ),
+                _ => malformed(format!(
+                    "the header ends at byte {end}, {len} more bytes expected"
+                )),
+            }
         })?;
         self.at += len;
         Ok(taken)

@@ -548,7 +548,7 @@ fn a_text_without_a_place_to_cut_is_encoded_as_a_whole() {
         .chain(sentencepiece_files())
         .collect();
     let of = |name: &str| load(&files.iter().find(|f| f.0 == name).unwrap().1);
-    let repeated = |text: &str| text.repeat((1 << 20) / text.len() + 1);
+    let repeated = |text: &str| text.repeat((1 << 18) / text.len() + 1);
     // The last two have cut points, but not in such texts:
     // no word ends at whitespace alone, and no space.
     for (name, text) in [

@@ -28,6 +28,17 @@ pub fn print(text: &str) -> Result<()> {
         .map_err(output_error)
 }
 
+/// Writes text like [`print`], broken between words on a terminal.
+pub fn print_prose(text: &str) -> Result<()> {
+    print(&wrapped(text, columns()))
+}
+
+/// Returns `text` broken between words at `width` columns.
+fn wrapped(text: &str, width: Option<usize>) -> String {
+    let mut wrap = Wrap::new(width);
+    wrap.push(text) + &wrap.finish()
+}
+
 /// Returns the error for output that could not be written.
 pub fn output_error(e: std::io::Error) -> Error {
     Error::new(ErrorKind::Io, format!("cannot write the output: {e}")).with_source(e)
@@ -40,8 +51,7 @@ pub fn note(line: impl std::fmt::Display) {
     let mut line = line.to_string();
     if out.is_terminal() {
         let width = terminal_size::terminal_size_of(&out).map(|(width, _)| usize::from(width.0));
-        let mut wrap = Wrap::new(width);
-        line = wrap.push(&harmless(&line)) + &wrap.finish();
+        line = wrapped(&harmless(&line), width);
     }
     let _ = writeln!(out, "{line}");
 }

@@ -59,7 +59,8 @@ pub fn run(args: &CompressArgs, open: OpenOptions) -> Result<()> {
     let preflight =
         Preflight::new(source.as_ref(), &args.output, &options).map_err(|e| e.at(&args.source))?;
     if args.dry_run {
-        terminal::print(&(plan(&preflight) + &cost(&preflight) + "\n"))?;
+        terminal::print(&plan(&preflight))?;
+        terminal::print_prose(&(cost(&preflight) + "\n"))?;
         return preflight.check();
     }
     preflight.check()?;
@@ -81,7 +82,7 @@ pub fn run(args: &CompressArgs, open: OpenOptions) -> Result<()> {
         json["file"] = args.output.display().to_string().into();
         return terminal::print(&format!("{json:#}\n"));
     }
-    terminal::print(&summary(&args.output, source.as_ref(), &report))
+    terminal::print_prose(&summary(&args.output, source.as_ref(), &report))
 }
 
 /// Returns the encoding of a model for which none was chosen.

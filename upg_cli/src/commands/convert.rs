@@ -59,7 +59,7 @@ fn convert(args: &ConvertArgs, output: &Path) -> Result<()> {
         Ok(())
     })?;
     drop(progress);
-    terminal::print(&summary_of(output, &converted, texts.config_json.is_some()))
+    terminal::print_prose(&summary_of(output, &converted, texts.config_json.is_some()))
 }
 
 fn summary_of(output: &Path, converted: &Converted, can_run: bool) -> String {
@@ -86,5 +86,5 @@ fn encode(args: &ConvertArgs, output: &Path, choice: Choice) -> Result<()> {
     let report = compress_checked(&source, output, &options, &progress);
     let report = report.map_err(|e| e.at(&args.file))?;
     drop(progress);
-    terminal::print(&summary(output, &source, &report))
+    terminal::print_prose(&summary(output, &source, &report))
 }

@@ -162,5 +162,5 @@ fn report(args: &EvalArgs, model: &UPGModel, result: &Evaluation) -> Result<()> 
             100.0 * c.top1_error
         );
     }
-    terminal::print(&out)
+    terminal::print_prose(&out)
 }

@@ -22,12 +22,11 @@ pub fn run(args: &InspectArgs, open: OpenOptions) -> Result<()> {
         return inspect_v1::run(args);
     }
     let file = model_file::open_current(&args.file, open)?;
-    let text = if args.json {
-        format!("{:#}\n", as_json(&file))
-    } else {
-        as_table(&file, args)
-    };
-    terminal::print(&text)
+    if args.json {
+        return terminal::print(&format!("{:#}\n", as_json(&file)));
+    }
+    terminal::print_prose(&head(&file))?;
+    terminal::print(&as_table(&file, args))
 }
 
 fn as_json(file: &UpgFile) -> Value {
@@ -71,14 +70,13 @@ fn layer_bits(file: &UpgFile, id: usize) -> f64 {
     8.0 * file.layer_bytes(id) as f64 / (layer.rows as f64 * layer.cols as f64)
 }
 
-/// Returns the size, what is known of the model, and a table of its matrices.
+/// Returns a table of the matrices, or a plot, and what is beside them.
 fn as_table(file: &UpgFile, args: &InspectArgs) -> String {
-    let mut out = head(file);
-    match (args.plot, args.layers) {
-        (true, _) => out += &plot::plot(file),
-        (false, true) => out += &table(all(file)),
-        (false, false) => out += &table(kinds(file)),
-    }
+    let mut out = match (args.plot, args.layers) {
+        (true, _) => plot::plot(file),
+        (false, true) => table(all(file)),
+        (false, false) => table(kinds(file)),
+    };
     let has = |there: bool| if there { "yes" } else { "no" };
     let _ = write!(
         out,
@@ -91,6 +89,7 @@ fn as_table(file: &UpgFile, args: &InspectArgs) -> String {
     out
 }
 
+/// Returns the size, and what is known of the model.
 fn head(file: &UpgFile) -> String {
     let metadata = |key| file.metadata(key).unwrap_or_default().escape_debug();
     let mut out = format!(

@@ -33,7 +33,7 @@ pub fn run(args: &TuneArgs, open: OpenOptions) -> Result<()> {
         _ => e.at(&args.original),
     })?;
     drop(progress);
-    terminal::print(&summary(args, &report))
+    terminal::print_prose(&summary(args, &report))
 }
 
 fn summary(args: &TuneArgs, report: &TuneReport) -> String {

@@ -26,7 +26,7 @@ pub(super) struct Stored {
 #[derive(Debug)]
 pub(super) struct Opened {
     pub(super) parts: Parts,
-    /// Header of the first part.
+    /// Header of the first part, without its tensors.
     pub(super) header: Header,
     /// Tensors of all parts.
     pub(super) tensors: Vec<Stored>,
@@ -39,14 +39,13 @@ impl Opened {
     /// [`Header::read`]; `Missing` for a part that is not in the folder; `Malformed` for parts that
     /// do not belong together; `TooLarge` for too many parts or tensors.
     pub(super) fn open(path: &Path, options: OpenOptions) -> Result<Self> {
-        let given = Part::open(path, options)?;
+        let mut given = Part::open(path, options)?;
         let Some(split) = given.split(path)? else {
-            let tensors = given.header.tensors.iter().cloned();
-            let tensors = tensors.map(|entry| Stored { part: 0, entry }).collect();
+            let entries = std::mem::take(&mut given.header.tensors).into_iter();
             return Ok(Self {
                 parts: Parts(vec![given.file]),
                 header: given.header,
-                tensors,
+                tensors: entries.map(|entry| Stored { part: 0, entry }).collect(),
             });
         };
         let mut first = None;
@@ -56,19 +55,19 @@ impl Opened {
         let mut given = Some(given);
         for number in 1..=split.count {
             let path = split.path(number);
-            let part = match given.take_if(|_| number == split.number) {
+            let mut part = match given.take_if(|_| number == split.number) {
                 Some(part) => part,
                 None => split.open(&path, number, options)?,
             };
             let at_part = |e: Error| e.at(&path);
-            for entry in &part.header.tensors {
+            for entry in std::mem::take(&mut part.header.tensors) {
                 if !names.insert(entry.name.clone()) {
                     let twice = malformed("listed in two parts").tensor(&entry.name);
                     return Err(at_part(twice));
                 }
                 tensors.push(Stored {
                     part: files.len(),
-                    entry: entry.clone(),
+                    entry,
                 });
             }
             if tensors.len() as u64 > MAX_COUNT {

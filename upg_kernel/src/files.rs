@@ -50,7 +50,7 @@ pub const MAX_PARTS: usize = 4096;
 /// Name of a part of a model that is split into files: `NAME-00002-of-00003`, without extension.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PartName<'a> {
-    /// What the names of all parts begin with.
+    /// Common beginning of the names of all parts.
     pub name: &'a str,
     /// Number of the part, from 1 on.
     pub number: usize,

@@ -1,4 +1,4 @@
-//! What the tab key offers for an argument: models in the caches, files, encodings.
+//! Completions of arguments: models in the caches, files, encodings.
 #![forbid(unsafe_code)]
 
 use clap_complete::engine::{CompletionCandidate, PathCompleter, ValueCompleter};

@@ -21,7 +21,10 @@ def edges(crate: list[str]) -> dict[str, set[str]]:
     package, *target = crate
     command = ["cargo", "modules", "dependencies", "--package", package, *target]
     command += [f"--no-{what}" for what in LEFT_OUT]
-    graph = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        sys.exit(f"{' '.join(command)} failed:\n{result.stderr}Missing? cargo install cargo-modules@0.27.0")
+    graph = result.stdout
     found = defaultdict(set)
     for user, used in re.findall(r'"([^"]+)" -> "([^"]+)"', graph):
         if user != used:
@@ -52,6 +55,8 @@ def circles(graph: dict[str, set[str]]) -> list[set[str]]:
 
 
 def main() -> None:
+    if len(sys.argv) > 1:
+        sys.exit(__doc__)
     failed = False
     for crate in CRATES:
         graph = edges(crate)

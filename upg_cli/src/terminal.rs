@@ -28,7 +28,7 @@ pub fn print(text: &str) -> Result<()> {
         .map_err(output_error)
 }
 
-/// Writes text like [`print`], broken between words on a terminal.
+/// Writes text like [`print()`], broken between words on a terminal.
 pub fn print_prose(text: &str) -> Result<()> {
     print(&wrapped(text, columns()))
 }
